@@ -1,0 +1,272 @@
+"""Arithmetic of images: which tiles a picture becomes, where its content lies, how many features the model makes of it.
+
+In: sizes in pixels and an `ImagePolicy`. Out: an `ImageLayout`. `plan()` is the one place that counts image features;
+training, serving budgets, the splice and the tracer all ask it. Neither torch nor Pillow is needed here: pixels that
+obey a layout are made in mm_utils.py, features that obey it in model/llava_arch.py.
+
+Sizes are `(width, height)` for images and `(rows, cols)` for grids; the type says which.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from llava.errors import InputError
+
+Mode = Literal["square", "pad", "anyres"]
+Merge = Literal["flat", "spatial", "spatial_unpad"]
+
+# How `image_aspect_ratio` is spelled in config files, and what it means.
+MODES: dict[str | None, Mode] = {None: "square", "square": "square", "pad": "pad", "anyres": "anyres"}
+MERGES: tuple[Merge, ...] = ("flat", "spatial", "spatial_unpad")
+
+
+class ImageSize(NamedTuple):
+    """A size in pixels. Equal to, and usable as, the plain tuple that Pillow gives."""
+
+    width: int
+    height: int
+
+
+class Grid(NamedTuple):
+    """Rows and columns of tiles or of features."""
+
+    rows: int
+    cols: int
+
+
+class Crop(NamedTuple):
+    """The part of a feature grid that shows the picture rather than padding; stops are exclusive."""
+
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.row_stop - self.row_start
+
+    @property
+    def cols(self) -> int:
+        return self.col_stop - self.col_start
+
+
+def image_mode(aspect_ratio: str | None) -> Mode:
+    """Translate a config's `image_aspect_ratio`; a spelling that nobody knows is an error, not a default."""
+    if aspect_ratio not in MODES:
+        known = ", ".join(repr(name) for name in MODES if name)
+        raise InputError(f"image_aspect_ratio is {aspect_ratio!r}, which is not supported; use one of {known}.")
+    return MODES[aspect_ratio]
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How a model wants its pictures cut, and how it joins the features of the pieces."""
+
+    mode: Mode  # "square": centre crop; "pad": padded to a square; "anyres": one overview tile, then tiles of a grid
+    tile_size: int  # pixels per side of what the vision tower sees
+    patch_size: int  # pixels per side of one feature
+    pinpoints: tuple[ImageSize, ...] = ()  # canvas sizes that "anyres" chooses from, in pixels
+    merge: Merge = "flat"  # order of tile features: one after another, by rows, or by rows without the padding
+    cls_token: bool = False  # the tower also gives one feature for the whole tile, before the patches
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pinpoints", parse_pinpoints(self.pinpoints))
+        if self.mode not in MODES.values():
+            raise InputError(f"image mode is {self.mode!r}; known: {', '.join(dict.fromkeys(MODES.values()))}.")
+        if self.merge not in MERGES:
+            raise InputError(f"mm_patch_merge_type is {self.merge!r}; known: {', '.join(MERGES)}.")
+        if not 1 <= self.patch_size <= self.tile_size:
+            raise InputError(f"a patch of {self.patch_size} pixels does not fit a tile of {self.tile_size} pixels.")
+        if self.mode != "anyres":
+            return
+        if not self.pinpoints:
+            raise InputError("image_aspect_ratio 'anyres' needs image_grid_pinpoints, and the config names none.")
+        for canvas in self.pinpoints:
+            if canvas.width % self.tile_size or canvas.height % self.tile_size:
+                raise InputError(
+                    f"image_grid_pinpoints has {list(canvas)}, which tiles of {self.tile_size} pixels do not fill; "
+                    f"use multiples of {self.tile_size}."
+                )
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile_size // self.patch_size
+
+    @property
+    def features_per_tile(self) -> int:
+        return self.patches_per_side**2 + self.cls_token
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """What becomes of one picture: its tiles, the grid of its features, and how many features reach the text."""
+
+    size: ImageSize  # of the picture as it was given
+    num_tiles: int  # with the overview tile
+    tile_grid: Grid | None  # of the tiles after the overview; None where there is a single tile
+    feature_grid: Grid  # before the padding is cut away
+    crop: Crop  # the part of feature_grid that is kept
+    num_newlines: int  # learned "end of row" features
+    num_features: int  # all of them: overview, grid and newlines
+
+
+def plan(size: Sequence[int], policy: ImagePolicy, *, num_tiles: int | None = None) -> ImageLayout:
+    """Lay out one picture of `size`; `num_features` is exactly what the model makes of it.
+
+    `num_tiles` is for pixels that somebody else cut: how many tiles they have. One tile under any policy is a picture
+    alone, which "spatial_unpad" ends with one newline; any other number must be that of the policy, except that "flat"
+    joins whatever it is given. Left out, the tiles are those that `mm_utils.process_images` cuts.
+    """
+    size = checked_size(size)
+    if num_tiles is not None and num_tiles < 1:
+        raise InputError(f"an image of {size.width}x{size.height} came as {num_tiles} tiles; it needs at least one.")
+    if policy.mode == "anyres" and num_tiles != 1:
+        return _plan_tiles(size, policy, num_tiles)
+    if num_tiles in (None, 1):
+        newlines = 1 if num_tiles == 1 and policy.merge == "spatial_unpad" else 0
+        return _plan_flat(size, policy, 1, newlines)
+    if num_tiles is not None and policy.merge == "flat":
+        return _plan_flat(size, policy, num_tiles, 0)
+    raise InputError(
+        f"an image of {size.width}x{size.height} came as {num_tiles} tiles, but image_aspect_ratio "
+        f"{policy.mode!r} makes a single one; set image_aspect_ratio to 'anyres' or pass one tile."
+    )
+
+
+def _plan_flat(size: ImageSize, policy: ImagePolicy, num_tiles: int, num_newlines: int) -> ImageLayout:
+    side = policy.patches_per_side
+    num_features = num_tiles * policy.features_per_tile + num_newlines
+    return ImageLayout(size, num_tiles, None, Grid(side, side), Crop(0, side, 0, side), num_newlines, num_features)
+
+
+def _plan_tiles(size: ImageSize, policy: ImagePolicy, num_tiles: int | None) -> ImageLayout:
+    tile_cols, tile_rows = get_anyres_image_grid_shape(size, policy.pinpoints, policy.tile_size)
+    expected = 1 + tile_rows * tile_cols
+    if num_tiles not in (None, expected):
+        if policy.merge == "flat":
+            return _plan_flat(size, policy, num_tiles, 0)
+        raise InputError(
+            f"an image of {size.width}x{size.height} came as {num_tiles} tiles, but its layout has {expected}: "
+            f"one overview and {tile_rows}x{tile_cols}; were its pixels and its size taken from the same image?"
+        )
+    side = policy.patches_per_side
+    grid = Grid(tile_rows * side, tile_cols * side)
+    crop = Crop(0, grid.rows, 0, grid.cols)
+    num_newlines = 0
+    if policy.merge != "flat" and policy.cls_token:
+        raise InputError(
+            f"mm_patch_merge_type {policy.merge!r} joins patches by rows and has no place for a class feature; "
+            "use mm_vision_select_feature 'patch' or mm_patch_merge_type 'flat'."
+        )
+    if policy.merge == "flat":
+        num_features = expected * policy.features_per_tile
+    else:
+        if policy.merge == "spatial_unpad":
+            crop = unpad_box(grid.rows, grid.cols, size)
+            num_newlines = crop.rows
+        num_features = policy.features_per_tile + crop.rows * crop.cols + num_newlines
+    return ImageLayout(size, expected, Grid(tile_rows, tile_cols), grid, crop, num_newlines, num_features)
+
+
+def unpad_box(rows: int, cols: int, size: Sequence[int]) -> Crop:
+    """The part of a `rows` x `cols` grid that a picture of `size`, centred on it, covers.
+
+    Released weights were trained with this float formula, whose truncation now and then differs from exact integers
+    (88x55 on 48x24 keeps 14 rows, not 16), so it stays. Very thin pictures can keep no row or no column at all; a grid
+    without columns still has its rows, and so still has its newlines.
+    """
+    width, height = checked_size(size)
+    if width / height > cols / rows:
+        kept = int(height * (cols / width))
+        start = (rows - kept) // 2
+        return Crop(start, rows - start, 0, cols)
+    kept = int(width * (rows / height))
+    start = (cols - kept) // 2
+    return Crop(0, rows, start, cols - start)
+
+
+def select_best_resolution(
+    original_size: Sequence[int], possible_resolutions: Iterable[Sequence[int]]
+) -> tuple[int, int]:
+    """The canvas that keeps most of the picture's own pixels and, among equals, wastes least; the first of a tie."""
+    width, height = checked_size(original_size)
+    best: tuple[int, int] | None = None
+    most_kept, least_wasted = 0, math.inf
+    for canvas_width, canvas_height in possible_resolutions:
+        scale = min(canvas_width / width, canvas_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = canvas_width * canvas_height - kept
+        if kept > most_kept or (kept == most_kept and wasted < least_wasted):
+            best, most_kept, least_wasted = (canvas_width, canvas_height), kept, wasted
+    if best is None:
+        raise InputError("there is no resolution to choose from; image_grid_pinpoints is empty.")
+    return best
+
+
+def get_anyres_image_grid_shape(
+    image_size: Sequence[int], grid_pinpoints: str | Iterable[Sequence[int]], patch_size: int
+) -> tuple[int, int]:
+    """How many tiles of `patch_size` pixels lie (across, down) on the canvas chosen for a picture."""
+    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def parse_pinpoints(pinpoints: str | Iterable[Sequence[int]] | None) -> tuple[ImageSize, ...]:
+    """Canvas sizes from a list of pairs, or from a list as a flag spells it: "[(336, 672), (672, 336)]"."""
+    value: object = pinpoints
+    if isinstance(pinpoints, str):
+        try:
+            value = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise _bad_pinpoints(pinpoints) from None
+    if value is None:
+        return ()
+    try:
+        pairs = [tuple(pair) for pair in value]  # type: ignore[attr-defined]
+    except TypeError:
+        raise _bad_pinpoints(pinpoints) from None
+    for pair in pairs:
+        if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+            raise _bad_pinpoints(pinpoints)
+    return tuple(ImageSize(*pair) for pair in pairs)
+
+
+def _bad_pinpoints(value: object) -> InputError:
+    return InputError(
+        f"image_grid_pinpoints {value!r} is not a list of [width, height] pairs such as [[336, 672], [672, 336]]."
+    )
+
+
+def fit_inside(size: Sequence[int], canvas: Sequence[int]) -> tuple[ImageSize, tuple[int, int]]:
+    """Size of a picture scaled, shape kept, to fill `canvas` one way, and the (left, top) that centres it."""
+    width, height = checked_size(size)
+    canvas_width, canvas_height = checked_size(canvas)
+    scale_x, scale_y = canvas_width / width, canvas_height / height
+    if scale_x < scale_y:
+        fitted = ImageSize(canvas_width, min(math.ceil(height * scale_x), canvas_height))
+    else:
+        fitted = ImageSize(min(math.ceil(width * scale_y), canvas_width), canvas_height)
+    return fitted, ((canvas_width - fitted.width) // 2, (canvas_height - fitted.height) // 2)
+
+
+def tile_boxes(size: Sequence[int], tile_size: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each tile of a canvas, row by row."""
+    width, height = checked_size(size)
+    return [
+        (left, top, left + tile_size, top + tile_size)
+        for top in range(0, height, tile_size)
+        for left in range(0, width, tile_size)
+    ]
+
+
+def checked_size(size: Sequence[int]) -> ImageSize:
+    """`size` as an ImageSize, if it is one."""
+    if len(size) != 2 or size[0] < 1 or size[1] < 1:
+        raise InputError(f"an image of size {tuple(size)} has no pixels; a size is (width, height), both at least 1.")
+    return ImageSize(int(size[0]), int(size[1]))

@@ -1,0 +1,149 @@
+"""Every layout of a LLaVA config.json, seen through one typed view.
+
+In: a transformers config object (or the dictionary of a config.json). Out: `LlavaSettings`, frozen and checked, and the
+name of the language model that a dictionary declares. This is the only module that knows legacy key names and their
+defaults; everybody else writes `settings.vision.select_layer`. The config *classes* stand beside their models in
+language_model/; what a folder holds is checkpoint.py's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava.errors import InputError
+from llava.geometry import MERGES, ImageSize, Merge, Mode, image_mode, parse_pinpoints
+
+SELECT_FEATURES = ("patch", "cls_patch")
+
+# The prefix that marks a language model of transformers as composed with a vision tower: llama -> llava_llama.
+PREFIX = "llava_"
+
+# Published model types that the prefix rule does not explain.
+MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """Which tower is meant, and which of its hidden states are used."""
+
+    tower: str | None
+    select_layer: int = -2
+    select_feature: str = "patch"
+    hidden_size: int | None = None
+    in_checkpoint: bool = False  # the tower's weights are in the checkpoint and win over the tower's own folder
+    s2_scales: tuple[int, ...] = ()  # pixels per side of each scale, ascending; empty: one scale
+
+    def __post_init__(self) -> None:
+        if self.select_feature not in SELECT_FEATURES:
+            raise InputError(
+                f"unknown mm_vision_select_feature {self.select_feature!r}; known: {', '.join(SELECT_FEATURES)}"
+            )
+        if any(scale % self.s2_scales[0] for scale in self.s2_scales):
+            raise InputError(f"s2_scales must be multiples of the smallest one, got {self.s2_scales}")
+
+
+@dataclass(frozen=True)
+class ProjectorSettings:
+    """The layers between the tower's width and the language model's."""
+
+    type: str = "linear"
+    vision_dim: int | None = None
+    text_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How an image becomes tiles, and how the tiles' features become one sequence."""
+
+    mode: Mode = "square"
+    merge: Merge = "flat"
+    pinpoints: tuple[ImageSize, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.merge not in MERGES:
+            raise InputError(f"unknown mm_patch_merge_type {self.merge!r}; known: {', '.join(MERGES)}")
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Which marker tokens the vocabulary holds beside `<image>`, which never is in it."""
+
+    use_im_start_end: bool = False
+    use_im_patch: bool = False
+
+
+@dataclass(frozen=True)
+class LlavaSettings:
+    """What a config says about the multimodal part of a model."""
+
+    vision: VisionSettings
+    projector: ProjectorSettings
+    image: ImageSettings
+    tokens: TokenSettings
+    max_length: int | None = None  # tokens, image features included; None: the language model's own limit
+    padding_side: str = "right"
+
+    @classmethod
+    def from_hf(cls, config: Any) -> LlavaSettings:
+        """Read the view off a config object, whose `mm_*` attributes may be absent or of any published age."""
+
+        def read(key: str, default: Any = None) -> Any:
+            value = getattr(config, key, None)
+            return default if value is None else value
+
+        return cls(
+            vision=VisionSettings(
+                tower=read("mm_vision_tower", read("vision_tower")),
+                select_layer=int(read("mm_vision_select_layer", -2)),
+                select_feature=read("mm_vision_select_feature", "patch"),
+                hidden_size=read("mm_hidden_size"),
+                in_checkpoint=bool(read("unfreeze_mm_vision_tower", False)),
+                s2_scales=_scales(read("s2_scales", "336,672,1008")) if read("s2", False) else (),
+            ),
+            projector=ProjectorSettings(
+                type=read("mm_projector_type", "linear"),
+                vision_dim=read("mm_hidden_size"),
+                text_dim=read("hidden_size"),
+            ),
+            image=ImageSettings(
+                mode=image_mode(read("image_aspect_ratio")),
+                merge=read("mm_patch_merge_type", "flat").replace("-", "_"),
+                pinpoints=parse_pinpoints(read("image_grid_pinpoints", [])),
+            ),
+            tokens=TokenSettings(
+                use_im_start_end=bool(read("mm_use_im_start_end", False)),
+                # The key is younger than the token: configs without it come from models that have the token.
+                use_im_patch=bool(read("mm_use_im_patch_token", True)),
+            ),
+            max_length=read("tokenizer_model_max_length"),
+            padding_side=read("tokenizer_padding_side", "right"),
+        )
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json declares a vision tower in the original layout, whatever its model_type says."""
+    return any(values.get(key) is not None for key in ("mm_vision_tower", "mm_hidden_size", "mm_projector_type"))
+
+
+def language_model_type(values: Mapping[str, Any]) -> str:
+    """The transformers model type of the language model inside: `llama` for `llava_llama`, for v0's `llama`, for `llava`.
+
+    The type `llava` was published for LLaMA-based checkpoints before transformers used the word for its own layout, which
+    is told apart by its `text_config`.
+    """
+    if isinstance(values.get("text_config"), Mapping):
+        return str(values["text_config"].get("model_type", "llama"))
+    model_type = str(values.get("model_type", ""))
+    if model_type == "llava":
+        return "llama"
+    if model_type in MODEL_TYPE_ALIASES:
+        return MODEL_TYPE_ALIASES[model_type]
+    return model_type.removeprefix(PREFIX)
+
+
+def _scales(value: str | list[int]) -> tuple[int, ...]:
+    numbers = re.findall(r"\d+", value) if isinstance(value, str) else value
+    return tuple(sorted(int(number) for number in numbers))

@@ -1,0 +1,76 @@
+"""How a causal language model of transformers becomes a LLaVA, and how a model type finds its class.
+
+A language model with published checkpoints has a module of its own (llava_llama.py, …) because outside code imports its
+classes by name. Any other one needs no module: `compose("gemma2")` gives its config and model classes, registered with
+transformers' Auto classes under the model type `llava_gemma2`.
+
+In: a model type of transformers. Out: the LLaVA config class and model class over it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from llava.errors import InputError
+from llava.model.config import MODEL_TYPE_ALIASES, PREFIX
+from llava.model.llava_arch import LlavaMetaForCausalLM
+
+# Language models with a module of their own: model type in transformers -> (module, config class, model class).
+NAMED = {
+    "llama": ("llava_llama", "LlavaConfig", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralConfig", "LlavaMistralForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptConfig", "LlavaMptForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenConfig", "LlavaQwenForCausalLM"),
+    "qwen3": ("llava_qwen", "LlavaQwen3Config", "LlavaQwen3ForCausalLM"),
+}
+
+_composed: dict[str, tuple[type, type]] = {}
+
+
+def llava_classes(model_type: str) -> tuple[Any, Any]:
+    """The LLaVA config class and model class over the language model that transformers calls `model_type`."""
+    if model_type in NAMED:
+        module_name, config_name, model_name = NAMED[model_type]
+        module = import_module(f"llava.model.language_model.{module_name}")
+        return getattr(module, config_name), getattr(module, model_name)
+    return compose(model_type)
+
+
+def compose(model_type: str) -> tuple[Any, Any]:
+    """Make LLaVA classes over any causal language model that transformers knows by `model_type`.
+
+    The result is the same for the same type. The inner model must take `inputs_embeds`, as all of today's do.
+    """
+    if model_type not in _composed:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+        if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(
+                f"transformers has no causal language model of type {model_type!r} for a LLaVA to build on; "
+                f"those with classes of their own here are {', '.join(NAMED)}"
+            )
+        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[known]
+        name = "Llava" + causal_lm.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        config_class = type(f"{name}Config", (known,), {"model_type": PREFIX + model_type, "__module__": __name__})
+        model_class = type(f"{name}ForCausalLM", (LlavaMetaForCausalLM, causal_lm), {"__module__": __name__})
+        model_class.config_class = config_class
+        register(config_class, model_class)
+        _composed[model_type] = config_class, model_class
+    return _composed[model_type]
+
+
+def register(config_class: Any, model_class: Any) -> None:
+    """Make transformers' AutoConfig and AutoModelForCausalLM know a pair of classes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def published_model_type(model_type: str) -> str:
+    """The `model_type` that a LLaVA checkpoint over this language model has in its config.json."""
+    aliases = {inner: published for published, inner in MODEL_TYPE_ALIASES.items()}
+    return aliases.get(model_type, PREFIX + model_type)

@@ -1,0 +1,442 @@
+"""Composition: a vision tower and a projector beside any causal language model of transformers.
+
+In: token ids with -200 for each image, and pixels. Out: the same batch as embeddings, with attention mask, positions and
+labels to match. Which features an image has is arithmetic (geometry.py), putting them into the sequence is splice.py,
+what differs from one language model to another is in language_model/.
+
+    N tiles, P patches per tile, V width of the tower, D text width, B rows, L tokens before and T after the splice
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import InputError
+from llava.geometry import ImageLayout, ImagePolicy, plan
+from llava.model.config import LlavaSettings
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import PaddedBatch, pad, splice
+from llava.model.weight_files import open_tensors, read_headers
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaMetaModel:
+    """What a language model's inner model gains: `vision_tower`, `mm_projector` and, where asked for, `image_newline`."""
+
+    config: Any
+
+    def add_vision_modules(self) -> None:
+        """Create the modules that the config declares; called once, when the language model has been built."""
+        settings = LlavaSettings.from_hf(self.config)
+        if settings.vision.tower is None:
+            return
+        self.vision_tower = build_vision_tower(self.config, delay_load=True)
+        if settings.vision.in_checkpoint:
+            self.vision_tower.build_model()
+        self.mm_projector = build_vision_projector(self.config)
+        if settings.image.merge == "spatial_unpad":
+            self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size).normal_(std=self._newline_std()))
+
+    def _newline_std(self) -> float:
+        return 1 / math.sqrt(self.config.hidden_size)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        tower = getattr(self, "vision_tower", None)
+        return tower[0] if isinstance(tower, list) else tower
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Add tower and projector for training as `ModelArguments` say, and write what they are into the config.
+
+        Modules that are there already keep their weights. `fsdp` keeps the frozen tower out of the sharded module.
+        """
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_patch_merge_type = model_args.mm_patch_merge_type
+        for key in ("s2", "s2_scales"):
+            if getattr(model_args, key, None):
+                setattr(config, key, getattr(model_args, key))
+
+        tower = self.get_vision_tower()
+        if tower is None:
+            tower = build_vision_tower(config)
+            self.vision_tower = [tower] if fsdp else tower
+        tower.load_model()
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", None) or "linear"
+        config.mm_hidden_size = tower.hidden_size
+
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(config)
+            if LlavaSettings.from_hf(config).image.merge == "spatial_unpad":
+                self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())
+        for parameter in self.mm_projector.parameters():  # LoRA may have frozen it
+            parameter.requires_grad = True
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if adapter is not None:
+            self._load_adapter(adapter)
+
+    def _load_adapter(self, path: str) -> None:
+        """Read a projector (and newline) that a pretraining run saved as mm_projector.bin."""
+        weights = read_adapter(path)
+        own = {f"mm_projector.{name}": tensor for name, tensor in self.mm_projector.state_dict().items()}
+        if getattr(self, "image_newline", None) is not None and any("image_newline" in name for name in weights):
+            own["image_newline"] = self.image_newline
+        found = {}
+        for name, tensor in weights.items():
+            short = next((key for key in own if name == key or name.endswith("." + key)), None)
+            if short is not None:
+                found[short] = tensor
+        for name, tensor in own.items():
+            if name not in found:
+                raise InputError(f"{path!r} has no tensor {name!r}, which the projector of this model needs")
+            if found[name].shape != tensor.shape:
+                raise InputError(
+                    f"{path!r}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in [*self.mm_projector.named_parameters(prefix="mm_projector")]:
+                tensor.copy_(found[name])
+            if "image_newline" in found:
+                self.image_newline.copy_(found["image_newline"])
+
+
+@lru_cache(maxsize=None)
+def with_vision(inner_class: type) -> type:
+    """An inner model's class with LlavaMetaModel before it."""
+    return type(f"Llava{inner_class.__name__}", (LlavaMetaModel, inner_class), {"__module__": __name__})
+
+
+class LlavaMetaForCausalLM:
+    """What a causal language model gains: images in `forward` and `generate`.
+
+    Put before the language model's class in the list of bases. The language model builds itself, whatever it is; then
+    its inner model becomes a `model_class` (left out: its own class plus LlavaMetaModel) and gets the vision modules.
+    torch's fully_shard changes the class of a built module in the same way: parameters and their names stay.
+    """
+
+    model_class: type | None = None
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        inner = self.get_model()
+        inner.__class__ = self.model_class or with_vision(type(inner))
+        inner.add_vision_modules()
+        # Once more, since transformers keeps what it learns here by class, and by the modules that are there.
+        inner.post_init()
+        self.post_init()
+
+    def get_model(self) -> Any:
+        """The inner model, which holds embeddings, layers, vision tower and projector."""
+        return getattr(self, self.base_model_prefix)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return self.get_model().get_vision_tower()
+
+    # Images to features.
+
+    def image_policy(self) -> ImagePolicy:
+        """How this model cuts pictures and joins their features, for `geometry.plan` and the image processor."""
+        tower, image = self.get_vision_tower(), LlavaSettings.from_hf(self.config).image
+        if tower is None:
+            raise InputError("this model has no vision tower, so it cannot look at images")
+        return ImagePolicy(
+            mode=image.mode,
+            tile_size=tower.tile_size,
+            patch_size=tower.tile_size // tower.num_patches_per_side,
+            pinpoints=image.pinpoints,
+            merge=image.merge,
+            cls_token=tower.has_class_feature,
+        )
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""
+        inner = self.get_model()
+        features = inner.get_vision_tower()(images)  # (N, P, V)
+        projector = inner.mm_projector
+        weight = next(projector.parameters(), features)
+        # A projector on quantized or sharded weights casts for itself; floating-point ones are met in their own dtype.
+        if weight.is_floating_point():
+            features = features.to(device=weight.device, dtype=weight.dtype)
+        return projector(features)
+
+    def _image_features(self, images: Tensor | Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
+        """One (n, D) tensor per image. A batch (N, 3, H, W) is plain tiles; a list or (N, tiles, 3, H, W) is merged."""
+        if isinstance(images, Tensor) and images.ndim == 4:
+            return list(self.encode_images(images))
+        tiles = [image[None] if image.ndim == 3 else image for image in images]
+        if not tiles:
+            return []
+        device = self.get_vision_tower().device
+        encoded = self.encode_images(torch.cat([image.to(device) for image in tiles]))
+        per_image = encoded.split([len(image) for image in tiles])
+        policy = self.image_policy()
+        if policy.merge == "flat":
+            return [features.flatten(0, 1) for features in per_image]
+        if image_sizes is None or len(image_sizes) != len(tiles):
+            given = "none" if image_sizes is None else len(image_sizes)
+            raise InputError(
+                f"mm_patch_merge_type {policy.merge!r} needs image_sizes for {len(tiles)} images, got {given}"
+            )
+        newline = getattr(self.get_model(), "image_newline", None)
+        return [
+            merge_tiles(features, plan(size, policy, num_tiles=len(features)), newline)
+            for features, size in zip(per_image, image_sizes, strict=True)
+        ]
+
+    # Features into the sequence.
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Tensor | Sequence[Tensor] | None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+        """Exchange ids for embeddings in which each -200 has become its image's features.
+
+        Returns `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. With nothing to
+        exchange (no images, no tower, or a decoding step of one token) the arguments come back with `inputs_embeds`
+        None; otherwise `input_ids` is None, and what was None of the mask, positions and labels stays None. Rows are
+        padded on `config.tokenizer_padding_side`. Training rows longer than `config.tokenizer_model_max_length` keep
+        their beginning, with a warning; a prompt that long is an error, since its end is the question.
+        """
+        if images is None or self.get_vision_tower() is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        settings = LlavaSettings.from_hf(self.config)
+        batch = self._splice_batch(
+            input_ids, attention_mask, labels, images, image_sizes, side=settings.padding_side, settings=settings
+        )
+        return (
+            None,
+            None if position_ids is None else batch.positions,
+            None if attention_mask is None else batch.mask.to(attention_mask.dtype),
+            past_key_values,
+            batch.embeds,
+            batch.labels,
+        )
+
+    def _splice_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Tensor | Sequence[Tensor],
+        image_sizes: Any,
+        *,
+        side: str,
+        settings: LlavaSettings,
+    ) -> PaddedBatch:
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        features = self._image_features(images, image_sizes)
+        spliced = splice(input_ids, valid, features, self.get_input_embeddings(), labels=labels)
+        longest, limit = max(spliced.lengths), settings.max_length
+        if limit is not None and longest > limit:
+            if labels is None:
+                raise InputError(
+                    f"the prompt is {longest} tokens long with its image features, but this model's limit "
+                    f"(tokenizer_model_max_length) is {limit}; shorten the text or give fewer or smaller images"
+                )
+            num_long = sum(length > limit for length in spliced.lengths)
+            logger.warning(
+                "%d of %d training rows are longer than tokenizer_model_max_length=%d (longest %d) and lose their end",
+                num_long, len(spliced.lengths), limit, longest,
+            )  # fmt: skip
+        return pad(spliced, side=side, max_length=limit)
+
+    # The two calls that outside code makes.
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's forward, with `images` (and their `(width, height)` sizes) for the -200 in `input_ids`."""
+        if inputs_embeds is None and input_ids is not None:
+            if images is None and input_ids.shape[1] > 1:
+                self._refuse_marks_without_images(input_ids)
+            (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+            )
+            if (
+                position_ids is None
+                and attention_mask is not None
+                and LlavaSettings.from_hf(self.config).padding_side == "left"
+            ):
+                # Models with absolute positions would else count the padding before a row.
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        given = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **{name: value for name, value in given.items() if value is not None},
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` for prompts with images; gives the new tokens only.
+
+        `inputs` (or `input_ids`) has -200 for each image. Rows are padded on the left whatever the config says, since
+        new tokens follow the end of a row.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if "inputs_embeds" in kwargs:
+            raise InputError(
+                "generate takes token ids and images, not inputs_embeds; call the language model for those"
+            )
+        if input_ids is None:
+            raise InputError("generate needs token ids as its first argument")
+        kwargs.pop("position_ids", None)  # counted from the mask by transformers
+        if not kwargs.get("do_sample", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("temperature", "top_p", "top_k")}
+        input_ids = input_ids.to(self.device)
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = self._mask_of_padding(input_ids, kwargs)
+        if images is None:
+            self._refuse_marks_without_images(input_ids)
+            images = []
+        settings = LlavaSettings.from_hf(self.config)
+        batch = self._splice_batch(
+            input_ids, attention_mask.to(self.device), None, images, image_sizes, side="left", settings=settings
+        )
+        return super().generate(inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), **kwargs)
+
+    def _mask_of_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """As transformers does for ids: padding is a pad token that is not also an end token; a single row has none."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad_id = kwargs.get("pad_token_id", config.pad_token_id)
+        ends = kwargs.get("eos_token_id", config.eos_token_id)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if len(input_ids) == 1 or pad_id is None or pad_id in ends:
+            return torch.ones_like(input_ids)
+        return input_ids.ne(pad_id).long()
+
+    def _refuse_marks_without_images(self, input_ids: Tensor) -> None:
+        lowest = int(input_ids.min()) if input_ids.numel() else 0
+        if lowest < 0:
+            raise InputError(f"the prompt has an <image> mark (id {lowest}), but no images were given")
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Add the marker tokens that training asks for, and give their embeddings a sensible start.
+
+        `<im_start>` and `<im_end>` begin as the mean of all older rows, in and out. With `tune_mm_mlp_adapter` only the
+        input embeddings train; with a pretrained adapter they come from its file.
+        """
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if model_args.mm_use_im_start_end:
+            num_new = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
+            if num_new:
+                for table in tables:
+                    table.data[-num_new:] = table.data[:-num_new].mean(dim=0, keepdim=True)
+            if model_args.tune_mm_mlp_adapter:
+                self.get_input_embeddings().requires_grad_(True)
+                self.get_output_embeddings().requires_grad_(False)
+            if model_args.pretrain_mm_mlp_adapter and num_new:
+                self._load_marker_rows(model_args.pretrain_mm_mlp_adapter, num_new)
+        elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
+            self.get_input_embeddings().requires_grad_(False)
+            self.get_output_embeddings().requires_grad_(False)
+
+    def _load_marker_rows(self, path: str, num_new: int) -> None:
+        table = self.get_input_embeddings().weight
+        saved = next((rows for name, rows in read_adapter(path).items() if name.endswith("embed_tokens.weight")), None)
+        if saved is None:
+            raise InputError(f"{path!r} has no embed_tokens.weight, which mm_use_im_start_end takes its new rows from")
+        if saved.shape not in (table.shape, (num_new, table.shape[1])):
+            raise InputError(
+                f"{path!r}: embed_tokens.weight has shape {tuple(saved.shape)}, expected "
+                f"{tuple(table.shape)} or {(num_new, table.shape[1])}"
+            )
+        table.data[-num_new:] = saved[-num_new:].to(table)
+
+
+def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
+    """Join one image's tiles (tiles, P, D) as its layout says -> (num_features, D).
+
+    The overview comes first. The other tiles are laid side by side as they lie in the picture, read by rows; where the
+    layout crops padding away, each row of features ends in the learned newline.
+    """
+    overview, tiles = features[0], features[1:]
+    if layout.num_newlines:
+        assert newline is not None, "a layout with newlines needs image_newline"
+        newline = newline.to(features)
+    if layout.tile_grid is None:
+        parts = [features.flatten(0, 1)] + ([newline[None]] if layout.num_newlines else [])
+    else:
+        rows, cols = layout.tile_grid
+        side, width = layout.feature_grid.rows // rows, features.shape[-1]
+        grid = tiles.reshape(rows, cols, side, side, width)
+        if layout.num_newlines:
+            crop = layout.crop
+            grid = grid.transpose(1, 2).reshape(*layout.feature_grid, width)
+            grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
+            grid = torch.cat([grid, newline.expand(grid.shape[0], 1, width)], dim=1)
+        else:
+            grid = grid.transpose(1, 2)
+        parts = [overview, grid.reshape(-1, width)]
+    merged = torch.cat(parts)
+    if len(merged) != layout.num_features:
+        raise ValueError(
+            f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
+        )
+    return merged
+
+
+def read_adapter(path: str) -> dict[str, Tensor]:
+    """The tensors of a projector file, .bin or .safetensors."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path!r} to take the projector from (pretrain_mm_mlp_adapter)")
+    file = Path(path)
+    with open_tensors(file) as tensor:
+        return {name: tensor(name) for name in read_headers(file)}

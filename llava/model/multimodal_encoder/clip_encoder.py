@@ -1,0 +1,224 @@
+"""Vision towers over transformers' CLIPVisionModel, with one scale (CLIPVisionTower) or several (CLIPVisionTowerS2).
+
+In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden layer.
+The image processor is in image_processor.py; which tower a checkpoint means is decided in builder.py.
+
+    N tiles, P patches per tile, V width of the tower, S scales
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava.errors import InputError
+from llava.model.config import LlavaSettings
+from llava.model.multimodal_encoder.image_processor import ClipImageProcessor
+
+
+class VisionModel(nn.Module):
+    """A transformers vision model under the parameter names of published LLaVA weights.
+
+    Those have a level `vision_model.` that transformers 5 dropped from its classes. Calls and attributes pass through.
+    """
+
+    def __init__(self, vision_model: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+
+    @property
+    def config(self) -> Any:
+        return self.vision_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.vision_model(*args, **kwargs)
+
+
+class CLIPVisionTower(nn.Module):
+    """A CLIP image encoder and the choice of its layer.
+
+    `vision_tower` is a folder (or hub name) with config.json and preprocessor_config.json. With `delay_load` only the
+    config is read, and `load_model()` brings the weights later. `build_model()` makes the module without reading weights,
+    for a checkpoint that holds the tower's weights itself.
+    """
+
+    has_class_token = True  # whether hidden states begin with one for the whole tile
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+        super().__init__()
+        settings = LlavaSettings.from_hf(args).vision
+        self.vision_tower_name = vision_tower
+        self.select_layer = settings.select_layer
+        self.select_feature = settings.select_feature
+        self.cfg_only = self.read_config(vision_tower)
+        self.image_processor = self.read_image_processor(vision_tower)
+        self.is_loaded = False
+        self.vision_tower: VisionModel | None = None
+        if not delay_load:
+            self.load_model()
+
+    # What differs between families of towers.
+
+    def read_config(self, name: str) -> Any:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig.from_pretrained(name)
+
+    def model_class(self) -> Any:
+        from transformers import CLIPVisionModel
+
+        return CLIPVisionModel
+
+    def read_image_processor(self, name: str) -> ClipImageProcessor:
+        return ClipImageProcessor.from_pretrained(name)
+
+    # The same for all of them.
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Read the tower's own weights; a tower that is loaded already stays as it is."""
+        if self.is_loaded:
+            return
+        model = self.model_class().from_pretrained(self.vision_tower_name, device_map=device_map)
+        self._adopt(model)
+
+    def build_model(self) -> None:
+        """Make the module on the current default device with whatever numbers are there, for weights that follow."""
+        if not self.is_loaded:
+            self._adopt(self.model_class()(self.cfg_only))
+
+    def _adopt(self, model: nn.Module) -> None:
+        self.vision_tower = VisionModel(model)
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """The chosen layer's hidden states, without the class feature unless `cls_patch` asks for it."""
+        states = image_forward_outs.hidden_states
+        if not -len(states) <= self.select_layer < len(states):
+            raise InputError(
+                f"mm_vision_select_layer is {self.select_layer}, but the tower has {len(states)} hidden states "
+                f"(-{len(states)} to {len(states) - 1})"
+            )
+        features = states[self.select_layer]  # (N, 1 + P, V), or (N, P, V) from a family without a class feature
+        if self.select_feature == "patch":
+            return features[:, 1:] if self.has_class_token else features
+        if self.select_feature == "cls_patch" and self.has_class_token:
+            return features
+        known = "patch, cls_patch" if self.has_class_token else "patch"
+        raise InputError(f"unknown mm_vision_select_feature {self.select_feature!r} for this tower; known: {known}")
+
+    def forward_feature(self, images: Tensor) -> Tensor:
+        """Features of one batch of tiles, (N, 3, H, W) -> (N, P, V)."""
+        assert self.vision_tower is not None, "the tower's weights were not loaded"
+        image_forward_outs = self.vision_tower(
+            images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
+        )
+        return self.feature_select(image_forward_outs)
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Features of a batch; a list of single images gives a list, as callers of the original expect."""
+        # A frozen tower keeps no activations, whatever the caller's gradient mode is.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            if isinstance(images, list):
+                return [self.forward_feature(image.unsqueeze(0)) for image in images]
+            return self.forward_feature(images)
+
+    @property
+    def trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def config(self) -> Any:
+        return self.vision_tower.config if self.vision_tower is not None else self.cfg_only
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype if self.vision_tower is not None else torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device if self.vision_tower is not None else torch.device("cpu")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels per side of what the tower is given."""
+        return self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+    @property
+    def has_class_feature(self) -> bool:
+        """Whether the features that come out begin with one for the whole tile."""
+        return self.select_feature == "cls_patch"
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+class CLIPVisionTowerS2(CLIPVisionTower):
+    """The same encoder at several scales, concatenated feature by feature: (N, P, S * V).
+
+    Scaling on Scales (Shi et al., 2024, arXiv:2403.13043): each larger scale is cut into pieces of the smallest scale's
+    size, the pieces' feature maps are laid side by side again and averaged down to the smallest scale's grid.
+    """
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+        self.s2_scales = LlavaSettings.from_hf(args).vision.s2_scales
+        super().__init__(vision_tower, args, delay_load)
+        if self.s2_scales[0] != self.cfg_only.image_size:
+            raise InputError(
+                f"s2_scales begins with {self.s2_scales[0]} pixels, but the tower {vision_tower!r} takes "
+                f"{self.cfg_only.image_size}"
+            )
+
+    def read_image_processor(self, name: str) -> ClipImageProcessor:
+        return super().read_image_processor(name).with_side(self.s2_scales[-1])
+
+    def forward_feature(self, images: Tensor) -> Tensor:
+        if self.select_feature != "patch":
+            raise InputError("a multi-scale tower has no class feature; use mm_vision_select_feature 'patch'")
+        return torch.cat([self._features_at(images, scale) for scale in self.s2_scales], dim=-1)
+
+    def _features_at(self, images: Tensor, scale: int) -> Tensor:
+        """(N, 3, H, W) at one scale -> (N, P, V) on the smallest scale's grid."""
+        piece, pieces = self.s2_scales[0], scale // self.s2_scales[0]
+        side = self.num_patches_per_side
+        # Resampled in float32: bicubic weights in half precision move features visibly.
+        pixels = F.interpolate(images.float(), size=(scale, scale), mode="bicubic").to(images.dtype)
+        num_images = pixels.shape[0]
+        pixels = pixels.reshape(num_images, 3, pieces, piece, pieces, piece).permute(2, 4, 0, 1, 3, 5)
+        features = super().forward_feature(pixels.reshape(-1, 3, piece, piece))  # (pieces² N, P, V)
+        grid = features.reshape(pieces, pieces, num_images, side, side, -1).permute(2, 5, 0, 3, 1, 4)
+        grid = grid.reshape(num_images, -1, pieces * side, pieces * side)  # (N, V, rows, cols)
+        grid = F.interpolate(grid.float(), size=(side, side), mode="area").to(features.dtype)
+        return grid.flatten(2).transpose(1, 2)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size * len(self.s2_scales)
+
+    @property
+    def tile_size(self) -> int:
+        return self.s2_scales[-1]

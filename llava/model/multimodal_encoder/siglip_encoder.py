@@ -1,0 +1,23 @@
+"""Vision tower over transformers' SiglipVisionModel: as CLIPVisionTower, without a class feature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+
+class SigLipVisionTower(CLIPVisionTower):
+    """A SigLIP image encoder; every hidden state is a patch, so `select_feature` can only be `patch`."""
+
+    has_class_token = False
+
+    def read_config(self, name: str) -> Any:
+        from transformers import SiglipVisionConfig
+
+        return SiglipVisionConfig.from_pretrained(name)
+
+    def model_class(self) -> Any:
+        from transformers import SiglipVisionModel
+
+        return SiglipVisionModel

@@ -1,0 +1,67 @@
+"""Projectors: the layers that turn the vision tower's features into the language model's embeddings.
+
+In: a config with `mm_projector_type`, `mm_hidden_size` (V, the tower's width) and `hidden_size` (D, the text width).
+Out: a module from (..., V) to (..., D). The parameter names (`0.weight`, `2.weight`, …) are those of published weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from llava.errors import InputError
+
+
+class IdentityMap(nn.Module):
+    """Passes features through unchanged, for a tower that is as wide as the language model."""
+
+    def forward(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        return features
+
+    @property
+    def config(self) -> dict[str, str]:
+        return {"mm_projector_type": "identity"}
+
+
+def linear(vision_dim: int, text_dim: int) -> nn.Module:
+    return nn.Linear(vision_dim, text_dim)
+
+
+def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
+    """`depth` linear layers with a GELU between each two; the first changes the width."""
+    layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
+    return nn.Sequential(*layers)
+
+
+def identity(vision_dim: int, text_dim: int) -> nn.Module:
+    if vision_dim != text_dim:
+        raise InputError(
+            f"mm_projector_type 'identity' needs a tower as wide as the language model, "
+            f"but mm_hidden_size is {vision_dim} and hidden_size is {text_dim}; use 'linear' or 'mlp2x_gelu'"
+        )
+    return IdentityMap()
+
+
+PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "identity": identity}
+
+# A family beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
+MLP_NAME = re.compile(r"mlp([1-9]\d*)x_gelu")
+
+
+def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any) -> nn.Module:
+    """Build the projector that a config names; `delay_load` is accepted because callers pass it, and changes nothing."""
+    name = getattr(config, "mm_projector_type", None) or "linear"
+    vision_dim, text_dim = getattr(config, "mm_hidden_size", None), config.hidden_size
+    if vision_dim is None:
+        raise InputError("the config has no mm_hidden_size (width of the vision tower), so no projector can be built")
+    if match := MLP_NAME.fullmatch(name):
+        return mlp(vision_dim, text_dim, depth=int(match[1]))
+    if name not in PROJECTORS:
+        known = ", ".join([*PROJECTORS, "mlp<N>x_gelu"])
+        raise InputError(f"unknown mm_projector_type {name!r}; known: {known}")
+    return PROJECTORS[name](vision_dim, text_dim)
