@@ -28,3 +28,9 @@ def require_golden(rel: str) -> Path:
     if not path.exists():
         pytest.skip(f"{rel} is not among the recordings kept here; set LLAVA_GOLDEN to the folder that holds it")
     return path
+
+
+def fullest(rel: str) -> Path:
+    """The complete recording in the LLAVA_GOLDEN folder where there is one, else the trimmed copy kept here."""
+    full = Path(os.environ["LLAVA_GOLDEN"]) / rel if os.environ.get("LLAVA_GOLDEN") else None
+    return full if full is not None and full.exists() else HERE / rel

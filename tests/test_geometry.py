@@ -9,6 +9,7 @@ import sys
 from fractions import Fraction
 
 import pytest
+from golden_data import golden
 
 from llava.errors import InputError
 from llava.geometry import (
@@ -25,7 +26,6 @@ from llava.geometry import (
     tile_boxes,
     unpad_box,
 )
-from tests.golden_data import golden
 
 TABLES = json.loads(golden("images/size_tables.json").read_text())
 COUNTS = json.loads(golden("images/feature_counts.json").read_text())
@@ -141,7 +141,8 @@ def test_unpad_box_is_what_cropping_does() -> None:
         grid = [[(row, col) for col in range(cols)] for row in range(rows)]
         kept = [line[crop.col_start : crop.col_stop] for line in grid[crop.row_start : crop.row_stop]]
         assert (len(kept), sum(map(len, kept))) == (crop.rows, crop.rows * crop.cols)
-        assert crop.row_start + crop.row_stop == rows and crop.col_start + crop.col_stop == cols
+        assert crop.row_start + crop.row_stop == rows
+        assert crop.col_start + crop.col_stop == cols
         exact = size.height * Fraction(cols, size.width) if crop.cols == cols else None
         if exact is not None and crop.rows != rows:  # the truncation may cost one row, the halving add one
             assert int(exact) - 1 <= crop.rows <= int(exact) + 1

@@ -1,8 +1,9 @@
 """Composition: a vision tower and a projector beside any causal language model of transformers.
 
 In: token ids with -200 for each image, and pixels. Out: the same batch as embeddings, with attention mask, positions and
-labels to match. Which features an image has is arithmetic (geometry.py), putting them into the sequence is splice.py,
-what differs from one language model to another is in language_model/.
+labels to match. How many features an image has is arithmetic (geometry.py), joining its tiles' features is merge.py,
+putting them into the sequence is splice.py, projector files are read by adapter.py, and what differs from one language
+model to another is in language_model/.
 
     N tiles, P patches per tile, V width of the tower, D text width, B rows, L tokens before and T after the splice
 """
@@ -12,8 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
-from llava.geometry import ImageLayout, ImagePolicy, plan
+from llava.geometry import ImagePolicy, plan
+from llava.model.adapter import load_marker_rows, load_projector
 from llava.model.config import LlavaSettings
+from llava.model.merge import merge_tiles
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import PaddedBatch, pad, splice
-from llava.model.weight_files import open_tensors, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -87,34 +88,10 @@ class LlavaMetaModel:
             parameter.requires_grad = True
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
         if adapter is not None:
-            self._load_adapter(adapter)
-
-    def _load_adapter(self, path: str) -> None:
-        """Read a projector (and newline) that a pretraining run saved as mm_projector.bin."""
-        weights = read_adapter(path)
-        own = {f"mm_projector.{name}": tensor for name, tensor in self.mm_projector.state_dict().items()}
-        if getattr(self, "image_newline", None) is not None and any("image_newline" in name for name in weights):
-            own["image_newline"] = self.image_newline
-        found = {}
-        for name, tensor in weights.items():
-            short = next((key for key in own if name == key or name.endswith("." + key)), None)
-            if short is not None:
-                found[short] = tensor
-        for name, tensor in own.items():
-            if name not in found:
-                raise InputError(f"{path!r} has no tensor {name!r}, which the projector of this model needs")
-            if found[name].shape != tensor.shape:
-                raise InputError(
-                    f"{path!r}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-                )
-        with torch.no_grad():
-            for name, tensor in [*self.mm_projector.named_parameters(prefix="mm_projector")]:
-                tensor.copy_(found[name])
-            if "image_newline" in found:
-                self.image_newline.copy_(found["image_newline"])
+            load_projector(self, adapter)
 
 
-@lru_cache(maxsize=None)
+@cache
 def with_vision(inner_class: type) -> type:
     """An inner model's class with LlavaMetaModel before it."""
     return type(f"Llava{inner_class.__name__}", (LlavaMetaModel, inner_class), {"__module__": __name__})
@@ -383,60 +360,7 @@ class LlavaMetaForCausalLM:
                 self.get_input_embeddings().requires_grad_(True)
                 self.get_output_embeddings().requires_grad_(False)
             if model_args.pretrain_mm_mlp_adapter and num_new:
-                self._load_marker_rows(model_args.pretrain_mm_mlp_adapter, num_new)
+                load_marker_rows(self.get_input_embeddings().weight, model_args.pretrain_mm_mlp_adapter, num_new)
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)
-
-    def _load_marker_rows(self, path: str, num_new: int) -> None:
-        table = self.get_input_embeddings().weight
-        saved = next((rows for name, rows in read_adapter(path).items() if name.endswith("embed_tokens.weight")), None)
-        if saved is None:
-            raise InputError(f"{path!r} has no embed_tokens.weight, which mm_use_im_start_end takes its new rows from")
-        if saved.shape not in (table.shape, (num_new, table.shape[1])):
-            raise InputError(
-                f"{path!r}: embed_tokens.weight has shape {tuple(saved.shape)}, expected "
-                f"{tuple(table.shape)} or {(num_new, table.shape[1])}"
-            )
-        table.data[-num_new:] = saved[-num_new:].to(table)
-
-
-def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
-    """Join one image's tiles (tiles, P, D) as its layout says -> (num_features, D).
-
-    The overview comes first. The other tiles are laid side by side as they lie in the picture, read by rows; where the
-    layout crops padding away, each row of features ends in the learned newline.
-    """
-    overview, tiles = features[0], features[1:]
-    if layout.num_newlines:
-        assert newline is not None, "a layout with newlines needs image_newline"
-        newline = newline.to(features)
-    if layout.tile_grid is None:
-        parts = [features.flatten(0, 1)] + ([newline[None]] if layout.num_newlines else [])
-    else:
-        rows, cols = layout.tile_grid
-        side, width = layout.feature_grid.rows // rows, features.shape[-1]
-        grid = tiles.reshape(rows, cols, side, side, width)
-        if layout.num_newlines:
-            crop = layout.crop
-            grid = grid.transpose(1, 2).reshape(*layout.feature_grid, width)
-            grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
-            grid = torch.cat([grid, newline.expand(grid.shape[0], 1, width)], dim=1)
-        else:
-            grid = grid.transpose(1, 2)
-        parts = [overview, grid.reshape(-1, width)]
-    merged = torch.cat(parts)
-    if len(merged) != layout.num_features:
-        raise ValueError(
-            f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
-        )
-    return merged
-
-
-def read_adapter(path: str) -> dict[str, Tensor]:
-    """The tensors of a projector file, .bin or .safetensors."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path!r} to take the projector from (pretrain_mm_mlp_adapter)")
-    file = Path(path)
-    with open_tensors(file) as tensor:
-        return {name: tensor(name) for name in read_headers(file)}

@@ -1,0 +1,45 @@
+"""Join the features of one image's tiles into one sequence, as its layout says.
+
+In: features per tile, an `ImageLayout` (geometry.py). Out: the image's features in the order the language model reads.
+
+    P patches per tile, D width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.geometry import ImageLayout
+
+
+def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
+    """Join one image's tiles (tiles, P, D) as its layout says -> (num_features, D).
+
+    The overview comes first. The other tiles are laid side by side as they lie in the picture, read by rows; where the
+    layout crops padding away, each row of features ends in the learned newline.
+    """
+    overview, tiles = features[0], features[1:]
+    if layout.num_newlines:
+        assert newline is not None, "a layout with newlines needs image_newline"
+        newline = newline.to(features)
+    if layout.tile_grid is None:
+        parts = [features.flatten(0, 1)] + ([newline[None]] if layout.num_newlines else [])
+    else:
+        rows, cols = layout.tile_grid
+        side, width = layout.feature_grid.rows // rows, features.shape[-1]
+        grid = tiles.reshape(rows, cols, side, side, width)
+        if layout.num_newlines:
+            crop = layout.crop
+            grid = grid.transpose(1, 2).reshape(*layout.feature_grid, width)
+            grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
+            grid = torch.cat([grid, newline.expand(grid.shape[0], 1, width)], dim=1)
+        else:
+            grid = grid.transpose(1, 2)
+        parts = [overview, grid.reshape(-1, width)]
+    merged = torch.cat(parts)
+    if len(merged) != layout.num_features:
+        raise ValueError(
+            f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
+        )
+    return merged
