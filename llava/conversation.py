@@ -1,0 +1,416 @@
+"""Conversations: who said what, and how a template renders it as a prompt.
+
+In: turns (role, text), a text possibly with an image. Out: the prompt as one string (`get_prompt`), or the same text
+cut into spans that say which characters a model is trained to produce (`spans`). Joined, the spans are the prompt.
+
+The templates are data in conversation_templates.py; turning spans into ids and labels is processor.py's work. This file
+imports neither torch nor an image library: pictures are touched only by the methods that a web page needs.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from io import BytesIO
+from typing import Any, NamedTuple
+
+from llava.conversation_templates import DEFAULT_NAME, NAMES, TEMPLATES
+from llava.errors import InputError
+
+_IMAGE_MARK = "<image>"
+_Record = dict[str, Any]
+_PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training pictures
+
+
+class SeparatorStyle(IntEnum):
+    """How a template puts system text, roles, messages and separators together."""
+
+    SINGLE = 1  # one separator after every turn
+    TWO = 2  # one separator after a question, another after an answer
+    MPT = 3  # roles carry their own markup
+    PLAIN = 4  # no roles: a picture and its caption
+    LLAMA_2 = 5  # [INST] ... [/INST]
+    CHATML = 6  # <|im_start|>role, each turn on lines of its own
+
+
+class Span(NamedTuple):
+    """A stretch of the prompt; `trained` says whether the model should learn to write it."""
+
+    text: str
+    trained: bool
+
+
+class Turn(NamedTuple):
+    role: str
+    text: str | None  # None: not answered yet
+    is_answer: bool
+
+
+@dataclass
+class Conversation:
+    """Turns of a dialogue and the template that renders them.
+
+    A message is a text, None for an answer still to come, or a tuple (text, image, image process mode).
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: list[list[Any]]
+    offset: int  # how many messages the template brought along; web pages do not show them
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def append_message(self, role: str, message: Any) -> None:
+        self.messages.append([role, message])
+
+    def get_prompt(self) -> str:
+        """The dialogue as the text that the model reads; it ends where the next answer begins."""
+        return "".join(span.text for span in self.spans())
+
+    def spans(self, *, keep_empty_answers: bool = False) -> list[Span]:
+        """The prompt cut into stretches to be trained on and not: an answer and its end mark are trained.
+
+        An answer of "" renders like None, an answer not given yet, since outside code opens a turn with either. With
+        `keep_empty_answers` it renders as an answer without text, end mark included.
+        """
+        turns = [
+            turn._replace(text=None) if turn.text == "" and not (keep_empty_answers and turn.is_answer) else turn
+            for turn in self._turns()
+        ]
+        return [span for span in _STYLES[self.sep_style].render(self, turns) if span.text]
+
+    def _turns(self) -> list[Turn]:
+        """Messages as plain text, with the mark of a picture in the first one where the template wants it."""
+        messages = [(role, message) for role, message in self.messages]
+        if messages and isinstance(messages[0][1], tuple):
+            role, (text, *_) = messages[0]
+            text = text.replace(_IMAGE_MARK, "").strip()
+            if "mmtag" in self.version:
+                messages[0] = (role, text)
+                messages.insert(0, (self.roles[0], f"<Image>{_IMAGE_MARK}</Image>"))
+                messages.insert(1, (self.roles[1], "Received."))
+            else:
+                messages[0] = (role, f"{_IMAGE_MARK}\n{text}")
+        same_roles = self.roles[0] == self.roles[1]
+        return [
+            Turn(role, _text_of(message), index % 2 == 1 if same_roles else role == self.roles[1])
+            for index, (role, message) in enumerate(messages)
+        ]
+
+    def with_system(self, text: str) -> Conversation:
+        """A copy whose system text is `text`; markup that the template puts before its own system text stays."""
+        head, mark, _ = self.system.partition("<|im_start|>system\n")
+        needs_markup = self.sep_style in (SeparatorStyle.MPT, SeparatorStyle.CHATML)
+        copy = self.copy()
+        copy.system = f"{head if mark else ''}<|im_start|>system\n{text}" if needs_markup else text
+        return copy
+
+    def copy(self) -> Conversation:
+        return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
+
+    def dict(self) -> _Record:
+        """What a web page posts: the fields of the template and the messages, pictures left out.
+
+        A dialogue that shows no picture is given as it is, whatever the template's own messages hold.
+        """
+        shows_picture = any(isinstance(message, tuple) for _, message in self._questions())
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [[role, _text_of(message) if shows_picture else message] for role, message in self.messages],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+    # Pictures, for web pages
+
+    def get_images(self, return_pil: bool = False) -> list[Any]:
+        """Pictures of the human's turns, each prepared as its message asks, as PNG in base64 or as PIL images."""
+        return [
+            self.process_image(message[1], message[2], return_pil=return_pil)
+            for _, message in self._questions()
+            if isinstance(message, tuple)
+        ]
+
+    def _questions(self) -> list[list[Any]]:
+        return self.messages[self.offset :: 2]
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """Rows of [question, answer] for a chat window; a picture becomes an HTML tag before its question."""
+        rows: list[list[str | None]] = []
+        for index, (_, message) in enumerate(self.messages[self.offset :]):
+            if index % 2 == 1:
+                rows[-1][-1] = message
+                continue
+            if isinstance(message, tuple):
+                text, image, _ = message
+                jpeg = self.process_image(image, "Default", image_format="JPEG")
+                tag = f'<img src="data:image/jpeg;base64,{jpeg}" alt="user upload image" />'
+                message = tag + text.replace(_IMAGE_MARK, "").strip()
+            rows.append([message, None])
+        return rows
+
+    def process_image(
+        self,
+        image: Any,
+        image_process_mode: str,
+        return_pil: bool = False,
+        image_format: str = "PNG",
+        max_len: int = 1344,
+        min_len: int = 672,
+    ) -> Any:
+        """A picture made fit for sending: padded or stretched as the mode says, then reduced if too large."""
+        if image_process_mode not in _IMAGE_MODES:
+            known = ", ".join(_IMAGE_MODES)
+            raise InputError(f"Invalid image_process_mode: {image_process_mode}; known modes are {known}.")
+        image = _reduce(_IMAGE_MODES[image_process_mode](image), max_len, min_len)
+        if return_pil:
+            return image
+        buffer = BytesIO()
+        if image_format == "JPEG" and image.mode not in ("RGB", "L"):  # the format knows no transparency
+            image = image.convert("RGB")
+        image.save(buffer, format=image_format)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _text_of(message: Any) -> str | None:
+    return message[0] if isinstance(message, tuple) else message
+
+
+# Rendering: one function per style, from turns to spans.
+
+
+def _render_single(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    return _render_named(conv, turns, (conv.sep, conv.sep))
+
+
+def _render_two(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    return _render_named(conv, turns, (conv.sep, conv.sep2 or ""))
+
+
+def _render_named(conv: Conversation, turns: list[Turn], separators: tuple[str, str]) -> list[Span]:
+    spans = [Span(conv.system + separators[0], False)]
+    for index, (role, text, is_answer) in enumerate(turns):
+        spans.append(Span(f"{role}:", False))
+        if text is not None:
+            # The space belongs to the answer: tokenizers glue it to the first word.
+            spans.append(Span(f" {text}{separators[index % 2]}", is_answer))
+    return spans
+
+
+def _render_mpt(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    spans = [Span(conv.system + conv.sep, False)]
+    for role, text, is_answer in turns:
+        spans.append(Span(role, False))
+        if text is not None:
+            spans.append(Span(text + conv.sep, is_answer))
+    return spans
+
+
+def _render_chatml(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    spans = [Span(f"{conv.system}{conv.sep}\n", False)] if conv.system else []
+    for role, text, is_answer in turns:
+        spans.append(Span(f"{role}\n", False))
+        if text is not None:
+            spans += [Span(text + conv.sep, is_answer), Span("\n", False)]
+    return spans
+
+
+def _render_llama_2(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    if turns and turns[0].role != conv.roles[0]:
+        raise InputError(
+            f"first message should come from user: this template starts with {conv.roles[0]!r}, not {turns[0].role!r}."
+        )
+    if turns and turns[0].text is None:
+        raise InputError("first message should not be none: this template needs a question before an answer.")
+    system = f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n" if conv.system else ""
+    spans: list[Span] = []
+    for index, (_, text, is_answer) in enumerate(turns):
+        if text is None:
+            continue
+        if index % 2 == 0:
+            opening = f"[INST] {system}" if index == 0 else f"{conv.sep}[INST] "
+            spans.append(Span(f"{opening}{text} [/INST]", False))
+        else:
+            spans.append(Span(f" {text} {conv.sep2 or ''}", is_answer))
+    return spans
+
+
+def _render_plain(conv: Conversation, turns: list[Turn]) -> list[Span]:
+    spans = [Span(conv.system, False)]
+    for index, (_, text, is_answer) in enumerate(turns):
+        if text is not None:
+            end = conv.sep if index % 2 == 0 or conv.sep2 is None else conv.sep2
+            spans.append(Span(text + end, is_answer))
+    return spans
+
+
+class _Style(NamedTuple):
+    render: Callable[[Conversation, list[Turn]], list[Span]]
+    cli_stop: str  # name of the field whose text ends an answer, by the rule of the command line
+    web_stop: str  # ... by the rule of the web server
+    answer_end: str  # ... as the template really renders it
+
+
+_STYLES: dict[SeparatorStyle, _Style] = {
+    SeparatorStyle.SINGLE: _Style(_render_single, "sep", "sep", "sep"),
+    SeparatorStyle.TWO: _Style(_render_two, "sep2", "sep2", "sep2"),
+    SeparatorStyle.MPT: _Style(_render_mpt, "sep", "sep", "sep"),
+    SeparatorStyle.PLAIN: _Style(_render_plain, "sep", "sep2", "sep"),
+    SeparatorStyle.LLAMA_2: _Style(_render_llama_2, "sep", "sep2", "sep2"),
+    SeparatorStyle.CHATML: _Style(_render_chatml, "sep", "sep", "sep"),
+}
+
+
+def stop_string(conv: Conversation) -> str:
+    """The stop text that command-line programs hand to `KeywordsStoppingCriteria`."""
+    return getattr(conv, _STYLES[conv.sep_style].cli_stop)
+
+
+def web_stop_string(conv: Conversation) -> str | None:
+    """The stop text that the web server posts to a worker."""
+    return getattr(conv, _STYLES[conv.sep_style].web_stop)
+
+
+def answer_end(conv: Conversation) -> str:
+    """The text that ends an answer in this template, never empty: what a decoder should stop at."""
+    return getattr(conv, _STYLES[conv.sep_style].answer_end)
+
+
+# Pictures
+
+
+def _pad_to_square(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode not in ("RGB", "RGBA"):
+        image = image.convert("RGB")
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new(image.mode, (side, side), _PAD_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+_IMAGE_MODES: dict[str, Callable[[Any], Any]] = {
+    "Pad": _pad_to_square,
+    "Default": lambda image: image,
+    "Crop": lambda image: image,
+    "Resize": lambda image: image.resize((336, 336)),
+}
+
+
+def _reduce(image: Any, max_len: int, min_len: int) -> Any:
+    """Scale a picture down so that its short side is at most `min_len` and its long side at most `max_len`."""
+    width, height = image.size
+    if max(width, height) <= max_len:
+        return image
+    ratio = max(width, height) / min(width, height)
+    short = int(min(max_len / ratio, min_len, min(width, height)))
+    long = int(short * ratio)
+    if short < 1:
+        raise InputError(
+            f"height and width must be > 0: a {width} x {height} picture is too thin to be reduced to {max_len} pixels."
+        )
+    return image.resize((short, long) if height > width else (long, short))
+
+
+# Templates by name
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The template for model names that hold every word of `words` and none of `without`."""
+
+    template: str
+    words: tuple[str, ...] = ()
+    without: tuple[str, ...] = field(default=())
+
+
+def _matching(rules: tuple[_Rule, ...], model_name: str) -> str:
+    name = model_name.lower()
+    matches = (
+        rule.template
+        for rule in rules
+        if all(word in name for word in rule.words) and not any(word in name for word in rule.without)
+    )
+    return next(matches)
+
+
+_NAME_RULES = (
+    _Rule("qwen_1_5", ("qwen",)),
+    _Rule("llava_llama_2", ("llama-2",)),
+    _Rule("mistral_instruct", ("mistral",)),
+    _Rule("chatml_direct", ("v1.6-34b",)),
+    _Rule("llava_v1", ("v1",)),
+    _Rule("mpt", ("mpt",)),
+    _Rule("llava_v0"),
+)
+
+# The web server looks closer at the name. Two templates that it once named never existed: what those models speak
+# stands in their place (OpenOrca's Mistral and MPT's chat model both speak ChatML).
+_WEB_NAME_RULES = (
+    _Rule("qwen_1_5", ("qwen",)),
+    _Rule("llava_llama_2", ("llava", "llama-2")),
+    _Rule("chatml_direct", ("llava", "mistral", "orca")),
+    _Rule("chatml_direct", ("llava", "mistral", "hermes")),
+    _Rule("chatml_direct", ("llava", "mixtral", "hermes")),
+    _Rule("mistral_instruct", ("llava", "mistral")),
+    _Rule("mistral_instruct", ("llava", "mixtral")),
+    _Rule("chatml_direct", ("llava-v1.6-34b",)),
+    _Rule("v1_mmtag", ("llava", "v1", "mmtag")),
+    _Rule("v1_mmtag", ("llava", "v1", "plain"), without=("finetune",)),
+    _Rule("llava_v1", ("llava", "v1")),
+    _Rule("mpt", ("llava", "mpt")),
+    _Rule("v0_mmtag", ("llava", "mmtag")),
+    _Rule("v0_mmtag", ("llava", "plain"), without=("finetune",)),
+    _Rule("llava_v0", ("llava",)),
+    _Rule("mpt", ("mpt",)),
+    _Rule("llama_2", ("llama-2",)),
+    _Rule("vicuna_v1"),
+)
+
+
+def conv_mode_for_model_name(name: str) -> str:
+    """The template that command-line programs choose for a model of this name."""
+    return _matching(_NAME_RULES, name)
+
+
+def web_conv_mode_for_model_name(name: str) -> str:
+    """The template that the web server chooses for a model of this name."""
+    return _matching(_WEB_NAME_RULES, name)
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last folder of a path; a training checkpoint is called after its run as well."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]
+
+
+def _build(entry: dict[str, Any]) -> Conversation:
+    fields = {key: value for key, value in entry.items() if key not in ("style", "messages")}
+    messages = [[role, text] for role, text in entry.get("messages", ())]
+    return Conversation(sep_style=SeparatorStyle[entry["style"]], messages=messages, offset=len(messages), **fields)
+
+
+_BY_ENTRY = {name: _build(entry) for name, entry in TEMPLATES.items()}
+conv_templates: dict[str, Conversation] = {name: _BY_ENTRY[entry] for name, entry in NAMES.items()}
+default_conversation = conv_templates[DEFAULT_NAME]
+
+
+def get_template(name: str) -> Conversation:
+    """A fresh copy of a template, or one sentence that lists the names there are."""
+    if name not in conv_templates:
+        raise InputError(f"unknown conversation mode {name!r}; known modes are {', '.join(conv_templates)}.")
+    return conv_templates[name].copy()

@@ -1,0 +1,145 @@
+"""Turn a conversation and its images into model inputs.
+
+In: a Conversation (or a finished prompt) and PIL images. Out: ModelInputs: ids, labels, pixels, sizes and layouts, with
+the number of tokens that the model will see. Image arithmetic is in geometry.py, pixels are made in mm_utils.py,
+templates are data in conversation.py, and training samples become ids in labels.py, whose names are offered here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, Span
+from llava.errors import InputError
+from llava.geometry import ImageLayout, ImagePolicy, ImageSize, plan
+from llava.image_io import to_rgb
+from llava.labels import (
+    dialogue_spans,
+    encode_spans,
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+    wrapped_mark,
+)
+from llava.mm_utils import process_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava.model.config import LlavaSettings
+
+__all__ = [
+    "ModelInputs",
+    "Processor",
+    "dialogue_spans",
+    "encode_spans",
+    "image_mark",
+    "preprocess",
+    "preprocess_llama_2",
+    "preprocess_mpt",
+    "preprocess_multimodal",
+    "preprocess_plain",
+    "preprocess_v1",
+]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One sequence, ready for a model."""
+
+    input_ids: torch.Tensor  # (T,), -200 for each image
+    labels: torch.Tensor | None  # (T,), -100 where nothing is learned; None unless asked for
+    pixels: list[torch.Tensor]  # per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles
+    image_sizes: list[tuple[int, int]]  # per image (width, height)
+    layouts: list[ImageLayout]
+
+    @property
+    def images(self) -> torch.Tensor | list[torch.Tensor] | None:
+        """The pixels as the model takes them: one batch of single tiles, or a list where images are cut."""
+        if not self.pixels:
+            return None
+        if all(pixels.dim() == 3 for pixels in self.pixels):
+            return torch.stack(self.pixels)
+        return self.pixels
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(layout.num_features for layout in self.layouts)
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the sequence inside the model, where features stand in the place of each image's mark."""
+        return len(self.input_ids) - len(self.layouts) + self.num_image_tokens
+
+    def require_room(self, context_len: int, num_new_tokens: int = 1) -> None:
+        """Raise where the prompt leaves no room for `num_new_tokens` more in a context of `context_len`."""
+        if self.num_tokens + num_new_tokens > context_len:
+            raise InputError(
+                f"the prompt takes {self.num_tokens} tokens ({self.num_image_tokens} of them image features), which "
+                f"leaves no room for {num_new_tokens} more in a context of {context_len}; shorten the text or give "
+                "fewer images."
+            )
+
+
+class Processor:
+    """Makes ModelInputs for one model: its tokenizer, its image processor, and what its config says about images."""
+
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, config: LlavaSettings, *, policy: ImagePolicy | None = None
+    ) -> None:
+        """`policy` is the model's `image_policy()`: without it, inputs with images cannot be planned."""
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.policy = policy
+
+    @property
+    def image_mark(self) -> str:
+        return image_mark(self.config)
+
+    def __call__(
+        self, conversation: Conversation | str, images: Sequence[Image.Image] = (), *, with_labels: bool = False
+    ) -> ModelInputs:
+        spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
+        num_marks = sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans)
+        if num_marks != len(images):
+            raise InputError(
+                f"the prompt has {num_marks} {DEFAULT_IMAGE_TOKEN} marks but {len(images)} images were given; "
+                "put one mark for each image."
+            )
+        ids, labels = encode_spans(spans, self.tokenizer)
+        rgb = [to_rgb(image) for image in images]
+        sizes = [image.size for image in rgb]
+        return ModelInputs(
+            input_ids=torch.tensor(ids, dtype=torch.long),
+            labels=torch.tensor(labels, dtype=torch.long) if with_labels else None,
+            pixels=list(process_images(rgb, self.image_processor, self._image_config())),
+            image_sizes=sizes,
+            layouts=self.plan(sizes),
+        )
+
+    def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+        """The layouts of images of these sizes: how many tiles and features each becomes."""
+        if not sizes:
+            return []
+        if self.policy is None:
+            raise InputError("this processor does not know how its model lays images out; build it with policy=.")
+        return [plan(ImageSize(*size), self.policy) for size in sizes]
+
+    def _image_config(self) -> SimpleNamespace:
+        image = self.config.image
+        return SimpleNamespace(image_aspect_ratio=image.mode, image_grid_pinpoints=list(image.pinpoints))
+
+
+def image_mark(settings: LlavaSettings) -> str:
+    """What stands for one image in a prompt of this model."""
+    return wrapped_mark(settings.tokens.use_im_start_end)

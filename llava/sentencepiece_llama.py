@@ -1,0 +1,332 @@
+"""The tokenizer of LLaMA-type checkpoints that hold a bare `tokenizer.model`, over the sentencepiece library.
+
+In: the model file, a text. Out: ids and text exactly as the library and the rules written down here give them, since
+that is what those checkpoints were trained with; and for each token its place in the text, from which labels are made.
+The tokenizer that transformers 5 builds from the same file gives other ids (no <s>, other pieces around spaces and
+after special tokens). Choosing and loading a tokenizer is in tokenization.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import sentencepiece
+from transformers.tokenization_python import AddedToken, PreTrainedTokenizer
+
+from llava.errors import InputError
+
+_UNDERLINE = "▁"  # how sentencepiece writes a space
+# Appended to a serialized model, this sets normalizer_spec.add_dummy_prefix to false: of a field that occurs twice, the
+# later one wins. It spares a dependency on protobuf.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Piece(NamedTuple):
+    """One token and the stretch of text that it stands for; an added space stands for an empty stretch."""
+
+    token: str
+    start: int
+    end: int
+
+
+class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
+    """The tokenizer of LLaMA-type checkpoints, over the sentencepiece library, for both of its historical rules.
+
+    `legacy=True` (the meaning of a checkpoint without that key) adds a space before every stretch of text between
+    special tokens. `legacy=False` adds one at the start of the whole text only.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model"}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike[str],
+        unk_token: str | AddedToken = "<unk>",
+        bos_token: str | AddedToken | None = "<s>",
+        eos_token: str | AddedToken | None = "</s>",
+        pad_token: str | AddedToken | None = None,
+        *,
+        legacy: bool | None = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        sp_model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_file = os.fspath(vocab_file)
+        self.legacy = legacy is None or legacy
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        self.sp_model_kwargs = sp_model_kwargs or {}
+        self._model_bytes = _read_model(Path(vocab_file))
+        self._start_processor()
+        super().__init__(
+            unk_token=_as_special(unk_token),
+            bos_token=_as_special(bos_token),
+            eos_token=_as_special(eos_token),
+            pad_token=_as_special(pad_token),
+            legacy=self.legacy,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            sp_model_kwargs=self.sp_model_kwargs,
+            **kwargs,
+        )
+
+    def _start_processor(self) -> None:
+        model = self._model_bytes if self.legacy else self._model_bytes + _NO_DUMMY_PREFIX
+        try:
+            self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model, **self.sp_model_kwargs)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.vocab_file} is not a sentencepiece model (damaged, or the placeholder of an unfinished "
+                "download); fetch the file again."
+            ) from error
+        ids = range(self.sp_model.get_piece_size())
+        self._pieces = [self.sp_model.id_to_piece(index) for index in ids]
+        self._byte_values = {
+            self._pieces[index]: int(self._pieces[index][3:5], 16) for index in ids if self.sp_model.is_byte(index)
+        }
+
+    # The library's object is rebuilt from the model's bytes, so that data-loader workers and copies get their own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("sp_model", "_pieces", "_byte_values")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_processor()
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        vocab = {piece: index for index, piece in enumerate(self._pieces)}
+        return vocab | self._added_tokens_encoder
+
+    # Encoding
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [piece.token for piece in self.pieces(text, split_special_tokens=kwargs.get("split_special_tokens"))]
+
+    def pieces(self, text: str, *, split_special_tokens: bool | None = None) -> list[Piece]:
+        """The tokens of a text (without <s> and </s> around it) and where each lies in it."""
+        _check_unicode(text)
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        added = {} if split_special_tokens else self._added_tokens_encoder
+        segments = [text] if split_special_tokens else self.tokens_trie.split(text)
+        # Without the legacy rule, one space is added for the whole text; it yields to a special token.
+        yields = segments[:1] and segments[0] in added and segments[0] in self.all_special_tokens
+        leading = "" if self.legacy or not text or yields else _UNDERLINE
+        pieces: list[Piece] = []
+        start = 0
+        for index, segment in enumerate(segments):
+            end = start + len(segment)
+            if segment in added:
+                if index == 0 and leading:
+                    pieces.append(Piece(leading, 0, 0))
+                pieces.append(Piece(segment, start, end))
+            else:
+                left, right = self._strip(segments, index, added)
+                pieces += self._pieces_of(segment[left:right], start + left, leading if index == 0 else "")
+            start = end
+        return pieces
+
+    def _strip(self, segments: list[str], index: int, added: dict[str, int]) -> tuple[int, int]:
+        """Where a segment begins and ends once the added tokens beside it have eaten the spaces they ask for."""
+        segment = segments[index]
+        left, right = 0, len(segment)
+        before = segments[index - 1] if index else ""
+        after = segments[index + 1] if index + 1 < len(segments) else ""
+        if before in added and self._added_tokens_decoder[added[before]].rstrip:
+            left = len(segment) - len(segment.lstrip())
+        if after in added and self._added_tokens_decoder[added[after]].lstrip:
+            right = max(left, len(segment.rstrip()))
+        return left, right
+
+    def _pieces_of(self, text: str, start: int, leading: str) -> list[Piece]:
+        """Tokens of a text without special tokens. `leading` is a space put before it that is not in the text."""
+        if not text and not leading:
+            return []
+        tokens = self.sp_model.encode(leading + text, out_type=str)
+        # Places in bytes: a character without a piece of its own is written as the pieces of its UTF-8 bytes.
+        char_at: Sequence[int] = range(len(text))
+        if not text.isascii():
+            char_at = [index for index, char in enumerate(text) for _ in range(self._width(char))]
+        widths = [self._width(token) for token in tokens]
+        # What the pieces hold beyond the text is the space put before it: ours, or the model's own.
+        position = -(sum(widths) - len(char_at))
+        if position not in (0, -1):
+            raise InputError(
+                f"{self.vocab_file} rewrites text while encoding it ({text[:40]!r} came back with another length); "
+                "only models that keep text as it is can be used."
+            )
+        pieces = []
+        for token, width in zip(tokens, widths, strict=True):
+            first, last = max(position, 0), position + width
+            begin = char_at[first] if first < len(char_at) else len(text)
+            end = char_at[last - 1] + 1 if last > first else begin
+            pieces.append(Piece(token, start + begin, start + end))
+            position = last
+        return pieces
+
+    def _width(self, token: str) -> int:
+        """How many bytes of (unescaped) text a piece stands for."""
+        return 1 if token in self._byte_values else len(token.replace(_UNDERLINE, " ").encode())
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        before = [self.bos_token_id] if self.add_bos_token else []
+        after = [self.eos_token_id] if self.add_eos_token else []
+        ids = before + token_ids_0 + after
+        return ids if token_ids_1 is None else ids + before + token_ids_1 + after
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        before, after = [1] * self.add_bos_token, [1] * self.add_eos_token
+        mask = before + [0] * len(token_ids_0) + after
+        return mask if token_ids_1 is None else mask + before + [0] * len(token_ids_1) + after
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    # Decoding
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._pieces):
+            raise InputError(f"token id {index} is outside the vocabulary of {len(self)} tokens.")
+        return self._pieces[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of tokens: special tokens verbatim, what lies between them decoded by the library."""
+        special = set(self.all_special_tokens)
+        if tokens and tokens[0].startswith(_UNDERLINE):
+            tokens = [tokens[0][1:], *tokens[1:]]  # the space that encoding put in front
+        text = ""
+        run: list[str] = []
+        after_special = False
+        for index, token in enumerate(tokens):
+            if token not in special:
+                run.append(token)
+                after_special = False
+                continue
+            if self.legacy and index and not after_special:
+                text += " "
+            text += self.sp_model.decode(run) + token
+            run, after_special = [], True
+        return text + self.sp_model.decode(run)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Text of ids. Tokens added to the vocabulary stand alone between spaces, as they always did here."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        tokens = self.convert_ids_to_tokens(list(ids), skip_special_tokens=skip_special_tokens)
+        alone = self._tokens_standing_alone()
+        texts: list[str] = []
+        run: list[str] = []
+        for token in tokens:
+            if token not in alone:
+                run.append(token)
+                continue
+            if run:
+                texts.append(self.convert_tokens_to_string(run))
+                run = []
+            texts.append(token)
+        if run:
+            texts.append(self.convert_tokens_to_string(run))
+        text = (" " if spaces_between_special_tokens else "").join(part for part in texts if part)
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
+
+    def _tokens_standing_alone(self) -> set[str]:
+        """Added tokens, except the named ones (<s>, </s>, <unk>, ...) and pieces that were only marked as special."""
+        special, named = set(self.all_special_tokens), set(self.special_tokens_map.values())
+        return {
+            token
+            for token, index in self._added_tokens_encoder.items()
+            if token not in special or (token not in named and index >= self.vocab_size)
+        }
+
+    # Saving
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        name = self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        target.write_bytes(self._model_bytes)
+        return (str(target),)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, filename_prefix: str | None = None, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Write the files that every release of transformers reads, under the class name that it knows."""
+        files = super().save_pretrained(save_directory, *args, filename_prefix=filename_prefix, **kwargs)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        config_file = Path(save_directory) / f"{prefix}tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        for private in ("backend", "is_local", "local_files_only", "files_loaded"):
+            config.pop(private, None)
+        if "extra_special_tokens" in config:  # a list under this name stops version 4 from loading
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        config |= {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": self.legacy,
+            "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
+            "padding_side": self.padding_side,
+        }
+        config_file.write_text(
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        map_file = Path(save_directory) / f"{prefix}special_tokens_map.json"
+        map_file.write_text(json.dumps(self.special_tokens_map, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return (*files, str(map_file))
+
+
+def _as_special(token: str | AddedToken | None) -> AddedToken | None:
+    if not isinstance(token, str):
+        return token
+    return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the tokenizer file {path} cannot be read ({error.strerror}); fetch it again.") from error
+    if not model:
+        raise InputError(f"the tokenizer file {path} is empty; fetch it again.")
+    return model
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has half of a surrogate pair ({text[error.start]!r}) at character {error.start}, which cannot "
+            "be encoded; repair the text where it was read."
+        ) from error
