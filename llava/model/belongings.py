@@ -1,0 +1,114 @@
+"""What belongs to a loaded model beside its weights: tokenizer, vocabulary rows, context length, conversation template.
+
+In: a model folder's files and the config. Out: each of these as the model was trained with it. Reading tokenizer files is
+tokenization.py's matter, templates are data in conversation.py; builder.py calls this when the weights are in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava import tokenization
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.conversation import conv_mode_for_model_name, conv_templates
+from llava.model.checkpoint import CheckpointInfo, read_json
+from llava.model.config import LlavaSettings, is_multimodal
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT_LEN = 2048  # where no file says how much text a model takes
+
+# The conversation template that a language model's type tells, where its name says nothing better.
+CONV_MODES = {
+    "mpt": "mpt",
+    "mistral": "mistral_instruct",
+    "mixtral": "mistral_instruct",
+    "qwen2": "qwen_1_5",
+    "qwen3": "qwen_1_5",
+}
+LLAMA_CONV_MODES = ("llava_v1", "llava_llama_2", "chatml_direct", "llava_v0")
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def holds_image_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
+
+
+class MappingView:
+    """A config.json's keys as attributes, for `LlavaSettings.from_hf`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+
+def read_tokenizer(folder: Path, config: Any) -> Any:
+    """The folder's tokenizer, with the marker tokens that the config asks for."""
+    tokenizer = tokenization.load_tokenizer(folder)
+    if is_multimodal(vars(config) if isinstance(config, MappingView) else config.to_dict()):
+        tokens = LlavaSettings.from_hf(config).tokens
+        if tokens.use_im_patch:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+        if tokens.use_im_start_end:
+            tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    return tokenizer
+
+
+def fit_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Give every token an embedding row; rows beyond the tokenizer's stay, since some layouts pad them."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    logger.warning(
+        "the tokenizer has %d tokens and the model %d rows; the new rows are not trained", len(tokenizer), rows
+    )
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[rows:] = layer.weight[:rows].float().mean(dim=0).to(layer.weight.dtype)
+
+
+def read_generation_config(model: Any, info: CheckpointInfo, base_info: CheckpointInfo | None) -> None:
+    from transformers import GenerationConfig
+
+    for folder in [info.folder] + ([base_info.folder] if base_info is not None else []):
+        if (folder / "generation_config.json").is_file():
+            read_json(folder / "generation_config.json")  # says so where it is damaged
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+            return
+
+
+def context_len(config: Any) -> int:
+    """How many tokens, image features included, the model takes: what its files say, the positions it has at most."""
+    explicit = getattr(config, "max_sequence_length", None)
+    if explicit is not None:
+        return int(explicit)
+    trained = getattr(config, "tokenizer_model_max_length", None) or DEFAULT_CONTEXT_LEN
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's word
+    return int(min(trained, positions or trained))
+
+
+def conv_mode(info: CheckpointInfo, tokenizer: Any, name: str) -> str:
+    """The conversation template: what the config says, then what the language model tells, then the name."""
+    declared = info.config.get("conv_mode")
+    if declared in conv_templates:
+        return str(declared)
+    by_name = conv_mode_for_model_name(name)
+    if info.language_model in CONV_MODES:
+        return CONV_MODES[info.language_model]
+    template = getattr(tokenizer, "chat_template", None)
+    if "<|im_start|>" in tokenizer.get_vocab() or (isinstance(template, str) and "<|im_start|>" in template):
+        return "chatml_direct"
+    if by_name in LLAMA_CONV_MODES and (by_name != "llava_v0" or "v0" in name.lower()):
+        return by_name
+    return "llava_v1"
