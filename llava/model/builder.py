@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,16 +25,15 @@ from llava.model.belongings import (
     context_len,
     conv_mode,
     fit_vocabulary,
-    holds_image_processor,
     holds_tokenizer,
     read_generation_config,
     read_tokenizer,
 )
 from llava.model.checkpoint import CheckpointInfo, inspect, read_json, resolve_checkpoint, resolve_vision_tower
-from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
-from llava.model.loading import Sources, load_tower_weights, load_weights, plan_sources, read_state
-from llava.model.transformers_layout import OWN_FOLDER, translate_config
+from llava.model.loading import Sources, load_weights, plan_sources, read_state
+from llava.model.transformers_layout import translate_config
 
 if TYPE_CHECKING:
     from llava.processor import Processor
@@ -62,25 +58,8 @@ class LoadedModel:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint in the original layout that loads by itself, the tower's config included where it needs it."""
-        target = Path(folder)
-        self.model.save_pretrained(target)
-        self.tokenizer.save_pretrained(target)
-        if self.image_processor is not None:
-            self._save_tower(target)
-
-    def _save_tower(self, target: Path) -> None:
-        """Take along what describes the tower, unless its name finds it from anywhere."""
-        name, tower = self.model.config.mm_vision_tower, self.model.get_vision_tower()
-        place = Path(tower.vision_tower_name)
-        if name == OWN_FOLDER:
-            self.image_processor.save_pretrained(target)
-        elif Path(name).is_absolute() or place == Path(name).absolute() or not place.match(name):
-            return  # an absolute folder, one relative to the working directory, a hub repository
-        elif self.info.declares_tower:  # its weights are among the model's
-            tower.config.save_pretrained(target / name)
-            self.image_processor.save_pretrained(target / name)
-        else:
-            shutil.copytree(place, target / name, dirs_exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def load_pretrained_model(
@@ -217,7 +196,9 @@ def _load(
     if image_processor is not None:
         from llava.processor import Processor
 
-        processor = Processor(tokenizer, image_processor, LlavaSettings.from_hf(model.config))
+        processor = Processor(
+            tokenizer, image_processor, LlavaSettings.from_hf(model.config), policy=model.image_policy()
+        )
     return LoadedModel(
         tokenizer=tokenizer,
         model=model,
@@ -333,8 +314,7 @@ def _build_multimodal(
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             with _default_dtype(dtype), device, no_init_weights():
-                tower.build_model()
-            load_tower_weights(tower, Path(config.mm_vision_tower))
+                tower.load_model()
     _restore_names(model.config, config)
     return model
 
@@ -378,31 +358,21 @@ def _tower_within_reach(
 ) -> Iterator[None]:
     """While a model is built, let its config name the tower by an absolute path, and say where its weights really are.
 
-    A tower that is the checkpoint's own (`vision_config` inside config.json) gets a folder for that time. An adapter's
-    config is a copy of its base's, so a folder that it names may be the base's.
+    An adapter's config is a copy of its base's, so a folder that it names may be the base's.
     """
     folders = [info.folder] + ([base_info.folder] if base_info is not None else [])
     name, unfrozen = config.mm_vision_tower, getattr(config, "unfreeze_mm_vision_tower", None)
-    with tempfile.TemporaryDirectory() as scratch:
-        if name == OWN_FOLDER:
-            from llava.model.multimodal_encoder.image_processor import ClipImageProcessor
-
-            place = scratch
-            (Path(place) / "config.json").write_text(json.dumps(config.vision_config), encoding="utf-8")
-            own = next((folder for folder in folders if holds_image_processor(folder)), Path(place))
-            ClipImageProcessor.from_pretrained(own).save_pretrained(place)
-        else:
-            beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), info.folder)
-            place = resolve_vision_tower(name, checkpoint_folder=beside)
-        config.mm_vision_tower = place
-        config.unfreeze_mm_vision_tower = stored
-        try:
-            yield
-        finally:
-            config.mm_vision_tower = name
-            config.unfreeze_mm_vision_tower = unfrozen
-            if unfrozen is None:
-                del config.unfreeze_mm_vision_tower
+    if name != OWN_FOLDER:
+        beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), info.folder)
+        config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside)
+    config.unfreeze_mm_vision_tower = stored
+    try:
+        yield
+    finally:
+        config.mm_vision_tower = name
+        config.unfreeze_mm_vision_tower = unfrozen
+        if unfrozen is None:
+            del config.unfreeze_mm_vision_tower
 
 
 def _restore_names(built: Any, config: Any) -> None:

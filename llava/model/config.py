@@ -21,6 +21,9 @@ SELECT_FEATURES = ("patch", "cls_patch")
 # The prefix that marks a language model of transformers as composed with a vision tower: llama -> llava_llama.
 PREFIX = "llava_"
 
+# The name of a tower whose config (`vision_config`) and weights are the checkpoint's own.
+OWN_FOLDER = "."
+
 # Published model types that the prefix rule does not explain.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
 

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from llava.geometry import ImagePolicy, plan
 from llava.model.adapter import load_marker_rows, load_projector
 from llava.model.config import LlavaSettings
 from llava.model.merge import merge_tiles
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import PaddedBatch, pad, splice
@@ -123,6 +124,13 @@ class LlavaMetaForCausalLM:
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         return self.get_model().get_vision_tower()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, which takes along what the tower's name refers to in this model's folder."""
+        super().save_pretrained(save_directory, **kwargs)
+        tower = self.get_vision_tower()
+        if tower is not None and kwargs.get("is_main_process", True):
+            save_tower(tower, self.config, Path(save_directory))
 
     # Images to features.
 

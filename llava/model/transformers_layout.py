@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.errors import InputError
+from llava.model.config import OWN_FOLDER
 
 MODEL_TYPES = ("llava", "llava_next")
 
@@ -28,9 +29,6 @@ NAME_RULES = (
     (re.compile(r"^model\.language_model\."), "model."),
     (re.compile(r"^language_model\."), ""),
 )
-
-# The name of a tower whose config and weights are the checkpoint's own.
-OWN_FOLDER = "."
 
 # "full" keeps all features; "default" drops the first one, which only CLIP has beside the patches'.
 SELECT_FEATURES = {

@@ -46,7 +46,8 @@ def compose(model_type: str) -> tuple[Any, Any]:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+        # The mapping loads its entries when they are indexed; its `get` finds only those that were.
+        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
         if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise InputError(
                 f"transformers has no causal language model of type {model_type!r} for a LLaVA to build on; "

@@ -1,18 +1,19 @@
-"""Which vision tower a config means.
+"""Which vision tower a config means, and what a saved model takes along so that its tower is found again.
 
 In: a config (or training arguments) that names a tower. Out: a tower module, its weights read, promised by the checkpoint,
-or still to be loaded. The kind of tower is what the named folder's config.json declares, never how its path is spelled.
+or still to be loaded. The kind of tower is what its config declares, never how its path is spelled.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.model.checkpoint import resolve_vision_tower
-from llava.model.config import LlavaSettings
+from llava.model.config import OWN_FOLDER, LlavaSettings
+from llava.model.hub import resolve_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 
@@ -33,15 +34,43 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
     vision = LlavaSettings.from_hf(vision_tower_cfg).vision
     if vision.tower is None:
         raise InputError("the config names no vision tower (mm_vision_tower)")
-    folder = resolve_vision_tower(vision.tower, checkpoint_folder=_own_folder(vision_tower_cfg))
-    model_type = _model_type(Path(folder))
+    folder = _own_folder(vision_tower_cfg)
+    described = None
+    if vision.tower == OWN_FOLDER:
+        described = getattr(vision_tower_cfg, "vision_config", None)
+        if folder is None or described is None:
+            raise InputError(
+                f"mm_vision_tower is {OWN_FOLDER!r}, the checkpoint itself, but its config has no vision_config"
+            )
+    else:
+        folder = Path(resolve_vision_tower(vision.tower, checkpoint_folder=folder))
+    model_type = str((described or _read_config(folder)).get("model_type"))
     if model_type not in TOWERS:
         raise InputError(f"the vision tower {vision.tower!r} is of type {model_type!r}; known: {', '.join(TOWERS)}")
     one_scale, many_scales = TOWERS[model_type]
     tower_class = many_scales if vision.s2_scales else one_scale
     if tower_class is None:
         raise InputError(f"s2 (several scales) is not known for a vision tower of type {model_type!r}, only for CLIP")
-    return tower_class(folder, args=vision_tower_cfg, **kwargs)
+    return tower_class(str(folder), args=vision_tower_cfg, described=described, **kwargs)
+
+
+def save_tower(tower: CLIPVisionTower, config: Any, target: Path) -> None:
+    """Write into a saved checkpoint what its config's `mm_vision_tower` will be looked for there.
+
+    Nothing, where the name finds the tower from anywhere: an absolute folder, one relative to the working directory, a
+    hub repository. Of a tower whose weights are among the model's, only the description is written.
+    """
+    vision = LlavaSettings.from_hf(config).vision
+    name, place = str(vision.tower), Path(tower.vision_tower_name)
+    if name == OWN_FOLDER:
+        tower.image_processor.save_pretrained(target)
+    elif Path(name).is_absolute() or place == Path(name).absolute() or not place.match(name):
+        return
+    elif vision.in_checkpoint:
+        tower.config.save_pretrained(target / name)
+        tower.image_processor.save_pretrained(target / name)
+    elif place != (target / name).absolute():
+        shutil.copytree(place, target / name, dirs_exist_ok=True)
 
 
 def _own_folder(config: Any) -> Path | None:
@@ -50,9 +79,12 @@ def _own_folder(config: Any) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
-def _model_type(folder: Path) -> str:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"the vision tower's {str(path)!r} cannot be read as a config: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"the vision tower's {str(path)!r} is not a config: it holds no object")
+    return values

@@ -8,6 +8,7 @@ The image processor is in image_processor.py; which tower a checkpoint means is 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,20 +49,23 @@ class VisionModel(nn.Module):
 class CLIPVisionTower(nn.Module):
     """A CLIP image encoder and the choice of its layer.
 
-    `vision_tower` is a folder (or hub name) with config.json and preprocessor_config.json. With `delay_load` only the
-    config is read, and `load_model()` brings the weights later. `build_model()` makes the module without reading weights,
-    for a checkpoint that holds the tower's weights itself.
+    `vision_tower` is a folder with config.json and preprocessor_config.json; `described` is the tower's config where that
+    folder is a checkpoint whose own config.json holds it. With `delay_load` nothing else is read, and `load_model()` brings
+    the weights later. `build_model()` makes the module without reading weights, for a checkpoint that holds them itself.
     """
 
     has_class_token = True  # whether hidden states begin with one for the whole tile
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+    def __init__(
+        self, vision_tower: str, args: Any, delay_load: bool = False, described: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         settings = LlavaSettings.from_hf(args).vision
         self.vision_tower_name = vision_tower
         self.select_layer = settings.select_layer
         self.select_feature = settings.select_feature
-        self.cfg_only = self.read_config(vision_tower)
+        config_class = self.config_class()
+        self.cfg_only = config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
         self.image_processor = self.read_image_processor(vision_tower)
         self.is_loaded = False
         self.vision_tower: VisionModel | None = None
@@ -70,10 +74,10 @@ class CLIPVisionTower(nn.Module):
 
     # What differs between families of towers.
 
-    def read_config(self, name: str) -> Any:
+    def config_class(self) -> Any:
         from transformers import CLIPVisionConfig
 
-        return CLIPVisionConfig.from_pretrained(name)
+        return CLIPVisionConfig
 
     def model_class(self) -> Any:
         from transformers import CLIPVisionModel
@@ -81,7 +85,7 @@ class CLIPVisionTower(nn.Module):
         return CLIPVisionModel
 
     def read_image_processor(self, name: str) -> ClipImageProcessor:
-        return ClipImageProcessor.from_pretrained(name)
+        return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
 
     # The same for all of them.
 
@@ -89,17 +93,23 @@ class CLIPVisionTower(nn.Module):
         """Read the tower's own weights; a tower that is loaded already stays as it is."""
         if self.is_loaded:
             return
-        model = self.model_class().from_pretrained(self.vision_tower_name, device_map=device_map)
-        self._adopt(model)
+        from llava.model.loading import load_tower_weights
+
+        self.build_model()
+        load_tower_weights(self, Path(self.vision_tower_name))
+        if isinstance(device_map, (str, torch.device)) and device_map != "auto":
+            self.to(device_map)
 
     def build_model(self) -> None:
         """Make the module on the current default device with whatever numbers are there, for weights that follow."""
-        if not self.is_loaded:
-            self._adopt(self.model_class()(self.cfg_only))
+        if self.is_loaded:
+            return
+        from transformers.initialization import no_init_weights
 
-    def _adopt(self, model: nn.Module) -> None:
-        self.vision_tower = VisionModel(model)
+        with no_init_weights():
+            self.vision_tower = VisionModel(self.model_class()(self.cfg_only))
         self.vision_tower.requires_grad_(False)
+        self.vision_tower.eval()
         self.is_loaded = True
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
@@ -184,9 +194,9 @@ class CLIPVisionTowerS2(CLIPVisionTower):
     size, the pieces' feature maps are laid side by side again and averaged down to the smallest scale's grid.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+    def __init__(self, vision_tower: str, args: Any, *rest: Any, **kwargs: Any) -> None:
         self.s2_scales = LlavaSettings.from_hf(args).vision.s2_scales
-        super().__init__(vision_tower, args, delay_load)
+        super().__init__(vision_tower, args, *rest, **kwargs)
         if self.s2_scales[0] != self.cfg_only.image_size:
             raise InputError(
                 f"s2_scales begins with {self.s2_scales[0]} pixels, but the tower {vision_tower!r} takes "

@@ -137,8 +137,11 @@ class ClipImageProcessor:
         return cls.from_dict({"image_processor_type": kind, "size": side, "crop_size": side})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> ClipImageProcessor:
-        """Read the processor of a model folder; without a processor file, the usual one for its vision config."""
+    def from_pretrained(cls, folder: str | Path, *, vision_config: Any = None, **overrides: Any) -> ClipImageProcessor:
+        """Read the processor of a model folder; without a processor file, the usual one for its vision config.
+
+        `vision_config` is the one to go by where it is not (or not all of it) in the folder's config.json.
+        """
         path = Path(folder)
         if path.is_file():
             return cls.from_dict(_read_json(path), **overrides)
@@ -148,10 +151,11 @@ class ClipImageProcessor:
             nested = _read_json(path / "processor_config.json").get("image_processor")
             if isinstance(nested, dict):
                 return cls.from_dict(nested, **overrides)
-        if (path / "config.json").is_file():
-            usual = cls.from_vision_config(_read_json(path / "config.json"))
-            return cls.from_dict(usual.to_dict(), **overrides)
-        raise InputError(f"{str(folder)!r} holds neither preprocessor_config.json nor config.json.")
+        if vision_config is None and (path / "config.json").is_file():
+            vision_config = _read_json(path / "config.json")
+        if vision_config is None:
+            raise InputError(f"{str(folder)!r} holds neither preprocessor_config.json nor config.json.")
+        return cls.from_dict(cls.from_vision_config(vision_config).to_dict(), **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """What `preprocessor_config.json` holds; transformers reads it too."""

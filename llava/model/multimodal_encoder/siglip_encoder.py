@@ -12,10 +12,10 @@ class SigLipVisionTower(CLIPVisionTower):
 
     has_class_token = False
 
-    def read_config(self, name: str) -> Any:
+    def config_class(self) -> Any:
         from transformers import SiglipVisionConfig
 
-        return SiglipVisionConfig.from_pretrained(name)
+        return SiglipVisionConfig
 
     def model_class(self) -> Any:
         from transformers import SiglipVisionModel
