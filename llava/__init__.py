@@ -1,0 +1,64 @@
+"""LLaVA: models that look at pictures and answer, in one package.
+
+The names below are imported from where they live when they are first used, so that `import llava` costs nothing and
+needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "2.0.0"
+
+if TYPE_CHECKING:
+    from llava.conversation import Conversation, SeparatorStyle, conv_templates
+    from llava.errors import InputError
+    from llava.generation import Sampling, stream_answer
+    from llava.image_io import ImageLimits, load_image
+    from llava.model.builder import LoadedModel, load, load_pretrained_model
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.processor import Processor
+
+# Public name -> the module that holds it.
+_HOME = {
+    "Conversation": "llava.conversation",
+    "SeparatorStyle": "llava.conversation",
+    "conv_templates": "llava.conversation",
+    "InputError": "llava.errors",
+    "Sampling": "llava.generation",
+    "stream_answer": "llava.generation",
+    "ImageLimits": "llava.image_io",
+    "load_image": "llava.image_io",
+    "LoadedModel": "llava.model.builder",
+    "load": "llava.model.builder",
+    "load_pretrained_model": "llava.model.builder",
+    "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
+    "Processor": "llava.processor",
+}
+__all__ = [
+    "Conversation",
+    "ImageLimits",
+    "InputError",
+    "LlavaLlamaForCausalLM",
+    "LoadedModel",
+    "Processor",
+    "Sampling",
+    "SeparatorStyle",
+    "__version__",
+    "conv_templates",
+    "load",
+    "load_image",
+    "load_pretrained_model",
+    "stream_answer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

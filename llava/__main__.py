@@ -1,0 +1,88 @@
+"""The program `llava`: one word picks a program, the rest is that program's.
+
+In: a command line. Out: an exit status. Programs are imported when they are picked, so `llava --help` needs no torch
+and answers at once. A new program is one line in `COMMANDS`; what it does lives in the module named there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from llava.program import closest, complain, run_program
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program: `module.function(argv)` gives an exit status."""
+
+    module: str
+    help: str
+    function: str = "main"
+
+
+COMMANDS = {
+    "chat": Command("llava.serve.chat", "ask a model about pictures: one question, or a conversation"),
+    "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
+    "train": Command("llava.train.train", "pretrain or fine-tune a model"),
+}
+
+EXAMPLES = """\
+examples:
+  llava chat photo.jpg "What is in this picture?"      one answer from the model that comes with the package
+  llava chat photo.jpg                                 a conversation about a picture; /help lists its commands
+  llava chat -m ./llava-v1.5-7b a.jpg b.jpg "What changed?"
+  llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda
+  llava COMMAND --help                                 the flags of a command
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        return run_program(print_help)
+    if words[0] in ("-V", "--version", "version"):
+        return run_program(print_version)
+    name, *rest = words
+    if name not in COMMANDS:
+        kind = "flag" if name.startswith("-") else "command"
+        return complain(f"unknown {kind} {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+    return run_program(start, name, rest)
+
+
+def start(name: str, argv: Sequence[str]) -> int:
+    """Import a program and run it."""
+    command = COMMANDS[name]
+    return getattr(import_module(command.module), command.function)(argv) or 0
+
+
+def print_help() -> None:
+    width = max(map(len, COMMANDS))
+    print(
+        "usage: llava COMMAND [ARGUMENTS]\n\nLarge multimodal models: ask them about pictures, train them.\n\ncommands:"
+    )
+    for name, command in COMMANDS.items():
+        print(f"  {name:<{width}}  {command.help}")
+    print(
+        f"\n  --help     show this\n  --version  show the versions that a fault report should name\n\n{EXAMPLES}",
+        end="",
+    )
+
+
+def print_version() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import llava
+
+    print(f"llava {llava.__version__}")
+    for package in ("torch", "transformers"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

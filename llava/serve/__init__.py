@@ -1,0 +1,1 @@
+"""Programs that answer: on the command line (`cli`, `chat`) and over the network."""

@@ -1,0 +1,145 @@
+"""The original command line: one image, a conversation about it, the original's flags, prompts and look.
+
+In: flags and typed lines. Out: answers, streamed. The way of a question to the model: template (conversation.py) -> ids
+with -200 (`tokenizer_image_token`) and pixels (`process_images`) -> `model.generate` through generation.py. `llava chat`
+(chat.py) is the friendlier program.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import answer_end, conv_mode_for_model_name, get_model_name_from_path, get_template
+from llava.errors import InputError
+from llava.generation import Sampling, measure_prompt, stream_answer
+from llava.image_io import load_image
+from llava.program import ArgumentParser, run_program
+from llava.serve.models import find_model
+from llava.serve.terminal import quiet_libraries, show
+from llava.startup import prepare, quick_imports
+from llava.utils import disable_torch_init
+
+__all__ = ["build_parser", "load_image", "main"]
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="llava cli", description="A conversation about one image. An empty line ends it.")
+    parser.add_argument(
+        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
+    )
+    parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
+    parser.add_argument("--image-file", type=str, required=True, help="path or URL of the image")
+    parser.add_argument(
+        "--device", type=str, default="cuda", help="cuda, cuda:1, mps or cpu (default: cuda if present)"
+    )
+    parser.add_argument(
+        "--conv-mode", type=str, default=None, help="conversation template (default: by the model's name)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many per answer (default: 512)")
+    parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
+    parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
+    parser.add_argument("--debug", action="store_true", help="show the prompt and the raw answer after each turn")
+    return parser
+
+
+def main(argv: Sequence[str] | Namespace | None = None) -> int:
+    """Run the program. Given parsed arguments instead of words, run as a function: errors are raised, not printed."""
+    if isinstance(argv, Namespace):
+        run(argv)
+        return 0
+    prepare()
+    return run_program(run, build_parser().parse_args(argv))
+
+
+def run(args: Namespace) -> None:
+    sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    model_path = find_model(args.model_path)
+    model_name = get_model_name_from_path(model_path)
+    conv_mode = choose_conv_mode(args.conv_mode, model_name)
+    conv = get_template(conv_mode)
+    roles = ("user", "assistant") if "mpt" in model_name.lower() else conv.roles
+    image = load_image(args.image_file)
+
+    with quick_imports():
+        quiet_libraries()
+        from llava.mm_utils import process_images, tokenizer_image_token
+        from llava.model.builder import load_pretrained_model
+
+        with disable_torch_init():
+            tokenizer, model, image_processor, context_len = load_pretrained_model(
+                model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
+            )
+    if image_processor is None:
+        raise InputError(f"{model_path!r} is a language model without a vision tower, so it cannot look at an image")
+    image_tensor = process_images([image], image_processor, model.config)
+    image_mark: str | None = mark_of(model.config)
+
+    while True:
+        try:
+            question = input(f"{roles[0]}: ")
+        except EOFError:
+            question = ""
+        if not question:
+            print("exit...")
+            return
+        print(f"{roles[1]}: ", end="", flush=True)
+        if image_mark is not None:  # the image belongs to the first question; later ones find it in the history
+            question, image_mark = f"{image_mark}\n{question}", None
+        conv.append_message(conv.roles[0], question)
+        conv.append_message(conv.roles[1], None)
+        prompt = conv.get_prompt()
+
+        input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
+        size = measure_prompt(input_ids[0].tolist(), [image.size], model.image_policy())
+        stream = stream_answer(
+            model,
+            tokenizer,
+            input_ids,
+            images=image_tensor,
+            image_sizes=[image.size],
+            sampling=sampling.fitted(size, context_len),
+            stop=[answer_end(conv)],
+        )
+        outputs = show(stream, _write).text
+        print()
+        conv.messages[-1][-1] = outputs
+        if args.debug:
+            print("\n", {"prompt": prompt, "outputs": outputs}, "\n")
+
+
+def choose_conv_mode(given: str | None, model_name: str) -> str:
+    """The template asked for, with a warning where the model's name says another one, which is the default."""
+    inferred = conv_mode_for_model_name(model_name)
+    if given is None:
+        return inferred
+    get_template(given)
+    if given != inferred:
+        print(
+            f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
+        )
+    return given
+
+
+def mark_of(config: Any) -> str:
+    """What stands for an image in a prompt of this model."""
+    if getattr(config, "mm_use_im_start_end", False):
+        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    return DEFAULT_IMAGE_TOKEN
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

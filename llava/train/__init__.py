@@ -1,0 +1,1 @@
+"""Training: command-line arguments, data, the trainer and the programs that start it."""

@@ -1,0 +1,215 @@
+"""What a training run can be told: three dataclasses and the command line that fills them.
+
+In: an argument list, in today's spelling or in that of scripts written for transformers 4. Out: ModelArguments,
+DataArguments, TrainingArguments (the library's own, plus what a LLaVA needs). Old spellings are in legacy_flags.py;
+what the values do is in train.py, data.py and llava_trainer.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from llava.errors import InputError
+from llava.train.legacy_flags import parse_flags, translate
+
+logger = logging.getLogger(__name__)
+
+
+def _opt(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which language model, vision tower and projector are put together, and which of them are trained."""
+
+    model_name_or_path: str | None = _opt(
+        "facebook/opt-125m", "Folder or hub name of the language model, or of a LLaVA checkpoint to go on from."
+    )
+    version: str | None = _opt(
+        "v0", "Conversation template: plain (projector pretraining), v1, llava_llama_2, mpt, ... (see conversation.py)."
+    )
+    freeze_backbone: bool = _opt(False, "Do not train the language model's body (its output layer still is).")
+    tune_mm_mlp_adapter: bool = _opt(False, "Train the projector alone and save it as mm_projector.bin.")
+    vision_tower: str | None = _opt(None, "Folder or hub name of the vision tower; without one the run is text only.")
+    mm_vision_select_layer: int | None = _opt(-1, "Hidden layer of the tower that the projector reads (-2 in v1.5).")
+    pretrain_mm_mlp_adapter: str | None = _opt(None, "A mm_projector.bin to start the projector from.")
+    mm_projector_type: str | None = _opt("linear", "Projector: linear, mlp2x_gelu (any depth), identity.")
+    mm_use_im_start_end: bool = _opt(False, "Put <im_start> and <im_end> around every image.")
+    mm_use_im_patch_token: bool = _opt(True, "Add the token <im_patch> to the vocabulary, as the first models did.")
+    mm_patch_merge_type: str | None = _opt("flat", "How tiles are joined: flat, spatial, spatial_unpad.")
+    mm_vision_select_feature: str | None = _opt("patch", "Tower features to use: patch, or cls_patch.")
+    unfreeze_mm_vision_tower: bool = _opt(False, "Train the vision tower too; its weights go into the checkpoint.")
+
+
+@dataclass
+class DataArguments:
+    """Where the samples are and how their pictures are prepared."""
+
+    data_path: str | None = _opt(None, "JSON file with the training samples.")
+    lazy_preprocess: bool = _opt(False, "Kept for old scripts; samples are always prepared when they are drawn.")
+    is_multimodal: bool = _opt(False, "Set by the program: true as soon as there is a vision tower.")
+    image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
+    image_aspect_ratio: str = _opt("square", "How a picture becomes the tower's square: square (crop), pad, anyres.")
+    image_grid_pinpoints: str | None = _opt(
+        None, "anyres: the tilings to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
+    )
+
+    # Filled in by the program, once it knows the model.
+    image_processor: Any = field(default=None, init=False)
+    mm_use_im_start_end: bool = field(default=False, init=False)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' training arguments and those of LLaVA runs."""
+
+    cache_dir: str | None = _opt(None, "Where downloaded models are kept.")
+    remove_unused_columns: bool = _opt(False, "Must stay False: samples carry images besides the model's inputs.")
+    freeze_mm_mlp_adapter: bool = _opt(False, "Do not train the projector.")
+    mpt_attn_impl: str | None = _opt("triton", "Kept for old scripts; MPT models use the attention that torch has.")
+    model_max_length: int = _opt(512, "Longest sequence in tokens, images included; longer ones are cut at the end.")
+    double_quant: bool = _opt(True, "With --bits 4: quantize the quantization constants too.")
+    quant_type: str = _opt("nf4", "With --bits 4: nf4 or fp4.")
+    bits: int = _opt(16, "Bits per weight of the frozen language model; only 16 is possible at present.")
+    lora_enable: bool = _opt(False, "Train low-rank adapters of the language model's linear layers.")
+    lora_r: int = _opt(64, "Rank of the adapters.")
+    lora_alpha: int = _opt(16, "Scale of the adapters; their output is multiplied by alpha / r.")
+    lora_dropout: float = _opt(0.05, "Dropout before the adapters.")
+    lora_weight_path: str = _opt("", "Kept for old scripts; it has no effect.")
+    lora_bias: str = _opt("none", "Biases to train besides the adapters: none, all, lora_only.")
+    mm_projector_lr: float | None = _opt(None, "The projector's own learning rate.")
+    mm_vision_tower_lr: float | None = _opt(None, "The vision tower's own learning rate, when it is trained.")
+    group_by_modality_length: bool = _opt(False, "Batches of one modality and of similar lengths.")
+    trainable_dtype: str = _opt(
+        "auto",
+        "Precision in which trained weights are held: auto (float32; under DeepSpeed, which keeps its own float32 copy, "
+        "that of the computation), float32, bfloat16, float16.",
+    )
+    logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
+
+    # Copied from ModelArguments by the program, for the trainer and the code that saves.
+    tune_mm_mlp_adapter: bool = field(default=False, init=False)
+    use_im_start_end: bool = field(default=False, init=False)
+    unfreeze_mm_vision_tower: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(str(choice) for choice in choices)
+                raise InputError(f"--{name} is {getattr(self, name)!r}; known: {known}")
+        if self.bits != 16:
+            raise InputError(
+                f"--bits {self.bits} (training over a quantized model) is not supported; leave it at 16 and use "
+                "--lora_enable True to save memory"
+            )
+        if self.deepspeed and not importlib.util.find_spec("deepspeed"):
+            raise InputError("--deepspeed needs the package 'deepspeed'; install it with: pip install deepspeed")
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name in _REPORTERS and not any(importlib.util.find_spec(package) for package in _REPORTERS[name]):
+                raise InputError(
+                    f"--report_to {name} needs the package {_REPORTERS[name][0]!r}; install it, or report to none"
+                )
+        if not torch.accelerator.is_available() and not self.use_cpu:  # type: ignore[has-type]
+            self.use_cpu = True
+            logger.warning("no GPU found: training on the CPU")
+        if self.use_cpu:
+            self._fit_to_cpu()
+        super().__post_init__()
+
+    def _fit_to_cpu(self) -> None:
+        if self.fp16:
+            raise InputError("--fp16 needs a GPU; on a CPU use --bf16 True, or neither")
+        if self.tf32:  # type: ignore[has-type]
+            self.tf32 = None
+            logger.warning("--tf32 has no effect on a CPU")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in, and what frozen weights are held in."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What trained weights are held in.
+
+        Small updates of bfloat16 weights round to nothing, and float16 gradients cannot be scaled, so float32 is the
+        rule; DeepSpeed makes its own float32 copy of whatever it is given.
+        """
+        if self.trainable_dtype != "auto":
+            return getattr(torch, self.trainable_dtype)
+        return self.compute_dtype if self.deepspeed else torch.float32
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "lora_bias": ("none", "all", "lora_only"),
+    "quant_type": ("nf4", "fp4"),
+    "bits": (4, 8, 16),
+    "trainable_dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+# Where a run can be reported to, and the packages that do it (one of them is enough).
+_REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+
+
+def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read a command line (`sys.argv` without one). Old spellings are translated, one logged line each.
+
+    What cannot be read raises `InputError`; `--help` prints and exits as usual.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train", allow_abbrev=False)
+    known = {option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings}
+    if not any(word in ("-h", "--help") for word in argv):
+        # The library deprecates the old name of this flag but recipes all use it.
+        if "activation_checkpointing" in known:
+            argv = [word.replace("--gradient_checkpointing", "--activation_checkpointing", 1) for word in argv]
+        argv, notes = translate(argv, known, _booleans_that_need_a_value(parser))
+        for note in notes:
+            logger.warning(note)
+        flags = parse_flags(argv)
+        for flag in flags:
+            if flag.name not in known:
+                raise InputError(f"unknown flag --{flag.name}{_closest(flag.name, known)}")
+        if not any(flag.name == "output_dir" for flag in flags):
+            raise InputError("say where the result goes with --output_dir")
+    try:
+        model, data, training, extra = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (InputError, ImportError):
+        raise
+    except ValueError as error:  # a value that transformers' own checks refuse
+        raise InputError(str(error)) from error
+    if extra:
+        raise InputError(f"cannot use {' '.join(extra)!r} on the command line; --help lists every flag")
+    return model, data, training
+
+
+class _Parser(HfArgumentParser):
+    """argparse ends the process by itself; here the caller decides."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _booleans_that_need_a_value(parser: HfArgumentParser) -> set[str]:
+    fields = [entry for kind in parser.dataclass_types for entry in dataclasses.fields(kind)]
+    return {entry.name for entry in fields if entry.type == bool | None and entry.default is None}
+
+
+def _closest(name: str, known: set[str]) -> str:
+    match = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean --{match[0]}?" if match else "; --help lists every flag"

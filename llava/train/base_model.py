@@ -1,0 +1,90 @@
+"""What a run starts from: a language model or a LLaVA checkpoint, and its tokenizer.
+
+In: ModelArguments and TrainingArguments. Out: a model in main memory (the trainer moves it to its device, once) whose
+class has images where the run has a tower. What a folder holds is decided by model/checkpoint.py; a whole LLaVA is
+loaded by model/builder.py; tower and projector join a language model in assemble.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
+
+from llava.errors import InputError
+from llava.model.builder import load, load_tokenizer
+from llava.model.checkpoint import CheckpointInfo, inspect
+from llava.model.language_model.registry import llava_classes
+from llava.model.loading import load_weights, plan_sources
+from llava.train.arguments import ModelArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(
+    model_args: ModelArguments, training_args: TrainingArguments, *, attn_implementation: str | None = None
+) -> tuple[Any, Any]:
+    """The model and the tokenizer that `--model_name_or_path` names."""
+    if attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise InputError("FlashAttention needs the package 'flash_attn'; install it with: pip install flash-attn")
+    info = inspect(str(model_args.model_name_or_path))
+    dtype = _load_dtype(model_args, training_args)
+    if info.is_multimodal or info.needs_base:
+        model, tokenizer = _load_llava(info, model_args, dtype, attn_implementation)
+    else:
+        tokenizer = load_tokenizer(info.folder)
+        model = _load_language_model(info, dtype, attn_implementation, with_images=bool(model_args.vision_tower))
+    tokenizer.model_max_length = training_args.model_max_length
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def _load_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """The precision in which most of the language model will be held; assemble.py casts the rest afterwards."""
+    frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable or model_args.freeze_backbone
+    return training_args.compute_dtype if frozen else training_args.weight_dtype
+
+
+def _load_llava(
+    info: CheckpointInfo, model_args: ModelArguments, dtype: torch.dtype, attn_implementation: str | None
+) -> tuple[Any, Any]:
+    loaded = load(info.folder, device="cpu", dtype=dtype, attn_implementation=attn_implementation)
+    own_tower = loaded.model.config.mm_vision_tower
+    if model_args.vision_tower and model_args.vision_tower != own_tower:
+        if info.tower_in_checkpoint:
+            logger.warning(
+                "%s has a trained vision tower of its own, which is used; --vision_tower %s is not",
+                info.folder, model_args.vision_tower,
+            )  # fmt: skip
+            model_args.vision_tower = own_tower
+        else:
+            logger.info("--vision_tower %s takes the place of the checkpoint's %s", model_args.vision_tower, own_tower)
+            del loaded.model.get_model().vision_tower
+    return loaded.model, loaded.tokenizer
+
+
+def _load_language_model(
+    info: CheckpointInfo, dtype: torch.dtype, attn_implementation: str | None, *, with_images: bool
+) -> Any:
+    if not with_images:
+        return AutoModelForCausalLM.from_pretrained(info.folder, dtype=dtype, attn_implementation=attn_implementation)
+    config_class, model_class = llava_classes(info.language_model)
+    config = config_class.from_dict({key: value for key, value in info.config.items() if key != "model_type"})
+    config.name_or_path = str(info.folder)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
+    load_weights(model, plan_sources(info, None, prefix=model_class.base_model_prefix))
+    if (info.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(info.folder)
+    return model

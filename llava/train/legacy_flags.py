@@ -1,0 +1,194 @@
+"""Command lines written for older libraries, turned into today's.
+
+In: an argument list as old scripts have it. Out: the list that today's parser reads, and one sentence per change.
+The tables below are the whole of it: what was renamed, what changed its form, what no longer means anything.
+The dataclasses are in arguments.py. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from llava.errors import InputError
+
+TRUE_WORDS = frozenset({"true", "yes", "y", "t", "1"})
+FALSE_WORDS = frozenset({"false", "no", "n", "f", "0"})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One `--name value ...` of a command line; `name` is spelled with underscores and without dashes."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def value(self) -> str:
+        if len(self.values) != 1:
+            raise InputError(f"--{self.name} takes one value, not {len(self.values)}")
+        return self.values[0]
+
+    @property
+    def is_true(self) -> bool:
+        """A boolean flag: without a value it is true."""
+        word = self.values[0].lower() if self.values else "true"
+        if len(self.values) > 1 or word not in TRUE_WORDS | FALSE_WORDS:
+            raise InputError(f"--{self.name} takes True or False, not {' '.join(self.values)!r}")
+        return word in TRUE_WORDS
+
+    def as_argv(self) -> list[str]:
+        return [f"--{self.name}", *self.values]
+
+
+# Same meaning, another name.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "torchdynamo": "torch_compile_backend",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+
+# Accepted because scripts carry them; each with the reason why it changes nothing.
+WITHOUT_MEANING = {
+    "overwrite_output_dir": "an output folder is never emptied; a run continues from its last checkpoint",
+    "use_mps_device": "a Mac's GPU is used whenever it is there",
+    "jit_mode_eval": "the libraries dropped it",
+    "use_ipex": "the libraries dropped it",
+    "fp16_opt_level": "mixed precision is torch's own",
+    "half_precision_backend": "mixed precision is torch's own",
+    "fp16_backend": "mixed precision is torch's own",
+    "tpu_num_cores": "the libraries dropped it",
+    "tpu_metrics_debug": "the libraries dropped it",
+    "past_index": "the libraries dropped it",
+    "use_legacy_prediction_loop": "the libraries dropped it",
+    "push_to_hub_organization": "write the organization into --hub_model_id",
+    "mp_parameters": "the libraries dropped it",
+    "ray_scope": "the libraries dropped it",
+    "include_tokens_per_second": "the libraries dropped it; see --include_num_input_tokens_seen",
+    "_n_gpu": "the number of GPUs is what the machine shows",
+}
+
+# Still a flag here, but its value changes nothing.
+KEPT_WITHOUT_MEANING = {
+    "lazy_preprocess": ("False", "samples are always prepared when they are drawn"),
+    "mpt_attn_impl": ("", "MPT models use the attention that torch has"),
+    "lora_weight_path": ("", "it never had a use; --model_name_or_path may name a merged checkpoint"),
+}
+
+
+def parse_flags(argv: Sequence[str]) -> list[Flag]:
+    """Split an argument list at its `--names`; `--name=value` and `--na-me` are understood."""
+    flags: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            flags.append((name.replace("-", "_"), [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(word)
+        else:
+            raise InputError(f"expected a flag that begins with --, found {word!r}")
+    return [Flag(name, tuple(values)) for name, values in flags]
+
+
+def translate(
+    argv: Sequence[str], known: Collection[str], bare_booleans: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Today's argument list, and one sentence per flag that was changed or ignored.
+
+    `known` are the flags that today's parser reads: a library that brings an old flag back is believed.
+    `bare_booleans` are boolean flags whose parser demands a value; a bare one gets `True`.
+    """
+    flags = parse_flags(argv)
+    given = {flag.name for flag in flags}
+    result: list[str] = []
+    notes: list[str] = []
+    for flag in flags:
+        if flag.name in known:
+            result += flag.as_argv() + (["True"] if flag.name in bare_booleans and not flag.values else [])
+            unused, reason = KEPT_WITHOUT_MEANING.get(flag.name, (None, ""))
+            if unused == "" or (unused is not None and not flag.is_true):
+                notes.append(f"--{flag.name} {' '.join(flag.values)} has no effect: {reason}")
+            continue
+        new, note = _replacement(flag, given)
+        result += new
+        if note:
+            notes.append(note)
+    return result, notes
+
+
+def _replacement(flag: Flag, given: Collection[str]) -> tuple[list[str], str]:
+    if flag.name in RENAMED:
+        new = Flag(RENAMED[flag.name], flag.values)
+        if new.name in given:
+            raise InputError(f"--{flag.name} is the old name of --{new.name}; give one of them")
+        return new.as_argv(), f"--{flag.name} is now --{new.name}"
+    if flag.name in WITHOUT_MEANING:
+        return [], f"--{flag.name} has no effect: {WITHOUT_MEANING[flag.name]}"
+    if flag.name in REWRITTEN:
+        new_argv = REWRITTEN[flag.name](flag, given)
+        given_words = f"--{' '.join((flag.name, *flag.values))}"
+        return (
+            new_argv,
+            f"{given_words} is now {' '.join(new_argv)}" if new_argv else f"{given_words} needs no flag any more",
+        )
+    return flag.as_argv(), ""  # unknown: the parser says so, with the closest known name
+
+
+def _warmup_ratio(flag: Flag, given: Collection[str]) -> list[str]:
+    """A share of all steps; today `warmup_steps` takes shares below 1 as well as counts."""
+    try:
+        ratio = float(flag.value)
+    except ValueError:
+        raise InputError(f"--warmup_ratio takes a number from 0 to below 1, not {flag.value!r}") from None
+    if not 0.0 <= ratio < 1.0:
+        raise InputError(f"--warmup_ratio takes a number from 0 to below 1, not {flag.value}")
+    return [] if "warmup_steps" in given else ["--warmup_steps", flag.value]
+
+
+def _if_true(*argv: str) -> Callable[[Flag, Collection[str]], list[str]]:
+    return lambda flag, given: list(argv) if flag.is_true else []
+
+
+def _save_safetensors(flag: Flag, given: Collection[str]) -> list[str]:
+    if not flag.is_true:
+        raise InputError("--save_safetensors False is not possible any more: checkpoints are written as safetensors")
+    return []
+
+
+def _in_json(option: str, key: str, convert: Callable[[Flag], object]) -> Callable[[Flag, Collection[str]], list[str]]:
+    """Flags that became one key of a JSON-valued flag."""
+
+    def rewrite(flag: Flag, given: Collection[str]) -> list[str]:
+        value = convert(flag)
+        if value in (None, 0, False):
+            return []
+        if option in given:
+            raise InputError(f"--{flag.name} is now the key {key!r} of --{option}, which is given too; write it there")
+        return [f"--{option}", json.dumps({key: value})]
+
+    return rewrite
+
+
+def _dispatch(flag: Flag) -> object:
+    return None if flag.values == ("None",) else flag.is_true
+
+
+# Same meaning, another form.
+REWRITTEN: dict[str, Callable[[Flag, Collection[str]], list[str]]] = {
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": _if_true("--train_sampling_strategy", "group_by_length"),
+    "adafactor": _if_true("--optim", "adafactor"),
+    "include_inputs_for_metrics": _if_true("--include_for_metrics", "inputs"),
+    "save_safetensors": _save_safetensors,
+    "fsdp_min_num_params": _in_json("fsdp_config", "min_num_params", lambda flag: int(flag.value)),
+    "fsdp_transformer_layer_cls_to_wrap": _in_json(
+        "fsdp_config", "transformer_layer_cls_to_wrap", lambda flag: [flag.value]
+    ),
+    "split_batches": _in_json("accelerator_config", "split_batches", lambda flag: flag.is_true),
+    "dispatch_batches": _in_json("accelerator_config", "dispatch_batches", _dispatch),
+}

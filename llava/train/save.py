@@ -1,0 +1,167 @@
+"""What a training run leaves on disk, and reading it back to go on.
+
+In: a trainer or the named parameters of its model. Out: `mm_projector.bin` (projector runs), `non_lora_trainables.bin`
+beside the adapter (LoRA runs), or a complete checkpoint. File names and tensor names are those of published checkpoints;
+a parameter that DeepSpeed has scattered over ranks is gathered first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import InputError
+from llava.model.config import OWN_FOLDER
+
+logger = logging.getLogger(__name__)
+
+Named = Iterable[tuple[str, Tensor]]
+
+PROJECTOR_FILE = "mm_projector.bin"
+NON_LORA_FILE = "non_lora_trainables.bin"
+PROJECTOR_KEYS = ("mm_projector", "vision_resampler", "image_newline")
+# The embedding table, by the names it has in the language models known here: its new rows stand for <im_start>, <im_end>.
+EMBEDDING_KEYS = ("embed_tokens", "embed_in", "wte")
+
+
+def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
+    """A copy of a parameter on the CPU, whole even where DeepSpeed ZeRO-3 keeps only a part of it on each rank."""
+    if not hasattr(param, "ds_id"):
+        return param.detach().cpu().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param]):
+        return param.data.detach().cpu().clone()
+
+
+def get_mm_adapter_state_maybe_zero_3(named_params: Named, keys_to_match: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors whose names contain one of the keys."""
+    return {name: maybe_zero_3(p) for name, p in named_params if any(key in name for key in keys_to_match)}
+
+
+def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Tensor]:
+    """LoRA tensors, with the biases that `lora_bias` trains: none, all, or those of layers that have an adapter."""
+    params = dict(named_params)
+    lora = {name for name in params if "lora_" in name}
+    if bias == "none":
+        wanted = lora
+    elif bias == "all":
+        wanted = lora | {name for name in params if name.endswith("bias")}
+    elif bias == "lora_only":
+        adapted = {name.split("lora_")[0] for name in lora}
+        wanted = lora | {
+            name
+            for name in params
+            if name.endswith("bias") and name.removesuffix("bias").removesuffix("base_layer.") in adapted
+        }
+    else:
+        raise InputError(f"--lora_bias is {bias!r}; known: none, all, lora_only")
+    return {name: maybe_zero_3(p) for name, p in params.items() if name in wanted}
+
+
+def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only: bool = True) -> dict[str, Tensor]:
+    """What a LoRA run trains besides its adapters: the projector."""
+    return {
+        name: maybe_zero_3(p)
+        for name, p in named_params
+        if "lora_" not in name and (p.requires_grad or not require_grad_only)
+    }
+
+
+def projector_keys(args: Any) -> list[str]:
+    """Which tensors a projector file holds; `use_im_start_end` runs train rows of the embedding table too."""
+    return [*PROJECTOR_KEYS, *(EMBEDDING_KEYS if getattr(args, "use_im_start_end", False) else ())]
+
+
+def saves_projector_only(args: Any) -> bool:
+    """Whether the projector is all that a run trains, so that its checkpoints hold nothing else."""
+    return bool(getattr(args, "tune_mm_mlp_adapter", False)) and not getattr(args, "unfreeze_mm_vision_tower", False)
+
+
+def save_projector(model: Any, args: Any, file: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the projector's tensors into one file."""
+    named = model.named_parameters() if state_dict is None else state_dict.items()
+    weights = get_mm_adapter_state_maybe_zero_3(named, projector_keys(args))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, file)
+
+
+def save_non_lora(model: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write what a LoRA run trains besides its adapters, and the config that says what the model is made of."""
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    named = model.named_parameters() if state_dict is None else state_dict.items()
+    weights = {name: maybe_zero_3(p) for name, p in named if name in trained and "lora_" not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / NON_LORA_FILE)
+    model.config.save_pretrained(folder)
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Put the tensors of a projector or non-LoRA file back into the model they were saved from."""
+    if not file.is_file():
+        raise InputError(f"cannot resume: {str(file)!r} is missing")
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    params = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        if name not in params:
+            raise InputError(f"cannot resume: {str(file)!r} holds {name!r}, which this model does not have")
+        if params[name].shape != tensor.shape:
+            raise InputError(
+                f"cannot resume: {name!r} has shape {tuple(tensor.shape)} in {str(file)!r} and "
+                f"{tuple(params[name].shape)} in this model"
+            )
+        params[name].data.copy_(tensor)
+
+
+def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
+    """Save the model at the end of a run: the projector alone if that is all it trained, else a complete checkpoint.
+
+    Into a folder named `checkpoint-N` a projector is not written itself but beside it, as `mm_projector/checkpoint-N.bin`.
+    """
+    args, folder = trainer.args, Path(output_dir)
+    if not saves_projector_only(args):
+        trainer.save_model(output_dir)
+        return
+    # Gathering is work for every rank; writing is one rank's.
+    weights = get_mm_adapter_state_maybe_zero_3(trainer.model.named_parameters(), projector_keys(args))
+    if not args.should_save:
+        return
+    trainer.model.config.save_pretrained(output_dir)
+    if folder.name.startswith("checkpoint-"):
+        file = folder.parent / "mm_projector" / f"{folder.name}.bin"
+    else:
+        file = folder / PROJECTOR_FILE
+    os.makedirs(file.parent, exist_ok=True)
+    torch.save(weights, file)
+
+
+def bring_tower_along(model: Any, folder: Path) -> None:
+    """Copy a tower that lies inside the folder of the base checkpoint into the result's, whose config names it the same."""
+    config, tower = model.config, model.get_vision_tower()
+    name, base = config.mm_vision_tower, Path(config.name_or_path)
+    if name == OWN_FOLDER:
+        tower.image_processor.save_pretrained(folder)
+    elif not Path(name).is_absolute() and (base / name / "config.json").is_file():
+        if getattr(config, "unfreeze_mm_vision_tower", False):  # its weights are in the checkpoint
+            tower.config.save_pretrained(folder / name)
+            tower.image_processor.save_pretrained(folder / name)
+        else:
+            shutil.copytree(base / name, folder / name, dirs_exist_ok=True)
+
+
+def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> None:
+    """Add special tokens; their rows in both embedding tables start as the mean of the rows before them."""
+    num_new = tokenizer.add_special_tokens(special_tokens_dict)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if num_new == 0:
+        return
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = table.weight.data
+        rows[-num_new:] = rows[:-num_new].mean(dim=0, keepdim=True)

@@ -1,0 +1,216 @@
+"""Train a LLaVA: `python -m llava.train.train --model_name_or_path ... --data_path ... --output_dir ...`.
+
+In: a command line (arguments.py). Out: a folder that `load_pretrained_model` reads. The flow, each step in its own file:
+arguments -> tokenizer and base model -> freezing, adapters -> tower and projector (assemble.py) -> data (data.py) ->
+LLaVATrainer (llava_trainer.py) -> files (save.py). Names that outside code imports from here are re-exported below.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from llava.errors import InputError
+from llava.labels import (
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+)
+from llava.program import run_program
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args
+from llava.train.assemble import (
+    add_vision,
+    cast_weights,
+    choose_conversation,
+    count_trained,
+    keep_vision_settings,
+    prepare_language_model,
+    prepare_tokenizer,
+)
+from llava.train.base_model import load_base
+from llava.train.data import (
+    DataCollatorForSupervisedDataset,
+    LazySupervisedDataset,
+    make_supervised_data_module,
+)
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import find_all_linear_names
+from llava.train.save import (
+    bring_tower_along,
+    get_mm_adapter_state_maybe_zero_3,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    maybe_zero_3,
+    safe_save_model_for_hf_trainer,
+    saves_projector_only,
+    smart_tokenizer_and_embedding_resize,
+)
+
+__all__ = [
+    "DataArguments",
+    "DataCollatorForSupervisedDataset",
+    "LLaVATrainer",
+    "LazySupervisedDataset",
+    "ModelArguments",
+    "TrainingArguments",
+    "find_all_linear_names",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_peft_state_maybe_zero_3",
+    "get_peft_state_non_lora_maybe_zero_3",
+    "main",
+    "make_supervised_data_module",
+    "maybe_zero_3",
+    "preprocess",
+    "preprocess_llama_2",
+    "preprocess_mpt",
+    "preprocess_multimodal",
+    "preprocess_plain",
+    "preprocess_v1",
+    "rank0_print",
+    "run",
+    "safe_save_model_for_hf_trainer",
+    "smart_tokenizer_and_embedding_resize",
+    "train",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def rank0_print(*args: Any) -> None:
+    """Print on the first process of a distributed run only."""
+    if _is_first_process():
+        print(*args)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> LLaVATrainer:
+    """Train as the command line says (`sys.argv` without one), and save the result."""
+    model_args, data_args, training_args = parse_train_args(argv)
+    return run(model_args, data_args, training_args, attn_implementation=attn_implementation)
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    *,
+    attn_implementation: str | None = None,
+) -> LLaVATrainer:
+    """Train as the arguments say, save into `output_dir`, and give back the trainer with the trained model."""
+    trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
+    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(training_args))
+    dataset = trainer.train_dataset
+    if isinstance(dataset, LazySupervisedDataset):
+        report = dataset.cuts.report(dataset.list_data_dict, training_args.model_max_length)
+        if report:
+            logger.warning(report)
+    _save_result(trainer)
+    return trainer
+
+
+def build_trainer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    *,
+    attn_implementation: str | None = None,
+) -> LLaVATrainer:
+    """Everything before the first step."""
+    _refuse_contradictions(model_args, training_args)
+    conv = choose_conversation(model_args.version)
+    if training_args.logging_dir:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
+    transformers.set_seed(training_args.seed)  # new modules begin with random numbers
+
+    model, tokenizer = load_base(model_args, training_args, attn_implementation=attn_implementation)
+    model_args, data_args = keep_vision_settings(model.config, model_args, data_args)
+    if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
+        raise InputError("training a projector or a tower needs one: name it with --vision_tower")
+    # Data first: a mistake there should not wait for a tower to load.
+    data_module = make_supervised_data_module(tokenizer, data_args, conv)
+    prepare_tokenizer(tokenizer, model, model_args.version)
+    model = prepare_language_model(model, model_args, training_args)
+    if model_args.vision_tower:
+        add_vision(model, tokenizer, model_args, data_args, training_args)
+    cast_weights(model, training_args)
+    num_trained = count_trained(model)
+    rank0_print(
+        f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
+        f"{len(data_module['train_dataset']):,} samples; template {model_args.version}"
+    )
+    return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+
+
+def _refuse_contradictions(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
+        raise InputError(
+            "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
+        )
+    if str(training_args.eval_strategy.value) != "no":
+        raise InputError("--eval_strategy needs a validation set, and a run has none; leave it at 'no'")
+    if training_args.remove_unused_columns:
+        raise InputError("--remove_unused_columns True would throw the images away; leave it False")
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
+    """What `--resume_from_checkpoint` says; without it, the last checkpoint in the output folder, if there is one."""
+    named = training_args.resume_from_checkpoint
+    if named in ("False", "false", False):
+        return None
+    if named in ("True", "true", True):
+        named = None
+        if not any(Path(training_args.output_dir).glob("checkpoint-*")):
+            raise InputError(f"--resume_from_checkpoint True, but {training_args.output_dir!r} holds no checkpoint-*")
+    if named is None:
+        return True if any(Path(training_args.output_dir).glob("checkpoint-*")) else None
+    if not (Path(named) / "trainer_state.json").is_file():
+        raise InputError(
+            f"--resume_from_checkpoint {named!r} is not a checkpoint folder (it has no trainer_state.json)"
+        )
+    return named
+
+
+def _save_result(trainer: LLaVATrainer) -> None:
+    """Write what the run was for, in the precision that the run computed in."""
+    args = trainer.args
+    trainer.save_state()
+    trainer.model.config.use_cache = True
+    if not (args.deepspeed or args.fsdp or saves_projector_only(args) or args.lora_enable):
+        # The float32 copies were for the optimizer; checkpoint-N folders still hold them.
+        for parameter in trainer.model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != args.compute_dtype:
+                parameter.data = parameter.data.to(args.compute_dtype)
+    safe_save_model_for_hf_trainer(trainer, args.output_dir)
+    if args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
+        bring_tower_along(trainer.model, Path(args.output_dir))
+
+
+def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> int:
+    """The program: exit status 2 and one sentence for a mistake of the user's."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("llava").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+    return run_program(_program, argv, attn_implementation, name="llava train")
+
+
+def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> None:
+    try:
+        train(attn_implementation=attn_implementation, argv=argv)
+    except InputError as error:
+        # One from a data loading process arrives wrapped in that process's traceback; the message itself is at its end.
+        raise InputError(str(error).strip().rsplit("InputError: ", 1)[-1]) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
