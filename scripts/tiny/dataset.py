@@ -1,0 +1,139 @@
+"""Write the training data of the two LLaVA stages: standard JSON and a folder of pictures, with all cores.
+
+In: counts per kind, typefaces, photographs. Out: FOLDER/pretrain.json (picture and caption), FOLDER/finetune.json (picture
+and a conversation of several turns), FOLDER/images/. These are the files that `python -m llava.train.train` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from photos import load_photos
+from samples import DRAW, Source, draw_sample, reshape
+from talk import converse
+
+FIRST_SEED = 20_000_000  # apart from the seeds of arrays.py and language.py
+CHUNK = 500
+STAGES = ("pretrain", "finetune")
+_sources: dict[tuple[Path | None, Path | None], Source] = {}  # one per worker process: photographs load once
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's share of one stage."""
+
+    stage: str
+    kind: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Options:
+    fonts: Path | None
+    cifar: Path | None
+    photos: int | None
+    suffix: str
+
+
+def write_data(folder: Path, counts: dict[str, dict[str, int]], options: Options, *, workers: int) -> dict[str, int]:
+    """counts[stage][kind]; returns the rows written per stage."""
+    parts = [
+        Part(stage, kind, start, min(CHUNK, count - start))
+        for stage, kinds in counts.items()
+        for kind, count in kinds.items()
+        for start in range(0, count, CHUNK)
+    ]
+    rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in counts}
+    random.Random(0).shuffle(parts)
+    with ProcessPoolExecutor(workers) as pool:
+        for part, found in zip(
+            parts, pool.map(partial(write_part, folder=folder, options=options), parts), strict=True
+        ):
+            rows[part.stage] += found
+    for stage, found in rows.items():
+        random.Random(1).shuffle(found)
+        (folder / f"{stage}.json").write_text(json.dumps(found))
+    return {stage: len(found) for stage, found in rows.items()}
+
+
+def open_source(options: Options) -> Source:
+    key = (options.fonts, options.cifar)
+    if key not in _sources:
+        photos = load_photos(options.cifar, "train", limit=options.photos) if options.cifar else None
+        _sources[key] = Source(options.fonts, photos)
+    return _sources[key]
+
+
+def write_part(part: Part, *, folder: Path, options: Options) -> list[dict[str, Any]]:
+    source = open_source(options)
+    inside = f"{part.stage}/{part.kind}-{part.start // CHUNK:04d}"
+    (folder / "images" / inside).mkdir(parents=True, exist_ok=True)
+    rows = []
+    offset = FIRST_SEED * (1 + STAGES.index(part.stage))
+    for number in range(part.start, part.start + part.count):
+        rng = random.Random(f"{part.stage}-{part.kind}-{number}")
+        sample = draw_sample(part.kind, offset + number, source)
+        row: dict[str, Any] = {"id": f"{part.stage}-{part.kind}-{number}"}
+        if (image := sample.image) is not None:
+            row["image"] = f"{inside}/{number}{options.suffix}"
+            reshape(image, rng).save(folder / "images" / row["image"], **SAVE.get(options.suffix, {}))
+        if part.stage == "pretrain":
+            turns = [("<image>", sample.caption)]
+        else:
+            asked = converse(rng, sample.questions, rng.randint(3, 6))
+            turns = [(turn.question, turn.answer) for turn in asked]
+            if image is not None:
+                turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+        row["conversations"] = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        rows.append(row)
+    return rows
+
+
+SAVE: dict[str, dict[str, int]] = {".png": {"compress_level": 1}, ".jpg": {"quality": 95}}
+
+
+def parse_counts(text: str) -> dict[str, int]:
+    """ "scene=1000,text=500" -> {"scene": 1000, "text": 500}"""
+    counts = {name: int(number) for name, number in (pair.split("=") for pair in text.split(","))}
+    unknown = set(counts) - set(DRAW)
+    if unknown:
+        raise ValueError(f"unknown kinds {sorted(unknown)}; known: {', '.join(DRAW)}")
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files and images/")
+    parser.add_argument("--fonts", type=Path)
+    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--photos", type=int, help="use only this many photographs")
+    parser.add_argument("--pretrain", type=parse_counts, default="scene=40000,sign=10000,text=40000,photo=20000")
+    parser.add_argument(
+        "--finetune", type=parse_counts, default="scene=170000,sign=30000,text=100000,photo=110000,talk=8000"
+    )
+    parser.add_argument("--suffix", default=".bmp", choices=(".bmp", ".png", ".jpg"), help="bmp is the fastest to read")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    started = time.time()
+    options = Options(args.fonts, args.cifar, args.photos, args.suffix)
+    counts = {"pretrain": args.pretrain, "finetune": args.finetune}
+    rows = write_data(args.out, counts, options, workers=args.workers)
+    print(json.dumps({"stage": "dataset", **rows, "seconds": round(time.time() - started, 1)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""How large each stage is: "full" for one H200 with 16 cores, "trial" to measure its speed, "check" to see that it runs
+there at all, "smoke" and "cpu" without a GPU.
+
+In: a name. Out: Preset, whose fields are the extra options of the stages' commands (build.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Options = tuple[str, ...]
+
+
+def options(**values: object) -> Options:
+    """dialogues=5, max_minutes=1.0 -> ("--dialogues", "5", "--max-minutes", "1.0"); True gives the bare flag."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return tuple(words)
+
+
+def flags(**values: object) -> Options:
+    """The same in the spelling of llava.train.train, with underscores."""
+    return tuple(word for name, value in values.items() for word in (f"--{name}", str(value)))
+
+
+@dataclass(frozen=True)
+class Preset:
+    arrays: Options
+    held: Options
+    teacher: Options
+    language: Options
+    clip: Options
+    dataset: Options
+    training: Options  # both stages of LLaVA
+    stage1: Options
+    stage2: Options
+    photos: int | None = None
+
+
+GPU_TRAINING = flags(bf16=True, tf32=True, dataloader_num_workers=14, gradient_checkpointing=False, logging_steps=20)
+CPU_TRAINING = flags(bf16=False, use_cpu=True, dataloader_num_workers=0, gradient_checkpointing=False, logging_steps=1)
+HELD = options(scenes=1000, signs=200, texts=1200)
+
+PRESETS: dict[str, Preset] = {
+    # about 17 minutes: 2.5 for data, teacher and language; 4.5 CLIP; 1 stage 1; 8 stage 2; 0.5 packing
+    "full": Preset(
+        arrays=options(scenes=150_000, signs=20_000, texts=140_000),
+        held=HELD,
+        teacher=options(steps=2800, batch=768),
+        language=options(dialogues=240_000, max_minutes=1.1),
+        clip=options(max_minutes=4.2),
+        dataset=(
+            *options(pretrain="scene=40000,sign=6000,text=40000,photo=20000"),
+            *options(finetune="scene=200000,sign=35000,text=120000,photo=110000,talk=8000"),
+        ),
+        training=GPU_TRAINING,
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=2e-3),
+        stage2=flags(num_train_epochs=2, per_device_train_batch_size=256, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+    ),
+    # about 4 minutes up to "clip": shows the speed of every stage and how far a short CLIP goes
+    "trial": Preset(
+        arrays=options(scenes=50_000, signs=5_000, texts=50_000),
+        held=HELD,
+        teacher=options(steps=1000, batch=768),
+        language=options(dialogues=60_000, max_minutes=0.4),
+        clip=options(max_minutes=1.5, report_minutes=0.35),
+        dataset=(
+            *options(pretrain="scene=4000,text=4000,photo=2000"),
+            *options(finetune="scene=12000,sign=2000,text=8000,photo=8000,talk=500"),
+        ),
+        training=GPU_TRAINING,
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=2e-3),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+    ),
+    # a minute on a GPU: every stage at full width for a few steps, before an hour is spent on a mistake
+    "check": Preset(
+        arrays=options(scenes=600, signs=100, texts=600),
+        held=options(scenes=64, signs=8, texts=64),
+        teacher=options(steps=10, batch=256),
+        language=options(dialogues=2000, steps=10, checks=8),
+        clip=options(steps=6),
+        dataset=(
+            *options(pretrain="scene=300,sign=50,text=300,photo=200"),
+            *options(finetune="scene=300,sign=100,text=300,photo=300,talk=50"),
+        ),
+        training=GPU_TRAINING,
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=64, learning_rate=1e-3),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=64, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        photos=2000,
+    ),
+    # some hours on a desktop's cores: a weaker model by the same road
+    "cpu": Preset(
+        arrays=options(scenes=20_000, signs=3_000, texts=20_000),
+        held=HELD,
+        teacher=options(steps=1500, batch=128, width=24),
+        language=(*options(dialogues=20_000, steps=1500, batch=16, max_minutes=30), "--no-compile"),
+        clip=(*options(steps=4000, photo_batch=64, drawn_batch=64, max_minutes=90), "--no-compile"),
+        dataset=(
+            *options(pretrain="scene=3000,text=3000,photo=2000", suffix=".png"),
+            *options(finetune="scene=16000,sign=3000,text=10000,photo=10000,talk=1000"),
+        ),
+        training=CPU_TRAINING,
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=32, learning_rate=2e-3),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=32, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+    ),
+    # a few minutes on two cores: proves that every stage runs, and learns nothing
+    "smoke": Preset(
+        arrays=options(scenes=60, signs=10, texts=60),
+        held=options(scenes=24, signs=4, texts=24),
+        teacher=options(steps=4, batch=32, width=8),
+        language=(
+            *options(dialogues=200, steps=6, batch=4, length=128, width=64, layers=2, mlp=128, checks=4),
+            "--no-compile",
+        ),
+        clip=(*options(steps=4, photo_batch=8, drawn_batch=8, layers=2, width=64), "--no-compile"),
+        dataset=(
+            *options(pretrain="scene=8,sign=2,text=8,photo=6", suffix=".png"),
+            *options(finetune="scene=12,sign=4,text=8,photo=8,talk=4"),
+        ),
+        training=CPU_TRAINING,
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-3),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        photos=100,
+    ),
+}

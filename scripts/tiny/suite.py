@@ -1,0 +1,417 @@
+"""The held-out suite: rows of question and right answer, and the pictures they are about.
+
+In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, pictures).
+Nothing here was trained on: seeds, typefaces, texts (`lettering.is_held_out`) and the wordings of unanswerable questions are
+held out, and photographs are the data set's test images. Answers are judged in scoring.py and asked for in evaluate.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import lettering
+import numpy as np
+import palette
+from lettering import Lettering
+from photos import ANIMALS, KINDS, Photos, photo_questions
+from PIL import Image
+from questions import lettering_questions
+from samples import SIDE, Sample, Source, draw_sample
+from scenes import SHAPES, Scene
+from talk import QA, SHORT_SUFFIX, SMALL_TALK, Turn, converse, spell, unknown_questions, with_article
+from wording import names_of
+
+FIRST_SEED = 50_000_000  # apart from every seed of the training data and of the measurements during training
+SEEDS_PER_PART = 1_000_000
+Paint = Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `after` names the row whose question, and the model's own answer to it, came just before."""
+
+    id: str
+    group: str  # the measure it counts for
+    category: str  # how the answer is judged (scoring.py)
+    form: str  # "word", "sentence" or "free"
+    question: str
+    answer: str
+    picture: int | None = None
+    after: str | None = None
+    tag: str = ""  # a finer division of the group
+
+
+@dataclass(frozen=True)
+class Suite:
+    rows: list[Row]
+    paints: list[Paint]
+
+    def paint(self, *, workers: int = 1) -> list[Image.Image]:
+        """All pictures, in order."""
+        if workers < 2:
+            return [paint() for paint in self.paints]
+        with ProcessPoolExecutor(workers) as pool:
+            return [Image.fromarray(pixels) for pixels in pool.map(paint_array, self.paints, chunksize=64)]
+
+
+def paint_array(paint: Paint) -> np.ndarray:
+    return np.asarray(paint())
+
+
+class Maker:
+    """Collects rows and pictures; ids tell the group and a running number."""
+
+    def __init__(self, fonts: Path | None, photos: Photos | None) -> None:
+        self.fonts = fonts
+        self.photos = photos
+        self.source = Source(fonts, photos, held=True)
+        self.rows: list[Row] = []
+        self.paints: list[Paint] = []
+        self.numbers: dict[str, int] = {}
+
+    def picture(self, paint: Paint | None) -> int | None:
+        if paint is None:
+            return None
+        self.paints.append(paint)
+        return len(self.paints) - 1
+
+    def number(self, group: str) -> int:
+        return self.numbers.get(group, 0)
+
+    def add(self, group: str, qa: QA, picture: int | None, rng: random.Random, *, form: str = "", tag: str = "") -> Row:
+        """Ask for one word or for a sentence, by chance, unless the form is given or there is no short answer."""
+        form = form or rng.choice(("word", "sentence"))
+        if qa.short is None:
+            form = "free"
+        question = spell(rng, qa.question) + (SHORT_SUFFIX if form == "word" else "")
+        answer = qa.short if form == "word" and qa.short is not None else qa.answer
+        return self.put(Row("", group, qa.category, form, question, answer, picture, tag=tag))
+
+    def put(self, row: Row) -> Row:
+        number = self.number(row.group)
+        self.numbers[row.group] = number + 1
+        self.rows.append(replace(row, id=f"{row.group}-{number:04d}"))
+        return self.rows[-1]
+
+    def draw(self, part: int, kind: str) -> Iterator[tuple[Sample, random.Random]]:
+        """Endless held-out samples of a kind; every part of the suite has its own."""
+        for number in count():
+            seed = FIRST_SEED + part * SEEDS_PER_PART + number
+            yield draw_sample(kind, seed, self.source), random.Random(f"suite-{seed}")
+
+    def fill(
+        self, samples: Iterable[tuple[Sample, random.Random]], quotas: dict[str, int], label: Callable[[QA], str | None]
+    ) -> None:
+        """From each sample one question of every label that still has room; a label is "group" or "group/tag"."""
+        room = dict(quotas)
+        for sample, rng in samples:
+            if not any(room.values()):
+                break
+            by_label: dict[str, list[QA]] = {}
+            for qa in sample.questions:
+                if room.get(name := label(qa) or "", 0):
+                    by_label.setdefault(name, []).append(qa)
+            picture = self.picture(sample.paint) if by_label else None
+            for name, found in by_label.items():
+                group, _, tag = name.partition("/")
+                self.add(group, rng.choice(found), picture, rng, tag=tag)
+                room[name] -= 1
+
+
+def make_suite(fonts: Path | None, photos: Photos | None, size: int) -> Suite:
+    """About `size` questions for each measure."""
+    maker = Maker(fonts, photos)
+    parts = (add_scenes, add_reading, add_pope, add_follow_ups, add_conversations, add_unknown, add_free, add_sizes)
+    for part in parts + ((add_photos,) if photos is not None else ()):
+        part(maker, size)
+    return Suite(maker.rows, maker.paints)
+
+
+# --- drawn scenes ---------------------------------------------------------------------------------------------------
+
+ATTRIBUTES = {name: name for name in ("colour", "shape", "size", "position", "relation")} | {
+    "size_relation": "relation"
+}
+YES_NO = {f"yesno_{name}": f"yesno_{name}" for name in ("colour", "size", "position", "count", "relation", "photo")} | {
+    "yesno_exists": "yesno_existence",
+    "yesno_read": "yesno_reading",
+}
+
+
+def add_scenes(maker: Maker, size: int) -> None:
+    """Attributes, counts (each number equally often) and yes/no questions (yes and no equally often)."""
+    kinds = dict.fromkeys(ATTRIBUTES.values(), size)
+    maker.fill(maker.draw(0, "scene"), kinds, lambda qa: ATTRIBUTES.get(qa.category))
+    counts = {f"count/{number}": -(-size // 6) for number in range(1, 7)} | {"count_none/0": size // 6}
+    maker.fill(maker.draw(1, "scene"), counts, count_label)
+    drawn = [group for category, group in YES_NO.items() if category not in ("yesno_read", "yesno_photo")]
+    maker.fill(maker.draw(2, "scene"), {f"{g}/{t}": size // 2 for g in drawn for t in ("Yes", "No")}, yes_no_label)
+    rest = {"background": size // 4, "yesno_same/Yes": size // 8, "yesno_same/No": size // 8, "kind": size // 8}
+    maker.fill(maker.draw(3, "scene"), rest, rest_label)
+
+
+def count_label(qa: QA) -> str | None:
+    return f"{'count_none' if qa.short == '0' else 'count'}/{qa.short}" if qa.category == "count" else None
+
+
+def yes_no_label(qa: QA) -> str | None:
+    return f"{YES_NO[qa.category]}/{qa.short}" if qa.category in YES_NO else None
+
+
+def rest_label(qa: QA) -> str:
+    return f"{qa.category}/{qa.short}" if qa.category == "yesno_same" else qa.category
+
+
+def add_pope(maker: Maker, size: int) -> None:
+    """Is there a ...? One yes and one no for each picture; the no is of any colour and shape, or nearly right."""
+    for part, wrong in enumerate(("random", "near")):
+        group = f"pope_drawn_{wrong}"
+        for sample, rng in maker.draw(10 + part, "scene"):
+            if maker.number(group) >= size:
+                break
+            things = {(t.colour, t.shape) for t in scene_of(sample).things}
+            right = rng.choice(sorted(things))
+            no = draw_absent(rng, things, near=wrong == "near")
+            picture = maker.picture(sample.paint)
+            for (colour, shape), truth in ((right, "Yes"), (no, "No")):
+                asked = f"Is there {with_article(f'{colour} {shape}')} in the image?"
+                maker.add(group, QA(asked, truth, truth, "yesno_exists"), picture, rng, form="word", tag=truth)
+
+
+def draw_absent(rng: random.Random, things: set[tuple[str, str]], *, near: bool) -> tuple[str, str]:
+    colours, shapes = {c for c, _ in things}, {s for _, s in things}
+    pairs = [(c, s) for c in palette.NAMES for s in SHAPES if (c, s) not in things]
+    return rng.choice([(c, s) for c, s in pairs if (c in colours or s in shapes) == near])
+
+
+def scene_of(sample: Sample) -> Scene:
+    assert isinstance(sample.paint, partial)
+    return sample.paint.args[0]
+
+
+# --- words and numbers ----------------------------------------------------------------------------------------------
+
+TEXT_QUESTIONS = {"text_colour": 4, "text_kind": 8, "read_part": 4}  # a share of the size: one in so many
+
+
+def draw_texts(maker: Maker, part: int, wanted: str, *, trained: bool) -> Iterator[tuple[Sample, random.Random]]:
+    """Texts in held-out typefaces; `trained` texts may have been read in training, in other typefaces."""
+    for number in count():
+        rng = random.Random(f"held-text-{FIRST_SEED + part * SEEDS_PER_PART + number}")
+        text = lettering.draw_lettering(rng, maker.fonts, held=not trained)
+        text = replace(text, font=rng.choice(lettering.typefaces(maker.fonts, "held")))
+        if wanted in kinds_of_text(text):
+            paint = partial(lettering.render_lettering, text, SIDE)
+            yield Sample("text", paint, "", lettering_questions(text, rng), text.text), rng
+
+
+def kinds_of_text(text: Lettering) -> tuple[str, ...]:
+    """Which measures a text fits; invented words of the training split fit none, since few of them were ever drawn."""
+    if text.is_number:
+        return ("number",) if len(text.text) > 2 else ("short number",)
+    if lettering.is_held_out(text.text):
+        return ("unseen",)
+    return ("seen",) if text.text.lower() in lettering.WORDS else ()
+
+
+def add_reading(maker: Maker, size: int) -> None:
+    texts = (
+        ("read_seen_words", "seen", True),
+        ("read_unseen_words", "unseen", False),
+        ("read_numbers", "number", False),
+    )
+    for part, (group, wanted, trained) in enumerate(texts):
+        quotas = {group: size} | {f"yesno_reading/{t}": -(-size // 6) for t in ("Yes", "No")}
+        quotas |= {category: -(-size // 3 // share) for category, share in TEXT_QUESTIONS.items()}
+        samples = draw_texts(maker, 20 + part, wanted, trained=trained)
+        maker.fill(samples, quotas, partial(reading_label, group=group))
+    short = draw_texts(maker, 23, "short number", trained=True)
+    maker.fill(short, {"read_short_numbers": size // 4}, partial(reading_label, group="read_short_numbers"))
+    maker.fill(maker.draw(24, "sign"), {"read_signs": size}, partial(reading_label, group="read_signs"))
+
+
+def reading_label(qa: QA, *, group: str) -> str | None:
+    return group if qa.category == "read" else yes_no_label(qa) or qa.category
+
+
+# --- photographs ----------------------------------------------------------------------------------------------------
+
+# For each kind the one that it is most easily taken for.
+NEAR = {
+    "airplane": "ship", "car": "truck", "bird": "airplane", "cat": "dog", "deer": "horse",
+    "dog": "cat", "frog": "bird", "horse": "deer", "ship": "airplane", "truck": "car",
+}  # fmt: skip
+
+
+def add_photos(maker: Maker, size: int) -> None:
+    """Each photograph twice: asked for one word and for a sentence; then yes/no and simple facts."""
+    photos = maker.photos
+    assert photos is not None
+    order = list(range(len(photos)))
+    random.Random("suite-photos").shuffle(order)
+    samples = [photo_sample(photos, index) for index in order]
+    for sample, rng in samples[: 2 * size]:
+        asked = [qa for qa in sample.questions if qa.category == "photo"]
+        picture = maker.picture(sample.paint)
+        for form in ("word", "sentence"):
+            maker.add("photo", rng.choice(asked), picture, rng, form=form, tag=sample.truth)
+    maker.fill(samples, {f"yesno_photo/{t}": size // 2 for t in ("Yes", "No")}, yes_no_label)
+    rest = dict.fromkeys(("photo_group", "photo_fact", "describe_photo"), size // 4)
+    rest |= dict.fromkeys(("kind", "absent"), size // 8)
+    maker.fill(samples, rest, lambda qa: "describe_photo" if qa.category == "describe" else qa.category)
+    for wrong in ("random", "near"):
+        for sample, rng in samples[: size // 2]:
+            kind = sample.truth
+            no = (
+                NEAR[kind] if wrong == "near" else rng.choice([k for k in KINDS if (k in ANIMALS) != (kind in ANIMALS)])
+            )
+            picture = maker.picture(sample.paint)
+            for name, truth in ((kind, "Yes"), (no, "No")):
+                qa = QA(f"Is there {with_article(name)} in the image?", truth, truth, "yesno_photo")
+                maker.add(f"pope_photo_{wrong}", qa, picture, rng, form="word", tag=truth)
+
+
+def photo_sample(photos: Photos, index: int) -> tuple[Sample, random.Random]:
+    """A test image as it is; `samples.draw_photo` would draw some twice and some never."""
+    rng = random.Random(f"suite-photo-{index}")
+    label = int(photos.labels[index])
+    paint = partial(Image.fromarray, photos.pixels[index])
+    return Sample("photo", paint, "", photo_questions(label, rng, held=True), KINDS[label]), rng
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def add_follow_ups(maker: Maker, size: int) -> None:
+    """A question about a thing and one about "it", after the model's own answer to the first."""
+    kinds = picture_kinds(maker, (("scene", 3), ("text", 1), ("photo", 1)))
+    for sample, rng in mixed(maker, 30, kinds):
+        if maker.number("follow_up") >= size:
+            return
+        pairs = [(a, b) for a in sample.questions for b in sample.questions if fits(a, b)]
+        if not pairs:
+            continue
+        first, second = rng.choice(pairs)
+        assert second.follow is not None
+        form = rng.choice(("word", "sentence"))
+        before = maker.add("follow_up_first", first, maker.picture(sample.paint), rng, form=form)
+        asked = replace(second, question=second.follow[0], answer=second.follow[1])
+        row = maker.add("follow_up", asked, before.picture, rng, form=form, tag=second.category)
+        maker.rows[-1] = replace(row, after=before.id)
+
+
+def fits(first: QA, second: QA) -> bool:
+    same = first.about is not None and first.about == second.about
+    return same and second.follow is not None and first.category != second.category and first.short is not None
+
+
+def picture_kinds(maker: Maker, shares: Sequence[tuple[str, int]]) -> list[str]:
+    return [kind for kind, share in shares for _ in range(share) if kind != "photo" or maker.photos is not None]
+
+
+def mixed(maker: Maker, part: int, kinds: Sequence[str]) -> Iterator[tuple[Sample, random.Random]]:
+    """Held-out samples of several kinds in turn."""
+    streams = [maker.draw(part + place, kind) for place, kind in enumerate(kinds)]
+    for number in count():
+        yield next(streams[number % len(streams)])
+
+
+def add_conversations(maker: Maker, size: int) -> None:
+    """Five turns on one picture, each after the model's own answers; every turn counts."""
+    kinds = picture_kinds(maker, (("scene", 2), ("sign", 1), ("text", 1), ("photo", 1)))
+    samples = mixed(maker, 40, kinds)
+    for _ in range(-(-size // 5)):
+        sample, rng = next(samples)
+        picture, after = maker.picture(sample.paint), None
+        for number, turn in enumerate(converse(rng, sample.questions, 5), start=1):
+            row = maker.put(turn_row(turn, picture, after, tag=f"turn {number}"))
+            after = row.id
+
+
+def turn_row(turn: Turn, picture: int | None, after: str | None, *, tag: str) -> Row:
+    form = "word" if turn.short else "free" if turn.category == "describe" else "sentence"
+    return Row("", "conversation", turn.category, form, turn.question, turn.answer, picture, after, tag)
+
+
+# --- what cannot be told, descriptions, talk ------------------------------------------------------------------------
+
+
+def add_unknown(maker: Maker, size: int) -> None:
+    """Wordings that training never used, the same about a thing in the picture, and questions about what is not there."""
+    kinds = picture_kinds(maker, (("scene", 2), ("text", 1), ("photo", 1)))
+    samples = mixed(maker, 50, kinds)
+    for _ in range(size):
+        sample, rng = next(samples)
+        things = names_of(scene_of(sample))[:1] if sample.kind == "scene" and rng.random() < 0.3 else []
+        asked = unknown_questions(rng, held=True, things=things)
+        qa = rng.choice(asked[-4:] if things else asked)
+        maker.add("unknown", qa, maker.picture(sample.paint), rng, tag="about a thing" if things else "new wording")
+    for part, kind in ((56, "scene"), (57, "text")):
+        maker.fill(maker.draw(part, kind), {"absent": size // 4}, lambda qa: qa.category)
+
+
+NEW_TALK = (
+    ("Hello, who are you?", "I am a small vision assistant, trained on drawings, short words and photographs."),
+    ("What is it that you can do?", SMALL_TALK[2][1]),
+    ("Many thanks!", "You are welcome."),
+    ("Thank you so much", "You are welcome."),
+    ("Bye bye", "Goodbye!"),
+    ("Hey there", "Hello! How can I help you with a picture?"),
+    ("How many legs does a deer have?", "It has four legs."),
+)
+
+
+def add_free(maker: Maker, size: int) -> None:
+    """Descriptions; all small talk that was trained, and a few wordings that were not."""
+    for part, kind, share in ((60, "scene", 2), (61, "text", 4), (62, "sign", 4)):
+        group = "describe_scene" if kind == "scene" else "describe_text"
+        maker.fill(maker.draw(part, kind), {group: size // share}, partial(describe_label, group=group))
+    for questions, answer in SMALL_TALK:
+        for question in questions:
+            maker.put(Row("", "talk", "talk", "free", question, answer))
+    for question, answer in NEW_TALK:
+        maker.put(Row("", "talk_new", "talk", "free", question, answer))
+
+
+def describe_label(qa: QA, *, group: str) -> str | None:
+    return group if qa.category == "describe" else None
+
+
+# --- other sizes of picture -----------------------------------------------------------------------------------------
+
+SIZES = {"112": 112, "64": 64, "224": 224, "448": 448, "wide": 224, "high": 224}
+ASKED_AT_SIZES = ("colour", "shape", "count", "read", "relation")  # not places: a wide sheet moves them
+
+
+def add_sizes(maker: Maker, size: int) -> None:
+    """The same scenes and words as square pictures of several sizes, and on a wide and a high sheet."""
+    chosen: list[tuple[Sample, QA, random.Random]] = []
+    for sample, rng in mixed(maker, 70, ("scene", "scene", "text")):
+        asked = [qa for qa in sample.questions if qa.category in ASKED_AT_SIZES]
+        if len(chosen) >= size // 2:
+            break
+        if asked:
+            chosen.append((sample, rng.choice(asked), rng))
+    for name, side in SIZES.items():
+        for sample, qa, _ in chosen:
+            assert isinstance(sample.paint, partial)
+            paint: Paint = partial(sample.paint.func, sample.paint.args[0], side)
+            if name in ("wide", "high"):
+                paint = partial(on_sheet, paint, high=name == "high")
+            maker.add(f"side_{name}", qa, maker.picture(paint), random.Random(qa.question), tag=qa.category)
+
+
+def on_sheet(paint: Paint, *, high: bool) -> Image.Image:
+    """The picture in the middle of a sheet 1.6 times as wide or as high, of the colour of its corner."""
+    image = paint()
+    width, height = image.size
+    sheet_size = (width, round(1.6 * height)) if high else (round(1.6 * width), height)
+    sheet = Image.new("RGB", sheet_size, image.getpixel((1, 1)))
+    sheet.paste(image, ((sheet_size[0] - width) // 2, (sheet_size[1] - height) // 2))
+    return sheet
