@@ -13,8 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@sed -n '2,3s/^# *//p' Makefile
 
+QUESTION := What do you see in this picture?
+
 demo: $(VENV)/.core
-	@$(BIN)/python -m llava chat images/demo.jpg "What do you see in this picture?"
+	@echo '$$ llava chat images/demo.jpg "$(QUESTION)"'
+	@$(BIN)/python -m llava chat images/demo.jpg "$(QUESTION)"
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile

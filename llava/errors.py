@@ -30,4 +30,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         package = module.split(".")[0]
-        raise MissingPackageError(f"this needs the package {package!r}; install it with: pip install 'llava[{extra}]'") from error
+        raise MissingPackageError(
+            f"this needs the package {package!r}; install it with: pip install 'llava[{extra}]'"
+        ) from error

@@ -11,6 +11,7 @@ from cli_kit import CHECKPOINT, IMAGE, run_llava, run_python
 from golden_data import HERE, golden
 
 import llava.tokenization
+from llava.conversation import conv_mode_for_model_name
 from llava.serve import cli
 
 RECORDED = json.loads(golden("cli/recorded.json").read_text())
@@ -35,11 +36,12 @@ def test_every_recorded_flag_is_there() -> None:
 
 @pytest.mark.parametrize("row", NAMES, ids=lambda row: row["model_name"])
 def test_template_by_model_name(row: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    inferred = conv_mode_for_model_name(row["model_name"])
     for key, expected in row.items():
         if not key.startswith("cli|--conv-mode="):
             continue
         given = key.removeprefix("cli|--conv-mode=")
-        assert cli.choose_conv_mode(None if given == "None" else given, row["model_name"]) == expected
+        assert cli.choose_conv_mode(None if given == "None" else given, inferred) == expected
         assert capsys.readouterr().out.rstrip("\n") == row.get(f"cli|warning|{given}", "")
 
 

@@ -17,7 +17,7 @@ from llava import tokenization
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_mode_for_model_name, conv_templates
 from llava.model.checkpoint import CheckpointInfo, read_json
-from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.config import LlavaSettings, is_multimodal, language_model_type
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +98,19 @@ def context_len(config: Any) -> int:
     return int(min(trained, positions or trained))
 
 
-def conv_mode(info: CheckpointInfo, tokenizer: Any, name: str) -> str:
-    """The conversation template: what the config says, then what the language model tells, then the name."""
-    declared = info.config.get("conv_mode")
+def conv_mode(config: Mapping[str, Any], tokenizer: Any, name: str) -> str:
+    """The conversation template: what the config says, then what the language model tells, then the model's name."""
+    declared = config.get("conv_mode")
     if declared in conv_templates:
         return str(declared)
     by_name = conv_mode_for_model_name(name)
-    if info.language_model in CONV_MODES:
-        return CONV_MODES[info.language_model]
+    by_model = CONV_MODES.get(language_model_type(config))
+    if by_model is not None:
+        return by_model
     template = getattr(tokenizer, "chat_template", None)
     if "<|im_start|>" in tokenizer.get_vocab() or (isinstance(template, str) and "<|im_start|>" in template):
         return "chatml_direct"
+    # `llava_v0` is what the rule answers to any name it does not know: believe it only where the name says so.
     if by_name in LLAMA_CONV_MODES and (by_name != "llava_v0" or "v0" in name.lower()):
         return by_name
     return "llava_v1"

@@ -204,7 +204,7 @@ def _load(
         model=model,
         image_processor=image_processor,
         context_len=context_len(model.config),
-        conv_mode=conv_mode(info, tokenizer, name or get_model_name_from_path(str(path))),
+        conv_mode=conv_mode(info.config, tokenizer, name or get_model_name_from_path(str(path))),
         processor=processor,
         info=info,
     )

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,14 @@ from llava.model.splice import PaddedBatch, pad, splice
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:  # what the two mixins below are mixed into
+    from transformers import PreTrainedModel as CausalLanguageModel
+    from transformers import PreTrainedModel as InnerModel
+else:
+    InnerModel = CausalLanguageModel = object
 
-class LlavaMetaModel:
+
+class LlavaMetaModel(InnerModel):
     """What a language model's inner model gains: `vision_tower`, `mm_projector` and, where asked for, `image_newline`."""
 
     config: Any
@@ -44,9 +50,10 @@ class LlavaMetaModel:
         settings = LlavaSettings.from_hf(self.config)
         if settings.vision.tower is None:
             return
-        self.vision_tower = build_vision_tower(self.config, delay_load=True)
+        tower = build_vision_tower(self.config, delay_load=True)
         if settings.vision.in_checkpoint:
-            self.vision_tower.build_model()
+            tower.build_model()
+        self.vision_tower: Any = tower
         self.mm_projector = build_vision_projector(self.config)
         if settings.image.merge == "spatial_unpad":
             self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size).normal_(std=self._newline_std()))
@@ -83,8 +90,8 @@ class LlavaMetaModel:
 
         if getattr(self, "mm_projector", None) is None:
             self.mm_projector = build_vision_projector(config)
-            if LlavaSettings.from_hf(config).image.merge == "spatial_unpad":
-                self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())
+        if LlavaSettings.from_hf(config).image.merge == "spatial_unpad" and not hasattr(self, "image_newline"):
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())
         for parameter in self.mm_projector.parameters():  # LoRA may have frozen it
             parameter.requires_grad = True
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
@@ -93,12 +100,12 @@ class LlavaMetaModel:
 
 
 @cache
-def with_vision(inner_class: type) -> type:
+def with_vision(inner_class: Any) -> type:
     """An inner model's class with LlavaMetaModel before it."""
     return type(f"Llava{inner_class.__name__}", (LlavaMetaModel, inner_class), {"__module__": __name__})
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(CausalLanguageModel):
     """What a causal language model gains: images in `forward` and `generate`.
 
     Put before the language model's class in the list of bases. The language model builds itself, whatever it is; then
@@ -112,7 +119,8 @@ class LlavaMetaForCausalLM:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         inner = self.get_model()
-        inner.__class__ = self.model_class or with_vision(type(inner))
+        inner_class: Any = type(inner)
+        inner.__class__ = self.model_class or with_vision(inner_class)
         inner.add_vision_modules()
         # Once more, since transformers keeps what it learns here by class, and by the modules that are there.
         inner.post_init()
@@ -166,8 +174,8 @@ class LlavaMetaForCausalLM:
         tiles = [image[None] if image.ndim == 3 else image for image in images]
         if not tiles:
             return []
-        device = self.get_vision_tower().device
-        encoded = self.encode_images(torch.cat([image.to(device) for image in tiles]))
+        # On one device, so that they can be joined; the tower's own door moves them to where it is.
+        encoded = self.encode_images(torch.cat([image.to(tiles[0].device) for image in tiles]))
         per_image = encoded.split([len(image) for image in tiles])
         policy = self.image_policy()
         if policy.merge == "flat":

@@ -20,24 +20,22 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
     layout crops padding away, each row of features ends in the learned newline.
     """
     overview, tiles = features[0], features[1:]
+    ends = []  # the newline as one row, where the layout has any
     if layout.num_newlines:
         assert newline is not None, "a layout with newlines needs image_newline"
-        newline = newline.to(features)
+        ends = [newline.to(features)[None]]
     if layout.tile_grid is None:
-        parts = [features.flatten(0, 1)] + ([newline[None]] if layout.num_newlines else [])
+        merged = torch.cat([features.flatten(0, 1), *ends])
     else:
         rows, cols = layout.tile_grid
         side, width = layout.feature_grid.rows // rows, features.shape[-1]
-        grid = tiles.reshape(rows, cols, side, side, width)
-        if layout.num_newlines:
-            crop = layout.crop
-            grid = grid.transpose(1, 2).reshape(*layout.feature_grid, width)
-            grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
-            grid = torch.cat([grid, newline.expand(grid.shape[0], 1, width)], dim=1)
-        else:
-            grid = grid.transpose(1, 2)
-        parts = [overview, grid.reshape(-1, width)]
-    merged = torch.cat(parts)
+        # (rows, cols, side, side, D) -> (rows, side, cols, side, D): features as they lie in the picture
+        grid = tiles.reshape(rows, cols, side, side, width).transpose(1, 2).reshape(*layout.feature_grid, width)
+        crop = layout.crop
+        grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
+        if ends:
+            grid = torch.cat([grid, ends[0].expand(grid.shape[0], 1, width)], dim=1)
+        merged = torch.cat([overview, grid.reshape(-1, width)])
     if len(merged) != layout.num_features:
         raise ValueError(
             f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"

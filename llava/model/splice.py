@@ -112,7 +112,8 @@ def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:
     if num_images == num_marks:
         return list(range(num_images))
     if num_images == sum(max(1, marks) for marks in marks_per_row):
-        used, position = [], 0
+        used: list[int] = []
+        position = 0
         for marks in marks_per_row:
             used += range(position, position + marks)
             position += max(1, marks)

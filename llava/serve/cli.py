@@ -18,7 +18,7 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import answer_end, conv_mode_for_model_name, get_model_name_from_path, get_template
+from llava.conversation import answer_end, get_model_name_from_path, get_template
 from llava.errors import InputError
 from llava.generation import Sampling, measure_prompt, stream_answer
 from llava.image_io import load_image
@@ -41,9 +41,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--device", type=str, default="cuda", help="cuda, cuda:1, mps or cpu (default: cuda if present)"
     )
-    parser.add_argument(
-        "--conv-mode", type=str, default=None, help="conversation template (default: by the model's name)"
-    )
+    parser.add_argument("--conv-mode", type=str, default=None, help="conversation template (default: the model's own)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many per answer (default: 512)")
     parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
@@ -65,14 +63,14 @@ def run(args: Namespace) -> None:
     sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     model_path = find_model(args.model_path)
     model_name = get_model_name_from_path(model_path)
-    conv_mode = choose_conv_mode(args.conv_mode, model_name)
-    conv = get_template(conv_mode)
-    roles = ("user", "assistant") if "mpt" in model_name.lower() else conv.roles
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)  # a name that nobody knows is refused before anything is loaded
     image = load_image(args.image_file)
 
     with quick_imports():
         quiet_libraries()
         from llava.mm_utils import process_images, tokenizer_image_token
+        from llava.model.belongings import conv_mode
         from llava.model.builder import load_pretrained_model
 
         with disable_torch_init():
@@ -81,6 +79,8 @@ def run(args: Namespace) -> None:
             )
     if image_processor is None:
         raise InputError(f"{model_path!r} is a language model without a vision tower, so it cannot look at an image")
+    conv = get_template(choose_conv_mode(args.conv_mode, conv_mode(model.config.to_dict(), tokenizer, model_name)))
+    roles = ("user", "assistant") if conv.version == "mpt" else conv.roles
     image_tensor = process_images([image], image_processor, model.config)
     image_mark: str | None = mark_of(model.config)
 
@@ -117,17 +117,13 @@ def run(args: Namespace) -> None:
             print("\n", {"prompt": prompt, "outputs": outputs}, "\n")
 
 
-def choose_conv_mode(given: str | None, model_name: str) -> str:
-    """The template asked for, with a warning where the model's name says another one, which is the default."""
-    inferred = conv_mode_for_model_name(model_name)
-    if given is None:
-        return inferred
-    get_template(given)
-    if given != inferred:
+def choose_conv_mode(given: str | None, inferred: str) -> str:
+    """The template asked for, with a warning where the model itself implies another one, which is the default."""
+    if given is not None and given != inferred:
         print(
             f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
         )
-    return given
+    return given or inferred
 
 
 def mark_of(config: Any) -> str:

@@ -56,8 +56,8 @@ def compose(model_type: str) -> tuple[Any, Any]:
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[known]
         name = "Llava" + causal_lm.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         config_class = type(f"{name}Config", (known,), {"model_type": PREFIX + model_type, "__module__": __name__})
-        model_class = type(f"{name}ForCausalLM", (LlavaMetaForCausalLM, causal_lm), {"__module__": __name__})
-        model_class.config_class = config_class
+        about = {"__module__": __name__, "config_class": config_class}
+        model_class = type(f"{name}ForCausalLM", (LlavaMetaForCausalLM, causal_lm), about)
         register(config_class, model_class)
         _composed[model_type] = config_class, model_class
     return _composed[model_type]
