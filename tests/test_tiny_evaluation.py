@@ -22,6 +22,7 @@ import scoring
 import suite
 import tokenizer as tiny_tokenizer
 from photos import blank_photos
+from rows import FIRST_SEED, Row, Suite
 from samples import Source
 
 
@@ -29,7 +30,7 @@ def test_suite_is_balanced_and_asks_what_was_never_trained() -> None:
     made = suite.make_suite(None, None, 24)
     assert [row.id for row in made.rows] == [row.id for row in suite.make_suite(None, None, 24).rows]
     assert len({row.id for row in made.rows}) == len(made.rows)
-    groups: dict[str, list[suite.Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in made.rows:
         groups.setdefault(row.group, []).append(row)
     for name, rows in groups.items():
@@ -42,14 +43,14 @@ def test_suite_is_balanced_and_asks_what_was_never_trained() -> None:
         assert lettering.is_held_out(said)
     places = {row.id: place for place, row in enumerate(made.rows)}
     assert all(places[row.after] < places[row.id] for row in made.rows if row.after)
-    assert suite.FIRST_SEED > 20_000_000 + 10_000_000  # the training data's seeds end far below
+    assert FIRST_SEED > 20_000_000 + 10_000_000  # the training data's seeds end far below
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
 
 def verdict(category: str, form: str, answer: str, said: str) -> tuple[bool, bool]:
-    found = scoring.judge(suite.Row("x-0", "x", category, form, "?", answer), said)
+    found = scoring.judge(Row("x-0", "x", category, form, "?", answer), said)
     return found.right, found.exact
 
 
@@ -101,7 +102,7 @@ def test_scorer_accepts_every_right_answer_of_the_suite() -> None:
 
 def test_yes_no_figures_by_hand() -> None:
     said = [("Yes", "Yes"), ("Yes", "Yes"), ("Yes", "No"), ("No", "Yes"), ("No", "No"), ("No", "A star")]
-    rows = [scoring.judge(suite.Row("x", "yesno_x", "yesno_x", "word", "?", t), s) for t, s in said]
+    rows = [scoring.judge(Row("x", "yesno_x", "yesno_x", "word", "?", t), s) for t, s in said]
     figures = scoring.yes_no_figures(rows)
     assert figures["accuracy"] == pytest.approx(4 / 6 - 1 / 6, abs=1e-4)
     assert (figures["precision"], figures["recall"]) == pytest.approx((2 / 3, 2 / 3), abs=1e-4)
@@ -109,7 +110,7 @@ def test_yes_no_figures_by_hand() -> None:
 
 
 def test_false_refusals_are_counted() -> None:
-    row = suite.Row("x", "colour", "colour", "sentence", "?", "The star is red.")
+    row = Row("x", "colour", "colour", "sentence", "?", "The star is red.")
     said = ["I cannot tell what colour it is.", "There is no star in the picture.", "The star is red.", "It is blue."]
     report = scoring.summarise([scoring.judge(row, text) for text in said])
     assert report["false_refusals"] == {"n": 4, "share": 0.25}
@@ -167,7 +168,7 @@ def test_batches_answer_as_single_questions_do(packed: Path, monkeypatch: pytest
     kept = [
         row for row in made.rows if row.group in ("colour", "talk_new", "follow_up", "follow_up_first", "side_wide")
     ]
-    chosen = suite.Suite(kept, made.paints)
+    chosen = Suite(kept, made.paints)
     images = chosen.paint()
     together = evaluate.answer_suite(loaded, chosen, images, batch=16)
     assert together == evaluate.answer_suite(loaded, chosen, images, batch=1)

@@ -48,7 +48,8 @@ def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, wor
     """All stages in the order in which they start."""
     tokenizer, arrays, held, data = work / "tokenizer", work / "arrays", work / "held", work / "data"
     tower, language, teacher = work / "tower", work / "language", work / "teacher.pt"
-    stage1, stage2, final = work / "stage1", work / "stage2", work / "llava-v1.5-tiny"
+    stage1, stage2, stage3 = work / "stage1", work / "stage2", work / "stage3"
+    second, final = work / "second", work / "llava-v1.5-tiny"
     typefaces = ["--fonts", str(fonts)] if fonts else []
     photos = ["--photos", str(preset.photos)] if preset.photos else []
     cores = ["--workers", str(workers)]
@@ -71,11 +72,14 @@ def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, wor
             *preset.dataset), data / "finetune.json", ("arrays",), side=True),
         Stage("clip", script("clip", *common, "--arrays", arrays, "--held", held, "--cifar", cifar, "--teacher",
             teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("arrays", "held", "teacher")),
+        Stage("dataset2", script("dataset", "--out", second, "--cifar", cifar, "--pretrain", "", "--finetune", "",
+            *photos, *typefaces, *cores, *preset.second), second / "second.json", ("dataset",), side=True),
         Stage("stage1", stage1_command(preset, language, tower, data, stage1), stage1 / "mm_projector.bin",
             ("language", "clip", "dataset")),
         Stage("stage2", stage2_command(preset, language, tower, data, stage1, stage2), stage2 / "config.json", ("stage1",)),
-        Stage("pack", script("pack", "--trained", stage2, "--tower", tower, *common, "--out", final),
-            final / "vision_tower" / "config.json", ("stage2",)),
+        Stage("stage3", stage3_command(preset, tower, second, stage2, stage3), stage3 / "config.json", ("stage2", "dataset2")),
+        Stage("pack", script("pack", "--trained", stage3, "--tower", tower, *common, "--out", final),
+            final / "vision_tower" / "config.json", ("stage3",)),
     ]  # fmt: skip
 
 
@@ -98,6 +102,20 @@ def stage2_command(preset: Preset, language: Path, tower: Path, data: Path, stag
         [
             "--pretrain_mm_mlp_adapter", stage1 / "mm_projector.bin", "--unfreeze_mm_vision_tower", "True",
             "--group_by_modality_length", "True", "--output_dir", out, *preset.stage2,
+        ],
+        tower,
+        data,
+    )  # fmt: skip
+
+
+def stage3_command(preset: Preset, tower: Path, data: Path, stage2: Path, out: Path) -> list[str]:
+    """The whole model goes on from stage 2, with what is hard (second.py)."""
+    return train_command(
+        preset,
+        ["--model_name_or_path", stage2, "--version", "v1", "--data_path", data / "second.json"],
+        [
+            "--unfreeze_mm_vision_tower", "True", "--group_by_modality_length", "True", "--output_dir", out,
+            *preset.stage3,
         ],
         tower,
         data,

@@ -137,7 +137,10 @@ One command, `python scripts/tiny/build.py --preset full`, makes everything from
    photographs from the kinds of the training images;
 3. a small language model learns the same conversations as text, with a description where the picture will be;
 4. the two stages of LLaVA, both by `python -m llava.train.train`: first the projector on captions, then everything on
-   conversations.
+   conversations;
+5. a second round of the last stage, on what was still hard: reading, counting, and what no picture tells.
+
+`scripts/tiny/README.md` says how long each step took.
 
 No other model's weights or answers were used.
 

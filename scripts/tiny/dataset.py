@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import second
 from photos import load_photos
 from samples import DRAW, Source, draw_sample, reshape
 from talk import converse
 
 FIRST_SEED = 20_000_000  # apart from the seeds of arrays.py and language.py
 CHUNK = 500
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune", "second")
 _sources: dict[tuple[Path | None, Path | None], Source] = {}  # one per worker process: photographs load once
 
 
@@ -84,14 +85,21 @@ def write_part(part: Part, *, folder: Path, options: Options) -> list[dict[str, 
     for number in range(part.start, part.start + part.count):
         rng = random.Random(f"{part.stage}-{part.kind}-{number}")
         sample = draw_sample(part.kind, offset + number, source)
+        if part.stage == "second":
+            sample = second.harder(sample, rng, lambda seed: draw_sample(part.kind, seed, source), offset + number)
         row: dict[str, Any] = {"id": f"{part.stage}-{part.kind}-{number}"}
         if (image := sample.image) is not None:
             row["image"] = f"{inside}/{number}{options.suffix}"
-            reshape(image, rng).save(folder / "images" / row["image"], **SAVE.get(options.suffix, {}))
+            share = second.RESHAPED if part.stage == "second" else 0.125
+            reshaped = reshape(image, rng, sample.places, share=share)
+            reshaped.save(folder / "images" / row["image"], **SAVE.get(options.suffix, {}))
         if part.stage == "pretrain":
             turns = [("<image>", sample.caption)]
         else:
-            asked = converse(rng, sample.questions, rng.randint(3, 6))
+            if part.stage == "second":
+                asked = second.converse(rng, sample)
+            else:
+                asked = converse(rng, sample.questions, rng.randint(3, 6))
             turns = [(turn.question, turn.answer) for turn in asked]
             if image is not None:
                 turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
@@ -107,7 +115,7 @@ SAVE: dict[str, dict[str, int]] = {".png": {"compress_level": 1}, ".jpg": {"qual
 
 def parse_counts(text: str) -> dict[str, int]:
     """ "scene=1000,text=500" -> {"scene": 1000, "text": 500}"""
-    counts = {name: int(number) for name, number in (pair.split("=") for pair in text.split(","))}
+    counts = {name: int(number) for name, number in (pair.split("=") for pair in text.split(",") if pair)}
     unknown = set(counts) - set(DRAW)
     if unknown:
         raise ValueError(f"unknown kinds {sorted(unknown)}; known: {', '.join(DRAW)}")
@@ -124,12 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--finetune", type=parse_counts, default="scene=170000,sign=30000,text=100000,photo=110000,talk=8000"
     )
+    parser.add_argument("--second", type=parse_counts, default="")
     parser.add_argument("--suffix", default=".bmp", choices=(".bmp", ".png", ".jpg"), help="bmp is the fastest to read")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     started = time.time()
     options = Options(args.fonts, args.cifar, args.photos, args.suffix)
-    counts = {"pretrain": args.pretrain, "finetune": args.finetune}
+    given = {"pretrain": args.pretrain, "finetune": args.finetune, "second": args.second}
+    counts = {stage: kinds for stage, kinds in given.items() if kinds}
     rows = write_data(args.out, counts, options, workers=args.workers)
     print(json.dumps({"stage": "dataset", **rows, "seconds": round(time.time() - started, 1)}), flush=True)
     return 0

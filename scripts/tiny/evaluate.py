@@ -24,8 +24,9 @@ import torch
 from card import headlines, write_card
 from photos import load_photos
 from PIL import Image
+from rows import Row, Suite
 from scoring import Verdict, judge, summarise
-from suite import Row, Suite, make_suite
+from suite import make_suite
 from torch import Tensor
 
 from llava.conversation import conv_templates
@@ -132,10 +133,10 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    print(f"{'measure':<36}{'n':>6}{'right':>8}{'target':>8}")
+    print(f"{'measure':<36}{'n':>6}{'right':>8}  target")
     for line in headlines(report):
         target = "" if line.target is None else f"{line.target:.0%}" + ("" if line.right >= line.target else "  MISSED")
-        print(f"{line.name:<36}{line.n:>6}{line.right:>8.1%}{target:>8}")
+        print(f"{line.name:<36}{line.n:>6}{line.right:>8.1%}     {target}")
     print(f"\n{'group':<22}{'n':>6}{'right':>8}{'exact':>8}{'anycase':>8}  forms and tags")
     for name, found in report["groups"].items():
         finer = {**found.get("forms", {}), **found.get("tags", {})}
@@ -156,12 +157,12 @@ def print_table(report: dict[str, Any]) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     started = time.time()
-    loaded = load(args.model, device=args.device, dtype=args.dtype)
     photos = load_photos(args.cifar, "test") if args.cifar else None
     suite = make_suite(args.fonts, photos, args.size)
     if args.only:
         suite = Suite([row for row in suite.rows if row.group.startswith(tuple(args.only.split(",")))], suite.paints)
-    images = suite.paint(workers=args.workers)
+    images = suite.paint(workers=args.workers)  # before the model is loaded, since it may fork
+    loaded = load(args.model, device=args.device, dtype=args.dtype)
     prepared = time.time()
     answers = answer_suite(loaded, suite, images, batch=args.batch)
     verdicts = [judge(row, answers[row.id]) for row in suite.rows]

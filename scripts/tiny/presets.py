@@ -35,6 +35,8 @@ class Preset:
     training: Options  # both stages of LLaVA
     stage1: Options
     stage2: Options
+    second: Options  # data of the second round
+    stage3: Options
     photos: int | None = None
 
 
@@ -43,7 +45,7 @@ CPU_TRAINING = flags(bf16=False, use_cpu=True, dataloader_num_workers=0, gradien
 HELD = options(scenes=1000, signs=200, texts=1200)
 
 PRESETS: dict[str, Preset] = {
-    # about 17 minutes: 2.5 for data, teacher and language; 4.5 CLIP; 1 stage 1; 8 stage 2; 0.5 packing
+    # under 20 minutes; what each part took is in README.md
     "full": Preset(
         arrays=options(scenes=150_000, signs=20_000, texts=140_000),
         held=HELD,
@@ -57,6 +59,8 @@ PRESETS: dict[str, Preset] = {
         training=GPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=2e-3),
         stage2=flags(num_train_epochs=2, per_device_train_batch_size=256, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+        second=options(photos=14_400, second="scene=200000,sign=110000,text=420000,photo=60000,talk=6000"),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
     ),
     # about 4 minutes up to "clip": shows the speed of every stage and how far a short CLIP goes
     "trial": Preset(
@@ -72,6 +76,8 @@ PRESETS: dict[str, Preset] = {
         training=GPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=2e-3),
         stage2=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+        second=options(second="scene=6000,sign=3000,text=12000,photo=2000,talk=300"),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=256, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
     ),
     # a minute on a GPU: every stage at full width for a few steps, before an hour is spent on a mistake
     "check": Preset(
@@ -87,6 +93,8 @@ PRESETS: dict[str, Preset] = {
         training=GPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=64, learning_rate=1e-3),
         stage2=flags(num_train_epochs=1, per_device_train_batch_size=64, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        second=options(second="scene=200,sign=100,text=300,photo=100,talk=20"),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=64, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
         photos=2000,
     ),
     # some hours on a desktop's cores: a weaker model by the same road
@@ -103,6 +111,8 @@ PRESETS: dict[str, Preset] = {
         training=CPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=32, learning_rate=2e-3),
         stage2=flags(num_train_epochs=1, per_device_train_batch_size=32, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+        second=options(second="scene=8000,sign=4000,text=16000,photo=3000,talk=300", suffix=".png"),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=32, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
     ),
     # a few minutes on two cores: proves that every stage runs, and learns nothing
     "smoke": Preset(
@@ -121,6 +131,8 @@ PRESETS: dict[str, Preset] = {
         training=CPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-3),
         stage2=flags(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        second=options(second="scene=6,sign=4,text=8,photo=4,talk=2", suffix=".png"),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
         photos=100,
     ),
 }

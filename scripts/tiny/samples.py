@@ -7,7 +7,7 @@ Arrays for the small CLIP, image folders with LLaVA JSON and the held-out suite 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class Sample:
     caption: str
     questions: list[QA]
     truth: str  # the word written, the photograph's kind, or the number of things
+    places: tuple[tuple[float, float], ...] = ()  # of the things in a scene, as fractions of its sides
 
     @property
     def image(self) -> Image.Image | None:
@@ -56,6 +57,7 @@ def draw_scene(rng: random.Random, source: Source, side: int, *, with_sign: bool
         questions.scene_caption(scene, rng),
         asked,
         str(len(scene.things)),
+        tuple((thing.x, thing.y) for thing in scene.things),
     )
 
 
@@ -104,15 +106,25 @@ def draw_sample(kind: str, seed: int, source: Source, *, side: int = SIDE) -> Sa
     return sample
 
 
-def reshape(image: Image.Image, rng: random.Random) -> Image.Image:
-    """One picture in eight on a wider or higher sheet, as users' pictures are; the rest stay square."""
-    if rng.random() < 0.875:
+def reshape(
+    image: Image.Image, rng: random.Random, places: Sequence[tuple[float, float]] = (), *, share: float = 0.125
+) -> Image.Image:
+    """A `share` of pictures on a wider or higher sheet, as users' pictures are; the rest stay square.
+
+    A picture in which a thing would come to lie in another part ("left", "centre") stays square, too.
+    """
+    if rng.random() >= share:
         return image
     width, height = image.size
     extra = round(rng.uniform(0.1, 0.5) * width)
-    sheet_size = (width + extra, height) if rng.random() < 0.5 else (width, height + extra)
-    corner = image.getpixel((1, 1))
-    fill = corner if rng.random() < 0.7 else palette.draw_colour(rng)[1]
+    wide, corner_fill = rng.random() < 0.5, rng.random() < 0.7
+    fill = image.getpixel((1, 1)) if corner_fill else palette.draw_colour(rng)[1]
+    sheet_size = (width + extra, height) if wide else (width, height + extra)
+    left, top = (sheet_size[0] - width) // 2, (sheet_size[1] - height) // 2
+    for x, y in places:
+        moved = ((x * width + left) / sheet_size[0], (y * height + top) / sheet_size[1])
+        if scenes.place_name(*moved) != scenes.place_name(x, y):
+            return image
     sheet = Image.new("RGB", sheet_size, fill)
-    sheet.paste(image, ((sheet_size[0] - width) // 2, (sheet_size[1] - height) // 2))
+    sheet.paste(image, (left, top))
     return sheet

@@ -16,8 +16,8 @@ from typing import Any
 
 from palette import NAMES
 from photos import KINDS
+from rows import Row
 from scenes import SHAPES
-from suite import Row
 from wording import DIGITS, plural
 
 ADMISSIONS = ("i cannot tell", "the picture does not show", "i do not know")

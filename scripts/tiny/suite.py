@@ -1,6 +1,6 @@
 """The held-out suite: rows of question and right answer, and the pictures they are about.
 
-In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, pictures).
+In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, pictures; rows.py).
 Nothing here was trained on: seeds, typefaces, texts (`lettering.is_held_out`) and the wordings of unanswerable questions are
 held out, and photographs are the data set's test images. Answers are judged in scoring.py and asked for in evaluate.py.
 """
@@ -8,127 +8,30 @@ held out, and photographs are the data set's test images. Answers are judged in 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import lettering
-import numpy as np
 import palette
 from lettering import Lettering
 from photos import ANIMALS, KINDS, Photos, photo_questions
 from PIL import Image
 from questions import lettering_questions
-from samples import SIDE, Sample, Source, draw_sample
+from rows import FIRST_SEED, SEEDS_PER_PART, Maker, Paint, Row, Suite
+from samples import SIDE, Sample
 from scenes import SHAPES, Scene
-from talk import QA, SHORT_SUFFIX, SMALL_TALK, Turn, converse, spell, unknown_questions, with_article
+from talk import QA, SMALL_TALK, Turn, converse, unknown_questions, with_article
 from wording import names_of
-
-FIRST_SEED = 50_000_000  # apart from every seed of the training data and of the measurements during training
-SEEDS_PER_PART = 1_000_000
-Paint = Callable[[], Image.Image]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question. `after` names the row whose question, and the model's own answer to it, came just before."""
-
-    id: str
-    group: str  # the measure it counts for
-    category: str  # how the answer is judged (scoring.py)
-    form: str  # "word", "sentence" or "free"
-    question: str
-    answer: str
-    picture: int | None = None
-    after: str | None = None
-    tag: str = ""  # a finer division of the group
-
-
-@dataclass(frozen=True)
-class Suite:
-    rows: list[Row]
-    paints: list[Paint]
-
-    def paint(self, *, workers: int = 1) -> list[Image.Image]:
-        """All pictures, in order."""
-        if workers < 2:
-            return [paint() for paint in self.paints]
-        with ProcessPoolExecutor(workers) as pool:
-            return [Image.fromarray(pixels) for pixels in pool.map(paint_array, self.paints, chunksize=64)]
-
-
-def paint_array(paint: Paint) -> np.ndarray:
-    return np.asarray(paint())
-
-
-class Maker:
-    """Collects rows and pictures; ids tell the group and a running number."""
-
-    def __init__(self, fonts: Path | None, photos: Photos | None) -> None:
-        self.fonts = fonts
-        self.photos = photos
-        self.source = Source(fonts, photos, held=True)
-        self.rows: list[Row] = []
-        self.paints: list[Paint] = []
-        self.numbers: dict[str, int] = {}
-
-    def picture(self, paint: Paint | None) -> int | None:
-        if paint is None:
-            return None
-        self.paints.append(paint)
-        return len(self.paints) - 1
-
-    def number(self, group: str) -> int:
-        return self.numbers.get(group, 0)
-
-    def add(self, group: str, qa: QA, picture: int | None, rng: random.Random, *, form: str = "", tag: str = "") -> Row:
-        """Ask for one word or for a sentence, by chance, unless the form is given or there is no short answer."""
-        form = form or rng.choice(("word", "sentence"))
-        if qa.short is None:
-            form = "free"
-        question = spell(rng, qa.question) + (SHORT_SUFFIX if form == "word" else "")
-        answer = qa.short if form == "word" and qa.short is not None else qa.answer
-        return self.put(Row("", group, qa.category, form, question, answer, picture, tag=tag))
-
-    def put(self, row: Row) -> Row:
-        number = self.number(row.group)
-        self.numbers[row.group] = number + 1
-        self.rows.append(replace(row, id=f"{row.group}-{number:04d}"))
-        return self.rows[-1]
-
-    def draw(self, part: int, kind: str) -> Iterator[tuple[Sample, random.Random]]:
-        """Endless held-out samples of a kind; every part of the suite has its own."""
-        for number in count():
-            seed = FIRST_SEED + part * SEEDS_PER_PART + number
-            yield draw_sample(kind, seed, self.source), random.Random(f"suite-{seed}")
-
-    def fill(
-        self, samples: Iterable[tuple[Sample, random.Random]], quotas: dict[str, int], label: Callable[[QA], str | None]
-    ) -> None:
-        """From each sample one question of every label that still has room; a label is "group" or "group/tag"."""
-        room = dict(quotas)
-        for sample, rng in samples:
-            if not any(room.values()):
-                break
-            by_label: dict[str, list[QA]] = {}
-            for qa in sample.questions:
-                if room.get(name := label(qa) or "", 0):
-                    by_label.setdefault(name, []).append(qa)
-            picture = self.picture(sample.paint) if by_label else None
-            for name, found in by_label.items():
-                group, _, tag = name.partition("/")
-                self.add(group, rng.choice(found), picture, rng, tag=tag)
-                room[name] -= 1
 
 
 def make_suite(fonts: Path | None, photos: Photos | None, size: int) -> Suite:
     """About `size` questions for each measure."""
     maker = Maker(fonts, photos)
-    parts = (add_scenes, add_reading, add_pope, add_follow_ups, add_conversations, add_unknown, add_free, add_sizes)
-    for part in parts + ((add_photos,) if photos is not None else ()):
+    parts = (add_scenes, add_reading, add_any_text, add_pope, add_follow_ups, add_conversations, add_unknown, add_free)
+    for part in parts + (add_sizes,) + ((add_photos,) if photos is not None else ()):
         part(maker, size)
     return Suite(maker.rows, maker.paints)
 
@@ -234,6 +137,19 @@ def add_reading(maker: Maker, size: int) -> None:
     short = draw_texts(maker, 23, "short number", trained=True)
     maker.fill(short, {"read_short_numbers": size // 4}, partial(reading_label, group="read_short_numbers"))
     maker.fill(maker.draw(24, "sign"), {"read_signs": size}, partial(reading_label, group="read_signs"))
+
+
+def add_any_text(maker: Maker, size: int) -> None:
+    """Is there any text? Half of the pictures have some, alone or beside things; the others are scenes and photographs."""
+    with_text = mixed(maker, 25, ("text", "sign"))
+    without = mixed(maker, 27, picture_kinds(maker, (("scene", 1), ("photo", 1))))
+    for truth, samples in (("Yes", with_text), ("No", without)):
+        for _ in range(size // 4):
+            sample, rng = next(samples)
+            yes = f'it says "{sample.truth}"' if sample.kind == "text" else "there is"
+            answer = f"Yes, {yes}." if truth == "Yes" else "No, there is no text."
+            qa = QA("Is there any text in the picture?", answer, truth, "yesno_text")
+            maker.add("yesno_any_text", qa, maker.picture(sample.paint), rng, tag=truth)
 
 
 def reading_label(qa: QA, *, group: str) -> str | None:

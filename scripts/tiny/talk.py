@@ -7,7 +7,7 @@ A QA has a full answer and a short one; which is given depends on whether the qu
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -54,9 +54,11 @@ def spell(rng: random.Random, question: str) -> str:
     return question.replace("colour", "color").replace("centre", "center") if rng.random() < 0.5 else question
 
 
-def converse(rng: random.Random, pool: Sequence[QA], num_turns: int) -> list[Turn]:
+def converse(
+    rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapping[str, float] = WEIGHTS
+) -> list[Turn]:
     """Pick questions, turn some into follow-ups with "it", and ask for short answers in some conversations."""
-    chosen = spread(rng, pool, num_turns)
+    chosen = spread(rng, pool, num_turns, weights)
     short_share = rng.choice((0.0, 0.0, 0.5, 1.0))
     turns: list[Turn] = []
     about: str | None = None
@@ -74,7 +76,7 @@ def converse(rng: random.Random, pool: Sequence[QA], num_turns: int) -> list[Tur
     return turns
 
 
-def spread(rng: random.Random, pool: Sequence[QA], num_turns: int) -> list[QA]:
+def spread(rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapping[str, float]) -> list[QA]:
     """Draw over categories first, so that the rare ones are seen; now and then stay with the same thing."""
     by_category: dict[str, list[QA]] = {}
     for qa in pool:
@@ -86,7 +88,7 @@ def spread(rng: random.Random, pool: Sequence[QA], num_turns: int) -> list[QA]:
         if same and rng.random() < 0.45:
             chosen.append(rng.choice(same))
             continue
-        category = rng.choices(list(by_category), [WEIGHTS.get(c, 1.0) for c in by_category])[0]
+        category = rng.choices(list(by_category), [weights.get(c, 1.0) for c in by_category])[0]
         rest = [qa for qa in by_category[category] if qa not in chosen]
         if not rest:
             del by_category[category]

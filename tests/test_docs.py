@@ -1,0 +1,407 @@
+"""What the documents say: files, functions, links, commands and printed output are those of this tree.
+
+`python tests/test_docs.py` writes what the Python snippets print today under them, in both languages; read the difference.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llava"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*/*.md"), *PACKAGE.rglob("*.md")])
+PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
+TRANSLATIONS = [("README.md", "README.zh-CN.md"), ("docs/roadmap.md", "docs/roadmap.zh-CN.md")]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", paths, ids=name_of)
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    kind: str
+    text: str
+
+
+@cache
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [Block(*pair) for pair in found]
+
+
+def prose(page: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+# The tree and the layers of docs/architecture.md
+
+
+def drawn_files(tree: str) -> list[str]:
+    """Paths of the .py files in a drawing of folders, by indentation."""
+    files, folders = [], []
+    for line in tree.splitlines():
+        name, _, what_for = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            assert what_for.strip(), f"{name} has no annotation"
+            files.append("".join(folders) + name)
+    return files
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    drawn = drawn_files(next(block.text for block in blocks(ROOT / "docs/architecture.md") if "llava/\n" in block.text))
+    assert len(drawn) == len(set(drawn))
+    assert sorted(drawn) == sorted(name_of(path) for path in PACKAGE.rglob("*.py"))
+
+
+class Import(NamedTuple):
+    module: str
+    at_import: bool  # outside of any function
+
+
+@cache
+def imports(path: Path) -> list[Import]:
+    """Everything that a file imports at run time; what is imported for type checkers alone is left out."""
+    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), True))
+
+
+def _imports(node: ast.AST, at_import: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for statement in child.orelse:
+                yield from _imports(ast.Module([statement], []), at_import)
+        elif isinstance(child, ast.Import):
+            yield from (Import(name.name, at_import) for name in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield Import(str(child.module), at_import)
+            if child.module and child.module.split(".")[0] == "llava":  # from llava import conversation
+                yield from (Import(f"{child.module}.{name.name}", at_import) for name in child.names)
+        else:
+            is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _imports(child, at_import and not is_function)
+
+
+def part_of(module: str) -> str | None:
+    """llava.model.builder -> model; names that are no module of the package give None."""
+    name, _, rest = module.partition(".")
+    part = rest.split(".")[0]
+    known = part and ((PACKAGE / f"{part}.py").is_file() or (PACKAGE / part).is_dir())
+    return part if name == "llava" and known else None
+
+
+def own_part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layers() -> list[list[str]]:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = text.split("| layer | modules |")[1].split("\n\n")[0].splitlines()[2:]
+    return [re.findall(r"`(\w+)`", row) for row in rows]
+
+
+def test_imports_obey_the_layers() -> None:
+    order = {part: number for number, row in enumerate(layers()) for part in row}
+    assert set(order) == {own_part(path) for path in PACKAGE.rglob("*.py")}
+    for path in PACKAGE.rglob("*.py"):
+        for imported in imports(path):
+            part = part_of(imported.module)
+            if part is not None:
+                assert order[part] <= order[own_part(path)], f"{name_of(path)} imports {imported.module}"
+                assert {part, own_part(path)} != {"serve", "train"}, f"{name_of(path)} imports {imported.module}"
+
+
+LIGHT_PARTS = {"generation", "mm_utils"}
+LIGHT_MODEL_FILES = {"config", "hub", "weight_files", "transformers_layout", "checkpoint"}
+HEAVY = {"torch", "transformers", "numpy", "PIL"}
+
+
+def test_what_imports_nothing_heavy() -> None:
+    rows = layers()
+    light = {*rows[0], *rows[1], *rows[-3], *LIGHT_PARTS}
+    assert {"conversation", "geometry", "program"} <= light
+    for path in PACKAGE.rglob("*.py"):
+        is_light_model_file = path.parent == PACKAGE / "model" and path.stem in LIGHT_MODEL_FILES
+        if own_part(path) in light or is_light_model_file:
+            loaded = {imported.module.split(".")[0] for imported in imports(path) if imported.at_import}
+            assert not loaded & HEAVY, name_of(path)
+    for name in ("conversation", "geometry"):
+        assert "torch" not in {imported.module.split(".")[0] for imported in imports(PACKAGE / f"{name}.py")}
+
+
+def test_only_programs_know_the_command_line() -> None:
+    programs = {part for row in layers()[-3:] for part in row}
+    for path in PACKAGE.rglob("*.py"):
+        if own_part(path) not in programs:
+            assert not {imported.module for imported in imports(path)} & {"argparse", "optparse", "click"}, name_of(
+                path
+            )
+            assert "sys.argv" not in path.read_text(encoding="utf-8"), name_of(path)
+
+
+def test_the_heart_of_the_model_stands_alone() -> None:
+    heart = [PACKAGE / "model/splice.py", PACKAGE / "model/merge.py", PACKAGE / "model/multimodal_projector/builder.py"]
+    for path in heart:
+        own = {part for imported in imports(path) if (part := part_of(imported.module))}
+        assert own <= {"constants", "errors", "geometry"}, name_of(path)
+
+
+# References: `path.py:name`, links, pictures
+
+
+@cache
+def defined_in(path: Path) -> set[str]:
+    """Names of functions, classes and module constants, methods both bare and as Class.method."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            for member in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(member, ast.FunctionDef):
+                    names |= {member.name, f"{node.name}.{member.name}"}
+    return names
+
+
+@each(PAGES)
+def test_functions_that_are_named_exist(page: Path) -> None:
+    for path, name in re.findall(r"`([\w/.-]+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
+        file = ROOT / path if (ROOT / path).is_file() else PACKAGE / path
+        assert file.is_file(), f"{path}:{name}"
+        assert name in defined_in(file), f"{path}:{name}"
+
+
+def test_the_route_names_functions_in_every_part() -> None:
+    """A rename must not make the check above pass by finding nothing."""
+    named = re.findall(r"`(llava/[\w/]+)\.py:[\w.]+`", (ROOT / "docs/roadmap.md").read_text(encoding="utf-8"))
+    assert len(named) > 100
+    assert {"llava/serve/cli", "llava/mm_utils", "llava/model/llava_arch", "llava/train/train"} <= set(named)
+
+
+@each(PAGES)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Paths that begin in a folder of this repository, in prose; patterns and placeholders aside."""
+    for path in re.findall(r"`((?:llava|tests|scripts|docs|images)/[\w/.-]+)`", prose(page)):
+        missing_on_purpose = path.rstrip("/") in ("llava/eval",)  # said to come later
+        assert (ROOT / path).exists() or missing_on_purpose, path
+
+
+@each(DOCUMENTS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", prose(file), flags=re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, target
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(" ", "-")
+
+
+# Commands and snippets
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a block, continued lines joined, comments dropped."""
+    text = block.text.replace("\\\n", " ")
+    lines = [line.removeprefix("$ ") for line in text.splitlines() if block.kind == "bash" or line.startswith("$ ")]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def all_commands(page: Path) -> list[str]:
+    return [command for block in blocks(page) if block.kind in ("bash", "console") for command in commands(block)]
+
+
+def as_llava(words: list[str]) -> list[str] | None:
+    """The words after `llava` of a command that starts it, however it is started."""
+    if words[:1] == ["llava"]:
+        return words[1:]
+    if words[:2] != ["python", "-m"]:
+        return None
+    modules = {"llava": [], "llava.serve.cli": ["cli"], "llava.serve.chat": ["chat"], "llava.train.train": ["train"]}
+    return modules[words[2]] + words[3:]
+
+
+@each(PAGES)
+def test_commands_parse(page: Path) -> None:
+    from llava.serve import chat, cli
+    from llava.train.arguments import parse_train_args
+
+    parsers = {
+        "chat": lambda argv: chat.build_parser().parse_args(argv),
+        "cli": lambda argv: cli.build_parser().parse_args(argv),
+        "train": parse_train_args,
+    }
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for command in all_commands(page):
+        words = shlex.split(command.rpartition(" | ")[2], comments=True)
+        program = as_llava(words)
+        if program is not None:
+            parsers[program[0]](program[1:])
+            given = [word for word in words if word.startswith(("tests/", "images/", "llava/"))]
+            assert all((ROOT / word).exists() for word in given), command
+        elif words[0] == "make":
+            assert words[1] in targets, command
+        elif words[0] == "pip":
+            assert set(re.findall(r"\[([\w,]+)\]", command)) <= set(extras), command
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), command
+        else:
+            raise AssertionError(f"no rule says how to check {command!r}")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    from llava.assets import embedded_model_path
+    from llava.model.builder import load
+
+    return load(embedded_model_path(), device="cpu")
+
+
+def exchanges(page: Path) -> list[tuple[str, str]]:
+    """The commands of a page's console blocks, each with what is shown under it."""
+    shown = [block.text for block in blocks(page) if block.kind == "console"]
+    parts = [part for text in shown for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]]
+    return [(command, output) for command, _, output in (part.partition("\n") for part in parts)]
+
+
+def typed_and_words(command: str) -> tuple[str, list[str]]:
+    """What a command gets from the pipe before it, and its own words."""
+    source, _, program = command.rpartition(" | ")
+    typed = subprocess.run(source, shell=True, capture_output=True, text=True, check=True).stdout if source else ""
+    return typed, shlex.split(program)
+
+
+@each([page for page in PAGES if exchanges(page)])
+def test_shown_answers_are_the_embedded_model_s(
+    page: Path, embedded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every `llava chat` of a console block prints what stands under it; the model is loaded once for all."""
+    from llava.serve import chat
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(chat, "load_model", lambda args: embedded)
+    for command, shown in exchanges(page):
+        if not re.search(r"(^| \| )llava chat ", command):
+            continue
+        typed, words = typed_and_words(command)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert chat.main(words[2:]) == 0
+        assert capsys.readouterr().out == shown, command
+
+
+def test_the_original_command_line_prints_what_the_route_shows() -> None:
+    (command, shown), *_ = exchanges(ROOT / "docs/roadmap.md")
+    typed, words = typed_and_words(command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=ROOT,
+        input=typed,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == [line.strip() for line in shown.splitlines()]
+
+
+def run_snippets(page: Path) -> list[tuple[str, str | None, str]]:
+    """Run a page's Python blocks one after another: (code, what stands under it, what it printed)."""
+    namespace: dict[str, Any] = {"__name__": "snippet"}
+    results = []
+    following = [*blocks(page)[1:], Block("", "")]
+    for block, after in zip(blocks(page), following, strict=True):
+        if block.kind == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(block.text, name_of(page), "exec"), namespace)
+            results.append((block.text, after.text if after.kind == "text" else None, printed.getvalue()))
+    return results
+
+
+@each([ROOT / "README.md", ROOT / "docs/checkpoints.md", ROOT / "docs/roadmap.md"])
+def test_snippets_print_what_stands_under_them(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    results = run_snippets(page)
+    assert results
+    for code, shown, printed in results:
+        assert printed == (shown or ""), code
+
+
+# Both languages
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS)
+def test_translations_are_equal_in_substance(english: str, chinese: str) -> None:
+    """The same code and output, headings, functions and pictures, and tables of the same size."""
+    first, second = ROOT / english, ROOT / chinese
+    assert [(b.kind, without_comments(b)) for b in blocks(first)] == [
+        (b.kind, without_comments(b)) for b in blocks(second)
+    ]
+
+    def shape(page: Path) -> dict[str, list[Any]]:
+        text = prose(page)
+        return {
+            "headings": [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)],
+            "rows": [row.count(" | ") for row in text.splitlines() if row.startswith("|")],
+            "functions": sorted(re.findall(r"`([\w/.-]+\.py:[\w.]+)`", text)),
+            "pictures": re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text),
+        }
+
+    assert shape(first) == shape(second)
+
+
+def without_comments(block: Block) -> str:
+    """Comments are in the language of the page."""
+    return re.sub(r" *# .*$", "", block.text, flags=re.MULTILINE)
+
+
+def write_outputs(pages: Sequence[str]) -> None:
+    os.chdir(ROOT)
+    for name in pages:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        for code, shown, printed in run_snippets(page):
+            if shown is not None:
+                start = text.index("```text\n", text.index(code)) + len("```text\n")
+                text = text[:start] + printed + text[text.index("```", start) :]
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_outputs([*(page for pair in TRANSLATIONS for page in pair), "docs/checkpoints.md"])
