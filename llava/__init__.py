@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llava.model.builder import LoadedModel, load, load_pretrained_model
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.processor import Processor
+    from llava.serve.session import Session
 
 # Public name -> the module that holds it.
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "load_pretrained_model": "llava.model.builder",
     "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
     "Processor": "llava.processor",
+    "Session": "llava.serve.session",
 }
 __all__ = [
     "Conversation",
@@ -45,6 +47,7 @@ __all__ = [
     "Processor",
     "Sampling",
     "SeparatorStyle",
+    "Session",
     "__version__",
     "conv_templates",
     "load",

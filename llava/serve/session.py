@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, answer_end
+from llava.conversation import Conversation, answer_end, get_template
 from llava.errors import InputError
 from llava.generation import Answer, AnswerStream, PromptSize, Sampling, check_marks, stream_answer
-from llava.image_io import ImageLimits, load_image
+from llava.image_io import DEFAULT_LIMITS, ImageLimits, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +34,9 @@ class Picture:
     image: Image.Image
 
     @classmethod
-    def open(cls, source: str, limits: ImageLimits) -> Picture:
-        return cls(source, load_image(source, limits=limits))
+    def open(cls, source: str | Path | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
+        name = str(source) if isinstance(source, (str, Path)) else "(an image in memory)"
+        return cls(name, load_image(source, limits=limits))
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,35 @@ class Asked:
 
 
 class Session:
-    """The state of one conversation. `waiting` are pictures that go with the next question."""
+    """The state of one conversation. `waiting` are pictures that go with the next question.
 
-    def __init__(self, loaded: LoadedModel, template: Conversation, sampling: Sampling) -> None:
+    `template` is the model's own unless one is given, `sampling` is greedy unless it says otherwise.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, template: Conversation | None = None, sampling: Sampling | None = None
+    ) -> None:
         from llava.model.config import LlavaSettings
         from llava.processor import Processor, image_mark
 
         settings = LlavaSettings.from_hf(loaded.model.config)
         self._loaded = loaded
-        self._template = template
-        self._sampling = sampling
+        self._template = template or get_template(loaded.conv_mode)
+        self._sampling = sampling or Sampling()
         # A language model without a vision tower comes without a processor; its prompts need only the tokenizer.
         self._processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
         self._mark = image_mark(settings)
         self.exchanges: list[Exchange] = []
         self.waiting: tuple[Picture, ...] = ()
+
+    def answer(self, question: str, *images: str | Path | Image.Image) -> str:
+        """Ask about images (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
+        self.attach([Picture.open(image) for image in images])
+        with self.ask(question).stream as stream:
+            for _ in stream:
+                pass
+        self.record(question, stream.answer)
+        return stream.answer.text
 
     def attach(self, pictures: Sequence[Picture]) -> None:
         self.refuse_without_tower(pictures)
