@@ -39,6 +39,16 @@ _QUESTION, _ANSWER, _SYSTEM = "question", "answer", "system"
 _SPEAKERS = {"human": _QUESTION, "user": _QUESTION, "gpt": _ANSWER, "assistant": _ANSWER, "system": _SYSTEM}
 
 
+def speaker_of(name: Any) -> str | None:
+    """Who a turn's "from" means: "question", "answer", "system"; None for a name that is not known."""
+    return _SPEAKERS.get(str(name).lower())
+
+
+def sample_spans(source: Source, conv: Conversation, *, keep_empty_answers: bool = True) -> list[Span]:
+    """What a template makes of a sample's turns, as training has it: the text, and which of it is trained on."""
+    return _FORMS.get(conv.sep_style, _DIALOGUE).spans(source, conv, keep_empty_answers)
+
+
 def encode_spans(
     spans: Sequence[Span], tokenizer: Any, *, image_token_index: int | None = IMAGE_TOKEN_INDEX
 ) -> tuple[list[int], list[int]]:
@@ -226,7 +236,7 @@ def _read_turn(turn: Turn, index: int, any_speaker: bool = False) -> tuple[str, 
         )
     if not isinstance(turn["value"], str):
         raise InputError(f"turn {index + 1} of the sample has {turn['value']!r} where its text is expected.")
-    speaker = _SPEAKERS.get(str(turn["from"]).lower())
+    speaker = speaker_of(turn["from"])
     if speaker is None and not any_speaker:
         raise InputError(
             f"turn {index + 1} of the sample is from {turn['from']!r}; known speakers are {', '.join(_SPEAKERS)}."

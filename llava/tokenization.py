@@ -172,11 +172,10 @@ def _num_repeated(chunks: list[list[int]], tokenizer: Any) -> int:
 def _encode_part(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     if hasattr(tokenizer, "pieces"):
         pieces = tokenizer.pieces(text)
-        inner = tokenizer.convert_tokens_to_ids([piece.token for piece in pieces])
+        inner = tokenizer.convert_tokens_to_ids([token for token, _, _ in pieces])
         ids = tokenizer.build_inputs_with_special_tokens(inner)
-        spans = [(piece.start, piece.end) for piece in pieces]
         before, after = int(tokenizer.add_bos_token), int(tokenizer.add_eos_token)
-        return ids, [-1] * before + [_place(span) for span in spans] + [-1] * after
+        return ids, [-1] * before + [_place(start, end) for _, start, end in pieces] + [-1] * after
     if not tokenizer.is_fast:
         raise InputError(
             f"a tokenizer of class {type(tokenizer).__name__} does not say where its tokens lie in the text, which "
@@ -184,7 +183,7 @@ def _encode_part(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
         )
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     marks = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
-    return list(encoded["input_ids"]), [-1 if added else _place(span) for span, added in marks]
+    return list(encoded["input_ids"]), [-1 if added else _place(*span) for span, added in marks]
 
 
 class StreamDecoder:
@@ -222,6 +221,5 @@ class StreamDecoder:
         return now[len(before) :]
 
 
-def _place(span: tuple[int, int]) -> int:
-    start, end = span
+def _place(start: int, end: int) -> int:
     return end - 1 if end > start else start

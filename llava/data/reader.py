@@ -1,0 +1,115 @@
+"""What a model will see of a sample, found without its weights: ids, labels, and the tokens that each picture takes.
+
+In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that look at
+data (check.py, show.py). Tokens and labels are those of training, since they come from the same functions in labels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, conv_templates
+from llava.data.formats import Sample, image_sources
+from llava.errors import InputError
+from llava.geometry import ImagePolicy, plan
+from llava.labels import encode_spans, preprocess_multimodal, sample_spans
+from llava.tokenization import encode_with_places
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sample as tokens. `ends` says, per token, where in `text` it ends."""
+
+    text: str
+    ids: list[int]
+    labels: list[int]
+    ends: list[int]
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """The parts of a model that decide how a sample is read."""
+
+    tokenizer: Any
+    policy: ImagePolicy | None  # None: a model without a vision tower
+    conv: Conversation
+    max_length: int
+    use_im_start_end: bool = False
+
+    def read(self, sample: Sample) -> Reading:
+        images = image_sources(sample)
+        turns: Any = [sample["conversations"]]
+        if images:
+            settings = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=self.use_im_start_end)
+            turns = preprocess_multimodal(turns, settings, conv=self.conv, move_marks=len(images) == 1)
+        spans = sample_spans(turns[0], self.conv)
+        text = "".join(span.text for span in spans)
+        mark = IMAGE_TOKEN_INDEX if images else None
+        ids, labels = encode_spans(spans, self.tokenizer, image_token_index=mark)
+        _, places = encode_with_places(text, self.tokenizer, mark)
+        ends = [0] * len(places)
+        for index, place in enumerate(places):
+            ends[index] = place + 1 if place >= 0 else (ends[index - 1] if index else 0)
+        return Reading(text, ids, labels, ends)
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens that pictures of these sizes become."""
+        if not sizes:
+            return []
+        if self.policy is None:
+            raise InputError("this model has no vision tower, so it cannot look at images")
+        return [plan(size, self.policy).num_features for size in sizes]
+
+
+def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: int | None = None) -> SampleReader:
+    """The reader for a model folder, or for a plain language model, which knows no images."""
+    from llava.model import builder
+    from llava.model.belongings import context_len
+    from llava.model.belongings import conv_mode as template_name
+    from llava.model.checkpoint import inspect
+    from llava.model.config import LlavaSettings
+    from llava.model.hub import resolve_checkpoint
+    from llava.model.transformers_layout import translate_config
+
+    folder = resolve_checkpoint(path)
+    tokenizer = builder.load_tokenizer(folder)
+    info = inspect(folder)
+    name = conv_mode or template_name(info.config, tokenizer, folder.name)
+    if name not in conv_templates:
+        raise InputError(f"--conv-mode is {name!r}; known: {', '.join(sorted(conv_templates))}")
+    values = info.config
+    if info.kind == "transformers":
+        values = translate_config(values, source=str(folder / "config.json"))
+    config = SimpleNamespace(**{**values, "name_or_path": str(folder)})
+    settings = LlavaSettings.from_hf(config)
+    has_tower = bool(settings.vision.tower)
+    limit = max_length or context_len(config)
+    # Longer texts are no fault of the tokenizer's: whether they fit is judged here, with their pictures.
+    tokenizer.model_max_length = int(1e9)
+    return SampleReader(
+        tokenizer=tokenizer,
+        policy=_policy(config, settings) if has_tower else None,
+        conv=conv_templates[name],
+        max_length=int(limit),
+        use_im_start_end=settings.tokens.use_im_start_end,
+    )
+
+
+def _policy(config: Any, settings: Any) -> ImagePolicy:
+    """As the model's own `image_policy()`, of a tower whose weights are not read."""
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    tower = build_vision_tower(config, delay_load=True)
+    return ImagePolicy(
+        mode=settings.image.mode,
+        tile_size=tower.tile_size,
+        patch_size=tower.tile_size // tower.num_patches_per_side,
+        pinpoints=settings.image.pinpoints,
+        merge=settings.image.merge,
+        cls_token=tower.has_class_feature,
+    )

@@ -1,0 +1,113 @@
+"""`llava data show FILE --index N`: one sample as a model will see it, with the text that it learns to write marked.
+
+In: a data file, which sample, a model folder (only its tokenizer and config are read). Out: the sample's pictures, its
+tokens in numbers, and the prompt: trained text in colour on a terminal, between [ and ] elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.formats import image_sources
+from llava.data.pictures import image_label, locate_image
+from llava.data.reader import Reading, SampleReader, read_model
+from llava.data.samples import Samples, open_samples
+from llava.errors import InputError
+from llava.image_io import load_image
+from llava.program import ArgumentParser, closest
+
+GREEN, DIM, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
+
+
+def show_program(argv: Sequence[str]) -> int:
+    from llava.assets import embedded_model_path
+
+    options = _parser().parse_args(argv)
+    samples = open_samples(options.file).distinct()
+    index = options.index if options.id is None else _index_of(samples, options.id)
+    if not 0 <= index < len(samples):
+        raise InputError(f"--index {index} is not in the file, whose samples are 0 to {len(samples) - 1}")
+    reader = read_model(
+        options.model_path or embedded_model_path(), conv_mode=options.conv_mode, max_length=options.max_length
+    )
+    print(render(samples, index, reader, options.image_folder, colours=wants_colours(sys.stdout)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog="llava data show", description="Show a training sample as a model will see it.")
+    parser.add_argument("file", metavar="FILE", help="what --data_path would be: .json, .jsonl, .parquet, or a mixture")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--index", type=int, default=0, help="the sample's number, from 0 (default: the first)")
+    which.add_argument("--id", help="the sample's id")
+    parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
+    parser.add_argument(
+        "--model-path", help="the model whose tokenizer and template to use (default: the embedded one)"
+    )
+    parser.add_argument("--conv-mode", help="conversation template; the model's own if absent")
+    parser.add_argument("--max-length", type=int, help="the length limit in tokens; the model's own if absent")
+    return parser
+
+
+def wants_colours(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _index_of(samples: Samples, wanted: str) -> int:
+    ids = (str(samples.id(index)) for index in range(len(samples)))
+    found = next((index for index, name in enumerate(ids) if name == wanted), None)
+    if found is None:
+        some = [str(samples.id(index)) for index in range(min(len(samples), 10_000))]
+        raise InputError(f"no sample has the id {wanted!r}{closest(wanted, some)}")
+    return found
+
+
+def render(samples: Samples, index: int, reader: SampleReader, image_folder: str | None, *, colours: bool) -> str:
+    """The whole page about one sample."""
+    part, _ = samples.locate(index)
+    try:
+        sample = part.file[samples.locate(index)[1]]
+        reading = reader.read(sample)
+        sources = image_sources(sample)
+        folder = part.image_folder or image_folder
+        sizes = [load_image(locate_image(source, folder, flag="--image-folder")).size for source in sources]
+    except InputError as error:
+        raise InputError(f"{samples.describe(index)}: {error}") from error
+    features = reader.image_tokens(sizes)
+    num_tokens = len(reading.ids) - len(sizes) + sum(features)
+    num_trained = sum(label != IGNORE_INDEX for label in reading.labels)
+    lines = [f"{samples.describe(index)}, template {reader.conv.version}"]
+    for source, (width, height), count in zip(sources, sizes, features, strict=True):
+        lines.append(f"image {image_label(source)}: {width}x{height} pixels, {count} tokens")
+    over = f", over the limit of {reader.max_length}: the end is cut off" if num_tokens > reader.max_length else ""
+    lines.append(f"{num_tokens} tokens, {num_trained} of them trained ({num_trained / num_tokens:.0%}){over}")
+    return "\n".join([*lines, "", mark_trained(reading, features, colours=colours)])
+
+
+def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) -> str:
+    """The prompt, cut where training begins and ends, each token's text on the side that its label says."""
+    before, after = (GREEN, PLAIN) if colours else ("[", "]")
+    pictures = iter(features)
+    pieces = []
+    start = 0
+    tokens = zip(reading.ids, reading.labels, reading.ends, strict=True)
+    for (trained, is_image), run in itertools.groupby(
+        tokens, key=lambda token: (token[1] != IGNORE_INDEX, token[0] == IMAGE_TOKEN_INDEX)
+    ):
+        members = list(run)
+        end = max(start, members[-1][2])
+        text = reading.text[start:end]
+        if is_image:
+            labels = [f"<image: {next(pictures, 0)} tokens>" for _ in members]
+            text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(
+                f"{DIM}{label}{PLAIN}" if colours else label for label in labels
+            )
+        pieces.append(f"{before}{text}{after}" if trained else text)
+        start = end
+    return "".join([*pieces, reading.text[start:]])
