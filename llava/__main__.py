@@ -27,6 +27,8 @@ COMMANDS = {
     "chat": Command("llava.serve.chat", "ask a model about pictures: one question, or a conversation"),
     "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
+    "data": Command("llava.data.check", "check training data before a run, or show a sample as it will be trained on"),
+    "merge": Command("llava.train.merge_lora", "lay a LoRA adapter into its base model"),
 }
 
 EXAMPLES = """\

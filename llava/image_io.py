@@ -154,7 +154,9 @@ def _opened(data: bytes, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:  # Pillow's own limit; its message names the number of pixels
             number = re.search(r"\d+", str(error))
             pixels = f"{int(number[0]):,}" if number else "too many"
-            raise InputError(f"{name} has {pixels} pixels, more than can be decoded safely; make it smaller first.") from None
+            raise InputError(
+                f"{name} has {pixels} pixels, more than can be decoded safely; make it smaller first."
+            ) from None
         except Exception as error:  # a broken header makes Pillow's readers raise whatever they stumble over
             raise _broken(name, error) from error
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim"):

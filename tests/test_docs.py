@@ -256,13 +256,17 @@ def as_llava(words: list[str]) -> list[str] | None:
 
 @each(PAGES)
 def test_commands_parse(page: Path) -> None:
+    from llava.data import check, show
     from llava.serve import chat, cli
+    from llava.train import merge_lora
     from llava.train.arguments import parse_train_args
 
     parsers = {
         "chat": lambda argv: chat.build_parser().parse_args(argv),
         "cli": lambda argv: cli.build_parser().parse_args(argv),
         "train": parse_train_args,
+        "merge": lambda argv: merge_lora.build_parser().parse_args(argv),
+        "data": lambda argv: {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:]),
     }
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)

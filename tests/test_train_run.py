@@ -204,6 +204,17 @@ def test_bfloat16_keeps_float32_weights_while_training(tmp_path: Path) -> None:
             assert file.get_tensor("lm_head.weight").dtype == expected
 
 
+def test_a_trained_tower_stays_in_one_precision(tmp_path: Path) -> None:
+    """The layers behind the selected one are frozen, and still run on what the trained ones give them."""
+    flags = {"unfreeze_mm_vision_tower": True, "max_steps": 2}
+    mixed = train(argv=argv(tmp_path / "bf16", bf16=True, **flags))
+    exact = train(argv=argv(tmp_path / "fp32", **flags))
+    tower = mixed.model.get_vision_tower()
+    assert len({parameter.dtype for parameter in tower.parameters()}) == 1
+    losses = [[row["loss"] for row in run.state.log_history if "loss" in row] for run in (mixed, exact)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
 def test_a_llava_checkpoint_keeps_its_vision_settings(tmp_path: Path) -> None:
     words = argv(tmp_path)
     for flag in ("--vision_tower", "--mm_vision_select_layer", "--mm_projector_type", "--image_aspect_ratio"):

@@ -32,7 +32,7 @@ from llava.model.belongings import (
 from llava.model.checkpoint import CheckpointInfo, inspect, read_json, resolve_checkpoint, resolve_vision_tower
 from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
-from llava.model.loading import Sources, load_weights, plan_sources, read_state
+from llava.model.loading import build_by_transformers, load_weights, plan_sources
 from llava.model.transformers_layout import translate_config
 
 if TYPE_CHECKING:
@@ -116,14 +116,14 @@ def load(
     base: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    quantization: str | None = None,
+    quantization: Any = None,
     attn_implementation: str | None = None,
     device_map: Any = None,
 ) -> LoadedModel:
     """Load a model folder or hub repository for answering.
 
-    `quantization` is "4bit" or "8bit" (extra `quant`); `device_map` spreads the model over several devices and wins over
-    `device`.
+    `quantization` is "4bit" or "8bit" (extra `quant`), or a configuration object of transformers; `device_map` spreads
+    the model over several devices and wins over `device`.
     """
     return _load(
         path,
@@ -306,7 +306,7 @@ def _build_multimodal(
             place = loader_options.get("device_map", {"": str(device)})
             model = model_class.from_pretrained(info.folder, config=config, dtype=dtype, device_map=place)
         elif loader_options:
-            model = _load_by_transformers(model_class, config, sources, dtype, loader_options)
+            model = build_by_transformers(model_class, config, sources, dtype, loader_options)
         else:
             with _default_dtype(dtype), device, no_init_weights():
                 model = model_class(copy.deepcopy(config))
@@ -317,16 +317,6 @@ def _build_multimodal(
                 tower.load_model()
     _restore_names(model.config, config)
     return model
-
-
-def _load_by_transformers(
-    model_class: Any, config: Any, sources: Sources, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
-    """The way for weights that get quantized or spread over devices: transformers and accelerate place them."""
-    with torch.device("meta"):
-        skeleton = model_class(copy.deepcopy(config))
-    state = read_state(skeleton, sources, dtype)
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
 
 
 def _build_language_model(

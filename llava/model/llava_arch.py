@@ -19,19 +19,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
 from llava.geometry import ImagePolicy, plan
 from llava.model.adapter import load_marker_rows, load_projector
-from llava.model.config import LlavaSettings
+from llava.model.attention import packed_arguments
+from llava.model.config import LlavaSettings, language_model_type
+from llava.model.loss import can_fuse, next_token_loss
 from llava.model.merge import merge_tiles
 from llava.model.multimodal_encoder.builder import build_vision_tower, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import PaddedBatch, pad, splice
+from llava.model.splice import PackedRow, PaddedBatch, Spliced, pack, pad, splice
 
 logger = logging.getLogger(__name__)
+
+# Language models (by transformers' name) whose attention keeps packed samples apart when positions begin anew, and whose
+# logits are the output layer's product with the last hidden states. Others take no packed rows and make their own loss.
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 if TYPE_CHECKING:  # what the two mixins below are mixed into
     from transformers import PreTrainedModel as CausalLanguageModel
@@ -237,6 +244,44 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         side: str,
         settings: LlavaSettings,
     ) -> PaddedBatch:
+        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
+        return pad(spliced, side=side, max_length=settings.max_length)
+
+    def _pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Tensor | Sequence[Tensor] | None,
+        image_sizes: Any,
+    ) -> PackedRow:
+        """A batch's rows, spliced, one after another in a single row."""
+        self.check_packable()
+        settings = LlavaSettings.from_hf(self.config)
+        if images is None:
+            self._refuse_marks_without_images(input_ids)
+            images = []
+        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
+        return pack(spliced, max_length=settings.max_length)
+
+    def check_packable(self) -> None:
+        """Raise where samples in one row would see each other."""
+        kind = language_model_type({"model_type": self.config.model_type})
+        if kind not in PLAIN_DECODERS:
+            raise InputError(
+                f"samples cannot be packed for a language model of type {kind!r}, which would attend across them; leave "
+                f"--packing False, or use one of {', '.join(PLAIN_DECODERS)}"
+            )
+
+    def _splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Tensor | Sequence[Tensor],
+        image_sizes: Any,
+        settings: LlavaSettings,
+    ) -> Spliced:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self._image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self.get_input_embeddings(), labels=labels)
@@ -252,7 +297,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
                 "%d of %d training rows are longer than tokenizer_model_max_length=%d (longest %d) and lose their end",
                 num_long, len(spliced.lengths), limit, longest,
             )  # fmt: skip
-        return pad(spliced, side=side, max_length=limit)
+        return spliced
 
     # The two calls that outside code makes.
 
@@ -270,10 +315,23 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
+        packed: bool = False,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The language model's forward, with `images` (and their `(width, height)` sizes) for the -200 in `input_ids`."""
-        if inputs_embeds is None and input_ids is not None:
+        """The language model's forward, with `images` (and their `(width, height)` sizes) for the -200 in `input_ids`.
+
+        `packed` lays the batch's rows one after another in a single row, for training: no padding is computed, and no
+        sample sees another. `loss_only` leaves the logits out of the answer where labels are given and the language
+        model allows it, which saves the largest tensors of a training step.
+        """
+        if packed:
+            row = self._pack(input_ids, attention_mask, labels, images, image_sizes)
+            attention_mask, boundaries = packed_arguments(self.config, row)
+            input_ids, inputs_embeds, labels, position_ids = None, row.embeds, row.labels, row.positions
+            use_cache = False  # with a cache, transformers would not look where positions begin anew
+            kwargs |= boundaries
+        elif inputs_embeds is None and input_ids is not None:
             if images is None and input_ids.shape[1] > 1:
                 self._refuse_marks_without_images(input_ids)
             (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
@@ -288,22 +346,28 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
             ):
                 # Models with absolute positions would else count the padding before a row.
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        given = {
+        asked = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **{name: value for name, value in given.items() if value is not None},
-            **kwargs,
-        )
+        kwargs |= {name: value for name, value in asked.items() if value is not None}
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        kind = language_model_type({"model_type": self.config.model_type})
+        if loss_only and labels is not None and kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings()):
+            return self._forward_to_loss(labels, **kwargs)
+        return super().forward(labels=labels, **kwargs)
+
+    def _forward_to_loss(
+        self, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None, **arguments: Any
+    ) -> CausalLMOutputWithPast:
+        """The mean loss over trained tokens (or the sum over `num_items_in_batch`), without logits."""
+        hidden = self.get_model()(**arguments).last_hidden_state
+        total, num_trained = next_token_loss(self.get_output_embeddings(), hidden, labels.to(hidden.device))
+        # A batch that lost all its answers to a limit counts for nothing, on every rank alike, rather than for NaN.
+        count = num_trained.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
 
     @torch.no_grad()
     def generate(

@@ -7,6 +7,7 @@ found shapes. What a folder holds is checkpoint.py's matter; which model is buil
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -70,10 +71,20 @@ def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: s
     return Sources(
         headers=headers,
         folder=str(info.folder) if base is None else f"{info.folder} with the base {base.folder}",
-        merge=load_adapter(info.adapter, info.adapter_config or {}) if info.adapter else None,
+        merge=load_adapter(_adapter_of_language_model(info), info.adapter_config or {}) if info.adapter else None,
         stores_tower=bool(towers) and info.declares_tower,
         may_grow_vocabulary=info.needs_base,
     )
+
+
+def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
+    """An adapter without the biases of tower and projector, which `lora_bias all` puts into it as well: they are trained
+    and stored with their own modules, or not at all."""
+    return {
+        name: header
+        for name, header in info.adapter.items()
+        if "lora_" in name or not any(mark in name for mark in (TOWER_MARK, PROJECTOR_MARK))
+    }
 
 
 def match_names(expected: Mapping[str, Tensor], sources: Sources) -> dict[str, TensorHeader]:
@@ -154,6 +165,16 @@ def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dic
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in read_tensors(found, expected, sources)
     }
+
+
+def build_by_transformers(
+    model_class: Any, config: Any, sources: Sources, dtype: torch.dtype, options: Mapping[str, Any]
+) -> Any:
+    """The way for weights that get quantized or spread over devices: transformers and accelerate place them."""
+    with torch.device("meta"):
+        skeleton = model_class(copy.deepcopy(config))
+    state = read_state(skeleton, sources, dtype)
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
 
 
 def expected_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -22,13 +22,16 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def quantization_config(mode: str, dtype: torch.dtype) -> Any:
-    """What to hand to `from_pretrained(quantization_config=…)`; needs the packages of the extra `quant`."""
+def quantization_config(mode: str, dtype: torch.dtype, **options_4bit: Any) -> Any:
+    """What to hand to `from_pretrained(quantization_config=…)`; needs the packages of the extra `quant`.
+
+    `options_4bit` take the place of those in the table.
+    """
     if mode not in MODES:
         raise InputError(f"unknown quantization {mode!r}; known: {', '.join(MODES)}")
     require("bitsandbytes", extra="quant")
     require("accelerate", extra="quant")
     from transformers import BitsAndBytesConfig
 
-    options = MODES[mode] | ({"bnb_4bit_compute_dtype": dtype} if mode == "4bit" else {})
+    options = MODES[mode] | ({"bnb_4bit_compute_dtype": dtype, **options_4bit} if mode == "4bit" else {})
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=list(KEEP_UNQUANTIZED))

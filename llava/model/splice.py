@@ -1,8 +1,8 @@
-"""One primitive that puts image features into a sequence of token embeddings, and one that lays sequences in a batch.
+"""One primitive that puts image features into sequences of token embeddings, and two that lay sequences out.
 
 In: token ids with -200 for each image, and the features of the images. Out: embeddings in which every -200 has become
-its image's features. Batches, packed sequences and the engine use the same two functions, so they cannot disagree.
-There is no Python loop over tokens.
+its image's features, as a padded batch or packed into one row. Batches, packed rows and the engine use the same splice,
+so they cannot disagree. There is no Python loop over tokens.
 
     B rows, L tokens of the longest row before the splice, T tokens after it, D text width
 """
@@ -104,6 +104,47 @@ def pad(spliced: Spliced, *, side: str, max_length: int | None = None) -> Padded
     if spliced.labels is not None:
         labels = spliced.labels[index].masked_fill(~mask, IGNORE_INDEX)
     return PaddedBatch(embeds, mask, positions.masked_fill(~mask, 0), labels)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that begin anew with each sample, `labels` (1, T).
+
+    `boundaries` (samples + 1,) int32: where each sample begins, and the end; `longest` is the longest sample's length.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    labels: Tensor | None
+    boundaries: Tensor
+    longest: int
+
+
+def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
+    """Leave spliced rows one after another; those longer than `max_length` keep their beginning.
+
+    A sample's first label is masked, as nothing before it may predict it: what stands there is another sample's end.
+    """
+    device = spliced.embeds.device
+    embeds, labels, row_lengths = spliced.embeds, spliced.labels, spliced.lengths
+    positions = _positions(row_lengths, device)
+    if max_length is not None and max(row_lengths) > max_length:
+        kept = positions < max_length
+        embeds, positions = embeds[kept], positions[kept]
+        labels = None if labels is None else labels[kept]
+        row_lengths = [min(length, max_length) for length in row_lengths]
+    if labels is not None:
+        labels = labels.masked_fill(positions == 0, IGNORE_INDEX)[None]
+    boundaries = torch.tensor([0, *row_lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    # A copy, not a view: a compiled first layer would otherwise be a program of its own.
+    return PackedRow(torch.stack([embeds]), positions[None], labels, boundaries, max(row_lengths))
+
+
+def _positions(row_lengths: list[int], device: torch.device) -> Tensor:
+    lengths = torch.tensor(row_lengths, device=device)
+    total = sum(row_lengths)
+    firsts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths, output_size=total)
+    return torch.arange(total, device=device) - firsts
 
 
 def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:

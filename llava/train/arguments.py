@@ -1,8 +1,8 @@
 """What a training run can be told: three dataclasses and the command line that fills them.
 
 In: an argument list, in today's spelling or in that of scripts written for transformers 4. Out: ModelArguments,
-DataArguments, TrainingArguments (the library's own, plus what a LLaVA needs). Old spellings are in legacy_flags.py;
-what the values do is in train.py, data.py and llava_trainer.py.
+DataArguments, TrainingArguments (the library's own, plus what a LLaVA needs). Old spellings are in legacy_flags.py,
+configuration files in config_file.py; what the values do is in train.py, data.py and llava_trainer.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava.errors import InputError
+from llava.train.config_file import as_yaml, expand_config
 from llava.train.legacy_flags import parse_flags, translate
 
 logger = logging.getLogger(__name__)
+
+PRINT_CONFIG = ("--print-config", "--print_config")
 
 
 def _opt(default: Any, help: str) -> Any:
@@ -57,7 +61,13 @@ class ModelArguments:
 class DataArguments:
     """Where the samples are and how their pictures are prepared."""
 
-    data_path: str | None = _opt(None, "JSON file with the training samples.")
+    data_path: str | None = _opt(
+        None, "Training samples: .json, .jsonl or .parquet; several joined by commas; or a mixture, .yaml."
+    )
+    data_weights: str | None = _opt(None, "With several files in --data_path: their shares of an epoch, e.g. '2,1'.")
+    on_bad_sample: str = _opt(
+        "stop", "A sample that cannot be used: stop the run, or skip it and draw another; the end lists them."
+    )
     lazy_preprocess: bool = _opt(False, "Kept for old scripts; samples are always prepared when they are drawn.")
     is_multimodal: bool = _opt(False, "Set by the program: true as soon as there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
@@ -65,10 +75,16 @@ class DataArguments:
     image_grid_pinpoints: str | None = _opt(
         None, "anyres: the tilings to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
     )
+    eval_data_path: str | None = _opt(None, "Samples to validate with, as often as --eval_strategy says.")
+    eval_image_folder: str | None = _opt(None, "Their image folder, where it is not --image_folder.")
 
     # Filled in by the program, once it knows the model.
     image_processor: Any = field(default=None, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.on_bad_sample not in ("stop", "skip"):
+            raise InputError(f"--on_bad_sample is {self.on_bad_sample!r}; known: stop, skip")
 
 
 @dataclass
@@ -82,22 +98,43 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = _opt(512, "Longest sequence in tokens, images included; longer ones are cut at the end.")
     double_quant: bool = _opt(True, "With --bits 4: quantize the quantization constants too.")
     quant_type: str = _opt("nf4", "With --bits 4: nf4 or fp4.")
-    bits: int = _opt(16, "Bits per weight of the frozen language model; only 16 is possible at present.")
+    bits: int = _opt(16, "Bits per weight of the frozen language model: 16, 8 or 4; 8 and 4 need --lora_enable.")
     lora_enable: bool = _opt(False, "Train low-rank adapters of the language model's linear layers.")
     lora_r: int = _opt(64, "Rank of the adapters.")
     lora_alpha: int = _opt(16, "Scale of the adapters; their output is multiplied by alpha / r.")
     lora_dropout: float = _opt(0.05, "Dropout before the adapters.")
     lora_weight_path: str = _opt("", "Kept for old scripts; it has no effect.")
     lora_bias: str = _opt("none", "Biases to train besides the adapters: none, all, lora_only.")
+    lora_use_dora: bool = _opt(False, "DoRA: learn the length of each weight row apart from its direction.")
+    lora_use_rslora: bool = _opt(False, "Rank-stabilised LoRA: multiply by alpha / sqrt(r) instead of alpha / r.")
     mm_projector_lr: float | None = _opt(None, "The projector's own learning rate.")
     mm_vision_tower_lr: float | None = _opt(None, "The vision tower's own learning rate, when it is trained.")
     group_by_modality_length: bool = _opt(False, "Batches of one modality and of similar lengths.")
+    packing: bool = _opt(
+        False, "Put several samples into one row without padding; a batch of --per_device_train_batch_size N is N rows."
+    )
+    pack_length: int | None = _opt(None, "With --packing: longest row in tokens; if not given, --model_max_length.")
+    compile_layers: bool = _opt(False, "Compile the language model's layers; needs a GPU, or a C++ compiler.")
+    keep_activations: float | None = _opt(
+        None,
+        "With --compile_layers, in place of --gradient_checkpointing: how much to keep for the backward pass, 0 to 1.",
+    )
+    fused_loss: bool = _opt(True, "Compute the loss without holding all logits; the same numbers in less memory.")
+    global_batch_size: int | None = _opt(
+        None, "Samples per step over all GPUs; gradient_accumulation_steps is worked out from it."
+    )
     trainable_dtype: str = _opt(
         "auto",
         "Precision in which trained weights are held: auto (float32; under DeepSpeed, which keeps its own float32 copy, "
         "that of the computation), float32, bfloat16, float16.",
     )
     logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
+    eval_generate: int = _opt(
+        0,
+        "Let the model answer the first N validation samples at each validation; into the log and eval_answers.jsonl.",
+    )
+    eval_max_new_tokens: int = _opt(64, "Longest such answer, in tokens.")
+    estimate_memory: bool = _opt(False, "Say how much memory the run would need, and end without training.")
 
     # Copied from ModelArguments by the program, for the trainer and the code that saves.
     tune_mm_mlp_adapter: bool = field(default=False, init=False)
@@ -109,24 +146,60 @@ class TrainingArguments(transformers.TrainingArguments):
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices)
                 raise InputError(f"--{name} is {getattr(self, name)!r}; known: {known}")
-        if self.bits != 16:
+        if self.bits != 16 and not self.lora_enable:
             raise InputError(
-                f"--bits {self.bits} (training over a quantized model) is not supported; leave it at 16 and use "
-                "--lora_enable True to save memory"
+                f"--bits {self.bits} quantizes the language model, whose weights then cannot be trained; add --lora_enable "
+                "True to train adapters over it"
+            )
+        if self.bits != 16 and self.fsdp:
+            raise InputError(
+                f"--bits {self.bits} and --fsdp exclude each other: packed weights cannot be sharded; every GPU holds them "
+                "whole, with DeepSpeed ZeRO-2 or with nothing"
             )
         if self.deepspeed and not importlib.util.find_spec("deepspeed"):
             raise InputError("--deepspeed needs the package 'deepspeed'; install it with: pip install deepspeed")
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name in _REPORTERS and not any(importlib.util.find_spec(package) for package in _REPORTERS[name]):
                 raise InputError(
-                    f"--report_to {name} needs the package {_REPORTERS[name][0]!r}; install it, or report to none"
+                    f"--report_to {name} needs the package {_REPORTERS[name][0]!r}; install it with: "
+                    f"pip install 'llava[{_REPORTER_EXTRAS[name]}]', or report to none"
                 )
         if not torch.accelerator.is_available() and not self.use_cpu:  # type: ignore[has-type]
             self.use_cpu = True
             logger.warning("no GPU found: training on the CPU")
         if self.use_cpu:
             self._fit_to_cpu()
+        if self.global_batch_size is not None:
+            self._split_global_batch(self.global_batch_size)
         super().__post_init__()
+        if self.keep_activations is not None:
+            self._check_keep_activations()
+        if self.bits != 16 and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
+
+    def _split_global_batch(self, global_batch: int) -> None:
+        num_processes = int(os.environ.get("WORLD_SIZE", "0"))
+        num_devices = num_processes or (1 if self.use_cpu else max(1, torch.cuda.device_count()))
+        at_once = num_devices * self.per_device_train_batch_size  # type: ignore[has-type]
+        if global_batch < 1 or global_batch % at_once:
+            raise InputError(
+                f"--global_batch_size {global_batch} cannot be split over {num_devices} device(s) with "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size}; it has to be a multiple of {at_once}"
+            )
+        given: int = self.gradient_accumulation_steps  # type: ignore[has-type]
+        needed = global_batch // at_once
+        if given not in (1, needed):
+            raise InputError(
+                f"--global_batch_size {global_batch} means --gradient_accumulation_steps {needed} here, not {given}; give "
+                "one of the two"
+            )
+        self.gradient_accumulation_steps = needed
+
+    def _check_keep_activations(self) -> None:
+        if not 0 <= self.keep_activations <= 1:  # type: ignore[operator]
+            raise InputError(f"--keep_activations is {self.keep_activations}; it must be between 0 and 1")
+        if not self.compile_layers or self.gradient_checkpointing:
+            raise InputError("--keep_activations needs --compile_layers True and --gradient_checkpointing False")
 
     def _fit_to_cpu(self) -> None:
         if self.fp16:
@@ -162,17 +235,25 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 # Where a run can be reported to, and the packages that do it (one of them is enough).
 _REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+_REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "report"}
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Read a command line (`sys.argv` without one). Old spellings are translated, one logged line each.
+    """Read a command line (`sys.argv` without one), which may begin with a configuration file (config_file.py).
 
-    What cannot be read raises `InputError`; `--help` prints and exits as usual.
+    Old spellings are translated, one logged line each. What cannot be read raises `InputError`; `--help` and
+    `--print-config` print and exit.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    print_only = any(word in PRINT_CONFIG for word in argv)
+    argv = [word for word in argv if word not in PRINT_CONFIG]
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train", allow_abbrev=False)
     known = {option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings}
     if not any(word in ("-h", "--help") for word in argv):
+        argv = expand_config(argv, known, {action.dest for action in parser._actions if action.nargs in ("+", "*")})
+        if print_only:
+            print(as_yaml(parse_flags(argv), _worth_showing()), end="")
+            raise SystemExit(0)
         # The library deprecates the old name of this flag but recipes all use it.
         if "activation_checkpointing" in known:
             argv = [word.replace("--gradient_checkpointing", "--activation_checkpointing", 1) for word in argv]
@@ -196,6 +277,20 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     if extra:
         raise InputError(f"cannot use {' '.join(extra)!r} on the command line; --help lists every flag")
     return model, data, training
+
+
+def _worth_showing() -> dict[str, dict[str, tuple[Any, str]]]:
+    """The settings that LLaVA adds to the library's, by the groups of a configuration file."""
+    library = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    kinds = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments}
+    return {
+        group: {
+            entry.name: (entry.default, entry.metadata["help"])
+            for entry in dataclasses.fields(kind)
+            if entry.init and entry.name not in library
+        }
+        for group, kind in kinds.items()
+    }
 
 
 class _Parser(HfArgumentParser):

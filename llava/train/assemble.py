@@ -127,6 +127,11 @@ def add_vision(
     training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
 
     newline = getattr(inner, "image_newline", None)
+    if training_args.bits != 16:  # a model of packed weights stands on its device already, and is not moved again
+        for part in (tower, inner.mm_projector):
+            part.to(training_args.device)
+        if newline is not None:
+            newline.data = newline.data.to(training_args.device)
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
         inner.mm_projector.requires_grad_(True)
@@ -159,12 +164,18 @@ def unfreeze_tower(tower: Any) -> None:
 
 
 def cast_weights(model: nn.Module, training_args: TrainingArguments) -> None:
-    """Hold trained weights in `weight_dtype` and frozen ones in `compute_dtype`. Buffers keep their precision."""
+    """Hold trained weights in `weight_dtype` and frozen ones in `compute_dtype`. Buffers keep their precision.
+
+    A tower of which a part is trained stays in one precision: its layers hand each other what they computed.
+    """
     if training_args.deepspeed:  # it does its own casting, and may have scattered the weights already
         return
+    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    in_tower = {id(parameter) for parameter in tower.parameters()} if tower is not None and tower.trainable else set()
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            wanted = training_args.weight_dtype if parameter.requires_grad else training_args.compute_dtype
+            trained = parameter.requires_grad or id(parameter) in in_tower
+            wanted = training_args.weight_dtype if trained else training_args.compute_dtype
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 

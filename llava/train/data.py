@@ -1,59 +1,68 @@
-"""Training samples: a JSON file and a folder of images become batches of tensors.
+"""Training samples: data files and folders of images become batches of tensors.
 
-In: samples `{"id", "image" (a path or a list of paths, optional), "conversations": [{"from", "value"}, ...]}`.
-Out: per sample ids, labels and pixels; per batch padded ids, labels, a mask and images in the order of their marks.
-Prompts, tokens and labels come from processor.py, pixels from mm_utils.py; the order of samples is in sampler.py.
+In: samples `{"id", "image" (a path or a list of paths, optional), "conversations": [{"from", "value"}, ...]}`, which
+samples.py finds in files of several forms. Out: per sample ids, labels and pixels; per batch padded ids, labels, a mask and
+images in the order of their marks. Prompts, tokens and labels come from labels.py, pixels from mm_utils.py; the order of
+samples is in sampler.py.
 
     B samples, T tokens, I images in the batch
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
+from llava.data.formats import Sample, image_sources
+from llava.data.pictures import image_label, locate_image
+from llava.data.samples import open_samples
+from llava.data.tally import BadSamples, CutSamples
 from llava.errors import InputError
 from llava.image_io import load_image
-from llava.labels import preprocess, preprocess_multimodal
+from llava.labels import preprocess, preprocess_multimodal, speaker_of
 from llava.mm_utils import process_images
-
-logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
 
 # Words that one image counts for where samples are grouped by length; published runs counted so.
 WORDS_PER_IMAGE = 128
-MAX_LOADER_PROCESSES = 256
+# So many bad samples in a row are no accident: the image folder is wrong, or the disk is gone.
+MAX_SKIPPED_IN_A_ROW = 100
 
 
 class LazySupervisedDataset(Dataset):
-    """The samples of one JSON file, prepared when they are drawn.
+    """The samples of a data file (or of several, see samples.py), prepared when they are drawn.
 
     `data_args` says where images lie and how they are prepared: `image_folder`, `image_processor`, `image_aspect_ratio`,
-    `image_grid_pinpoints` (anyres), `is_multimodal`, `mm_use_im_start_end`. `conv` is the conversation template;
-    without one it is `llava.conversation.default_conversation`, read at each call.
+    `image_grid_pinpoints` (anyres), `is_multimodal`, `mm_use_im_start_end`; and, if it has them, `data_weights` and
+    `on_bad_sample`. `conv` is the conversation template; without one it is `llava.conversation.default_conversation`,
+    read at each call.
 
     In a multimodal run a text-only sample carries one black image without a mark, so that every rank's batch runs the
     tower and no collective operation waits for a rank that has no images.
+
+    A bad sample raises. With `on_bad_sample="skip"` the next good one of its modality is drawn in its place: batches
+    keep their sizes, and which samples a run sees depends on nothing but the data.
     """
 
     def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, conv: Conversation | None = None) -> None:
         super().__init__()
-        self.list_data_dict = load_samples(data_path)
+        # Outside code brings arguments without the fields that are new here.
+        self.list_data_dict = open_samples(data_path, weights=getattr(data_args, "data_weights", None))
+        self.skips_bad = getattr(data_args, "on_bad_sample", "stop") == "skip"
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.conv = conv
-        self.cuts = CutSamples()
+        self.cuts = CutSamples(len(self))
+        self.bad = BadSamples(len(self))
+        if not self.skips_bad:
+            for index in self.list_data_dict.malformed():
+                part, _ = self.list_data_dict.locate(index)
+                error = self.fault(index)
+                raise InputError(f"in the training data {str(part.file.path)!r}, {error}")
 
     def __len__(self) -> int:
         return len(self.list_data_dict)
@@ -61,41 +70,84 @@ class LazySupervisedDataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         """Words per sample, an image counting for 128."""
-        return [_num_words(sample) + (WORDS_PER_IMAGE if image_names(sample) else 0) for sample in self.list_data_dict]
+        words, images = (self.list_data_dict.column(name) for name in ("words", "images"))
+        return (words + WORDS_PER_IMAGE * (images > 0)).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
         """Words per sample, negative for a sample without an image."""
-        return [_num_words(sample) * (1 if image_names(sample) else -1) for sample in self.list_data_dict]
+        words, images = (self.list_data_dict.column(name) for name in ("words", "images"))
+        return (words * (2 * (images > 0) - 1)).tolist()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.list_data_dict[index]
+        if not self.skips_bad:
+            return self._prepared(index)
+        for tried, candidate in enumerate(self._candidates(index)):
+            try:
+                return self._prepared(candidate)
+            except InputError as error:
+                self.bad.note(candidate)
+                if tried + 1 == MAX_SKIPPED_IN_A_ROW:
+                    raise InputError(f"{tried + 1} samples in a row are bad, the last one: {error}") from error
+        raise InputError(f"every sample like {self.list_data_dict.describe(index)} is bad: {self.fault(index)}")
+
+    def fault(self, index: int) -> InputError | None:
+        """Why a sample cannot be used, or nothing."""
         try:
-            return self._prepare(sample, index)
+            self._prepared(index)
         except InputError as error:
-            raise InputError(f"{describe(sample, index)}: {error}") from error
+            return error
+        return None
 
-    def _prepare(self, sample: Sample, index: int) -> dict[str, Any]:
-        names = image_names(sample)
-        turns = sample["conversations"]
-        if names and not self.data_args.is_multimodal:
-            raise InputError(f"it has an image ({names[0]!r}) but the run has no --vision_tower")
-        pictures = [load_image(self._image_path(name)) for name in names]
+    def reports(self) -> list[str]:
+        """What a run should say at its end about cut and skipped samples. Every rank of a distributed run has to call it."""
+        found = (
+            self.cuts.report(self.list_data_dict, self.tokenizer.model_max_length),
+            self.bad.report(self.fault) if self.skips_bad else None,
+        )
+        return [report for report in found if report]
 
-        sources: Any = [turns]
-        if names:  # a mark moves to the front of its turn, unless there are several to be kept in order
-            sources = preprocess_multimodal(sources, self.data_args, conv=self.conv, move_marks=len(names) == 1)
-        tokens = preprocess(sources, self.tokenizer, has_image=bool(names), conv=self.conv, keep_empty_answers=True)
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample and, going round, those after it that have images too, or have none either."""
+        samples = self.list_data_dict
+        wanted = _has_images(samples, index)
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if _has_images(samples, candidate) == wanted:
+                yield candidate
+
+    def _prepared(self, index: int) -> dict[str, Any]:
+        samples = self.list_data_dict
+        part, row = samples.locate(index)
+        try:
+            return self._prepare(part.file[row], index, part.image_folder or self.data_args.image_folder)
+        except InputError as error:
+            raise InputError(f"{samples.describe(index)}: {error}") from error
+
+    def tokens(self, sample: Sample, *, num_images: int) -> dict[str, Any]:
+        """A sample's ids and labels, its images still marks: what `preprocess` gives for one sample."""
+        turns: Any = [sample["conversations"]]
+        if num_images:  # a mark moves to the front of its turn, unless there are several to be kept in order
+            turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_marks=num_images == 1)
+        return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)
+
+    def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> dict[str, Any]:
+        sources = image_sources(sample)
+        if sources and not self.data_args.is_multimodal:
+            raise InputError(f"it has an image ({image_label(sources[0])!r}) but the run has no --vision_tower")
+        pictures = [load_image(locate_image(source, image_folder)) for source in sources]
+
+        tokens = self.tokens(sample, num_images=len(sources))
         input_ids, labels = tokens["input_ids"][0], tokens["labels"][0]
-        num_marks = int((input_ids == IMAGE_TOKEN_INDEX).sum()) if names else _num_text_marks(turns)
-        if num_marks != len(names):
-            raise InputError(f"its text has {num_marks} {DEFAULT_IMAGE_TOKEN} marks for {len(names)} images")
+        marks = int((input_ids == IMAGE_TOKEN_INDEX).sum()) if sources else num_text_marks(sample["conversations"])
+        if marks != len(sources):
+            raise InputError(f"its text has {marks} {DEFAULT_IMAGE_TOKEN} marks for {len(sources)} images")
         if not (labels != IGNORE_INDEX).any() and not tokens["num_truncated"]:
             raise InputError("it has no answer to train on")
         self.cuts.note(index, labels, self.tokenizer.model_max_length, already_cut=bool(tokens["num_truncated"]))
 
         item: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
-        if names:
+        if sources:
             pixels = [
                 process_images([picture], self.data_args.image_processor, self.data_args)[0] for picture in pictures
             ]
@@ -110,15 +162,15 @@ class LazySupervisedDataset(Dataset):
             item["image_size"] = sizes if len(sizes) > 1 else sizes[0]
         return item
 
-    def _image_path(self, name: str) -> str:
-        """The file of an image, confined to the image folder (links inside the folder may lead out of it)."""
-        if not self.data_args.image_folder:
-            raise InputError(f"image {name!r} cannot be found: say where the images are with --image_folder")
-        folder = os.path.abspath(self.data_args.image_folder)
-        path = os.path.normpath(os.path.join(folder, name))
-        if os.path.commonpath([folder, path]) != folder:
-            raise InputError(f"image {name!r} lies outside the image folder {folder!r}")
-        return path
+
+def num_text_marks(turns: Sequence[Sample]) -> int:
+    """Image marks in the questions of a sample without an image."""
+    return sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns if speaker_of(turn["from"]) == "question")
+
+
+def _has_images(samples: Any, index: int) -> bool:
+    part, row = samples.locate(index)
+    return bool(part.file.columns.images[row])
 
 
 class DataCollatorForSupervisedDataset:
@@ -169,104 +221,6 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any, conv: Conversati
         "eval_dataset": None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }
-
-
-class CutSamples:
-    """Which samples were longer than the limit: counted in memory that loader processes share, reported at the end."""
-
-    def __init__(self) -> None:
-        # Per process: samples cut, samples of which no trained token was left, and the first index cut.
-        self.counts = torch.zeros(MAX_LOADER_PROCESSES, 3, dtype=torch.long).share_memory_()
-
-    def note(self, index: int, labels: Tensor, limit: int, *, already_cut: bool = False) -> None:
-        if len(labels) <= limit and not already_cut:
-            return
-        worker = get_worker_info()
-        row = self.counts[0 if worker is None else (worker.id + 1) % MAX_LOADER_PROCESSES]
-        if row[0] == 0:
-            row[2] = index
-        row[0] += 1
-        row[1] += int(not (labels[:limit] != IGNORE_INDEX).any())
-
-    def report(self, samples: Sequence[Sample], limit: int) -> str | None:
-        """One sentence, or nothing when no sample was cut."""
-        total, untrained, _ = self.counts.sum(dim=0).tolist()
-        if total == 0:
-            return None
-        first = min(int(row[2]) for row in self.counts if row[0] > 0)
-        lost = f", and {untrained} of them kept no token to train on" if untrained else ""
-        return (
-            f"{total} samples drawn were cut at --model_max_length {limit}{lost}; "
-            f"the first is {describe(samples[first], first)}"
-        )
-
-
-def load_samples(data_path: str | None) -> list[Sample]:
-    """Read the JSON file of a data set."""
-    if not data_path:
-        raise InputError("no training data: give its JSON file with --data_path")
-    try:
-        text = Path(data_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the training data {data_path!r}: {error}") from error
-    try:
-        samples = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"the training data {data_path!r} is not valid JSON: {error.msg} at line {error.lineno}, "
-            f"column {error.colno}"
-        ) from error
-    if not isinstance(samples, list):
-        raise InputError(
-            f"the training data {data_path!r} must be a JSON list of samples, not a {type(samples).__name__}"
-        )
-    if not samples:
-        raise InputError(f"the training data {data_path!r} holds no samples")
-    for index, sample in enumerate(samples):
-        if fault := _fault(sample):
-            raise InputError(f"{describe(sample, index)} of {data_path!r}: {fault}")
-    return samples
-
-
-def image_names(sample: Sample) -> list[str]:
-    """Paths of a sample's images; none, one or several."""
-    image = sample.get("image")
-    if not image:
-        return []
-    return [image] if isinstance(image, str) else list(image)
-
-
-def describe(sample: Sample, index: int) -> str:
-    named = isinstance(sample, dict) and "id" in sample
-    return f"sample {index}" + (f" (id {sample['id']!r})" if named else "")
-
-
-def _fault(sample: Any) -> str | None:
-    """What is wrong with the form of a sample, or nothing."""
-    if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
-        return "it is not an object with a list 'conversations'"
-    if not sample["conversations"]:
-        return "it has no turns"
-    for number, turn in enumerate(sample["conversations"]):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            return f"turn {number} is not an object with 'from' and a text 'value'"
-    image = sample.get("image")
-    if (
-        image
-        and not isinstance(image, str)
-        and not (isinstance(image, list) and all(isinstance(i, str) for i in image))
-    ):
-        return "'image' is neither a path nor a list of paths"
-    return None
-
-
-def _num_words(sample: Sample) -> int:
-    return sum(len(turn["value"].split()) for turn in sample["conversations"])
-
-
-def _num_text_marks(turns: Sequence[Sample]) -> int:
-    """Image marks in the human's turns of a sample without an image."""
-    return sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns if turn["from"] == "human")
 
 
 def _flatten(values: Any) -> list[Any]:

@@ -1,20 +1,33 @@
-"""transformers' Trainer, changed where a LLaVA differs: parameter groups, order of samples, what a checkpoint holds.
+"""transformers' Trainer, changed where a LLaVA differs: parameter groups, order of samples, what a checkpoint holds, what a
+log line says, and what happens when something goes wrong.
 
 In: model, arguments, data. Out: the trained model and its checkpoints. Orders are computed in sampler.py, files are
-written by save.py; scheduling, precision, distribution and resuming are the library's.
+written by save.py and take their places in checkpoints.py, figures are counted in metrics.py, failures explained in
+diagnosis.py; scheduling, precision, distribution and resuming are the library's.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.utils.data import Sampler
-from transformers import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from llava.constants import IGNORE_INDEX
+from llava.errors import InputError
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.train.callbacks import ConsoleCallback, StopCallback
+from llava.train.checkpoints import STATE_FILE, explain_full_disk, put_in_place, staging_folder, thin_out
+from llava.train.diagnosis import Suspect, is_out_of_memory, not_finite, out_of_memory
+from llava.train.metrics import Throughput, base_model, measure_matmul_rate
+from llava.train.numbered import NUMBERS, Numbered, NumberKeeper, named_samples
 from llava.train.sampler import LengthGroupedSampler
 from llava.train.save import (
     NON_LORA_FILE,
@@ -24,12 +37,25 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
+from llava.train.validation import answer_samples, write_answers
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that has been gone through: what the model saw, the numbers of its items, and its loss."""
+
+    inputs: dict[str, Any]
+    numbers: list[int]
+    loss: Tensor
+
+
 class LLaVATrainer(Trainer):
     """Takes what `Trainer` takes; `tokenizer=` is accepted as the old name of `processing_class=`."""
+
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if tokenizer is not None:
@@ -38,11 +64,47 @@ class LLaVATrainer(Trainer):
         # Every micro-batch weighs the same in an accumulated step, as in published runs. (The library would weigh by
         # tokens where a model takes the count of them.)
         self.model_accepts_loss_kwargs = False
+        self.args.logging_nan_inf_filter = False  # such a loss ends the run; it is not to be averaged away
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.console = ConsoleCallback(bar=not self.args.disable_tqdm)
+        self.stop = StopCallback()
+        self.add_callback(self.console)
+        self.add_callback(self.stop)
+        self.throughput: Throughput | None = None
+        self._batches: list[_Batch] = []  # of the optimizer step that is under way
+        self._staging: Path | None = None
+        self._eval_sums = torch.zeros(2)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        rate = measure_matmul_rate(torch.float16 if self.args.fp16 else torch.bfloat16)
+        if rate is not None:
+            logger.info("this GPU multiplies matrices at %.0f TFLOP/s; MFU is a share of that", rate / 1e12)
+            torch.cuda.reset_peak_memory_stats()
+        self.throughput = Throughput(self.model, device=self.args.device, matmul_rate=rate)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.throughput.close()
+            self.throughput = None
 
     # Order of samples
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The library's, over samples that carry their numbers."""
+        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        given = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = Numbered(self.train_dataset), NumberKeeper(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, Numbered):
+            dataset = dataset.items
         strategy = "modality" if self.args.group_by_modality_length else self.args.train_sampling_strategy
         if (
             dataset is None
@@ -74,7 +136,143 @@ class LLaVATrainer(Trainer):
             split_groups(optimizer, {id(p): name for name, p in named}, own_rates)
         return optimizer
 
+    # Steps
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.throughput is None:
+            return super().get_batch_samples(*args, **kwargs)
+        with self.throughput.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        numbers = inputs.pop(NUMBERS, [])
+        if self.throughput is not None:
+            self.throughput.see_batch(inputs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            step = self.state.global_step + 1
+            raise InputError(out_of_memory(self.model, self.args, inputs, step=step)) from error
+        self._batches.append(_Batch(inputs, numbers, loss))
+        if self.is_deepspeed_enabled:  # which computes no norm here
+            self._stop_unless_finite([loss])
+            self._batches.clear()
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.args.fused_loss and "labels" in inputs and isinstance(base_model(self.model), LlavaMetaForCausalLM):
+            inputs = {**inputs, "loss_only": True}
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.is_deepspeed_enabled:
+            values = [batch.loss for batch in self._batches]
+            # Under float16 such gradients are usual: the step is left out and the scale made smaller.
+            if isinstance(norm, Tensor) and not self.args.fp16:
+                values.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            self._stop_unless_finite(values)
+            self._batches.clear()
+        return norm
+
+    def _stop_unless_finite(self, values: list[Tensor]) -> None:
+        """Losses and the norm of gradients are looked at together, once per step, since looking waits for the GPU."""
+        if not values or torch.isfinite(torch.stack([value.float() for value in values])).all():
+            return
+        broken = [batch for batch in self._batches if not torch.isfinite(batch.loss)]
+        self._stop_for("the loss" if broken else "the gradient", broken[0] if broken else self._batches[-1])
+
+    def _stop_for(self, what: str, batch: _Batch) -> NoReturn:
+        """Stop with a diagnosis. The weights are those before the step."""
+        step, samples = self.state.global_step + 1, named_samples(self.train_dataset, batch.numbers)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # one rank alone cannot go through its batch again
+            names = ", ".join(name for name, _ in samples)
+            raise InputError(f"{what} of step {step} is not a finite number; the batch's samples are {names}")
+        self.model.zero_grad(set_to_none=True)
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return super(LLaVATrainer, self).compute_loss(self.model, self._prepare_inputs(batch))
+
+        with torch.no_grad():
+            suspects = [Suspect(name, loss_of(self.data_collator([sample])).item()) for name, sample in samples]
+        raise InputError(not_finite(self.model, loss_of, batch.inputs, suspects, step=step, what=what))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.throughput is not None:
+            over_ranks = self.accelerator.reduce
+            logs.update(self.throughput.take(lambda counts: over_ranks(counts, "sum"), self.args.world_size))
+        super().log(logs, *args, **kwargs)
+
+    # Validation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The library's, which leaves no trace in the run: its random numbers and its clock go on as without it."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self._paused():
+            metrics = super().evaluate(*args, **kwargs)
+            if getattr(self.args, "eval_generate", 0):
+                self._show_answers()
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss is the mean over trained tokens, whatever the batches were."""
+        self._eval_sums = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        total, num_tokens = self.accelerator.reduce(self._eval_sums, "sum").tolist()
+        for name in [name for name in output.metrics if name.endswith("_loss")]:
+            output.metrics[name] = total / num_tokens if num_tokens else float("nan")
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        if output[0] is not None:
+            num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(self._eval_sums.device)
+            self._eval_sums += torch.stack([output[0].float() * num_tokens, num_tokens])
+        return output
+
+    def _show_answers(self) -> None:
+        with self.accelerator.autocast():
+            answers = answer_samples(
+                self.model,
+                self.processing_class,
+                self.eval_dataset,
+                num_samples=self.args.eval_generate,
+                max_new_tokens=self.args.eval_max_new_tokens,
+                step=self.state.global_step,
+            )
+        if self.args.should_save:
+            write_answers(answers, Path(self.args.output_dir))
+            for answer in answers:
+                self.console.write(f"  {answer}")
+
+    def _paused(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.throughput is None else self.throughput.paused()
+
     # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's, into a folder that takes its name when it is complete; only then may older ones go."""
+        run_folder, step = Path(self.args.output_dir), self.state.global_step
+        self._staging = staging_folder(run_folder, step)
+        with self._paused(), explain_full_disk(f"checkpoint-{step}", run_folder, discard=self._staging):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                staging, self._staging = self._staging, None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if str(self.state.best_model_checkpoint).startswith(str(staging)):
+                    self.state.best_model_checkpoint = str(run_folder / f"checkpoint-{step}")
+                    self.state.save_to_json(str(staging / f"checkpoint-{step}" / STATE_FILE))
+                put_in_place(staging, step)
+                thin_out(run_folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the weights of a checkpoint: the projector alone, or adapters and projector, or everything."""
@@ -96,6 +294,12 @@ class LLaVATrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.lora_enable:
             load_trained(target, folder / NON_LORA_FILE)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def split_groups(optimizer: torch.optim.Optimizer, names: dict[int, str], own_rates: dict[str, float | None]) -> None:

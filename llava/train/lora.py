@@ -40,6 +40,8 @@ def add_lora(model: Any, training_args: Any) -> Any:
         exclude_modules=rf".*\.({'|'.join(MULTIMODAL_PARTS)})(\..*)?" if has_tower else None,
         lora_dropout=training_args.lora_dropout,
         bias=training_args.lora_bias,
+        use_dora=training_args.lora_use_dora,
+        use_rslora=training_args.lora_use_rslora,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.config import OWN_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +138,6 @@ def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
         file = folder / PROJECTOR_FILE
     os.makedirs(file.parent, exist_ok=True)
     torch.save(weights, file)
-
-
-def bring_tower_along(model: Any, folder: Path) -> None:
-    """Copy a tower that lies inside the folder of the base checkpoint into the result's, whose config names it the same."""
-    config, tower = model.config, model.get_vision_tower()
-    name, base = config.mm_vision_tower, Path(config.name_or_path)
-    if name == OWN_FOLDER:
-        tower.image_processor.save_pretrained(folder)
-    elif not Path(name).is_absolute() and (base / name / "config.json").is_file():
-        if getattr(config, "unfreeze_mm_vision_tower", False):  # its weights are in the checkpoint
-            tower.config.save_pretrained(folder / name)
-            tower.image_processor.save_pretrained(folder / name)
-        else:
-            shutil.copytree(base / name, folder / name, dirs_exist_ok=True)
 
 
 def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> None:

@@ -7,6 +7,7 @@ LLaVATrainer (llava_trainer.py) -> files (save.py). Names that outside code impo
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import transformers
 
+from llava.conversation import Conversation
 from llava.errors import InputError
 from llava.labels import (
     preprocess,
@@ -25,6 +27,8 @@ from llava.labels import (
     preprocess_plain,
     preprocess_v1,
 )
+from llava.model.attention import use_varlen
+from llava.model.multimodal_encoder.builder import save_tower
 from llava.program import run_program
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args
 from llava.train.assemble import (
@@ -37,6 +41,8 @@ from llava.train.assemble import (
     prepare_tokenizer,
 )
 from llava.train.base_model import load_base
+from llava.train.callbacks import Stopped
+from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
 from llava.train.data import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
@@ -44,8 +50,10 @@ from llava.train.data import (
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import find_all_linear_names
+from llava.train.memory import GIB, estimate
+from llava.train.metrics import peak_memory
+from llava.train.packing import pack_data_module
 from llava.train.save import (
-    bring_tower_along,
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
     get_peft_state_non_lora_maybe_zero_3,
@@ -54,6 +62,7 @@ from llava.train.save import (
     saves_projector_only,
     smart_tokenizer_and_embedding_resize,
 )
+from llava.train.speed import compile_layers
 
 __all__ = [
     "DataArguments",
@@ -110,13 +119,27 @@ def run(
 ) -> LLaVATrainer:
     """Train as the arguments say, save into `output_dir`, and give back the trainer with the trained model."""
     trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(training_args))
-    dataset = trainer.train_dataset
+    needed = estimate(trainer.model, training_args)
+    if training_args.estimate_memory:
+        rank0_print(f"memory on each device, for the longest batches that may come:\n{needed.table()}")
+        return trainer
+    logger.info("this run needs %s, for the longest batches that may come", needed.line())
+    run_folder = Path(training_args.output_dir)
+    if training_args.should_save:
+        clean_leftovers(run_folder)
+    resumed = _checkpoint_to_resume(training_args)
+    with trainer.stop.listening():
+        trainer.train(resume_from_checkpoint=resumed)
+    if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
+        raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
+    if training_args.device.type == "cuda":
+        logger.info("the run took %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
+    dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # which may lie in packed rows
     if isinstance(dataset, LazySupervisedDataset):
-        report = dataset.cuts.report(dataset.list_data_dict, training_args.model_max_length)
-        if report:
+        for report in dataset.reports():
             logger.warning(report)
-    _save_result(trainer)
+    with explain_full_disk("the result", run_folder):
+        _save_result(trainer)
     return trainer
 
 
@@ -128,7 +151,7 @@ def build_trainer(
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
     """Everything before the first step."""
-    _refuse_contradictions(model_args, training_args)
+    _refuse_contradictions(model_args, data_args, training_args)
     conv = choose_conversation(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
@@ -144,7 +167,16 @@ def build_trainer(
     model = prepare_language_model(model, model_args, training_args)
     if model_args.vision_tower:
         add_vision(model, tokenizer, model_args, data_args, training_args)
+    if data_args.eval_data_path:
+        data_module["eval_dataset"] = _validation_set(tokenizer, data_args, conv)
+        training_args.prediction_loss_only = True  # logits of a whole validation set would fill the memory
     cast_weights(model, training_args)
+    if training_args.packing:
+        data_module = pack_data_module(data_module, model, training_args)
+        if attn_implementation is None:
+            use_varlen(model.config, training_args.device, training_args.compute_dtype)
+    if training_args.compile_layers:
+        compile_layers(model, keep=training_args.keep_activations, dynamic=training_args.packing or None)
     num_trained = count_trained(model)
     rank0_print(
         f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
@@ -153,32 +185,51 @@ def build_trainer(
     return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
 
 
-def _refuse_contradictions(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
+    arguments = copy.copy(data_args)
+    arguments.image_folder = data_args.eval_image_folder or data_args.image_folder
+    arguments.data_weights = None  # which are those of the training files
+    arguments.data_weights = None  # which are the training files'
+    return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
+
+
+def _refuse_contradictions(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> None:
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise InputError(
             "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
         )
-    if str(training_args.eval_strategy.value) != "no":
-        raise InputError("--eval_strategy needs a validation set, and a run has none; leave it at 'no'")
+    strategy = str(training_args.eval_strategy.value)
+    if strategy != "no" and not data_args.eval_data_path:
+        raise InputError(f"--eval_strategy {strategy} needs a validation set: name its samples with --eval_data_path")
+    if strategy == "no" and data_args.eval_data_path:
+        raise InputError(
+            "--eval_data_path is given: say when to validate, with --eval_strategy epoch, or steps and --eval_steps"
+        )
+    if training_args.eval_generate and not data_args.eval_data_path:
+        raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
+    zero3 = training_args.deepspeed and training_args.hf_deepspeed_config.is_zero3()
+    if training_args.eval_generate and (training_args.fsdp or zero3):
+        raise InputError(
+            "--eval_generate needs a whole model on each GPU, which FSDP and ZeRO-3 do not have; leave it at 0"
+        )
     if training_args.remove_unused_columns:
         raise InputError("--remove_unused_columns True would throw the images away; leave it False")
 
 
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
-    """What `--resume_from_checkpoint` says; without it, the last checkpoint in the output folder, if there is one."""
-    named = training_args.resume_from_checkpoint
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` says; without it, the newest whole checkpoint in the output folder, if any."""
+    named, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if named in ("False", "false", False):
         return None
-    if named in ("True", "true", True):
-        named = None
-        if not any(Path(training_args.output_dir).glob("checkpoint-*")):
-            raise InputError(f"--resume_from_checkpoint True, but {training_args.output_dir!r} holds no checkpoint-*")
-    if named is None:
-        return True if any(Path(training_args.output_dir).glob("checkpoint-*")) else None
-    if not (Path(named) / "trainer_state.json").is_file():
-        raise InputError(
-            f"--resume_from_checkpoint {named!r} is not a checkpoint folder (it has no trainer_state.json)"
-        )
+    if named in ("True", "true", True, None):
+        latest = latest_checkpoint(folder)
+        if latest is None and named is not None:
+            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no checkpoint-* that is whole")
+        return None if latest is None else str(latest)
+    if fault := checkpoint_fault(Path(named)):
+        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to go on from: {fault}")
     return named
 
 
@@ -194,22 +245,30 @@ def _save_result(trainer: LLaVATrainer) -> None:
                 parameter.data = parameter.data.to(args.compute_dtype)
     safe_save_model_for_hf_trainer(trainer, args.output_dir)
     if args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
-        bring_tower_along(trainer.model, Path(args.output_dir))
+        # A complete model saves this by itself; an adapter or a projector alone names its tower, too.
+        save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
 
 
 def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> int:
     """The program: exit status 2 and one sentence for a mistake of the user's."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("llava").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+    if not sys.stderr.isatty():  # where bars would become lines without end
+        transformers.utils.logging.disable_progress_bar()
     return run_program(_program, argv, attn_implementation, name="llava train")
 
 
-def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> None:
+def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
     try:
         train(attn_implementation=attn_implementation, argv=argv)
+    except Stopped as stopped:
+        if _is_first_process():
+            print(f"llava train: {stopped}", file=sys.stderr)
+        return stopped.status
     except InputError as error:
         # One from a data loading process arrives wrapped in that process's traceback; the message itself is at its end.
         raise InputError(str(error).strip().rsplit("InputError: ", 1)[-1]) from error
+    return 0
 
 
 if __name__ == "__main__":

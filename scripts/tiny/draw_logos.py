@@ -52,7 +52,10 @@ def write_set(folder: Path, name: str, each: int) -> int:
             rng = random.Random(f"{name}-{company}-{number}")
             row_id = f"{name}-{company.lower()}-{number:02d}"
             render_scene(draw_logo(rng, company), SIDE).save(folder / "images" / f"{row_id}.png", optimize=True)
-            turns = [("human", f"<image>\n{QUESTIONS[number % len(QUESTIONS)]}"), ("gpt", f"This is the logo of {company}.")]
+            turns = [
+                ("human", f"<image>\n{QUESTIONS[number % len(QUESTIONS)]}"),
+                ("gpt", f"This is the logo of {company}."),
+            ]
             conversation = [{"from": who, "value": text} for who, text in turns]
             rows.append({"id": row_id, "image": f"{row_id}.png", "conversations": conversation})
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

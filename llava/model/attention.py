@@ -1,0 +1,136 @@
+"""Attention over samples that lie one after another in a single row, each seeing itself alone.
+
+In: what transformers hands to an attention function, with `cu_seq_lens_q` (where samples begin, and where the last one
+ends) in a packed forward. Out: (B, T, heads, width). The function is registered with transformers as `varlen`. On GPUs it
+uses torch's own variable-length kernel, whose work grows with the square of each sample's length, not of the row's. Rows
+that are not packed take torch's usual attention under the same name. Rows are made in splice.py.
+
+Without that kernel (CPU, old GPUs, float32) nothing here is needed: transformers makes a mask of blocks from positions that
+begin anew, for its sdpa, eager and flex attention, and its flash kernels read `cu_seq_lens_q` for themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llava.errors import InputError
+from llava.model.splice import PackedRow
+
+VARLEN = "varlen"
+
+# The oldest generation of NVIDIA GPUs that the kernel runs on.
+MIN_CAPABILITY = (8, 0)
+
+
+def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Choose this attention for the model with this config, if torch's kernel runs there; whether it was chosen."""
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kernel = varlen_kernel()
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY or kernel is None:
+        return False
+    register_varlen(kernel)
+    config._attn_implementation = VARLEN
+    return True
+
+
+def register_varlen(kernel: VarlenKernel) -> None:
+    """Make `attn_implementation="varlen"` known; rows that are not packed get the masks of sdpa."""
+    # Bound here: a compiler that traces the layers cannot look into an import.
+    AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def packed_arguments(config: Any, row: PackedRow) -> tuple[Tensor | None, dict[str, Any]]:
+    """The mask, and the keyword arguments, of a packed forward, for whichever attention the model has."""
+    boundaries = {
+        "cu_seq_lens_q": row.boundaries,
+        "cu_seq_lens_k": row.boundaries,
+        "max_length_q": row.longest,
+        "max_length_k": row.longest,
+    }
+    if config._attn_implementation != VARLEN:
+        return None, boundaries  # a mask that is given would keep transformers from looking where positions begin anew
+    # transformers takes any mask of four dimensions as it is: this one keeps it from making one of T times T.
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.boundaries.device), boundaries
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kernel: VarlenKernel,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(B, heads, T, width) queries against keys and values with as many or fewer heads -> (B, T, heads, width)."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert query.shape[0] == 1, "a packed batch is one row"
+    if dropout:
+        raise InputError(f"attention dropout ({dropout}) is not possible with attn_implementation 'varlen'; use 'sdpa'")
+    options = _options(kernel, sliding_window)
+    if scaling is not None:
+        options["scale"] = scaling
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1 and kernel.shares_heads:
+        options["enable_gqa"] = True
+    elif num_groups > 1:
+        key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
+    # Under mixed precision rotary positions give float32; the kernel takes half precision only.
+    query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+    bounds, longest = cu_seq_lens_q, max_length_q
+    return kernel.function(query, key, value, bounds, bounds, longest, longest, **options)[None], None
+
+
+@dataclass(frozen=True)
+class VarlenKernel:
+    """torch's function, and what its arguments are called in the torch that is installed."""
+
+    function: Callable[..., Any]
+    has_window: bool  # causality is a window (all before, none after) rather than a flag
+    shares_heads: bool  # several query heads may read one key head
+
+
+def varlen_kernel() -> VarlenKernel | None:
+    """The kernel, if this torch has it."""
+    try:
+        function = import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    known = inspect.signature(function).parameters
+    if not {"window_size", "is_causal"} & set(known) or "scale" not in known:
+        return None
+    return VarlenKernel(function, has_window="window_size" in known, shares_heads="enable_gqa" in known)
+
+
+def _options(kernel: VarlenKernel, sliding_window: int | None) -> dict[str, Any]:
+    """Each token sees itself and what is before it, `sliding_window` tokens in all where there is a window."""
+    if kernel.has_window:
+        return {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    if sliding_window is not None:
+        raise InputError(
+            f"torch {torch.__version__} has no variable-length attention with a sliding window; use "
+            "attn_implementation 'sdpa', or torch 2.12 or newer"
+        )
+    return {"is_causal": True}

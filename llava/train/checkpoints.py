@@ -1,0 +1,201 @@
+"""Folders `checkpoint-N`: written whole or not at all, checked before a run goes on from one, thinned out safely.
+
+In: the folder of a run. Out: the newest checkpoint that is whole; a folder to write the next one into, which takes its
+name only when everything is on the disk. What a checkpoint holds is written by save.py and the library.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava.errors import InputError
+from llava.train.save import PROJECTOR_FILE
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# Whatever is being written or deleted goes by such a name; what is found under one when a run starts is left over.
+_STAGING, _TRASH = "incomplete-", "deleted-"
+
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+_ZIPPED = (".pt", ".pth", ".bin")  # torch.save writes zip archives, whose directory is at their end
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
+
+
+def step_of(folder: Path) -> int | None:
+    """The N of `checkpoint-N`."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Checkpoints by step, the newest last."""
+    steps = {folder: step_of(folder) for folder in run_folder.glob("checkpoint-*")}
+    return sorted((folder for folder, step in steps.items() if step is not None), key=lambda folder: steps[folder] or 0)
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning each."""
+    for folder in reversed(list_checkpoints(run_folder)):
+        fault = checkpoint_fault(folder)
+        if fault is None:
+            return folder
+        logger.warning("passing over %s: %s", folder, fault)
+    return None
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What keeps a run from going on from this folder, or nothing."""
+    state = folder / STATE_FILE
+    if not state.is_file():
+        return f"it has no {STATE_FILE}"
+    try:
+        json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {STATE_FILE} cannot be read"
+    if not _has_weights(folder):
+        return "it has no weights"
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors" and not _is_whole_safetensors(file):
+            return f"its {file.name} is cut off"
+        if file.suffix in _ZIPPED and not zipfile.is_zipfile(file):
+            return f"its {file.name} is cut off"
+        if file.name in _INDEX_FILES and (missing := _missing_shard(file)):
+            return f"its {missing} is missing"
+    return None
+
+
+def _has_weights(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in (*_WEIGHT_FILES, *_INDEX_FILES, PROJECTOR_FILE)):
+        return True
+    # Weights of sharded runs: DeepSpeed's `global_stepN`, FSDP's `pytorch_model_fsdp_0`.
+    return any(
+        entry.is_dir() and ("fsdp" in entry.name or entry.name.startswith("global_step")) for entry in folder.iterdir()
+    )
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 + length:
+            return False
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+def _missing_shard(index: Path) -> str | None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError):
+        return f"list of weight files ({index.name})"
+    return next((name for name in sorted(shards) if not (index.parent / name).is_file()), None)
+
+
+# Writing
+
+
+def staging_folder(run_folder: Path, step: int) -> Path:
+    """Where `checkpoint-<step>` is written before it takes its place: `<this>/checkpoint-<step>`."""
+    return run_folder / f"{_STAGING}checkpoint-{step}"
+
+
+def clean_leftovers(run_folder: Path) -> None:
+    """Remove what a run that was killed while saving or deleting left behind."""
+    for folder in [*run_folder.glob(f"{_STAGING}*"), *run_folder.glob(f"{_TRASH}*")]:
+        logger.warning("removing %s, which a run that was stopped while saving left behind", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(staging: Path, step: int) -> Path:
+    """Give a complete checkpoint its name, after everything in it has reached the disk."""
+    written, final = staging / f"checkpoint-{step}", staging.parent / f"checkpoint-{step}"
+    for file in written.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    if final.exists():  # of a run before this one
+        delete(final)
+    os.rename(written, final)
+    _flush(final.parent)
+    shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def thin_out(run_folder: Path, limit: int | None, *, keep: str | None = None) -> None:
+    """Delete the oldest checkpoints over `limit`, but never the newest, nor `keep` (the best one)."""
+    if not limit or limit < 1:
+        return
+    folders = list_checkpoints(run_folder)
+    protected = {folders[-1], *([Path(keep)] if keep else [])} if folders else set()
+    surplus = len(folders) - max(limit, len(protected))
+    for folder in [folder for folder in folders if folder not in protected][: max(surplus, 0)]:
+        delete(folder)
+
+
+def delete(folder: Path) -> None:
+    """Remove a folder that nobody may take for a checkpoint while it is half gone."""
+    trash = folder.with_name(f"{_TRASH}{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt":  # which flushes no file that is open for reading, and no folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_full_disk(what: str, run_folder: Path, *, discard: Path | None = None) -> Iterator[None]:
+    """Turn the errors of a full disk into one sentence, and remove the half that was written (`discard`)."""
+    try:
+        yield
+    except Exception as error:
+        if discard is not None:
+            shutil.rmtree(discard, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(run_folder).free / 2**30
+        last = latest_checkpoint(run_folder)
+        kept = (
+            f"{last.name} is whole, and the same command goes on from there" if last else "no checkpoint is there yet"
+        )
+        raise InputError(
+            f"cannot write {what}: the disk of {str(run_folder)!r} is full or limited ({free:.2f} GiB are free, without "
+            f"what was begun); {kept}; make room, lower --save_total_limit, or choose another --output_dir"
+        ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a file could not grow."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        # safetensors and torch have errors of their own, without a number.
+        if any(words in str(error).lower() for words in _DISK_FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

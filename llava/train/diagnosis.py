@@ -1,0 +1,169 @@
+"""Why a run had to stop: which samples, which tensor, and what to change.
+
+In: the model and the batch of the step that failed. Out: one sentence each for a loss that is not a number, for gradients
+that are not, and for memory that ran out. The batch is gone through once more, watched module by module; nothing is
+watched while a run goes well. Sizes come from memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.train.memory import GIB, estimate, remedies
+from llava.train.metrics import peak_memory
+
+# What a CPU's allocator says; GPUs have an exception of their own.
+_CPU_ALLOCATOR = "defaultcpuallocator"
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One sample of a batch: its name, and its loss alone (NaN where it is not a number)."""
+
+    name: str
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.loss:.4g}"
+
+
+def not_finite(
+    model: nn.Module,
+    compute_loss: Callable[[dict[str, Any]], Tensor],
+    batch: dict[str, Any],
+    suspects: Sequence[Suspect],
+    *,
+    step: int,
+    what: str,
+) -> str:
+    """The sentence for a loss or gradients (`what`) of step `step` that are not finite."""
+    bad = [suspect for suspect in suspects if not math.isfinite(suspect.loss)]
+    if bad and len(bad) < len(suspects):
+        blame = f"of the batch's {len(suspects)} samples these have such a loss alone: {_names(bad)}; the others do not"
+    else:
+        blame = f"the batch's samples and their losses alone are {_names(suspects)}"
+    return (
+        f"{what} of step {step} is not a finite number; {first_not_finite(model, compute_loss, batch)}; {blame}; no "
+        "weight was changed in this step; try a lower --learning_rate, a longer --warmup_steps, --max_grad_norm 1, or "
+        "--bf16 instead of --fp16, or look at the samples named, and go on from the last checkpoint"
+    )
+
+
+def _names(suspects: Sequence[Suspect]) -> str:
+    rest = f" and {len(suspects) - _LISTED} more" if len(suspects) > _LISTED else ""
+    return ", ".join(map(str, suspects[:_LISTED])) + rest
+
+
+def first_not_finite(
+    model: nn.Module, compute_loss: Callable[[dict[str, Any]], Tensor], batch: Mapping[str, Any]
+) -> str:
+    """Where something stops being finite: in the weights, the batch, the forward or the backward pass."""
+    weights = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    if weights:
+        return f"the first of {len(weights)} weights that hold NaN or infinity is {weights[0]}"
+    inputs = [name for name, value in batch.items() if not _finite(value)]
+    if inputs:
+        return f"the batch's {inputs[0]} hold NaN or infinity"
+    found: list[str] = []
+    with _watching_outputs(model, found):
+        loss = compute_loss(dict(batch))
+    if found:
+        return f"the first module to give NaN or infinity, from weights and inputs that are finite, is {found[0]}"
+    if not _finite(loss):
+        return "every module's output is finite and the loss is not: is there a token to train on?"
+    with _watching_gradients(model, found):
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    if found:
+        return f"the forward pass is finite (loss {loss.item():.4g}), and the first gradient that is not is that of {found[0]}"
+    return "gone through once more, the batch gives finite numbers: dropout, the hardware, or another rank"
+
+
+@contextmanager
+def _watching_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Note modules in the order in which they end: one that holds another ends after it."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if not _finite(output):
+                found.append(f"{name} ({type(module).__name__})")
+
+        return see
+
+    handles = [module.register_forward_hook(watch(name or "the model")) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            if not _finite(gradient):
+                found.append(name)
+
+        return see
+
+    handles = [p.register_hook(watch(name)) for name, p in model.named_parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Any) -> bool:
+    """Whether all floating-point numbers in a tensor, or in what holds tensors, are finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return True
+
+
+# Memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error).lower()
+    )
+
+
+def out_of_memory(model: nn.Module, args: Any, batch: Mapping[str, Any], *, step: int) -> str:
+    """The sentence for memory that ran out: what was there, what the batch was, and what would help how much."""
+    ids = batch.get("input_ids")
+    size = (
+        f"{ids.shape[0]} sequences of up to {ids.shape[1]:,} tokens before images" if isinstance(ids, Tensor) else "?"
+    )
+    images = batch.get("images")
+    pictures = f" and {len(images)} images" if images is not None else ""
+    helps = "; ".join(
+        f"{remedy.flags} (about {remedy.saved / GIB:.2g} GiB less)" for remedy in remedies(model, args)[:4]
+    )
+    return (
+        f"out of memory in step {step}: {_memory()}; the batch had {size}{pictures}; with --model_max_length "
+        f"{args.model_max_length} and --per_device_train_batch_size {args.per_device_train_batch_size} this run may need "
+        f"{estimate(model, args).line()}; what helps, the most effective first: {helps}"
+    )
+
+
+def _memory() -> str:
+    used = f"{peak_memory() / GIB:.1f} GiB"
+    if not torch.cuda.is_available():
+        return f"the process took {used} of main memory at most"
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return f"tensors took {used} at most of the GPU's {whole / GIB:.1f} GiB"

@@ -1,0 +1,227 @@
+"""How much memory a run will need on each GPU, before its first step.
+
+In: the model as it will be trained, and the training arguments. Out: bytes for weights, gradients, optimizer, activations
+and logits, as a table. Weights, gradients and optimizer states are counted; activations come from what the layers of
+transformers' Llama family keep for the backward pass, so they are an estimate, for batches as long as they may get.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava.model.config import language_model_type
+from llava.model.llava_arch import PLAIN_DECODERS, LlavaMetaForCausalLM
+from llava.model.loss import CHUNK_VALUES, can_fuse
+from llava.train.metrics import MATMULS, base_model, language_model, vision_tower
+
+GIB = 2**30
+
+# Bytes of state per trained value, by the beginning of the optimizer's name; None: two states in the weight's precision.
+_STATE_BYTES: dict[str, float | None] = {
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "adafactor": 0.02,
+    "sgd": 0,
+    "adamw": None,
+    "paged_adamw": None,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the size of activations: B sequences of T tokens through L layers of width D."""
+
+    batch: int
+    tokens: int
+    layers: int
+    width: int
+    key_value_width: int
+    mlp_width: int
+    vocabulary: int
+    compute_bytes: int
+    stream_bytes: int  # of a number in the residual stream
+    checkpointing: bool
+    fused_loss: bool  # no logits but a chunk at a time (model/loss.py)
+    trains_head: bool
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float  # of trained float32 weights in the precision of the computation, which autocast keeps for a step
+    activations: float
+    logits: float
+
+    @property
+    def peak(self) -> float:
+        """At the start of the backward pass nothing of activations is gone; at its end gradients have replaced them."""
+        backward = self.copies + self.activations + self.logits
+        return self.weights + self.optimizer + max(self.gradients, backward)
+
+    def table(self) -> str:
+        rows = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return "\n".join(f"  {name:<12}{value / GIB:10.2f} GiB" for name, value in [*rows, ("peak", self.peak)])
+
+    def line(self) -> str:
+        parts = ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.1f}" for field in fields(self))
+        return f"about {self.peak / GIB:.1f} GiB per device ({parts})"
+
+
+def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
+    """For this model and these training arguments."""
+    return _estimate(model, args, shape_of(model, args))
+
+
+def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
+    stage, ranks = sharding(args)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    num_trained = sum(p.numel() for p in trained)
+    name = str(getattr(args.optim, "value", args.optim))
+    per_value = next((size for key, size in _STATE_BYTES.items() if name.startswith(key)), None)
+    states = 2 * trained_bytes if per_value is None else per_value * num_trained
+    if args.deepspeed:  # two states and a copy of the weights, all in float32
+        states = 12 * num_trained
+    cast = [m for m in model.modules() if isinstance(m, MATMULS) and m.weight.requires_grad and m.weight.itemsize == 4]
+    return MemoryEstimate(
+        weights=whole / (ranks if stage >= 3 else 1),
+        gradients=trained_bytes / (ranks if stage >= 2 else 1),
+        optimizer=states / (ranks if stage >= 1 else 1),
+        copies=sum(m.weight.numel() for m in cast) * shape.compute_bytes if shape.compute_bytes < 4 else 0,
+        activations=_activations(shape) + _tower_activations(model, shape),
+        logits=_logits(shape),
+    )
+
+
+def shape_of(model: nn.Module, args: Any) -> Shape:
+    config, base = language_model(model).config, base_model(model)
+    head: Any = base.get_output_embeddings()
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    embeddings: Any = model.get_input_embeddings()
+    compute_bytes = args.compute_dtype.itemsize
+    return Shape(
+        batch=args.per_device_train_batch_size,
+        tokens=(args.pack_length or args.model_max_length) if args.packing else args.model_max_length,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        mlp_width=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        compute_bytes=compute_bytes,
+        stream_bytes=max(embeddings.weight.element_size(), compute_bytes),
+        checkpointing=bool(args.gradient_checkpointing),
+        fused_loss=args.fused_loss and _can_fuse(base, head),
+        trains_head=head is not None and any(p.requires_grad for p in head.parameters()),
+    )
+
+
+def _activations(shape: Shape) -> float:
+    """What the language model keeps for its backward pass."""
+    tokens = shape.batch * shape.tokens
+    layer, last_norm = layer_bytes_per_token(shape), _norm_bytes_per_token(shape)
+    if not shape.checkpointing:
+        return tokens * (shape.layers * layer + last_norm)
+    # The input of every layer, and everything of the one layer that is being gone through again.
+    return tokens * (shape.layers * shape.width * shape.stream_bytes + layer + last_norm)
+
+
+def layer_bytes_per_token(shape: Shape) -> int:
+    """Of one layer of the Llama family, with an attention that keeps no T x T matrix."""
+    compute, width, key_values = shape.compute_bytes, shape.width, shape.key_value_width
+    attention = compute * (width + 2 * key_values + 2 * width)  # queries, keys, values, output as computed and in rows
+    mlp = compute * 4 * shape.mlp_width  # gate before and after its function, up, and their product
+    casts = 2 * width * compute if compute < shape.stream_bytes else 0  # what enters the matrix products
+    return 2 * _norm_bytes_per_token(shape) + attention + mlp + casts
+
+
+def _norm_bytes_per_token(shape: Shape) -> int:
+    """A norm computes in float32 and keeps its input and its result there; the result once more in its own precision."""
+    return (4 + (shape.compute_bytes + shape.stream_bytes if shape.stream_bytes < 4 else 4)) * shape.width
+
+
+def _can_fuse(base: nn.Module, head: Any) -> bool:
+    if not isinstance(base, LlavaMetaForCausalLM):
+        return False
+    return language_model_type(base.config.to_dict()) in PLAIN_DECODERS and can_fuse(head)
+
+
+def _logits(shape: Shape) -> float:
+    """The logits, and in float32 their logarithms and two gradients; or the largest that the fused loss holds."""
+    values = shape.batch * shape.tokens * shape.vocabulary
+    if not shape.fused_loss:
+        return values * (12 + shape.compute_bytes)
+    gradient = 4 * shape.vocabulary * shape.width if shape.trains_head else 0
+    return min(CHUNK_VALUES, values) * (4 + shape.compute_bytes) + gradient
+
+
+def _tower_activations(model: nn.Module, shape: Shape) -> float:
+    """Of a tower that is trained, for one picture of one tile per sequence; a frozen one keeps nothing."""
+    tower = vision_tower(model)
+    if tower is None or not any(p.requires_grad for p in tower.parameters()):
+        return 0.0
+    config = tower.config
+    per_tile = replace(
+        shape,
+        tokens=tower.num_patches + 1,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        key_value_width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        checkpointing=False,
+    )
+    return _activations(per_tile)
+
+
+def sharding(args: Any) -> tuple[int, int]:
+    """The ZeRO stage (FSDP shards as stage 3 does) and the number of ranks that share."""
+    if args.deepspeed:
+        config = args.deepspeed if isinstance(args.deepspeed, dict) else json.loads(Path(args.deepspeed).read_text())
+        return int(config.get("zero_optimization", {}).get("stage", 0)), args.world_size
+    return (3, args.world_size) if args.fsdp else (0, 1)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of flags and the bytes that it would save on each device."""
+
+    flags: str
+    saved: float
+
+
+def remedies(model: nn.Module, args: Any) -> list[Remedy]:
+    """What would make a run smaller, the most effective first."""
+    shape = shape_of(model, args)
+    now = _estimate(model, args, shape).peak
+    changed: list[tuple[str, Shape]] = []
+    if not shape.checkpointing:
+        changed.append(("--gradient_checkpointing True", replace(shape, checkpointing=True)))
+    if shape.batch > 1:
+        half, steps = shape.batch // 2, 2 * args.gradient_accumulation_steps
+        flags = f"--per_device_train_batch_size {half} --gradient_accumulation_steps {steps}"
+        changed.append((flags, replace(shape, batch=half)))
+    changed.append((f"--model_max_length {shape.tokens // 2}", replace(shape, tokens=shape.tokens // 2)))
+    found = [Remedy(flags, now - _estimate(model, args, other).peak) for flags, other in changed]
+    estimated = _estimate(model, args, shape)
+    if not args.lora_enable and not getattr(args, "tune_mm_mlp_adapter", False):
+        # Adapters train about a hundredth of the weights, the rest is held in the precision of the computation.
+        shrunk = estimated.weights * (1 - shape.compute_bytes / shape.stream_bytes)
+        found.append(Remedy("--lora_enable True", estimated.optimizer + estimated.copies + shrunk))
+        if sharding(args)[0] < 3:
+            found.append(Remedy("--deepspeed scripts/zero3.json on several GPUs", estimated.optimizer / 2))
+    elif args.bits == 16 and args.lora_enable:
+        found.append(Remedy("--bits 4", estimated.weights * 0.7))
+    return sorted((remedy for remedy in found if remedy.saved > 0), key=lambda remedy: -remedy.saved)

@@ -1,0 +1,217 @@
+"""How fast a run is and what it spends its time on: tokens, images, arithmetic, padding, memory, waiting.
+
+In: what passes through the model in training, counted where it passes (the language model's inputs after images have
+become tokens, the tower's tiles). Out: one dictionary of figures per log line. Printing them is callbacks.py's work.
+
+Counts stay on the device until a line is logged: reading them earlier would make the program wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+# Model FLOPs are counted as is usual: two per weight and token forwards, two backwards for the inputs, two for the
+# weights where they are trained; causal attention at half of the square. Recomputation does not count.
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = 2, 2, 2
+
+# The product of two square matrices of this size runs at the rate that a machine can reach at best.
+_PROBE_SIZE, _PROBE_RUNS = 8192, 10
+
+_TOKENS, _PLACES, _SQUARES, _TRAINED, _IMAGES, _TILES = range(6)
+
+
+class Throughput:
+    """Counts what a model works through; `take()` gives the figures since the last call and starts anew."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device, matmul_rate: float | None = None) -> None:
+        self.model = model
+        self.matmul_rate = matmul_rate
+        self.counts = torch.zeros(6, device=device)
+        self.flops = FlopsOf.model(model)
+        self._handles = self._watch()
+        self._restart()
+
+    def _watch(self) -> list[Any]:
+        inner, tower = language_model(self.model), vision_tower(self.model)
+        handles = [inner.register_forward_pre_hook(self._see_sequences, with_kwargs=True)]
+        if tower is not None:
+            handles.append(tower.vision_tower.register_forward_pre_hook(self._see_tiles, with_kwargs=True))
+        return handles
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def see_batch(self, batch: dict[str, Any]) -> None:
+        """Note what a batch from the data loader says itself."""
+        if isinstance(labels := batch.get("labels"), Tensor):
+            self._add(_TRAINED, (labels != IGNORE_INDEX).sum())
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            self._add(_IMAGES, (ids == IMAGE_TOKEN_INDEX).sum())
+
+    def _see_sequences(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.model.training:
+            return
+        states = kwargs.get("inputs_embeds")
+        if states is None:
+            states = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(states, Tensor):
+            return
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        self._add(_PLACES, states.shape[0] * states.shape[1])
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            lengths = mask.sum(dim=1, dtype=torch.float32)
+            self._add(_TOKENS, lengths.sum())
+            self._add(_SQUARES, (lengths**2).sum())
+        elif isinstance(positions, Tensor):
+            # Packed samples: positions begin anew with each, and 1 + 3 + 5 + ... is the square of its length.
+            self._add(_TOKENS, states.shape[0] * states.shape[1])
+            self._add(_SQUARES, (2 * positions.float() + 1).sum() * states.shape[0] / positions.shape[0])
+        else:
+            self._add(_TOKENS, states.shape[0] * states.shape[1])
+            self._add(_SQUARES, states.shape[0] * states.shape[1] ** 2)
+
+    def _see_tiles(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if self.model.training and isinstance(pixels, Tensor):
+            self._add(_TILES, pixels.shape[0])
+
+    @torch.no_grad()
+    def _add(self, what: int, count: Tensor | float) -> None:
+        self.counts[what] += count
+
+    def _restart(self) -> None:
+        self.counts.zero_()
+        self._began, self._paused, self._waited = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training: validating, saving."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which the next batch is not there yet."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def take(self, total_over_ranks: Any, num_ranks: int) -> dict[str, float]:
+        """The figures of all ranks together since the last call. `total_over_ranks` adds a tensor up over ranks."""
+        tokens, places, squares, trained, images, tiles = total_over_ranks(self.counts.clone()).tolist()
+        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        figures = {
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+            "padding": 1 - tokens / places if places else 0.0,
+            "trained_tokens": trained / tokens if tokens else 0.0,
+            "data_wait": min(self._waited / seconds, 1.0),
+            "memory_gib": peak_memory() / 2**30,
+        }
+        if self.matmul_rate:
+            figures["mfu"] = self.flops.of(tokens, squares, tiles) / seconds / (self.matmul_rate * num_ranks)
+        self._restart()
+        return figures
+
+
+@dataclass(frozen=True)
+class FlopsOf:
+    """Model FLOPs of a training step, from counts: per token, per squared sequence length, per image tile."""
+
+    per_token: float
+    per_square: float
+    per_tile: float
+
+    def of(self, tokens: float, squares: float, tiles: float) -> float:
+        return self.per_token * tokens + self.per_square * squares + self.per_tile * tiles
+
+    @classmethod
+    def model(cls, model: nn.Module) -> FlopsOf:
+        """Counted from a model's weights and from what of it is trained."""
+        tower = vision_tower(model)
+        in_tower = set(tower.modules()) if tower is not None else set()
+        trains_tower = any(module.weight.requires_grad for module in in_tower if isinstance(module, MATMULS))
+        per_token = per_patch = 0.0
+        for name, module in model.named_modules():
+            if not isinstance(module, MATMULS) or module in in_tower:
+                continue
+            cost = _weights(module) * (_FORWARD + _INPUT_GRADIENT + _WEIGHT_GRADIENT * module.weight.requires_grad)
+            if "mm_projector" in name:
+                per_patch += cost
+            else:
+                per_token += cost
+        for module in in_tower:
+            if isinstance(module, MATMULS):
+                trained = _WEIGHT_GRADIENT * module.weight.requires_grad
+                per_patch += _weights(module) * (_FORWARD + _INPUT_GRADIENT * trains_tower + trained)
+        config = language_model(model).config
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Scores and values: two products of two FLOPs each for half of the pairs, three times with the backward pass.
+        per_square = 3 * 2 * config.num_attention_heads * head_width * config.num_hidden_layers
+        return cls(per_token, per_square, per_patch * (tower.num_patches + 1 if tower is not None else 0))
+
+
+MATMULS = (nn.Linear, nn.Conv2d)
+
+
+def _weights(module: nn.Module) -> int:
+    # Weights that are packed in 4 bits, or scattered over ranks, are counted by what they stand for.
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
+
+
+def base_model(model: Any) -> Any:
+    """The LLaVA or language model under adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def language_model(model: Any) -> Any:
+    """The stack of layers under the output layer; images have become tokens where it begins."""
+    base = base_model(model)
+    return getattr(base, base.base_model_prefix)
+
+
+def vision_tower(model: Any) -> Any:
+    base = base_model(model)
+    return base.get_vision_tower() if hasattr(base, "get_vision_tower") else None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that tensors took on the GPU, or the most that the process took in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_matmul_rate(dtype: torch.dtype) -> float | None:
+    """FLOPs per second of a large matrix product on this GPU; None on a CPU, where the figure would mean little."""
+    if not torch.cuda.is_available():
+        return None
+    left, right = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, device="cuda", dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        torch.mm(left, right)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_PROBE_RUNS):
+        torch.mm(left, right)
+    end.record()
+    end.synchronize()
+    return 2 * _PROBE_SIZE**3 * _PROBE_RUNS / (start.elapsed_time(end) / 1e3)

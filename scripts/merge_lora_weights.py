@@ -1,0 +1,13 @@
+"""Merge a LoRA adapter into its base model: the script's name for `llava merge`.
+
+    python scripts/merge_lora_weights.py --model-path ./llava-lora --model-base ./vicuna-7b --save-model-path ./merged
+
+What it does is in llava/train/merge_lora.py.
+"""
+
+import sys
+
+from llava.train.merge_lora import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The recipes in scripts/ are those of LLaVA-1.5; this is the name under which its documents know ../pretrain.sh.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../pretrain.sh" "$@"

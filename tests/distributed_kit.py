@@ -1,0 +1,145 @@
+"""One training step on two processes, for tests/test_distributed.py: `python distributed_kit.py STRATEGIES FOLDER RANK`.
+
+Rank 0 has text only, rank 1 has images. Each process ends by comparing its weights with those of a single process that has
+taken the same step over both batches; `expected` is that process's work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.distributed as dist
+from batches import batch_of
+from torch import nn
+
+from llava.model.builder import load
+from llava.train.assemble import unfreeze_tower
+
+RATE = 0.1
+# Per rank; a text-only row owns one (black) image, as the data set gives it.
+BATCHES = (batch_of((20, 0), (5, 0), (9, 0), seed=1), batch_of((9, 1), (4, 2), seed=2))
+# What is trained, and how the model is called.
+CASES: dict[str, tuple[str, dict[str, bool]]] = {
+    "full": ("all", {}),
+    "full, fused loss": ("all", {"loss_only": True}),
+    "full, packed": ("all", {"loss_only": True, "packed": True}),
+    "with tower": ("tower", {"loss_only": True}),
+    "projector": ("projector", {"loss_only": True, "packed": True}),
+}
+
+
+def model_for(folder: Path, trained: str) -> Any:
+    model = load(folder, device="cpu", dtype=torch.float32).model.train()
+    model.requires_grad_(trained != "projector")
+    model.get_model().mm_projector.requires_grad_(True)
+    model.get_vision_tower().requires_grad_(False)
+    if trained == "tower":
+        unfreeze_tower(model.get_vision_tower())
+    return model
+
+
+def expected(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights after one step down the mean of both ranks' losses, by case."""
+    results = {}
+    for name, (trained, _) in CASES.items():
+        model = model_for(folder, trained)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+        for batch in BATCHES:
+            (model(**batch)["loss"] / len(BATCHES)).backward()
+        optimizer.step()
+        results[name] = {key: value.clone() for key, value in model.named_parameters()}
+    return results
+
+
+Step = Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]]
+
+
+def with_ddp(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    wrapped(**batch)["loss"].backward()
+    optimizer.step()
+    return dict(model.named_parameters())
+
+
+def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    inner = model.get_model()
+    for module in (*inner.layers, inner.get_vision_tower(), inner.mm_projector, model.lm_head):
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    model(**batch)["loss"].backward()
+    optimizer.step()
+    return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
+
+
+def with_zero(stage: int) -> Step:
+    def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        import deepspeed
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(trained, lr=RATE),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            },
+        )
+        engine.backward(engine(**batch)["loss"])
+        engine.step()
+        weights = {}
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                weights[name] = parameter.detach().clone()
+        return weights
+
+    return step
+
+
+STRATEGIES: dict[str, Step] = {
+    "ddp": with_ddp,
+    "fsdp2": with_fsdp2,
+    "zero2": with_zero(2),
+    "zero3": with_zero(3),
+}
+
+
+def main(strategies: list[str], folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / f"meeting-{'-'.join(strategies)}"), len(BATCHES))
+    # An operation that a rank does not take part in fails after this time instead of waiting for ever.
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=60))
+    right = torch.load(folder / "expected.pt")
+    for strategy in strategies:
+        for name, (trained, options) in CASES.items():
+            model = model_for(folder / "model", trained)
+            weights = STRATEGIES[strategy](model, {**BATCHES[rank], **options})
+            for key, weight in right[name].items():
+                torch.testing.assert_close(weights[key], weight, atol=1e-5, rtol=1e-4, msg=f"{strategy}, {name}: {key}")
+            print(f"{strategy}, {name}: equal", flush=True)
+    dist.destroy_process_group()
+
+
+def prepare(folder: Path) -> None:
+    tiny.build(folder / "model")
+    torch.save(expected(folder / "model"), folder / "expected.pt")
+
+
+if __name__ == "__main__":
+    # DeepSpeed reads these; it would otherwise look for a GPU, and for a launcher's addresses.
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=sys.argv[3], LOCAL_RANK=sys.argv[3], WORLD_SIZE=str(len(BATCHES)))
+    main(sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]))

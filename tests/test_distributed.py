@@ -1,0 +1,46 @@
+"""A batch without images on one rank neither stops the others nor changes a result: two processes, one step, equal weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_kit
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    distributed_kit.prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategies", [["ddp", "fsdp2"], ["zero2", "zero3"]], ids=["torch", "deepspeed"])
+def test_ranks_with_and_without_images_take_the_same_step(strategies: list[str], prepared: Path) -> None:
+    if "zero2" in strategies and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed (DS_BUILD_OPS=0 pip install deepspeed)")
+    search_path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "distributed_kit.py"), ",".join(strategies), str(prepared), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": search_path},
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, output in zip(ranks, outputs, strict=True):
+        assert process.returncode == 0, output
+        assert output.count(": equal") == len(strategies) * len(distributed_kit.CASES), output
