@@ -16,8 +16,9 @@ import torch
 from llava import tokenization
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_mode_for_model_name, conv_templates
-from llava.model.checkpoint import CheckpointInfo, read_json
+from llava.model.checkpoint import CheckpointInfo
 from llava.model.config import LlavaSettings, is_multimodal, language_model_type
+from llava.model.json_file import read_json
 
 logger = logging.getLogger(__name__)
 

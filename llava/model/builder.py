@@ -29,9 +29,10 @@ from llava.model.belongings import (
     read_generation_config,
     read_tokenizer,
 )
-from llava.model.checkpoint import CheckpointInfo, inspect, read_json, resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoint import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
 from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
+from llava.model.json_file import read_json
 from llava.model.loading import build_by_transformers, load_weights, plan_sources
 from llava.model.transformers_layout import translate_config
 

@@ -14,7 +14,6 @@ put into a model by loading.py, and hub repositories are found by hub.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.model.config import is_multimodal, language_model_type
 from llava.model.hub import resolve_checkpoint, resolve_vision_tower
+from llava.model.json_file import read_json
 from llava.model.transformers_layout import is_transformers_layout, published_name
 from llava.model.weight_files import TensorHeader, read_headers
 
@@ -31,7 +31,6 @@ __all__ = [
     "CheckpointInfo",
     "inspect",
     "read_config",
-    "read_json",
     "resolve_checkpoint",
     "resolve_vision_tower",
     "stored_tensors",
@@ -158,17 +157,6 @@ def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
             return {}
         raise InputError(f"the folder {folder} holds no config.json, so it is not a model folder")
     return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must hold a JSON object, found {type(values).__name__}")
-    return values
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

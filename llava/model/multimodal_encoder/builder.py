@@ -6,7 +6,6 @@ or still to be loaded. The kind of tower is what its config declares, never how 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.hub import resolve_vision_tower
+from llava.model.json_file import read_json
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 
@@ -44,7 +44,7 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
             )
     else:
         folder = Path(resolve_vision_tower(vision.tower, checkpoint_folder=folder))
-    model_type = str((described or _read_config(folder)).get("model_type"))
+    model_type = str((described or read_json(folder / "config.json")).get("model_type"))
     if model_type not in TOWERS:
         raise InputError(f"the vision tower {vision.tower!r} is of type {model_type!r}; known: {', '.join(TOWERS)}")
     one_scale, many_scales = TOWERS[model_type]
@@ -77,14 +77,3 @@ def _own_folder(config: Any) -> Path | None:
     """The checkpoint folder that a config was read from, against which a relative tower name is looked up first."""
     name = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     return Path(name) if name and Path(name).is_dir() else None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the vision tower's {str(path)!r} cannot be read as a config: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"the vision tower's {str(path)!r} is not a config: it holds no object")
-    return values

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.image_io import to_rgb
+from llava.model.json_file import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,15 +145,15 @@ class ClipImageProcessor:
         """
         path = Path(folder)
         if path.is_file():
-            return cls.from_dict(_read_json(path), **overrides)
+            return cls.from_dict(read_json(path), **overrides)
         if (path / "preprocessor_config.json").is_file():
-            return cls.from_dict(_read_json(path / "preprocessor_config.json"), **overrides)
+            return cls.from_dict(read_json(path / "preprocessor_config.json"), **overrides)
         if (path / "processor_config.json").is_file():  # where newer transformers put it, inside the whole processor
-            nested = _read_json(path / "processor_config.json").get("image_processor")
+            nested = read_json(path / "processor_config.json").get("image_processor")
             if isinstance(nested, dict):
                 return cls.from_dict(nested, **overrides)
         if vision_config is None and (path / "config.json").is_file():
-            vision_config = _read_json(path / "config.json")
+            vision_config = read_json(path / "config.json")
         if vision_config is None:
             raise InputError(f"{str(folder)!r} holds neither preprocessor_config.json nor config.json.")
         return cls.from_dict(cls.from_vision_config(vision_config).to_dict(), **overrides)
@@ -332,13 +333,3 @@ def _flavour_name(name: str | None) -> str:
     if plain not in FLAVOURS:
         raise InputError(f"the image processor {name!r} is not known; known: {', '.join(FLAVOURS)}.")
     return plain
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object.")
-    return content
