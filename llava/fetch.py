@@ -18,12 +18,10 @@ import threading
 import time
 import urllib.parse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava.errors import InputError
-
-if TYPE_CHECKING:
-    from llava.image_io import ImageLimits
+from llava.image_limits import ImageLimits, too_large
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -154,7 +152,6 @@ def _visit(target: Target, limits: ImageLimits, deadline: float) -> tuple[bytes,
 
 
 def _body(response: http.client.HTTPResponse, target: Target, limits: ImageLimits) -> bytes:
-    from llava.image_io import too_large
 
     if response.length is not None and response.length > limits.max_bytes:
         raise too_large(repr(target.name), response.length, limits)
