@@ -2,7 +2,7 @@
 
 In: a Conversation (or a finished prompt) and PIL images. Out: ModelInputs: ids, labels, pixels, sizes and layouts, with
 the number of tokens that the model will see. Image arithmetic is in geometry.py, pixels are made in mm_utils.py,
-templates are data in conversation.py, and training samples become ids in labels.py, whose names are offered here, too.
+templates are data in conversation.py, and training samples become ids in labels.py.
 """
 
 from __future__ import annotations
@@ -19,37 +19,13 @@ from llava.conversation import Conversation, Span
 from llava.errors import InputError
 from llava.geometry import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.image_io import to_rgb
-from llava.labels import (
-    dialogue_spans,
-    encode_spans,
-    preprocess,
-    preprocess_llama_2,
-    preprocess_mpt,
-    preprocess_multimodal,
-    preprocess_plain,
-    preprocess_v1,
-    wrapped_mark,
-)
+from llava.labels import encode_spans, wrapped_mark
 from llava.mm_utils import process_images
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from llava.model.config import LlavaSettings
-
-__all__ = [
-    "ModelInputs",
-    "Processor",
-    "dialogue_spans",
-    "encode_spans",
-    "image_mark",
-    "preprocess",
-    "preprocess_llama_2",
-    "preprocess_mpt",
-    "preprocess_multimodal",
-    "preprocess_plain",
-    "preprocess_v1",
-]
 
 
 @dataclass(frozen=True)

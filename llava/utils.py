@@ -61,10 +61,3 @@ def build_logger(logger_name: str, logger_filename: str = "") -> logging.Logger:
         logger.addHandler(handler)
     logger.propagate = False  # or the root logger would say it twice
     return logger
-
-
-def pretty_print_semaphore(semaphore: Any) -> str:
-    """A semaphore in a log line: its free places, and whether all are taken."""
-    if semaphore is None:
-        return "None"
-    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"

@@ -17,8 +17,8 @@ import llava.conversation as conversation_lib
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Span, answer_end, conv_templates, get_template
 from llava.errors import InputError
-from llava.labels import _warn_truncated
-from llava.processor import (
+from llava.labels import (
+    _warn_truncated,
     dialogue_spans,
     encode_spans,
     preprocess,

@@ -35,15 +35,10 @@ CONV_MODES = {
 LLAMA_CONV_MODES = ("llava_v1", "llava_llama_2", "chatml_direct", "llava_v0")
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def holds_image_processor(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
 
 
 class MappingView:

@@ -244,8 +244,9 @@ def _save_result(trainer: LLaVATrainer) -> None:
             if parameter.is_floating_point() and parameter.dtype != args.compute_dtype:
                 parameter.data = parameter.data.to(args.compute_dtype)
     safe_save_model_for_hf_trainer(trainer, args.output_dir)
-    if args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
-        # A complete model saves this by itself; an adapter or a projector alone names its tower, too.
+    partial = saves_projector_only(args) or args.lora_enable
+    if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
+        # A complete model has saved this by itself; an adapter or a projector alone names its tower, too.
         save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
 
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import palette
 import talk
 from samples import Sample
 from scenes import SHAPES
@@ -53,7 +54,6 @@ ANY_TEXT = (
     "Do you see any text?",
     "Is there text here?",
 )
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
 
 
 def harder(sample: Sample, rng: random.Random, redraw: Callable[[int], Sample], seed: int) -> Sample:
@@ -81,7 +81,7 @@ def more_questions(sample: Sample, rng: random.Random) -> list[QA]:
     else:
         found.append(QA(asked, f'Yes, it says "{written.short}".', "Yes", "yesno_any_text", "text"))
     if sample.kind == "photo":
-        what = f"{rng.choice(COLOURS)} {rng.choice(SHAPES)}"
+        what = f"{rng.choice(palette.NAMES)} {rng.choice(SHAPES)}"
         asked = rng.choice((f"Is there {with_article(what)}?", f"Do you see {with_article(what)}?"))
         found.append(QA(asked, f"No, there is no {what}.", "No", "yesno_exists"))
     return found

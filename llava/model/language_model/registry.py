@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from llava.errors import InputError
-from llava.model.config import MODEL_TYPE_ALIASES, PREFIX
+from llava.model.config import PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
 # Language models with a module of their own: model type in transformers -> (module, config class, model class).
@@ -69,9 +69,3 @@ def register(config_class: Any, model_class: Any) -> None:
 
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-
-
-def published_model_type(model_type: str) -> str:
-    """The `model_type` that a LLaVA checkpoint over this language model has in its config.json."""
-    aliases = {inner: published for published, inner in MODEL_TYPE_ALIASES.items()}
-    return aliases.get(model_type, PREFIX + model_type)
