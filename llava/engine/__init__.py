@@ -1,0 +1,1 @@
+"""Many answers at once: requests in, results or streams of text out."""

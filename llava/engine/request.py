@@ -1,0 +1,173 @@
+"""What goes into the engine and what comes out, as values.
+
+In: a `Request`, a conversation or a finished prompt with its pictures and how to choose tokens. Out: a `Result` when
+all is done, or `Chunk`s as text becomes certain; joined, the chunks of a completion are its text. Nothing here imports
+torch: servers check what a stranger sent by making these values before a model is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from llava.conversation import Conversation
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# "stop": the end token, a stop string or a stop id. "length": the limit of new tokens or of the context.
+FinishReason = Literal["stop", "length", "cancelled"]
+MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when an answer ends. The defaults are greedy: the likeliest token each time."""
+
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # keep the likeliest tokens that together have this much probability
+    top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or answer (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # subtracted once from the logit of each token already in the answer
+    frequency_penalty: float = 0.0  # subtracted for every time that a token stands in the answer
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token id
+    seed: int | None = None  # the same seed gives the same answer, whoever else is being answered
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0  # until then no end token is chosen and no stop string looked for
+    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False  # go on after the end token, for measurements
+    logprobs: int | None = None  # how many alternatives to report beside each chosen token; None reports nothing
+    n: int = 1  # completions of one prompt, each with its own random numbers
+    json_schema: str | Mapping[str, Any] | None = None  # the answer is JSON that this schema allows
+    regex: str | None = None  # the answer matches this expression as a whole
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "-2 to 2")
+        for token, bias in self.logit_bias.items():
+            _require(token >= 0, "logit_bias", token, "token ids from 0")
+            _require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "-100 to 100")
+        if self.seed is not None:
+            _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens", self.min_new_tokens, f"0 to max_new_tokens ({self.max_new_tokens})",
+        )  # fmt: skip
+        for text in self.stop:
+            _require(bool(text), "stop", text, "strings with at least one character")
+        for token in self.stop_token_ids:
+            _require(token >= 0, "stop_token_ids", token, "token ids from 0")
+        if self.logprobs is not None:
+            _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
+        _require(1 <= self.n <= MAX_COMPLETIONS, "n", self.n, f"1 to {MAX_COMPLETIONS}")
+        if self.json_schema is not None and self.regex is not None:
+            raise InputError("json_schema and regex exclude each other; give one of them")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """NaN fails every comparison, so it is refused too."""
+    if not holds:
+        raise InputError(f"{name} is {value!r}; allowed is {allowed}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it.
+
+    `prompt` is a conversation whose last turn is unanswered, a finished prompt, or token ids with -200 for each image;
+    there are as many `<image>` marks as images. `request_id` is the caller's name for it, unique among those running.
+    """
+
+    prompt: Conversation | str | Sequence[int]
+    images: Sequence[Image.Image] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token's log probability, and the likeliest alternatives as (token id, log probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request cost, in tokens."""
+
+    num_text_tokens: int  # of the prompt
+    num_image_tokens: int  # of the prompt
+    num_cached_tokens: int  # of the prompt, taken from the prefix cache
+    num_new_tokens: int  # of all completions
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.num_text_tokens + self.num_image_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds since the request was handed in."""
+
+    queued_s: float  # until its first step began
+    first_token_s: float | None  # None when it was cancelled before
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a completion that is certain to stay. The last one of each completion has the finish reason.
+
+    `text` may be empty where tokens came whose text is not certain yet, and in the last chunk.
+    """
+
+    index: int  # which of the request's n completions
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion: what its chunks said, joined."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]  # empty unless asked for
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request."""
+
+    request_id: str
+    completions: tuple[Completion, ...]
+    usage: Usage
+    timings: Timings
+
+    @property
+    def text(self) -> str:
+        """The text of the first completion, which is the only one unless `n` said otherwise."""
+        return self.completions[0].text
