@@ -1,8 +1,9 @@
 """How fast LLaVA-1.5-7B trains here and with stock transformers, on one GPU: `python benchmarks/train.py`.
 
 Random weights of the published shapes, bfloat16, AdamW, both in one process, one JSON line per figure. `--only full,packed`
-picks measurements, `--tiny` runs all of them on small shapes (also on a CPU) to see that they run. A measurement that fails
-prints its error and the rest goes on. Model FLOPs are counted as in the peer's published figure: six per weight and token
+picks measurements, `--tiny` runs all of them on small shapes (also on a CPU) to see that they run, `--estimate` only says how
+much memory `llava train` would foresee for ours, on any machine. A measurement that fails prints its error and the rest
+goes on. Model FLOPs are counted as in the peer's published figure: six per weight and token
 (four where the language model is frozen), attention at half of the square, the tower's forward pass; what is computed a
 second time does not count. The share is of the rate at which this GPU multiplies two square matrices of 8192.
 """
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.model.attention import use_varlen
 from llava.model.language_model.registry import llava_classes
+from llava.train.memory import GIB, estimate
 from llava.train.packing import plan_rows
 from llava.train.speed import compile_layers
 
 FIRST_WORD = 5  # ids below are special
+LORA: dict[str, Any] = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class Ours:
             inner.mm_projector, inner.get_vision_tower(), inner.layers, self.model.lm_head,
         )  # fmt: skip
         self.keep, self.keep_frozen = 0.5, 1.0  # frozen weights leave room, so that nothing need be computed twice
+        self.kept = self.keep
         self.backend: str | None = "inductor" if device.type == "cuda" else "eager"
 
     def prepare(self, *, frozen: bool, dynamic: bool) -> None:
@@ -197,8 +202,22 @@ class Ours:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return
         torch._dynamo.reset()
-        keep = self.keep_frozen if frozen else self.keep
-        compile_layers(self.model, keep=keep, dynamic=dynamic or None, backend=self.backend)
+        self.kept = self.keep_frozen if frozen else self.keep
+        compile_layers(self.model, keep=self.kept, dynamic=dynamic or None, backend=self.backend)
+
+    def estimated(self, batches: list[list[Sample]]) -> float:
+        """Bytes at the peak, as `llava train` foresees them."""
+        lengths = [[s.text + s.image * self.shapes.image_tokens for s in batch] for batch in batches]
+        rows_alike = len(batches) == 1
+        arguments = SimpleNamespace(
+            optim="adamw_torch_fused", deepspeed=None, fsdp="", fused_loss=True, compute_dtype=torch.bfloat16,
+            packing=False, pack_length=None, lora_enable="lora_" in repr(self.model), lora_dropout=LORA["lora_dropout"],
+            per_device_train_batch_size=len(lengths[0]) if rows_alike else 1,
+            model_max_length=max(lengths[0]) if rows_alike else max(map(sum, lengths)),
+            gradient_checkpointing=self.backend is None, compile_layers=self.backend is not None,
+            keep_activations=self.kept,
+        )  # fmt: skip
+        return estimate(self.model, arguments).peak
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         shapes, width = self.shapes, max(s.text + s.image for s in samples)
@@ -234,9 +253,11 @@ def built(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
 
 
 class Bench:
-    def __init__(self, shapes: Shapes, device: torch.device, keeps: Sequence[float], steps: int) -> None:
-        self.shapes, self.device, self.keeps, self.steps = shapes, device, keeps, steps
-        self.rate = self._matmul_rate()
+    def __init__(
+        self, shapes: Shapes, device: torch.device, keeps: Sequence[float], steps: int, profiles: Path | None = None
+    ) -> None:
+        self.shapes, self.device, self.keeps, self.steps, self.profiles = shapes, device, keeps, steps, profiles
+        self.rate = 0.0 if device.type == "meta" else self._matmul_rate()
         self.peaks: dict[str, float] = {}
 
     def _matmul_rate(self) -> float:
@@ -265,6 +286,11 @@ class Bench:
 
     def train(self, what: str, side: Any, batches: list[list[Sample]], *, per_weight: int = 6, **about: Any) -> None:
         """Time whole passes over `batches`, an optimizer step each."""
+        if isinstance(side, Ours):
+            about["estimated_GiB"] = side.estimated(batches) / GIB
+        if self.device.type == "meta":
+            say(what=f"train_{what}", side=side.name, **about)
+            return
         weights = [p for p in side.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
         inputs = [side.batch(samples) for samples in batches]
@@ -291,6 +317,19 @@ class Bench:
             tok_s=token_squares(samples, self.shapes)[0] / seconds, seconds=seconds, model_TFLOPs=flops / seconds / 1e12,
             mfu=flops / seconds / self.rate, peak_GiB=peak, starting_s=starting, **about,
         )  # fmt: skip
+        if self.profiles is not None:
+            self._profile(f"{what}-{side.name}{about.get('keep', '')}", one_pass)
+
+    def _profile(self, name: str, one_pass: Callable[[], None]) -> None:
+        """What one pass spends its time on, kernel by kernel, into a file."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            one_pass()
+            synchronize(self.device)
+        table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
+        assert self.profiles is not None
+        (self.profiles / f"profile-{name}.txt").write_text(table)
 
     # What is trained
 
@@ -342,7 +381,7 @@ class Bench:
             and module is not side.head
             and not part_of(module, side.tower, side.projector)
         ]
-        config = LoraConfig(r=128, lora_alpha=256, target_modules=names, lora_dropout=0.05, task_type="CAUSAL_LM")
+        config = LoraConfig(target_modules=names, task_type="CAUSAL_LM", **LORA)
         whole = side.model
         adapted = get_peft_model(whole, config, autocast_adapter_dtype=False)
         side.projector.requires_grad_(True)
@@ -416,18 +455,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eager", action="store_true", help="ours with gradient checkpointing in place of compiling")
     parser.add_argument("--keep", default="0.3", help="values of --keep_activations for full fine-tuning")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the median counts")
+    parser.add_argument("--profiles", type=Path, help="write what each pass spends its time on into this folder")
+    parser.add_argument("--keep-frozen", type=float, default=1.0, help="the same where the language model is frozen")
+    parser.add_argument("--estimate", action="store_true", help="estimates of memory only, on any machine")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("meta" if args.estimate else "cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     say(torch=torch.__version__, transformers=transformers.__version__, gpu=gpu)
     torch.manual_seed(0)
-    bench = Bench(TINY if args.tiny else FULL, device, [float(keep) for keep in args.keep.split(",")], args.steps)
-    for name in args.sides.split(","):
+    keeps = [float(keep) for keep in args.keep.split(",")]
+    bench = Bench(TINY if args.tiny else FULL, device, keeps, args.steps, args.profiles)
+    for name in ["ours"] if args.estimate else args.sides.split(","):
         try:
             side = SIDES[name](bench.shapes, device)
-            if args.eager and isinstance(side, Ours):
-                side.backend = None
+            if isinstance(side, Ours):
+                side.keep_frozen = args.keep_frozen
+                side.backend = None if args.eager else side.backend
         except Exception as error:
             say(what=f"build {name}", error=f"{type(error).__name__}: {error}"[:600])
             continue

@@ -2,7 +2,8 @@
 
 In: the model as it will be trained, and the training arguments. Out: bytes for weights, gradients, optimizer, activations
 and logits, as a table. Weights, gradients and optimizer states are counted; activations come from what the layers of
-transformers' Llama family keep for the backward pass, so they are an estimate, for batches as long as they may get.
+transformers' Llama family keep for the backward pass, eager or compiled (speed.py), so they are an estimate, for batches
+as long as they may get. benchmarks/results/train.md has estimates beside measured peaks.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Shape:
     compute_bytes: int
     stream_bytes: int  # of a number in the residual stream
     checkpointing: bool
+    keep: float | None  # the share of activations that compiled layers keep (speed.py); None where they are not compiled
+    trains_layers: bool  # frozen products need not keep what they multiplied
+    adapter_bytes: int  # that adapters keep per token and layer
     fused_loss: bool  # no logits but a chunk at a time (model/loss.py)
     trains_head: bool
 
@@ -62,13 +66,15 @@ class MemoryEstimate:
     optimizer: float
     copies: float  # of trained float32 weights in the precision of the computation, which autocast keeps for a step
     activations: float
+    working: float  # of the layer that is gone through backwards: what it keeps, and the gradients of that
     logits: float
 
     @property
     def peak(self) -> float:
         """At the start of the backward pass nothing of activations is gone; at its end gradients have replaced them."""
-        backward = self.copies + self.activations + self.logits
-        return self.weights + self.optimizer + max(self.gradients, backward)
+        begin = self.copies + self.activations + max(self.logits, self.working / 2)
+        end = self.copies + self.gradients + self.working
+        return self.weights + self.optimizer + max(begin, end)
 
     def table(self) -> str:
         rows = [(field.name, getattr(self, field.name)) for field in fields(self)]
@@ -102,6 +108,7 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
         optimizer=states / (ranks if stage >= 1 else 1),
         copies=sum(m.weight.numel() for m in cast) * shape.compute_bytes if shape.compute_bytes < 4 else 0,
         activations=_activations(shape) + _tower_activations(model, shape),
+        working=shape.batch * shape.tokens * _working_bytes_per_token(shape),
         logits=_logits(shape),
     )
 
@@ -124,23 +131,65 @@ def shape_of(model: nn.Module, args: Any) -> Shape:
         compute_bytes=compute_bytes,
         stream_bytes=max(embeddings.weight.element_size(), compute_bytes),
         checkpointing=bool(args.gradient_checkpointing),
+        keep=_keep(args),
+        trains_layers=any(p.requires_grad for name, p in language_model(model).named_parameters() if _in_layer(name)),
+        adapter_bytes=_adapter_bytes(args, config, compute_bytes) if args.lora_enable else 0,
         fused_loss=args.fused_loss and _can_fuse(base, head),
         trains_head=head is not None and any(p.requires_grad for p in head.parameters()),
     )
 
 
+def _keep(args: Any) -> float | None:
+    if not args.compile_layers:
+        return None
+    return 1.0 if args.keep_activations is None else args.keep_activations
+
+
+def _in_layer(name: str) -> bool:
+    """Whether this is a language model's own weight in one of its layers: no adapter, and nothing of the tower."""
+    return "layers." in name and "lora_" not in name and "vision_tower" not in name
+
+
+def _adapter_bytes(args: Any, config: Any, compute_bytes: int) -> int:
+    """Adapters on the seven products of a layer: what each multiplies, which dropout makes a copy of, and a mask."""
+    inputs = 6 * config.hidden_size + config.intermediate_size
+    if args.lora_dropout:
+        return inputs * (compute_bytes + 1)
+    return (2 * config.hidden_size + config.intermediate_size) * compute_bytes
+
+
 def _activations(shape: Shape) -> float:
     """What the language model keeps for its backward pass."""
     tokens = shape.batch * shape.tokens
-    layer, last_norm = layer_bytes_per_token(shape), _norm_bytes_per_token(shape)
-    if not shape.checkpointing:
-        return tokens * (shape.layers * layer + last_norm)
-    # The input of every layer, and everything of the one layer that is being gone through again.
-    return tokens * (shape.layers * shape.width * shape.stream_bytes + layer + last_norm)
+    last_norm = _norm_bytes_per_token(shape)
+    layer_input = shape.width * shape.stream_bytes
+    if shape.keep is not None:
+        return tokens * (shape.layers * (layer_input + shape.keep * _compiled_bytes_per_token(shape)) + last_norm)
+    if shape.checkpointing:
+        return tokens * (shape.layers * layer_input + last_norm)
+    return tokens * (shape.layers * (layer_bytes_per_token(shape) + shape.adapter_bytes) + last_norm)
+
+
+def _working_bytes_per_token(shape: Shape) -> float:
+    """Gradients are about as large as what they belong to; what is computed a second time is there once more itself."""
+    if shape.keep is not None:
+        return 2 * _compiled_bytes_per_token(shape)
+    layer = layer_bytes_per_token(shape) + shape.adapter_bytes
+    return 2 * layer if shape.checkpointing else layer
+
+
+def _compiled_bytes_per_token(shape: Shape) -> float:
+    """Of a compiled layer that computes nothing twice but what is cheap (norms, rotations, the gate's function), its input
+    not counted."""
+    queries, key_values, output, middle = shape.width, 2 * shape.key_value_width, shape.width, shape.width
+    kept = queries + key_values + output + middle + 2 * shape.mlp_width
+    if shape.trains_layers:
+        kept += 2 * shape.width + shape.mlp_width  # what goes into the products
+    return shape.compute_bytes * kept + shape.adapter_bytes
 
 
 def layer_bytes_per_token(shape: Shape) -> int:
-    """Of one layer of the Llama family, with an attention that keeps no T x T matrix."""
+    """Of one eager layer of the Llama family, with an attention that keeps no T x T matrix."""
     compute, width, key_values = shape.compute_bytes, shape.width, shape.key_value_width
     attention = compute * (width + 2 * key_values + 2 * width)  # queries, keys, values, output as computed and in rows
     mlp = compute * 4 * shape.mlp_width  # gate before and after its function, up, and their product
@@ -182,6 +231,8 @@ def _tower_activations(model: nn.Module, shape: Shape) -> float:
         key_value_width=config.hidden_size,
         mlp_width=config.intermediate_size,
         checkpointing=False,
+        keep=None,
+        adapter_bytes=0,
     )
     return _activations(per_tile)
 
@@ -207,7 +258,10 @@ def remedies(model: nn.Module, args: Any) -> list[Remedy]:
     shape = shape_of(model, args)
     now = _estimate(model, args, shape).peak
     changed: list[tuple[str, Shape]] = []
-    if not shape.checkpointing:
+    if shape.keep:
+        keep = round(shape.keep / 2, 2)
+        changed.append((f"--keep_activations {keep}", replace(shape, keep=keep)))
+    elif not shape.checkpointing and shape.keep is None:
         changed.append(("--gradient_checkpointing True", replace(shape, checkpointing=True)))
     if shape.batch > 1:
         half, steps = shape.batch // 2, 2 * args.gradient_accumulation_steps

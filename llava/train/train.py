@@ -189,7 +189,6 @@ def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation
     arguments = copy.copy(data_args)
     arguments.image_folder = data_args.eval_image_folder or data_args.image_folder
     arguments.data_weights = None  # which are those of the training files
-    arguments.data_weights = None  # which are the training files'
     return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
 
 

@@ -1,0 +1,202 @@
+"""How training LLaVA-1.5-7B scales over the GPUs of one machine: `python benchmarks/train_scaling.py`.
+
+The trainer of `llava train` on files: JPEG photographs decoded by loader processes, 832 tokens a sample, bfloat16, random
+weights of the published shapes. Each run is a process group of its own: one GPU alone, then all GPUs sharded by FSDP2
+(compiled layers) and by DeepSpeed ZeRO-3 (gradient checkpointing, which is what works under it), each beside one GPU with
+the same settings. The figures are those of the program's own log lines; one JSON line per run. Efficiency is samples per
+second and GPU, as a share of the one GPU's. `--tiny` runs it on small shapes with processes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train import FULL, TINY, Ours, Shapes, say
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
+SMALL = replace(TINY, text_tokens=256, text={**TINY.text, "vocab_size": 1024})
+STEPS_PER_LOG, NUM_LOGS = 3, 4  # the first line holds compiling and warming up
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    shard: str  # none, fsdp2 or zero3
+    compiled: bool
+    beside: str | None = None  # the run on one GPU that it is compared with
+
+
+RUNS = (
+    Run("one", "none", compiled=True),
+    Run("fsdp2", "fsdp2", compiled=True, beside="one"),
+    Run("one-checkpointed", "none", compiled=False),
+    Run("zero3", "zero3", compiled=False, beside="one-checkpointed"),
+)
+
+
+def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The figures of a run in its own processes; None where it failed, which is said."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*launch, str(num_devices if run.beside else 1), __file__, "--worker", run.name, "--folder", folder]
+        done = subprocess.run(
+            [*command, *(["--tiny"] if options.tiny else []), "--keep", str(options.keep)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=options.timeout,
+        )
+        result, fault = Path(folder, "figures.json"), Path(folder, "fault.txt")
+        if done.returncode or not result.exists():
+            say(run=run.name, error=(fault.read_text() if fault.exists() else done.stdout)[-2500:])
+            return None
+        return json.loads(result.read_text())
+
+
+# In each process of a run
+
+
+def work(run: Run, folder: Path, *, tiny: bool, keep: float) -> None:
+    from transformers import TrainerCallback
+
+    from llava.train.arguments import TrainingArguments
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.memory import GIB, estimate
+    from llava.train.speed import compile_layers
+
+    shapes, on_gpu = SMALL if tiny else FULL, torch.cuda.is_available()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        bf16=True,
+        trainable_dtype="bfloat16" if run.shard == "none" else "auto",
+        per_device_train_batch_size=shapes.batch,
+        max_steps=STEPS_PER_LOG * NUM_LOGS,
+        logging_steps=STEPS_PER_LOG,
+        learning_rate=1e-5,
+        model_max_length=shapes.text_tokens + shapes.image_tokens,
+        gradient_checkpointing=not run.compiled,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        compile_layers=run.compiled,
+        keep_activations=keep if run.compiled else None,
+        dataloader_num_workers=6 if on_gpu else 0,
+        fsdp="full_shard" if run.shard == "fsdp2" else "",
+        fsdp_config=str(ROOT / "scripts/fsdp2.json") if run.shard == "fsdp2" else None,
+        deepspeed=str(ROOT / "scripts/zero3.json") if run.shard == "zero3" else None,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+    )
+    model = Ours(shapes, device).model
+    model.requires_grad_(True)
+    model.get_vision_tower().requires_grad_(False)
+    needed = estimate(model, arguments).peak / GIB
+    if run.compiled:
+        compile_layers(model, keep=keep, backend="inductor" if on_gpu else "eager")
+    lines: list[dict[str, float]] = []
+
+    class Keep(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "tokens_per_second" in logs:
+                lines.append(dict(logs))
+
+    data = data_module(shapes, model, folder / f"data-{rank}", num_samples=shapes.batch * 8)
+    trainer = LLaVATrainer(model=model, args=arguments, callbacks=[Keep()], **data)
+    trainer.train()
+    if rank == 0:
+        figures = {
+            name: statistics.median(line[name] for line in lines[1:]) for name in lines[-1] if name != "grad_norm"
+        }
+        figures |= {"estimated_gib": needed, "devices": int(os.environ["WORLD_SIZE"])}
+        (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -> dict[str, Any]:
+    """Photograph-sized JPEG files, and answers that are longer than the limit, so that each sample is as long as that."""
+    import numpy as np
+    from PIL import Image
+
+    from llava.conversation import conv_templates
+    from llava.tokenization import load_tokenizer
+    from llava.train.data import make_supervised_data_module
+
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(num_samples):
+        small = Image.fromarray(draw.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+        words = " ".join(draw.choice(["red", "house", "two", "people", "walk", "under", "the", "trees"], 600))
+        turns = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": words}]
+        rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows))
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.model_max_length = shapes.text_tokens + 1  # the mark of the image is one more
+    options = SimpleNamespace(
+        data_path=str(folder / "data.json"),
+        image_folder=str(folder),
+        image_processor=model.get_vision_tower().image_processor,
+        image_aspect_ratio="pad",
+        is_multimodal=True,
+        mm_use_im_start_end=False,
+    )
+    return {**make_supervised_data_module(tokenizer, options, conv_templates["v1"]), "processing_class": tokenizer}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="runs, joined by commas: " + "; ".join(run.name for run in RUNS))
+    parser.add_argument("--keep", type=float, default=0.2, help="--keep_activations of the compiled runs")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for each run")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    named = {run.name: run for run in RUNS}
+    if options.worker:
+        try:
+            work(named[options.worker], options.folder, tiny=options.tiny, keep=options.keep)
+        except Exception:  # the launcher would show nothing of it
+            (options.folder / "fault.txt").write_text(traceback.format_exc())
+            raise
+        return
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    say(torch=torch.__version__, gpu=gpu, devices=num_devices)
+    rates: dict[str, float] = {}
+    for run in [named[name] for name in options.only.split(",")] if options.only else RUNS:
+        figures = measure(run, num_devices, options)
+        if figures is None:
+            continue
+        rates[run.name] = figures["images_per_second"] / figures["devices"]
+        if run.beside in rates:
+            figures["efficiency"] = rates[run.name] / rates[run.beside]
+        say(run=run.name, **figures)
+
+
+if __name__ == "__main__":
+    main()
