@@ -2,9 +2,10 @@
 
 The trainer of `llava train` on files: JPEG photographs decoded by loader processes, 832 tokens a sample, bfloat16, random
 weights of the published shapes. Each run is a process group of its own: one GPU alone, then all GPUs sharded by FSDP2
-(compiled layers) and by DeepSpeed ZeRO-3 (gradient checkpointing, which is what works under it), each beside one GPU with
-the same settings. The figures are those of the program's own log lines; one JSON line per run. Efficiency is samples per
-second and GPU, as a share of the one GPU's. `--tiny` runs it on small shapes with processes on a CPU.
+(compiled layers; weights gathered in each pass, or once and kept until the backward pass) and by DeepSpeed ZeRO-3 (gradient
+checkpointing, which is what works under it), each beside one GPU with the same settings. The figures are those of the
+program's own log lines; one JSON line per run. Efficiency is samples per second and GPU, as a share of the one GPU's.
+`--tiny` runs it on small shapes with processes on a CPU.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from train import FULL, TINY, Ours, Shapes, say
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
+FSDP2 = json.loads((ROOT / "scripts/fsdp2.json").read_text())
 SMALL = replace(TINY, text_tokens=256, text={**TINY.text, "vocab_size": 1024})
-STEPS_PER_LOG, NUM_LOGS = 3, 4  # the first line holds compiling and warming up
+STEPS_PER_LOG, NUM_LOGS = 3, 3  # the first line holds compiling and warming up
+NUM_PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Run:
     name: str
-    shard: str  # none, fsdp2 or zero3
+    shard: str  # none, zero3, or fsdp2 and whether weights are given away between the passes
     compiled: bool
     beside: str | None = None  # the run on one GPU that it is compared with
 
@@ -47,6 +50,7 @@ class Run:
 RUNS = (
     Run("one", "none", compiled=True),
     Run("fsdp2", "fsdp2", compiled=True, beside="one"),
+    Run("fsdp2-kept", "fsdp2-kept", compiled=True, beside="one"),
     Run("one-checkpointed", "none", compiled=False),
     Run("zero3", "zero3", compiled=False, beside="one-checkpointed"),
 )
@@ -58,7 +62,7 @@ def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         command = [*launch, str(num_devices if run.beside else 1), __file__, "--worker", run.name, "--folder", folder]
         done = subprocess.run(
-            [*command, *(["--tiny"] if options.tiny else []), "--keep", str(options.keep)],
+            [*command, *passed_on(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,18 +75,25 @@ def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str
         return json.loads(result.read_text())
 
 
+def passed_on(options: argparse.Namespace) -> list[str]:
+    words = ["--keep", str(options.keep), *(["--tiny"] if options.tiny else [])]
+    return [*words, "--profiles", str(options.profiles)] if options.profiles else words
+
+
 # In each process of a run
 
 
-def work(run: Run, folder: Path, *, tiny: bool, keep: float) -> None:
+def work(run: Run, options: argparse.Namespace) -> None:
     from transformers import TrainerCallback
 
     from llava.train.arguments import TrainingArguments
+    from llava.train.assemble import cast_weights
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.memory import GIB, estimate
     from llava.train.speed import compile_layers
 
-    shapes, on_gpu = SMALL if tiny else FULL, torch.cuda.is_available()
+    shapes, on_gpu = SMALL if options.tiny else FULL, torch.cuda.is_available()
+    folder, keep, sharded = options.folder, options.keep, run.shard.startswith("fsdp2")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -101,9 +112,9 @@ def work(run: Run, folder: Path, *, tiny: bool, keep: float) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         compile_layers=run.compiled,
         keep_activations=keep if run.compiled else None,
-        dataloader_num_workers=6 if on_gpu else 0,
-        fsdp="full_shard" if run.shard == "fsdp2" else "",
-        fsdp_config=str(ROOT / "scripts/fsdp2.json") if run.shard == "fsdp2" else None,
+        dataloader_num_workers=8 if on_gpu else 0,
+        fsdp="full_shard" if sharded else "",
+        fsdp_config={**FSDP2, "reshard_after_forward": run.shard == "fsdp2"} if sharded else None,
         deepspeed=str(ROOT / "scripts/zero3.json") if run.shard == "zero3" else None,
         save_strategy="no",
         report_to="none",
@@ -113,25 +124,40 @@ def work(run: Run, folder: Path, *, tiny: bool, keep: float) -> None:
     model = Ours(shapes, device).model
     model.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)
+    cast_weights(model, arguments)
     needed = estimate(model, arguments).peak / GIB
     if run.compiled:
         compile_layers(model, keep=keep, backend="inductor" if on_gpu else "eager")
     lines: list[dict[str, float]] = []
+    profiler = torch.profiler.profile() if options.profiles and rank == 0 else None
 
-    class Keep(TrainerCallback):
+    class Watch(TrainerCallback):
+        """Keeps the log lines, and looks into the last step, whose line does not count."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if profiler is not None and state.global_step == state.max_steps - 1:
+                profiler.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if profiler is not None and state.global_step == state.max_steps:
+                profiler.stop()
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs and "tokens_per_second" in logs:
                 lines.append(dict(logs))
 
-    data = data_module(shapes, model, folder / f"data-{rank}", num_samples=shapes.batch * 8)
-    trainer = LLaVATrainer(model=model, args=arguments, callbacks=[Keep()], **data)
+    data = data_module(shapes, model, folder / f"data-{rank}", num_samples=shapes.batch * 64)
+    trainer = LLaVATrainer(model=model, args=arguments, callbacks=[Watch()], **data)
     trainer.train()
     if rank == 0:
-        figures = {
-            name: statistics.median(line[name] for line in lines[1:]) for name in lines[-1] if name != "grad_norm"
-        }
+        counted = lines[1:-1] if profiler is not None else lines[1:]
+        names = ("tokens_per_second", "images_per_second", "mfu", "data_wait", "memory_gib")
+        figures = {name: statistics.median(line[name] for line in counted) for name in names if name in counted[0]}
         figures |= {"estimated_gib": needed, "devices": int(os.environ["WORLD_SIZE"])}
         (folder / "figures.json").write_text(json.dumps(figures))
+    if profiler is not None:
+        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+        (options.profiles / f"profile-{run.name}.txt").write_text(table)
 
 
 def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -> dict[str, Any]:
@@ -145,13 +171,14 @@ def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -
 
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    rows = []
-    for number in range(num_samples):
+    for number in range(NUM_PICTURES):
         small = Image.fromarray(draw.integers(0, 255, (48, 64, 3), dtype=np.uint8))
         small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+    rows = []
+    for number in range(num_samples):
         words = " ".join(draw.choice(["red", "house", "two", "people", "walk", "under", "the", "trees"], 600))
         turns = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": words}]
-        rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+        rows.append({"id": str(number), "image": f"{number % NUM_PICTURES}.jpg", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows))
     tokenizer = load_tokenizer(TOKENIZER)
     tokenizer.pad_token = tokenizer.unk_token
@@ -172,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="runs, joined by commas: " + "; ".join(run.name for run in RUNS))
     parser.add_argument("--keep", type=float, default=0.2, help="--keep_activations of the compiled runs")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each run")
+    parser.add_argument("--profiles", type=Path, help="write what a step spends its time on into this folder")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -179,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     named = {run.name: run for run in RUNS}
     if options.worker:
         try:
-            work(named[options.worker], options.folder, tiny=options.tiny, keep=options.keep)
+            work(named[options.worker], options)
         except Exception:  # the launcher would show nothing of it
             (options.folder / "fault.txt").write_text(traceback.format_exc())
             raise
