@@ -22,6 +22,9 @@ from llava.train.metrics import MATMULS, base_model, language_model, vision_towe
 
 GIB = 2**30
 
+# Weights that ZeRO-3 holds gathered at a time (stage3_max_live_parameters, as its documentation and ours set it).
+_ZERO3_LIVE = 10**9
+
 # Bytes of state per trained value, by the beginning of the optimizer's name; None: two states in the weight's precision.
 _STATE_BYTES: dict[str, float | None] = {
     "adamw_bnb_8bit": 2,
@@ -50,7 +53,9 @@ class Shape:
     compute_bytes: int
     stream_bytes: int  # of a number in the residual stream
     checkpointing: bool
-    keep: float | None  # the share of activations that compiled layers keep (speed.py); None where they are not compiled
+    keep: (
+        float | None
+    )  # the share of activations that compiled layers keep (speed.py); None where they are not compiled
     trains_layers: bool  # frozen products need not keep what they multiplied
     adapter_bytes: int  # that adapters keep per token and layer
     fused_loss: bool  # no logits but a chunk at a time (model/loss.py)
@@ -64,7 +69,9 @@ class MemoryEstimate:
     weights: float
     gradients: float
     optimizer: float
-    copies: float  # of trained float32 weights in the precision of the computation, which autocast keeps for a step
+    copies: (
+        float  # of weights in the precision of the computation: autocast keeps them for a step, sharding gathers them
+    )
     activations: float
     working: float  # of the layer that is gone through backwards: what it keeps, and the gradients of that
     logits: float
@@ -101,16 +108,30 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     states = 2 * trained_bytes if per_value is None else per_value * num_trained
     if args.deepspeed:  # two states and a copy of the weights, all in float32
         states = 12 * num_trained
-    cast = [m for m in model.modules() if isinstance(m, MATMULS) and m.weight.requires_grad and m.weight.itemsize == 4]
     return MemoryEstimate(
         weights=whole / (ranks if stage >= 3 else 1),
         gradients=trained_bytes / (ranks if stage >= 2 else 1),
         optimizer=states / (ranks if stage >= 1 else 1),
-        copies=sum(m.weight.numel() for m in cast) * shape.compute_bytes if shape.compute_bytes < 4 else 0,
+        copies=_copies(model, args, shape, stage),
         activations=_activations(shape) + _tower_activations(model, shape),
         working=shape.batch * shape.tokens * _working_bytes_per_token(shape),
         logits=_logits(shape),
     )
+
+
+def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
+    if args.deepspeed and stage >= 3:
+        zero = _deepspeed_config(args).get("zero_optimization", {})
+        gathered = min(_ZERO3_LIVE, sum(p.numel() for p in model.parameters()))
+        buckets = [zero.get(name) for name in ("stage3_prefetch_bucket_size", "reduce_bucket_size")]
+        return shape.compute_bytes * (gathered + sum(size for size in buckets if isinstance(size, int | float)))
+    if shape.compute_bytes >= 4:
+        return 0
+    cast = [m for m in model.modules() if isinstance(m, MATMULS) and m.weight.requires_grad and m.weight.itemsize == 4]
+    copies = sum(m.weight.numel() for m in cast) * shape.compute_bytes
+    if args.fsdp and args.fsdp_config.get("reshard_after_forward", True):  # of one layer, and the next on its way
+        return copies * min(1, 2 / shape.layers)
+    return copies
 
 
 def shape_of(model: nn.Module, args: Any) -> Shape:
@@ -240,9 +261,12 @@ def _tower_activations(model: nn.Module, shape: Shape) -> float:
 def sharding(args: Any) -> tuple[int, int]:
     """The ZeRO stage (FSDP shards as stage 3 does) and the number of ranks that share."""
     if args.deepspeed:
-        config = args.deepspeed if isinstance(args.deepspeed, dict) else json.loads(Path(args.deepspeed).read_text())
-        return int(config.get("zero_optimization", {}).get("stage", 0)), args.world_size
+        return int(_deepspeed_config(args).get("zero_optimization", {}).get("stage", 0)), args.world_size
     return (3, args.world_size) if args.fsdp else (0, 1)
+
+
+def _deepspeed_config(args: Any) -> dict[str, Any]:
+    return args.deepspeed if isinstance(args.deepspeed, dict) else json.loads(Path(args.deepspeed).read_text())
 
 
 @dataclass(frozen=True)
