@@ -2,8 +2,8 @@
 
 The trainer of `llava train` on files: JPEG photographs decoded by loader processes, 832 tokens a sample, bfloat16, random
 weights of the published shapes. Each run is a process group of its own: one GPU alone, then all GPUs sharded by FSDP2
-(compiled layers; weights gathered in each pass, or once and kept until the backward pass) and by DeepSpeed ZeRO-3 (gradient
-checkpointing, which is what works under it), each beside one GPU with the same settings. The figures are those of the
+(compiled layers; weights gathered in each pass, or once and kept until the backward pass) and by DeepSpeed ZeRO-3
+(gradient checkpointing, and compiled layers), each beside one GPU with the same settings. The figures are those of the
 program's own log lines; one JSON line per run. Efficiency is samples per second and GPU, as a share of the one GPU's.
 `--tiny` runs it on small shapes with processes on a CPU.
 """
@@ -53,6 +53,7 @@ RUNS = (
     Run("fsdp2-kept", "fsdp2-kept", compiled=True, beside="one"),
     Run("one-checkpointed", "none", compiled=False),
     Run("zero3", "zero3", compiled=False, beside="one-checkpointed"),
+    Run("zero3-compiled", "zero3", compiled=True, beside="one"),
 )
 
 
@@ -90,7 +91,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
     from llava.train.assemble import cast_weights
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.memory import GIB, estimate
-    from llava.train.speed import compile_layers
+    from llava.train.speed import compile_layers, fetch_whole_layers
 
     shapes, on_gpu = SMALL if options.tiny else FULL, torch.cuda.is_available()
     folder, keep, sharded = options.folder, options.keep, run.shard.startswith("fsdp2")
@@ -126,8 +127,11 @@ def work(run: Run, options: argparse.Namespace) -> None:
     model.get_vision_tower().requires_grad_(False)
     cast_weights(model, arguments)
     needed = estimate(model, arguments).peak / GIB
+    zero3 = run.shard == "zero3"
+    if zero3:
+        fetch_whole_layers(model)
     if run.compiled:
-        compile_layers(model, keep=keep, backend="inductor" if on_gpu else "eager")
+        compile_layers(model, keep=keep, backend="inductor" if on_gpu else "eager", within_hooks=zero3)
     lines: list[dict[str, float]] = []
     profiler = torch.profiler.profile() if options.profiles and rank == 0 else None
 

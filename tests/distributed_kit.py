@@ -21,6 +21,7 @@ from torch import nn
 
 from llava.model.builder import load
 from llava.train.assemble import unfreeze_tower
+from llava.train.speed import compile_layers, fetch_whole_layers
 
 RATE = 0.1
 # Per rank; a text-only row owns one (black) image, as the data set gives it.
@@ -69,6 +70,11 @@ def with_ddp(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
+def with_compiled_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    compile_layers(model, backend="aot_eager")
+    return with_fsdp2(model, batch)
+
+
 def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -84,10 +90,13 @@ def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
-def with_zero(stage: int) -> Step:
+def with_zero(stage: int, *, whole_layers: bool = False) -> Step:
     def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import deepspeed
 
+        if whole_layers:
+            fetch_whole_layers(model)
+            compile_layers(model, backend="aot_eager", within_hooks=True)
         trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -113,19 +122,29 @@ def with_zero(stage: int) -> Step:
 STRATEGIES: dict[str, Step] = {
     "ddp": with_ddp,
     "fsdp2": with_fsdp2,
+    "fsdp2, compiled": with_compiled_fsdp2,
     "zero2": with_zero(2),
     "zero3": with_zero(3),
+    "zero3, whole layers": with_zero(3, whole_layers=True),
 }
+
+
+COMPILED = ("full, packed", "with tower")  # the cases of strategies with a comma, since compiling takes its time
+
+
+def cases_of(strategy: str) -> list[str]:
+    return [name for name in CASES if "," not in strategy or name in COMPILED]
 
 
 def main(strategies: list[str], folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"meeting-{'-'.join(strategies)}"), len(BATCHES))
+    store = dist.FileStore(str(folder / f"meeting-{len(strategies)}-{strategies[0]}"), len(BATCHES))
     # An operation that a rank does not take part in fails after this time instead of waiting for ever.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=60))
     right = torch.load(folder / "expected.pt")
     for strategy in strategies:
-        for name, (trained, options) in CASES.items():
+        for name in cases_of(strategy):
+            trained, options = CASES[name]
             model = model_for(folder / "model", trained)
             weights = STRATEGIES[strategy](model, {**BATCHES[rank], **options})
             for key, weight in right[name].items():
@@ -142,4 +161,4 @@ def prepare(folder: Path) -> None:
 if __name__ == "__main__":
     # DeepSpeed reads these; it would otherwise look for a GPU, and for a launcher's addresses.
     os.environ.update(DS_ACCELERATOR="cpu", RANK=sys.argv[3], LOCAL_RANK=sys.argv[3], WORLD_SIZE=str(len(BATCHES)))
-    main(sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1].split(";"), Path(sys.argv[2]), int(sys.argv[3]))

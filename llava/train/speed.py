@@ -4,6 +4,9 @@ In: a model. Out: the same model, whose layers run as compiled programs: their m
 gates, sums) become a few, which is most of what keeps a GPU from its rate in training. Layers are alike, so one is
 compiled and all use it; images and the splice, whose shapes change from batch to batch, stay as they are.
 
+Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers, rather than around each of their
+parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks.
+
 A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
 input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
 """
@@ -24,10 +27,24 @@ def compile_layers(
     keep: float | None = None,
     dynamic: bool | None = None,
     backend: str | Callable[..., Any] = "inductor",
+    within_hooks: bool = False,
 ) -> None:
-    """Compile each decoder layer, at its first call. `dynamic` promises that lengths will vary, as packed rows do."""
+    """Compile each decoder layer, at its first call. `dynamic` promises that lengths will vary, as packed rows do.
+
+    `within_hooks` leaves hooks around a layer out of the program, which DeepSpeed's need.
+    """
     if keep is not None:
         # Read when a layer is compiled; there is no other way to pass it on.
         torch._functorch.config.activation_memory_budget = keep
     for layer in language_model(model).layers:
-        layer.compile(backend=backend, dynamic=dynamic)
+        if within_hooks:
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
+        else:
+            layer.compile(backend=backend, dynamic=dynamic)
+
+
+def fetch_whole_layers(model: Any) -> None:
+    """Let ZeRO-3 gather the weights of a decoder layer together."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(layer) for layer in language_model(model).layers}))
