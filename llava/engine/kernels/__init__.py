@@ -6,6 +6,7 @@ in contract.py; weights of 8 and 4 bits are in quantized.py.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,19 @@ if TYPE_CHECKING:
 
 
 def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels that run here; all of them compute the same within rounding."""
+    """The fastest kernels that run here; all of them compute the same within rounding.
+
+    Triton's are for half precision on GPUs from Ampere on; launches overlap from Hopper on.
+    """
+    import torch
+
     from llava.engine.kernels.plain import PlainKernels
 
-    return PlainKernels()
+    if device.type != "cuda" or dtype == torch.float32 or find_spec("triton") is None:
+        return PlainKernels()
+    generation, _ = torch.cuda.get_device_capability(device)
+    if generation < 8:
+        return PlainKernels()
+    from llava.engine.kernels.triton_kernels import TritonKernels
+
+    return TritonKernels(device, overlap=generation >= 9)

@@ -1,0 +1,27 @@
+"""What every Triton kernel here shares: how launches overlap, and whether Triton only pretends.
+
+A kernel launched with `launch_pdl` may start while the one before it still runs. It says so to its own successor at once,
+may read what never changes (weights), and waits before it reads anything else. So the memory bus is not idle between
+kernels. Triton's interpreter, which runs kernels on a CPU for tests, knows neither this nor inline PTX.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+MULTIPROCESSORS = 132  # of a Hopper chip; a smaller one merely gets more programs than it needs
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
