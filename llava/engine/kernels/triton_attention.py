@@ -18,6 +18,7 @@ from llava.engine.kernels.contract import AttentionPlan
 from llava.engine.kernels.triton_device import MULTIPROCESSORS, let_next_start, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_SPLITS = tl.constexpr(32)
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,23 @@ def decode(
     tile = tile or (SINGLE_TILE if group == 1 else GROUPED_TILE)
     reach = plan.max_context if window is None else min(window, plan.max_context)
     splits = splits or pick_splits(num_sequences * num_kv_heads, triton.cdiv(reach, tile.keys))
-    shape = (num_sequences, num_kv_heads, splits, group)
-    partial = torch.empty((*shape, head_dim) if splits > 1 else (1,), dtype=torch.float32, device=q.device)
-    stats = torch.empty((*shape, 2) if splits > 1 else (1,), dtype=torch.float32, device=q.device)
+    shape = (num_sequences, num_heads, splits) if splits > 1 else (1,)
+    partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     kernel = _decode_single if group == 1 else _decode_grouped
     kernel[(num_sequences, num_kv_heads, splits)](
-        q, k_cache, v_cache, out, partial, stats, counters,
+        q, k_cache, v_cache, out, partial, *stats, counters,
         plan.query_starts, plan.context_lens, plan.block_tables, alibi,
-        scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads,
+        scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads, splits,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=head_dim, DIMS=triton.next_power_of_2(head_dim),
-        BLOCK=block_size, KEYS=tile.keys, SPLITS=splits, STAGES=tile.stages, WINDOWED=window is not None,
+        BLOCK=block_size, KEYS=tile.keys, SHARED=splits > 1, STAGES=tile.stages, WINDOWED=window is not None,
         OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
     )  # fmt: skip
 
 
 def pick_splits(num_rows: int, num_steps: int) -> int:
     """Among how many programs a context is split."""
-    return max(1, min(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS // num_rows, num_steps, 32))
+    return max(1, min(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS // num_rows, num_steps, MAX_SPLITS.value))
 
 
 def prefill(
@@ -105,30 +106,73 @@ def prefill(
 
 
 @triton.jit
-def _share(context, window, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr):
+def _share(context, window, splits, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
     """The first key in reach, this program's keys from begin to end, and how many programs have any."""
     reach = 0
     if WINDOWED:
         reach = tl.maximum(context - window, 0)
     first_tile = reach // KEYS
     num_tiles = tl.cdiv(context, KEYS) - first_tile
-    tiles = tl.cdiv(num_tiles, SPLITS)
+    tiles = tl.cdiv(num_tiles, splits)
     begin = (first_tile + tl.program_id(2) * tiles) * KEYS
     return reach, begin, tl.minimum(begin + tiles * KEYS, context), tl.cdiv(num_tiles, tl.maximum(tiles, 1))
 
 
 @triton.jit
-def _slots(block_table, tokens, inside, BLOCK: tl.constexpr):
-    blocks = tl.load(block_table + tokens // BLOCK, mask=inside, other=0)
-    return blocks.to(tl.int64) * BLOCK + tokens % BLOCK
+def _read(
+    k_cache, v_cache, table, start, end, kv_head, num_kv_heads,
+    WHOLE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """KEYS keys and values of one head from `start`, zeros from `end`; WHOLE says that none is beyond the end."""
+    tokens = start + tl.arange(0, KEYS)
+    dims = tl.arange(0, DIMS)[None, :]
+    stride = num_kv_heads * DIM
+    if BLOCK >= KEYS:  # all in one block: one number is looked up, and the rest is the same for every tile
+        block = tl.load(table + start // BLOCK).to(tl.int64)
+        first = (block * BLOCK + start % BLOCK) * stride + kv_head * DIM
+        offsets = tl.arange(0, KEYS)[:, None] * stride + dims
+        keys, values = k_cache + first + offsets, v_cache + first + offsets
+    else:
+        blocks = tl.load(table + tokens // BLOCK, mask=tokens < end, other=0).to(tl.int64)
+        offsets = (blocks * BLOCK + tokens % BLOCK)[:, None] * stride + kv_head * DIM + dims
+        keys, values = k_cache + offsets, v_cache + offsets
+    if WHOLE and DIM == DIMS:
+        key, value = tl.load(keys), tl.load(values)
+    else:
+        held = (tokens < end)[:, None] & (dims < DIM)
+        key, value = tl.load(keys, mask=held, other=0.0), tl.load(values, mask=held, other=0.0)
+    return key, value
 
 
 @triton.jit
+def _is_last(counters, line, num_parts):
+    """Whether this program is the last of those that share a line; what the others stored is then visible."""
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    return tl.atomic_add(counters + line, 1, sem="acq_rel") == num_parts - 1
+
+
+@triton.jit
+def _join(partial, tops, totals, head_line, target, splits, num_parts, DIM: tl.constexpr, DIMS: tl.constexpr):
+    """The attention of one query from the parts of its context. All parts are read at once."""
+    parts = tl.arange(0, MAX_SPLITS)
+    there = parts < num_parts
+    line = head_line.to(tl.int64) * splits + parts
+    dims = tl.arange(0, DIMS)
+    top = tl.load(tops + line, mask=there, other=-1e30, cache_modifier=".cg")
+    total = tl.load(totals + line, mask=there, other=0.0, cache_modifier=".cg")
+    held = there[:, None] & (dims < DIM)[None, :]
+    sums = tl.load(partial + line[:, None] * DIM + dims[None, :], mask=held, other=0.0, cache_modifier=".cg")
+    shrink = tl.exp2(top - tl.max(top, axis=0))
+    result = tl.sum(sums * shrink[:, None], axis=0) / tl.sum(total * shrink, axis=0)
+    tl.store(target + dims, result.to(target.dtype.element_ty), mask=dims < DIM)
+
+
+@triton.jit(do_not_specialize=["window", "splits"])
 def _decode_single(
-    q, k_cache, v_cache, out, partial, stats, counters, query_starts, context_lens, block_tables, alibi,
-    scale, window, table_stride, q_stride, num_kv_heads,
+    q, k_cache, v_cache, out, partial, tops, totals, counters, query_starts, context_lens, block_tables, alibi,
+    scale, window, table_stride, q_stride, num_kv_heads, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
+    KEYS: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query and one key head. Each of KEYS places keeps a softmax of its own; they meet after the last key, so that
     the loop has no exchange between threads but the sums over a head's width."""
@@ -136,15 +180,14 @@ def _decode_single(
     wait_for_previous(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
+    next_row = tl.load(query_starts + sequence + 1)
     context = tl.load(context_lens + sequence)
-    if tl.load(query_starts + sequence + 1) - row == 1:
-        reach, begin, end, num_parts = _share(context, window, KEYS, SPLITS, WINDOWED)
+    if next_row - row == 1:
+        reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
         dims = tl.arange(0, DIMS)
-        wide = (dims < DIM)[None, :]
-        places = tl.arange(0, KEYS)
-        target = out + row.to(tl.int64) * (num_kv_heads * DIM) + head * DIM + dims
+        target = out + row.to(tl.int64) * (num_kv_heads * DIM) + head * DIM
         if context == 0:
-            tl.store(target, tl.zeros((DIMS,), tl.float32).to(out.dtype.element_ty), mask=dims < DIM)
+            tl.store(target + dims, tl.zeros((DIMS,), out.dtype.element_ty), mask=dims < DIM)
         if begin < end:
             query = tl.load(q + row.to(tl.int64) * q_stride + head * DIM + dims, mask=dims < DIM, other=0.0)
             query = query.to(tl.float32)[None, :] * scale
@@ -154,17 +197,16 @@ def _decode_single(
             top = tl.full((KEYS,), -1e30, tl.float32)
             total = tl.zeros((KEYS,), tl.float32)
             sums = tl.zeros((KEYS, DIMS), tl.float32)
+            table = block_tables + sequence * table_stride
             for start in tl.range(begin, end, KEYS, num_stages=STAGES):
-                tokens = start + places
-                inside = tokens < end
-                slots = _slots(block_tables + sequence * table_stride, tokens, inside, BLOCK)
-                offsets = (slots * num_kv_heads + head)[:, None] * DIM + dims[None, :]
-                keys = tl.load(k_cache + offsets, mask=inside[:, None] & wide, other=0.0)
-                values = tl.load(v_cache + offsets, mask=inside[:, None] & wide, other=0.0)
+                keys, values = _read(
+                    k_cache, v_cache, table, start, end, head, num_kv_heads, False, DIM, DIMS, BLOCK, KEYS
+                )
+                tokens = start + tl.arange(0, KEYS)
                 scores = tl.sum(keys.to(tl.float32) * query, axis=1)
                 if alibi is not None:
                     scores += slope * (tokens - (context - 1)).to(tl.float32)
-                scores = tl.where(inside & (tokens >= reach), scores, float("-inf"))
+                scores = tl.where((tokens < end) & (tokens >= reach), scores, float("-inf"))
                 higher = tl.maximum(top, scores)
                 shrink = tl.exp2(top - higher)
                 weights = tl.exp2(scores - higher)
@@ -175,116 +217,93 @@ def _decode_single(
             shrink = tl.exp2(top - best)
             weight = tl.sum(total * shrink, axis=0)
             result = tl.sum(sums * shrink[:, None], axis=0)
-            is_last = True
-            if SPLITS > 1:
+            if SHARED:
                 line = sequence * num_kv_heads + head
-                parts = partial + line.to(tl.int64) * (SPLITS * DIM) + dims
-                numbers = stats + line.to(tl.int64) * (SPLITS * 2)
-                part = tl.program_id(2)
-                tl.store(parts + part * DIM, result, mask=dims < DIM)
-                tl.store(numbers + part * 2, best)
-                tl.store(numbers + part * 2 + 1, weight)
-                tl.debug_barrier()  # all threads have stored before one of them says so
-                is_last = tl.atomic_add(counters + line, 1, sem="acq_rel") == num_parts - 1
-                if is_last:
-                    best = -1e30
-                    weight = 0.0
-                    result = tl.zeros((DIMS,), tl.float32)
-                    for other in range(num_parts):
-                        their_best = tl.load(numbers + other * 2, cache_modifier=".cg")
-                        their_weight = tl.load(numbers + other * 2 + 1, cache_modifier=".cg")
-                        theirs = tl.load(parts + other * DIM, mask=dims < DIM, other=0.0, cache_modifier=".cg")
-                        higher_best = tl.maximum(best, their_best)
-                        mine, yours = tl.exp2(best - higher_best), tl.exp2(their_best - higher_best)
-                        result = result * mine + theirs * yours
-                        weight = weight * mine + their_weight * yours
-                        best = higher_best
+                part = line.to(tl.int64) * splits + tl.program_id(2)
+                tl.store(partial + part * DIM + dims, result, mask=dims < DIM)
+                tl.store(tops + part, best)
+                tl.store(totals + part, weight)
+                if _is_last(counters, line, num_parts):
+                    _join(partial, tops, totals, line, target, splits, num_parts, DIM, DIMS)
                     tl.store(counters + line, 0)
-            if is_last:
-                tl.store(target, (result / weight).to(out.dtype.element_ty), mask=dims < DIM)
+            else:
+                tl.store(target + dims, (result / weight).to(out.dtype.element_ty), mask=dims < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"])
 def _decode_grouped(
-    q, k_cache, v_cache, out, partial, stats, counters, query_starts, context_lens, block_tables, alibi,
-    scale, window, table_stride, q_stride, num_kv_heads,
+    q, k_cache, v_cache, out, partial, tops, totals, counters, query_starts, context_lens, block_tables, alibi,
+    scale, window, table_stride, q_stride, num_kv_heads, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
+    KEYS: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """All queries that share a key head, as rows of a product by tensor cores."""
     let_next_start(OVERLAP)
     wait_for_previous(OVERLAP)
     sequence, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
+    next_row = tl.load(query_starts + sequence + 1)
     context = tl.load(context_lens + sequence)
-    if tl.load(query_starts + sequence + 1) - row == 1:
-        reach, begin, end, num_parts = _share(context, window, KEYS, SPLITS, WINDOWED)
+    if next_row - row == 1:
+        reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
         dims = tl.arange(0, DIMS)
-        wide = (dims < DIM)[None, :]
         members = tl.arange(0, ROWS)
-        filled = (members < GROUP)[:, None] & wide
+        filled = (members < GROUP)[:, None] & (dims < DIM)[None, :]
         heads = kv_head * GROUP + members
-        target = out + row.to(tl.int64) * (num_kv_heads * GROUP * DIM) + heads[:, None] * DIM + dims[None, :]
+        places = heads[:, None] * DIM + dims[None, :]
+        target = out + row.to(tl.int64) * (num_kv_heads * GROUP * DIM)
         if context == 0:
-            tl.store(target, tl.zeros((ROWS, DIMS), tl.float32).to(out.dtype.element_ty), mask=filled)
+            tl.store(target + places, tl.zeros((ROWS, DIMS), out.dtype.element_ty), mask=filled)
         if begin < end:
-            query = tl.load(
-                q + row.to(tl.int64) * q_stride + heads[:, None] * DIM + dims[None, :], mask=filled, other=0.0
-            )
+            query = tl.load(q + row.to(tl.int64) * q_stride + places, mask=filled, other=0.0)
             slope = tl.zeros((ROWS,), tl.float32)
             if alibi is not None:
                 slope = tl.load(alibi + heads, mask=members < GROUP, other=0.0).to(tl.float32) * LOG2_E
             top = tl.full((ROWS,), -1e30, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             sums = tl.zeros((ROWS, DIMS), tl.float32)
+            table = block_tables + sequence * table_stride
             for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+                keys, values = _read(
+                    k_cache, v_cache, table, start, end, kv_head, num_kv_heads, False, DIM, DIMS, BLOCK, KEYS
+                )
                 tokens = start + tl.arange(0, KEYS)
-                inside = tokens < end
-                slots = _slots(block_tables + sequence * table_stride, tokens, inside, BLOCK)
-                offsets = (slots * num_kv_heads + kv_head)[:, None] * DIM + dims[None, :]
-                keys = tl.load(k_cache + offsets, mask=inside[:, None] & wide, other=0.0)
-                values = tl.load(v_cache + offsets, mask=inside[:, None] & wide, other=0.0)
                 scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
                 if alibi is not None:
                     scores += slope[:, None] * (tokens - (context - 1)).to(tl.float32)[None, :]
-                scores = tl.where((inside & (tokens >= reach))[None, :], scores, float("-inf"))
+                scores = tl.where(((tokens < end) & (tokens >= reach))[None, :], scores, float("-inf"))
                 higher = tl.maximum(top, tl.max(scores, axis=1))
                 shrink = tl.exp2(top - higher)
                 weights = tl.exp2(scores - higher[:, None])
                 total = total * shrink + tl.sum(weights, axis=1)
                 sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
                 top = higher
-            is_last = True
-            if SPLITS > 1:
+            if SHARED:
                 line = sequence * num_kv_heads + kv_head
-                parts = partial + line.to(tl.int64) * (SPLITS * GROUP * DIM) + members[:, None] * DIM + dims[None, :]
-                numbers = stats + line.to(tl.int64) * (SPLITS * GROUP * 2) + members * 2
-                part = tl.program_id(2)
-                tl.store(parts + part * (GROUP * DIM), sums, mask=filled)
-                tl.store(numbers + part * (GROUP * 2), top, mask=members < GROUP)
-                tl.store(numbers + part * (GROUP * 2) + 1, total, mask=members < GROUP)
-                tl.debug_barrier()  # all threads have stored before one of them says so
-                is_last = tl.atomic_add(counters + line, 1, sem="acq_rel") == num_parts - 1
-                if is_last:
-                    top = tl.full((ROWS,), -1e30, tl.float32)
-                    total = tl.zeros((ROWS,), tl.float32)
-                    sums = tl.zeros((ROWS, DIMS), tl.float32)
-                    for other in range(num_parts):
-                        there = numbers + other * (GROUP * 2)
-                        their_top = tl.load(there, mask=members < GROUP, other=-1e30, cache_modifier=".cg")
-                        their_total = tl.load(there + 1, mask=members < GROUP, other=0.0, cache_modifier=".cg")
-                        theirs = tl.load(parts + other * (GROUP * DIM), mask=filled, other=0.0, cache_modifier=".cg")
-                        higher = tl.maximum(top, their_top)
-                        mine, yours = tl.exp2(top - higher), tl.exp2(their_top - higher)
-                        sums = sums * mine[:, None] + theirs * yours[:, None]
-                        total = total * mine + their_total * yours
-                        top = higher
+                part = (line * GROUP + members).to(tl.int64) * splits + tl.program_id(2)
+                tl.store(partial + part[:, None] * DIM + dims[None, :], sums, mask=filled)
+                tl.store(tops + part, top, mask=members < GROUP)
+                tl.store(totals + part, total, mask=members < GROUP)
+                if _is_last(counters, line, num_parts):
+                    for member in tl.static_range(GROUP):
+                        head = kv_head * GROUP + member
+                        _join(
+                            partial,
+                            tops,
+                            totals,
+                            line * GROUP + member,
+                            target + head * DIM,
+                            splits,
+                            num_parts,
+                            DIM,
+                            DIMS,
+                        )
                     tl.store(counters + line, 0)
-            if is_last:
-                tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), mask=filled)
+            else:
+                tl.store(target + places, (sums / total[:, None]).to(out.dtype.element_ty), mask=filled)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _prefill(
     q, k_cache, v_cache, out, query_starts, context_lens, block_tables, alibi,
     scale, window, table_stride, q_stride, num_kv_heads,
@@ -342,30 +361,23 @@ def _prefill_keys(
     DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    dims = tl.arange(0, DIMS)
     for start in tl.range(begin, end, KEYS, num_stages=STAGES):
         tokens = start + tl.arange(0, KEYS)
-        inside = tokens < context
-        slots = _slots(table, tokens, inside, BLOCK)
-        offsets = (slots * num_kv_heads + kv_head)[:, None] * DIM + dims[None, :]
-        if MASKED or DIM < DIMS:
-            held = inside[:, None] & (dims < DIM)[None, :]
-            keys = tl.load(k_cache + offsets, mask=held, other=0.0)
-            values = tl.load(v_cache + offsets, mask=held, other=0.0)
-        else:
-            keys = tl.load(k_cache + offsets)
-            values = tl.load(v_cache + offsets)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        keys, values = _read(
+            k_cache, v_cache, table, start, context, kv_head, num_kv_heads, not MASKED, DIM, DIMS, BLOCK, KEYS
+        )
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         if BIASED:
-            scores += slope * (tokens[None, :] - positions[:, None]).to(tl.float32)
+            scores = scores * scale + slope * (tokens[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
             seen = tokens[None, :] <= positions[:, None]
             if WINDOWED:
                 seen &= tokens[None, :] > positions[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
+        rate = 1.0 if BIASED else scale  # multiplied as late as possible: then it costs nothing beside the subtraction
+        higher = tl.maximum(top, tl.max(scores, axis=1) * rate)
         shrink = tl.exp2(top - higher)
-        weights = tl.exp2(scores - higher[:, None])
+        weights = tl.exp2(scores * rate - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
         top = higher

@@ -25,3 +25,18 @@ def let_next_start(OVERLAP: tl.constexpr):
 def wait_for_previous(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def prefetch(rows, first, end, LINES: tl.constexpr):
+    """Ask for LINES lines of 128 bytes of each row (a column of pointers), from `first` and not beyond `end`, and go on."""
+    SIZE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
+    places = tl.minimum(first + tl.arange(0, LINES) * SIZE, end - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [rows + places[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

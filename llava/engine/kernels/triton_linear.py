@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llava.engine.kernels.quantized import GROUP, QuantizedWeight
-from llava.engine.kernels.triton_device import INTERPRETED, MULTIPROCESSORS, let_next_start, wait_for_previous
+from llava.engine.kernels.triton_device import INTERPRETED, MULTIPROCESSORS, let_next_start, prefetch, wait_for_previous
 
 MAX_ROWS = 64
 HALF_GROUP = GROUP // 2
@@ -29,12 +29,22 @@ class Tile:
     rows: int
     width: int
     warps: int = 4
-    depth: int = 1  # gemv: unrolling; skinny: pipeline stages
+    depth: int = 1  # stages of the pipeline
+    ahead: int = 8  # lines of 128 bytes of each row that are asked for before the kernel before has ended
 
 
-GEMV_TILES = {"plain": Tile(8, 1024), "int8": Tile(8, 1024), "fp8": Tile(8, 1024), "int4": Tile(8, 1024)}
-SKINNY_TILES = {"plain": Tile(64, 128, depth=4), "int8": Tile(64, 128, depth=4), "fp8": Tile(64, 128, depth=4)}
-SKINNY_TILES["int4"] = Tile(64, HALF_GROUP, depth=4)
+GEMV_TILES = {
+    "plain": Tile(4, 2048),
+    "int8": Tile(4, 1024, depth=4),
+    "fp8": Tile(4, 1024, depth=4),
+    "int4": Tile(8, 1024, depth=3),
+}
+SKINNY_TILES = {
+    "plain": Tile(64, 128, depth=5),
+    "int8": Tile(32, 256, depth=4),
+    "fp8": Tile(64, 128, depth=4),
+    "int4": Tile(128, HALF_GROUP, depth=4),
+}
 
 
 def kind_of(weight: Tensor | QuantizedWeight) -> str:
@@ -51,14 +61,12 @@ def gemv(
     num_out, width = data.shape
     out = torch.empty(1, num_out, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(num_out, tile.rows),)
-    arguments = (x, data, scales, bias, out, num_out, width // 8)
-    options = {"OVERLAP": overlap, "num_warps": tile.warps, "launch_pdl": overlap}
-    if kind == "int4":
-        _gemv_int4[grid](*arguments, ROWS=tile.rows, WIDTH=tile.width, PORTABLE=INTERPRETED, **options)
-    else:
-        _gemv[grid](
-            *arguments, KIND=kind, ROWS=tile.rows, WIDTH=tile.width, DEPTH=tile.depth, PORTABLE=INTERPRETED, **options
-        )
+    kernel = _gemv_int4 if kind == "int4" else _gemv
+    kernel[grid](
+        x, data, scales, bias, out, num_out, width,
+        KIND=kind, ROWS=tile.rows, WIDTH=tile.width, STAGES=tile.depth, AHEAD=tile.ahead,
+        PORTABLE=INTERPRETED, OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
+    )  # fmt: skip
     return out
 
 
@@ -85,9 +93,9 @@ def skinny(
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     kernel = _skinny_int4 if kind == "int4" else _skinny
     kernel[(num_tiles, splits)](
-        x, data, scales, bias, out, partial, counters, num_rows, num_out, width,
-        KIND=kind, ROWS=tile.rows, WIDTH=tile.width, COLUMNS=columns, SPLITS=splits, STAGES=tile.depth,
-        EVEN=width % tile.width == 0, OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
+        x, data, scales, bias, out, partial, counters, num_rows, num_out, width, splits,
+        KIND=kind, ROWS=tile.rows, WIDTH=tile.width, COLUMNS=columns, SHARED=splits > 1, STAGES=tile.depth,
+        AHEAD=tile.ahead, EVEN=width % tile.width == 0, OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
 
@@ -189,24 +197,21 @@ def _halves(tile, PORTABLE: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=["width8"])
+@triton.jit
 def _gemv(
-    x, weight, scales, bias, out, num_out, width8,
-    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    x, weight, scales, bias, out, num_out, width,
+    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
-    # A multiple of 8, as far as the compiler knows: then bytes are loaded in eights as the numbers of x are, and a
-    # thread holds the factors that belong together. In sixteens they would have to change threads.
-    width = width8 * 8
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = weight + tl.minimum(rows, num_out - 1).to(tl.int64)[:, None] * width
+    if OVERLAP:
+        prefetch(start, 0, width, AHEAD)
     columns = tl.arange(0, WIDTH)[None, :]
-    tile = tl.load(start + columns, mask=columns < width, other=0.0, eviction_policy="evict_first")
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
     wait_for_previous(OVERLAP)
-    factors = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
-    sums = _as_float(tile, KIND, PORTABLE) * factors
-    for k in tl.range(WIDTH, width, WIDTH, loop_unroll_factor=DEPTH):
+    for k in tl.range(0, width, WIDTH, num_stages=STAGES):
         inside = k + columns < width
         tile = tl.load(start + k + columns, mask=inside, other=0.0, eviction_policy="evict_first")
         factors = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
@@ -219,22 +224,24 @@ def _gemv(
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < num_out)
 
 
-@triton.jit(do_not_specialize_on_alignment=["width8"])
+@triton.jit
 def _gemv_int4(
-    x, weight, scales, bias, out, num_out, width8,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, scales, bias, out, num_out, width,
+    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
-    width = width8 * 8  # bytes of a row; see _gemv
     num_groups = width // 64
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(rows, num_out - 1).to(tl.int64)[:, None]
+    if OVERLAP:
+        prefetch(weight + row * width, 0, width, AHEAD)
     columns = tl.arange(0, WIDTH)[None, :]
     low = columns // 64 * 128 + columns % 64  # the feature in the low half of each byte
     groups = tl.arange(0, WIDTH // 64)[None, :]
     sums = tl.zeros((ROWS, WIDTH // 64), tl.float32)
     wait_for_previous(OVERLAP)
-    for k in tl.range(0, width, WIDTH):
+    for k in tl.range(0, width, WIDTH, num_stages=STAGES):
         inside = k + columns < width
         tile = tl.load(weight + row * width + k + columns, mask=inside, other=0, eviction_policy="evict_first")
         low_factors = tl.load(x + 2 * k + low, mask=inside, other=0.0).to(tl.float32)
@@ -250,21 +257,24 @@ def _gemv_int4(
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < num_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def _skinny(
-    x, weight, scales, bias, out, partial, counters, num_rows, num_out, width,
-    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, scales, bias, out, partial, counters, num_rows, num_out, width, splits,
+    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, COLUMNS)
     columns = tl.arange(0, WIDTH)
-    tiles = weight + tl.minimum(rows, num_out - 1).to(tl.int64)[:, None] * width + columns[None, :]
+    start = weight + tl.minimum(rows, num_out - 1).to(tl.int64)[:, None] * width
+    tiles = start + columns[None, :]
     factors = x + tokens[None, :] * width + columns[:, None]
-    steps = tl.cdiv(tl.cdiv(width, WIDTH), SPLITS)
+    steps = tl.cdiv(tl.cdiv(width, WIDTH), splits)
     first = tl.program_id(1) * steps * WIDTH
     last = tl.minimum(first + steps * WIDTH, width)
+    if OVERLAP:
+        prefetch(start, first, width, AHEAD)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait_for_previous(OVERLAP)
     for k in tl.range(first, last, WIDTH, num_stages=STAGES):
@@ -278,14 +288,14 @@ def _skinny(
         sums = tl.dot(tile.to(x.dtype.element_ty), factor, sums, input_precision="ieee")
     if KIND != "plain":
         sums *= tl.load(scales + rows, mask=rows < num_out, other=0.0)[:, None]
-    _finish(sums, bias, out, partial, counters, rows, tokens, num_rows, num_out, ROWS, COLUMNS, SPLITS)
+    _finish(sums, bias, out, partial, counters, rows, tokens, num_rows, num_out, splits, ROWS, COLUMNS, SHARED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def _skinny_int4(
-    x, weight, scales, bias, out, partial, counters, num_rows, num_out, width,
-    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, scales, bias, out, partial, counters, num_rows, num_out, width, splits,
+    KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A step is one group of 128 features, in 64 bytes; its sum is multiplied by the group's scale."""
     let_next_start(OVERLAP)
@@ -297,7 +307,7 @@ def _skinny_int4(
     num_groups = width // 64
     tiles = weight + row[:, None] * width + columns[None, :]
     factors = x + tokens[None, :] * (2 * width) + columns[:, None]
-    steps = tl.cdiv(num_groups, SPLITS)
+    steps = tl.cdiv(num_groups, splits)
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, num_groups)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -313,26 +323,26 @@ def _skinny_int4(
         part = tl.dot(lows, low, input_precision="ieee")
         part = tl.dot(highs, high, part, input_precision="ieee")
         sums += part * scale[:, None]
-    _finish(sums, bias, out, partial, counters, rows, tokens, num_rows, num_out, ROWS, COLUMNS, SPLITS)
+    _finish(sums, bias, out, partial, counters, rows, tokens, num_rows, num_out, splits, ROWS, COLUMNS, SHARED)
 
 
 @triton.jit
 def _finish(
-    sums, bias, out, partial, counters, rows, tokens, num_rows, num_out,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    sums, bias, out, partial, counters, rows, tokens, num_rows, num_out, splits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Add up what the programs of a tile found, in their order, and write it: done by whichever comes last."""
     is_last = True
-    if SPLITS > 1:
+    if SHARED:
         tile = tl.program_id(0)
         places = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        parts = partial + tile.to(tl.int64) * (SPLITS * ROWS * COLUMNS) + places
+        parts = partial + tile.to(tl.int64) * splits * (ROWS * COLUMNS) + places
         tl.store(parts + tl.program_id(1) * (ROWS * COLUMNS), sums)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
+        is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == splits - 1
         if is_last:
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for split in range(SPLITS):
+            for split in range(splits):
                 sums += tl.load(parts + split * (ROWS * COLUMNS), cache_modifier=".cg")
             tl.store(counters + tile, 0)
     if is_last:
