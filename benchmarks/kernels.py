@@ -38,7 +38,7 @@ SHAPES = {
     "head": (VOCABULARY, WIDTH),
 }
 KINDS = ("bf16", "int8", "fp8", "int4")
-BLOCK = 32  # tokens of a cache block
+BLOCK = 64  # tokens of a cache block
 CACHE = 600_000_000  # bytes that launches rotate among: ten times the GPU's cache
 WORST = 0.01
 DEVICE = torch.device("cuda")
@@ -131,6 +131,9 @@ def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str)
     what = f"{rows} rows, {shape[0]} x {shape[1]}"
     yield Case(f"linear, {kind}", what, kernels.linear(x, held), x.double() @ dense.T)
     yield Case(f"linear, {kind}", f"{what}, bias", kernels.linear(x, held, bias), x.double() @ dense.T + bias.double())
+    if shape[0] % 2 == 0:
+        gated = PlainKernels().silu_mul(x.double() @ dense.T)
+        yield Case(f"gated_linear, {kind}", what, kernels.gated_linear(x, held), gated)
 
 
 def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int) -> Iterator[Case]:
@@ -533,7 +536,7 @@ def decode_step(kernels: Kernels, model: Model, paged: Paged) -> Tensor:
         attended = kernels.attend(q, k_cache, v_cache, paged.plan, HEAD**-0.5)
         hidden = kernels.linear(attended, layer["o"])
         normed = kernels.add_rms_norm_(hidden, residual, model.norm, 1e-5)
-        hidden = kernels.linear(kernels.silu_mul(kernels.linear(normed, layer["gate_up"])), layer["down"])
+        hidden = kernels.linear(kernels.gated_linear(normed, layer["gate_up"]), layer["down"])
     logits = kernels.linear(kernels.add_rms_norm_(hidden, residual, model.norm, 1e-5), model.head)
     zeros, longs = torch.zeros(count, device=DEVICE), torch.zeros(count, dtype=torch.int64, device=DEVICE)
     return kernels.sample(logits, SamplingRows(zeros, zeros.int(), zeros, zeros, longs, longs, all_greedy=True))[0]
@@ -543,8 +546,8 @@ TABLES: dict[str, Callable[[Kernels], None]] = {
     "step": step_table,
     "linear": linear_table,
     "decode": decode_table,
-    "prefill": prefill_table,
     "rows": rows_table,
+    "prefill": prefill_table,
 }
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Letters: T tokens of this step, all sequences packed one after another; S sequen
 d head width; D model width; I inner width; V vocabulary; B blocks in the pool; b tokens per block.
 
 Rules for every method: nothing is allocated by what the data says and nothing waits for the device, so that a step can be
-captured in a CUDA graph (the exceptions are named); no argument is changed unless the method's name ends in `_`.
+captured in a CUDA graph (the exceptions are named); no argument is changed unless the method's name ends in `_`. A kernel
+may read weights and the plan, and ask for older keys, before the kernel in front of it has ended: they are written by
+copies and by operators of PyTorch, never by these methods.
 """
 
 from __future__ import annotations
@@ -105,6 +107,9 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up of (T, 2I), whose first half is gate."""
+
+    def gated_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """`silu_mul(linear(x, weight))`, in one kernel where that is faster."""
 
     def gelu(self, x: Tensor) -> Tensor: ...
 

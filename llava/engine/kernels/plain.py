@@ -86,6 +86,9 @@ class PlainKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gated_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        return self.silu_mul(self.linear(x, weight))
+
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llava.engine.kernels.contract import AttentionPlan
-from llava.engine.kernels.triton_device import MULTIPROCESSORS, let_next_start, wait_for_previous
+from llava.engine.kernels.triton_device import MULTIPROCESSORS, let_next_start, prefetch, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = tl.constexpr(32)
@@ -31,9 +31,9 @@ class Tile:
     stages: int = 1
 
 
-SINGLE_TILE = Tile(keys=64)  # decoding where every query head has its own key head
-GROUPED_TILE = Tile(keys=64, stages=3)
-PREFILL_TILE = Tile(keys=64, queries=128, warps=8, stages=3)
+SINGLE_TILE = Tile(keys=32, warps=2, stages=2)  # decoding where every query head has its own key head
+GROUPED_TILE = Tile(keys=64, warps=2, stages=3)
+PREFILL_TILE = Tile(keys=64, queries=64, warps=4, stages=2)
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -119,29 +119,50 @@ def _share(context, window, splits, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @triton.jit
+def _locate(table, start, end, kv_head, num_kv_heads, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """Where `dims` of KEYS keys from `start` lie: a common beginning, and an offset for each."""
+    stride = num_kv_heads * DIM
+    if BLOCK >= KEYS:  # all in one block: one number is looked up, and the offsets are the same for every tile
+        block = tl.load(table + start // BLOCK).to(tl.int64)
+        first = (block * BLOCK + start % BLOCK) * stride + kv_head * DIM
+        offsets = tl.arange(0, KEYS)[:, None] * stride + dims[None, :]
+    else:
+        tokens = start + tl.arange(0, KEYS)
+        blocks = tl.load(table + tokens // BLOCK, mask=tokens < end, other=0).to(tl.int64)
+        first = (kv_head * DIM).to(tl.int64)
+        offsets = (blocks * BLOCK + tokens % BLOCK)[:, None] * stride + dims[None, :]
+    return first, offsets
+
+
+@triton.jit
 def _read(
     k_cache, v_cache, table, start, end, kv_head, num_kv_heads,
     WHOLE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys and values of one head from `start`, zeros from `end`; WHOLE says that none is beyond the end."""
-    tokens = start + tl.arange(0, KEYS)
-    dims = tl.arange(0, DIMS)[None, :]
-    stride = num_kv_heads * DIM
-    if BLOCK >= KEYS:  # all in one block: one number is looked up, and the rest is the same for every tile
-        block = tl.load(table + start // BLOCK).to(tl.int64)
-        first = (block * BLOCK + start % BLOCK) * stride + kv_head * DIM
-        offsets = tl.arange(0, KEYS)[:, None] * stride + dims
-        keys, values = k_cache + first + offsets, v_cache + first + offsets
-    else:
-        blocks = tl.load(table + tokens // BLOCK, mask=tokens < end, other=0).to(tl.int64)
-        offsets = (blocks * BLOCK + tokens % BLOCK)[:, None] * stride + kv_head * DIM + dims
-        keys, values = k_cache + offsets, v_cache + offsets
+    dims = tl.arange(0, DIMS)
+    first, offsets = _locate(table, start, end, kv_head, num_kv_heads, dims, DIM, BLOCK, KEYS)
     if WHOLE and DIM == DIMS:
-        key, value = tl.load(keys), tl.load(values)
+        keys, values = tl.load(k_cache + first + offsets), tl.load(v_cache + first + offsets)
     else:
-        held = (tokens < end)[:, None] & (dims < DIM)
-        key, value = tl.load(keys, mask=held, other=0.0), tl.load(values, mask=held, other=0.0)
-    return key, value
+        held = (start + tl.arange(0, KEYS) < end)[:, None] & (dims < DIM)[None, :]
+        keys = tl.load(k_cache + first + offsets, mask=held, other=0.0)
+        values = tl.load(v_cache + first + offsets, mask=held, other=0.0)
+    return keys, values
+
+
+@triton.jit
+def _ask_for(
+    k_cache, v_cache, table, begin, end, kv_head, num_kv_heads,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Have the first keys and values on their way before the kernel before has ended: only the newest are its work."""
+    SIZE: tl.constexpr = 128 * 8 // k_cache.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, (DIM + SIZE - 1) // SIZE) * SIZE
+    for start in range(begin, tl.minimum(end, begin + 4 * KEYS), KEYS):
+        first, offsets = _locate(table, start, end, kv_head, num_kv_heads, lines, DIM, BLOCK, KEYS)
+        prefetch(k_cache + first + offsets)
+        prefetch(v_cache + first + offsets)
 
 
 @triton.jit
@@ -177,13 +198,16 @@ def _decode_single(
     """One query and one key head. Each of KEYS places keeps a softmax of its own; they meet after the last key, so that
     the loop has no exchange between threads but the sums over a head's width."""
     let_next_start(OVERLAP)
-    wait_for_previous(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
     next_row = tl.load(query_starts + sequence + 1)
     context = tl.load(context_lens + sequence)
+    table = block_tables + sequence * table_stride
+    reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
+    if SHARED and OVERLAP:
+        _ask_for(k_cache, v_cache, table, begin, end, head, num_kv_heads, DIM, BLOCK, KEYS)
+    wait_for_previous(OVERLAP)
     if next_row - row == 1:
-        reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
         dims = tl.arange(0, DIMS)
         target = out + row.to(tl.int64) * (num_kv_heads * DIM) + head * DIM
         if context == 0:
@@ -197,7 +221,6 @@ def _decode_single(
             top = tl.full((KEYS,), -1e30, tl.float32)
             total = tl.zeros((KEYS,), tl.float32)
             sums = tl.zeros((KEYS, DIMS), tl.float32)
-            table = block_tables + sequence * table_stride
             for start in tl.range(begin, end, KEYS, num_stages=STAGES):
                 keys, values = _read(
                     k_cache, v_cache, table, start, end, head, num_kv_heads, False, DIM, DIMS, BLOCK, KEYS
@@ -239,13 +262,16 @@ def _decode_grouped(
 ):  # fmt: skip
     """All queries that share a key head, as rows of a product by tensor cores."""
     let_next_start(OVERLAP)
-    wait_for_previous(OVERLAP)
     sequence, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
     next_row = tl.load(query_starts + sequence + 1)
     context = tl.load(context_lens + sequence)
+    table = block_tables + sequence * table_stride
+    reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
+    if SHARED and OVERLAP:
+        _ask_for(k_cache, v_cache, table, begin, end, kv_head, num_kv_heads, DIM, BLOCK, KEYS)
+    wait_for_previous(OVERLAP)
     if next_row - row == 1:
-        reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
         dims = tl.arange(0, DIMS)
         members = tl.arange(0, ROWS)
         filled = (members < GROUP)[:, None] & (dims < DIM)[None, :]
@@ -262,7 +288,6 @@ def _decode_grouped(
             top = tl.full((ROWS,), -1e30, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             sums = tl.zeros((ROWS, DIMS), tl.float32)
-            table = block_tables + sequence * table_stride
             for start in tl.range(begin, end, KEYS, num_stages=STAGES):
                 keys, values = _read(
                     k_cache, v_cache, table, start, end, kv_head, num_kv_heads, False, DIM, DIMS, BLOCK, KEYS

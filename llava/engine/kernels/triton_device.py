@@ -28,15 +28,8 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch(rows, first, end, LINES: tl.constexpr):
-    """Ask for LINES lines of 128 bytes of each row (a column of pointers), from `first` and not beyond `end`, and go on."""
-    SIZE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
-    places = tl.minimum(first + tl.arange(0, LINES) * SIZE, end - 1)
+def prefetch(lines):
+    """Ask for the lines of 128 bytes that these pointers lie in, and go on."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [rows + places[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -72,6 +72,11 @@ class TritonKernels(PlainKernels):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return triton_rows.silu_mul(gate_up, overlap=self._overlap)
 
+    def gated_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        if len(x) == 1 and x.shape[1] % 16 == 0 and triton_linear.kind_of(weight) != "int4":
+            return triton_linear.gemv(x, weight, None, overlap=self._overlap, gated=True)
+        return super().gated_linear(x, weight)
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if len(x) > triton_linear.MAX_ROWS or x.shape[1] % 16:
             dense = weight if isinstance(weight, Tensor) else triton_linear.expand(weight, x.dtype)

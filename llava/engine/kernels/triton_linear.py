@@ -8,7 +8,7 @@ share a tile of the output and the last to finish adds up what the others left. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -34,17 +34,25 @@ class Tile:
 
 
 GEMV_TILES = {
-    "plain": Tile(4, 2048),
-    "int8": Tile(4, 1024, depth=4),
-    "fp8": Tile(4, 1024, depth=4),
-    "int4": Tile(8, 1024, depth=3),
+    "plain": Tile(4, 2048, ahead=0),
+    "int8": Tile(8, 512, warps=2, depth=4),
+    "fp8": Tile(8, 512, warps=2, depth=4),
+    "int4": Tile(8, 512, warps=2, depth=3, ahead=4),
+}
+LONG_GEMV_TILES = {
+    "plain": Tile(4, 1024, warps=2, ahead=8),
+    "int8": Tile(8, 1024, depth=3),
+    "fp8": Tile(8, 1024, depth=3),
+    "int4": Tile(4, 2048, depth=3, ahead=4),
 }
 SKINNY_TILES = {
-    "plain": Tile(64, 128, depth=5),
-    "int8": Tile(32, 256, depth=4),
-    "fp8": Tile(64, 128, depth=4),
-    "int4": Tile(128, HALF_GROUP, depth=4),
+    "plain": Tile(64, 128, depth=6, ahead=1),
+    "int8": Tile(32, 256, depth=4, ahead=0),
+    "fp8": Tile(64, 128, depth=6, ahead=0),
+    "int4": Tile(128, HALF_GROUP, depth=4, ahead=0),
 }
+# Programs of `skinny` for each multiprocessor, from which follows how many share a tile.
+SKINNY_PROGRAMS = {"plain": 1, "int8": 5, "fp8": 3, "int4": 6}
 
 
 def kind_of(weight: Tensor | QuantizedWeight) -> str:
@@ -52,22 +60,35 @@ def kind_of(weight: Tensor | QuantizedWeight) -> str:
 
 
 def gemv(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, *, overlap: bool, tile: Tile | None = None
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    *,
+    overlap: bool,
+    gated: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """One row x (1, in) times the transposed weight (out, in)."""
+    """One row x (1, in) times the transposed weight (out, in); gated, silu of its first half times its second."""
     kind = kind_of(weight)
-    tile = tile or GEMV_TILES[kind]
     data, scales = _parts(weight)
     num_out, width = data.shape
+    tile = tile or gemv_tile(kind, width, gated)
+    if gated:
+        num_out //= 2
     out = torch.empty(1, num_out, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(num_out, tile.rows),)
     kernel = _gemv_int4 if kind == "int4" else _gemv
-    kernel[grid](
+    kernel[(triton.cdiv(num_out, tile.rows),)](
         x, data, scales, bias, out, num_out, width,
-        KIND=kind, ROWS=tile.rows, WIDTH=tile.width, STAGES=tile.depth, AHEAD=tile.ahead,
+        KIND=kind, ROWS=tile.rows, WIDTH=tile.width, STAGES=tile.depth, AHEAD=tile.ahead, GATED=gated,
         PORTABLE=INTERPRETED, OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
+
+
+def gemv_tile(kind: str, width: int, gated: bool) -> Tile:
+    """The best of those measured: rows of 4096 numbers in one or two steps, longer ones in small steps."""
+    tile = LONG_GEMV_TILES[kind] if width > 8192 else GEMV_TILES[kind]
+    return replace(tile, rows=tile.rows // 2) if gated else tile
 
 
 def skinny(
@@ -87,7 +108,7 @@ def skinny(
     num_rows, (num_out, width) = len(x), data.shape
     columns = max(16, triton.next_power_of_2(num_rows))
     num_tiles = triton.cdiv(num_out, tile.rows)
-    splits = splits or pick_splits(num_tiles, triton.cdiv(width, tile.width))
+    splits = splits or pick_splits(kind, num_tiles, triton.cdiv(width, tile.width))
     out = torch.empty(num_rows, num_out, dtype=x.dtype, device=x.device)
     shape = (num_tiles, splits, tile.rows, columns) if splits > 1 else (1,)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -100,10 +121,10 @@ def skinny(
     return out
 
 
-def pick_splits(num_tiles: int, num_steps: int) -> int:
-    """How many programs share a tile: enough to fill the chip twice, each with at least four steps."""
-    slots = 2 * MULTIPROCESSORS
-    return max(1, min(round(slots / num_tiles), num_steps // 4, 16))
+def pick_splits(kind: str, num_tiles: int, num_steps: int) -> int:
+    """How many programs share a tile: enough to fill the chip, each with at least four steps."""
+    wanted = round(SKINNY_PROGRAMS[kind] * MULTIPROCESSORS / num_tiles)
+    return max(1, min(wanted, num_steps // 4, 16))
 
 
 def expand(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -198,27 +219,61 @@ def _halves(tile, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def _ask_for(rows, first, end, LINES: tl.constexpr):
+    """Have LINES lines of each row (a column of pointers) on their way, from `first` and none beyond `end`."""
+    SIZE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
+    prefetch(rows + tl.minimum(first + tl.arange(0, LINES) * SIZE, end - 1)[None, :])
+
+
+@triton.jit
 def _gemv(
     x, weight, scales, bias, out, num_out, width,
     KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """With GATED, the weight has 2 num_out rows: gates, and what they are multiplied with."""
     let_next_start(OVERLAP)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = weight + tl.minimum(rows, num_out - 1).to(tl.int64)[:, None] * width
-    if OVERLAP:
-        prefetch(start, 0, width, AHEAD)
+    up_start = start + num_out.to(tl.int64) * width
     columns = tl.arange(0, WIDTH)[None, :]
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    wait_for_previous(OVERLAP)
-    for k in tl.range(0, width, WIDTH, num_stages=STAGES):
+    up_sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    if STAGES == 1:  # no pipeline, so that the first tile can come while the kernel before still runs
+        tile = tl.load(start + columns, mask=columns < width, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            up_tile = tl.load(up_start + columns, mask=columns < width, other=0.0, eviction_policy="evict_first")
+        if AHEAD > 0 and OVERLAP:
+            _ask_for(start, WIDTH, width, AHEAD)
+        wait_for_previous(OVERLAP)
+        factors = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
+        sums = _as_float(tile, KIND, PORTABLE) * factors
+        if GATED:
+            up_sums = _as_float(up_tile, KIND, PORTABLE) * factors
+        begin = WIDTH
+    else:
+        if AHEAD > 0 and OVERLAP:
+            _ask_for(start, 0, width, AHEAD)
+            if GATED:
+                _ask_for(up_start, 0, width, AHEAD)
+        wait_for_previous(OVERLAP)
+        begin = 0
+    for k in tl.range(begin, width, WIDTH, num_stages=STAGES):
         inside = k + columns < width
         tile = tl.load(start + k + columns, mask=inside, other=0.0, eviction_policy="evict_first")
         factors = tl.load(x + k + columns, mask=inside, other=0.0).to(tl.float32)
         sums += _as_float(tile, KIND, PORTABLE) * factors
+        if GATED:
+            up_tile = tl.load(up_start + k + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+            up_sums += _as_float(up_tile, KIND, PORTABLE) * factors
     total = tl.sum(sums, axis=1)
     if KIND != "plain":
         total *= tl.load(scales + rows, mask=rows < num_out, other=0.0)
+    if GATED:
+        up = tl.sum(up_sums, axis=1)
+        if KIND != "plain":
+            up *= tl.load(scales + num_out + rows, mask=rows < num_out, other=0.0)
+        total *= tl.sigmoid(total) * up
     if bias is not None:
         total += tl.load(bias + rows, mask=rows < num_out, other=0.0).to(tl.float32)
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < num_out)
@@ -228,14 +283,15 @@ def _gemv(
 def _gemv_int4(
     x, weight, scales, bias, out, num_out, width,
     KIND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
+    tl.static_assert(not GATED)
     num_groups = width // 64
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(rows, num_out - 1).to(tl.int64)[:, None]
-    if OVERLAP:
-        prefetch(weight + row * width, 0, width, AHEAD)
+    if AHEAD > 0 and OVERLAP:
+        _ask_for(weight + row * width, 0, width, AHEAD)
     columns = tl.arange(0, WIDTH)[None, :]
     low = columns // 64 * 128 + columns % 64  # the feature in the low half of each byte
     groups = tl.arange(0, WIDTH // 64)[None, :]
@@ -273,8 +329,8 @@ def _skinny(
     steps = tl.cdiv(tl.cdiv(width, WIDTH), splits)
     first = tl.program_id(1) * steps * WIDTH
     last = tl.minimum(first + steps * WIDTH, width)
-    if OVERLAP:
-        prefetch(start, first, width, AHEAD)
+    if AHEAD > 0 and OVERLAP:
+        _ask_for(start, first, width, AHEAD)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait_for_previous(OVERLAP)
     for k in tl.range(first, last, WIDTH, num_stages=STAGES):
