@@ -1,9 +1,9 @@
 """The engine's kernels on one GPU, checked and timed: `python benchmarks/kernels.py > benchmarks/results/kernels.md`.
 
-First every kernel of `TritonKernels` is compared with `PlainKernels` in float64 on fresh random numbers; a relative error
-above 1 % of the norm ends the run with status 1. Then each is timed beside the library's operator, in CUDA graphs whose
-launches rotate among enough tensors that nothing comes from the GPU's cache. Shapes are those of LLaVA-1.5-7B. Beside the
-times stand bytes or operations per second, to be read against what a copy and a large product reach on the same card.
+First every kernel of `TritonKernels` is compared with `PlainKernels` in float64 (kernel_checks.py); where one is off, the
+run ends with status 1. Then each is timed beside the library's operator, in CUDA graphs whose launches rotate among enough
+tensors that nothing comes from the GPU's cache. Shapes are those of LLaVA-1.5-7B. Beside the times stand bytes or
+operations per second, to be read against what a simple operator and a large product reach on the same card.
 `--only linear,step` picks tables, `--check` stops after the comparison.
 """
 
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,9 +23,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_rows
+
 from llava.engine.kernels.contract import AttentionPlan, Kernels, SamplingRows, Weight
 from llava.engine.kernels.plain import PlainKernels
-from llava.engine.kernels.quantized import QuantizedWeight, quantize
+from llava.engine.kernels.quantized import QuantizedWeight
 from llava.engine.kernels.triton_kernels import TritonKernels
 
 WIDTH, INNER, VOCABULARY, LAYERS, HEADS, HEAD = 4096, 11008, 32064, 32, 32, 128
@@ -37,12 +38,8 @@ SHAPES = {
     "down": (WIDTH, INNER),
     "head": (VOCABULARY, WIDTH),
 }
-KINDS = ("bf16", "int8", "fp8", "int4")
 BLOCK = 64  # tokens of a cache block
 CACHE = 600_000_000  # bytes that launches rotate among: ten times the GPU's cache
-WORST = 0.01
-DEVICE = torch.device("cuda")
-BF16 = torch.bfloat16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,168 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             TABLES[name](kernels)
             torch.cuda.empty_cache()
     return 0
-
-
-# Comparison
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel on some input: what it gave, and what it should."""
-
-    kernel: str
-    what: str
-    got: Tensor
-    wanted: Tensor
-
-    @property
-    def error(self) -> float:
-        wanted = self.wanted.double()
-        return float((self.got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
-
-
-def print_checks(kernels: Kernels) -> bool:
-    """One line for each kernel: its worst case. NaN is no small error."""
-    cases = list(all_cases(kernels))
-    print("## Against float64\n\nThe largest relative error of each kernel, in bfloat16 on fresh random numbers.\n")
-    print("| kernel | cases | worst | where |\n| --- | ---: | ---: | --- |")
-    for name in dict.fromkeys(case.kernel for case in cases):
-        mine = [case for case in cases if case.kernel == name]
-        worst = max(mine, key=lambda case: case.error if case.error == case.error else float("inf"))
-        print(f"| `{name}` | {len(mine)} | {worst.error:.1e} | {worst.what} |")
-    failed = [case for case in cases if not case.error < WORST]
-    for case in failed:
-        print(f"\nfailed: {case.kernel}, {case.what}: {case.error:.3g}", file=sys.stderr)
-    agreed, drawn = same_tokens(kernels)
-    print(f"\nSampling chose the same token as float64 in {agreed:,} of {drawn:,} rows.\n", flush=True)
-    return not failed and agreed > 0.995 * drawn
-
-
-def all_cases(kernels: Kernels) -> Iterator[Case]:
-    for rows in (1, 3, 8, 100):
-        for width in (4096, 3584, 320):
-            yield from row_cases(kernels, rows, width)
-    for rows in (1, 2, 7, 16, 33, 64, 100):
-        for shape in ((4096, 4096), (12288, 4096), (4096, 11008), (1000, 3584), (321, 1024)):
-            for kind in KINDS:
-                yield from linear_cases(kernels, rows, shape, kind)
-    for heads, kv_heads, width in ((32, 32, 128), (32, 8, 128), (28, 4, 128), (5, 5, 64), (8, 2, 96)):
-        yield from attention_cases(kernels, heads, kv_heads, width)
-
-
-def row_cases(kernels: Kernels, rows: int, width: int) -> Iterator[Case]:
-    plain, what = PlainKernels(), f"{rows} x {width}"
-    x, residual, weight = random(rows, width), random(rows, width), random(width)
-    yield Case("rms_norm", what, kernels.rms_norm(x, weight, 1e-5), norm64(x, weight))
-    total = residual.clone()
-    normed = kernels.add_rms_norm_(x, total, weight, 1e-5)
-    yield Case("add_rms_norm_", what, normed, norm64(total, weight))
-    yield Case("add_rms_norm_", f"{what}, sum", total, residual.double() + x.double())
-    yield Case("silu_mul", what, kernels.silu_mul(x), plain.silu_mul(x.double()))
-
-
-def norm64(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
-
-
-def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str) -> Iterator[Case]:
-    x, weight, bias = random(rows, shape[1]), random(*shape), random(shape[0])
-    held: Weight = weight if kind == "bf16" else quantize(weight, kind)
-    dense = held.double() if isinstance(held, Tensor) else held.dequantize(torch.float64)
-    what = f"{rows} rows, {shape[0]} x {shape[1]}"
-    yield Case(f"linear, {kind}", what, kernels.linear(x, held), x.double() @ dense.T)
-    yield Case(f"linear, {kind}", f"{what}, bias", kernels.linear(x, held, bias), x.double() @ dense.T + bias.double())
-    if shape[0] % 2 == 0:
-        gated = PlainKernels().silu_mul(x.double() @ dense.T)
-        yield Case(f"gated_linear, {kind}", what, kernels.gated_linear(x, held), gated)
-
-
-def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int) -> Iterator[Case]:
-    """Decoding alone, with rows that pad a batch; and a step that has decoding, first and later chunks of prompts."""
-    decoding = [(1, 704), (1, 1), (1, 0), (1, 3000), (1, 65)]
-    mixed = [(1, 300), (640, 640), (100, 1500), (1, 0), (129, 129), (2, 2), (1, 64)]
-    for lengths in ([(1, 3000)], decoding, mixed):
-        plan, num_blocks = random_plan(lengths)
-        num_tokens = len(plan.slots)
-        caches = [random(num_blocks, BLOCK, kv_heads, width) for _ in range(2)]
-        qkv = random(num_tokens, (heads + 2 * kv_heads) * width)
-        angles = torch.rand(4096, width // 2, device=DEVICE) * 6
-        norms = {"q_norm": random(width), "k_norm": random(width)} if kv_heads == 4 else {}
-        what = f"{heads} heads of {width} over {kv_heads}, {len(lengths)} sequences"
-        ours, wanted = [c.clone() for c in caches], [c.double() for c in caches]
-        q = kernels.rope_store_(qkv, angles.cos(), angles.sin(), plan, *ours, heads, kv_heads, **norms)
-        q64 = PlainKernels().rope_store_(
-            qkv.double(), angles.double().cos(), angles.double().sin(), plan, *wanted, heads, kv_heads,
-            **{name: norm.double() for name, norm in norms.items()},
-        )  # fmt: skip
-        for name, got, expected in (("q", q, q64), ("k", ours[0], wanted[0]), ("v", ours[1], wanted[1])):
-            yield Case("rope_store_", f"{what}, {name}", got, expected)
-        for window in (None, 100, 1024):
-            for alibi in (None, torch.rand(heads, device=DEVICE) * 0.2):
-                options = {"window": window, "alibi": alibi}
-                got = kernels.attend(q, *ours, plan, width**-0.5, **options)
-                expected = PlainKernels().attend(q.double(), *[c.double() for c in ours], plan, width**-0.5, **options)
-                yield Case(
-                    "attend", f"{what}, window {window}, {'ALiBi' if alibi is not None else 'none'}", got, expected
-                )
-
-
-def random_plan(lengths: Sequence[tuple[int, int]]) -> tuple[AttentionPlan, int]:
-    """A step of sequences with (new tokens, tokens in the cache), their blocks in random order; and the pool's size."""
-    num_sequences, most = len(lengths), max(context for _, context in lengths)
-    per_sequence = -(-most // BLOCK)
-    tables = torch.randperm(num_sequences * per_sequence, device=DEVICE).view(num_sequences, per_sequence).int()
-    starts = [0, *accumulate(new for new, _ in lengths)]
-    positions = torch.cat([torch.arange(context - new, context) for new, context in lengths]).to(DEVICE)
-    owners = torch.repeat_interleave(torch.arange(num_sequences), torch.tensor([new for new, _ in lengths])).to(DEVICE)
-    known = positions.clamp(min=0)
-    slots = tables[owners, known // BLOCK].long() * BLOCK + known % BLOCK
-    plan = AttentionPlan(
-        query_starts=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
-        context_lens=torch.tensor([context for _, context in lengths], dtype=torch.int32, device=DEVICE),
-        block_tables=tables,
-        slots=torch.where(positions < 0, -1, slots),
-        positions=known,
-        max_query=max(new for new, _ in lengths),
-        max_context=most,
-    )
-    return plan, tables.numel()
-
-
-def same_tokens(kernels: Kernels) -> tuple[int, int]:
-    """How often Triton and float64 choose alike, over rows that limit the choice in every way."""
-    agreed = drawn = 0
-    for vocabulary in (891, 32064, 151936):
-        for dtype in (BF16, torch.float32):
-            rows = sampling_rows(256)
-            logits = (torch.randn(256, vocabulary, device=DEVICE) * 3).to(dtype)
-            tokens, logprobs = kernels.sample(logits, rows)
-            wanted, wanted_logprobs = PlainKernels().sample(logits, rows)
-            same = tokens == wanted
-            assert (logprobs - wanted_logprobs)[same].abs().max() < 1e-4
-            agreed, drawn = agreed + int(same.sum()), drawn + len(tokens)
-    return agreed, drawn
-
-
-def sampling_rows(count: int) -> SamplingRows:
-    def pick(*values: float) -> Tensor:
-        return torch.tensor(values, device=DEVICE)[torch.randint(len(values), (count,), device=DEVICE)]
-
-    return SamplingRows(
-        temperature=pick(0.0, 0.2, 0.7, 1.0, 1.5),
-        top_k=pick(0, 1, 5, 50).int(),
-        top_p=pick(1.0, 0.95, 0.7, 0.01),
-        min_p=pick(0.0, 0.05, 0.3),
-        seeds=torch.randint(-(2**62), 2**62, (count,), device=DEVICE),
-        positions=torch.randint(0, 2**34, (count,), device=DEVICE),
-    )
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).to(BF16)
-
-
-# Times
 
 
 def graph_us(work: Callable[[], object], repeats: int = 7) -> float:
@@ -253,10 +88,11 @@ def print_heading() -> None:
     square = random(8192, 8192)
     multiplied = 2 * 8192**3 / graph_us(lambda: square @ square) / 1e6
     source, target = (torch.randn(2**31, device=DEVICE, dtype=BF16) for _ in range(2))
-    copied = 2 * source.nbytes / graph_us(lambda: target.copy_(source)) / 1e6
+    copied = 2 * source.nbytes / graph_us(lambda: torch.neg(source, out=target)) / 1e6
     print(f"# The engine's kernels\n\nOne {torch.cuda.get_device_name()}, torch {torch.__version__}, ", end="")
     print(f"triton {triton.__version__}, `python benchmarks/kernels.py`.")
-    print(f"A copy moves {copied:.2f} TB/s (read and written), a product of 8192 squares {multiplied:.0f} TFLOP/s.\n")
+    print(f"Negating 4 GB moves {copied:.2f} TB/s (read and written), ", end="")
+    print(f"a product of 8192 squares makes {multiplied:.0f} TFLOP/s.\n")
 
 
 def random_weight(kind: str, shape: tuple[int, int]) -> Weight:
@@ -358,7 +194,7 @@ class Paged:
 
     @classmethod
     def random(cls, lengths: Sequence[tuple[int, int]], kv_heads: int, layers: int | None = None) -> Paged:
-        plan, num_blocks = random_plan(lengths)
+        plan, num_blocks = random_plan(lengths, BLOCK)
         shape = (num_blocks, BLOCK, kv_heads, HEAD)
         if layers is None:
             layers = max(1, min(LAYERS, CACHE // (4 * num_blocks * BLOCK * kv_heads * HEAD)))
@@ -404,8 +240,7 @@ def prefill_table(kernels: Kernels) -> None:
     for count, new, context in ((1, 640, 640), (1, 2928, 2928), (8, 640, 640), (1, 512, 2560), (1, 8192, 8192)):
         work = 4 * count * HEADS * HEAD * (new * context - new * (new - 1) // 2)
         paged = Paged.random([(new, context)] * count, HEADS, layers=4)
-        gathered = replace(paged, plan=paged.plan)
-        times = [paged.time(kernels), gathered.time(Gathered()) if new == context else float("nan")]
+        times = [paged.time(kernels), paged.time(Gathered()) if new == context else float("nan")]
         for rival in rivals.values():
             try:
                 times.append(rival(count, new, context))
@@ -476,7 +311,7 @@ def rows_table(kernels: Kernels) -> None:
     plain = PlainKernels()
     times: dict[str, list[float]] = {}
     for count in (1, 64, 640):
-        plan, num_blocks = random_plan([(1, 32)] * count)
+        plan, num_blocks = random_plan([(1, 32)] * count, BLOCK)
         x, residual, weight = random(count, WIDTH), random(count, WIDTH), random(WIDTH)
         gate_up, qkv = random(count, 2 * INNER), random(count, 3 * WIDTH)
         caches = [random(num_blocks, BLOCK, HEADS, HEAD) for _ in range(2)]

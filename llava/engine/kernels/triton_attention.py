@@ -31,7 +31,7 @@ class Tile:
     stages: int = 1
 
 
-SINGLE_TILE = Tile(keys=32, warps=2, stages=2)  # decoding where every query head has its own key head
+SINGLE_TILE = Tile(keys=32, warps=2, stages=3)  # decoding where every query head has its own key head
 GROUPED_TILE = Tile(keys=64, warps=2, stages=3)
 PREFILL_TILE = Tile(keys=64, queries=64, warps=4, stages=2)
 PROGRAMS_PER_MULTIPROCESSOR = 4
