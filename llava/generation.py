@@ -1,9 +1,9 @@
 """One answer, as text that arrives piece by piece.
 
 In: a loaded model and its tokenizer, a prompt as token ids (-200 for each image) and pixels. Out: an `AnswerStream`,
-an iterator of text, and after its end an `Answer`. Everything that must hold for streamed text is here: no half
-characters, no stop strings, one token at most after `cancel()`. Prompts come from conversation.py and processor.py; the
-loop over tokens is the model's `generate`.
+an iterator of text, and after its end an `Answer`; one token at most after `cancel()`. Prompts come from conversation.py
+and processor.py, the text is read off the tokens by streaming.py, and the loop over tokens is the model's `generate`.
+This is for what the engine does not do: beams, and language models that it has no arithmetic for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.geometry import ImagePolicy, plan
+from llava.streaming import AnswerReader
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character, or not yet one
 
 
 @dataclass(frozen=True)
@@ -261,96 +260,3 @@ class AnswerStream:
 def _stop(cancelled: threading.Event, thread: threading.Thread) -> None:
     cancelled.set()
     thread.join()
-
-
-class AnswerReader:
-    """Token ids in, text out: as much as is certain to stay. Blank space around the answer is left out."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._stop = [text for text in stop if text]
-        # A stop string that is one special token never shows in the text; its id does.
-        special = set(tokenizer.all_special_ids)
-        known = [tokenizer.convert_tokens_to_ids(text) for text in self._stop]
-        self._stop_ids = {token for token in known if token in special and token != tokenizer.unk_token_id}
-        if tokenizer.eos_token_id is not None:
-            self._stop_ids.add(tokenizer.eos_token_id)
-        self._held = ""
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.stopped = False
-
-    def read(self, token_ids: Sequence[int]) -> str:
-        pieces = []
-        for token in token_ids:
-            self.token_ids.append(token)
-            if self.stopped:
-                continue  # several beams: what follows the end is padding
-            pieces.append(self._let_through(self._decoder.push(token)))
-            if token in self._stop_ids:
-                self.stopped = True
-        return "".join(pieces)
-
-    def finish(self) -> str:
-        """The last of the text: what was held back and turned out to be no stop string."""
-        piece = self._let_through(self._decoder.finish()) if not self.stopped or self._held else ""
-        rest, self._held = self._held.rstrip(), ""
-        self.text += rest
-        return piece + rest
-
-    def _let_through(self, text: str) -> str:
-        self._held += text if self.text or self._held else text.lstrip()
-        ends = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if ends:
-            self.stopped = True
-            ready, self._held = self._held[: min(ends)].rstrip(), ""
-        else:
-            keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
-            ready = self._held[: len(self._held) - keep].rstrip()
-            self._held = self._held[len(ready) :]
-        self.text += ready
-        return ready
-
-
-def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
-class StreamDecoder:
-    """Decodes ids one at a time; the pieces joined are what decoding all of them together gives.
-
-    A token's text depends on the one before (spaces, bytes of one character), so each is decoded after the tokens of
-    the last piece, whose own text is then taken away. Text that ends in a broken character waits for the rest of it.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # tokens handed out last, with more than blank space among them
-        self._pending: list[int] = []  # tokens whose text is not handed out yet
-
-    def push(self, token: int) -> str:
-        self._pending.append(token)
-        text = self._new_text()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        return self._hand_out(text)
-
-    def finish(self) -> str:
-        return self._hand_out(self._new_text())
-
-    def _hand_out(self, text: str) -> str:
-        # Spaces at the beginning are lost in decoding, so blank tokens are no context by themselves.
-        self._context = self._pending if text.strip() else self._context + self._pending
-        self._pending = []
-        return text
-
-    def _new_text(self) -> str:
-        known = self._decode(self._context)
-        return self._decode(self._context + self._pending)[len(known) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        if not token_ids:
-            return ""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
 
 __all__ = [
     "LlamaSentencePieceTokenizer",
-    "StreamDecoder",
     "encode_with_places",
     "load_tokenizer",
     "tokenizer_image_token",
@@ -184,41 +181,6 @@ def _encode_part(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     marks = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
     return list(encoded["input_ids"]), [-1 if added else _place(*span) for span, added in marks]
-
-
-class StreamDecoder:
-    """Text of ids that come one after another, special tokens left out; joined, the parts are what `decode` gives.
-
-    Only the newest tokens are decoded again, beside their forerunners: decoded alone, a token loses its leading space.
-    What may still change, a character whose bytes are not complete, waits for the next token or for `end`. Spaces are not
-    cleaned up after the fact, which some tokenizers do in `decode`: what has been shown cannot be taken back.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._ids: list[int] = []
-        self._start = 0  # where decoding begins
-        self._shown = 0  # up to where the text was handed out
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these ids."""
-        self._ids += ids
-        return self._advance(final=False)
-
-    def end(self) -> str:
-        """What was held back."""
-        return self._advance(final=True)
-
-    def _advance(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        now = self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return ""
-        # Forerunners must begin with a word: decoded alone, a run of spaces would lose more than it loses in its place.
-        if self._decode(self._ids[self._shown :]).strip(" ▁"):
-            self._start = self._shown
-        self._shown = len(self._ids)
-        return now[len(before) :]
 
 
 def _place(start: int, end: int) -> int:

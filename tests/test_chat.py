@@ -22,10 +22,11 @@ from PIL import Image
 
 from llava.conversation import get_template
 from llava.errors import InputError
-from llava.generation import AnswerReader, PromptSize, Sampling, StreamDecoder, measure_prompt, overlap, stream_answer
+from llava.generation import PromptSize, Sampling, measure_prompt, stream_answer
 from llava.image_io import DEFAULT_LIMITS
 from llava.serve.chat import build_parser, split_words
 from llava.serve.session import Picture, Session
+from llava.streaming import AnswerReader, StreamDecoder, overlap
 from llava.tokenization import load_tokenizer, tokenizer_image_token
 
 SHORT = ["-m", CHECKPOINT, "--max-new-tokens", "8"]
@@ -45,7 +46,7 @@ def test_streamed_text_is_the_decoded_text(name: str) -> None:
     noise = [[chosen.randrange(3, len(tokenizer)) for _ in range(chosen.randrange(1, 40))] for _ in range(200)]
     for ids in written + noise:
         decoder = StreamDecoder(tokenizer)
-        pieces = [decoder.push(token) for token in ids]
+        pieces = [decoder.push([token]) for token in ids]
         assert not any(piece.endswith("\ufffd") for piece in pieces)
         whole = "".join([*pieces, decoder.finish()])
         assert whole == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

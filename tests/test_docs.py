@@ -135,7 +135,7 @@ def test_imports_obey_the_layers() -> None:
                 assert {part, own_part(path)} != {"serve", "train"}, f"{name_of(path)} imports {imported.module}"
 
 
-LIGHT_PARTS = {"generation", "mm_utils"}
+LIGHT_PARTS = {"generation", "streaming", "mm_utils"}
 LIGHT_MODEL_FILES = {"config", "hub", "weight_files", "transformers_layout", "checkpoint"}
 HEAVY = {"torch", "transformers", "numpy", "PIL"}
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import InputError
+from llava.streaming import StreamDecoder
 from llava.tokenization import (
     LlamaSentencePieceTokenizer,
-    StreamDecoder,
     encode_with_places,
     load_tokenizer,
     tokenizer_image_token,
@@ -228,7 +228,7 @@ def test_streamed_parts_join_to_the_decoded_text(name, text, indented):
     tokenizer = load(name)
     ids = tokenizer(text + "\n    x = 1\n" * indented).input_ids
     decoder = StreamDecoder(tokenizer)
-    parts = [decoder.push([token]) for token in ids] + [decoder.end()]
+    parts = [decoder.push([token]) for token in ids] + [decoder.finish()]
     whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(parts) == whole
     if len(ids) > 20:
@@ -241,7 +241,7 @@ def test_half_a_character_is_held_back_until_the_end(mini):
     assert [decoder.push([token]) for token in ids[:-1]] == [""] * (len(ids) - 1)
     assert decoder.push(ids[-1:]) == "日"
     decoder.push(ids[:-1])
-    assert "\ufffd" in decoder.end()
+    assert "\ufffd" in decoder.finish()
 
 
 def test_ends_of_sequences_can_be_asked_for(mini):
