@@ -85,23 +85,31 @@ class Processor:
     def __call__(
         self, conversation: Conversation | str, images: Sequence[Image.Image] = (), *, with_labels: bool = False
     ) -> ModelInputs:
-        spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
-        num_marks = sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans)
-        if num_marks != len(images):
-            raise InputError(
-                f"the prompt has {num_marks} {DEFAULT_IMAGE_TOKEN} marks but {len(images)} images were given; "
-                "put one mark for each image."
-            )
-        ids, labels = encode_spans(spans, self.tokenizer)
+        ids, labels = self.encode(conversation, len(images))
         rgb = [to_rgb(image) for image in images]
         sizes = [image.size for image in rgb]
         return ModelInputs(
             input_ids=torch.tensor(ids, dtype=torch.long),
             labels=torch.tensor(labels, dtype=torch.long) if with_labels else None,
-            pixels=list(process_images(rgb, self.image_processor, self._image_config())),
+            pixels=self.pixels(rgb),
             image_sizes=sizes,
             layouts=self.plan(sizes),
         )
+
+    def encode(self, conversation: Conversation | str, num_images: int) -> tuple[list[int], list[int]]:
+        """Ids, with -200 for each image, and labels."""
+        spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
+        num_marks = sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans)
+        if num_marks != num_images:
+            raise InputError(
+                f"the prompt has {num_marks} {DEFAULT_IMAGE_TOKEN} marks but {num_images} images were given; "
+                "put one mark for each image."
+            )
+        return encode_spans(spans, self.tokenizer)
+
+    def pixels(self, rgb: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """Per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles."""
+        return list(process_images(rgb, self.image_processor, self._image_config()))
 
     def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
         """The layouts of images of these sizes: how many tiles and features each becomes."""

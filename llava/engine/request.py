@@ -171,3 +171,30 @@ class Result:
     def text(self) -> str:
         """The text of the first completion, which is the only one unless `n` said otherwise."""
         return self.completions[0].text
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """How likely is `continuation` (text, or token ids) after `prompt`? Nothing is chosen.
+
+    Text is tokenized together with the prompt's where that leaves the prompt's tokens as they are, as a model would have
+    seen it; mind the space before a first word.
+    """
+
+    prompt: Conversation | str | Sequence[int]
+    continuation: str | Sequence[int]
+    images: Sequence[Image.Image] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """The tokens of a continuation, each one's log probability, and whether greedy decoding would have given them all."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+    usage: Usage
+
+    @property
+    def total_logprob(self) -> float:
+        return math.fsum(self.logprobs)

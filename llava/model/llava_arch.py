@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,15 +174,25 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
             features = features.to(device=weight.device, dtype=weight.dtype)
         return projector(features)
 
-    def _image_features(self, images: Tensor | Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
-        """One (n, D) tensor per image. A batch (N, 3, H, W) is plain tiles; a list or (N, tiles, 3, H, W) is merged."""
+    def image_features(
+        self,
+        images: Tensor | Sequence[Tensor],
+        image_sizes: Any,
+        *,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """One (n, D) tensor per image. A batch (N, 3, H, W) is plain tiles; a list or (N, tiles, 3, H, W) is merged.
+
+        `encode` stands in for `encode_images` where a caller has a faster one.
+        """
+        encode = encode or self.encode_images
         if isinstance(images, Tensor) and images.ndim == 4:
-            return list(self.encode_images(images))
+            return list(encode(images))
         tiles = [image[None] if image.ndim == 3 else image for image in images]
         if not tiles:
             return []
         # On one device, so that they can be joined; the tower's own door moves them to where it is.
-        encoded = self.encode_images(torch.cat([image.to(tiles[0].device) for image in tiles]))
+        encoded = encode(torch.cat([image.to(tiles[0].device) for image in tiles]))
         per_image = encoded.split([len(image) for image in tiles])
         policy = self.image_policy()
         if policy.merge == "flat":
@@ -283,7 +293,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         settings: LlavaSettings,
     ) -> Spliced:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        features = self._image_features(images, image_sizes)
+        features = self.image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self.get_input_embeddings(), labels=labels)
         longest, limit = max(spliced.lengths), settings.max_length
         if limit is not None and longest > limit:

@@ -185,7 +185,7 @@ class ClipImageProcessor:
         Any field can be overridden for this call: `preprocess(image, do_center_crop=False)`.
         """
         processor = self._overridden(overrides) if overrides else self
-        table = processor._table()
+        table = processor.table()
         pixels = [processor._pixels(image, table) for image in _image_list(images)]
         if return_tensors is None:
             return PixelBatch(pixel_values=pixels)
@@ -240,7 +240,7 @@ class ClipImageProcessor:
             np.take(table[channel], values[..., channel], out=pixels[channel], mode="clip")
         return pixels
 
-    def _table(self) -> np.ndarray:
+    def table(self) -> np.ndarray:
         """What each of the 256 values becomes in each colour, in the arithmetic of the processors that trained weights.
 
         Rescaling happens in double precision and is rounded before the rest happens in single precision: looking the

@@ -1,0 +1,312 @@
+"""The language model of a step: packed embeddings through its layers, with keys and values in a paged cache.
+
+In: a transformers language model of this package (Llama, Mistral, Qwen2, Qwen3, MPT). Out: hidden states of packed tokens,
+and logits. Weights are the model's own: projections that read the same input are laid into one tensor, and the model's
+parameters become views of it, so nothing is held twice and the model's own `forward` and `generate` go on working.
+What a layer computes is in kernels/; which model is which is the table at the end.
+
+    T tokens of a step, D width, H query heads, K key/value heads, d head width, I inner width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.engine.errors import UnsupportedModelError
+from llava.engine.kernels.contract import AttentionPlan, Kernels, Weight
+from llava.engine.kernels.quantized import QuantizedWeight, quantize
+from llava.model.config import language_model_type
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # one table of angles serves every length
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Weight
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention_norm: Norm
+    qkv: Linear
+    out: Linear
+    mlp_norm: Norm
+    up: Linear  # gate and up in one, where the model has a gate
+    down: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a language model is, beside its weights."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    gated: bool = True  # silu(gate) * up; else gelu(up)
+    rms: bool = True  # RMS norms; else layer norms
+    qkv_limit: float | None = None  # MPT may clip
+    alibi: Tensor | None = None
+    qk_norm_eps: float = 1e-6
+
+
+class Decoder:
+    """A language model over a paged cache. `caches` are keys and values (B, b, K, d) of each layer."""
+
+    def __init__(self, model: Any, kernels: Kernels, *, weights: str | None = None, max_positions: int) -> None:
+        reason = obstacle(model)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        read = READERS[language_model_type(model.config.to_dict())]
+        self.kernels = kernels
+        self.embedding: Tensor = model.get_input_embeddings().weight
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        store = _Storage(weights)
+        self.shape, self.layers, self.final_norm = read(model, store)
+        self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
+        self.cos, self.sin = _angles(model, max_positions, self.dtype)
+        self.caches: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers."""
+        shape = self.shape
+        return 2 * len(self.layers) * shape.num_kv_heads * shape.head_dim * self.embedding.element_size()
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a decoding step of one sequence must read of the weights."""
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
+        return sum(linear.weight.nbytes for linear in [*linears, self.head])
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        size = (num_blocks, block_size, self.shape.num_kv_heads, self.shape.head_dim)
+
+        def cache() -> Tensor:
+            return torch.empty(size, dtype=self.dtype, device=self.device)
+
+        self.caches = [(cache(), cache()) for _ in self.layers]
+
+    def hidden_states(self, embeds: Tensor, plan: AttentionPlan) -> Tensor:
+        """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D)."""
+        kernels, shape = self.kernels, self.shape
+        residual, update = embeds, None
+        for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
+            x = self._norm(layer.attention_norm, residual, update)
+            qkv = kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
+            if shape.qkv_limit is not None:
+                qkv = qkv.clamp(-shape.qkv_limit, shape.qkv_limit)
+            q = kernels.rope_store_(
+                qkv, self.cos, self.sin, plan, k_cache, v_cache, shape.num_heads, shape.num_kv_heads,
+                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=shape.qk_norm_eps,
+            )  # fmt: skip
+            x = kernels.attend(q, k_cache, v_cache, plan, shape.scale, window=layer.window, alibi=shape.alibi)
+            x = self._norm(layer.mlp_norm, residual, kernels.linear(x, layer.out.weight, layer.out.bias))
+            x = kernels.linear(x, layer.up.weight, layer.up.bias)
+            x = kernels.silu_mul(x) if shape.gated else kernels.gelu(x)
+            update = kernels.linear(x, layer.down.weight, layer.down.bias)
+        return self._norm(self.final_norm, residual, update)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.kernels.linear(hidden, self.head.weight, self.head.bias)
+
+    def _norm(self, norm: Norm, residual: Tensor, update: Tensor | None) -> Tensor:
+        """The norm of the residual stream, after adding `update` to it in place."""
+        kernels = self.kernels
+        if self.shape.rms:
+            if update is None:
+                return kernels.rms_norm(residual, norm.weight, norm.eps)
+            return kernels.add_rms_norm_(update, residual, norm.weight, norm.eps)
+        if update is None:
+            return kernels.layer_norm(residual, norm.weight, norm.bias, norm.eps)
+        return kernels.add_layer_norm_(update, residual, norm.weight, norm.bias, norm.eps)
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the engine cannot run this model, as a sentence; None where it can."""
+    kind = language_model_type(model.config.to_dict())
+    if kind not in READERS:
+        return f"the engine has no arithmetic for language models of type {kind!r}; it knows {', '.join(READERS)}"
+    if len({parameter.device for parameter in model.parameters()}) != 1:
+        return "the engine needs the model on one device; this one is spread over several, or partly not loaded"
+    odd = next((type(module).__name__ for module in _projections(model) if type(module) is not nn.Linear), None)
+    if odd is not None:
+        return (
+            f"the engine takes plain linear layers, and this model has {odd}, from another library's quantization or an "
+            'adapter; load it without that and give EngineConfig(weights="int8") instead'
+        )
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"the engine has no table for position embeddings of type {rope!r}; it knows {', '.join(STATIC_ROPE)}"
+    activation = getattr(model.config, "hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f"the engine has no arithmetic for the activation {activation!r}"
+    return None
+
+
+def inner_model(model: Any) -> Any:
+    """What holds embeddings and layers; a plain language model of transformers has it as well."""
+    return getattr(model, model.base_model_prefix)
+
+
+def _projections(model: Any) -> Iterable[nn.Module]:
+    """The modules that multiply by a weight in the language model's layers, and the output layer."""
+    for name, module in inner_model(model).named_modules():
+        if not name.startswith(("vision_tower", "mm_projector")) and hasattr(module, "in_features"):
+            yield module
+    yield model.get_output_embeddings()
+
+
+class _Storage:
+    """Lays weights side by side. `kind` rounds them; the model's own weights are then given up."""
+
+    def __init__(self, kind: str | None) -> None:
+        self.kind = kind
+
+    @torch.no_grad()
+    def fuse(self, modules: Sequence[Any], *, tied_to: Tensor | None = None) -> Linear:
+        """One weight (sum of outputs, in) for modules with the same input."""
+        parameters = [module.weight for module in modules]
+        if self.kind is not None and (tied_to is None or parameters[0] is not tied_to):
+            weight: Weight = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
+            for parameter in parameters:
+                parameter.data = torch.empty_like(parameter.data, device="meta")
+        elif len(parameters) == 1:
+            weight = parameters[0].data
+        else:
+            weight = torch.cat([parameter.data for parameter in parameters])
+            for parameter, part in zip(parameters, weight.split([len(p) for p in parameters]), strict=True):
+                parameter.data = part
+        return Linear(weight, _joined_bias(modules))
+
+
+def _joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    return QuantizedWeight(
+        parts[0].kind, torch.cat([part.data for part in parts]), torch.cat([part.scales for part in parts])
+    )
+
+
+def _joined_bias(modules: Sequence[Any]) -> Tensor | None:
+    if all(module.bias is None for module in modules):
+        return None
+    biases = [
+        module.bias.data if module.bias is not None else module.weight.new_zeros(module.out_features)
+        for module in modules
+    ]
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
+
+
+def _angles(model: Any, num_positions: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin (P, d) of every position, from the model's own module, rounded as it rounds them."""
+    rotary = getattr(inner_model(model), "rotary_emb", None)
+    if rotary is None:
+        return None, None
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        like = torch.empty(0, dtype=dtype, device=device)
+        cos, sin = rotary(like, torch.arange(num_positions, device=device)[None])
+    return cos[0].contiguous(), sin[0].contiguous()
+
+
+# Which part of a transformers model is which part of a layer.
+
+
+def _read_llama(model: Any, store: _Storage) -> tuple[Shape, list[Layer], Norm]:
+    """Llama, Mistral, Qwen2 and Qwen3: the same layers with or without biases, windows and norms of heads."""
+    config, inner = model.config, inner_model(model)
+    layers = []
+    for block in inner.layers:
+        attention, mlp = block.self_attn, block.mlp
+        layers.append(
+            Layer(
+                attention_norm=_rms(block.input_layernorm),
+                qkv=store.fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+                out=store.fuse([attention.o_proj]),
+                mlp_norm=_rms(block.post_attention_layernorm),
+                up=store.fuse([mlp.gate_proj, mlp.up_proj]),
+                down=store.fuse([mlp.down_proj]),
+                q_norm=attention.q_norm.weight.data if hasattr(attention, "q_norm") else None,
+                k_norm=attention.k_norm.weight.data if hasattr(attention, "k_norm") else None,
+                window=_window(config, attention),
+            )
+        )
+    first = inner.layers[0].self_attn
+    shape = Shape(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=first.head_dim,
+        scale=first.scaling,
+        qk_norm_eps=config.rms_norm_eps,
+    )
+    return shape, layers, _rms(inner.norm)
+
+
+def _window(config: Any, attention: Any) -> int | None:
+    """Qwen's attention knows its own; Mistral's looks into the config; Llama has none."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return config.sliding_window if language_model_type(config.to_dict()) == "mistral" else None
+
+
+def _rms(norm: Any) -> Norm:
+    return Norm(norm.weight.data, None, norm.variance_epsilon)
+
+
+def _read_mpt(model: Any, store: _Storage) -> tuple[Shape, list[Layer], Norm]:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    config, inner = model.config, inner_model(model)
+    layers = [
+        Layer(
+            attention_norm=_layer_norm(block.norm_1),
+            qkv=store.fuse([block.attn.Wqkv]),
+            out=store.fuse([block.attn.out_proj]),
+            mlp_norm=_layer_norm(block.norm_2),
+            up=store.fuse([block.ffn.up_proj]),
+            down=store.fuse([block.ffn.down_proj]),
+        )
+        for block in inner.blocks
+    ]
+    first = inner.blocks[0].attn
+    # Of two positions' biases, -slope and 0, only the first tells the slope.
+    slopes = -build_mpt_alibi_tensor(config.n_heads, 2, device=inner.wte.weight.device)[:, 0, 0]
+    shape = Shape(
+        num_heads=config.n_heads,
+        num_kv_heads=config.n_heads,
+        head_dim=first.head_dim,
+        scale=first.softmax_scale,
+        gated=False,
+        rms=False,
+        qkv_limit=first.clip_qkv,
+        alibi=slopes.float().contiguous(),
+    )
+    return shape, layers, _layer_norm(inner.norm_f)
+
+
+def _layer_norm(norm: Any) -> Norm:
+    return Norm(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps)
+
+
+READERS: dict[str, Callable[[Any, _Storage], tuple[Shape, list[Layer], Norm]]] = {
+    "llama": _read_llama,
+    "mistral": _read_llama,
+    "qwen2": _read_llama,
+    "qwen3": _read_llama,
+    "mpt": _read_mpt,
+}

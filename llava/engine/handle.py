@@ -1,0 +1,114 @@
+"""A request that was handed in, on the side of whoever waits for it: in a thread, or in an event loop.
+
+In: chunks and the end, put by the engine's thread. Out: an iterator of `Chunk` (`for` or `async for`), and the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from llava.engine.request import Chunk
+
+
+class RequestHandle:
+    """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._abort = abort
+        self._changed = threading.Condition()
+        self._chunks: deque[Chunk] = deque()
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._done = False
+        self._wake: Callable[[], object] | None = None  # an event loop's reader that waits
+
+    def abort(self) -> None:
+        """Stop within a step. What has come stays; completions not finished end as "cancelled"."""
+        self._abort(self.request_id)
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The finished request's `Result` (or `Score`); raises what went wrong, or TimeoutError."""
+        with self._changed:
+            # In pieces, which let Ctrl-C through on systems where a waiting lock does not.
+            while timeout is None and not self._done:
+                self._changed.wait(1.0)
+            if not self._changed.wait_for(lambda: self._done, timeout):
+                raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    async def wait(self) -> Any:
+        """`result()` for an event loop."""
+        async for _ in self:
+            pass
+        return self.result()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            with self._changed:
+                while not self._chunks and not self._done:
+                    self._changed.wait(1.0)
+                chunk = self._next()
+            if chunk is None:
+                return
+            yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        while True:
+            with self._changed:
+                ready = bool(self._chunks) or self._done
+                chunk = self._next() if ready else None
+                self._wake = None if ready else lambda: loop.call_soon_threadsafe(event.set)
+            if not ready:
+                await event.wait()
+                event.clear()
+            elif chunk is None:
+                return
+            else:
+                yield chunk
+
+    def _next(self) -> Chunk | None:
+        """The next chunk; None at the end, or the error that ended it."""
+        if self._chunks:
+            return self._chunks.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    # The engine's side.
+
+    def put(self, chunk: Chunk) -> None:
+        with self._changed:
+            self._chunks.append(chunk)
+            self._notify()
+
+    def finish(self, result: Any) -> None:
+        self._end(result, None)
+
+    def fail(self, error: BaseException) -> None:
+        self._end(None, error)
+
+    def _end(self, result: Any, error: BaseException | None) -> None:
+        with self._changed:
+            if not self._done:
+                self._result, self._error, self._done = result, error, True
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._wake is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._wake()
+            self._wake = None

@@ -1,0 +1,135 @@
+"""A request's conversation and pictures, made into the prompt that the engine computes.
+
+In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its pictures, known by their content. This
+runs in the thread of whoever asks. Pictures leave it as bytes, a quarter of the size of normalised pixels; normalising is
+a look-up on the device. Pixels are made only for a picture whose features are not known yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.engine.request import Request, ScoreRequest
+from llava.engine.sequence import Prompt
+from llava.errors import InputError
+from llava.generation import check_marks
+from llava.image_io import to_rgb
+from llava.processor import Processor
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from llava.geometry import ImageLayout
+
+
+class PromptImage:
+    """A picture in a prompt, its features at positions `start` to `stop`.
+
+    `key` names content and layout: the same key, the same features. A layout follows from size and model, so the size
+    stands for it.
+    """
+
+    def __init__(
+        self, rgb: Image.Image, layout: ImageLayout, start: int, to_pixels: Callable[[list[Any]], list[Tensor]]
+    ) -> None:
+        content = hashlib.blake2b(repr(rgb.size).encode(), digest_size=32)
+        content.update(rgb.tobytes())
+        self.key = content.digest()
+        self.size = rgb.size
+        self.start = start
+        self.num_features = layout.num_features
+        self._rgb = rgb
+        self._to_pixels = to_pixels
+        self._pixels: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_features
+
+    def pixels(self) -> Tensor:
+        """Tiles (n, 3, side, side) of uint8, as they were before normalising."""
+        if self._pixels is None:
+            pixels = self._to_pixels([self._rgb])[0]
+            self._pixels = pixels[None] if pixels.dim() == 3 else pixels
+        return self._pixels
+
+
+class PromptBuilder:
+    """Makes prompts for one model. `knows` tells whether an image's features are at hand."""
+
+    def __init__(self, processor: Processor, *, vocab_size: int, knows: Callable[[bytes], bool]) -> None:
+        self._vocab_size = vocab_size
+        self._knows = knows
+        self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
+        self._processor = processor
+        if processor.image_processor is not None:
+            as_bytes = replace(processor.image_processor, do_rescale=False, do_normalize=False)
+            self._processor = Processor(processor.tokenizer, as_bytes, processor.config, policy=processor.policy)
+
+    def __call__(self, request: Request | ScoreRequest) -> Prompt:
+        if request.images and self._processor.image_processor is None:
+            raise InputError("this model has no vision tower, so it cannot look at images")
+        ids = self._encode(request.prompt, len(request.images))
+        rgb = [to_rgb(image) for image in request.images]
+        layouts = self._processor.plan([image.size for image in rgb])
+        spread: list[int] = []
+        images: list[PromptImage] = []
+        for token in ids:
+            if token == IMAGE_TOKEN_INDEX:
+                index = len(images)
+                images.append(PromptImage(rgb[index], layouts[index], len(spread), self._processor.pixels))
+                spread.extend(range(-1, -1 - layouts[index].num_features, -1))
+            else:
+                spread.append(token)
+        for image in images:
+            if not self._knows(image.key):
+                image.pixels()
+        return Prompt(spread, tuple(images))
+
+    def with_continuation(self, request: ScoreRequest) -> tuple[Prompt, list[int]]:
+        """A prompt, and the ids that continue it."""
+        prompt = self(request)
+        if not isinstance(request.continuation, str):
+            ids = self._checked([int(token) for token in request.continuation])
+        else:
+            ids = self._encode_continuation(request)
+        if not ids:
+            raise InputError("the continuation is empty; give at least one token to score")
+        return prompt, ids
+
+    def _encode_continuation(self, request: ScoreRequest) -> list[int]:
+        text = request.prompt.get_prompt() if isinstance(request.prompt, Conversation) else request.prompt
+        if isinstance(text, str):
+            before = self._encode(text, len(request.images))
+            together = self._encode(text + str(request.continuation), len(request.images))
+            if together[: len(before)] == before:
+                return together[len(before) :]
+        with self._lock:
+            return list(self._processor.tokenizer(request.continuation, add_special_tokens=False)["input_ids"])
+
+    def _encode(self, prompt: Conversation | str | Sequence[int], num_images: int) -> list[int]:
+        if isinstance(prompt, (Conversation, str)):
+            with self._lock:
+                ids, _ = self._processor.encode(prompt, num_images)
+        else:
+            ids = self._checked([int(token) for token in prompt], marks=True)
+            check_marks(ids.count(IMAGE_TOKEN_INDEX), num_images)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ids
+
+    def _checked(self, ids: list[int], *, marks: bool = False) -> list[int]:
+        wrong = [t for t in ids if not 0 <= t < self._vocab_size and not (marks and t == IMAGE_TOKEN_INDEX)]
+        if wrong:
+            raise InputError(
+                f"token id {wrong[0]} is not one of this model's, which are 0 to {self._vocab_size - 1}"
+                + (f", or {IMAGE_TOKEN_INDEX} for an image" if marks else "")
+            )
+        return ids

@@ -1,0 +1,301 @@
+"""Computes a step: builds its tensors, runs the language model over them, has tokens chosen.
+
+In: a `Step` of the scheduler. Out: `Launched`, work on its way; `collect` waits for it and reads the tokens. On a GPU the
+next step is launched before the last one is collected: the newest token of each running sequence stays on the device, in
+the sequence's row, where the next step finds it. Image features come from the model's own tower, projector and merge, and
+enter by the one splice.
+
+    T tokens of a step, S sequences, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.engine.decoder import Decoder
+from llava.engine.feature_cache import FeatureCache
+from llava.engine.prompt import PromptImage
+from llava.engine.request import TokenLogprob
+from llava.engine.sampler import Chosen, Sampler
+from llava.engine.scheduler import Step, Work
+from llava.engine.sequence import Sequence
+from llava.engine.step_arrays import StepArrays
+from llava.model.splice import splice
+
+SCORED_ROWS = 256  # logits in float32 that exist at once when a continuation is scored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave one sequence: tokens chosen, or what was asked about a continuation's tokens."""
+
+    work: Work
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    scores: tuple[
+        tuple[float, bool], ...
+    ] = ()  # of each given token: its log probability, and whether it is the likeliest
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one launch: those of `work` begin at `firsts`, in `chosen`."""
+
+    work: list[Work]
+    firsts: list[int]
+    chosen: Chosen
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Work under way. Its tensors are on the host, or on their way there until `arrived` has happened."""
+
+    step: Step
+    parts: list[_Part]
+    scores: list[tuple[Work, Tensor, Tensor]]
+    arrived: torch.cuda.Event | None
+
+
+class Runner:
+    def __init__(
+        self,
+        model: Any,
+        decoder: Decoder,
+        sampler: Sampler,
+        features: FeatureCache,
+        *,
+        block_size: int,
+        max_running: int,
+        max_blocks: int,
+        pixel_table: np.ndarray | None,
+    ) -> None:
+        self.decoder, self.sampler, self.features = decoder, sampler, features
+        self.device = decoder.device
+        self._model = model
+        self._block_size = block_size
+        self._tables = np.zeros((max_running, max_blocks), dtype=np.int32)
+        self._seated: list[int | None] = [None] * max_running  # who has a row, by serial number
+        self._num_listed = [0] * max_running
+        self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)  # each row's last token
+        self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
+
+    def read_pictures(self, work: Work) -> None:
+        """Make the pixels that this work will need; what is wrong with a picture shows here."""
+        for image in _images_in(work):
+            if image.key not in self.features:
+                image.pixels()
+
+    def launch(self, step: Step) -> Launched:
+        """Begin a step. On a CPU it is over when this returns."""
+        parts: list[_Part] = []
+        scores: list[tuple[Work, Tensor, Tensor]] = []
+        if step.decode:
+            parts.append(self._decode(step.decode))
+        if step.prefill:
+            part, scores = self._prefill(step.prefill)
+            parts.append(part)
+        return self._sent_home(step, parts, scores)
+
+    def collect(self, launched: Launched) -> list[Outcome]:
+        """Wait for a step and read what it gave."""
+        if launched.arrived is not None:
+            launched.arrived.synchronize()
+        outcomes = []
+        for part in launched.parts:
+            chosen = part.chosen
+            tokens = chosen.tokens.tolist()
+            logprobs = _read_logprobs(chosen)
+            for work, first in zip(part.work, part.firsts, strict=True):
+                if work.drafts:
+                    accepted = _accepted(work.drafts, tokens[first : first + 1 + len(work.drafts)])
+                    self.set_newest(work.sequence, accepted[-1])
+                    outcomes.append(Outcome(work, tuple(accepted)))
+                elif work.chooses:
+                    outcomes.append(Outcome(work, (tokens[first],), logprobs.get(first, ())))
+        outcomes += [
+            Outcome(work, scores=tuple(zip(values.tolist(), likeliest.tolist(), strict=True)))
+            for work, values, likeliest in launched.scores
+        ]
+        return outcomes
+
+    def set_newest(self, sequence: Sequence, token: int) -> None:
+        """Put a token that was decided on the host where the next step looks for it."""
+        assert sequence.row is not None
+        self._newest[sequence.row] = token
+
+    # Decoding: one position of each sequence, whose token is on the device.
+
+    def _decode(self, work: list[Work]) -> _Part:
+        arrays = self._arrays(work)
+        step = arrays.sent(self.device)
+        embeds = self._embed(self._newest[step.rows])
+        hidden = self.decoder.hidden_states(embeds, step.plan(1, arrays.max_context))
+        return self._choose(self.decoder.logits(hidden), work, list(range(len(work))))
+
+    # Prompts: any number of positions, whose tokens and pictures are known here.
+
+    def _prefill(self, work: list[Work]) -> tuple[_Part, list[tuple[Work, Tensor, Tensor]]]:
+        arrays = self._arrays(work)
+        plan = arrays.sent(self.device).plan(max(item.count for item in work), arrays.max_context)
+        hidden = self.decoder.hidden_states(self._prompt_embeds(work), plan)
+        # The hidden states from which tokens are chosen: the last one of each that chooses, and those of its guesses.
+        chooses: list[Work] = []
+        firsts: list[int] = []
+        index: list[int] = []
+        end = 0
+        for item in work:
+            end += item.count
+            if item.chooses:
+                chooses.append(item)
+                firsts.append(len(index))
+                index += range(end - 1 - len(item.drafts), end)
+        logits = self.decoder.logits(hidden[index])
+        part = self._choose(logits, chooses, firsts) if chooses else _Part([], [], Chosen(logits[:, 0].long()))
+        return part, self._scores(work, hidden)
+
+    def _prompt_embeds(self, work: list[Work]) -> Tensor:
+        """Embeddings (T, D) of text and pictures, by the splice that training and `generate` use."""
+        ids: list[int] = []
+        slices: list[Tensor] = []
+        features = self._features([image for item in work for image in _images_in(item)])
+        for item in work:
+            tokens = [*item.sequence.ids[item.start : item.stop - len(item.drafts)], *item.drafts]
+            at = item.start
+            for image in _images_in(item):
+                ids += [*tokens[at - item.start : max(image.start - item.start, 0)], IMAGE_TOKEN_INDEX]
+                slices.append(features[image.key][max(item.start - image.start, 0) : item.stop - image.start])
+                at = min(image.stop, item.stop)
+            ids += tokens[at - item.start :]
+        # The ids stay on the host: where everything goes is worked out there, while the device is busy.
+        row = torch.tensor([ids])
+        return splice(row, torch.ones_like(row, dtype=torch.bool), slices, self._embed).embeds
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.decoder.embedding[ids.to(self.device)]
+
+    def _features(self, images: Items[PromptImage]) -> dict[bytes, Tensor]:
+        """Features of images by their keys: those that are at hand, and the others computed together."""
+        found = {image.key: self.features.get(image.key) for image in images}
+        missing = list({image.key: image for image in images if found[image.key] is None}.values())
+        if missing:
+            pixels = [self._normalised(image.pixels()) for image in missing]
+            made = self._model.image_features(pixels, [image.size for image in missing])
+            for image, features in zip(missing, made, strict=True):
+                found[image.key] = features
+                # A copy of its own: a slice would keep the whole batch alive.
+                self.features.put(image.key, features.clone())
+        return {key: features for key, features in found.items() if features is not None}
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes (n, 3, H, W) to what the image processor makes of them, looked up in its table (3, 256)."""
+        assert self._pixel_table is not None
+        levels = pixels.to(self.device).int()
+        return torch.stack([table[levels[:, channel]] for channel, table in enumerate(self._pixel_table)], dim=1)
+
+    # Both.
+
+    def _arrays(self, work: list[Work]) -> StepArrays:
+        for item in work:
+            self._list_blocks(item.sequence)
+        return StepArrays.of(work, self._tables, self._block_size, pinned=self.device.type == "cuda")
+
+    def _list_blocks(self, sequence: Sequence) -> None:
+        """Bring what is noted of a row up to date: who has it, and the list of its blocks."""
+        row, blocks = sequence.row, sequence.blocks
+        assert row is not None
+        if self._seated[row] != sequence.serial or self._num_listed[row] > len(blocks):
+            self._seated[row], self._num_listed[row] = sequence.serial, 0
+            if sequence.choice is not None:
+                self.sampler.seat(sequence)
+        listed = self._num_listed[row]
+        if listed < len(blocks):
+            self._tables[row, listed : len(blocks)] = blocks[listed:]
+            self._num_listed[row] = len(blocks)
+
+    def _choose(self, logits: Tensor, work: list[Work], firsts: list[int]) -> _Part:
+        rows: list[int] = []
+        num_new: list[int] = []
+        for item in work:
+            assert item.sequence.row is not None
+            before = item.stop - len(item.drafts) - item.sequence.num_prompt
+            rows += [item.sequence.row] * (1 + len(item.drafts))
+            num_new += range(before, before + 1 + len(item.drafts))
+        chosen = self.sampler.choose(logits, rows, num_new)
+        single = [at for at, item in zip(firsts, work, strict=True) if not item.drafts]
+        if single:
+            tokens = chosen.tokens if len(single) == len(chosen.tokens) else chosen.tokens[single]
+            self._newest[[rows[at] for at in single]] = tokens
+        return _Part(work, firsts, chosen)
+
+    def _scores(self, work: list[Work], hidden: Tensor) -> list[tuple[Work, Tensor, Tensor]]:
+        """Of each token of a continuation that the next position's logits are computed for here."""
+        scores, end = [], 0
+        for item in work:
+            end += item.count
+            sequence = item.sequence
+            first = max(item.start, sequence.num_prompt - 1)
+            if not sequence.is_scored or first >= item.stop:
+                continue
+            targets = torch.tensor(sequence.ids[first + 1 : item.stop + 1], device=self.device)
+            states = hidden[end - (item.stop - first) : end]
+            values, likeliest = [], []
+            for at in range(0, len(targets), SCORED_ROWS):
+                logprobs = self.decoder.logits(states[at : at + SCORED_ROWS]).float().log_softmax(dim=-1)
+                wanted = targets[at : at + SCORED_ROWS]
+                values.append(logprobs.gather(1, wanted[:, None]).squeeze(1))
+                likeliest.append(logprobs.argmax(dim=-1) == wanted)
+            scores.append((item, torch.cat(values), torch.cat(likeliest)))
+        return scores
+
+    def _sent_home(self, step: Step, parts: list[_Part], scores: list[tuple[Work, Tensor, Tensor]]) -> Launched:
+        if self.device.type != "cuda":
+            return Launched(step, parts, scores, None)
+        parts = [_Part(part.work, part.firsts, _to_host(part.chosen)) for part in parts]
+        scores = [(work, _copied(values), _copied(likeliest)) for work, values, likeliest in scores]
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Launched(step, parts, scores, arrived)
+
+
+def _images_in(work: Work) -> list[PromptImage]:
+    """The images that have features among the positions of this work."""
+    return [image for image in work.sequence.images if image.start < work.stop and image.stop > work.start]
+
+
+def _accepted(drafts: Items[int], chosen: Items[int]) -> list[int]:
+    """The tokens that would have come one by one: right guesses, and the choice after the last of them."""
+    num_right = 0
+    while num_right < len(drafts) and drafts[num_right] == chosen[num_right]:
+        num_right += 1
+    return list(chosen[: num_right + 1])
+
+
+def _read_logprobs(chosen: Chosen) -> dict[int, tuple[TokenLogprob, ...]]:
+    if chosen.logprobs is None or chosen.top_ids is None or chosen.top_logprobs is None:
+        return {}
+    tokens = chosen.tokens.tolist()
+    return {
+        row: (TokenLogprob(tokens[row], own, tuple(zip(ids, values, strict=True))),)
+        for row, own, ids, values in zip(
+            chosen.asked, chosen.logprobs.tolist(), chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True
+        )
+    }
+
+
+def _to_host(chosen: Chosen) -> Chosen:
+    tensors = (chosen.tokens, chosen.logprobs, chosen.top_ids, chosen.top_logprobs)
+    tokens, *others = [None if tensor is None else _copied(tensor) for tensor in tensors]
+    assert tokens is not None
+    return Chosen(tokens, chosen.asked, *others)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On its way to the host; there when the step's event has happened."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
