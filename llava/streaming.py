@@ -45,6 +45,7 @@ class AnswerReader:
         self.token_ids: list[int] = []
         self.text = ""
         self.stopped = False
+        self._is_cut = False  # by a stop string, rather than ended by a token
 
     @property
     def has_stop_strings(self) -> bool:
@@ -68,7 +69,7 @@ class AnswerReader:
 
     def finish(self) -> str:
         """The last of the text: what was held back and turned out to be no stop string."""
-        piece = self._let_through(self._decoder.finish()) if not self.stopped or self._held else ""
+        piece = "" if self._is_cut else self._let_through(self._decoder.finish())
         rest, self._held = self._trimmed(self._held), ""
         self.text += rest
         return piece + rest
@@ -78,7 +79,7 @@ class AnswerReader:
         stop = self._stop if len(self.token_ids) > self._min_tokens else []
         ends = [place for word in stop if (place := self._held.find(word)) >= 0]
         if ends:
-            self.stopped = True
+            self.stopped = self._is_cut = True
             ready, self._held = self._trimmed(self._held[: min(ends)]), ""
         else:
             keep = max((overlap(self._held, word) for word in stop), default=0)

@@ -10,10 +10,12 @@ What a layer computes is in kernels/; which model is which is the table at the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,11 +99,14 @@ class Decoder:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         size = (num_blocks, block_size, self.shape.num_kv_heads, self.shape.head_dim)
+        self.caches = [(self._zeros(size), self._zeros(size)) for _ in self.layers]
 
-        def cache() -> Tensor:
-            return torch.empty(size, dtype=self.dtype, device=self.device)
-
-        self.caches = [(cache(), cache()) for _ in self.layers]
+    def _zeros(self, size: tuple[int, ...]) -> Tensor:
+        """Zeros, since kernels may read beyond what was written. numpy's take no memory before they are touched."""
+        if self.device.type != "cpu":
+            return torch.zeros(size, dtype=self.dtype, device=self.device)
+        num_bytes = math.prod(size) * self.dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.dtype).view(size)
 
     def hidden_states(self, embeds: Tensor, plan: AttentionPlan) -> Tensor:
         """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D)."""
@@ -185,8 +190,8 @@ class _Storage:
         parameters = [module.weight for module in modules]
         if self.kind is not None and (tied_to is None or parameters[0] is not tied_to):
             weight: Weight = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
-            for parameter in parameters:
-                parameter.data = torch.empty_like(parameter.data, device="meta")
+            for module, parameter in zip(modules, parameters, strict=True):
+                module.weight = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         elif len(parameters) == 1:
             weight = parameters[0].data
         else:

@@ -81,7 +81,7 @@ class Runner:
         self._model = model
         self._block_size = block_size
         self._tables = np.zeros((max_running, max_blocks), dtype=np.int32)
-        self._seated: list[int | None] = [None] * max_running  # who has a row, by serial number
+        self._placed = [-1] * max_running  # who has a row, by number of placement
         self._num_listed = [0] * max_running
         self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)  # each row's last token
         self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
@@ -210,8 +210,8 @@ class Runner:
         """Bring what is noted of a row up to date: who has it, and the list of its blocks."""
         row, blocks = sequence.row, sequence.blocks
         assert row is not None
-        if self._seated[row] != sequence.serial or self._num_listed[row] > len(blocks):
-            self._seated[row], self._num_listed[row] = sequence.serial, 0
+        if self._placed[row] != sequence.placement:
+            self._placed[row], self._num_listed[row] = sequence.placement, 0
             if sequence.choice is not None:
                 self.sampler.seat(sequence)
         listed = self._num_listed[row]

@@ -43,7 +43,7 @@ class Sequence:
     probabilities of these tokens are asked for.
     """
 
-    _serials = itertools.count()
+    _placements = itertools.count()
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Sequence:
         choice: Any = None,
         continuation: Ids[int] = (),
     ):
-        self.serial = next(self._serials)
         self.owner = owner
         self.index = index
         self.choice = choice
@@ -68,6 +67,7 @@ class Sequence:
         self.num_pending = 0  # tokens being chosen by a step under way
         self.num_cached = 0  # positions that were found when it was admitted first
         self.blocks: list[int] = []
+        self.placement = -1  # a new number whenever it gets blocks and a row
         self.row: int | None = None  # its place among the running ones, where its newest token and counts are kept
         self.has_token_in_row = False
         self.done = False
@@ -114,6 +114,7 @@ class Sequence:
     def place(self, blocks: list[int], num_found: int, row: int) -> None:
         """Begin with these blocks, of which the first hold `num_found` positions already."""
         self.blocks, self.row, self.num_computed = blocks, row, num_found
+        self.placement = next(self._placements)
         self._num_remembered = 0
 
     def displace(self) -> list[int]:
