@@ -2,7 +2,8 @@
 
 In: a transformers language model of this package (Llama, Mistral, Qwen2, Qwen3, MPT). Out: hidden states of packed tokens,
 and logits. Weights are the model's own: projections that read the same input are laid into one tensor, and the model's
-parameters become views of it, so nothing is held twice and the model's own `forward` and `generate` go on working.
+parameters become views of it, so nothing is held twice and the model's own `forward` and `generate` go on working. (Small
+models on a CPU are the exception: their weights are copied into a layout that multiplies faster.)
 What a layer computes is in kernels/; which model is which is the table at the end.
 
     T tokens of a step, D width, H query heads, K key/value heads, d head width, I inner width
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from llava.engine.errors import UnsupportedModelError
 from llava.engine.kernels.contract import AttentionPlan, Kernels, Weight
+from llava.engine.kernels.plain import can_pack, packed
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
 
+PACKED_BYTES = 2**30  # weights of small models on a CPU are copied into a faster layout; large ones are not held twice
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # one table of angles serves every length
 
 
@@ -79,7 +82,7 @@ class Decoder:
         self.kernels = kernels
         self.embedding: Tensor = model.get_input_embeddings().weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        store = _Storage(weights)
+        store = _Storage(weights, packs=can_pack(self.device, self.dtype) and _projection_bytes(model) <= PACKED_BYTES)
         self.shape, self.layers, self.final_norm = read(model, store)
         self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
         self.cos, self.sin = _angles(model, max_positions, self.dtype)
@@ -95,7 +98,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         """What a decoding step of one sequence must read of the weights."""
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
-        return sum(linear.weight.nbytes for linear in [*linears, self.head])
+        return sum(_nbytes(linear.weight) for linear in [*linears, self.head])
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         size = (num_blocks, block_size, self.shape.num_kv_heads, self.shape.head_dim)
@@ -170,6 +173,10 @@ def inner_model(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
+def _projection_bytes(model: Any) -> int:
+    return sum(module.weight.nbytes for module in _projections(model))
+
+
 def _projections(model: Any) -> Iterable[nn.Module]:
     """The modules that multiply by a weight in the language model's layers, and the output layer."""
     for name, module in inner_model(model).named_modules():
@@ -179,10 +186,11 @@ def _projections(model: Any) -> Iterable[nn.Module]:
 
 
 class _Storage:
-    """Lays weights side by side. `kind` rounds them; the model's own weights are then given up."""
+    """Lays weights side by side. `kind` rounds them; the model's own weights are then given up. `packs` copies them."""
 
-    def __init__(self, kind: str | None) -> None:
+    def __init__(self, kind: str | None, *, packs: bool) -> None:
         self.kind = kind
+        self.packs = packs
 
     @torch.no_grad()
     def fuse(self, modules: Sequence[Any], *, tied_to: Tensor | None = None) -> Linear:
@@ -192,6 +200,8 @@ class _Storage:
             weight: Weight = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
             for module, parameter in zip(modules, parameters, strict=True):
                 module.weight = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        elif self.packs:
+            weight = packed(torch.cat([parameter.data for parameter in parameters]))
         elif len(parameters) == 1:
             weight = parameters[0].data
         else:
@@ -199,6 +209,11 @@ class _Storage:
             for parameter, part in zip(parameters, weight.split([len(p) for p in parameters]), strict=True):
                 parameter.data = part
         return Linear(weight, _joined_bias(modules))
+
+
+def _nbytes(weight: Weight) -> int:
+    packed_tensor = isinstance(weight, Tensor) and weight.is_mkldnn  # which does not know its bytes
+    return weight.numel() * weight.element_size() if packed_tensor else weight.nbytes  # type: ignore[union-attr]
 
 
 def _joined(parts: list[QuantizedWeight]) -> QuantizedWeight:

@@ -204,7 +204,7 @@ class Engine:
         params = request.sampling
         self._check(params)
         prompt = self._build_prompt(request)
-        room = self._room(prompt, params.max_new_tokens)
+        handle = self._handle(request.request_id, prompt, params.max_new_tokens)
         ends, stop = self._ends_of(request)
         readers = [
             AnswerReader(
@@ -213,11 +213,11 @@ class Engine:
             )
             for _ in range(params.n)
         ]  # fmt: skip
-        job = AnswerJob(self._handle(request.request_id), prompt, readers, params, streamed=streamed)
+        job = AnswerJob(handle, prompt, readers, params, streamed=streamed)
         job.sequences = [
             Completion(
                 prompt,
-                max_total=len(prompt.ids) + room,
+                max_total=len(prompt.ids) + handle.max_new_tokens,
                 owner=job,
                 index=index,
                 choice=Choice(params, index, frozenset(readers[0].end_ids), self._make_grammar(params)),
@@ -228,8 +228,13 @@ class Engine:
 
     def _submit_score(self, request: ScoreRequest) -> RequestHandle:
         prompt, continuation = self._build_prompt.with_continuation(request)
-        self._room(prompt, len(continuation), all_of_it=True)
-        job = ScoreJob(self._handle(None), prompt)
+        handle = self._handle(None, prompt, len(continuation))
+        if handle.max_new_tokens < len(continuation):
+            raise InputError(
+                f"a prompt of {handle.size.total} tokens and a continuation of {len(continuation)} do not fit a context of "
+                f"{self._limit}"
+            )
+        job = ScoreJob(handle, prompt)
         total = len(prompt.ids) + len(continuation)
         job.sequences = [Completion(prompt, max_total=total, owner=job, continuation=continuation)]
         return self._hand_in(job, wait=True)
@@ -238,9 +243,10 @@ class Engine:
         self._loop.add(job, wait=wait)
         return job.handle
 
-    def _handle(self, name: str | None) -> RequestHandle:
+    def _handle(self, name: str | None, prompt: Prompt, wanted: int) -> RequestHandle:
+        size = PromptSize(prompt.num_text_tokens, prompt.num_image_tokens)
         # The handle keeps this engine alive until it is forgotten itself.
-        return RequestHandle(name or f"request-{next(self._names)}", self.abort)
+        return RequestHandle(name or f"request-{next(self._names)}", self.abort, size, size.room(self._limit, wanted))
 
     def _results(self, handles: list[RequestHandle]) -> list[Any]:
         try:
@@ -265,16 +271,6 @@ class Engine:
             if isinstance(request.prompt, Conversation):
                 stop.append(answer_end(request.prompt))
         return ends, stop
-
-    def _room(self, prompt: Prompt, wanted: int, *, all_of_it: bool = False) -> int:
-        """How many of `wanted` tokens fit after a prompt."""
-        size = PromptSize(prompt.num_text_tokens, prompt.num_image_tokens)
-        room = size.room(self._limit, wanted)
-        if all_of_it and room < wanted:
-            raise InputError(
-                f"a prompt of {size.total} tokens and a continuation of {wanted} do not fit a context of {self._limit}"
-            )
-        return room
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -13,13 +13,16 @@ from contextlib import suppress
 from typing import Any
 
 from llava.engine.request import Chunk
+from llava.generation import PromptSize
 
 
 class RequestHandle:
     """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not."""
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], size: PromptSize, max_new_tokens: int) -> None:
         self.request_id = request_id
+        self.size = size  # of the prompt
+        self.max_new_tokens = max_new_tokens  # of each completion, after what the context has room for
         self._abort = abort
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
@@ -38,15 +41,19 @@ class RequestHandle:
 
     def result(self, timeout: float | None = None) -> Any:
         """The finished request's `Result` (or `Score`); raises what went wrong, or TimeoutError."""
+        if not self.wait_until_done(timeout):
+            raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def wait_until_done(self, timeout: float | None = None) -> bool:
+        """Wait for the end, whatever it is; False where the time is over first."""
         with self._changed:
             # In pieces, which let Ctrl-C through on systems where a waiting lock does not.
             while timeout is None and not self._done:
                 self._changed.wait(1.0)
-            if not self._changed.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
-        if self._error is not None:
-            raise self._error
-        return self._result
+            return self._changed.wait_for(lambda: self._done, timeout)
 
     async def wait(self) -> Any:
         """`result()` for an event loop."""

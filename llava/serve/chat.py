@@ -1,7 +1,7 @@
 """`llava chat`: ask a model about pictures, once or in a conversation.
 
 In: pictures, a question or typed lines, flags. Out: answers on stdout as they are written, everything else on stderr. The
-conversation itself is session.py; what a terminal needs is terminal.py; the way to the model is generation.py.
+conversation itself is session.py; what a terminal needs is terminal.py; the way to the model is engine/.
 """
 
 from __future__ import annotations

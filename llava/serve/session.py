@@ -1,14 +1,18 @@
 """A conversation with a model as `llava chat` holds it: what was asked, shown and answered so far.
 
 In: a loaded model, questions and pictures. Out: streams of answers, and the conversation as JSON that can be read back.
-How it is typed and shown is in chat.py and terminal.py; the prompt is rendered by conversation.py and processor.py.
+An engine answers, so that a follow-up pays for its new words only; where it has no arithmetic for a model, and for beams,
+`model.generate` does. How it is typed and shown is in chat.py and terminal.py; the prompt is rendered by conversation.py
+and processor.py.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +25,11 @@ from llava.image_io import DEFAULT_LIMITS, ImageLimits, load_image
 if TYPE_CHECKING:
     from PIL import Image
 
+    from llava.engine.answer_stream import EngineStream
+    from llava.engine.engine import Engine
     from llava.model.builder import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "llava-conversation-1"
 
@@ -52,7 +60,7 @@ class Exchange:
 class Asked:
     """A question on its way: its stream, its prompt, and how much of the context that takes."""
 
-    stream: AnswerStream
+    stream: AnswerStream | EngineStream
     prompt: str
     size: PromptSize
     num_new_tokens: int  # at most, after what the context has room for
@@ -103,7 +111,21 @@ class Session:
         """Start answering. The question and the waiting pictures become history with `record`."""
         conversation = self.conversation(question)
         pictures = [picture for exchange in self.exchanges for picture in exchange.pictures] + list(self.waiting)
-        inputs = self._processor(conversation, [picture.image for picture in pictures])
+        images = [picture.image for picture in pictures]
+        engine = self._engine if self._sampling.num_beams == 1 else None
+        return (
+            self._ask_model(conversation, images) if engine is None else self._ask_engine(engine, conversation, images)
+        )
+
+    def _ask_engine(self, engine: Engine, conversation: Conversation, images: list[Image.Image]) -> Asked:
+        from llava.engine.answer_stream import EngineStream, sampling_params
+        from llava.engine.request import Request
+
+        stream = EngineStream(engine, Request(conversation, images, sampling_params(self._sampling)))
+        return Asked(stream, conversation.get_prompt(), stream.size, stream.max_new_tokens)
+
+    def _ask_model(self, conversation: Conversation, images: list[Image.Image]) -> Asked:
+        inputs = self._processor(conversation, images)
         num_image_tokens = inputs.num_image_tokens
         size = PromptSize(inputs.num_tokens - num_image_tokens, num_image_tokens)
         sampling = self._sampling.fitted(size, self._loaded.context_len)
@@ -117,6 +139,17 @@ class Session:
             stop=[answer_end(conversation)],
         )
         return Asked(stream, conversation.get_prompt(), size, sampling.max_new_tokens)
+
+    @cached_property
+    def _engine(self) -> Engine | None:
+        """One for the whole conversation, made at its first question; None where it cannot run the model."""
+        from llava.engine.engine import Engine, EngineConfig, obstacle
+
+        reason = obstacle(self._loaded.model)
+        if reason is not None:
+            logger.info("answering by model.generate: %s", reason)
+            return None
+        return Engine.from_loaded(self._loaded, EngineConfig(max_running=1))
 
     def record(self, question: str, answer: Answer) -> None:
         """Keep an answered question, a broken off one too. Without any answer it leaves no trace, and its pictures wait."""

@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.generation import Answer, AnswerStream
+
+if TYPE_CHECKING:
+    from llava.engine.answer_stream import EngineStream
 
 BOLD, DIM, RED, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
 
@@ -71,7 +74,7 @@ class Terminal:
         return f"{colour}{text}{PLAIN}" if self.colours and sys.stderr.isatty() else text
 
 
-def show(stream: AnswerStream, write: Callable[[str], None]) -> Answer:
+def show(stream: AnswerStream | EngineStream, write: Callable[[str], None]) -> Answer:
     """Write an answer as it comes. Ctrl-C ends the answer, after the token being computed, and not the program."""
     with stream:
         try:
