@@ -115,6 +115,10 @@ class Engine:
             max_blocks=-(-self._limit // config.block_size),
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
         )
+        if on_gpu and config.graphs:
+            tower = model.get_vision_tower() if processor.image_processor is not None else None
+            with torch.inference_mode():
+                runner.record_graphs(None if tower is None else (3, tower.tile_size, tower.tile_size))
         scheduler = Scheduler(
             self._pool,
             block_size=config.block_size,

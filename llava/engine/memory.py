@@ -12,7 +12,7 @@ from llava.errors import InputError
 
 HOST_SHARE = 0.25  # of the memory that is free on a CPU machine
 UNKNOWN_HOST_MEMORY = 4 * 2**30  # where a system does not tell what is free
-WORKSPACE = 1 * 2**30  # libraries' own buffers, recorded graphs, fragments
+WORKSPACE = 2 * 2**30  # libraries' own buffers, recorded graphs, fragments
 
 
 def num_blocks_for(

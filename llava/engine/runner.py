@@ -10,9 +10,10 @@ enter by the one splice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from llava.engine.request import TokenLogprob
 from llava.engine.sampler import Chosen, Sampler
 from llava.engine.scheduler import Step, Work
 from llava.engine.sequence import Sequence
-from llava.engine.step_arrays import StepArrays
+from llava.engine.step_arrays import StepArrays, sent
 from llava.model.splice import splice
+
+if TYPE_CHECKING:
+    from llava.engine.graphs import StepGraphs
 
 SCORED_ROWS = 256  # logits in float32 that exist at once when a continuation is scored
 
@@ -50,7 +54,7 @@ class _Part:
 
     work: list[Work]
     firsts: list[int]
-    chosen: Chosen
+    chosen: Chosen | None
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,26 @@ class Runner:
         self.device = decoder.device
         self._model = model
         self._block_size = block_size
-        self._tables = np.zeros((max_running, max_blocks), dtype=np.int32)
+        self._max_context = max_blocks * block_size
+        # A width that 16 divides: kernels are compiled for what divides it.
+        self._tables = np.zeros((max_running, -(-max_blocks // 16) * 16), dtype=np.int32)
         self._placed = [-1] * max_running  # who has a row, by number of placement
         self._num_listed = [0] * max_running
         self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)  # each row's last token
+        self._graphs: StepGraphs | None = None
+        self._encode: Callable[[Tensor], Tensor] | None = None
         self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
+
+    def record_graphs(self, tile: tuple[int, ...] | None) -> None:
+        """Record steps and the vision tower as CUDA graphs; `tile` is the shape of a tile's pixels, if there is a tower."""
+        from llava.engine.graphs import StepGraphs, TowerGraphs
+
+        max_running, num_table = self._tables.shape
+        self._graphs = StepGraphs(
+            self.decoder, self._newest, max_running=max_running, num_table=num_table, max_context=self._max_context
+        )
+        if tile is not None:
+            self._encode = TowerGraphs(self._model.encode_images, tile, self._model.get_vision_tower())
 
     def read_pictures(self, work: Work) -> None:
         """Make the pixels that this work will need; what is wrong with a picture shows here."""
@@ -110,6 +129,8 @@ class Runner:
         outcomes = []
         for part in launched.parts:
             chosen = part.chosen
+            if chosen is None:
+                continue
             tokens = chosen.tokens.tolist()
             logprobs = _read_logprobs(chosen)
             for work, first in zip(part.work, part.firsts, strict=True):
@@ -133,18 +154,30 @@ class Runner:
     # Decoding: one position of each sequence, whose token is on the device.
 
     def _decode(self, work: list[Work]) -> _Part:
-        arrays = self._arrays(work)
-        step = arrays.sent(self.device)
-        embeds = self._embed(self._newest[step.rows])
-        hidden = self.decoder.hidden_states(embeds, step.plan(1, arrays.max_context))
-        return self._choose(self.decoder.logits(hidden), work, list(range(len(work))))
+        size = self._graphs.decode_size(len(work)) if self._graphs else None
+        arrays = self._arrays(work, size)
+        if self._graphs and size:
+            logits, rows = self._graphs.decode(arrays)
+            logits, rows = logits[: len(work)], rows[: len(work)]
+        else:
+            step = arrays.sent(self.device)
+            rows = step.rows
+            embeds = self.decoder.embedding[self._newest[rows]]
+            logits = self.decoder.logits(self.decoder.hidden_states(embeds, step.plan(1, self._reach(arrays))))
+        return self._choose(logits, work, list(range(len(work))), rows)
 
     # Prompts: any number of positions, whose tokens and pictures are known here.
 
     def _prefill(self, work: list[Work]) -> tuple[_Part, list[tuple[Work, Tensor, Tensor]]]:
-        arrays = self._arrays(work)
-        plan = arrays.sent(self.device).plan(max(item.count for item in work), arrays.max_context)
-        hidden = self.decoder.hidden_states(self._prompt_embeds(work), plan)
+        num_tokens = sum(item.count for item in work)
+        size = self._graphs.prompt_size(num_tokens, len(work)) if self._graphs else None
+        arrays = self._arrays(work, size)
+        embeds = self._prompt_embeds(work)
+        if self._graphs and size:
+            hidden = self._graphs.prompt(arrays, embeds)
+        else:
+            plan = arrays.sent(self.device).plan(max(item.count for item in work), self._reach(arrays))
+            hidden = self.decoder.hidden_states(embeds, plan)
         # The hidden states from which tokens are chosen: the last one of each that chooses, and those of its guesses.
         chooses: list[Work] = []
         firsts: list[int] = []
@@ -156,9 +189,12 @@ class Runner:
                 chooses.append(item)
                 firsts.append(len(index))
                 index += range(end - 1 - len(item.drafts), end)
-        logits = self.decoder.logits(hidden[index])
-        part = self._choose(logits, chooses, firsts) if chooses else _Part([], [], Chosen(logits[:, 0].long()))
-        return part, self._scores(work, hidden)
+        scores = self._scores(work, hidden)
+        if not chooses:
+            return _Part([], [], None), scores
+        rows = sent([_row_of(item) for item in chooses], self.device)
+        logits = self.decoder.logits(hidden[sent(index, self.device)])
+        return self._choose(logits, chooses, firsts, rows), scores
 
     def _prompt_embeds(self, work: list[Work]) -> Tensor:
         """Embeddings (T, D) of text and pictures, by the splice that training and `generate` use."""
@@ -178,7 +214,7 @@ class Runner:
         return splice(row, torch.ones_like(row, dtype=torch.bool), slices, self._embed).embeds
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.decoder.embedding[ids.to(self.device)]
+        return self.decoder.embedding[sent(ids.numpy(), self.device)]
 
     def _features(self, images: Items[PromptImage]) -> dict[bytes, Tensor]:
         """Features of images by their keys: those that are at hand, and the others computed together."""
@@ -186,7 +222,7 @@ class Runner:
         missing = list({image.key: image for image in images if found[image.key] is None}.values())
         if missing:
             pixels = [self._normalised(image.pixels()) for image in missing]
-            made = self._model.image_features(pixels, [image.size for image in missing])
+            made = self._model.image_features(pixels, [image.size for image in missing], encode=self._encode)
             for image, features in zip(missing, made, strict=True):
                 found[image.key] = features
                 # A copy of its own: a slice would keep the whole batch alive.
@@ -196,15 +232,22 @@ class Runner:
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Bytes (n, 3, H, W) to what the image processor makes of them, looked up in its table (3, 256)."""
         assert self._pixel_table is not None
-        levels = pixels.to(self.device).int()
+        levels = sent(pixels.numpy(), self.device).int()
         return torch.stack([table[levels[:, channel]] for channel, table in enumerate(self._pixel_table)], dim=1)
 
     # Both.
 
-    def _arrays(self, work: list[Work]) -> StepArrays:
+    def _arrays(self, work: list[Work], size: tuple[int, int, int] | None = None) -> StepArrays:
         for item in work:
             self._list_blocks(item.sequence)
-        return StepArrays.of(work, self._tables, self._block_size, pinned=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        return StepArrays.of(work, self._tables, self._block_size, padded_to=size, whole_tables=on_gpu, pinned=on_gpu)
+
+    def _reach(self, arrays: StepArrays) -> int:
+        """An upper bound for contexts: exact on a CPU, a few different ones on a GPU, where kernels depend on it."""
+        if self.device.type == "cpu":
+            return arrays.max_context
+        return min(1 << (arrays.max_context - 1).bit_length(), self._max_context)
 
     def _list_blocks(self, sequence: Sequence) -> None:
         """Bring what is noted of a row up to date: who has it, and the list of its blocks."""
@@ -219,19 +262,18 @@ class Runner:
             self._tables[row, listed : len(blocks)] = blocks[listed:]
             self._num_listed[row] = len(blocks)
 
-    def _choose(self, logits: Tensor, work: list[Work], firsts: list[int]) -> _Part:
+    def _choose(self, logits: Tensor, work: list[Work], firsts: list[int], rows_there: Tensor) -> _Part:
+        """Tokens for logits whose rows for `work` begin at `firsts`; `rows_there` (len(work),) is on the device."""
         rows: list[int] = []
         num_new: list[int] = []
         for item in work:
-            assert item.sequence.row is not None
             before = item.stop - len(item.drafts) - item.sequence.num_prompt
-            rows += [item.sequence.row] * (1 + len(item.drafts))
+            rows += [_row_of(item)] * (1 + len(item.drafts))
             num_new += range(before, before + 1 + len(item.drafts))
         chosen = self.sampler.choose(logits, rows, num_new)
-        single = [at for at, item in zip(firsts, work, strict=True) if not item.drafts]
-        if single:
-            tokens = chosen.tokens if len(single) == len(chosen.tokens) else chosen.tokens[single]
-            self._newest[[rows[at] for at in single]] = tokens
+        # Of guesses, the first choice is put there; which one is the newest is known when they have been read.
+        tokens = chosen.tokens if len(work) == len(rows) else chosen.tokens[sent(firsts, self.device)]
+        self._newest.index_copy_(0, rows_there, tokens)
         return _Part(work, firsts, chosen)
 
     def _scores(self, work: list[Work], hidden: Tensor) -> list[tuple[Work, Tensor, Tensor]]:
@@ -243,7 +285,7 @@ class Runner:
             first = max(item.start, sequence.num_prompt - 1)
             if not sequence.is_scored or first >= item.stop:
                 continue
-            targets = torch.tensor(sequence.ids[first + 1 : item.stop + 1], device=self.device)
+            targets = sent(sequence.ids[first + 1 : item.stop + 1], self.device)
             states = hidden[end - (item.stop - first) : end]
             values, likeliest = [], []
             for at in range(0, len(targets), SCORED_ROWS):
@@ -257,11 +299,16 @@ class Runner:
     def _sent_home(self, step: Step, parts: list[_Part], scores: list[tuple[Work, Tensor, Tensor]]) -> Launched:
         if self.device.type != "cuda":
             return Launched(step, parts, scores, None)
-        parts = [_Part(part.work, part.firsts, _to_host(part.chosen)) for part in parts]
+        parts = [_Part(part.work, part.firsts, _to_host(part.chosen)) for part in parts if part.chosen is not None]
         scores = [(work, _copied(values), _copied(likeliest)) for work, values, likeliest in scores]
         arrived = torch.cuda.Event()
         arrived.record()
         return Launched(step, parts, scores, arrived)
+
+
+def _row_of(work: Work) -> int:
+    assert work.sequence.row is not None
+    return work.sequence.row
 
 
 def _images_in(work: Work) -> list[PromptImage]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from llava.engine.kernels.contract import Kernels, SamplingRows
 from llava.engine.request import MAX_SEED, SamplingParams
 from llava.engine.sequence import Sequence
+from llava.engine.step_arrays import sent
 
 STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's completions: odd, and far from small numbers
 
@@ -102,7 +103,8 @@ class Sampler:
             if choice is not None and not (choice.is_plain and num_new[at] >= choice.params.min_new_tokens)
         ]
         asked = tuple(at for at, choice in special if choice.params.logprobs is not None)
-        raw = logits[list(asked)].float().log_softmax(dim=-1) if asked else None
+        asked_index = self._send(list(asked))
+        raw = logits[asked_index].float().log_softmax(dim=-1) if asked else None
         logits = self._adjusted(logits, special, rows, num_new)
         tokens, _ = self.kernels.sample(logits, self._sampling_rows(rows, num_new))
         penalized = [at for at, choice in special if choice.is_penalized]
@@ -115,7 +117,7 @@ class Sampler:
             return Chosen(tokens)
         most = max(choice.params.logprobs or 0 for _, choice in special)
         top = raw.topk(max(most, 1), dim=-1)
-        own = raw.gather(1, tokens[list(asked)][:, None]).squeeze(1)
+        own = raw.gather(1, tokens[asked_index][:, None]).squeeze(1)
         return Chosen(tokens, asked, own, top.indices, top.values)
 
     def _sampling_rows(self, rows: Rows[int], num_new: Rows[int]) -> SamplingRows:
@@ -125,8 +127,8 @@ class Sampler:
         if all_greedy:  # nobody reads the numbers
             empty = torch.empty(0, device=self.device)
             return SamplingRows(empty, empty, empty, empty, empty, empty, all_greedy=True, unlimited=True)
-        temperature, top_p, min_p = self._sent(floats.T)
-        top_k, seeds, positions = self._sent(np.vstack([ints.T, np.asarray(num_new, dtype=np.int64)]))
+        temperature, top_p, min_p = self._send(floats.T)
+        top_k, seeds, positions = self._send(np.vstack([ints.T, np.asarray(num_new, dtype=np.int64)]))
         return SamplingRows(
             temperature, top_k.int(), top_p, min_p, seeds, positions, all_greedy=False, unlimited=unlimited
         )
@@ -145,21 +147,22 @@ class Sampler:
             self._penalize_(logits, penalized, rows)
         if biases:
             at, tokens, values = zip(*biases, strict=True)
-            index = torch.tensor([at, tokens], device=self.device)
-            logits.index_put_((index[0], index[1]), torch.tensor(values, device=self.device), accumulate=True)
+            index = self._send(np.array([at, tokens]))
+            added = self._send(np.array(values, dtype=np.float32))
+            logits.index_put_((index[0], index[1]), added, accumulate=True)
         if constrained:
             allowed = np.stack([choice.grammar.allowed(self.vocab_size) for _, choice in constrained])
-            index = torch.tensor([at for at, _ in constrained], device=self.device)
-            forbidden = torch.from_numpy(~allowed).to(self.device)
+            index = self._send([at for at, _ in constrained])
+            forbidden = self._send(~allowed)
             logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
         return logits
 
     def _penalize_(self, logits: Tensor, penalized: Rows[tuple[int, Choice]], rows: Rows[int]) -> None:
         assert self._counts is not None
         assert self._in_prompt is not None
-        at = torch.tensor([at for at, _ in penalized], device=self.device)
-        row = torch.tensor([rows[at] for at, _ in penalized], device=self.device)
-        repetition, presence, frequency = self._sent(
+        at = self._send([at for at, _ in penalized])
+        row = self._send([rows[at] for at, _ in penalized])
+        repetition, presence, frequency = self._send(
             np.array(
                 [
                     (choice.params.repetition_penalty, choice.params.presence_penalty, choice.params.frequency_penalty)
@@ -180,12 +183,9 @@ class Sampler:
             self._counts = torch.zeros(size, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(size, dtype=torch.bool, device=self.device)
         prompt = [token for token in sequence.ids[: sequence.num_prompt] if token >= 0]
-        answer = torch.tensor(sequence.ids[sequence.num_prompt :], dtype=torch.int64)
-        self._counts[row] = torch.bincount(answer, minlength=self.vocab_size).to(self.device, torch.int32)
-        self._in_prompt[row] = False
-        self._in_prompt[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
+        answer = np.array(sequence.ids[sequence.num_prompt :], dtype=np.int64)
+        self._counts[row] = self._send(np.bincount(answer, minlength=self.vocab_size).astype(np.int32))
+        self._in_prompt[row] = self._send(np.bincount(prompt, minlength=self.vocab_size) > 0)
 
-    def _sent(self, values: np.ndarray) -> Tensor:
-        """Numbers from here to the device, without waiting for it."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def _send(self, values: np.ndarray | list[int]) -> Tensor:
+        return sent(values, self.device)

@@ -37,19 +37,27 @@ class StepArrays:
         block_size: int,
         *,
         padded_to: tuple[int, int, int] | None = None,
+        whole_tables: bool = False,
         pinned: bool = False,
     ) -> StepArrays:
-        """`tables` (rows, blocks) are the running sequences' blocks; `padded_to` is the size to fill up to (T, S, blocks)."""
+        """`tables` (rows, blocks) are the running sequences' blocks; `padded_to` is the size to fill up to (T, S, blocks).
+
+        `whole_tables` keeps their width, where kernels are compiled for it; else only blocks in use are taken.
+        """
         starts = np.array([item.start for item in work])
         stops = np.array([item.stop for item in work])
         rows = np.array([item.sequence.row for item in work])
         counts = stops - starts
         num_tokens, num_rows = int(counts.sum()), len(work)
         max_context = int(stops.max())
-        arrays = cls(*(padded_to or (num_tokens, num_rows, -(-max_context // block_size))), pinned=pinned)
+        num_table = tables.shape[1] if whole_tables else -(-max_context // block_size)
+        arrays = cls(*(padded_to or (num_tokens, num_rows, num_table)), pinned=pinned)
         arrays.max_context = max_context
         ends = np.cumsum(counts)
-        arrays._starts[0], arrays._starts[1 : num_rows + 1], arrays._starts[num_rows + 1 :] = 0, ends, num_tokens
+        arrays._starts[0], arrays._starts[1 : num_rows + 1] = 0, ends
+        # Sequences of the padding take a token of the padding each, while there are any.
+        padding = num_tokens + np.arange(1, arrays.size[1] - num_rows + 1)
+        arrays._starts[num_rows + 1 :] = np.minimum(padding, arrays.size[0])
         arrays._contexts[:num_rows], arrays._contexts[num_rows:] = stops, 0
         arrays._rows[:num_rows], arrays._rows[num_rows:] = rows, 0
         own = tables[rows, : arrays.size[2]]
@@ -123,3 +131,9 @@ def _even(number: int) -> int:
 def _length(size: tuple[int, int, int]) -> int:
     num_tokens, num_rows, _ = size
     return 2 * num_tokens + _even(num_rows) + sum(_int32_parts(size)) // 2
+
+
+def sent(values: np.ndarray | list[int], device: torch.device) -> Tensor:
+    """Numbers to the device by a copy that nobody waits for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -38,6 +38,9 @@ def splice(
 ) -> Spliced:
     """Replace each -200 of the valid tokens of `input_ids` (B, L) by the features (n, D) of the next image.
 
+    The ids may be on the host while the features are on a GPU: where everything goes is then worked out without waiting
+    for it, and `embed` takes ids from the host.
+
     Images are taken in the order of the marks, row by row. A row without a mark may own one image all the same, as
     training batches give every row one: it contributes nothing but keeps its place, and its features stay in the
     gradient graph so that every rank of a distributed run does the same work.
@@ -67,7 +70,7 @@ def splice(
     token = torch.repeat_interleave(torch.arange(len(flat_ids), device=device), spans, output_size=total)
     ends = torch.cumsum(spans, dim=0)
     within = torch.arange(total, device=device) - (ends - spans)[token]
-    embeds = source[starts[token] + within]
+    embeds = source[_on_device(starts[token] + within, source.device)]
 
     spliced_labels = None
     if labels is not None:
@@ -145,6 +148,13 @@ def _positions(row_lengths: list[int], device: torch.device) -> Tensor:
     total = sum(row_lengths)
     firsts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths, output_size=total)
     return torch.arange(total, device=device) - firsts
+
+
+def _on_device(index: Tensor, device: torch.device) -> Tensor:
+    """An index where it is needed; from the host to a GPU by a copy that nobody waits for."""
+    if index.device.type == "cpu" and device.type == "cuda":
+        return index.pin_memory().to(device, non_blocking=True)
+    return index
 
 
 def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:

@@ -20,6 +20,7 @@ class TritonKernels(PlainKernels):
     """
 
     def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
+        super().__init__()
         self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self._overlap = overlap and not INTERPRETED
 
