@@ -20,7 +20,7 @@ class EngineConfig:
     max_waiting: int = 2048  # requests that may wait; one more is refused with QueueFull
     max_step_tokens: int | None = None  # prompt tokens computed in one step; None: 4096 on a GPU, 512 on a CPU
     context_len: int | None = None  # positions of one sequence; None: what the model was trained with
-    block_size: int = 16  # tokens whose keys and values lie together; a shared prefix is a whole number of blocks
+    block_size: int | None = None  # tokens whose keys and values lie together; None: 32 on a GPU, 16 on a CPU
     num_blocks: int | None = None  # blocks in the pool; None: what the memory has room for
     memory_fraction: float = 0.9  # of the GPU's memory, for everything
     prefix_cache: bool = True  # keep keys and values of finished prompts for those that begin alike
@@ -37,7 +37,7 @@ class EngineConfig:
                 raise InputError(f"{name} is {value}; give 1 or more, or leave it out")
         if self.max_waiting < 1:
             raise InputError(f"max_waiting is {self.max_waiting}; give 1 or more")
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+        if self.block_size is not None and (self.block_size < 1 or self.block_size & (self.block_size - 1)):
             raise InputError(f"block_size is {self.block_size}; give a power of two")
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"memory_fraction is {self.memory_fraction}; give a share above 0 and at most 1")

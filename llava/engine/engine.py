@@ -91,17 +91,19 @@ class Engine:
         self.context_len = min(config.context_len or context_len(model.config), context_len(model.config))
         max_running = config.max_running or (256 if on_gpu else 32)
         max_step_tokens = config.max_step_tokens or (4096 if on_gpu else 512)
+        block_size = config.block_size or (32 if on_gpu else 16)
         kernels = pick_kernels(model.device, model.dtype)
         decoder = Decoder(model, kernels, weights=config.weights, max_positions=self.context_len)
         num_blocks = config.num_blocks or num_blocks_for(
             decoder,
-            config,
+            block_size=block_size,
+            memory_fraction=config.memory_fraction,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
             context_len=self.context_len,
         )
-        decoder.allocate(num_blocks, config.block_size)
-        self._limit = min(self.context_len, num_blocks * config.block_size)
+        decoder.allocate(num_blocks, block_size)
+        self._limit = min(self.context_len, num_blocks * block_size)
         vocab_size = decoder.embedding.shape[0]
         self._pool = BlockPool(num_blocks, caching=config.prefix_cache)
         self._features = FeatureCache(config.feature_cache_bytes)
@@ -110,9 +112,9 @@ class Engine:
             decoder,
             Sampler(kernels, max_running=max_running, vocab_size=vocab_size, device=decoder.device),
             self._features,
-            block_size=config.block_size,
+            block_size=block_size,
             max_running=max_running,
-            max_blocks=-(-self._limit // config.block_size),
+            max_blocks=-(-self._limit // block_size),
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
         )
         if on_gpu and config.graphs:
@@ -121,7 +123,7 @@ class Engine:
                 runner.record_graphs(None if tower is None else (3, tower.tile_size, tower.tile_size))
         scheduler = Scheduler(
             self._pool,
-            block_size=config.block_size,
+            block_size=block_size,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
             draft=(lambda sequence: guess(sequence, config.speculation)) if config.speculation else None,
@@ -181,7 +183,7 @@ class Engine:
             num_running=len(scheduler.running),
             num_blocks=pool.num_blocks,
             num_blocks_used=pool.num_used,
-            block_size=self.config.block_size,
+            block_size=scheduler.block_size,
             num_cached_blocks_found=pool.num_hits,
             num_features_found=self._features.num_hits,
             feature_cache_bytes=self._features.num_bytes,

@@ -6,7 +6,6 @@ import os
 
 import torch
 
-from llava.engine.config import EngineConfig
 from llava.engine.decoder import Decoder
 from llava.errors import InputError
 
@@ -16,32 +15,33 @@ WORKSPACE = 2 * 2**30  # libraries' own buffers, recorded graphs, fragments
 
 
 def num_blocks_for(
-    decoder: Decoder, config: EngineConfig, *, max_running: int, max_step_tokens: int, context_len: int
+    decoder: Decoder,
+    *,
+    block_size: int,
+    memory_fraction: float,
+    max_running: int,
+    max_step_tokens: int,
+    context_len: int,
 ) -> int:
     """Blocks for every running sequence at its longest, or as many as the memory takes."""
-    block_bytes = decoder.bytes_per_token * config.block_size
-    wanted = max_running * -(-context_len // config.block_size)
     if decoder.device.type == "cuda":
-        room = _free_on_gpu(decoder, config, max_running=max_running, max_step_tokens=max_step_tokens)
+        step_bytes = _step_bytes(decoder, max_running, max_step_tokens)
+        room = _free_on_gpu(decoder.device, memory_fraction) - WORKSPACE - step_bytes
     else:
         room = int(_free_on_host() * HOST_SHARE)
-    num_blocks = min(wanted, room // block_bytes)
-    if num_blocks * config.block_size < min(context_len, 256):
+    num_blocks = min(max_running * -(-context_len // block_size), room // (decoder.bytes_per_token * block_size))
+    if num_blocks * block_size < min(context_len, 256):
         raise InputError(
-            f"beside the model there is room for {max(num_blocks, 0) * config.block_size} tokens of keys and values, too few "
-            "to answer anything; free some memory, raise memory_fraction, or hold the weights in 8 bits (weights='int8')"
+            f"beside the model there is room for {max(num_blocks, 0) * block_size} tokens of keys and values, too few to "
+            "answer anything; free some memory, raise memory_fraction, or hold the weights in 8 bits (weights='int8')"
         )
     return num_blocks
 
 
-def _free_on_gpu(decoder: Decoder, config: EngineConfig, *, max_running: int, max_step_tokens: int) -> int:
+def _free_on_gpu(device: torch.device, memory_fraction: float) -> int:
     torch.cuda.empty_cache()  # what this process holds and does not use
-    free, total = torch.cuda.mem_get_info(decoder.device)
-    return (
-        int(free - (1 - config.memory_fraction) * total)
-        - WORKSPACE
-        - _step_bytes(decoder, max_running, max_step_tokens)
-    )
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1 - memory_fraction) * total)
 
 
 def _step_bytes(decoder: Decoder, max_running: int, max_step_tokens: int) -> int:
