@@ -126,8 +126,11 @@ class Decoder:
             )  # fmt: skip
             x = kernels.attend(q, k_cache, v_cache, plan, shape.scale, window=layer.window, alibi=shape.alibi)
             x = self._norm(layer.mlp_norm, residual, kernels.linear(x, layer.out.weight, layer.out.bias))
-            x = kernels.linear(x, layer.up.weight, layer.up.bias)
-            x = kernels.silu_mul(x) if shape.gated else kernels.gelu(x)
+            if shape.gated and layer.up.bias is None:
+                x = kernels.gated_linear(x, layer.up.weight)
+            else:
+                x = kernels.linear(x, layer.up.weight, layer.up.bias)
+                x = kernels.silu_mul(x) if shape.gated else kernels.gelu(x)
             update = kernels.linear(x, layer.down.weight, layer.down.bias)
         return self._norm(self.final_norm, residual, update)
 
