@@ -26,6 +26,7 @@ class Command:
 COMMANDS = {
     "chat": Command("llava.serve.chat", "ask a model about pictures: one question, or a conversation"),
     "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
+    "bench": Command("llava.serve.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
     "data": Command("llava.data.check", "check training data before a run, or show a sample as it will be trained on"),
     "merge": Command("llava.train.merge_lora", "lay a LoRA adapter into its base model"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llava.engine.errors import UnsupportedModelError
 from llava.engine.kernels.contract import AttentionPlan, Kernels, Weight
-from llava.engine.kernels.plain import can_pack, packed
+from llava.engine.kernels.cpu import can_pack, packed
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
 

@@ -24,8 +24,8 @@ TILES = (1, 2, 3, 5, 8)  # of the vision tower; 5 and 3 are what pictures are of
 
 
 def decode_sizes(max_running: int) -> list[int]:
-    """1, 2, 4, then steps of about an eighth: a padded sequence costs little, a graph for each number would cost memory."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, max_running + 64, 64)]
+    """1, 2, 4, then ever longer steps: a padded sequence costs little, a graph for each number would cost memory."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_running + 32, 32)]
     return [size for size in sizes if size < max_running] + [max_running]
 
 

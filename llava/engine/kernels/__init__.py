@@ -24,6 +24,11 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
     from llava.engine.kernels.plain import PlainKernels
 
+    if device.type == "cpu":
+        from llava.engine.kernels.cpu import CpuKernels
+
+        return CpuKernels()
+
     if device.type != "cuda" or dtype == torch.float32 or find_spec("triton") is None:
         return PlainKernels()
     generation, _ = torch.cuda.get_device_capability(device)

@@ -17,27 +17,8 @@ from llava.engine.kernels.quantized import QuantizedWeight
 CACHED_WEIGHTS = 1 << 20  # so many weights at a time are expanded on a CPU: they stay in its cache until they are used
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A copy of a float32 weight on a CPU in the layout of oneDNN, which multiplies few rows by it 2 to 4 times as fast."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
 class PlainKernels:
-    """`Kernels` by PyTorch operators.
-
-    On a CPU, what a layer gathers goes into memory that the next one uses again: the system takes large pieces back when
-    they are freed, and giving them out anew costs more than the arithmetic.
-    """
-
-    def __init__(self) -> None:
-        self._scratch: dict[str, Tensor] = {}
-        self._masked: tuple[AttentionPlan, int | None, Tensor] | None = (
-            None  # the mask of the last plan, for all layers
-        )
+    """`Kernels` by PyTorch operators."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -73,11 +54,17 @@ class PlainKernels:
             q, k = turned.split([num_heads, num_kv_heads], dim=1)
             turned = torch.cat([self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)], dim=1)
         if cos is not None and sin is not None:
-            turned = _rotate(turned, cos, sin, plan.positions)
+            turned = rotate(turned, *self._angles(cos, sin, plan))
         q, k = turned.split([num_heads, num_kv_heads], dim=1)
-        _store_(k_cache, k, plan.slots)
-        _store_(v_cache, v, plan.slots)
+        self._store_(k_cache, k, plan)
+        self._store_(v_cache, v, plan)
         return q
+
+    def _angles(self, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        return cos.index_select(0, plan.positions), sin.index_select(0, plan.positions)
+
+    def _store_(self, cache: Tensor, new: Tensor, plan: AttentionPlan) -> None:
+        store_(cache, new, plan.slots)
 
     def attend(
         self,
@@ -92,57 +79,14 @@ class PlainKernels:
     ) -> Tensor:
         decoding = plan.max_query == 1 and len(q) == len(plan.context_lens)
         if decoding and (len(q) > 1 or q.device.type != "cpu"):
-            return self._attend_one_token_each(q, k_cache, v_cache, plan, scale, window, alibi)
+            return _attend_one_token_each(q, k_cache, v_cache, plan, scale, window, alibi)
         out = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         starts, context_lens = plan.query_starts.tolist(), plan.context_lens.tolist()
         for row, (start, end, context) in enumerate(zip(starts[:-1], starts[1:], context_lens, strict=True)):
             if start < end and context:
-                table = plan.block_tables[row : row + 1]
-                k, v = (
-                    self._gather(name, cache, table, context)[0] for name, cache in (("k", k_cache), ("v", v_cache))
-                )
-                out[start:end] = _attend_sequence(q[start:end], k, v, scale, window, alibi)
+                k, v = (_gather(cache, plan.block_tables[row : row + 1], context)[0] for cache in (k_cache, v_cache))
+                out[start:end] = attend_sequence(q[start:end], k, v, scale, window, alibi)
         return out
-
-    def _attend_one_token_each(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        window: int | None,
-        alibi: Tensor | None,
-    ) -> Tensor:
-        """Decoding: every sequence has one query. Queries that share a key head stand where a sequence's queries would."""
-        num_rows, num_heads, width = q.shape
-        k = self._gather("k", k_cache, plan.block_tables, plan.max_context).transpose(1, 2)
-        v = self._gather("v", v_cache, plan.block_tables, plan.max_context).transpose(1, 2)
-        grouped = q.reshape(num_rows, k.shape[1], -1, width)
-        if self._masked is None or self._masked[0] is not plan or self._masked[1] != window:
-            self._masked = plan, window, _mask_of(plan, k.shape[1:3], window, alibi, q.dtype)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self._masked[2], scale=scale)
-        out = out.reshape(num_rows, num_heads * width)
-        # An empty row has read its first slot, so that no row is without a key.
-        return torch.where(plan.context_lens[:, None] > 0, out, 0)
-
-    def _gather(self, name: str, cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
-        """The first tokens of each sequence as (S, num_tokens, K, d). `index_select` is three times as fast as indexing."""
-        block = cache.shape[1]
-        tables = block_tables[:, : -(-num_tokens // block)]
-        flat = cache.view(len(cache), -1)
-        out = self._scratch_for(name, (tables.numel(), flat.shape[1]), cache)
-        gathered = torch.index_select(flat, 0, tables.reshape(-1), out=out)
-        return gathered.view(len(tables), tables.shape[1] * block, *cache.shape[2:])[:, :num_tokens]
-
-    def _scratch_for(self, name: str, size: tuple[int, int], like: Tensor) -> Tensor | None:
-        """Memory to write into; None on a GPU, whose allocator keeps its own."""
-        if like.device.type != "cpu":
-            return None
-        num, held = size[0] * size[1], self._scratch.get(name)
-        if held is None or held.dtype != like.dtype or held.numel() < num:
-            held = self._scratch[name] = torch.empty(num + num // 2, dtype=like.dtype)
-        return held[:num].view(size)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -156,8 +100,6 @@ class PlainKernels:
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Tensor):
-            if weight.is_mkldnn:
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return F.linear(x, weight, bias)
         out = _linear_int8(x, weight) if weight.kind == "int8" else F.linear(x, weight.dequantize(x.dtype))
         return out if bias is None else out + bias
@@ -171,15 +113,16 @@ class PlainKernels:
         return tokens, logprobs
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of x (T, heads, d). Tables in float32 make the arithmetic float32."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + d/2) of x (T, heads, d) by the angles of each token (T, d/2 or d). Angles in float32 make the
+    arithmetic float32."""
     half = x.shape[-1] // 2
-    cos, sin = (table.index_select(0, positions)[:, None, :half] for table in (cos, sin))
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def _store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
+def store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     """Write (T, K, d) to the slots of (B, b, K, d) that are not -1."""
     stored = slots >= 0
     if slots.device.type != "cpu":
@@ -191,13 +134,46 @@ def _store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new.to(cache.dtype))
 
 
-def _mask_of(
+def _gather(cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
+    """The first tokens of each sequence as (S, num_tokens, K, d). `index_select` is three times as fast as indexing."""
+    block = cache.shape[1]
+    tables = block_tables[:, : -(-num_tokens // block)]
+    gathered = cache.index_select(0, tables.reshape(-1))
+    return gathered.view(len(tables), tables.shape[1] * block, *cache.shape[2:])[:, :num_tokens]
+
+
+def _attend_one_token_each(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
+    alibi: Tensor | None,
+) -> Tensor:
+    """Decoding: every sequence has one query."""
+    k, v = (_gather(cache, plan.block_tables, plan.max_context) for cache in (k_cache, v_cache))
+    out = attend_rows(q, k, v, decoding_mask(plan, k.shape[1:3], window, alibi, q.dtype), scale)
+    # An empty row has read its first slot, so that no row is without a key.
+    return torch.where(plan.context_lens[:, None] > 0, out, 0)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """One query each, q (S, H, d), over keys (S, n, K, d); (S, H d). Queries that share a key head stand where a
+    sequence's queries would."""
+    num_rows, num_heads, width = q.shape
+    grouped = q.reshape(num_rows, k.shape[2], -1, width)
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.reshape(num_rows, num_heads * width)
+
+
+def decoding_mask(
     plan: AttentionPlan, size: tuple[int, ...], window: int | None, alibi: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What is added to the scores of each row's one query, by key: (S, 1 or K, 1 or H / K, keys)."""
-    num_kv_heads, num_keys = size
+    """What is added to the scores of each sequence's one query, for `size` keys and key heads: (S, 1 or K, 1 or H / K, n)."""
+    num_keys, num_kv_heads = size
     last = plan.context_lens.clamp(min=1)[:, None] - 1
-    back = last - torch.arange(num_keys, device=last.device, dtype=last.dtype)  # (S, keys): how far each key lies back
+    back = last - torch.arange(num_keys, device=last.device, dtype=last.dtype)  # (S, n): how far each key lies back
     hidden = back < 0 if window is None else (back < 0) | (back >= window)
     bias = torch.zeros((), dtype=dtype, device=last.device)
     if alibi is not None:
@@ -205,7 +181,7 @@ def _mask_of(
     return torch.where(hidden[:, None, None, :], -torch.inf, bias)
 
 
-def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, alibi: Tensor | None) -> Tensor:
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, alibi: Tensor | None) -> Tensor:
     """Attention of the last tokens q (n, H, d) of a sequence over all its keys (m, K, d); returns (n, H d)."""
     num_new, num_keys = len(q), len(k)
     mask = None
