@@ -185,6 +185,8 @@ class Bench:
         return time.perf_counter() - started
 
     def decode_rate(self, num: int, engine: Engine | None = None, *, runs: int = 3, new: int = 128) -> float:
+        new = 8 if self.tiny else new
+
         def median(num_new: int) -> float:
             subject = self.subject
             return statistics.median(

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def measure(name: str, sequences: Sequence[int], rounds: int, new: int) -> list[
         decoder = engine._loop.runner.decoder
         for num in sequences:
             ways: dict[str, Callable[[list[Request]], float]] = {
-                "stock": lambda requests: stock_seconds(stock, requests),
-                "ours": lambda requests: seconds(engine, requests),
+                "stock": partial(stock_seconds, stock),
+                "ours": partial(seconds, engine),
             }
             times: dict[tuple[str, int], list[float]] = {}
             for number in range(rounds + 1):  # the first warms
@@ -93,16 +94,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="one short round")
     args = parser.parse_args(argv)
     print("# The engine on a CPU\n")
-    print(f"`python benchmarks/engine_cpu.py`: {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch "
-          f"{torch.__version__}, transformers {transformers.__version__}; load of the machine {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
     print(
-        "| numbers | sequences | generate, tok/s | engine, tok/s | ratio | limit, tok/s | generate, whole s | engine, whole s | ratio |"
+        f"`python benchmarks/engine_cpu.py`: {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; load of the machine before: {os.getloadavg()[0]:.1f}.\n"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    titles = ["numbers", "sequences", "generate, tok/s", "engine, tok/s", "ratio", "limit, tok/s"]
+    titles += ["whole: generate, s", "engine, s", "ratio"]
+    print(f"| {' | '.join(titles)} |\n|---{'|---:' * (len(titles) - 1)}|")
+    sequences, rounds, new = ((1, 2), 1, 8) if args.tiny else ((1, 8), args.rounds, 128)
     for name in args.forms.split(","):
-        for line in measure(
-            name, (1, 2) if args.tiny else (1, 8), 1 if args.tiny else args.rounds, 8 if args.tiny else 128
-        ):
+        for line in measure(name, sequences, rounds, new):
             print(line, flush=True)
 
 

@@ -13,6 +13,8 @@ __version__ = "2.0.0"
 
 if TYPE_CHECKING:
     from llava.conversation import Conversation, SeparatorStyle, conv_templates
+    from llava.engine.engine import Engine, EngineConfig
+    from llava.engine.request import Request, SamplingParams, ScoreRequest
     from llava.errors import InputError
     from llava.generation import Sampling, stream_answer
     from llava.image_io import ImageLimits, load_image
@@ -26,6 +28,11 @@ _HOME = {
     "Conversation": "llava.conversation",
     "SeparatorStyle": "llava.conversation",
     "conv_templates": "llava.conversation",
+    "Engine": "llava.engine.engine",
+    "EngineConfig": "llava.engine.engine",
+    "Request": "llava.engine.request",
+    "SamplingParams": "llava.engine.request",
+    "ScoreRequest": "llava.engine.request",
     "InputError": "llava.errors",
     "Sampling": "llava.generation",
     "stream_answer": "llava.generation",
@@ -40,12 +47,17 @@ _HOME = {
 }
 __all__ = [
     "Conversation",
+    "Engine",
+    "EngineConfig",
     "ImageLimits",
     "InputError",
     "LlavaLlamaForCausalLM",
     "LoadedModel",
     "Processor",
+    "Request",
     "Sampling",
+    "SamplingParams",
+    "ScoreRequest",
     "SeparatorStyle",
     "Session",
     "__version__",

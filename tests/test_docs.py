@@ -257,12 +257,13 @@ def as_llava(words: list[str]) -> list[str] | None:
 @each(PAGES)
 def test_commands_parse(page: Path) -> None:
     from llava.data import check, show
-    from llava.serve import chat, cli
+    from llava.serve import bench, chat, cli
     from llava.train import merge_lora
     from llava.train.arguments import parse_train_args
 
     parsers = {
         "chat": lambda argv: chat.build_parser().parse_args(argv),
+        "bench": lambda argv: bench.build_parser().parse_args(argv),
         "cli": lambda argv: cli.build_parser().parse_args(argv),
         "train": parse_train_args,
         "merge": lambda argv: merge_lora.build_parser().parse_args(argv),
@@ -358,7 +359,7 @@ def run_snippets(page: Path) -> list[tuple[str, str | None, str]]:
     return results
 
 
-@each([ROOT / "README.md", ROOT / "docs/checkpoints.md", ROOT / "docs/roadmap.md"])
+@each([ROOT / "README.md", ROOT / "docs/checkpoints.md", ROOT / "docs/engine.md", ROOT / "docs/roadmap.md"])
 def test_snippets_print_what_stands_under_them(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     results = run_snippets(page)
