@@ -427,6 +427,24 @@ def test_a_fault_reaches_its_request_and_nobody_else(monkeypatch: pytest.MonkeyP
         assert engine.stats().num_blocks_used == 0
 
 
+def test_a_fault_of_the_scheduler_s_ends_the_engine_and_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine.from_loaded(loaded("llama")) as engine:
+        running = engine.submit(Request("hello", sampling=greedy(1500, ignore_eos=True)))
+        next(iter(running))
+
+        def breaks() -> Any:
+            raise ZeroDivisionError("a count went wrong")
+
+        monkeypatch.setattr(engine._loop.scheduler, "schedule", breaks)
+        with pytest.raises(EngineError, match="the engine stopped: ZeroDivisionError: a count went wrong"):
+            running.result(30)
+        with pytest.raises(EngineClosed):
+            engine.submit(Request("hello"))
+    assert "the engine stopped" in caplog.text
+
+
 def test_a_closed_engine_says_so() -> None:
     engine = Engine.from_loaded(loaded("llama"))
     handle = engine.submit(Request("hello", sampling=greedy(1500, ignore_eos=True)))
@@ -452,17 +470,17 @@ def test_models_that_the_engine_has_no_arithmetic_for(tmp_path: Any) -> None:
         Engine.from_loaded(gemma)
 
 
-@pytest.mark.parametrize("weights", ["int8"])
-def test_rounded_weights_answer_about_the_same(weights: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", "fp32"), ("fp8", "fp32"), ("int8", "bf16"), (None, "bf16")])
+def test_rounded_weights_answer_about_the_same(weights: str | None, dtype: str, tmp_path: Any) -> None:
     import tiny
 
     from llava.model.builder import load
 
-    model = load(tiny.build(tmp_path / "m"), device="cpu")
+    folder = tiny.build(tmp_path / "m")
     request = ScoreRequest("<image>\nwhat is it?", " a dog", [picture(0)])
-    with Engine.from_loaded(model) as engine:
+    with Engine.from_loaded(load(folder, device="cpu")) as engine:
         whole = engine.score(request)
-    with Engine.from_loaded(model, EngineConfig(weights=weights)) as engine:
+    with Engine.from_loaded(load(folder, device="cpu", dtype=dtype), EngineConfig(weights=weights)) as engine:
         rounded = engine.score(request)
         assert rounded.logprobs == pytest.approx(whole.logprobs, abs=0.1)
         assert rounded.logprobs != whole.logprobs

@@ -98,19 +98,29 @@ class Loop:
     # The thread.
 
     def _run(self) -> None:
-        launched: Launched | None = None
-        with torch.inference_mode():
-            while self._read_mail(wait=launched is None and not self.scheduler.has_work):
-                following = self._launch()
-                if not self._overlap or self._num_constrained:
-                    self._collect(launched)
-                    self._collect(following)
-                    launched = None
-                else:
-                    self._collect(launched)
-                    launched = following
+        try:
+            with torch.inference_mode():
+                self._work()
+        except Exception as error:  # not a step's fault but ours: what is counted may be wrong from here on
+            logger.exception("the engine stopped")
+            with self._changed:
+                self._closing = True
+            self._read_mail(wait=False)
+            for job in list(self._jobs.values()):
+                self._forget(job)
+                job.handle.fail(EngineError(f"the engine stopped: {type(error).__name__}: {error}"))
         for request_id in list(self._jobs):
             self._cancel(request_id)
+
+    def _work(self) -> None:
+        launched: Launched | None = None
+        while self._read_mail(wait=launched is None and not self.scheduler.has_work):
+            following = self._launch()
+            self._collect(launched)
+            launched = following
+            if not self._overlap or self._num_constrained:
+                self._collect(launched)
+                launched = None
 
     def _read_mail(self, *, wait: bool) -> bool:
         """Do what other threads asked for; False when the engine is closed."""

@@ -136,4 +136,4 @@ def _length(size: tuple[int, int, int]) -> int:
 def sent(values: np.ndarray | list[int], device: torch.device) -> Tensor:
     """Numbers to the device by a copy that nobody waits for."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
