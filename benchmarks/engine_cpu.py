@@ -29,7 +29,7 @@ from llava.assets import embedded_model_path
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.request import Request
 from llava.model.builder import load
-from llava.serve.bench import SHORT, Requests, memory_bandwidth, seconds
+from llava.serve.bench import SHORT, Requests, memory_bandwidth
 
 FORMS = {  # name: (dtype, the engine's weights)
     "float32": ("fp32", None),
@@ -38,9 +38,8 @@ FORMS = {  # name: (dtype, the engine's weights)
 }
 
 
-def stock_seconds(loaded: Any, requests: Sequence[Request]) -> float:
-    """`model.generate` for a batch, from pictures and ids to tokens, as the engine's time is taken."""
-    started = time.perf_counter()
+def stock(loaded: Any, requests: Sequence[Request]) -> None:
+    """`model.generate` for a batch, from pictures and ids to tokens."""
     inputs = [loaded.processor("<image>", request.images) for request in requests]
     new = requests[0].sampling.max_new_tokens
     loaded.model.generate(
@@ -51,29 +50,27 @@ def stock_seconds(loaded: Any, requests: Sequence[Request]) -> float:
         min_new_tokens=new,
         max_new_tokens=new,
     )
-    return time.perf_counter() - started
 
 
-def measure(name: str, sequences: Sequence[int], rounds: int, new: int) -> list[str]:
+def measure(name: str, sequences: Sequence[int], rounds: int, new: int, clock: Callable[[], float]) -> list[str]:
     dtype, weights = FORMS[name]
-    stock, ours = (load(embedded_model_path(), device="cpu", dtype=dtype) for _ in range(2))
+    plain, ours = (load(embedded_model_path(), device="cpu", dtype=dtype) for _ in range(2))
     config = EngineConfig(weights=weights, prefix_cache=False, feature_cache_bytes=0)
     lines = []
     with Engine.from_loaded(ours, config) as engine:
         draw = Requests(engine)
         decoder = engine._loop.runner.decoder
         for num in sequences:
-            ways: dict[str, Callable[[list[Request]], float]] = {
-                "stock": partial(stock_seconds, stock),
-                "ours": partial(seconds, engine),
-            }
+            ways: dict[str, Callable[[list[Request]], Any]] = {"stock": partial(stock, plain), "ours": engine.generate}
             times: dict[tuple[str, int], list[float]] = {}
             for number in range(rounds + 1):  # the first warms
                 for length in (SHORT, SHORT + new):
                     for way, take in ways.items():
-                        took = take([draw(length) for _ in range(num)])
+                        requests = [draw(length) for _ in range(num)]
+                        started = clock()
+                        take(requests)
                         if number:
-                            times.setdefault((way, length), []).append(took)
+                            times.setdefault((way, length), []).append(clock() - started)
             middle = {key: statistics.median(values) for key, values in times.items()}
             rate = {way: num * new / (middle[way, SHORT + new] - middle[way, SHORT]) for way in ways}
             whole = {way: middle[way, SHORT + new] for way in ways}
@@ -92,18 +89,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--forms", default=",".join(FORMS), help=f"separated by commas: {', '.join(FORMS)}")
     parser.add_argument("--tiny", action="store_true", help="one short round")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time instead of the clock on the wall")
     args = parser.parse_args(argv)
     print("# The engine on a CPU\n")
+    how = " --cpu-time" if args.cpu_time else ""
     print(
-        f"`python benchmarks/engine_cpu.py`: {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}; load of the machine before: {os.getloadavg()[0]:.1f}.\n"
+        f"`python benchmarks/engine_cpu.py{how}`: {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; load of the machine before: "
+        f"{os.getloadavg()[0]:.1f}.\n"
     )
     titles = ["numbers", "sequences", "generate, tok/s", "engine, tok/s", "ratio", "limit, tok/s"]
     titles += ["whole: generate, s", "engine, s", "ratio"]
     print(f"| {' | '.join(titles)} |\n|---{'|---:' * (len(titles) - 1)}|")
     sequences, rounds, new = ((1, 2), 1, 8) if args.tiny else ((1, 8), args.rounds, 128)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     for name in args.forms.split(","):
-        for line in measure(name, sequences, rounds, new):
+        for line in measure(name, sequences, rounds, new, clock):
             print(line, flush=True)
 
 

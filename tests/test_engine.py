@@ -409,7 +409,7 @@ def test_a_fault_reaches_its_request_and_nobody_else(monkeypatch: pytest.MonkeyP
             read_pictures(work)
 
         monkeypatch.setattr(runner, "read_pictures", unreadable)
-        good, broken = engine.submit(mixed_requests()[1]), engine.submit(Request("<image>", [bad], greedy(5)))
+        good, broken = engine.submit(mixed_requests()[1]), engine.submit(Request("<image>", [bad], greedy(5, n=2)))
         with pytest.raises(EngineError, match="the picture is gone"):
             broken.result(30)
         with pytest.raises(EngineError, match="the picture is gone"):

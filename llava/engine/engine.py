@@ -219,7 +219,7 @@ class Engine:
             )
             for _ in range(params.n)
         ]  # fmt: skip
-        job = AnswerJob(handle, prompt, readers, params, streamed=streamed)
+        job = AnswerJob(handle, prompt, readers, streamed=streamed)
         job.sequences = [
             Completion(
                 prompt,

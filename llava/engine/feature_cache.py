@@ -31,10 +31,11 @@ class FeatureCache:
         return features
 
     def put(self, key: bytes, features: Tensor) -> None:
+        """Keep a copy: what is given may be part of something larger, which would stay alive with it."""
         size = features.nbytes
         if key in self._features or size > self.max_bytes:
             return
-        self._features[key] = features
+        self._features[key] = features.clone()
         self.num_bytes += size
         while self.num_bytes > self.max_bytes:
             _, dropped = self._features.popitem(last=False)

@@ -16,7 +16,6 @@ from llava.engine.request import (
     Completion,
     FinishReason,
     Result,
-    SamplingParams,
     Score,
     Timings,
     TokenLogprob,
@@ -78,12 +77,10 @@ class AnswerJob(Job):
         handle: RequestHandle,
         prompt: Prompt,
         readers: Items[AnswerReader],
-        params: SamplingParams,
         *,
         streamed: bool,
     ) -> None:
         super().__init__(handle, prompt)
-        self.params = params
         self.partials = [Partial(reader) for reader in readers]
         self._streamed = streamed
         self._reads_at_once = not streamed and not readers[0].has_stop_strings

@@ -188,10 +188,13 @@ class Loop:
             if job.begun is None:
                 self._begin(job)
             try:
-                self.runner.read_pictures(work)
+                if not work.sequence.done:
+                    self.runner.read_pictures(work)
             except Exception as error:
                 self._fail(job, error)
-        return Step(step.decode, [work for work in step.prefill if not work.sequence.done])
+        # Another completion of such a request may be anywhere in the step.
+        decode, prefill = ([work for work in part if not work.sequence.done] for part in (step.decode, step.prefill))
+        return Step(decode, prefill)
 
     def _collect(self, launched: Launched | None) -> None:
         if launched is None:

@@ -225,8 +225,7 @@ class Runner:
             made = self._model.image_features(pixels, [image.size for image in missing], encode=self._encode)
             for image, features in zip(missing, made, strict=True):
                 found[image.key] = features
-                # A copy of its own: a slice would keep the whole batch alive.
-                self.features.put(image.key, features.clone())
+                self.features.put(image.key, features)
         return {key: features for key, features in found.items() if features is not None}
 
     def _normalised(self, pixels: Tensor) -> Tensor:
