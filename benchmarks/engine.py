@@ -32,11 +32,10 @@ import torch
 import transformers
 from PIL import Image
 
-# In the place of this folder, whose files have names of packages that transformers looks for.
-sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train import FULL, TINY, Shapes, built, say
+from train import FULL, TINY, Shapes, built, say
+
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.model.config import LlavaSettings

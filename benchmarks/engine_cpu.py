@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.pop(0)  # this folder, whose files have names of packages that transformers looks for
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.assets import embedded_model_path

@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain ones in float64, on fresh random numbers: what benchmarks/kernels.py prints first.
+"""The Triton kernels against the plain ones in float64, on fresh random numbers: the beginning of engine_kernels.py.
 
 In: kernels on a GPU. Out: a table of the worst relative error (of norms) of each, and whether all are below 1 %.
 """

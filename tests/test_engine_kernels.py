@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from llava.engine.kernels import pick_kernels
 from llava.engine.kernels.contract import AttentionPlan, Kernels, SamplingRows
+from llava.engine.kernels.cpu import CpuKernels, can_pack, packed
 from llava.engine.kernels.philox import uniform
 from llava.engine.kernels.plain import PlainKernels
 from llava.engine.kernels.quantized import quantize
@@ -35,10 +36,10 @@ STEPS = {  # (new tokens, tokens in the cache) of each sequence
 each_step = pytest.mark.parametrize("lengths", STEPS.values(), ids=STEPS)
 
 
-@pytest.fixture
-def kernels() -> Kernels:
+@pytest.fixture(params=[PlainKernels, CpuKernels])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
-    return pick_kernels(torch.device("cpu"), torch.float32)
+    return request.param()
 
 
 def a_plan(lengths: Sequence[tuple[int, int]], *, padding: int = 0) -> AttentionPlan:
@@ -365,8 +366,33 @@ def test_forbidden_tokens_never_come(kernels: Kernels) -> None:
 # Triton
 
 
-def test_a_cpu_and_full_precision_get_plain_kernels() -> None:
-    assert type(pick_kernels(torch.device("cpu"), torch.bfloat16)) is PlainKernels
+def test_a_cpu_gets_its_own_kernels_and_full_precision_the_plain_ones() -> None:
+    assert type(pick_kernels(torch.device("cpu"), torch.bfloat16)) is CpuKernels
+    assert type(pick_kernels(torch.device("cuda"), torch.float32)) is PlainKernels
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_packed_weight_multiplies_as_it_did(rows: int) -> None:
+    if not can_pack(torch.device("cpu"), torch.float32):
+        pytest.skip("this torch has no oneDNN")
+    weight, bias, x = torch.randn(24, 40), torch.randn(24), torch.randn(rows, 40)
+    for given in (None, bias):
+        torch.testing.assert_close(CpuKernels().linear(x, packed(weight), given), F.linear(x, weight, given))
+
+
+def test_a_sequence_s_keys_are_read_where_they_lie_or_gathered() -> None:
+    """One sequence whose blocks follow one another, and the same with its blocks exchanged."""
+    kernels, cache = CpuKernels(), torch.randn(9, 4, 2, 8)
+    values, q = torch.randn_like(cache), torch.randn(1, 2, 8)
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    results = []
+    for blocks in ([3, 4, 5], [3, 7, 5]):
+        table = torch.tensor([blocks], dtype=torch.int32)
+        context = torch.tensor([11], dtype=torch.int32)
+        plan = AttentionPlan(one, context, table, torch.tensor([0]), torch.tensor([10]), 1, 11)
+        results.append(kernels.attend(q, cache, values, plan, 0.3))
+        torch.testing.assert_close(results[-1], PlainKernels().attend(q, cache, values, plan, 0.3))
+    assert not torch.equal(*results)
 
 
 def test_triton_s_kernels_agree_in_its_interpreter() -> None:

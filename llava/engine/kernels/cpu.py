@@ -111,7 +111,7 @@ class CpuKernels(PlainKernels):
     ) -> Tensor:
         """The first tokens of each sequence as (S, num_tokens, K, d)."""
         tables = plan.block_tables[rows, : -(-num_tokens // cache.shape[1])]
-        flat = cache.view(len(cache), -1)
+        flat = cache.detach().view(len(cache), -1)  # nobody trains through this
         size, num = (tables.numel(), flat.shape[1]), tables.numel() * flat.shape[1]
         held = self._scratch.get(name)
         if held is None or held.dtype != cache.dtype or held.numel() < num:

@@ -1,4 +1,4 @@
-"""The engine's kernels on one GPU, checked and timed: `python benchmarks/kernels.py > benchmarks/results/kernels.md`.
+"""The engine's kernels on one GPU, checked and timed: `python benchmarks/engine_kernels.py > benchmarks/results/kernels.md`.
 
 First every kernel of `TritonKernels` is compared with `PlainKernels` in float64 (kernel_checks.py); where one is off, the
 run ends with status 1. Then each is timed beside the library's operator, in CUDA graphs whose launches rotate among enough
@@ -90,7 +90,7 @@ def print_heading() -> None:
     source, target = (torch.randn(2**31, device=DEVICE, dtype=BF16) for _ in range(2))
     copied = 2 * source.nbytes / graph_us(lambda: torch.neg(source, out=target)) / 1e6
     print(f"# The engine's kernels\n\nOne {torch.cuda.get_device_name()}, torch {torch.__version__}, ", end="")
-    print(f"triton {triton.__version__}, `python benchmarks/kernels.py`.")
+    print(f"triton {triton.__version__}, `python benchmarks/engine_kernels.py`.")
     print(f"Negating 4 GB moves {copied:.2f} TB/s (read and written), ", end="")
     print(f"a product of 8192 squares makes {multiplied:.0f} TFLOP/s.\n")
 
