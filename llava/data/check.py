@@ -22,6 +22,7 @@ from typing import Any
 from llava.data.faults import KINDS, Checker, Fault, Finding
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
+from llava.paint import shows_blocks
 from llava.program import ArgumentParser, run_program
 
 EXIT_FAULTS = 1
@@ -234,8 +235,7 @@ def _repeated_id(samples: Samples, index: int, seen: set[str]) -> list[Fault]:
 
 def _bars(title: str, rows: Sequence[tuple[str, int]]) -> list[str]:
     """A histogram in text, with blocks where the terminal can show them."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    block = "█" if encoding.lower().replace("-", "").startswith("utf") else "#"
+    block = "█" if shows_blocks(sys.stdout) else "#"
     width = max((len(name) for name, _ in rows), default=0)
     digits = max((len(f"{count:,}") for _, count in rows), default=0)
     room = max(10, min(BAR_WIDTH, shutil.get_terminal_size().columns - width - digits - 6))

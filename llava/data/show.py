@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
@@ -20,9 +18,8 @@ from llava.data.reader import Reading, SampleReader, read_model
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
 from llava.image_io import load_image
+from llava.paint import Paint, wants_colours
 from llava.program import ArgumentParser, closest
-
-GREEN, DIM, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
 
 
 def show_program(argv: Sequence[str]) -> int:
@@ -53,10 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--conv-mode", help="conversation template; the model's own if absent")
     parser.add_argument("--max-length", type=int, help="the length limit in tokens; the model's own if absent")
     return parser
-
-
-def wants_colours(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _index_of(samples: Samples, wanted: str) -> int:
@@ -92,7 +85,7 @@ def render(samples: Samples, index: int, reader: SampleReader, image_folder: str
 
 def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) -> str:
     """The prompt, cut where training begins and ends, each token's text on the side that its label says."""
-    before, after = (GREEN, PLAIN) if colours else ("[", "]")
+    paint = Paint(colours)
     pictures = iter(features)
     pieces = []
     start = 0
@@ -105,9 +98,8 @@ def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) ->
         text = reading.text[start:end]
         if is_image:
             labels = [f"<image: {next(pictures, 0)} tokens>" for _ in members]
-            text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(
-                f"{DIM}{label}{PLAIN}" if colours else label for label in labels
-            )
-        pieces.append(f"{before}{text}{after}" if trained else text)
+            text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(paint(label, "dim") for label in labels)
+        shown = paint(text, "bold", "green") if colours else f"[{text}]"
+        pieces.append(shown if trained else text)
         start = end
     return "".join([*pieces, reading.text[start:]])

@@ -179,7 +179,7 @@ def _load(
         require("accelerate", extra="quant")
         loader_options["device_map"] = placement.device_map or {"": str(target)}
 
-    config = _build_config(info, base_info)
+    config = build_config(info, base_info)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     build = _build_multimodal if is_multimodal(config.to_dict()) else _build_language_model
@@ -257,7 +257,7 @@ def _base_of(info: CheckpointInfo) -> str:
     return str(beside) if beside.is_dir() and beside != info.folder else info.base_hint
 
 
-def _build_config(info: CheckpointInfo, base_info: CheckpointInfo | None) -> Any:
+def build_config(info: CheckpointInfo, base_info: CheckpointInfo | None) -> Any:
     values: Mapping[str, Any] = info.config
     if info.kind == "transformers":
         values = translate_config(values, source=str(info.folder / "config.json"))
@@ -302,7 +302,7 @@ def _build_multimodal(
 
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-    with _tower_within_reach(config, info, base_info, stored=sources.stores_tower):
+    with tower_within_reach(config, info, base_info, stored=sources.stores_tower):
         if info.stores_quantized:  # its tensors are packed in ways that only the library which packed them knows
             place = loader_options.get("device_map", {"": str(device)})
             model = model_class.from_pretrained(info.folder, config=config, dtype=dtype, device_map=place)
@@ -344,7 +344,7 @@ def _build_language_model(
 
 
 @contextmanager
-def _tower_within_reach(
+def tower_within_reach(
     config: Any, info: CheckpointInfo, base_info: CheckpointInfo | None, *, stored: bool
 ) -> Iterator[None]:
     """While a model is built, let its config name the tower by an absolute path, and say where its weights really are.

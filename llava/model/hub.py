@@ -34,8 +34,11 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
     return fetch_repository(text, what=what, tried=[f"the folder {folder.absolute()}"])
 
 
-def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None) -> str:
-    """The folder of a vision tower named in a config: beside the checkpoint, then here, then on the hub."""
+def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, download: bool = True) -> str:
+    """The folder of a vision tower named in a config: beside the checkpoint, then here, then on the hub.
+
+    Without `download`, of the hub only what is on this disk already.
+    """
     given = Path(name).expanduser()
     places = [given] if given.is_absolute() else [given.absolute()]
     if checkpoint_folder is not None and not given.is_absolute():
@@ -48,7 +51,7 @@ def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None) ->
         raise InputError(
             f"the vision tower {name!r} was not found; tried {' and '.join(tried)}, and it is no hub repository id"
         )
-    return str(fetch_repository(name, what="vision tower", tried=tried))
+    return str(fetch_repository(name, what="vision tower", tried=tried, download=download))
 
 
 def looks_like_repository(text: str) -> bool:
@@ -56,7 +59,7 @@ def looks_like_repository(text: str) -> bool:
     return REPOSITORY_ID.fullmatch(text) is not None and not Path(text).parent.is_dir()
 
 
-def fetch_repository(repository: str, *, what: str, tried: list[str]) -> Path:
+def fetch_repository(repository: str, *, what: str, tried: list[str], download: bool = True) -> Path:
     """The local copy of a hub repository, downloaded when it is not there yet."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -64,7 +67,8 @@ def fetch_repository(repository: str, *, what: str, tried: list[str]) -> Path:
     tried = [*tried, f"the hub repository {repository}"]
     try:
         for pattern in WEIGHT_PATTERNS:
-            folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, pattern]))
+            wanted = [*SMALL_FILES, pattern]
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=not download))
             if any(folder.glob(pattern)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

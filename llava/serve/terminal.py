@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.generation import Answer, AnswerStream
+from llava.paint import PLAIN, Paint, begin, wants_colours
 
 if TYPE_CHECKING:
     from llava.engine.answer_stream import EngineStream
-
-BOLD, DIM, RED, PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
 
 
 class Terminal:
@@ -29,7 +28,7 @@ class Terminal:
     def __init__(self, *, quiet: bool = False) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.quiet = quiet
-        self.colours = self.interactive and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.colours = self.interactive and wants_colours(sys.stdout)
 
     def write(self, text: str) -> None:
         """A piece of an answer, shown at once."""
@@ -39,11 +38,11 @@ class Terminal:
     def note(self, text: str) -> None:
         """Something beside the answers."""
         if not self.quiet:
-            print(self._painted(DIM, text), file=sys.stderr, flush=True)
+            print(self._painted("dim", text), file=sys.stderr, flush=True)
 
     def complain(self, error: InputError) -> None:
         """What was wrong with one line, where the program goes on."""
-        print(self._painted(RED, f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+        print(self._painted("red", f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
 
     def lines(self, prompt: str = "> ") -> Iterator[str]:
         """Lines until the end of input. At a prompt, Ctrl-C drops the line and a second one in a row ends as Ctrl-D does."""
@@ -51,7 +50,7 @@ class Terminal:
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
         # The marks around colours tell readline that they take no room.
-        shown = f"\001{BOLD}\002{prompt}\001{PLAIN}\002" if self.colours else prompt
+        shown = f"\001{begin('bold')}\002{prompt}\001{PLAIN}\002" if self.colours else prompt
         interrupted = False
         with _line_history():
             while True:
@@ -70,8 +69,8 @@ class Terminal:
                 interrupted = False
                 yield line
 
-    def _painted(self, colour: str, text: str) -> str:
-        return f"{colour}{text}{PLAIN}" if self.colours and sys.stderr.isatty() else text
+    def _painted(self, style: str, text: str) -> str:
+        return Paint(self.colours and sys.stderr.isatty())(text, style)
 
 
 def show(stream: AnswerStream | EngineStream, write: Callable[[str], None]) -> Answer:

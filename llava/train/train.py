@@ -151,7 +151,7 @@ def build_trainer(
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
     """Everything before the first step."""
-    _refuse_contradictions(model_args, data_args, training_args)
+    refuse_contradictions(model_args, data_args, training_args)
     conv = choose_conversation(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
@@ -197,7 +197,7 @@ def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation
     return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
 
 
-def _refuse_contradictions(
+def refuse_contradictions(
     model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
 ) -> None:
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:

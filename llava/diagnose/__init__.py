@@ -1,0 +1,1 @@
+"""Looking inside: `llava trace`, `llava doctor` and `llava selftest`."""

@@ -1,0 +1,220 @@
+"""`llava doctor PATH`: find the cause of what goes wrong with a checkpoint, a data set, a training run or a server.
+
+In: a command line. Out: findings on stdout, for people or as JSON, and an exit status: 0 healthy, 1 if something was found,
+2 for a wrong call. What can be found is in findings.py; the checks are in checkpoint.py, dataset.py, training_config.py
+and server.py. With `--fix`, a copy is repaired and examined again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import textwrap
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.diagnose.findings import CAUSES, Finding, Report
+from llava.errors import InputError
+from llava.paint import Paint, wants_colours
+from llava.program import ArgumentParser, run_program
+
+EXIT_FOUND = 1
+KINDS = ("checkpoint", "data", "config", "server")
+EXAMPLES = """\
+examples:
+  llava doctor ./llava-v1.5-7b                         a checkpoint: files, tokenizer, projector, numbers, a trial run
+  llava doctor ./llava-v1.5-7b-lora --model-base ./vicuna-7b-v1.5
+  llava doctor ./llava-v1.5-7b --quick                 headers and configs only, in seconds
+  llava doctor data.json --image-folder images         a data set
+  llava doctor run.yaml                                a training run that was not started yet
+  llava doctor http://localhost:8000                   a running server
+  llava doctor ./broken --fix ./repaired               repair a copy, where that is safe
+  llava doctor --list                                  every cause that it knows
+"""
+WIDTH = 110
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava doctor",
+        description="Find the cause of what goes wrong with a checkpoint, a data set, a training run or a server.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", nargs="?", metavar="PATH", help="a model folder, a data file, a run's .yaml, or a URL")
+    parser.add_argument("--as", dest="kind", choices=KINDS, help="what PATH is, where its name does not tell")
+    parser.add_argument("--quick", action="store_true", help="checkpoint: read no weights, only headers and configs")
+    parser.add_argument(
+        "--model-base", metavar="FOLDER", help="checkpoint: the language model under a LoRA or projector"
+    )
+    parser.add_argument("--image-folder", metavar="FOLDER", help="data: the folder that images are relative to")
+    parser.add_argument("--model-path", "-m", metavar="FOLDER", help="data: read labels and lengths with this model")
+    parser.add_argument("--max-length", type=int, metavar="N", help="data: judge lengths by this limit")
+    parser.add_argument("--conv-mode", metavar="NAME", help="data: conversation template (default: the model's)")
+    parser.add_argument("--api-key", metavar="KEY", help="server: the key that it asks for")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="server: per request (default: 60)"
+    )
+    parser.add_argument(
+        "--fix", metavar="COPY", help="write a repaired copy here; what cannot be repaired safely stays"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--verbose", "-v", action="store_true", help="say what was looked at, too")
+    parser.add_argument("--list", action="store_true", help="list every cause that can be found, and end")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="llava doctor")
+
+
+def run(args: Namespace) -> int:
+    if args.list:
+        print(
+            json.dumps({code: vars(cause) for code, cause in CAUSES.items()}, indent=2) if args.json else list_causes()
+        )
+        return 0
+    if args.path is None:
+        raise InputError("say what to examine: a model folder, a data file, a run's .yaml, or a server's URL")
+    kind = args.kind or kind_of(args.path)
+    if args.fix and (kind == "server" or Path(args.fix).exists()):
+        raise InputError(
+            "a server cannot be repaired from here"
+            if kind == "server"
+            else f"--fix {args.fix!r} exists already; name a folder or file that does not, since the repair is a copy"
+        )
+    _quiet()
+    report = examine_path(kind, args.path, args)
+    after, done = (None, [])
+    if args.fix and any(finding.fix for finding in report.findings):
+        done = repair(args.path, report.findings, Path(args.fix))
+        after = examine_path(kind, args.fix, args)
+    if args.json:
+        content = report.as_json()
+        if after is not None:
+            content["fix"] = {"copy": args.fix, "done": done, "left": after.as_json()["findings"]}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        print(as_text(report, Paint(wants_colours(sys.stdout)), verbose=args.verbose))
+        if args.fix:
+            print(_told(args.fix, done, after))
+    return EXIT_FOUND if report.findings else 0
+
+
+def kind_of(path: str) -> str:
+    """What a path is, by its form and its files."""
+    if re.match(r"https?://", path):
+        return "server"
+    place = Path(path)
+    if place.is_dir() or not place.exists():
+        return "checkpoint"  # which may be a hub repository
+    if place.suffix.lower() in (".yaml", ".yml"):
+        text = place.read_text(encoding="utf-8", errors="replace")
+        return "data" if re.search(r"^datasets\s*:", text, flags=re.MULTILINE) else "config"
+    return "data"
+
+
+def examine_path(kind: str, path: str, args: Namespace) -> Report:
+    if kind == "checkpoint":
+        from llava.diagnose.checkpoint import examine_checkpoint
+
+        return examine_checkpoint(path, args.model_base, quick=args.quick)
+    if kind == "data":
+        from llava.data.reader import read_model
+        from llava.diagnose.dataset import examine_data
+
+        reader = None
+        if args.model_path:
+            reader = read_model(args.model_path, conv_mode=args.conv_mode, max_length=args.max_length)
+        elif args.max_length or args.conv_mode:
+            raise InputError("--max-length and --conv-mode need a tokenizer to count with: name one with --model-path")
+        return examine_data(path, image_folder=args.image_folder, reader=reader)
+    if kind == "config":
+        from llava.diagnose.training_config import examine_training
+
+        return examine_training(path)
+    from llava.diagnose.server import examine_server
+
+    return examine_server(path, api_key=args.api_key, timeout=args.timeout)
+
+
+def repair(path: str, findings: Sequence[Finding], copy: Path) -> list[str]:
+    """Copy the input and make every repair that is known, each once; says what was done."""
+    source = Path(path)
+    if source.is_dir():
+        shutil.copytree(source, copy)
+    else:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy)
+    fixes: list[Any] = []
+    for finding in findings:
+        if finding.fix is not None and finding.fix not in fixes:
+            fixes.append(finding.fix)
+    return [fix(copy) for fix in fixes]
+
+
+def _quiet() -> None:
+    """Findings say it; libraries need not say it as well."""
+    import logging
+
+    from llava.serve.terminal import quiet_libraries
+
+    quiet_libraries()
+    logging.getLogger("llava").setLevel(logging.ERROR)
+
+
+# For people
+
+
+def as_text(report: Report, paint: Paint, *, verbose: bool = False) -> str:
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.facts.items() if value is not None)
+    lines = [paint(report.subject, "bold") + (f"  {paint(facts, 'dim')}" if facts else "")]
+    for finding in report.findings:
+        lines += ["", f"{paint('found', 'red', 'bold')}  {paint(finding.code, 'bold')}: {CAUSES[finding.code].meaning}"]
+        on_a_copy = " (--fix does it, on a copy)" if finding.fix and "--fix" not in finding.remedy else ""
+        for name, text in (
+            ("what", finding.what),
+            ("numbers", ", ".join(f"{key} {value}" for key, value in finding.evidence.items())),
+            ("where", ", ".join(finding.where)),
+            ("remedy", finding.remedy + on_a_copy),
+        ):
+            if text:
+                lines += _wrapped(name, text, paint)
+    if verbose and report.looked:
+        lines += ["", *_wrapped("looked at", ", ".join(report.looked), paint)]
+    if verbose or report.findings:
+        reasons: dict[str, list[str]] = {}
+        for check, why in report.skipped:
+            reasons.setdefault(why, []).append(check)
+        for why, checks in reasons.items():
+            lines += _wrapped("not looked at", f"{', '.join(checks)}: {why}", paint)
+    count = len(report.findings)
+    if count:
+        return "\n".join([*lines, "", f"{count} finding{'s' * (count > 1)}"])
+    return "\n".join([*lines, paint("nothing found", "green") + f" in {len(report.looked)} checks"])
+
+
+def _wrapped(name: str, text: str, paint: Paint) -> list[str]:
+    head = f"  {name:>7}  "
+    body = textwrap.wrap(text, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+    return [paint(head, "dim") + body[0], *(" " * len(head) + line for line in body[1:])]
+
+
+def _told(copy: str, done: Sequence[str], after: Report | None) -> str:
+    if after is None:
+        return "nothing here can be repaired safely; no copy was written"
+    left = f"left: {', '.join(after.codes)}" if after.findings else "examined again: nothing found"
+    return "\n".join([f"repaired copy: {copy}", *(f"  {line}" for line in done), f"  {left}"])
+
+
+def list_causes() -> str:
+    width = max(map(len, CAUSES))
+    return "\n".join(f"{code:<{width}}  {cause.meaning}" for code, cause in CAUSES.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
