@@ -102,6 +102,17 @@ def test_forward_of_a_left_padded_batch_equals_each_row_alone(model_type):
     assert torch.allclose(together[1, -alone.shape[1] :], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gemma2", "phi3", "gpt_neox"])
+def test_hidden_states_and_attention_are_handed_out(model_type):
+    """What transformers finds by a model's class has to be found by ours as well."""
+    model = build(model_type, attn_implementation="eager")
+    ids, pixels = torch.tensor([[1, 5, -200, 7]]), torch.zeros(1, 3, 28, 28)
+    with torch.inference_mode():
+        output = model(input_ids=ids, images=pixels, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in output.hidden_states] == [(1, 7, 64)] * 3
+    assert [weights.shape for weights in output.attentions] == [(1, 4, 7, 7)] * 2
+
+
 def test_a_trainable_tower_gets_gradients_and_a_frozen_one_keeps_none():
     model = build("llama")
     model.get_vision_tower().requires_grad_(True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
@@ -128,6 +129,8 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         inner = self.get_model()
         inner_class: Any = type(inner)
         inner.__class__ = self.model_class or with_vision(inner_class)
+        # By class, transformers keeps what a model can hand out: output_hidden_states and output_attentions need it.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
         inner.add_vision_modules()
         # Once more, since transformers keeps what it learns here by class, and by the modules that are there.
         inner.post_init()
