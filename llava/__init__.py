@@ -37,6 +37,7 @@ _HOME = {
     "Sampling": "llava.generation",
     "stream_answer": "llava.generation",
     "ImageLimits": "llava.image_io",
+    "trace": "llava.diagnose.trace",
     "load_image": "llava.image_io",
     "LoadedModel": "llava.model.builder",
     "load": "llava.model.builder",
@@ -66,6 +67,7 @@ __all__ = [
     "load_image",
     "load_pretrained_model",
     "stream_answer",
+    "trace",
 ]
 
 

@@ -29,6 +29,9 @@ COMMANDS = {
     "bench": Command("llava.serve.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
     "data": Command("llava.data.check", "check training data before a run, or show a sample as it will be trained on"),
+    "trace": Command(
+        "llava.diagnose.trace_program", "show all that happens from a question to its answer, or in a training step"
+    ),
     "doctor": Command(
         "llava.diagnose.doctor", "find the cause of what goes wrong with a checkpoint, data, a training run or a server"
     ),

@@ -270,3 +270,64 @@ def checked_size(size: Sequence[int]) -> ImageSize:
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
         raise InputError(f"an image of size {tuple(size)} has no pixels; a size is (width, height), both at least 1.")
     return ImageSize(int(size[0]), int(size[1]))
+
+
+# Where features lie in the picture
+
+
+class Box(NamedTuple):
+    """A rectangle in a picture's own pixels; it may reach beyond the picture, where padding lies."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box]:
+    """What each tile of a picture shows of it. `crops`: the image processor cuts a picture that is not square to its
+    middle; otherwise it squeezes it."""
+    width, height = layout.size
+    if layout.tile_grid is not None:
+        canvas = ImageSize(layout.tile_grid.cols * policy.tile_size, layout.tile_grid.rows * policy.tile_size)
+        fitted, (left, top) = fit_inside(layout.size, canvas)
+        across, down = width / fitted.width, height / fitted.height
+        tiles = [
+            Box((x0 - left) * across, (y0 - top) * down, (x1 - left) * across, (y1 - top) * down)
+            for x0, y0, x1, y1 in tile_boxes(canvas, policy.tile_size)
+        ]
+        return [Box(0, 0, width, height), *tiles]
+    if policy.mode == "pad":
+        side = max(width, height)
+        left, top = (side - width) // 2, (side - height) // 2
+        area = Box(-left, -top, side - left, side - top)
+    elif policy.mode == "square" and crops:
+        side = min(width, height)
+        area = Box((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    else:
+        area = Box(0, 0, width, height)
+    return [area] * layout.num_tiles
+
+
+def feature_boxes(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box | None]:
+    """For each feature of a picture, in the order of the sequence, what it shows; None for newlines and class features."""
+    areas, side = tile_areas(layout, policy, crops=crops), policy.patches_per_side
+    head: list[Box | None] = [None] if policy.cls_token else []
+    by_tile = [[_cell(area, row, col, side) for row in range(side) for col in range(side)] for area in areas]
+    if layout.tile_grid is None or policy.merge == "flat":
+        boxes = [box for patches in by_tile for box in (*head, *patches)]
+        return [*boxes, *[None] * layout.num_newlines]
+    rest: list[Box | None] = []
+    crop = layout.crop
+    for row in range(crop.row_start, crop.row_stop):
+        for col in range(crop.col_start, crop.col_stop):
+            tile = 1 + row // side * layout.tile_grid.cols + col // side
+            rest.append(by_tile[tile][row % side * side + col % side])
+        rest += [None] * (layout.num_newlines > 0)
+    return [*by_tile[0], *rest]
+
+
+def _cell(area: Box, row: int, col: int, side: int) -> Box:
+    width, height = (area.right - area.left) / side, (area.bottom - area.top) / side
+    left, top = area.left + col * width, area.top + row * height
+    return Box(left, top, left + width, top + height)

@@ -156,7 +156,7 @@ def test_show_marks_exactly_what_is_trained(folder: Path, capsys: pytest.Capture
 
 
 def test_colours_are_for_terminals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava.data.show import wants_colours
+    from llava.paint import wants_colours
 
     terminal = Namespace(isatty=lambda: True)
     monkeypatch.setenv("TERM", "xterm")

@@ -1,0 +1,170 @@
+"""`llava trace`: one question, or one training sample, with everything that happens on the way.
+
+In: pictures and a question, or a data file and the number of a sample. Out: every point on stdout, for people or as JSON,
+and with `--html` a page. Exit status: 0 if every check holds, 1 if one does not, 2 for a wrong call.
+"""
+
+from __future__ import annotations
+
+import bdb
+import json
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.conversation import get_template
+from llava.diagnose.observation import POINTS
+from llava.errors import InputError
+from llava.generation import Sampling
+from llava.paint import Paint, shows_blocks, wants_colours
+from llava.program import ArgumentParser, run_program
+
+EXIT_FAILED = 1
+EXAMPLES = """\
+examples:
+  llava trace photo.jpg "What is in this picture?"               every point on the way, in order
+  llava trace photo.jpg "Which colour?" --html trace.html        the same as a page: where did each token look?
+  llava trace photo.jpg "Which colour?" --break splice           open the debugger where pictures join the text
+  llava trace -m ./llava-v1.5-7b photo.jpg "Why?" --json
+  llava trace --data train.json --index 3 --image-folder images  a training sample: labels, loss, gradients
+  llava trace --data train.json -m ./llava-v1.5-7b -- --mm_projector_lr 2e-5 --freeze_backbone True
+  llava trace --data train.json -- run.yaml                      the same with a run's configuration file
+"""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava trace",
+        usage="llava trace [FLAGS] [IMAGE ...] QUESTION\n       llava trace [FLAGS] --data FILE [-- TRAINING FLAGS]",
+        description="Show everything that happens between a question and its answer, or in a training step of one sample.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
+    parser.add_argument("--model-path", "-m", metavar="FOLDER", help="model to look into (default: the embedded one)")
+    parser.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    parser.add_argument("--conv-mode", metavar="NAME", help="conversation template (default: the model's own)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
+    parser.add_argument("--data", metavar="FILE", help="trace a training sample of this file instead of a question")
+    parser.add_argument(
+        "--index", type=int, default=0, metavar="N", help="with --data: its number, from 0 (default: 0)"
+    )
+    parser.add_argument("--image-folder", metavar="FOLDER", help="with --data: the folder that images are relative to")
+    parser.add_argument("--json", action="store_true", help="print all facts as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
+    parser.add_argument("--break", dest="break_at", metavar="POINT", help=f"open pdb at a point: {', '.join(POINTS)}")
+    parser.add_argument(
+        "--no-gradients",
+        action="store_true",
+        help="with --html: attention alone, without relevance (saves memory and time)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    place = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:place])
+    return run_program(run, args, words[place + 1 :], name="llava trace")
+
+
+def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
+    if args.break_at is not None and args.break_at not in POINTS:
+        raise InputError(f"there is no point {args.break_at!r} to break at; known: {', '.join(POINTS)}")
+    if args.data is None and training_flags:
+        raise InputError("flags after -- are those of a training run; name its samples with --data")
+    if args.data is not None and args.words:
+        raise InputError("give a question, or a data file with --data, not both")
+    try:
+        return _trace_sample(args, training_flags) if args.data is not None else _trace_question(args)
+    except bdb.BdbQuit:
+        return EXIT_FAILED
+
+
+def _trace_question(args: Namespace) -> int:
+    from llava.serve.chat import load_model, split_words
+    from llava.serve.models import find_model
+    from llava.serve.session import Picture, check_question
+
+    sources, question = split_words(args.words)
+    if question is None:
+        raise InputError('say what to ask: llava trace photo.jpg "What is in this picture?"')
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    pictures = [Picture.open(source) for source in sources]
+    check_question(question, len(pictures))
+    args.model_path = find_model(args.model_path)
+    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+    args.load_8bit, args.load_4bit, args.verbose = False, False, False
+
+    loaded = load_model(args)
+    if not hasattr(loaded.model, "get_vision_tower"):
+        raise InputError(
+            f"{args.model_path} is a language model without a vision tower; there is nothing of ours to trace"
+        )
+    from llava.diagnose.answering import trace_question
+
+    answered = trace_question(
+        loaded, pictures, question, sampling=sampling, conv_mode=args.conv_mode, break_at=args.break_at
+    )
+    page = None
+    if args.html:
+        from llava.diagnose.attention import look
+        from llava.diagnose.trace_page import page_of_answer
+
+        page = page_of_answer(answered, look(answered, gradients=not args.no_gradients))
+    head = {"question": question, "images": sources, "answer": answered.answer.text if answered.answer else None}
+    return _show(args, answered.record, head, page)
+
+
+def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
+    from llava.serve.models import find_model
+    from llava.serve.terminal import quiet_libraries
+
+    quiet_libraries()
+    from llava.diagnose.training import trace_sample
+
+    record = trace_sample(
+        args.data,
+        args.index,
+        model_path=find_model(args.model_path),
+        image_folder=args.image_folder,
+        flags=training_flags,
+        break_at=args.break_at,
+    )
+    page = None
+    if args.html:
+        from llava.diagnose.trace_page import page_of_sample
+
+        page = page_of_sample(record)
+    return _show(args, record, {"data": args.data, "index": args.index}, page)
+
+
+def _show(args: Namespace, record: Any, head: dict[str, Any], page: str | None) -> int:
+    from llava.diagnose.trace_text import as_text
+
+    if page is not None:
+        try:
+            Path(args.html).write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"the page cannot be written to {args.html!r}: {error.strerror}") from error
+    if args.json:
+        print(json.dumps({**head, **record.as_json()}, ensure_ascii=False, indent=2))
+    else:
+        print(as_text(record, Paint(wants_colours(sys.stdout)), blocks=shows_blocks(sys.stdout)))
+        if page is not None:
+            print(f"page: {args.html}")
+    return EXIT_FAILED if record.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
