@@ -31,10 +31,10 @@ class AnswerReader:
     ) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._stop = [text for text in stop if text]
-        # A stop string that is one special token never shows in the text; its id does.
-        special = set(tokenizer.all_special_ids)
-        known = [tokenizer.convert_tokens_to_ids(text) for text in self._stop]
-        self.end_ids = {token for token in known if token in special and token != tokenizer.unk_token_id}
+        # A stop string that is one special token never shows in the text; its id does. Not every vocabulary counts such
+        # tokens among all_special_ids, so decoding is asked.
+        known = {tokenizer.convert_tokens_to_ids(text) for text in self._stop} - {None, tokenizer.unk_token_id}
+        self.end_ids = {token for token in known if not tokenizer.decode([token], skip_special_tokens=True)}
         if end_ids is not None:
             self.end_ids |= set(end_ids)
         elif tokenizer.eos_token_id is not None:
