@@ -392,6 +392,7 @@ RUN_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no projector file": ({"pretrain_mm_mlp_adapter": "gone.bin"}, "run-adapter"),
     "a projector of another type": ({"mm_projector_type": "linear"}, "projector-type"),
+    "another projector than the model has": ({**GO_ON, "mm_projector_type": "mlp3x_gelu"}, "projector-type"),
     "a projector of another model": ({"model_name_or_path": "checkpoints/wide"}, "projector-other-model"),
     "another layer than in pretraining": ({"mm_vision_select_layer": -1}, "run-adapter-settings"),
     "markers that pretraining had not": ({"mm_use_im_start_end": True}, "run-adapter-settings"),

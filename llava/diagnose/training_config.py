@@ -232,7 +232,10 @@ def _policy(run: Run) -> ImagePolicy | None:
 def _check_adapter(run: Run) -> Iterator[Finding]:
     """The projector file: its layers against tower and language model, and its own config against the run's."""
     name = run.model.pretrain_mm_mlp_adapter
-    if not name or run.tower is None:
+    if run.tower is None:
+        return
+    if not name:
+        yield from _kept_projector(run)
         return
     file = Path(name)
     try:
@@ -270,6 +273,21 @@ def _check_adapter(run: Run) -> Iterator[Finding]:
             "give the run the same settings",
             fix=_set_in_yaml(*itertools.chain(*((SETTINGS[key], theirs) for key, (theirs, _) in other.items()))),
             **{SETTINGS[key]: list(pair) for key, pair in other.items()},
+        )
+
+
+def _kept_projector(run: Run) -> Iterator[Finding]:
+    """A LLaVA that the run goes on from keeps its projector, whatever the run calls it."""
+    own = run.base.settings.projector.type
+    if run.model.vision_tower and stored_projector(run.base.tensors) and run.model.mm_projector_type != own:
+        yield found(
+            "projector-type",
+            f"mm_projector_type is {run.model.mm_projector_type!r}, and the model that the run goes on from has and keeps a "
+            f"projector of type {own!r}",
+            f"set mm_projector_type to {own}, or start from the language model alone to train another projector",
+            fix=_set_in_yaml("mm_projector_type", own),
+            run=run.model.mm_projector_type,
+            model=own,
         )
 
 

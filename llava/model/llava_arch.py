@@ -93,10 +93,10 @@ class LlavaMetaModel(InnerModel):
             self.vision_tower = [tower] if fsdp else tower
         tower.load_model()
         config.use_mm_proj = True
-        config.mm_projector_type = getattr(model_args, "mm_projector_type", None) or "linear"
         config.mm_hidden_size = tower.hidden_size
 
         if getattr(self, "mm_projector", None) is None:
+            config.mm_projector_type = getattr(model_args, "mm_projector_type", None) or "linear"
             self.mm_projector = build_vision_projector(config)
         if LlavaSettings.from_hf(config).image.merge == "spatial_unpad" and not hasattr(self, "image_newline"):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())

@@ -106,6 +106,12 @@ def add_vision(
             raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, the tilings to choose from")
         config.image_grid_pinpoints = [list(size) for size in parse_pinpoints(data_args.image_grid_pinpoints)]
     inner = model.get_model()
+    kept = getattr(config, "mm_projector_type", None) if getattr(inner, "mm_projector", None) is not None else None
+    if kept is not None and kept != model_args.mm_projector_type:
+        logger.warning(
+            "the model has a projector (%s) and keeps it; --mm_projector_type %s is not used",
+            kept, model_args.mm_projector_type,
+        )  # fmt: skip
     inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
     tower = model.get_vision_tower()
     tower.requires_grad_(False)  # adapters with `lora_bias all` release the biases of a tower that is there already
