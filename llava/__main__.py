@@ -35,6 +35,7 @@ COMMANDS = {
     "doctor": Command(
         "llava.diagnose.doctor", "find the cause of what goes wrong with a checkpoint, data, a training run or a server"
     ),
+    "selftest": Command("llava.diagnose.selftest", "show on a model, with numbers, that its parts do what they should"),
     "merge": Command("llava.train.merge_lora", "lay a LoRA adapter into its base model"),
 }
 

@@ -257,7 +257,7 @@ def as_llava(words: list[str]) -> list[str] | None:
 @each(PAGES)
 def test_commands_parse(page: Path) -> None:
     from llava.data import check, show
-    from llava.diagnose import doctor, trace_program
+    from llava.diagnose import doctor, selftest, trace_program
     from llava.serve import bench, chat, cli
     from llava.train import merge_lora
     from llava.train.arguments import parse_train_args
@@ -270,6 +270,7 @@ def test_commands_parse(page: Path) -> None:
         "trace": lambda argv: trace_program.build_parser().parse_args(
             argv[: argv.index("--")] if "--" in argv else argv
         ),
+        "selftest": lambda argv: selftest.build_parser().parse_args(argv),
         "doctor": lambda argv: doctor.build_parser().parse_args(argv),
         "merge": lambda argv: merge_lora.build_parser().parse_args(argv),
         "data": lambda argv: {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:]),

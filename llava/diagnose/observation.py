@@ -102,25 +102,10 @@ class Row:
 
 
 @dataclass
-class Observation:
-    """What was seen at a point: lines for people, facts for programs."""
+class Notes:
+    """Lines about one thing, some of them checks."""
 
-    point: str
-    rows: list[Row] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        return POINTS[self.point].title
-
-    @property
-    def where(self) -> str:
-        return POINTS[self.point].where
-
-    @property
-    def failed(self) -> list[Row]:
-        """What was checked here and does not hold."""
-        return [row for row in self.rows if row.tone == "bad"]
+    rows: list[Row] = field(default_factory=list, init=False)
 
     def say(self, label: str, text: str, tone: str = "") -> None:
         self.rows.append(Row(label, text, tone))
@@ -132,6 +117,27 @@ class Observation:
 
     def check(self, label: str, holds: bool, text: str) -> None:
         self.rows.append(Row(label, text, "good" if holds else "bad"))
+
+    @property
+    def failed(self) -> list[Row]:
+        """What was checked and does not hold."""
+        return [row for row in self.rows if row.tone == "bad"]
+
+
+@dataclass
+class Observation(Notes):
+    """What was seen at a point: lines for people, facts for programs."""
+
+    point: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return POINTS[self.point].title
+
+    @property
+    def where(self) -> str:
+        return POINTS[self.point].where
 
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]

@@ -18,7 +18,7 @@ BAR = 36
 
 
 def as_text(record: Trace, paint: Paint, *, blocks: bool = True, width: int | None = None) -> str:
-    width = width or min(shutil.get_terminal_size().columns, 120)
+    width = width or text_width()
     lines: list[str] = []
     for number, seen in enumerate(record, 1):
         lines += ["", *_point(number, seen, record.stages, paint, blocks=blocks, width=width)]
@@ -33,16 +33,21 @@ def as_text(record: Trace, paint: Paint, *, blocks: bool = True, width: int | No
     return "\n".join(lines[1:])
 
 
+def text_width() -> int:
+    return min(shutil.get_terminal_size().columns, 120)
+
+
 def _point(number: int, seen: Observation, stages: list[Stage], paint: Paint, *, blocks: bool, width: int) -> list[str]:
     lines = [f"{paint(f'{number:>2} {seen.point}', 'bold', 'cyan')}  {seen.title}  {paint(seen.where, 'dim')}"]
     rows = seen.rows
     if seen.point == "cost":
         lines += _waterfall(stages, paint, blocks=blocks)
         rows = [row for row in rows if row.label == "memory"]
-    return lines + _rows(rows, paint, blocks, width)
+    return lines + show_rows(rows, paint, blocks, width)
 
 
-def _rows(rows: list[Row], paint: Paint, blocks: bool, width: int) -> list[str]:
+def show_rows(rows: list[Row], paint: Paint, blocks: bool, width: int) -> list[str]:
+    """Lines about one thing, labels on the left, checks marked."""
     lines = []
     for row in rows:
         head = f"  {row.label:>{LABEL}}  "

@@ -1,0 +1,359 @@
+"""`llava selftest`: the five things that whoever works on a LLaVA should be able to show, shown on a model.
+
+In: a model folder. Out: for each item what was done, with numbers, and whether it holds. The items are those of the road
+map's check list: from <image> to embeddings, the length by hand, the label mask, another projector trained and run (in
+exercise.py), and an odd output traced to its cause. Exit status: 0 if all hold, 1 if one does not, 2 for a wrong call.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.diagnose.drawing import drawing
+from llava.diagnose.observation import Notes, figures, told
+from llava.errors import InputError
+from llava.paint import Paint, shows_blocks, wants_colours
+from llava.program import ArgumentParser, run_program
+from llava.startup import prepare
+
+if TYPE_CHECKING:
+    from llava.model.builder import LoadedModel
+
+EXIT_FAILED = 1
+EXAMPLES = """\
+examples:
+  llava selftest                                   the model that comes with the package, in half a minute
+  llava selftest ./llava-v1.5-7b --skip-training   without the projector exercise, which needs a training step's memory
+  llava selftest ./llava-v1.5-7b-lora --model-base ./vicuna-7b-v1.5 --json
+"""
+QUESTION = "What is in this picture?"
+ANSWERS = ("A red circle and a blue square.", "Rome.")
+
+
+@dataclass
+class Item(Notes):
+    """One item of the list; `where` are the functions that it goes through, in their order."""
+
+    title: str
+    where: tuple[str, ...]
+    skipped: str = ""
+    seconds: float = field(default=0.0, init=False)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed and any(row.tone == "good" for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        told = [(row.tone, {"label": row.label, "text": row.text}) for row in self.rows]
+        checks = [{**line, "holds": tone == "good"} for tone, line in told if tone in ("good", "bad")]
+        notes = [line for tone, line in told if tone not in ("good", "bad")]
+        state = "skipped" if self.skipped else "passed" if self.passed else "failed"
+        return {
+            "title": self.title,
+            "where": list(self.where),
+            "state": state,
+            "because": self.skipped or None,
+            "checks": checks,
+            "notes": notes,
+        }
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava selftest",
+        description="Show on a model, with numbers, the five things of the road map's check list.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
+    parser.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="training steps of the projector exercise (default: 20)"
+    )
+    parser.add_argument("--skip-training", action="store_true", help="leave the projector exercise out")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="llava selftest")
+
+
+def run(args: Namespace) -> int:
+    from llava.serve.models import find_model
+    from llava.serve.terminal import quiet_libraries
+
+    if args.steps < 1:
+        raise InputError(f"--steps is {args.steps}; give 1 or more, or --skip-training")
+    path = find_model(args.model)
+    prepare()
+    quiet_libraries()
+    from llava.model.builder import load
+
+    loaded = load(path, base=args.model_base, device=args.device, dtype=args.dtype)
+    if loaded.processor is None:
+        raise InputError(f"{path} is a language model without a vision tower; there is nothing of ours to test")
+    items = examine(loaded, path, steps=0 if args.skip_training else args.steps)
+    if args.json:
+        content = {"model": path, "items": [item.as_json() for item in items]}
+        print(json.dumps(content, ensure_ascii=False, indent=2))
+    else:
+        print(as_text(path, items))
+    return EXIT_FAILED if any(not item.passed and not item.skipped for item in items) else 0
+
+
+def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
+    """The five items in order; with `steps` 0 the projector exercise is left out."""
+    from llava.diagnose.exercise import try_another_projector
+
+    looks: list[Callable[[], Item]] = [
+        lambda: from_mark_to_embeddings(loaded),
+        lambda: length_by_hand(loaded),
+        lambda: label_mask(loaded),
+        lambda: try_another_projector(loaded, path, steps=steps),
+        lambda: odd_output(loaded),
+    ]
+    items = []
+    for look in looks:
+        started = time.perf_counter()
+        item = look()
+        item.seconds = time.perf_counter() - started
+        items.append(item)
+    return items
+
+
+# The items
+
+
+def ask(loaded: LoadedModel, question: str, num_pictures: int, **options: Any) -> tuple[Any, Any]:
+    """A conversation about drawn pictures, and the model's inputs for it."""
+    from llava.conversation import get_template
+    from llava.processor import image_mark
+
+    assert loaded.processor is not None
+    conversation = get_template(loaded.conv_mode)
+    conversation.messages = []
+    mark = image_mark(loaded.processor.config)
+    conversation.append_message(conversation.roles[0], f"{mark}\n" * num_pictures + question)
+    conversation.append_message(conversation.roles[1], None)
+    pictures = [drawing(), drawing(inverted=True).resize((300, 500)), drawing().resize((640, 150))][:num_pictures]
+    return conversation, loaded.processor(conversation, pictures, **options)
+
+
+def spliced(loaded: LoadedModel, inputs: Any) -> Any:
+    """What `prepare_inputs_labels_for_multimodal` makes of inputs: embeddings and mask."""
+    import torch
+
+    ids = inputs.input_ids[None].to(loaded.model.device)
+    with torch.inference_mode():
+        _, _, mask, _, embeds, _ = loaded.model.prepare_inputs_labels_for_multimodal(
+            ids, None, torch.ones_like(ids), None, None, inputs.images, inputs.image_sizes
+        )
+    return embeds, mask
+
+
+def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
+    import torch
+
+    item = Item(
+        "from <image> to embeddings",
+        (
+            "llava/tokenization.py:tokenizer_image_token",
+            "llava/model/llava_arch.py:encode_images",
+            "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
+            "llava/model/splice.py:splice",
+        ),
+    )
+    from llava.tokenization import tokenizer_image_token
+
+    conversation, inputs = ask(loaded, QUESTION, 1)
+    ids = tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer)
+    place = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else -1
+    item.say("prompt", conversation.get_prompt(), "text")
+    item.check(
+        "mark", ids.count(IMAGE_TOKEN_INDEX) == 1, f"one of {len(ids)} ids is {IMAGE_TOKEN_INDEX}, at place {place}"
+    )
+    item.check("processor", inputs.input_ids.tolist() == ids, "the processor's ids are those of tokenizer_image_token")
+    embeds, _ = spliced(loaded, inputs)
+    with torch.inference_mode():
+        features = loaded.model._image_features(inputs.images, inputs.image_sizes)[0]
+        text = loaded.model.get_input_embeddings()(torch.tensor([t for t in ids if t >= 0], device=loaded.model.device))
+    item.say("features", told(figures(features)))
+    item.say("embeddings", told(figures(embeds)))
+    stop = place + len(features)
+    same = bool(torch.equal(embeds[0, place:stop], features.to(embeds)))
+    item.check("picture", same, f"positions {place} to {stop - 1} are the projector's features, number for number")
+    around = torch.cat([embeds[0, :place], embeds[0, stop:]])
+    item.check(
+        "text", bool(torch.equal(around, text)), f"the other {len(around)} positions are rows of the embedding table"
+    )
+    return item
+
+
+def length_by_hand(loaded: LoadedModel) -> Item:
+    item = Item(
+        "the length of a sequence, by hand",
+        ("llava/geometry.py:plan", "llava/generation.py:measure_prompt", "llava/model/splice.py:pad"),
+    )
+    for number in range(4):
+        _, inputs = ask(loaded, QUESTION, number)
+        text = sum(token >= 0 for token in inputs.input_ids.tolist())
+        features = [layout.num_features for layout in inputs.layouts]
+        total = text + sum(features)
+        if number:
+            embeds, mask = spliced(loaded, inputs)
+            found, attended = embeds.shape[1], int(mask.sum())
+        else:
+            found = attended = len(inputs.input_ids)
+        sizes = ", ".join(f"{width}x{height}" for width, height in inputs.image_sizes) or "none"
+        hand = " + ".join(map(str, [text, *features]))
+        holds = total == found == attended == inputs.num_tokens
+        item.check(
+            f"{number} pictures", holds, f"{hand} = {total}; embeddings {found}, mask {attended} (sizes {sizes})"
+        )
+    return item
+
+
+def label_mask(loaded: LoadedModel) -> Item:
+    item = Item(
+        "the label mask of a batch",
+        (
+            "llava/conversation.py:Conversation.spans",
+            "llava/labels.py:encode_spans",
+            "llava/train/data.py:DataCollatorForSupervisedDataset",
+        ),
+    )
+    from llava.conversation import answer_end, get_template
+    from llava.diagnose.training import marked_text
+    from llava.train.assemble import prepare_tokenizer
+    from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+
+    tokenizer, template = copy.deepcopy(loaded.tokenizer), get_template(loaded.conv_mode)
+    prepare_tokenizer(tokenizer, loaded.model, "v1")  # which gives it something to pad with
+    with tempfile.TemporaryDirectory() as scratch:
+        drawing().save(Path(scratch) / "drawing.png")
+        questions = (f"<image>\n{QUESTION}", "Where is the Pantheon?")
+        records: list[dict[str, Any]] = [
+            {"id": question, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+            for question, answer in zip(questions, ANSWERS, strict=True)
+        ]
+        records[0]["image"] = "drawing.png"
+        (Path(scratch) / "samples.json").write_text(json.dumps(records), encoding="utf-8")
+        image = loaded.processor.config.image if loaded.processor is not None else None
+        settings = SimpleNamespace(
+            image_folder=scratch,
+            image_processor=loaded.image_processor,
+            image_aspect_ratio=image.mode if image is not None else "square",
+            image_grid_pinpoints=[list(size) for size in image.pinpoints] if image is not None else None,
+            is_multimodal=True,
+            mm_use_im_start_end=loaded.processor.config.tokens.use_im_start_end
+            if loaded.processor is not None
+            else False,
+        )
+        dataset = LazySupervisedDataset(str(Path(scratch) / "samples.json"), tokenizer, settings, conv=template)
+        batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
+    trained = labels != IGNORE_INDEX
+    item.say("batch", f"ids {list(ids.shape)}, labels {list(labels.shape)}, {int(trained.sum())} labels are trained")
+    end = answer_end(template)
+    for row, answer in enumerate(ANSWERS):
+        text = tokenizer.decode([token for token in labels[row][trained[row]].tolist() if token >= 0])
+        item.mark(
+            f"row {row + 1}", marked_text(ids[row][mask[row]].tolist(), labels[row][mask[row]].tolist(), tokenizer)
+        )
+        wanted = answer + end
+        holds = "".join(text.split()) == "".join(wanted.split())
+        item.check(
+            f"row {row + 1}",
+            holds,
+            f"trained is {text.strip()!r}: answer and end mark, no question",
+        )
+    item.check("picture", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the picture's mark")
+    padding = int((~mask).sum())
+    item.check("padding", not bool(trained[~mask].any()), f"{IGNORE_INDEX} at all {padding} places of padding")
+    item.check("labels", bool((labels[trained] == ids[trained]).all()), "every trained label is its own token")
+    return item
+
+
+def odd_output(loaded: LoadedModel) -> Item:
+    """Leftover marks in an answer, looked for in the order: decoding, template, splice, stop text."""
+    item = Item(
+        "an odd output, traced to its cause",
+        (
+            "llava/generation.py:StreamDecoder",
+            "llava/conversation.py:answer_end",
+            "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
+            "llava/generation.py:AnswerReader",
+        ),
+    )
+    from llava.conversation import answer_end, get_template
+    from llava.generation import AnswerReader, Sampling
+    from llava.serve.session import Session
+
+    tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
+    vocabulary = tokenizer.get_vocab()
+    marks = [mark for mark in ("<im_start>", "<im_end>", "<im_patch>", end, tokenizer.eos_token) if mark in vocabulary]
+    word = tokenizer("yellow", add_special_tokens=False).input_ids
+    odd = [*word, *(vocabulary[mark] for mark in marks), *word]
+    raw, clean = tokenizer.decode(odd), tokenizer.decode(odd, skip_special_tokens=True)
+    item.say("provoked", f"{len(odd)} ids with {', '.join(dict.fromkeys(marks))} among them, decoded: {raw!r}")
+    item.check("1 decoding", not any(mark in clean for mark in marks), f"skip_special_tokens leaves {clean!r}")
+    looks_like_token = end.startswith("<") and end.endswith(">")
+    size = len(tokenizer(end, add_special_tokens=False).input_ids)
+    ends = f"{loaded.conv_mode} ends answers with {end!r}, {size} token{'s' * (size > 1)} here"
+    item.check("2 template", size == 1 or not looks_like_token, ends)
+    conversation, inputs = ask(loaded, QUESTION, 1)
+    embeds, _ = spliced(loaded, inputs)
+    holds = embeds.shape[1] == inputs.num_tokens and conversation.get_prompt().count("<image>") == 1
+    item.check("3 splice", holds, f"one <image> for one picture, {embeds.shape[1]} positions, none of them a mark")
+    reader = AnswerReader(tokenizer, [end])
+    stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
+    text = reader.read([*word, *stop, *word]) + reader.finish()
+    item.check("4 stop text", reader.stopped and end not in text, f"after {end!r} nothing is shown: {text.strip()!r}")
+    answer = Session(loaded, sampling=Sampling(max_new_tokens=32)).answer(QUESTION, drawing())
+    item.say("answer", answer, "text")
+    left = [mark for mark in {*marks, "<image>"} if mark in answer]
+    item.check("answer", not left, "no mark is left in a real answer" if not left else f"left over: {', '.join(left)}")
+    return item
+
+
+# For people
+
+
+def as_text(path: str, items: Sequence[Item]) -> str:
+    from llava.diagnose.trace_text import show_rows, text_width
+
+    paint, blocks, width = Paint(wants_colours(sys.stdout)), shows_blocks(sys.stdout), text_width()
+    lines = [paint(path, "bold")]
+    for number, item in enumerate(items, 1):
+        state = ("skipped", "yellow") if item.skipped else ("passed", "green") if item.passed else ("FAILED", "red")
+        lines += [
+            "",
+            f"{paint(f'{number} {item.title}', 'bold', 'cyan')}  {paint(state[0], state[1], 'bold')}  {item.seconds:.1f} s",
+        ]
+        lines.append(paint("  " + " -> ".join(item.where), "dim"))
+        lines += show_rows(item.rows, paint, blocks, width)
+        if item.skipped:
+            lines.append(f"  {item.skipped}")
+    passed = sum(item.passed for item in items)
+    left = [str(number) for number, item in enumerate(items, 1) if item.skipped]
+    skipped = f" ({', '.join(left)} skipped)" if left else ""
+    lines += ["", f"{passed} of {len(items)} items hold{skipped}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
