@@ -1,6 +1,8 @@
 # Two commands for a fresh machine with Python >= 3.11 and make:
 #   make demo    set up, and ask the embedded model about a picture
 #   make test    set up, and run the tests
+# And one for the site of docs/, written to build/site:
+#   make site
 # Set-up happens once, in .venv; PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint format site clean help
 
 help:
 	@sed -n '2,3s/^# *//p' Makefile
@@ -31,6 +33,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+site: $(VENV)/.docs
+	$(BIN)/python scripts/docs/site.py
+
 clean:
 	rm -rf $(VENV) build llava.egg-info .pytest_cache .mypy_cache .ruff_cache
 
@@ -41,6 +46,10 @@ $(BIN)/python:
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
-TRANSLATIONS = [("README.md", "README.zh-CN.md"), ("docs/roadmap.md", "docs/roadmap.zh-CN.md")]
+SNIPPET_PAGES = ("checkpoints", "engine", "extend", "roadmap", "trace")
+TRANSLATIONS = [
+    ("README.md", "README.zh-CN.md"),
+    *((f"docs/{name}.md", f"docs/{name}.zh-CN.md") for name in ("index", "tour", "roadmap", "trace", "debug")),
+]
 
 
 def name_of(path: Path) -> str:
@@ -365,7 +369,7 @@ def run_snippets(page: Path) -> list[tuple[str, str | None, str]]:
     return results
 
 
-@each([ROOT / "README.md", ROOT / "docs/checkpoints.md", ROOT / "docs/engine.md", ROOT / "docs/roadmap.md"])
+@each([ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in SNIPPET_PAGES)])
 def test_snippets_print_what_stands_under_them(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     results = run_snippets(page)
@@ -415,4 +419,4 @@ def write_outputs(pages: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    write_outputs([*(page for pair in TRANSLATIONS for page in pair), "docs/checkpoints.md"])
+    write_outputs([*(page for pair in TRANSLATIONS for page in pair), "docs/checkpoints.md", "docs/extend.md"])

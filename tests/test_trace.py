@@ -14,7 +14,7 @@ import torch
 from cli_kit import run_llava, run_python
 from faults import SAMPLES
 from golden_data import HERE, golden
-from test_docs import ROOT, defined_in
+from test_docs import ROOT, blocks, defined_in
 
 import llava
 from llava.assets import embedded_model_path
@@ -383,6 +383,23 @@ def test_the_terminal_view_has_every_point(capsys: pytest.CaptureFixture[str]) -
     assert [line.split()[1] for line in text.splitlines() if line[:2].strip().isdigit()] == ANSWERING
     for words in ("1 354 355 356 259 -200", "14 text + 64 picture = 78", "▁yellow 100.0%", "all 16 checks hold"):
         assert words in text
+
+
+@pytest.mark.parametrize("page", ["docs/trace.md", "docs/trace.zh-CN.md"])
+def test_what_the_page_shows_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = next(block.text for block in blocks(ROOT / page) if block.kind == "text")
+    trace_program.main([str(ROOT / "images/demo.jpg"), QUESTION])
+    printed = capsys.readouterr().out.splitlines()
+    for line in shown.splitlines():
+        assert line in printed
+
+
+def test_the_pages_list_every_point() -> None:
+    for page in ("docs/trace.md", "docs/trace.zh-CN.md"):
+        rows = [
+            row.split("`")[1] for row in (ROOT / page).read_text(encoding="utf-8").splitlines() if row.startswith("| `")
+        ]
+        assert rows == list(POINTS)
 
 
 def test_json_has_the_same_facts(samples: str, capsys: pytest.CaptureFixture[str]) -> None:
