@@ -106,6 +106,13 @@ def test_what_only_loading_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert examine_checkpoint(tiny.build(tmp_path / "model")).codes == ["load-fails"]
 
 
+def test_a_model_too_large_for_this_machine_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.diagnose.checkpoint_weights.free_memory", lambda: 1000)
+    report = examine_checkpoint(tiny.build(tmp_path / "model"))
+    assert report.codes == []
+    assert [check for check, _ in report.skipped] == ["trial run"]
+
+
 def test_every_cause_is_met_by_a_test() -> None:
     tables = (faults.CHECKPOINT_FAULTS, faults.DATA_FAULTS, faults.RUN_FAULTS, faults.SERVER_FAULTS)
     met = {entry[-1] for table in tables for entry in table.values()}

@@ -74,6 +74,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     from llava.model.checkpoint import inspect
     from llava.model.config import LlavaSettings
     from llava.model.hub import resolve_checkpoint
+    from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of
     from llava.model.transformers_layout import translate_config
 
     folder = resolve_checkpoint(path)
@@ -93,23 +94,8 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     tokenizer.model_max_length = int(1e9)
     return SampleReader(
         tokenizer=tokenizer,
-        policy=_policy(config, settings) if has_tower else None,
+        policy=policy_of(build_vision_tower(config, delay_load=True), settings.image) if has_tower else None,
         conv=conv_templates[name],
         max_length=int(limit),
         use_im_start_end=settings.tokens.use_im_start_end,
-    )
-
-
-def _policy(config: Any, settings: Any) -> ImagePolicy:
-    """As the model's own `image_policy()`, of a tower whose weights are not read."""
-    from llava.model.multimodal_encoder.builder import build_vision_tower
-
-    tower = build_vision_tower(config, delay_load=True)
-    return ImagePolicy(
-        mode=settings.image.mode,
-        tile_size=tower.tile_size,
-        patch_size=tower.tile_size // tower.num_patches_per_side,
-        pinpoints=settings.image.pinpoints,
-        merge=settings.image.merge,
-        cls_token=tower.has_class_feature,
     )

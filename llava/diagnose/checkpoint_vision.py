@@ -218,18 +218,11 @@ def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def check_tiles(checkpoint: Checkpoint) -> Iterator[Finding]:
     """How pictures are cut and joined: pinpoints against the tower, and the stored newline against the settings."""
-    from llava.geometry import ImagePolicy
+    from llava.model.multimodal_encoder.builder import policy_of
 
     tower, image = tower_of(checkpoint), checkpoint.settings.image
     try:
-        checkpoint.extras["policy"] = ImagePolicy(
-            mode=image.mode,
-            tile_size=tower.tile_size,
-            patch_size=tower.tile_size // tower.num_patches_per_side,
-            pinpoints=image.pinpoints,
-            merge=image.merge,
-            cls_token=tower.has_class_feature,
-        )
+        checkpoint.extras["policy"] = policy_of(tower, image)
     except InputError as error:
         yield found(
             "pinpoints",
@@ -317,20 +310,13 @@ def judge_projector(
         )
         return
     match = MLP_NAME.fullmatch(kind)
-    if match is None and kind not in PROJECTORS:
+    is_known = match is not None or kind in PROJECTORS
+    if not is_known or (int(match[1]) if match else 1) != len(layers):
         yield found(
             "projector-type",
-            f"mm_projector_type {kind!r} is not known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}",
-            f"set it to {_kind_of(layers)}, as the stored layers are",
-            fix=set_in_json("config.json", mm_projector_type=_kind_of(layers)),
-            mm_projector_type=kind,
-            stored_layers=len(layers),
-        )
-        return
-    if (int(match[1]) if match else 1) != len(layers):
-        yield found(
-            "projector-type",
-            f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored",
+            f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored"
+            if is_known
+            else f"mm_projector_type {kind!r} is not known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}",
             f"set it to {_kind_of(layers)}, as the stored layers are",
             fix=set_in_json("config.json", mm_projector_type=_kind_of(layers)),
             mm_projector_type=kind,

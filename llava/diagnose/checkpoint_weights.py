@@ -7,6 +7,7 @@ time and not memory; the trial run loads the model as answering does.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -177,12 +178,28 @@ def check_run(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Load it and let it look at pictures: does it run, do pictures matter, does padding not matter, do numbers stay small?"""
     from llava.diagnose.trial import try_model
     from llava.model.builder import load
+    from llava.model.device import pick_device
 
+    device = pick_device("auto")
+    needed = 4 * sum(header.num_elements for header in checkpoint.tensors.values())
+    if device.type == "cpu" and (free := free_memory()) is not None and needed > free:
+        raise Skipped(
+            f"in float32 the model needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
+        )
     base = checkpoint.base.folder if checkpoint.base is not None else None
     try:
-        loaded = load(checkpoint.folder, base=base, dtype="fp32", device="cpu")
+        # Formats with float32's range, so that numbers too large for float16 can be seen.
+        loaded = load(checkpoint.folder, base=base, dtype="fp32" if device.type == "cpu" else "bf16", device=device)
     except InputError as error:
         yield found("load-fails", str(error), "do what the sentence says", folder=str(checkpoint.folder))
         return
     stored = {header.dtype for header in checkpoint.tensors.values()}
     yield from try_model(loaded, half="F16" in stored and "BF16" not in stored)
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free, where the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS
+        return None

@@ -8,12 +8,14 @@ and server.py. With `--fix`, a copy is repaired and examined again.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
 import textwrap
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,12 @@ def run(args: Namespace) -> int:
             if kind == "server"
             else f"--fix {args.fix!r} exists already; name a folder or file that does not, since the repair is a copy"
         )
-    _quiet()
-    report = examine_path(kind, args.path, args)
     after, done = (None, [])
-    if args.fix and any(finding.fix for finding in report.findings):
-        done = repair(args.path, report.findings, Path(args.fix))
-        after = examine_path(kind, args.fix, args)
+    with _quiet():
+        report = examine_path(kind, args.path, args)
+        if args.fix and any(finding.fix for finding in report.findings):
+            done = repair(args.path, report.findings, Path(args.fix))
+            after = examine_path(kind, args.fix, args)
     if args.json:
         content = report.as_json()
         if after is not None:
@@ -157,14 +159,19 @@ def repair(path: str, findings: Sequence[Finding], copy: Path) -> list[str]:
     return [fix(copy) for fix in fixes]
 
 
-def _quiet() -> None:
-    """Findings say it; libraries need not say it as well."""
-    import logging
-
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Findings say it; libraries and our own log need not say it as well."""
     from llava.serve.terminal import quiet_libraries
 
     quiet_libraries()
-    logging.getLogger("llava").setLevel(logging.ERROR)
+    log = logging.getLogger("llava")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 # For people

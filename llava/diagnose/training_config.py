@@ -26,6 +26,7 @@ from llava.diagnose.dataset import by_cause
 from llava.diagnose.findings import Check, Finding, Report, Skipped, examine, found
 from llava.errors import InputError
 from llava.geometry import ImagePolicy, image_mode, parse_pinpoints
+from llava.model.config import ImageSettings
 from llava.model.hub import looks_like_repository, resolve_vision_tower
 from llava.model.json_file import read_json
 from llava.model.weight_files import read_headers
@@ -215,18 +216,15 @@ def _check_tower(run: Run) -> Iterator[Finding]:
 
 
 def _policy(run: Run) -> ImagePolicy | None:
+    from llava.model.multimodal_encoder.builder import policy_of
+
     if run.tower is None:
         return None
     if not run.model.vision_tower:
         return run.base.extras.get("policy")
-    return ImagePolicy(
-        mode=image_mode(run.data.image_aspect_ratio),
-        tile_size=run.tower.tile_size,
-        patch_size=run.tower.tile_size // run.tower.num_patches_per_side,
-        pinpoints=parse_pinpoints(run.data.image_grid_pinpoints),
-        merge=(run.model.mm_patch_merge_type or "flat").replace("-", "_"),  # type: ignore[arg-type]
-        cls_token=run.tower.has_class_feature,
-    )
+    pinpoints = parse_pinpoints(run.data.image_grid_pinpoints)
+    merge: Any = (run.model.mm_patch_merge_type or "flat").replace("-", "_")
+    return policy_of(run.tower, ImageSettings(image_mode(run.data.image_aspect_ratio), merge, pinpoints))
 
 
 def _check_adapter(run: Run) -> Iterator[Finding]:

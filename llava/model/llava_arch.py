@@ -30,7 +30,7 @@ from llava.model.attention import packed_arguments
 from llava.model.config import LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
 from llava.model.merge import merge_tiles
-from llava.model.multimodal_encoder.builder import build_vision_tower, save_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import PackedRow, PaddedBatch, Spliced, pack, pad, splice
@@ -154,17 +154,10 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
 
     def image_policy(self) -> ImagePolicy:
         """How this model cuts pictures and joins their features, for `geometry.plan` and the image processor."""
-        tower, image = self.get_vision_tower(), LlavaSettings.from_hf(self.config).image
+        tower = self.get_vision_tower()
         if tower is None:
             raise InputError("this model has no vision tower, so it cannot look at images")
-        return ImagePolicy(
-            mode=image.mode,
-            tile_size=tower.tile_size,
-            patch_size=tower.tile_size // tower.num_patches_per_side,
-            pinpoints=image.pinpoints,
-            merge=image.merge,
-            cls_token=tower.has_class_feature,
-        )
+        return policy_of(tower, LlavaSettings.from_hf(self.config).image)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""

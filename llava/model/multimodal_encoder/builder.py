@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.model.config import OWN_FOLDER, LlavaSettings
+from llava.geometry import ImagePolicy
+from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
 from llava.model.hub import resolve_vision_tower
 from llava.model.json_file import read_json
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
@@ -52,6 +53,18 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
     if tower_class is None:
         raise InputError(f"s2 (several scales) is not known for a vision tower of type {model_type!r}, only for CLIP")
     return tower_class(str(folder), args=vision_tower_cfg, described=described, **kwargs)
+
+
+def policy_of(tower: CLIPVisionTower, image: ImageSettings) -> ImagePolicy:
+    """How a model with this tower cuts pictures and joins their features; the tower's weights are not needed."""
+    return ImagePolicy(
+        mode=image.mode,
+        tile_size=tower.tile_size,
+        patch_size=tower.tile_size // tower.num_patches_per_side,
+        pinpoints=image.pinpoints,
+        merge=image.merge,
+        cls_token=tower.has_class_feature,
+    )
 
 
 def save_tower(tower: CLIPVisionTower, config: Any, target: Path) -> None:
