@@ -222,7 +222,7 @@ def test_a_wrong_size_of_pixels_shows(tmp_path: Path) -> None:
 
 def traces_left(model: Any) -> tuple[int, set[str]]:
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    return hooks, {"generate", "_splice_batch", "_image_features"} & set(vars(model))
+    return hooks, {"generate", "_splice_batch", "image_features"} & set(vars(model))
 
 
 def test_hooks_and_wrappers_are_taken_away(embedded: LoadedModel) -> None:

@@ -1,7 +1,8 @@
 """One question, answered on the true path and watched: `trace_question`.
 
 In: a loaded model, pictures, a question. Out: `Answered`: the trace with all points of answering, the answer, and what the
-page needs to draw. The conversation is `llava chat`'s own (Session), so what is watched is what users run.
+page needs to draw. The conversation is `llava chat`'s own (Session), answered by `model.generate`, whose steps the road map
+names; the engine gives the same tokens (tests/test_engine.py).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def trace_question(
     template = get_template(conv_mode or loaded.conv_mode)
     with watching(record), _watching_inputs(seen):
         record.note(seen_arguments(loaded, conv_mode), loaded=loaded)
-        session = Session(loaded, template, sampling)
+        session = Session(loaded, template, sampling, use_engine=False)
         session.attach(pictures)
         _note_template(record, template, conv_mode or loaded.conv_mode)
         asked = session.ask(question)

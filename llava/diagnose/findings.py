@@ -123,7 +123,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "end-token": Cause(
         "generation does not stop at the token that ends an answer",
-        ("llava/model/belongings.py:read_generation_config", "llava/generation.py:AnswerReader"),
+        ("llava/model/belongings.py:read_generation_config", "llava/streaming.py:AnswerReader"),
     ),
     "pad-token": Cause(
         "the padding token is an ordinary one: the attention mask hides text",
@@ -131,7 +131,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "special-token": Cause(
         "an end mark or marker token is not special: it stays in the output",
-        ("llava/generation.py:StreamDecoder", "llava/generation.py:AnswerReader"),
+        ("llava/streaming.py:StreamDecoder", "llava/streaming.py:AnswerReader"),
     ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
     "template-mismatch": Cause("the template does not fit the model: its end mark is no token here", _TEMPLATE),
@@ -215,8 +215,8 @@ CAUSES: dict[str, Cause] = {
     "server-image-ignored": Cause(
         "a picture adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
     ),
-    "server-special-token": Cause("special tokens are left in the answers", ("llava/generation.py:AnswerReader",)),
-    "server-stream": Cause("streamed answers differ from whole ones", ("llava/generation.py:StreamDecoder",)),
+    "server-special-token": Cause("special tokens are left in the answers", ("llava/streaming.py:AnswerReader",)),
+    "server-stream": Cause("streamed answers differ from whole ones", ("llava/streaming.py:StreamDecoder",)),
 }
 
 

@@ -72,7 +72,7 @@ POINTS: dict[str, Point] = {
     "first_tokens": Point(
         "first new tokens", "llava/model/llava_arch.py:generate", "flat or certain from the start: weights or template"
     ),
-    "text": Point("text", "llava/generation.py:AnswerReader", "special tokens left over, an end that never comes"),
+    "text": Point("text", "llava/streaming.py:AnswerReader", "special tokens left over, an end that never comes"),
     "loss": Point(
         "loss by token", "llava/train/llava_trainer.py:LLaVATrainer.compute_loss", "NaN: no trained token, or overflow"
     ),

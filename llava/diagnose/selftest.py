@@ -189,7 +189,7 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
     item.check("processor", inputs.input_ids.tolist() == ids, "the processor's ids are those of tokenizer_image_token")
     embeds, _ = spliced(loaded, inputs)
     with torch.inference_mode():
-        features = loaded.model._image_features(inputs.images, inputs.image_sizes)[0]
+        features = loaded.model.image_features(inputs.images, inputs.image_sizes)[0]
         text = loaded.model.get_input_embeddings()(torch.tensor([t for t in ids if t >= 0], device=loaded.model.device))
     item.say("features", told(figures(features)))
     item.say("embeddings", told(figures(embeds)))
@@ -293,15 +293,16 @@ def odd_output(loaded: LoadedModel) -> Item:
     item = Item(
         "an odd output, traced to its cause",
         (
-            "llava/generation.py:StreamDecoder",
+            "llava/streaming.py:StreamDecoder",
             "llava/conversation.py:answer_end",
             "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
-            "llava/generation.py:AnswerReader",
+            "llava/streaming.py:AnswerReader",
         ),
     )
     from llava.conversation import answer_end, get_template
-    from llava.generation import AnswerReader, Sampling
+    from llava.generation import Sampling
     from llava.serve.session import Session
+    from llava.streaming import AnswerReader
 
     tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
     vocabulary = tokenizer.get_vocab()
@@ -323,7 +324,7 @@ def odd_output(loaded: LoadedModel) -> Item:
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()
     item.check("4 stop text", reader.stopped and end not in text, f"after {end!r} nothing is shown: {text.strip()!r}")
-    answer = Session(loaded, sampling=Sampling(max_new_tokens=32)).answer(QUESTION, drawing())
+    answer = Session(loaded, sampling=Sampling(max_new_tokens=32), use_engine=False).answer(QUESTION, drawing())
     item.say("answer", answer, "text")
     left = [mark for mark in {*marks, "<image>"} if mark in answer]
     item.check("answer", not left, "no mark is left in a real answer" if not left else f"left over: {', '.join(left)}")

@@ -115,7 +115,7 @@ def watching(record: Trace) -> Iterator[None]:
             for module in (tower, inner.mm_projector):
                 _time(record, module, "vision tower" if module is tower else "projector", hook)
             watch_projector(record, inner.mm_projector, hook)
-            wrap(stack, model, "_image_features", see_image_features(record))
+            wrap(stack, model, "image_features", see_image_features(record))
             wrap(stack, model, "_splice_batch", see_splice(record))
         watch_language_model(record, inner, hook)
         head = model.get_output_embeddings()

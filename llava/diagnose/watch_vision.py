@@ -103,7 +103,7 @@ def watch_projector(record: Trace, projector: nn.Module, hook: Callable[[Any], N
 
 
 def see_image_features(record: Trace) -> Callable[..., None]:
-    def see(features: list[Tensor], images: Any, image_sizes: Any) -> None:
+    def see(features: list[Tensor], images: Any, image_sizes: Any, **options: Any) -> None:
         lengths = [len(feature) for feature in features]
         record.feature_lengths = lengths
         seen = Observation("image_features", facts={"lengths": lengths, "images": [figures(f) for f in features]})

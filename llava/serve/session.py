@@ -69,11 +69,17 @@ class Asked:
 class Session:
     """The state of one conversation. `waiting` are pictures that go with the next question.
 
-    `template` is the model's own unless one is given, `sampling` is greedy unless it says otherwise.
+    `template` is the model's own unless one is given, `sampling` is greedy unless it says otherwise. `use_engine=False`
+    answers by `model.generate`, for whoever wants to watch the model's own methods.
     """
 
     def __init__(
-        self, loaded: LoadedModel, template: Conversation | None = None, sampling: Sampling | None = None
+        self,
+        loaded: LoadedModel,
+        template: Conversation | None = None,
+        sampling: Sampling | None = None,
+        *,
+        use_engine: bool = True,
     ) -> None:
         from llava.model.config import LlavaSettings
         from llava.processor import Processor, image_mark
@@ -82,6 +88,7 @@ class Session:
         self._loaded = loaded
         self._template = template or get_template(loaded.conv_mode)
         self._sampling = sampling or Sampling()
+        self._use_engine = use_engine and self._sampling.num_beams == 1
         # A language model without a vision tower comes without a processor; its prompts need only the tokenizer.
         self._processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
         self._mark = image_mark(settings)
@@ -112,7 +119,7 @@ class Session:
         conversation = self.conversation(question)
         pictures = [picture for exchange in self.exchanges for picture in exchange.pictures] + list(self.waiting)
         images = [picture.image for picture in pictures]
-        engine = self._engine if self._sampling.num_beams == 1 else None
+        engine = self._engine if self._use_engine else None
         return (
             self._ask_model(conversation, images) if engine is None else self._ask_engine(engine, conversation, images)
         )
