@@ -1,0 +1,1 @@
+"""Evaluation: tasks, scorers, the runner, and the original's entry points. `llava eval` is main.py."""

@@ -1,0 +1,59 @@
+"""POPE's figures for an answers file, in the original's words.
+
+    python llava/eval/eval_pope.py --annotation-dir coco --question-file llava_pope_test.jsonl --result-file answers.jsonl
+
+Answers belong to questions by id, so their order does not matter; splits are printed in a fixed order. The metric is
+metrics/yes_no.py's, and `llava eval score pope` gives the same figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.eval.answers import pair, read_answers
+from llava.eval.files import Faults, read_json_lines
+from llava.eval.legacy import report_faults
+from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
+from llava.eval.tasks.pope import label_questions, read_labels
+from llava.program import ArgumentParser, run_program
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="eval_pope.py", description="POPE's figures for each split.")
+    parser.add_argument("--annotation-dir", type=str, required=True, help="folder with coco_pope_SPLIT.json")
+    parser.add_argument("--question-file", type=str, required=True, help="llava_pope_test.jsonl")
+    parser.add_argument("--result-file", type=str, required=True, help="answers, JSON lines")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    labels = read_labels(Path(args.annotation_dir))
+    items = label_questions(read_json_lines(Path(args.question_file), "file of questions"), labels, Path())
+    faults = Faults()
+    answered = pair(items, read_answers(Path(args.result_file), faults), faults, source=repr(args.result_file))
+    for split in labels:
+        of_split = [one for one in answered if one.item.category == split]
+        print(f"Category: {split}, # samples: {len(of_split)}")
+        counts = YesNoCounts.count(
+            (None if one.text is None else pope_answer(one.text), one.item.answer) for one in of_split
+        )
+        found = counts.figures()
+        print("TP\tFP\tTN\tFN\t\n{TP}\t{FP}\t{TN}\t{FN}".format(**found))
+        print("Accuracy: {accuracy}\nPrecision: {precision}\nRecall: {recall}\nF1 score: {f1}".format(**found))
+        print("Yes ratio: {yes_ratio}".format(**found))
+        print("{f1:.3f}, {accuracy:.3f}, {precision:.3f}, {recall:.3f}, {yes_ratio:.3f}".format(**found))
+        print("====================================")
+        for name in counts.undefined():
+            faults.add("figures with nothing to divide by", "they stand as 0", f"{name} of {split}")
+    report_faults(faults)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="eval_pope.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

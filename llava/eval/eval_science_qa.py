@@ -1,0 +1,106 @@
+"""ScienceQA's accuracy for an answers file, in the original's words and with its two output files.
+
+    python llava/eval/eval_science_qa.py --base-dir scienceqa --result-file answers.jsonl --output-file analysis.json \\
+        --output-result result.json
+
+`llava eval score scienceqa` gives the same figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.files import Faults, need, read_json_lines, write_json
+from llava.eval.legacy import report_faults
+from llava.eval.metrics.choices import science_qa_letter
+from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
+from llava.eval.values import ratio
+from llava.program import ArgumentParser, run_program
+
+FAILED = "FAILED"
+
+
+def add_split_flags(parser: ArgumentParser) -> None:
+    """The flags that all scripts for ScienceQA have."""
+    parser.add_argument("--base-dir", type=str, required=True, help="folder with problems.json and pid_splits.json")
+    parser.add_argument("--split", type=str, default="test", help="a split of pid_splits.json (default: test)")
+    parser.add_argument("--options", type=list, default=list(OPTIONS), help="the letters (default: ABCDE)")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="eval_science_qa.py", description="ScienceQA's accuracy.")
+    add_split_flags(parser)
+    parser.add_argument("--result-file", type=str, required=True, help="answers, JSON lines")
+    parser.add_argument("--output-file", type=str, required=True, help="where each answer's analysis goes")
+    parser.add_argument("--output-result", type=str, required=True, help="where the answers as indices go")
+    return parser
+
+
+def read_predictions(file: str, faults: Faults) -> dict[str, dict[str, Any]]:
+    """Answer rows by question; the last of several counts."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(read_json_lines(Path(file), "answers file", faults=faults), start=1):
+        name = str(need(row, "question_id", f"answer {number} of {file!r}"))
+        if name in found:
+            faults.add("repeated answers", "the last answer to a question counts", repr(name))
+        found[name] = row
+    return found
+
+
+def choice_index(letter: str | None, problem: Mapping[str, Any], options: Sequence[str]) -> int:
+    """The place of a letter among a problem's choices, or -1."""
+    letters = list(options[: len(problem["choices"])])
+    return letters.index(letter) if letter in letters else -1
+
+
+def run(args: Namespace) -> None:
+    problems = read_split(Path(args.base_dir), args.split)
+    faults = Faults()
+    predictions = read_predictions(args.result_file, faults)
+    groups: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
+    results, outputs = {}, {}
+    for name, problem in problems.items():
+        row = predictions.get(name)
+        if row is None:
+            faults.add("missing answers", "they count as wrong", repr(name))
+            row = {"text": FAILED, "prompt": "Unknown"}
+        text = row["text"]
+        letter = science_qa_letter(text, args.options)
+        results[name], outputs[name] = choice_index(letter, problem, args.options), text
+        analysis = {
+            "question_id": name,
+            "parsed_ans": letter or FAILED,
+            "ground_truth": args.options[problem["answer"]],
+            "question": row.get("prompt", ""),
+            "pred": text,
+            "is_multimodal": IMAGE_MARK in row.get("prompt", ""),
+        }
+        groups["correct" if results[name] == problem["answer"] else "incorrect"].append(analysis)
+    for name in predictions.keys() - problems.keys():
+        faults.add("answers to unknown questions", "they count nowhere", repr(name))
+    correct, total = len(groups["correct"]), len(problems)
+    pictured = {name: [row for row in rows if row["is_multimodal"]] for name, rows in groups.items()}
+    num_pictured = sum(map(len, pictured.values()))
+    if num_pictured:
+        image_accuracy = f"{len(pictured['correct']) / num_pictured * 100:.2f}%"
+    else:
+        image_accuracy = "none (no question has an image)"
+    print(
+        f"Total: {total}, Correct: {correct}, Accuracy: {ratio(correct, total) * 100:.2f}%, IMG-Accuracy: {image_accuracy}"
+    )
+    write_json(Path(args.output_file), groups)
+    summary = {"acc": ratio(correct, total) * 100, "correct": correct, "count": total}
+    write_json(Path(args.output_result), {**summary, "results": results, "outputs": outputs})
+    report_faults(faults)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="eval_science_qa.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

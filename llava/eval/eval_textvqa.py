@@ -1,0 +1,69 @@
+"""TextVQA's accuracy for an answers file, or for each in a folder, in the original's words.
+
+    python llava/eval/eval_textvqa.py --annotation-file TextVQA_0.5.1_val.json --result-file answers.jsonl
+
+The question is taken out of the answer's prompt. `llava eval score textvqa` gives the same figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llava.errors import InputError
+from llava.eval.files import Faults, need, read_json_lines
+from llava.eval.legacy import report_faults
+from llava.eval.metrics.vqa import mean_score, soft_accuracy
+from llava.eval.tasks.short import textvqa_annotations, textvqa_question
+from llava.program import ArgumentParser, run_program
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="eval_textvqa.py", description="TextVQA's accuracy.")
+    parser.add_argument("--annotation-file", type=str, required=True, help="TextVQA_0.5.1_val.json")
+    parser.add_argument("--result-file", type=str, help="answers, JSON lines")
+    parser.add_argument("--result-dir", type=str, help="or a folder with several such files")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    if args.result_file is None and args.result_dir is None:
+        raise InputError("give --result-file or --result-dir")
+    annotations = textvqa_annotations(Path(args.annotation_file))
+    if args.result_file is not None:
+        score(Path(args.result_file), annotations)
+    for file in sorted(Path(args.result_dir).glob("*.jsonl")) if args.result_dir is not None else ():
+        score(file, annotations)
+
+
+def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
+    faults = Faults()
+    rows = read_json_lines(file, "answers file", faults=faults)
+    pairs = []
+    asked = set()
+    for number, row in enumerate(rows, start=1):
+        where = f"answer {number} of {str(file)!r}"
+        name, text = str(need(row, "question_id", where)), str(need(row, "text", where))
+        question = textvqa_question(str(need(row, "prompt", where)))
+        if (name, question) not in annotations:
+            faults.add("answers to unknown questions", "they count nowhere", f"{question!r} about {name!r}")
+            continue
+        if (name, question) in asked:
+            faults.add("repeated answers", "each of them counts, as in the original", f"{question!r} about {name!r}")
+        asked.add((name, question))
+        pairs.append((text, annotations[name, question]))
+    if not pairs:
+        raise InputError(f"{str(file)!r} answers no question of the annotation file, so there is nothing to score")
+    print(file.stem)
+    print(f"Samples: {len(pairs)}\nAccuracy: {100.0 * mean_score(pairs, soft_accuracy):.2f}%\n")
+    report_faults(faults)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="eval_textvqa.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

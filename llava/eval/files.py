@@ -1,0 +1,164 @@
+"""Files of benchmarks and of answers: JSON, JSON lines, tab-separated tables.
+
+In: paths. Out: plain values, or one sentence with file, line and remedy. Faults that leave the rest of a file usable are
+counted in `Faults`, which says their number and the first of each kind at the end; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+
+
+@dataclass
+class Fault:
+    """One kind of fault: what it means, how often it was met, and where first."""
+
+    meaning: str
+    count: int
+    first: str
+
+
+@dataclass
+class Faults:
+    """Counts faults by kind. `kinds` keeps the order in which they were met."""
+
+    kinds: dict[str, Fault] = field(default_factory=dict)
+
+    def add(self, kind: str, meaning: str, where: str) -> None:
+        known = self.kinds.setdefault(kind, Fault(meaning, 0, where))
+        known.count += 1
+
+    def sentences(self) -> list[str]:
+        return [f"{fault.count} {kind} (first: {fault.first}): {fault.meaning}" for kind, fault in self.kinds.items()]
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return {
+            kind: {"count": fault.count, "first": fault.first, "meaning": fault.meaning}
+            for kind, fault in self.kinds.items()
+        }
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} {str(path)!r}") from None
+    except IsADirectoryError:
+        raise InputError(f"{str(path)!r} is a folder, where a {what} is needed") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the {what} {str(path)!r} is not text in UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise InputError(f"the {what} {str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    try:
+        return json.loads(read_text(path, what))
+    except ValueError as error:
+        raise InputError(f"the {what} {str(path)!r} is not valid JSON: {error}") from error
+
+
+def read_json_object(path: Path, what: str = "file") -> dict[str, Any]:
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise InputError(f"the {what} {str(path)!r} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json_lines(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file. A line that is none is an error, or a counted fault where `faults` is given."""
+    rows = []
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a JSON object is needed, found {type(row).__name__}")
+        except ValueError as error:
+            where = f"{path}:{number}"
+            if faults is None:
+                raise InputError(f"{where} is not a line of JSON: {error}") from error
+            faults.add("broken lines", "no JSON objects, so whatever they held is not scored", where)
+        else:
+            rows.append(row)
+    return rows
+
+
+def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[dict[str, Any]]:
+    """Objects from a JSON list or from JSON lines, whichever the file holds."""
+    text = read_text(path, what).lstrip()
+    if not text.startswith("["):
+        return read_json_lines(path, what, faults=faults)
+    rows = read_json(path, what)
+    bad = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if bad is not None:
+        raise InputError(f"entry {bad} of the {what} {str(path)!r} is not a JSON object")
+    return rows
+
+
+def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a table with a header: .tsv, .csv or .xlsx. Missing cells are empty strings."""
+    if path.suffix.lower() == ".xlsx":
+        from llava.eval.xlsx import read_xlsx
+
+        rows = read_xlsx(path)
+    else:
+        csv.field_size_limit(sys.maxsize)  # pictures are cells of some benchmarks' tables
+        source = io.StringIO(read_text(path, what), newline="")
+        rows = list(csv.DictReader(source, delimiter="," if path.suffix.lower() == ".csv" else "\t", restval=""))
+    if not rows:
+        raise InputError(f"the {what} {str(path)!r} has no rows")
+    for column in needed:
+        if column not in rows[0]:
+            raise InputError(
+                f"the {what} {str(path)!r} has no column {column!r}; its columns: {', '.join(map(str, rows[0]))}"
+            )
+    return rows
+
+
+def need(row: Mapping[str, Any], field_name: str, where: str) -> Any:
+    """A field that a row must have."""
+    if field_name not in row:
+        raise InputError(f"{where} has no field {field_name!r}; its fields: {', '.join(map(str, row)) or 'none'}")
+    return row[field_name]
+
+
+def rows_with_place(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a JSON list or JSON lines file, each with what to call it in messages."""
+    for number, row in enumerate(read_json_rows(path, what), start=1):
+        yield f"row {number} of {str(path)!r}", row
+
+
+def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
+    """The first of some places below a folder that exists, or one sentence that names them all."""
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    places = ", ".join(repr(str(folder / name)) for name in names)
+    raise InputError(f"the {what} is missing: looked for {places}; docs/evaluate.md says where it comes from")
+
+
+def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

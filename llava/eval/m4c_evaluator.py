@@ -1,0 +1,57 @@
+"""The classes that outside code imports for TextVQA's and ST-VQA's metrics, over metrics/vqa.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llava.eval.metrics.vqa import (
+    anls,
+    drop_articles,
+    drop_punctuation,
+    exact_accuracy,
+    mean_score,
+    normalise,
+    soft_accuracy,
+    split_words,
+)
+
+
+class EvalAIAnswerProcessor:
+    """An answer's text as EvalAI compares it."""
+
+    def __call__(self, item: str) -> str:
+        return normalise(item)
+
+    def word_tokenize(self, word: str) -> str:
+        return split_words(word)
+
+    def process_punctuation(self, in_text: str) -> str:
+        return drop_punctuation(in_text)
+
+    def process_digit_article(self, in_text: str) -> str:
+        return drop_articles(in_text)
+
+
+class _Evaluator:
+    """Takes rows with `pred_answer` and `gt_answers`, and gives their mean score."""
+
+    score: Callable[[str, Sequence[str]], float]
+
+    def eval_pred_list(self, pred_list: Sequence[Mapping[str, Any]]) -> float:
+        return mean_score([(row["pred_answer"], row["gt_answers"]) for row in pred_list], type(self).score)
+
+
+class TextVQAAccuracyEvaluator(_Evaluator):
+    score = staticmethod(soft_accuracy)
+
+
+class STVQAAccuracyEvaluator(_Evaluator):
+    score = staticmethod(exact_accuracy)
+
+
+class STVQAANLSEvaluator(_Evaluator):
+    score = staticmethod(anls)
+
+    def get_anls(self, s1: str, s2: str) -> float:
+        return anls(s1, [s2])

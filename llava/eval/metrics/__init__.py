@@ -1,0 +1,1 @@
+"""Scorers: texts in, figures out. Nothing here reads files or knows a task's layout."""

@@ -1,0 +1,80 @@
+"""Summarise files of GPT-4's reviews: relative and absolute scores by category, in the original's words.
+
+    python llava/eval/summarize_gpt_review.py -f reviews/llava-v1.5-7b.jsonl
+    python llava/eval/summarize_gpt_review.py -d reviews
+
+Means are rounded to three places before the rest is computed from them, as in published scores.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import InputError
+from llava.eval.files import Faults, read_json_lines
+from llava.eval.legacy import report_faults
+from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, summary_line
+from llava.program import ArgumentParser, run_program
+
+STARTS = ("gpt4_text_", "reviews_", "review_")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="summarize_gpt_review.py", description="Summarise files of reviews.")
+    parser.add_argument("-d", "--dir", default=None, help="folder of the review files")
+    parser.add_argument("-v", "--version", default=None, help="0613 or 0314: only files of that version of the judge")
+    parser.add_argument("-s", "--select", nargs="*", default=None, help="only files with all of these in their names")
+    parser.add_argument("-f", "--files", nargs="*", default=[], help="the files themselves")
+    parser.add_argument("-i", "--ignore", nargs="*", default=[], help="question ids to leave out")
+    parser.add_argument(
+        "--count-failed", action="store_true", help="count reviews without scores as -1, as the original does"
+    )
+    return parser
+
+
+def run(args: Namespace) -> None:
+    if args.files:
+        files = [Path(args.dir or "") / name for name in args.files]
+    elif args.dir is not None:
+        files = [
+            file for file in Path(args.dir).glob("*.jsonl") if file.name.startswith(STARTS) or "review" in args.dir
+        ]
+    else:
+        raise InputError("give --files or --dir")
+    if not files:
+        raise InputError(f"there are no review files in {args.dir!r}")
+    for file in sorted(files):
+        name = file.name.replace("gpt4_text_", "").replace(".jsonl", "")
+        version = "0613" if "0613" in name else "0314"
+        if all(part in name for part in args.select or ()) and args.version in (None, version):
+            summarise(file, name, set(map(str, args.ignore)), args.count_failed)
+
+
+def summarise(file: Path, name: str, ignored: set[str], count_failed: bool = False) -> None:
+    faults = Faults()
+    rows = []
+    for row in read_json_lines(file, "file of reviews", faults=faults):
+        if str(row.get("question_id")) in ignored:
+            continue
+        if pair_of(row) == NO_SCORE:
+            meaning = "they count as -1" if count_failed else "they are left out"
+            faults.add("reviews without scores", meaning, repr(row.get("question_id")))
+            if not count_failed:
+                continue
+        rows.append(row)
+    print(name)
+    for category, pairs in by_category(rows).items():
+        print(category, *summary_line(pairs))
+    print("=================================")
+    report_faults(faults)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="summarize_gpt_review.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""A benchmark of one's own: JSON lines with questions, pictures and answers, and the name of a metric.
+
+A row has `image` (or `images`), `question` (or `text`) and `answer` (or `answers`), and may have `question_id`, `category`
+and `options`. `llava eval mine.jsonl` runs it as it is; `mine.yaml` says what differs from the defaults; in Python,
+`TASKS["mine"] = custom_task("mine", "mine.jsonl")` adds it to the table for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import find_file, need, read_json_rows, read_text
+from llava.eval.metrics.choices import LETTERS, find_letter
+from llava.eval.metrics.vqa import anls, exact_accuracy, soft_accuracy
+from llava.eval.metrics.yes_no import pope_answer
+from llava.eval.task import LETTER_SUFFIX, WORD_SUFFIX, Task
+from llava.eval.tasks.short import accuracy
+from llava.eval.values import Answered, Item, Scores
+
+KEYS = {"name", "title", "file", "images", "metric", "suffix", "max_new_tokens"}
+
+
+def _letter(text: str, answers: Sequence[str], options: Sequence[str]) -> float:
+    letter = find_letter(text, options)
+    right = {LETTERS[options.index(answer)] if answer in options else answer for answer in answers}
+    return float(letter in right)
+
+
+# How an answer is judged: from its text, the right answers and the options, to a score from 0 to 1.
+METRICS: dict[str, Callable[[str, Sequence[str], Sequence[str]], float]] = {
+    "match": lambda text, answers, options: exact_accuracy(text, answers),
+    "exact": lambda text, answers, options: float(text.strip() in answers),
+    "contains": lambda text, answers, options: float(any(answer.lower() in text.lower() for answer in answers)),
+    "vqa": lambda text, answers, options: soft_accuracy(text, answers),
+    "anls": lambda text, answers, options: anls(text, answers),
+    "yes_no": lambda text, answers, options: float(pope_answer(text) in [answer.lower() for answer in answers]),
+    "choice": _letter,
+}
+SUFFIXES = {"choice": LETTER_SUFFIX, "contains": ""}
+
+
+def custom_task(
+    name: str,
+    file: str | Path,
+    *,
+    title: str | None = None,
+    images: str | Path = "",
+    metric: str = "match",
+    suffix: str | None = None,
+    max_new_tokens: int = 128,
+) -> Task:
+    """A task from a file of rows. `file` and `images` are relative to the data folder unless absolute.
+
+    `suffix` ends every question on a line of its own; by default it asks for a word, or for a letter where there are options.
+    """
+    if metric not in METRICS:
+        raise InputError(f"unknown metric {metric!r} of the task {name!r}; known: {', '.join(METRICS)}")
+    ending = SUFFIXES.get(metric, WORD_SUFFIX) if suffix is None else suffix
+    return Task(
+        name,
+        title or name,
+        "",
+        partial(_read, file=str(file), images=str(images), suffix=ending),
+        partial(_score, metric=metric),
+        headline=metric,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def task_from_file(path: Path) -> Task:
+    """The task that a file of rows, or a YAML file about one, describes; paths inside are relative to that file."""
+    folder = path.resolve().parent
+    if path.suffix not in (".yaml", ".yml"):
+        return custom_task(path.stem, path.resolve(), images=folder)
+    import yaml
+
+    try:
+        values = yaml.safe_load(read_text(path, "description of a task"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or "file" not in values:
+        raise InputError(f"{str(path)!r} must have keys and values, among them `file`, the rows of the task")
+    unknown = sorted(set(values) - KEYS)
+    if unknown:
+        raise InputError(f"{str(path)!r} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    name = str(values.pop("name", path.stem))
+    file, images = values.pop("file"), values.pop("images", "")
+    return custom_task(name, folder / str(file), images=folder / str(images), **values)
+
+
+def _read(folder: Path, *, file: str, images: str, suffix: str) -> list[Item]:
+    path = find_file(folder, (file,), "file of the task's rows")
+    items = []
+    for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):
+        where = f"{path}, row {number}"
+        pictures = row.get("images", row.get("image", []))
+        pictures = [pictures] if isinstance(pictures, str) else pictures or []
+        question = str(row["question"] if "question" in row else need(row, "text", where))
+        answers = row["answers"] if "answers" in row else need(row, "answer", where)
+        answers = [answers] if isinstance(answers, (str, int, float)) else answers
+        options = tuple(map(str, row.get("options", ())))
+        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        prompt = f"{question}{lines}" + (f"\n{suffix}" if suffix else "")
+        items.append(
+            Item(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in pictures),
+                 str(row.get("category", "")), [str(answer) for answer in answers], options,
+                 extra={"question": question})
+        )  # fmt: skip
+    if not items:
+        raise InputError(f"the file of the task's rows {str(path)!r} is empty")
+    return items
+
+
+def _score(answered: Sequence[Answered], *, metric: str) -> Scores:
+    judge: Any = METRICS[metric]
+    verdicts = [
+        0.0 if one.text is None else float(judge(one.text, one.item.answer, one.item.options)) for one in answered
+    ]
+    return accuracy(answered, verdicts)

@@ -1,0 +1,185 @@
+"""MMBench and MMBench-CN: multiple choice, with pictures inside a table, perhaps with the options in every order.
+
+Reads `mmbench_dev_20230712.tsv` or its Chinese counterpart (columns index, question, hint, A to D, answer, category, image in
+base64). A question counts as right when all its rounds are, whether they are rounds of ours (`round_id`) or rows of a
+circular table (equal `index` modulo a million). The upload is a table with the column `prediction`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import find_file, read_table
+from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.choices import LETTERS, find_letter
+from llava.eval.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
+from llava.eval.values import Answered, Item, Scores
+from llava.eval.xlsx import write_xlsx
+
+FILES = {
+    "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "mmbench_test_20230712.tsv"),
+    "cn": ("mmbench_dev_cn_20231003.tsv", "mmbench_test_cn_20231003.tsv"),
+}
+SUFFIXES = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}
+EMPTY = ("", "nan", "none")
+CIRCULAR_STEP = 1_000_000
+LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+def read(folder: Path, *, lang: str, circular: bool) -> list[Item]:
+    rows = read_table(
+        find_file(folder, FILES[lang], "MMBench's table"), "MMBench's table", needed=("index", "question", "image")
+    )
+    return table_items(rows, suffix=SUFFIXES[lang], all_rounds=circular)
+
+
+def table_items(rows: Sequence[Mapping[str, str]], *, suffix: str | None, all_rounds: bool) -> list[Item]:
+    """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone."""
+    pictures = {row["index"]: row["image"] for row in rows}
+    items = []
+    for row in rows:
+        options = options_of(row)
+        letters = LETTERS[: len(options)]
+        image = _image(row, pictures)
+        question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+        for number in range(len(options) if all_rounds else 1):
+            turned = options[number:] + options[:number]
+            meant = letters[number:] + letters[:number]  # what each letter shown stands for in the table
+            shown = "\n".join(
+                [question, *(f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))]
+            )
+            answer = row.get("answer", "")
+            items.append(
+                Item(
+                    _number(row["index"]),
+                    shown if suffix is None else f"{shown}\n{suffix}",
+                    (image,),
+                    row.get("category", ""),
+                    None if is_empty(answer) else letters[meant.index(answer)],
+                    tuple(turned),
+                    number,
+                    shown,
+                    {"row": row, "option_char": list(meant), "question": row["question"]},
+                )
+            )
+    return items
+
+
+def options_of(row: Mapping[str, str]) -> tuple[str, ...]:
+    """The options before the first empty one."""
+    found = []
+    for letter in LETTERS[:4]:
+        if is_empty(row.get(letter)):
+            break
+        found.append(row[letter])
+    if not found:
+        raise InputError(f"MMBench's question {row['index']!r} has no options in the columns A to D")
+    return tuple(found)
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or str(value).strip().lower() in EMPTY
+
+
+def _number(index: str) -> int | str:
+    try:
+        return int(float(index))
+    except ValueError:
+        return index
+
+
+def _image(row: Mapping[str, str], pictures: Mapping[str, str]) -> bytes:
+    """A row's picture; a short cell names the row that has it."""
+    cell = row["image"]
+    if cell in pictures and len(cell) < 64:
+        cell = pictures[cell]
+    try:
+        return base64.b64decode(cell, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"the image of MMBench's question {row['index']!r} is not base64") from None
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    if any(given.item.answer is None for given in answered):
+        note = "the answers are not public: hand the submission in at opencompass.org.cn (MMBench)"
+        return Scores(
+            {"answers": sum(given.text is not None for given in answered)}, {}, [None] * len(answered), notes=(note,)
+        )
+    letters = [None if given.text is None else find_letter(given.text, given.item.options) for given in answered]
+    verdicts = [float(letter == given.item.answer) for letter, given in zip(letters, answered, strict=True)]
+    questions: dict[int | str, list[int]] = {}
+    for place, given in enumerate(answered):
+        questions.setdefault(_question(given.item), []).append(place)
+    right = {name: float(all(verdicts[place] for place in places)) for name, places in questions.items()}
+    groups = [
+        (str(row[column]), right[name])
+        for name, places in questions.items()
+        for column in ("l2-category", "category")
+        if not is_empty((row := answered[places[0]].item.extra["row"]).get(column))
+    ]
+    total = percent(list(right.values()))
+    unread = sum(letter is None and given.text is not None for letter, given in zip(letters, answered, strict=True))
+    notes = [f"{unread} answers name no option and count as wrong; the server would ask a language model about them"]
+    return Scores(
+        {"accuracy": total, "questions": len(right), "rounds": len(answered), "without_letter": unread},
+        by_category(groups),
+        verdicts,
+        headline=total,
+        notes=tuple(notes if unread else ()),
+    )
+
+
+def _question(item: Item) -> int | str:
+    return item.id % CIRCULAR_STEP if isinstance(item.id, int) else item.id
+
+
+def write(answered: Sequence[Answered], home: Path, folder: Path, *, name: str) -> Path:
+    """The table that the server takes: without pictures and with predictions; of several rounds, the first."""
+    given = {one.item.id: one for one in reversed(answered)}
+    rows = [given[name].item.extra["row"] for name in dict.fromkeys(one.item.id for one in answered)]
+    columns, lines = submission(rows, {str(name): one.text or "" for name, one in given.items()})
+    file = folder / f"{name}.xlsx"
+    write_xlsx(file, lines, columns)
+    return file
+
+
+def submission(rows: Sequence[Mapping[str, str]], texts: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of an upload; `texts` are predictions by index."""
+    columns = [column for column in rows[0] if column not in LEFT_OUT and column != "prediction"]
+    columns.insert(6, "prediction")
+    lines = [
+        {
+            **{column: _value(row.get(column, "")) for column in columns},
+            "prediction": texts.get(str(_number(row["index"])), ""),
+        }
+        for row in rows
+    ]
+    return columns, lines
+
+
+def _value(cell: str) -> int | str:
+    return int(cell) if cell.isdigit() else cell
+
+
+def _task(name: str, title: str, lang: str, circular: bool) -> Task:
+    return Task(
+        name,
+        title,
+        "mmbench",
+        partial(read, lang=lang, circular=circular),
+        score,
+        headline="accuracy, circular" if circular else "accuracy",
+        write=partial(write, name=name),
+    )
+
+
+MMBENCH = _task("mmbench", "MMBench", "en", False)
+MMBENCH_CN = _task("mmbench-cn", "MMBench-CN", "cn", False)
+MMBENCH_CIRCULAR = _task("mmbench-circular", "MMBench, all rounds", "en", True)
+MMBENCH_CN_CIRCULAR = _task("mmbench-cn-circular", "MMBench-CN, all rounds", "cn", True)

@@ -1,0 +1,157 @@
+"""MME: two yes/no questions about each image, in fourteen categories of perception and cognition.
+
+Reads `llava_mme.jsonl` and the answers in `MME_Benchmark_release_version/CATEGORY/` (or `.../questions_answers_YN/`). Scored
+by the official rule, from answers or from the official results folder: a text file for each category, a line
+`image<TAB>question<TAB>truth<TAB>answer` for each question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import InputError
+from llava.eval.files import Faults, find_file, find_optional, need, read_json_lines, read_text
+from llava.eval.metrics.yes_no import mme_answer, mme_figures
+from llava.eval.task import WORD_SUFFIX, Task
+from llava.eval.values import Answered, Item, Scores
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+GROUPS = {"perception": PERCEPTION, "cognition": COGNITION}
+YES_NO_SUFFIX = "Please answer yes or no."
+
+
+def read(folder: Path) -> list[Item]:
+    release = find_optional(folder, ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version"))
+    release = release or folder / "MME_Benchmark_release_version"
+    truths = read_truths(release)
+    items = []
+    for row in read_json_lines(find_file(folder, ("llava_mme.jsonl",), "file of MME's questions")):
+        name = str(need(row, "question_id", "a question of MME"))
+        category, _, file = name.partition("/")
+        prompt = str(need(row, "text", f"MME's question {name!r}"))
+        question = plain_question(prompt)
+        answer = truths.get((category, Path(file).stem, question))
+        if answer is None:
+            raise InputError(f"MME's question {question!r} about {name!r} has no answer in {str(release)!r}")
+        image = release / str(need(row, "image", f"MME's question {name!r}"))
+        extra = {"question": question, "file": f"{Path(file).stem}.txt"}
+        items.append(Item(name, prompt, (image,), category, answer, extra=extra))
+    return items
+
+
+def read_truths(release: Path) -> dict[tuple[str, str, str], str]:
+    """(category, image's stem, question) -> yes or no, from both of the layouts that categories come in."""
+    truths = {}
+    for category in (*PERCEPTION, *COGNITION):
+        folder = find_optional(release, (f"{category}/questions_answers_YN", category))
+        for file in sorted(folder.glob("*.txt")) if folder is not None else ():
+            for number, line in enumerate(read_text(file).splitlines(), start=1):
+                if not line.strip():
+                    continue
+                question, tab, answer = line.strip().partition("\t")
+                if not tab or answer.strip().lower() not in ("yes", "no"):
+                    raise InputError(f"{file}:{number} is not a question, a tab and Yes or No")
+                truths[category, file.stem, " ".join(question.split())] = answer.strip()
+    if not truths:
+        raise InputError(f"MME's answers are missing: no CATEGORY/*.txt in {str(release)!r}")
+    return truths
+
+
+def plain_question(prompt: str) -> str:
+    """A prompt as MME's files have the question: with its own request for yes or no, without LLaVA's."""
+    question = " ".join(prompt.replace(WORD_SUFFIX, "").split())
+    return question if YES_NO_SUFFIX in question else f"{question} {YES_NO_SUFFIX}"
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    said = [mme_answer(given.text or "") for given in answered]
+    images: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for given, answer in zip(answered, said, strict=True):
+        item = given.item
+        images.setdefault(item.category, {}).setdefault(str(item.id), []).append((answer, item.answer.lower()))
+    categories = {category: mme_figures(list(found.values())) for category, found in images.items()}
+    notes = [
+        f"{category}: {number} images have one question or more than two, so accuracy+ is over all that they have"
+        for category, found in images.items()
+        if (number := sum(len(pairs) != 2 for pairs in found.values()))
+    ]
+    verdicts = [float(answer == given.item.answer.lower()) for given, answer in zip(answered, said, strict=True)]
+    return totals(categories, verdicts, notes)
+
+
+def totals(categories: dict[str, dict[str, float | int]], verdicts: Sequence[float], notes: Sequence[str]) -> Scores:
+    figures = {
+        group: sum(categories[name]["score"] for name in names if name in categories) for group, names in GROUPS.items()
+    }
+    missing = [name for names in GROUPS.values() for name in names if name not in categories]
+    all_notes = [*notes, *([f"no answers in {', '.join(missing)}: these add nothing to the sums"] if missing else [])]
+    ordered = {name: categories[name] for names in GROUPS.values() for name in names if name in categories}
+    return Scores(figures, ordered, verdicts, headline=figures["perception"], notes=tuple(all_notes))
+
+
+def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
+    """MME's own results folder, which has the truth beside each answer: lines go in pairs, as the official tool reads them."""
+    if not path.is_dir() or not any((path / f"{name}.txt").is_file() for names in GROUPS.values() for name in names):
+        return None
+    categories, verdicts = {}, []
+    for name in (*PERCEPTION, *COGNITION):
+        file = path / f"{name}.txt"
+        if not file.is_file():
+            continue
+        rows = list(_result_rows(file, faults))
+        pairs = [(mme_answer(answer), truth.lower()) for _, truth, answer in rows]
+        images = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
+        apart = next((n for n in range(0, len(rows) - 1, 2) if rows[n][0] != rows[n + 1][0]), None)
+        if len(pairs) % 2 or apart is not None:
+            where = f"line {apart + 1}" if apart is not None else "its last line"
+            raise InputError(f"{str(file)!r} must have two lines for each image, one after the other; see {where}")
+        categories[name] = mme_figures(images)
+        verdicts += [float(said == truth) for said, truth in pairs]
+    return totals(categories, verdicts, ())
+
+
+def _result_rows(file: Path, faults: Faults) -> list[tuple[str, str, str]]:
+    rows = []
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        parts = line.split("\t")
+        if len(parts) < 4 or parts[2].lower() not in ("yes", "no"):
+            raise InputError(f"{file}:{number} is not image, question, Yes or No, and answer with tabs between them")
+        if len(parts) > 4:
+            faults.add("answers with tabs in them", "the first four columns of the line count", f"{file}:{number}")
+        rows.append((parts[0], parts[2], parts[3]))
+    return rows
+
+
+def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    """The official results folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    for given in answered:
+        item = given.item
+        answer = " ".join((given.text or "").split())
+        lines.setdefault(item.category, []).append(
+            "\t".join([item.extra["file"], item.extra["question"], item.answer, answer]) + "\n"
+        )
+    for category, found in lines.items():
+        (folder / f"{category}.txt").write_text("".join(found), encoding="utf-8")
+    return folder
+
+
+MME = Task(
+    "mme",
+    "MME",
+    "MME",
+    read,
+    score,
+    headline="perception",
+    unit="points of 2000",
+    highest=2000,
+    write=write,
+    score_results=score_results,
+)

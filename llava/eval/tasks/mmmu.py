@@ -1,0 +1,202 @@
+"""MMMU: college questions of thirty subjects, multiple choice and open, with one or more pictures.
+
+Reads the data set's own parquet files, `SUBJECT/validation-*.parquet`, or for scoring alone the official
+`answer_dict_val.json`. Scores answers, the official file of parsed answers (`{"validation_Art_1": "B", ...}`), and the
+official folders `SUBJECT/output.json`, which carry choices and truth.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError, require
+from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, write_json
+from llava.eval.metrics.choices import LETTERS, Guesser, mmmu_letter, mmmu_open_right
+from llava.eval.task import LETTER_SUFFIX, WORD_SUFFIX, Task
+from llava.eval.values import Answered, Item, Scores, ratio
+
+DOMAINS = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power", "Materials",
+        "Mechanical_Engineering",
+    ),
+}  # fmt: skip
+SUBJECTS = sorted(subject for subjects in DOMAINS.values() for subject in subjects)
+CHOICE = "multiple-choice"
+NUM_IMAGES = 7
+
+
+def read(folder: Path) -> list[Item]:
+    files = {
+        subject: found[0]
+        for subject in SUBJECTS
+        for below in (folder / "MMMU" / subject, folder / subject)
+        if (found := sorted(below.glob("validation-*.parquet")))
+    }
+    if files:
+        return [item for subject, file in files.items() for item in _parquet_items(file)]
+    answers = find_optional(folder, ("answer_dict_val.json", "eval/answer_dict_val.json"))
+    if answers is None:
+        raise InputError(
+            f"MMMU is missing: neither SUBJECT/validation-*.parquet nor answer_dict_val.json in {str(folder)!r}; "
+            "docs/evaluate.md says where they come from"
+        )
+    return [_answer_item(name, row) for name, row in read_json_object(answers).items()]
+
+
+def _parquet_items(file: Path) -> list[Item]:
+    table = require("pyarrow.parquet", extra="eval").read_table(file)
+    return [question_item(row) for row in table.to_pylist()]
+
+
+def question_item(row: Mapping[str, Any]) -> Item:
+    """A question with its choices as MMMU asked LLaVA-1.5: pictures first, marks such as `<image 1>` left in the text."""
+    options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
+    images = tuple(
+        picture["bytes"]
+        for number in range(1, NUM_IMAGES + 1)
+        if (picture := row.get(f"image_{number}")) is not None and picture.get("bytes")
+    )
+    if row["question_type"] == CHOICE:
+        lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
+        prompt = f"{row['question']}\n\n{lines}\n\n{LETTER_SUFFIX}"
+    else:
+        prompt = f"{row['question']}\n\n{WORD_SUFFIX}"
+    return _item(str(row["id"]), row["question_type"], row["answer"], options, prompt, images)
+
+
+def _answer_item(name: str, row: Mapping[str, Any]) -> Item:
+    """What is known of a question from the file of answers alone: enough to score it."""
+    return _item(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
+
+
+def _item(name: str, kind: str, answer: Any, options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]) -> Item:
+    if isinstance(answer, str) and answer.startswith("["):  # several right answers, written as a list
+        answer = ast.literal_eval(answer)
+    return Item(name, prompt, images, subject_of(name), answer, options, extra={"kind": kind, "question": prompt})
+
+
+def subject_of(name: str) -> str:
+    return "_".join(name.split("_")[1:-1])
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    guesser = Guesser()
+    return summarise([(one.item.category, judge(one, guesser)) for one in answered], guesser)
+
+
+def judge(one: Answered, guesser: Guesser) -> float:
+    if one.text is None:
+        return 0.0
+    truth = one.item.answer
+    if one.item.extra["kind"] != CHOICE:
+        return float(mmmu_open_right(one.text, truth))
+    options = dict(zip(LETTERS, one.item.options, strict=False)) or dict.fromkeys(LETTERS, "\0")
+    letter = mmmu_letter(one.text, options) or guesser.guess(list(options))
+    return float(letter in ([truth] if isinstance(truth, str) else truth))
+
+
+def summarise(judged: Sequence[tuple[str, float]], guesser: Guesser) -> Scores:
+    groups: dict[str, list[float]] = {}
+    for subject, verdict in judged:
+        groups.setdefault(subject, []).append(verdict)
+    categories: dict[str, dict[str, float | int]] = {}
+    for domain, subjects in DOMAINS.items():
+        present = {subject: groups[subject] for subject in subjects if subject in groups}
+        if present:
+            categories[f"Overall-{domain}"] = _accuracy([verdict for found in present.values() for verdict in found])
+            categories |= {subject: _accuracy(found) for subject, found in present.items()}
+    verdicts = [verdict for _, verdict in judged]
+    total = ratio(sum(verdicts), len(verdicts))
+    guesses = guesser.num_guesses
+    note = f"{guesses} answers named no choice, so that a random one was taken, drawn as the official script draws them"
+    return Scores(
+        {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts), "guessed": guesses},
+        categories,
+        verdicts,
+        headline=total * 100,
+        notes=(note,) if guesses else (),
+    )
+
+
+def _accuracy(found: Sequence[float]) -> dict[str, float | int]:
+    return {"accuracy": sum(found) / len(found), "questions": len(found)}
+
+
+def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
+    files = (
+        [file for subject in SUBJECTS if (file := path / subject / "output.json").is_file()] if path.is_dir() else []
+    )
+    if files:
+        rows = [row for file in files for row in read_json(file, "output of MMMU")]
+        return _score_rows(rows)
+    if path.suffix != ".json":
+        return None
+    value = read_json(path, "output of MMMU")
+    if isinstance(value, list) and value and "question_type" in value[0]:
+        return _score_rows(value)
+    if not isinstance(value, dict) or not all(isinstance(text, (str, list)) for text in value.values()):
+        return None
+    return _score_parsed(value, {str(item.id): item for item in read(folder)}, faults)
+
+
+def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    guesser = Guesser()
+    judged = []
+    for row in rows:
+        name = str(need(row, "id", "a row of MMMU's output"))
+        options = tuple(row.get("index2ans", {}).values())
+        item = _item(name, row["question_type"], need(row, "answer", name), options, "", ())
+        judged.append((item.category, judge(Answered(item, str(need(row, "response", name))), guesser)))
+    return summarise(judged, guesser)
+
+
+def _score_parsed(texts: Mapping[str, Any], items: Mapping[str, Item], faults: Faults) -> Scores:
+    """The official file of answers already parsed: a choice must be the letter itself."""
+    for name in texts:
+        if name not in items:
+            faults.add(
+                "answers to unknown questions", "no such question in the task, so they count nowhere", repr(name)
+            )
+    judged = []
+    for name, item in items.items():
+        text = texts.get(name)
+        if text is None:
+            faults.add("missing answers", "they count as wrong", repr(name))
+            verdict = 0.0
+        elif item.extra["kind"] == CHOICE:
+            verdict = float(text in ([item.answer] if isinstance(item.answer, str) else item.answer))
+        else:
+            verdict = float(mmmu_open_right(text if isinstance(text, str) else json.dumps(text), item.answer))
+        judged.append((item.category, verdict))
+    return summarise(judged, Guesser())
+
+
+def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    """The file of parsed answers that the test split's server takes."""
+    guesser = Guesser()
+    parsed = {}
+    for one in answered:
+        options = dict(zip(LETTERS, one.item.options, strict=False))
+        text = one.text or ""
+        is_choice = one.item.extra["kind"] == CHOICE and options
+        parsed[str(one.item.id)] = (mmmu_letter(text, options) or guesser.guess(list(options))) if is_choice else text
+    file = folder / "mmmu.json"
+    write_json(file, parsed)
+    return file
+
+
+MMMU = Task(
+    "mmmu", "MMMU, validation", "mmmu", read, score, headline="accuracy", write=write, score_results=score_results
+)

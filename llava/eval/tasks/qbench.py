@@ -1,0 +1,168 @@
+"""Q-Bench, English and Chinese: questions about how good a picture is, and scores of its quality from two logits.
+
+Reads `llvisionqa_SPLIT.json` or its Chinese counterpart and `images_llvisionqa/`. Answers of ours and official responses are
+both scored; the test split's answers are not public. Files of logits (`gt_score`, `logit_good`, `logit_poor` for
+each picture) are scored by rank and linear correlation with people's opinion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.answers import Answer
+from llava.eval.files import Faults, find_file, find_optional, need, read_json_rows, read_text
+from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.choices import LETTERS, find_letter
+from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
+from llava.eval.task import Task
+from llava.eval.values import Answered, Item, Scores
+
+FILES = {
+    "en": ("llvisionqa_dev.json", "llvisionqa_test.json"),
+    "zh": ("质衡-问答-验证集.json", "质衡-问答-测试集.json"),
+}
+# To the character as published; the Chinese one begins with a stray backslash where a line break was meant.
+ASKS = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}
+IMAGES = ("images_llvisionqa", "images_llviqionqa", "images")  # the guide spells the folder in two ways
+LOGITS = (("logit_good", "logit_poor"), ("logit_high", "logit_low"), ("logit_excellent", "logit_poor"))
+CGI_PART = 3000  # CGIQA-6K is two sets of so many, whose correlations are averaged, as in the paper
+
+
+def read(folder: Path, *, lang: str) -> list[Item]:
+    file = find_file(folder, FILES[lang], "file of Q-Bench's questions")
+    rows = read_json_rows(file, "file of Q-Bench's questions")
+    return question_items(rows, find_optional(folder, IMAGES) or folder / IMAGES[0], lang=lang)
+
+
+def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Item]:
+    items = []
+    for number, row in enumerate(rows):
+        where = f"Q-Bench's question {number}"
+        options = tuple(map(str, need(row, "candidates", where)))
+        lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
+        correct = row.get("correct_ans")
+        if correct is not None and correct not in options:
+            raise InputError(f"{where} has the right answer {correct!r}, which is none of its candidates")
+        question = str(need(row, "question", where))
+        items.append(
+            Item(number, f"{question}{ASKS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
+                 str(row.get("type", "")), None if correct is None else options.index(correct), options,
+                 extra={"row": dict(row), "question": question})
+        )  # fmt: skip
+    return items
+
+
+def fit_answers(answers: Sequence[Answer], items: Sequence[Item]) -> list[Answer]:
+    """Official responses have no ids and go by order; ids of ours are the number of the question."""
+    return [Answer(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    if any(one.item.answer is None for one in answered):
+        note = "the answers of this split are not public: hand the submission in as Q-Bench's page says"
+        return Scores(
+            {"answers": sum(one.text is not None for one in answered)}, {}, [None] * len(answered), notes=(note,)
+        )
+    letters = [None if one.text is None else find_letter(one.text, one.item.options) for one in answered]
+    verdicts = [
+        float(letter is not None and LETTERS.index(letter) == one.item.answer)
+        for letter, one in zip(letters, answered, strict=True)
+    ]
+    groups = [
+        (name, verdict)
+        for one, verdict in zip(answered, verdicts, strict=True)
+        for name in (f"type {one.item.category}", f"concern {one.item.extra['row'].get('concern', '?')}")
+    ]
+    total = percent(verdicts)
+    unread = sum(letter is None and one.text is not None for letter, one in zip(letters, answered, strict=True))
+    return Scores(
+        {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts), "without_letter": unread},
+        by_category(sorted(groups, key=lambda pair: pair[0])),
+        verdicts,
+        headline=total,
+        notes=(f"{unread} answers name no option and count as wrong",) if unread else (),
+    )
+
+
+def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
+    """Logits: one file, or a folder with a file for each data set."""
+    files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
+    tables = {file.stem: rows for file in files if (rows := _logit_rows(file)) is not None}
+    if not tables:
+        return None
+    if len(tables) < len(files):
+        other = next(file for file in files if file.stem not in tables)
+        raise InputError(f"{str(other)!r} has no logits of Q-Bench, while other files beside it do")
+    categories = {name: _correlations(name, rows, faults) for name, rows in tables.items()}
+    figures = {
+        name: sum(found[name] for found in categories.values()) / len(categories) for name in ("spearman", "pearson")
+    }
+    return Scores(figures, categories, headline=figures["spearman"] * 100)
+
+
+def _logit_rows(file: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file of logits, which may be a list, lines, or objects without anything between them."""
+    if file.suffix not in (".json", ".jsonl"):
+        return None
+    text = read_text(file, "file of answers").strip()
+    decoder, rows, place = json.JSONDecoder(), [], 0
+    try:
+        if text.startswith("["):
+            rows = json.loads(text)
+        else:
+            while place < len(text):
+                row, place = decoder.raw_decode(text, place)
+                rows.append(row)
+                place += len(text) - place - len(text[place:].lstrip(", \r\n\t"))
+    except ValueError:
+        return None
+    is_logits = bool(rows) and all(isinstance(row, dict) for row in rows) and any("logit" in key for key in rows[0])
+    return rows if is_logits else None
+
+
+def _correlations(name: str, rows: Sequence[Mapping[str, Any]], faults: Faults) -> dict[str, float | int]:
+    known = next((pair for pair in LOGITS if all(key in rows[0] for key in pair)), None)
+    if known is None:
+        raise InputError(f"the logits of {name!r} are none of {', '.join('/'.join(pair) for pair in LOGITS)}")
+    good, poor = known
+    usable = [row for row in rows if all(key in row for key in (good, poor, "gt_score"))]
+    for row in rows:
+        if row not in usable:
+            faults.add(
+                "pictures without logits", "a line needs both logits and gt_score; it is left out", f"{name}: {row}"
+            )
+    parts = [usable[:CGI_PART], usable[CGI_PART:]] if name == "cgi" and len(usable) > CGI_PART else [usable]
+    found: dict[str, float | int] = {"pictures": len(usable)}
+    for measure, function in (("spearman", spearman), ("pearson", pearson)):
+        values = []
+        for part in parts:
+            truth = [float(row["gt_score"]) for row in part]
+            value = function(truth, [qbench_quality(float(row[good]), float(row[poor])) for row in part])
+            if value is None:
+                faults.add("correlations without meaning", "all values are equal, so the correlation stands as 0", name)
+            values.append(value or 0.0)
+        found[measure] = sum(values) / len(values)
+    return found
+
+
+def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    """Each question with its response: the form in which Q-Bench takes answers."""
+    file = folder / "qbench_answers.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**one.item.extra["row"], "response": one.text or ""} for one in answered]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _task(name: str, title: str, lang: str) -> Task:
+    return Task(name, title, "qbench", partial(read, lang=lang), score, headline="accuracy", max_new_tokens=1024,
+                write=write, fit_answers=fit_answers, score_results=score_results)  # fmt: skip
+
+
+QBENCH = _task("qbench", "Q-Bench", "en")
+QBENCH_ZH = _task("qbench-zh", "Q-Bench, Chinese", "zh")

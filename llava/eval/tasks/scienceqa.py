@@ -1,0 +1,171 @@
+"""ScienceQA: school questions with options, half of them with a picture.
+
+Reads `llava_test_CQM-A.json` (conversations), `problems.json` and `pid_splits.json`, or the latter two alone, from which the
+former is made. Scored here, from answers or from the official result file with `outputs` and `results`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import find_file, find_optional, need, read_json_object, read_json_rows
+from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.choices import LETTERS, science_qa_letter
+from llava.eval.task import LETTER_SUFFIX, Task
+from llava.eval.values import Answered, Item, Scores
+
+OPTIONS = tuple("ABCDE")
+IMAGE_MARK = "<image>"
+# What stands where in a prompt: question, context, options (the M is for multiple choice), lecture, explanation.
+INPUTS = {
+    "CQM": "Context: {context}\nQuestion: {question}\nOptions: {options}\n",
+    "QCM": "Question: {question}\nContext: {context}\nOptions: {options}\n",
+    "QCML": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture}\n",
+    "QCME": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {solution}\n",
+    "QCMLE": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture} {solution}\n",
+    "QCLM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture}\nOptions: {options}\n",
+    "QCEM": "Question: {question}\nContext: {context}\nBECAUSE: {solution}\nOptions: {options}\n",
+    "QCLEM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture} {solution}\nOptions: {options}\n",
+}
+# AL has the explanation and AE the lecture: the letters are the wrong way round in the published data, which is kept.
+OUTPUTS = {
+    "A": "Answer: The answer is {answer}.",
+    "AL": "Answer: The answer is {answer}. BECAUSE: {solution}",
+    "AE": "Answer: The answer is {answer}. BECAUSE: {lecture}",
+    "ALE": "Answer: The answer is {answer}. BECAUSE: {lecture} {solution}",
+    "AEL": "Answer: The answer is {answer}. BECAUSE: {solution} {lecture}",
+    "LA": "Answer: {lecture} The answer is {answer}.",
+    "EA": "Answer: {solution} The answer is {answer}.",
+    "LEA": "Answer: {lecture} {solution} The answer is {answer}.",
+    "ELA": "Answer: {solution} {lecture} The answer is {answer}.",
+    "LEPA": "{lecture_part}{solution_part}###\nANSWER: {answer}.",
+}
+
+
+def build_exchange(problem: Mapping[str, Any], prompt_format: str) -> tuple[str, str]:
+    """A problem as question and answer, in a format such as QCM-LEA."""
+    asked, _, told = prompt_format.partition("-")
+    if asked not in INPUTS or told not in OUTPUTS:
+        raise InputError(
+            f"unknown prompt format {prompt_format!r}; known: one of {', '.join(INPUTS)}, a hyphen, one of {', '.join(OUTPUTS)}"
+        )
+    lecture, solution = problem["lecture"], problem["solution"]
+    words = {
+        "question": problem["question"],
+        "context": problem["hint"].strip() or "N/A",
+        "options": " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)),
+        "answer": OPTIONS[problem["answer"]],
+        "lecture": lecture,
+        "solution": solution,
+        "lecture_part": f"LECTURE: {lecture}\n" if lecture.strip() else "",
+        "solution_part": f"SOLUTION: {solution}\n" if solution.strip() else "",
+    }
+    return _tidy(INPUTS[asked].format(**words)), _tidy(OUTPUTS[told].format(**words))
+
+
+def _tidy(text: str) -> str:
+    text = text.replace("  ", " ").strip()
+    return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
+
+
+def conversation(name: str, problem: Mapping[str, Any], prompt_format: str) -> dict[str, Any]:
+    """A problem as a training sample of LLaVA."""
+    asked, told = build_exchange(problem, prompt_format)
+    asked = asked.replace("Question: ", "") if asked.startswith("Question: ") else asked
+    told = told.replace("Answer: ", "") if told.startswith("Answer: ") else told
+    if problem["image"] is None:
+        return {"id": name, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]}
+    turns = [{"from": "human", "value": f"{asked}\n{IMAGE_MARK}"}, {"from": "gpt", "value": told}]
+    return {"id": name, "image": f"{name}/{problem['image']}", "conversations": turns}
+
+
+def read(folder: Path, *, images_only: bool) -> list[Item]:
+    problems = read_split(folder, "test")
+    file = find_optional(folder, ("llava_test_CQM-A.json",))
+    if file is not None:
+        rows = read_json_rows(file, "file of ScienceQA's questions")
+    else:
+        rows = [conversation(name, problem, "CQM-A") for name, problem in problems.items()]
+    items = sample_items(rows, find_optional(folder, ("images/test", "images")) or folder / "images/test", letter=True)
+    found = []
+    for item in items:
+        problem = problems.get(str(item.id))
+        if problem is None:
+            raise InputError(f"ScienceQA's question {item.id!r} is not in the split 'test' of pid_splits.json")
+        if images_only and not item.images:
+            continue
+        choices = tuple(problem["choices"])
+        found.append(
+            Item(item.id, item.prompt, item.images, problem.get("subject", ""), problem["answer"], choices, 0,
+                 item.shown_prompt, {"question": problem["question"]})
+        )  # fmt: skip
+    return found
+
+
+def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    """The problems of a split, in its order."""
+    splits = read_json_object(find_file(folder, ("pid_splits.json",), "list of ScienceQA's splits"))
+    problems = read_json_object(find_file(folder, ("problems.json",), "file of ScienceQA's problems"))
+    names = need(splits, split, "pid_splits.json")
+    missing = [name for name in names if name not in problems]
+    if missing:
+        raise InputError(
+            f"{len(missing)} problems of the split {split!r} are not in problems.json; the first is {missing[0]!r}"
+        )
+    return {name: problems[name] for name in names}
+
+
+def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Item]:
+    """Questions out of training samples: the first thing that the human says, the picture before it."""
+    items = []
+    for number, row in enumerate(rows, start=1):
+        where = f"question {number} of the ScienceQA file"
+        question = str(need(row, "conversations", where)[0]["value"]).replace(IMAGE_MARK, "").strip()
+        pictures = (images / str(row["image"]),) if "image" in row else ()
+        prompt = f"{question}\n{LETTER_SUFFIX}" if letter else question
+        shown = f"{IMAGE_MARK}\n{prompt}" if pictures else prompt
+        items.append(Item(need(row, "id", where), prompt, pictures, shown_prompt=shown))
+    return items
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    verdicts = []
+    unread = 0
+    for one in answered:
+        letter = None if one.text is None else science_qa_letter(one.text, OPTIONS)
+        unread += letter is None and one.text is not None
+        verdicts.append(float(letter is not None and LETTERS.index(letter) == one.item.answer))
+    pictured = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.item.images]
+    total = percent(verdicts)
+    figures: dict[str, float | int] = {"accuracy": total, "correct": int(sum(verdicts)), "count": len(verdicts)}
+    if pictured:
+        figures["image_accuracy"] = percent(pictured)
+    notes = [f"{unread} answers name no letter and count as wrong"] if unread else []
+    notes += [] if pictured else ["no question has an image, so there is no image accuracy"]
+    return Scores(
+        figures,
+        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        verdicts,
+        headline=total,
+        notes=tuple(notes),
+    )
+
+
+def _task(name: str, title: str, *, images_only: bool) -> Task:
+    return Task(
+        name,
+        title,
+        "scienceqa",
+        partial(read, images_only=images_only),
+        score,
+        headline="accuracy",
+        max_new_tokens=1024,
+    )
+
+
+SCIENCEQA = _task("scienceqa", "ScienceQA", images_only=False)
+SCIENCEQA_IMG = _task("scienceqa-img", "ScienceQA, with images", images_only=True)

@@ -1,0 +1,75 @@
+"""SEED-Bench: multiple choice about images and about frames of videos.
+
+Reads `llava-seed-bench.jsonl` and `SEED-Bench.json` (question types, data types, answers). Scored here: an answer counts when
+it is the right letter and nothing else, as in the original's converter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import find_file, need, read_json_object, write_json_lines
+from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.task import Task
+from llava.eval.tasks.short import questions
+from llava.eval.values import Answered, Item, Scores
+
+
+def read(folder: Path) -> list[Item]:
+    truths = read_truths(find_file(folder, ("SEED-Bench.json",), "file of SEED-Bench's answers"))
+    items = []
+    for item in questions(find_file(folder, ("llava-seed-bench.jsonl",), "file of SEED-Bench's questions"), folder):
+        row = truths.get(str(item.id))
+        if row is None:
+            raise InputError(f"SEED-Bench's question {item.id!r} is not in SEED-Bench.json")
+        extra = {"kind": row["data_type"], "question_id": row["question_id"]}
+        items.append(Item(item.id, item.prompt, item.images, row["type"], row["answer"], extra=extra))
+    return items
+
+
+def read_truths(file: Path) -> dict[str, dict[str, Any]]:
+    """The questions of SEED-Bench.json by id, each with the name of its type."""
+    data = read_json_object(file, "file of SEED-Bench's answers")
+    names = {number: name for name, number in need(data, "question_type", str(file)).items()}
+    rows = need(data, "questions", str(file))
+    return {str(row["question_id"]): {**row, "type": names[row["question_type_id"]]} for row in rows}
+
+
+def type_order(truths: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [name for _, name in sorted({(row["question_type_id"], row["type"]) for row in truths.values()})]
+
+
+def score(answered: Sequence[Answered]) -> Scores:
+    verdicts = [float(one.text == one.item.answer) for one in answered]
+    total = percent(verdicts)
+    figures: dict[str, float | int] = {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts)}
+    kinds = by_category((one.item.extra["kind"], verdict) for one, verdict in zip(answered, verdicts, strict=True))
+    figures |= {f"{kind}_accuracy": found["accuracy"] for kind, found in kinds.items()}
+    longer = sum(one.text is not None and len(one.text.strip()) > 1 for one in answered)
+    notes = (f"{longer} answers are more than a letter and count as wrong",) if longer else ()
+    return Scores(
+        figures,
+        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        verdicts,
+        headline=total,
+        notes=notes,
+    )
+
+
+def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    missing = [one.item.id for one in answered if one.text is None]
+    if missing:
+        raise InputError(
+            f"SEED-Bench wants every question answered; {len(missing)} are not, the first is {missing[0]!r}"
+        )
+    file = folder / "seed.jsonl"
+    write_json_lines(
+        file, [{"question_id": one.item.extra["question_id"], "prediction": one.text or ""} for one in answered]
+    )
+    return file
+
+
+SEED = Task("seed", "SEED-Bench", "seed_bench", read, score, headline="accuracy", write=write)

@@ -1,0 +1,215 @@
+"""VQAv2, GQA, VizWiz, TextVQA: a few words about a picture.
+
+VQAv2 and VizWiz are scored by their servers, for which `write` makes the upload; where a split's official annotations are in
+the folder, they are scored here too. GQA and TextVQA are scored here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import (
+    find_file,
+    find_optional,
+    need,
+    read_json,
+    read_json_lines,
+    read_json_object,
+    write_json,
+)
+from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
+from llava.eval.task import Task
+from llava.eval.values import Answered, Item, Scores
+
+
+def questions(file: Path, images: Path) -> list[Item]:
+    """Items of a LLaVA question file: JSON lines with question_id, image, text, and perhaps category."""
+    rows = read_json_lines(file, "file of questions")
+    if not rows:
+        raise InputError(f"the file of questions {str(file)!r} is empty")
+    items = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{file}, question {number}"
+        image = row.get("image")
+        pictures = () if image is None else (images / str(image),)
+        name, text = need(row, "question_id", where), str(need(row, "text", where))
+        items.append(Item(name, text, pictures, str(row.get("category", "")), extra=row))
+    return items
+
+
+def accuracy(answered: Sequence[Answered], verdicts: Sequence[float]) -> Scores:
+    """Percent right, in all and in each category."""
+    total = percent(verdicts)
+    return Scores(
+        {"accuracy": total, "right": sum(verdicts), "questions": len(verdicts)},
+        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        verdicts,
+        headline=total,
+    )
+
+
+def by_server(answered: Sequence[Answered], where: str) -> Scores:
+    """No figure: the truth is on a server."""
+    given = sum(one.text is not None for one in answered)
+    note = f"the answers are not public: hand the submission in at {where}"
+    return Scores({"answers": given}, {}, [None] * len(answered), notes=(note,))
+
+
+# --- VQAv2 ----------------------------------------------------------------------------------------------------------
+
+
+def read_vqav2(folder: Path) -> list[Item]:
+    files = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_val2014.jsonl")
+    file = find_file(folder, files, "file of VQAv2's questions")
+    images = folder / ("val2014" if "val2014" in file.name else "test2015")
+    items = questions(file, images)
+    truths = find_optional(folder, ("v2_mscoco_val2014_annotations.json",)) if "val2014" in file.name else None
+    if truths is None:
+        return items
+    rows = {str(row["question_id"]): row for row in read_json_object(truths)["annotations"]}
+    return [_with_people(item, rows.get(str(item.id)), "answer_type") for item in items]
+
+
+def _with_people(item: Item, row: dict[str, Any] | None, kind: str) -> Item:
+    """A question with the answers that people gave, as its annotation has them."""
+    if row is None:
+        raise InputError(f"the question {item.id!r} has no annotation; give the annotations of the same split")
+    people = [one["answer"] if isinstance(one, dict) else one for one in row["answers"]]
+    return Item(item.id, item.prompt, item.images, str(row.get(kind, "")), people, extra=item.extra)
+
+
+def score_people(answered: Sequence[Answered], server: str) -> Scores:
+    if not answered or answered[0].item.answer is None:
+        return by_server(answered, server)
+    return accuracy(
+        answered,
+        [0.0 if given.text is None else vqa_accuracy(given.text, given.item.answer) for given in answered],
+    )
+
+
+def score_vqav2(answered: Sequence[Answered]) -> Scores:
+    return score_people(answered, "eval.ai, challenge 830 (VQAv2)")
+
+
+def write_vqav2(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    """The upload; the server wants every question of test2015, with empty answers to those outside of test-dev."""
+    texts = {one.item.id: one.text or "" for one in answered}
+    whole = find_optional(home, ("llava_vqav2_mscoco_test2015.jsonl",))
+    names = [row["question_id"] for row in read_json_lines(whole)] if whole is not None else list(texts)
+    file = folder / "vqav2.json"
+    write_json(file, [{"question_id": name, "answer": normalise(texts.get(name, ""))} for name in names])
+    return file
+
+
+# --- VizWiz ---------------------------------------------------------------------------------------------------------
+
+
+def read_vizwiz(folder: Path) -> list[Item]:
+    file = find_file(folder, ("llava_test.jsonl", "llava_val.jsonl"), "file of VizWiz's questions")
+    split = "val" if "val" in file.name else "test"
+    items = questions(file, folder / split)
+    truths = find_optional(folder, ("val.json", "Annotations/val.json")) if split == "val" else None
+    if truths is None:
+        return items
+    rows = {row["image"]: row for row in read_json(truths)}
+    return [_with_people(item, rows.get(str(item.extra.get("image"))), "answer_type") for item in items]
+
+
+def score_vizwiz(answered: Sequence[Answered]) -> Scores:
+    return score_people(answered, "eval.ai, challenge 1911 (VizWiz)")
+
+
+def write_vizwiz(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    missing = [one.item.id for one in answered if one.text is None]
+    if missing:
+        raise InputError(f"VizWiz wants every question answered; {len(missing)} are not, the first is {missing[0]!r}")
+    file = folder / "vizwiz.json"
+    write_json(file, [{"image": one.item.extra["image"], "answer": normalise(one.text or "")} for one in answered])
+    return file
+
+
+# --- GQA ------------------------------------------------------------------------------------------------------------
+
+
+def read_gqa(folder: Path) -> list[Item]:
+    items = questions(
+        find_file(folder, ("llava_gqa_testdev_balanced.jsonl",), "file of GQA's questions"),
+        find_optional(folder, ("data/images", "images")) or folder / "data/images",
+    )
+    places = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
+    truths = read_json_object(find_file(folder, places, "file of GQA's answers"))
+    found = []
+    for item in items:
+        if str(item.id) not in truths:
+            raise InputError(f"GQA's question {item.id!r} is not in {places[0]}; both files must be of one split")
+        row = truths[str(item.id)]
+        kind = str(row.get("types", {}).get("structural", ""))
+        found.append(Item(item.id, item.prompt, item.images, kind, row["answer"], extra=item.extra))
+    return found
+
+
+def gqa_answer(text: str) -> str:
+    """An answer as GQA's files have it: small letters, no full stop."""
+    return text.rstrip(".").lower()
+
+
+def score_gqa(answered: Sequence[Answered]) -> Scores:
+    return accuracy(answered, [float(gqa_answer(one.text or "") == one.item.answer) for one in answered])
+
+
+def write_gqa(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+    file = folder / "testdev_balanced_predictions.json"
+    write_json(file, [{"questionId": str(one.item.id), "prediction": gqa_answer(one.text or "")} for one in answered])
+    return file
+
+
+# --- TextVQA --------------------------------------------------------------------------------------------------------
+
+
+def read_textvqa(folder: Path) -> list[Item]:
+    file = find_file(folder, ("llava_textvqa_val_v051_ocr.jsonl",), "file of TextVQA's questions")
+    truths = textvqa_annotations(find_file(folder, ("TextVQA_0.5.1_val.json",), "file of TextVQA's answers"))
+    items = []
+    for item in questions(file, folder / "train_images"):
+        question = textvqa_question(item.prompt)
+        people = truths.get((str(item.id), question))
+        if people is None:
+            raise InputError(f"TextVQA's question {question!r} about {item.id!r} has no annotation")
+        items.append(Item(item.id, item.prompt, item.images, "", people, extra={"question": question}))
+    return items
+
+
+def textvqa_annotations(file: Path) -> dict[tuple[str, str], list[str]]:
+    rows = need(read_json_object(file, "file of TextVQA's answers"), "data", str(file))
+    return {(str(row["image_id"]), str(row["question"]).lower()): row["answers"] for row in rows}
+
+
+def textvqa_question(prompt: str) -> str:
+    """The bare question, in small letters, out of any of the prompts that were used for TextVQA."""
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        _, found, rest = prompt.partition("Question: ")
+        question, ended, _ = rest.partition(" Short answer:")
+        if found and ended:
+            return question.lower()
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
+    elif len(lines) == 2:
+        return lines[0].lower()
+    raise InputError(f"{prompt!r} is not one of the forms of TextVQA's prompts, so its question cannot be told")
+
+
+def score_textvqa(answered: Sequence[Answered]) -> Scores:
+    return accuracy(
+        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.item.answer) for one in answered]
+    )
+
+
+VQAV2 = Task("vqav2", "VQAv2", "vqav2", read_vqav2, score_vqav2, headline="accuracy", write=write_vqav2)
+VIZWIZ = Task("vizwiz", "VizWiz", "vizwiz", read_vizwiz, score_vizwiz, headline="accuracy", write=write_vizwiz)
+GQA = Task("gqa", "GQA", "gqa", read_gqa, score_gqa, headline="accuracy", write=write_gqa)
+TEXTVQA = Task("textvqa", "TextVQA", "textvqa", read_textvqa, score_textvqa, headline="accuracy")

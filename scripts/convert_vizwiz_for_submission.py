@@ -1,0 +1,47 @@
+"""Turn an answers file of VizWiz into the file that its server takes.
+
+python scripts/convert_vizwiz_for_submission.py --annotation-file llava_test.jsonl --result-file answers.jsonl \
+    --result-upload-file upload.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava.errors import InputError
+from llava.eval.files import Faults, read_json_lines, write_json
+from llava.eval.metrics.vqa import normalise
+from llava.program import ArgumentParser, run_program
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="convert_vizwiz_for_submission.py", description="Make VizWiz's upload.")
+    parser.add_argument("--annotation-file", type=str, required=True, help="the questions, JSON lines")
+    parser.add_argument("--result-file", type=str, required=True, help="the answers, JSON lines")
+    parser.add_argument("--result-upload-file", type=str, required=True, help="the file to write")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    faults = Faults()
+    rows = read_json_lines(Path(args.result_file), "answers file", faults=faults)
+    results = {row["question_id"]: row["text"] for row in rows}
+    questions = read_json_lines(Path(args.annotation_file), "file of questions")
+    num_broken = sum(fault.count for fault in faults.kinds.values())
+    print(f"total results: {len(results)}, total split: {len(questions)}, error_line: {num_broken}")
+    missing = [row["question_id"] for row in questions if row["question_id"] not in results]
+    if missing:
+        raise InputError(
+            f"VizWiz's server wants every question answered; {len(missing)} of {len(questions)} are not, the first is "
+            f"{missing[0]!r}"
+        )
+    answers = [{"image": row["image"], "answer": normalise(results[row["question_id"]])} for row in questions]
+    write_json(Path(args.result_upload_file), answers)
+
+
+def main() -> int:
+    return run_program(run, build_parser().parse_args(), name="convert_vizwiz_for_submission.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
