@@ -36,6 +36,7 @@ COMMANDS = {
         "llava.diagnose.doctor", "find the cause of what goes wrong with a checkpoint, data, a training run or a server"
     ),
     "selftest": Command("llava.diagnose.selftest", "show on a model, with numbers, that its parts do what they should"),
+    "eval": Command("llava.eval.main", "run benchmarks; score, compare and show answers"),
     "merge": Command("llava.train.merge_lora", "lay a LoRA adapter into its base model"),
 }
 

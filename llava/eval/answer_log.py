@@ -62,7 +62,7 @@ class AnswerLog:
     def answered(self) -> dict[Key, dict[str, Any]]:
         """The rows of all answers that are there, whoever wrote them."""
         known = set(self._keys)
-        found = {}
+        found: dict[Key, dict[str, Any]] = {}
         for file in [self.file, *sorted(self._parts.glob("*.jsonl"))]:
             for row in whole_lines(file):
                 key = row_key(row, self._shared)

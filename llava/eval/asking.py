@@ -135,7 +135,9 @@ class Asker:
 
         processor = self.loaded.processor
         if processor is None:
-            raise InputError(f"{self.loaded.info.folder} is a language model without a vision tower; it takes no images")
+            raise InputError(
+                f"{self.loaded.info.folder} is a language model without a vision tower; it takes no images"
+            )
         conversation = self.conversation(item)
         inputs = processor(conversation, self._pictures(item))
         size = PromptSize(inputs.num_tokens - inputs.num_image_tokens, inputs.num_image_tokens)

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava.eval.tasks import TASKS
+from llava.eval.tasks import SUITES, TASKS
 from llava.program import ArgumentParser, run_program
 
 DATA_DIR = "./playground/data/eval"
@@ -90,11 +90,36 @@ def _show_list() -> None:
     for name, task in TASKS.items():
         judged = "; needs a judge" if task.judge else ""
         print(f"{name:<{width}}  {task.title} ({task.folder}/): {task.headline}{judged}")
-    print("\nor a .jsonl or .yaml file with questions of your own; docs/evaluate.md tells the files of each task")
+    print("\nseveral by one name: " + "; ".join(f"{name} ({', '.join(parts)})" for name, parts in SUITES.items()))
+    print("or a .jsonl or .yaml file with questions of your own; docs/evaluate.md tells the files of each task")
+
+
+def compare(argv: Sequence[str]) -> int:
+    from llava.eval import compare as program
+
+    return run_program(program.run, program.build_parser().parse_args(argv))
+
+
+def report(argv: Sequence[str]) -> int:
+    return run_program(_report, report_parser().parse_args(argv))
+
+
+def report_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="llava eval report", description="Write the HTML report of a finished run again.")
+    parser.add_argument("run", type=Path, metavar="FOLDER", help="the run's folder")
+    return parser
+
+
+def _report(args: Namespace) -> None:
+    from llava.eval.report import rewrite_report
+
+    print(rewrite_report(args.run))
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {
     "score": score,
+    "compare": compare,
+    "report": report,
     "list": show_list,
 }
 

@@ -19,10 +19,14 @@ class Progress:
     def __init__(self, title: str, total: int, done: int = 0, *, quiet: bool = False) -> None:
         self.title, self.total, self.done = title, total, done
         self._before = done
-        self._started = time.monotonic()
-        self._shown = 0.0
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty()
+        self.begin()
+
+    def begin(self) -> None:
+        """The time counts from here."""
+        self._started = time.monotonic()
+        self._shown = 0.0 if self._is_terminal else self._started
 
     def update(self, done: int) -> None:
         self.done = done

@@ -48,11 +48,20 @@ class AskSettings:
     quiet: bool = False
 
 
-def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> list[Faults]:
-    """Answer what is missing of every job, and say what could not be asked, for each job."""
+@dataclass(frozen=True)
+class Outcome:
+    """What could not be asked, for each job, and the template that was used; None if nothing had to be asked."""
+
+    faults: list[Faults]
+    template: str | None
+
+
+def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
+    """Answer what is missing of every job."""
     logs = [AnswerLog(job.folder, job.items, settings.model_id) for job in jobs]
     missing = [log.missing() for log in logs]
     faults = [Faults() for _ in jobs]
+    template = None
     if any(missing):
         bars = [
             Progress(job.title, len(job.items), len(job.items) - len(found), quiet=settings.quiet)
@@ -63,11 +72,13 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> list[Faults]:
             _ask_in_shards(jobs, missing, settings, watcher)
         else:
             with Asker(settings.model, settings.sampling, seed=settings.seed) as asker:
+                watcher.template = asker.conv_mode
                 _ask_all(asker, jobs, missing, settings.model_id, "0", watcher.seen)
         watcher.close()
+        template = watcher.template
     for log in logs:
         log.merge()
-    return faults
+    return Outcome(faults, template)
 
 
 class _Watcher:
@@ -76,12 +87,14 @@ class _Watcher:
     def __init__(self, jobs: Sequence[Job], bars: Sequence[Progress], faults: Sequence[Faults]) -> None:
         self._jobs, self._bars, self._faults = jobs, bars, faults
         self._current: int | None = None
+        self.template: str | None = None
 
     def seen(self, job: int, number: int, failure: str | None) -> None:
+        bar = self._bars[job]
         if self._current not in (None, job):
             self.close()
+            bar.begin()
         self._current = job
-        bar = self._bars[job]
         bar.update(bar.done + 1)
         if failure is not None:
             name = repr(self._jobs[job].items[number].id)
@@ -145,6 +158,8 @@ def _ask_in_shards(jobs: Sequence[Job], missing: Sequence[Any], settings: AskSet
                 continue
             if kind == "answer":
                 watcher.seen(*rest)
+            elif kind == "template":
+                watcher.template = rest[0]
             else:
                 open_shards.discard(index)
                 problem = problem or (rest[0] if kind == "error" else None)
@@ -169,6 +184,7 @@ def _shard(index: int, jobs: Sequence[Job], missing: Sequence[Any], settings: As
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.shards))
         with Asker(model, settings.sampling, seed=settings.seed) as asker:
+            news.put(("template", index, asker.conv_mode))
             _ask_all(
                 asker, jobs, missing, settings.model_id, f"{index}", lambda *seen: news.put(("answer", index, *seen))
             )

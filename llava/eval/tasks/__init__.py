@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava.errors import InputError
 from llava.eval.task import Task
-from llava.eval.tasks import judged, mmbench, mme, mmmu, pope, qbench, scienceqa, seed, short
+from llava.eval.tasks import judged, mmbench, mme, mmmu, pope, qbench, scienceqa, seed, short, tiny
 from llava.eval.tasks.custom import task_from_file
 from llava.program import closest
 
@@ -31,8 +31,35 @@ TASKS: dict[str, Task] = {
         qbench.QBENCH,
         qbench.QBENCH_ZH,
         mmmu.MMMU,
+        tiny.SCENES,
+        tiny.READING,
+        tiny.YES_NO,
+        tiny.PHOTOS,
     )
 }
+
+# Names for several tasks. Of the last, the photographs are left out where they are not there.
+SUITES = {
+    "llava-1.5": (
+        "vqav2", "gqa", "vizwiz", "scienceqa-img", "textvqa", "pope", "mme", "mmbench", "mmbench-cn", "seed",
+        "llava-bench", "mmvet",
+    ),
+    "tiny": ("tiny-scenes", "tiny-reading", "tiny-yes-no", "tiny-photos"),
+}  # fmt: skip
+
+
+def find_tasks(names: str, data_dir: Path) -> list[Task]:
+    """Tasks and suites named with commas between them, each once."""
+    found: dict[str, Task] = {}
+    for word in filter(None, names.split(",")):
+        for name in SUITES.get(word, (word,)):
+            task = find_task(name)
+            if word == "tiny" and task is tiny.PHOTOS and not tiny.has_photos(task.home(data_dir)):
+                continue
+            found[task.name] = task
+    if not found:
+        raise InputError("no task is named; see llava eval list")
+    return list(found.values())
 
 
 def find_task(name: str) -> Task:
@@ -41,6 +68,7 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     if name.endswith((".jsonl", ".json", ".yaml", ".yml")):
         return task_from_file(Path(name))
+    known = [*TASKS, *SUITES]
     raise InputError(
-        f"unknown task {name!r}{closest(name, list(TASKS))} (tasks: {', '.join(TASKS)}; or a .jsonl or .yaml file)"
+        f"unknown task {name!r}{closest(name, known)} (tasks: {', '.join(known)}; or a .jsonl or .yaml file)"
     )

@@ -48,12 +48,13 @@ def custom_task(
     file: str | Path,
     *,
     title: str | None = None,
+    folder: str = "",
     images: str | Path = "",
     metric: str = "match",
     suffix: str | None = None,
     max_new_tokens: int = 128,
 ) -> Task:
-    """A task from a file of rows. `file` and `images` are relative to the data folder unless absolute.
+    """A task from a file of rows. `file` and `images` are relative to `folder` of the data folder, unless absolute.
 
     `suffix` ends every question on a line of its own; by default it asks for a word, or for a letter where there are options.
     """
@@ -63,8 +64,8 @@ def custom_task(
     return Task(
         name,
         title or name,
-        "",
-        partial(_read, file=str(file), images=str(images), suffix=ending),
+        folder,
+        partial(read_rows, file=str(file), images=str(images), suffix=ending),
         partial(_score, metric=metric),
         headline=metric,
         max_new_tokens=max_new_tokens,
@@ -92,7 +93,8 @@ def task_from_file(path: Path) -> Task:
     return custom_task(name, folder / str(file), images=folder / str(images), **values)
 
 
-def _read(folder: Path, *, file: str, images: str, suffix: str) -> list[Item]:
+def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item]:
+    """The questions of a file of rows."""
     path = find_file(folder, (file,), "file of the task's rows")
     items = []
     for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):

@@ -39,9 +39,18 @@ def read(folder: Path, *, lang: str, circular: bool) -> list[Item]:
     return table_items(rows, suffix=SUFFIXES[lang], all_rounds=circular)
 
 
-def table_items(rows: Sequence[Mapping[str, str]], *, suffix: str | None, all_rounds: bool) -> list[Item]:
-    """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone."""
-    pictures = {row["index"]: row["image"] for row in rows}
+def table_items(
+    rows: Sequence[Mapping[str, str]],
+    *,
+    suffix: str | None,
+    all_rounds: bool,
+    whole: Sequence[Mapping[str, str]] | None = None,
+) -> list[Item]:
+    """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone.
+
+    Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's picture.
+    """
+    pictures = {row["index"]: row["image"] for row in whole or rows}
     items = []
     for row in rows:
         options = options_of(row)

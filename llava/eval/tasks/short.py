@@ -43,9 +43,9 @@ def questions(file: Path, images: Path) -> list[Item]:
 
 def accuracy(answered: Sequence[Answered], verdicts: Sequence[float]) -> Scores:
     """Percent right, in all and in each category."""
-    total = percent(verdicts)
+    total, right = percent(verdicts), float(sum(verdicts))
     return Scores(
-        {"accuracy": total, "right": sum(verdicts), "questions": len(verdicts)},
+        {"accuracy": total, "right": int(right) if right.is_integer() else right, "questions": len(verdicts)},
         by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
         verdicts,
         headline=total,

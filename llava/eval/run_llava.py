@@ -1,0 +1,121 @@
+"""One question about one picture or several, in the original's form: as a program, and as `eval_model(args)`.
+
+    python -m llava.eval.run_llava --model-path llava-v1.5-7b --image-file a.jpg,b.jpg --query "What changed?"
+
+A question says where its pictures go by `<image-placeholder>`; without that, one mark for each comes first.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava.conversation import answer_end, get_model_name_from_path, get_template
+from llava.errors import InputError
+from llava.generation import Sampling, measure_prompt, stream_answer
+from llava.image_io import load_image
+from llava.program import ArgumentParser, run_program
+from llava.serve.cli import choose_conv_mode, mark_of
+from llava.serve.models import find_model
+from llava.startup import quick_imports
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["build_parser", "eval_model", "image_parser", "load_image", "load_images", "main"]
+
+
+def image_parser(args: Namespace) -> list[str]:
+    """The names of the pictures."""
+    return args.image_file.split(args.sep) if isinstance(args.image_file, str) else list(args.image_file)
+
+
+def load_images(image_files: Sequence[str]) -> list[Image.Image]:
+    return [load_image(name, upright=False) for name in image_files]
+
+
+def eval_model(args: Namespace) -> str:
+    """Answer `args.query` about `args.image_file`, print the answer and return it.
+
+    A loaded model may come along as `args.model`, `args.tokenizer` and `args.image_processor`.
+    """
+    sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    path = find_model(args.model_path)
+    name = get_model_name_from_path(path)
+    images = load_images(image_parser(args))
+    with quick_imports():
+        from llava.mm_utils import process_images, tokenizer_image_token
+        from llava.model.belongings import context_len, conv_mode
+        from llava.model.builder import load_pretrained_model
+
+        tokenizer, model, image_processor = (
+            getattr(args, part, None) for part in ("tokenizer", "model", "image_processor")
+        )
+        if model is None or tokenizer is None or image_processor is None:
+            tokenizer, model, image_processor, _ = load_pretrained_model(
+                path, args.model_base, name, device=getattr(args, "device", "cuda")
+            )
+    if image_processor is None:
+        raise InputError(f"{path!r} is a language model without a vision tower, so it cannot look at an image")
+    conv = get_template(choose_conv_mode(args.conv_mode, conv_mode(model.config.to_dict(), tokenizer, name)))
+    conv.append_message(conv.roles[0], marked(args.query, len(images), mark_of(model.config)))
+    conv.append_message(conv.roles[1], None)
+    prompt = conv.get_prompt()
+    input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
+    sizes = [image.size for image in images]
+    size = measure_prompt(input_ids[0].tolist(), sizes, model.image_policy())
+    stream = stream_answer(
+        model,
+        tokenizer,
+        input_ids,
+        images=process_images(images, image_processor, model.config),
+        image_sizes=sizes,
+        sampling=sampling.fitted(size, context_len(model.config)),
+        stop=[answer_end(conv)],
+    )
+    print(stream.answer.text)
+    return stream.answer.text
+
+
+def marked(query: str, num_images: int, mark: str) -> str:
+    """A question with the model's marks for its pictures."""
+    if IMAGE_PLACEHOLDER in query:
+        return query.replace(IMAGE_PLACEHOLDER, mark)
+    return f"{mark}\n" * num_images + query
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="run_llava.py", description="One question about one picture or several.")
+    parser.add_argument(
+        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
+    )
+    parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
+    parser.add_argument("--image-file", type=str, required=True, help="paths or URLs, with --sep between them")
+    parser.add_argument("--query", type=str, required=True, help="the question")
+    parser.add_argument("--conv-mode", type=str, default=None, help="conversation template (default: the model's own)")
+    parser.add_argument("--sep", type=str, default=",", help="what stands between images (default: a comma)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
+    parser.add_argument(
+        "--top_p", type=float, default=None, help="sample from the likeliest tokens of this probability"
+    )
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="at most so many tokens (default: 512)")
+    parser.add_argument("--device", type=str, default="cuda", help="cuda, mps or cpu (default: cuda if present)")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    eval_model(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="run_llava.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What the original's answering scripts share: flags, chunks, and the run from questions to an answers file.
+
+In: a command line and the questions. Out: the answers file, a line for each question in their order. The scripts
+themselves, model_vqa*.py, say where questions come from and which flags they have.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from llava.conversation import get_model_name_from_path
+from llava.errors import InputError
+from llava.eval.answer_log import answer_row
+from llava.eval.asking import Asker, Failure, ModelChoice, missing_images
+from llava.eval.progress import Progress
+from llava.eval.values import Item
+from llava.generation import Sampling
+from llava.program import ArgumentParser
+
+T = TypeVar("T")
+FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
+
+
+def add_answer_flags(
+    parser: ArgumentParser, *, questions: str = "tables/question.jsonl", conv_mode: str = "llava_v1"
+) -> None:
+    parser.add_argument(
+        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
+    )
+    parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
+    parser.add_argument("--image-folder", type=str, default="", help="what the questions' images are relative to")
+    parser.add_argument("--question-file", type=str, default=questions, help=f"the questions (default: {questions})")
+    parser.add_argument(
+        "--answers-file", type=str, default="answer.jsonl", help="the file to write (default: answer.jsonl)"
+    )
+    parser.add_argument(
+        "--conv-mode", type=str, default=conv_mode, help=f"conversation template (default: {conv_mode})"
+    )
+    parser.add_argument(
+        "--num-chunks", type=int, default=1, help="into how many parts the questions are cut (default: 1)"
+    )
+    parser.add_argument("--chunk-idx", type=int, default=0, help="which of them to answer (default: 0)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cuda, mps or cpu (default: auto)")
+
+
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--top_p", type=float, default=None, help="sample from the likeliest tokens of this probability"
+    )
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search, one question at a time (default: 1)")
+
+
+def split_list(items: Sequence[T], num_chunks: int) -> list[list[T]]:
+    """As many parts as were asked for, whose sizes differ by one at most and which together hold everything.
+
+    The original rounds up: 5 questions in 4 chunks make three, and asking for the fourth is an error.
+    """
+    if num_chunks < 1:
+        raise InputError(f"--num-chunks is {num_chunks}; give 1 or more")
+    edges = [len(items) * number // num_chunks for number in range(num_chunks + 1)]
+    return [list(items[start:stop]) for start, stop in pairwise(edges)]
+
+
+def get_chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
+    if not 0 <= index < num_chunks:
+        raise InputError(f"--chunk-idx is {index}; of {num_chunks} chunks it is 0 to {num_chunks - 1}")
+    return split_list(items, num_chunks)[index]
+
+
+def answer_file(args: Namespace, items: Sequence[Item], *, max_new_tokens: int) -> None:
+    """Answer the questions of a chunk into the answers file."""
+    from llava.serve.models import find_model
+
+    missing = missing_images(items)
+    if missing:
+        raise InputError(f"{len(missing)} images of the questions are missing; the first is {str(missing[0])!r}")
+    sampling = Sampling(args.temperature, getattr(args, "top_p", None), getattr(args, "num_beams", 1), max_new_tokens)
+    path = find_model(args.model_path)
+    choice = ModelChoice(path, args.model_base, args.device, conv_mode=args.conv_mode)
+    model_id = get_model_name_from_path(path)
+    file = Path(args.answers_file).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    bar = Progress(file.name, len(items))
+    failures: dict[int, str] = {}
+    with file.open("w", encoding="utf-8") as out:
+        lines = _InOrder(out)
+
+        def done(number: int, text: str | Failure) -> None:
+            if isinstance(text, Failure):
+                failures[number] = text.reason
+                lines.put(number, "")
+            else:
+                row = answer_row(items[number], text, model_id)
+                lines.put(number, json.dumps(row, ensure_ascii=False) + "\n")
+            bar.update(bar.done + 1)
+
+        if items:
+            with Asker(choice, sampling) as asker:
+                asker.ask(list(enumerate(items)), done, max_new_tokens=max_new_tokens)
+            bar.close()
+    if failures:
+        number = min(failures)
+        raise InputError(
+            f"{len(failures)} of {len(items)} questions could not be asked; the first is {items[number].id!r}: "
+            f"{failures[number]} (the other answers are in {str(file)!r})"
+        )
+
+
+class _InOrder:
+    """Writes numbered lines in the order of their numbers, each as soon as all before it are there."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._waiting: dict[int, str] = {}
+        self._next = 0
+
+    def put(self, number: int, line: str) -> None:
+        self._waiting[number] = line
+        while self._next in self._waiting:
+            self._out.write(self._waiting.pop(self._next))
+            self._next += 1
+        self._out.flush()
