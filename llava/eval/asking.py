@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,27 +57,32 @@ Done = Callable[[int, "str | Failure"], None]
 
 
 class Asker:
-    """A loaded model that answers items. Use it as `with Asker(choice, sampling) as asker`."""
+    """A loaded model that answers items. Use it as `with Asker.open(choice, sampling) as asker`."""
 
-    def __init__(self, choice: ModelChoice, sampling: Sampling, *, seed: int = 0) -> None:
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, *, conv_mode: str | None = None, seed: int = 0) -> None:
+        self.loaded = loaded
+        self.conv_mode = conv_mode or loaded.conv_mode
+        self.sampling = sampling
+        self.seed = seed
+        self._images = _ImageCache()
+        self._mark = mark_of(loaded)
+        self._engine = None if sampling.num_beams > 1 else _engine_of(loaded)
+
+    @classmethod
+    def open(cls, choice: ModelChoice, sampling: Sampling, *, seed: int = 0) -> Asker:
         if choice.conv_mode is not None:
             get_template(choice.conv_mode)  # a name that nobody knows is refused before anything is loaded
         with quick_imports():
             from llava.model.builder import load
 
-            self.loaded = load(
+            loaded = load(
                 choice.path,
                 base=choice.base,
                 device=choice.device,
                 dtype=choice.dtype,
                 quantization=choice.quantization,
             )
-        self.conv_mode = choice.conv_mode or self.loaded.conv_mode
-        self.sampling = sampling
-        self.seed = seed
-        self._images = _ImageCache()
-        self._mark = mark_of(self.loaded)
-        self._engine = None if sampling.num_beams > 1 else _engine_of(self.loaded)
+        return cls(loaded, sampling, conv_mode=choice.conv_mode, seed=seed)
 
     def __enter__(self) -> Asker:
         return self
@@ -96,6 +102,7 @@ class Asker:
                 done(number, self._guarded(self._generate, item, max_new_tokens))
             return
         num_threads = THREADS_ON_GPU if self.loaded.model.device.type == "cuda" else THREADS_ON_CPU
+        items = in_rounds(items, min(num_threads, self._num_prompts_kept(items)))
         with ThreadPoolExecutor(num_threads) as pool:
             waiting: dict[Future[str | Failure], int] = {}
             try:
@@ -109,6 +116,18 @@ class Asker:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._engine.close()
                 raise
+
+    def _num_prompts_kept(self, items: Sequence[tuple[int, Item]]) -> int:
+        """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
+        for _, item in items:
+            try:
+                assert self._engine is not None
+                size = self.loaded.processor(self.conversation(item), self._pictures(item)).num_tokens
+            except (InputError, TypeError):  # a broken picture, or a model that takes none: the next one may do
+                continue
+            stats = self._engine.stats()
+            return max(1, stats.num_blocks * stats.block_size // (2 * size))
+        return 1
 
     def _guarded(self, answer: Callable[[Item, int], str], item: Item, max_new_tokens: int) -> str | Failure:
         """What is wrong with one question (a broken picture, a prompt too long) must not end the others."""
@@ -158,6 +177,20 @@ class Asker:
 
     def _pictures(self, item: Item) -> list[Image.Image]:
         return [self._images.get(source) for source in item.images]
+
+
+def in_rounds(items: Sequence[tuple[int, Item]], width: int) -> list[tuple[int, Item]]:
+    """The same items, so that questions about one picture follow each other at a distance of `width` pictures.
+
+    Asked at the same time, each would compute the picture's keys and values for itself; asked one after the other, the
+    later ones find them in the cache. Only neighbours are brought together, so the order is the benchmark's but for that.
+    """
+    groups = [list(group) for _, group in groupby(items, key=lambda numbered: numbered[1].images or numbered[0])]
+    ordered = []
+    for start in range(0, len(groups), width):
+        for round_ in zip_longest(*groups[start : start + width]):
+            ordered += [numbered for numbered in round_ if numbered is not None]
+    return ordered
 
 
 def ask(conv_mode: str, question: str, num_images: int, mark: str) -> Conversation:

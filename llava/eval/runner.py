@@ -71,7 +71,7 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
         if settings.shards > 1:
             _ask_in_shards(jobs, missing, settings, watcher)
         else:
-            with Asker(settings.model, settings.sampling, seed=settings.seed) as asker:
+            with Asker.open(settings.model, settings.sampling, seed=settings.seed) as asker:
                 watcher.template = asker.conv_mode
                 _ask_all(asker, jobs, missing, settings.model_id, "0", watcher.seen)
         watcher.close()
@@ -183,7 +183,7 @@ def _shard(index: int, jobs: Sequence[Job], missing: Sequence[Any], settings: As
             model = replace(model, device=f"cuda:{index % torch.cuda.device_count()}")
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.shards))
-        with Asker(model, settings.sampling, seed=settings.seed) as asker:
+        with Asker.open(model, settings.sampling, seed=settings.seed) as asker:
             news.put(("template", index, asker.conv_mode))
             _ask_all(
                 asker, jobs, missing, settings.model_id, f"{index}", lambda *seen: news.put(("answer", index, *seen))

@@ -101,7 +101,7 @@ def answer_file(args: Namespace, items: Sequence[Item], *, max_new_tokens: int) 
             bar.update(bar.done + 1)
 
         if items:
-            with Asker(choice, sampling) as asker:
+            with Asker.open(choice, sampling) as asker:
                 asker.ask(list(enumerate(items)), done, max_new_tokens=max_new_tokens)
             bar.close()
     if failures:
