@@ -66,7 +66,9 @@ def sections(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in CURED | REFUSED])
-def test_same_output_as_recorded(name: str, run_recorded: Callable[[str], tuple[int, str, str]], tmp_path: Path) -> None:
+def test_same_output_as_recorded(
+    name: str, run_recorded: Callable[[str], tuple[int, str, str]], tmp_path: Path
+) -> None:
     status, out, _ = run_recorded(name)
     recorded = RUNS[name]
     assert status == recorded["returncode"] == 0
@@ -103,7 +105,9 @@ def test_seed_with_a_type_never_right_is_scored(run_recorded: Any, tmp_path: Pat
         ("seed_missing", "1 of 9 questions have no answer (the first is '108')"),
     ],
 )
-def test_what_the_original_ends_with_an_error_is_refused_in_a_sentence(name: str, named: str, run_recorded: Any) -> None:
+def test_what_the_original_ends_with_an_error_is_refused_in_a_sentence(
+    name: str, named: str, run_recorded: Any
+) -> None:
     status, out, err = run_recorded(name)
     assert status == 2
     assert err.count("\n") == 1

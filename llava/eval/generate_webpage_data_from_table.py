@@ -1,0 +1,105 @@
+"""Put a table of questions, models' answers and reviews onto one page.
+
+    python llava/eval/generate_webpage_data_from_table.py --table llava/eval/table --output webpage
+
+Reads `question.jsonl`, `answer/answer_MODEL.jsonl` and, where there are some, `review/review_MODEL_BASELINE.jsonl`. Writes
+`data.json` (questions, each with the models' answers, reviews and scores) and `index.html`, which shows them by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
+from llava.eval.legacy import report_faults
+from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
+from llava.program import ArgumentParser, run_program
+
+PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="generate_webpage_data_from_table.py", description="A page of questions and answers.")
+    parser.add_argument(
+        "--table", type=Path, default=Path("table"), help="folder with question.jsonl and answer/ (default: table)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("webpage"), help="folder to write to (default: webpage)")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    faults = Faults()
+    data = collect(args.table, faults)
+    write_json(args.output / "data.json", data)
+    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    page = PAGE.read_text(encoding="utf-8").replace("<!--TITLE-->", escape(", ".join(data["models"])))
+    (args.output / "index.html").write_text(page.replace("<!--DATA-->", text), encoding="utf-8")
+    print(f"{len(data['questions'])} questions, {len(data['models'])} models: {args.output / 'index.html'}")
+    report_faults(faults)
+
+
+def collect(table: Path, faults: Faults) -> dict[str, Any]:
+    """All of a table's folder, by question."""
+    questions = read_json_lines(table / "question.jsonl", "file of questions")
+    answers = _by_model(table / "answer", "answer_")
+    if not answers:
+        raise InputError(f"there are no answers in {str(table / 'answer')!r}: no answer_MODEL.jsonl")
+    reviews = _by_model(table / "review", "review_")
+    models = find_optional(table, ("model.jsonl",))
+    names = (
+        {row["model_id"].split(":")[0]: row.get("model_name", row["model_id"]) for row in read_json_lines(models)}
+        if models
+        else {}
+    )
+    records = []
+    for number, question in enumerate(questions, start=1):
+        name = need(question, "question_id", f"question {number}")
+        record: dict[str, Any] = {
+            "id": name,
+            "category": question.get("category", ""),
+            "question": need(question, "text", f"question {name!r}"),
+            "answers": {model: rows[name]["text"] for model, rows in answers.items() if name in rows},
+            "evaluations": {},
+            "scores": {},
+        }
+        for model in answers:
+            if model not in record["answers"]:
+                faults.add(
+                    "questions without an answer of every model", "the page has a gap there", f"{name!r}, {model}"
+                )
+        for model, rows in reviews.items():
+            if name in rows:
+                record["evaluations"][model] = told(rows[name])
+                if pair_of(rows[name]) != NO_SCORE:
+                    record["scores"][model] = list(pair_of(rows[name]))
+        records.append(record)
+    return {"questions": records, "models": {model: names.get(model, model) for model in answers}}
+
+
+def _by_model(folder: Path, start: str) -> dict[str, dict[Any, dict[str, Any]]]:
+    """The rows of every `START_MODEL.jsonl`, by question."""
+    return {
+        file.stem.removeprefix(start): {row["question_id"]: row for row in read_json_lines(file)}
+        for file in sorted(folder.glob(f"{start}*.jsonl"))
+    }
+
+
+def told(review: Mapping[str, Any]) -> str:
+    """A review without its first line, which has the scores, and with the assistants' names set off."""
+    _, _, text = str(review.get("content", review.get("text", ""))).strip().partition("\n")
+    return text.strip().replace("Assistant 1", "**Assistant 1**").replace("Assistant 2", "**Assistant 2**")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv), name="generate_webpage_data_from_table.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
