@@ -307,8 +307,14 @@ def test_judged_tasks_from_reviews_and_grades(data: Path, tmp_path: Path) -> Non
 
 
 def test_faults_are_counted_and_named(data: Path, tmp_path: Path) -> None:
-    rows = ['{"question_id": 100, "text": "B"}', "{broken", '{"question_id": 100, "text": "A"}', '{"question_id": 7, "text": "A"}',
-            '{"question_id": "v_1", "text": null}', "[1]"]  # fmt: skip
+    rows = [
+        '{"question_id": 100, "text": "B"}',
+        "{broken",
+        '{"question_id": 100, "text": "A"}',
+        '{"question_id": 7, "text": "A"}',
+        '{"question_id": "v_1", "text": null}',
+        "[1]",
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
     report = scored("seed", tmp_path / "a.jsonl", data)
     assert kinds(report) == {

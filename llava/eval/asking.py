@@ -119,13 +119,15 @@ class Asker:
 
     def _num_prompts_kept(self, items: Sequence[tuple[int, Item]]) -> int:
         """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
+        processor = self.loaded.processor
+        if processor is None or self._engine is None:  # no pictures, nothing to share
+            return 1
+        stats = self._engine.stats()
         for _, item in items:
             try:
-                assert self._engine is not None
-                size = self.loaded.processor(self.conversation(item), self._pictures(item)).num_tokens
-            except (InputError, TypeError):  # a broken picture, or a model that takes none: the next one may do
+                size = processor(self.conversation(item), self._pictures(item)).num_tokens
+            except InputError:  # a broken picture: the next one may do
                 continue
-            stats = self._engine.stats()
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 

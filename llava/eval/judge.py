@@ -14,14 +14,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
 from llava.eval.answer_log import cut_half_line, whole_lines
 from llava.eval.files import Faults, find_file, read_json_object
-from llava.eval.metrics.gpt_review import parse_score
+from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
 from llava.eval.tasks.judged import mmvet_name, summarise_grades, summarise_reviews
 from llava.eval.values import Answered, Scores
 
@@ -91,7 +91,7 @@ class Case:
 def review(cases: Sequence[Case], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
     """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
     there = whole_lines(file)
-    known = {row["prompt_sha256"]: row for row in there if "prompt_sha256" in row}
+    known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
     # Reviews of the original have no hash: they stand for their question.
     foreign = {str(row.get("question_id")): row for row in there if "prompt_sha256" not in row}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -99,22 +99,20 @@ def review(cases: Sequence[Case], judge: Judge | None, file: Path) -> list[dict[
     rows = []
     with file.open("a", encoding="utf-8") as out:
         for case in cases:
-            name = prompt_hash(case.messages)
-            if name not in known and str(case.row["question_id"]) in foreign:
-                known[name] = foreign[str(case.row["question_id"])]
-            if name not in known:
+            question, digest = str(case.row["question_id"]), prompt_hash(case.messages)
+            row = known.get((question, digest)) or foreign.get(question)
+            if row is None:
                 if judge is None:
                     raise InputError(
-                        f"the answer to {case.row['question_id']!r} is not reviewed in {str(file)!r}; "
-                        "give --judge-url and --judge-model"
+                        f"the answer to {question!r} is not reviewed in {str(file)!r}; give --judge-url and --judge-model"
                     )
                 content = judge.reply(case.messages, max_tokens=case.max_tokens, temperature=case.temperature)
-                known[name] = {
-                    **case.row, "content": content, **case.read(content), "judge": judge.model, "prompt_sha256": name,
+                row = {
+                    **case.row, "content": content, **case.read(content), "judge": judge.model, "prompt_sha256": digest,
                 }  # fmt: skip
-                out.write(json.dumps(known[name], ensure_ascii=False) + "\n")
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
-            rows.append(known[name])
+            rows.append(row)
     return rows
 
 
@@ -195,18 +193,18 @@ def parse_grade(reply: str) -> float | None:
 def judge_answers(
     kind: str, answered: Sequence[Answered], home: Path, judge: Judge | None, file: Path, faults: Faults
 ) -> Scores:
-    """Judge the answers of a task and score the verdicts."""
+    """Judge the answers of a task and score the verdicts; a question's verdict is its grade, or a tenth of its score."""
     if kind == "llava-bench":
-        return summarise_reviews(review(llava_bench_cases(answered, faults), judge, file), faults)
+        rows = review(llava_bench_cases(answered, faults), judge, file)
+        scores = summarise_reviews(rows, faults)
+        worth = {row["question_id"]: pair_of(row)[1] / 10 for row in rows if pair_of(row) != NO_SCORE}
+        return replace(scores, verdicts=[worth.get(one.item.id) for one in answered])
     rows = review(mmvet_cases(answered, faults), judge, file)
     for row in rows:
         if row["grade"] is None:
-            faults.add(
-                "replies without a grade",
-                "the judge wrote no number from 0 to 1; they count as 0",
-                repr(row["question_id"]),
-            )
+            faults.add("replies without a grade", "no number from 0 to 1; they count as 0", repr(row["question_id"]))
     data = read_json_object(find_file(home, ("mm-vet.json", "mm-vet/mm-vet.json"), "file of MM-Vet's answers"))
-    asked = {mmvet_name(one.item.id) for one in answered}
+    names = [mmvet_name(one.item.id) for one in answered]
     grades = {row["question_id"]: [row["grade"] or 0.0] for row in rows}
-    return summarise_grades(grades, {name: row for name, row in data.items() if name in asked}, faults)
+    scores = summarise_grades(grades, {name: data[name] for name in names if name in data}, faults)
+    return replace(scores, verdicts=[grades[name][0] if name in grades else None for name in names])

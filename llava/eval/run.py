@@ -25,7 +25,7 @@ from llava.eval.main import EXAMPLES, add_data_dir
 from llava.eval.manifest import differences, environment, model_hash, prompts_hash
 from llava.eval.results import MANIFEST, TABLE, write_results
 from llava.eval.review_program import add_judge_flags
-from llava.eval.runner import AskSettings, Job, answer_jobs, num_shards
+from llava.eval.runner import NOT_ASKED, AskSettings, Job, answer_jobs, num_shards
 from llava.eval.scoring import Report, read_items, score_items, table
 from llava.eval.task import Task
 from llava.eval.tasks import find_tasks
@@ -105,6 +105,7 @@ class Plan:
     items: list[Item]
     folder: Path
     faults: Faults
+    left_out: frozenset[int]  # questions whose picture is missing
 
 
 def run(args: Namespace) -> None:
@@ -126,10 +127,16 @@ def run(args: Namespace) -> None:
     with alone_in(out):
         manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
         prepare_folder(out, plans, manifest, fresh=args.fresh)
-        jobs = [Job(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens) for p in plans]
+        jobs = [
+            Job(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
+            for p in plans
+        ]
         outcome = answer_jobs(jobs, settings)
         for p, faults in zip(plans, outcome.faults, strict=True):
             p.faults.kinds.update(faults.kinds)
+            failed = faults.kinds.get(NOT_ASKED)
+            if failed is not None and failed.count == len(p.items):
+                raise InputError(f"{p.task.title}: none of its {failed.count} questions could be asked; {failed.first}")
         if outcome.template is not None:
             manifest["template"] = outcome.template
             write_json(out / MANIFEST, manifest)
@@ -155,10 +162,10 @@ def plan(task: Task, args: Namespace, out: Path) -> Plan:
             f"{task.title}: {len(missing)} images are missing, the first is {str(first)!r}; put them there, or give "
             "--skip-missing-images to count their questions as wrong"
         )
-    for item in items:
-        if missing & set(item.images):
-            faults.add("questions without their image", "they are not asked and count as wrong", repr(item.id))
-    return Plan(task, items, out / task.name, faults)
+    left_out = frozenset(number for number, item in enumerate(items) if missing & set(item.images))
+    for number in sorted(left_out):
+        faults.add("questions without their image", "they are not asked and count as wrong", repr(items[number].id))
+    return Plan(task, items, out / task.name, faults, left_out)
 
 
 def run_settings(args: Namespace, plans: Sequence[Plan], choice: ModelChoice, name: str) -> dict[str, Any]:

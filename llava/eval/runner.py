@@ -6,7 +6,6 @@ on where it stopped. Asking is asking.py's, writing answer_log.py's.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import queue
@@ -23,7 +22,7 @@ from llava.eval.progress import Progress
 from llava.eval.values import Item
 from llava.generation import Sampling
 
-logger = logging.getLogger(__name__)
+NOT_ASKED = "questions that could not be asked"
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Job:
     items: Sequence[Item]
     folder: Path
     max_new_tokens: int
+    left_out: frozenset[int] = frozenset()  # numbers of questions that are not to be asked
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class Outcome:
 def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
     """Answer what is missing of every job."""
     logs = [AnswerLog(job.folder, job.items, settings.model_id) for job in jobs]
-    missing = [log.missing() for log in logs]
+    missing = [
+        [(number, item) for number, item in log.missing() if number not in job.left_out]
+        for job, log in zip(jobs, logs, strict=True)
+    ]
     faults = [Faults() for _ in jobs]
     template = None
     if any(missing):
@@ -67,7 +70,7 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
             Progress(job.title, len(job.items), len(job.items) - len(found), quiet=settings.quiet)
             for job, found in zip(jobs, missing, strict=True)
         ]
-        watcher = _Watcher(jobs, bars, faults)
+        watcher = _Watcher(bars)
         if settings.shards > 1:
             _ask_in_shards(jobs, missing, settings, watcher)
         else:
@@ -76,6 +79,10 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
                 _ask_all(asker, jobs, missing, settings.model_id, "0", watcher.seen)
         watcher.close()
         template = watcher.template
+        for place, number in sorted(watcher.failures):
+            name = repr(jobs[place].items[number].id)
+            reason = watcher.failures[place, number]
+            faults[place].add(NOT_ASKED, "they count as wrong", f"{name}: {reason}")
     for log in logs:
         log.merge()
     return Outcome(faults, template)
@@ -84,8 +91,9 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
 class _Watcher:
     """Counts answers and failures as they come, from this process or another."""
 
-    def __init__(self, jobs: Sequence[Job], bars: Sequence[Progress], faults: Sequence[Faults]) -> None:
-        self._jobs, self._bars, self._faults = jobs, bars, faults
+    def __init__(self, bars: Sequence[Progress]) -> None:
+        self._bars = bars
+        self.failures: dict[tuple[int, int], str] = {}
         self._current: int | None = None
         self.template: str | None = None
 
@@ -97,8 +105,7 @@ class _Watcher:
         self._current = job
         bar.update(bar.done + 1)
         if failure is not None:
-            name = repr(self._jobs[job].items[number].id)
-            self._faults[job].add("questions that could not be asked", "they count as wrong", f"{name}: {failure}")
+            self.failures[job, number] = failure
 
     def close(self) -> None:
         if self._current is not None:
