@@ -1,6 +1,7 @@
-# Two commands for a fresh machine with Python >= 3.11 and make:
-#   make demo    set up, and ask the embedded model about a picture
-#   make test    set up, and run the tests
+# Three commands for a fresh machine with Python >= 3.11 and make:
+#   make demo       set up, and ask the embedded model about a picture
+#   make demo-eval  set up, and measure the embedded model on its held-out questions
+#   make test       set up, and run the tests
 # And one for the site of docs/, written to build/site:
 #   make site
 # Set-up happens once, in .venv; PYTHON=python3.12 picks another interpreter.
@@ -10,16 +11,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format site clean help
+.PHONY: demo demo-eval test lint format site clean help
 
 help:
-	@sed -n '2,3s/^# *//p' Makefile
+	@sed -n '2,4s/^# *//p' Makefile
 
 QUESTION := What do you see in this picture?
 
 demo: $(VENV)/.core
 	@echo '$$ llava chat images/demo.jpg "$(QUESTION)"'
 	@$(BIN)/python -m llava chat images/demo.jpg "$(QUESTION)"
+
+demo-eval: $(VENV)/.core
+	@echo '$$ llava eval tiny'
+	@$(BIN)/python -m llava eval tiny
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile

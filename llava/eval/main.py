@@ -80,9 +80,12 @@ def _score(args: Namespace) -> int:
 
 
 def show_list(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="llava eval list", description="The tasks, and the folder that each reads.")
-    parser.parse_args(argv)
+    list_parser().parse_args(argv)
     return run_program(_show_list)
+
+
+def list_parser() -> ArgumentParser:
+    return ArgumentParser(prog="llava eval list", description="The tasks, and the folder that each reads.")
 
 
 def _show_list() -> None:
