@@ -48,7 +48,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every prompt that is turned into ids, with the ids."""
+    """Every prompt that is turned into ids, with the ids; each once, since the first is also measured."""
     import llava.mm_utils
     import llava.tokenization
     from llava.conversation import Conversation
@@ -60,7 +60,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def watched(self: Processor, conversation: Any, num_images: int) -> Any:
         ids, labels = encode(self, conversation, num_images)
         text = conversation.get_prompt() if isinstance(conversation, Conversation) else conversation
-        seen.append({"prompt": text, "ids": list(ids)})
+        made = {"prompt": text, "ids": list(ids)}
+        seen.extend([] if made in seen else [made])
         return ids, labels
 
     def watched_whole(prompt: str, *args: Any, **options: Any) -> Any:

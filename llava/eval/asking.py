@@ -125,9 +125,11 @@ class Asker:
         stats = self._engine.stats()
         for _, item in items:
             try:
-                size = processor(self.conversation(item), self._pictures(item)).num_tokens
+                ids, _ = processor.encode(self.conversation(item), len(item.images))
+                layouts = processor.plan([picture.size for picture in self._pictures(item)])
             except InputError:  # a broken picture: the next one may do
                 continue
+            size = len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 
