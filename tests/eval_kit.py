@@ -64,6 +64,9 @@ def mme(data: Path) -> None:
     for category, below in (("existence", "questions_answers_YN/"), ("code_reasoning", "")):
         file = data / f"MME/MME_Benchmark_release_version/{category}/{below}0001.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
+        image = data / f"MME/MME_Benchmark_release_version/{category}/{'images/' if below else ''}0001.png"
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(picture())
         file.write_text("Is it A?  Please answer yes or no.\tYes\nIs it B? Please answer yes or no.\tNo\n")
         for letter in "AB":
             text = f"Is it {letter}? Please answer yes or no.\nAnswer the question using a single word or phrase."
@@ -139,7 +142,10 @@ def textvqa(data: Path) -> None:
 def gqa(data: Path) -> None:
     asked = [{"question_id": str(n), "image": "i.jpg", "text": "What?"} for n in (1, 2)]
     write_lines(data / "gqa/llava_gqa_testdev_balanced.jsonl", asked)
-    truths = {str(n): {"answer": "dog", "types": {"structural": "query"}} for n in (1, 2, 3)}
+    truths = {
+        str(n): {"answer": "dog", "question": "What?", "imageId": "i", "types": {"structural": "query"}}
+        for n in (1, 2, 3)
+    }
     write_json(data / "gqa/data/testdev_balanced_questions.json", truths)
 
 

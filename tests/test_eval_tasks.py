@@ -65,6 +65,22 @@ def test_mmmu_questions_with_their_pictures() -> None:
     assert question_item(row).answer == ["1", "one"]
 
 
+@pytest.mark.parametrize("task", ["gqa", "textvqa", "seed", "mme", "mmvet"])
+def test_the_benchmark_s_own_files_are_enough(task: str, data: Path) -> None:
+    """Without LLaVA's question files the same questions are made from the official ones."""
+    folder = TASKS[task].home(data)
+    before = read_items(TASKS[task], data)
+    (file,) = folder.glob("llava*.jsonl")
+    file.unlink()
+    after = read_items(TASKS[task], data)
+    order = [item.id for item in after]
+    assert {str(item.id) for item in before} <= {str(name) for name in order}
+    for item in before:
+        assert item.answer in [other.answer for other in after if str(other.id) == str(item.id) or task == "mme"]
+    if task in ("mme", "textvqa"):
+        assert [item.extra["question"] for item in before] == [item.extra["question"] for item in after]
+
+
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 

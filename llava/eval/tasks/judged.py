@@ -91,11 +91,18 @@ def summarise_reviews(rows: Sequence[Mapping[str, Any]], faults: Faults) -> Scor
 
 
 def read_mmvet(folder: Path) -> list[Item]:
-    items = questions(find_file(folder, ("llava-mm-vet.jsonl",), "file of MM-Vet's questions"), folder / "images")
     data = find_optional(folder, ("mm-vet.json", "mm-vet/mm-vet.json"))
     truths = read_json_object(data) if data else {}
+    file = find_optional(folder, ("llava-mm-vet.jsonl",))
+    if file is None and data is None:
+        raise InputError(f"MM-Vet is missing: neither llava-mm-vet.jsonl nor mm-vet.json in {str(folder)!r}")
+    images = find_optional(folder, ("images", "mm-vet/images")) or folder / "images"
+    if file is None:
+        asked = [Item(name, row["question"], (images / row["imagename"],)) for name, row in truths.items()]
+    else:
+        asked = questions(file, images)
     found = []
-    for item in items:
+    for item in asked:
         row = truths.get(mmvet_name(item.id), {})
         extra = {**item.extra, "question": row.get("question", item.prompt), "capability": row.get("capability", [])}
         found.append(Item(item.id, item.prompt, item.images, "", row.get("answer"), extra=extra))

@@ -7,11 +7,11 @@ by the official rule, from answers or from the official results folder: a text f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.files import Faults, find_file, find_optional, need, read_json_lines, read_text
+from llava.eval.files import Faults, find_optional, need, read_json_lines, read_text
 from llava.eval.metrics.yes_no import mme_answer, mme_figures
 from llava.eval.task import WORD_SUFFIX, Task
 from llava.eval.values import Answered, Item, Scores
@@ -25,22 +25,42 @@ YES_NO_SUFFIX = "Please answer yes or no."
 
 
 def read(folder: Path) -> list[Item]:
-    release = find_optional(folder, ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version"))
-    release = release or folder / "MME_Benchmark_release_version"
+    places = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version")
+    release = find_optional(folder, places) or folder / places[-1]
     truths = read_truths(release)
+    file = find_optional(folder, ("llava_mme.jsonl",))
     items = []
-    for row in read_json_lines(find_file(folder, ("llava_mme.jsonl",), "file of MME's questions")):
-        name = str(need(row, "question_id", "a question of MME"))
-        category, _, file = name.partition("/")
-        prompt = str(need(row, "text", f"MME's question {name!r}"))
+    for name, prompt, image in _asked(file, release) if file is not None else _release_questions(truths, release):
+        category, _, picture = name.partition("/")
         question = plain_question(prompt)
-        answer = truths.get((category, Path(file).stem, question))
+        answer = truths.get((category, Path(picture).stem, question))
         if answer is None:
             raise InputError(f"MME's question {question!r} about {name!r} has no answer in {str(release)!r}")
-        image = release / str(need(row, "image", f"MME's question {name!r}"))
-        extra = {"question": question, "file": f"{Path(file).stem}.txt"}
+        extra = {"question": question, "file": f"{Path(picture).stem}.txt"}
         items.append(Item(name, prompt, (image,), category, answer, extra=extra))
     return items
+
+
+def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
+    """Id, prompt and picture of each question in LLaVA's file."""
+    for row in read_json_lines(file):
+        name, prompt, image = (
+            str(need(row, key, f"a question of {str(file)!r}")) for key in ("question_id", "text", "image")
+        )
+        yield name, prompt, release / image
+
+
+def _release_questions(truths: Iterable[tuple[str, str, str]], release: Path) -> Iterator[tuple[str, str, Path]]:
+    """The same from MME's own files."""
+    for category, stem, question in truths:
+        found = [
+            path
+            for below in ("images", "")
+            for path in (release / category / below).glob(f"{stem}.*")
+            if path.suffix != ".txt"
+        ]
+        image = found[0] if found else release / category / f"{stem}.jpg"
+        yield f"{category}/{image.name}", f"{question}\n{WORD_SUFFIX}", image
 
 
 def read_truths(release: Path) -> dict[tuple[str, str, str], str]:

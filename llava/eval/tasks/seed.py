@@ -11,23 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.files import find_file, need, read_json_object, write_json_lines
+from llava.eval.files import find_file, find_optional, need, read_json_object, write_json_lines
 from llava.eval.metrics.accuracy import by_category, percent
-from llava.eval.task import Task
+from llava.eval.task import LETTER_SUFFIX, Task
 from llava.eval.tasks.short import questions
 from llava.eval.values import Answered, Item, Scores
 
 
 def read(folder: Path) -> list[Item]:
     truths = read_truths(find_file(folder, ("SEED-Bench.json",), "file of SEED-Bench's answers"))
+    file = find_optional(folder, ("llava-seed-bench.jsonl",))
+    asked = [_question(folder, row) for row in truths.values()] if file is None else questions(file, folder)
     items = []
-    for item in questions(find_file(folder, ("llava-seed-bench.jsonl",), "file of SEED-Bench's questions"), folder):
+    for item in asked:
         row = truths.get(str(item.id))
         if row is None:
             raise InputError(f"SEED-Bench's question {item.id!r} is not in SEED-Bench.json")
         extra = {"kind": row["data_type"], "question_id": row["question_id"]}
         items.append(Item(item.id, item.prompt, item.images, row["type"], row["answer"], extra=extra))
     return items
+
+
+def _question(folder: Path, row: Mapping[str, Any]) -> Item:
+    """A question from SEED-Bench.json itself, in the words of LLaVA's file."""
+    options = [f"{letter.upper()}. {row[key]}" for letter in "abcd" if (key := f"choice_{letter}") in row]
+    prompt = "\n".join([str(row.get("question", "")), *options, LETTER_SUFFIX])
+    if row["data_type"] == "image":
+        return Item(row["question_id"], prompt, (folder / "SEED-Bench-image" / str(row.get("data_id", "")),))
+    return Item(row["question_id"], prompt, (folder / "SEED-Bench-video-image" / f"{row['question_id']}.png",))
 
 
 def read_truths(file: Path) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from llava.eval.files import (
 )
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
-from llava.eval.task import Task
+from llava.eval.task import WORD_SUFFIX, Task
 from llava.eval.values import Answered, Item, Scores
 
 
@@ -136,14 +136,19 @@ def write_vizwiz(answered: Sequence[Answered], home: Path, folder: Path) -> Path
 
 
 def read_gqa(folder: Path) -> list[Item]:
-    items = questions(
-        find_file(folder, ("llava_gqa_testdev_balanced.jsonl",), "file of GQA's questions"),
-        find_optional(folder, ("data/images", "images")) or folder / "data/images",
-    )
+    images = find_optional(folder, ("data/images", "images")) or folder / "data/images"
     places = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
     truths = read_json_object(find_file(folder, places, "file of GQA's answers"))
+    file = find_optional(folder, ("llava_gqa_testdev_balanced.jsonl",))
+    if file is None:
+        asked = [
+            Item(name, f"{row['question']}\n{WORD_SUFFIX}", (images / f"{row['imageId']}.jpg",))
+            for name, row in truths.items()
+        ]
+    else:
+        asked = questions(file, images)
     found = []
-    for item in items:
+    for item in asked:
         if str(item.id) not in truths:
             raise InputError(f"GQA's question {item.id!r} is not in {places[0]}; both files must be of one split")
         row = truths[str(item.id)]
@@ -171,10 +176,16 @@ def write_gqa(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
 
 
 def read_textvqa(folder: Path) -> list[Item]:
-    file = find_file(folder, ("llava_textvqa_val_v051_ocr.jsonl",), "file of TextVQA's questions")
+    """The original's questions name text that a reader found in the picture; without its file they do not."""
     truths = textvqa_annotations(find_file(folder, ("TextVQA_0.5.1_val.json",), "file of TextVQA's answers"))
+    file = find_optional(folder, ("llava_textvqa_val_v051_ocr.jsonl",))
+    images = folder / "train_images"
+    if file is None:
+        asked = [Item(name, f"{question}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, question in truths]
+    else:
+        asked = questions(file, images)
     items = []
-    for item in questions(file, folder / "train_images"):
+    for item in asked:
         question = textvqa_question(item.prompt)
         people = truths.get((str(item.id), question))
         if people is None:
