@@ -85,7 +85,8 @@ def summary(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
         )
     sources = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in SOURCES.items())
     note = f"<details><summary>Sources of the published figures</summary><ul>{sources}</ul></details>" if others else ""
-    table = f"<table><tr><th></th><th>figure</th><th>{escape(model)}</th>{head}</tr>{''.join(rows)}</table>"
+    head = f'<tr><th></th><th class="what">figure</th><th>{escape(model)}</th>{head}</tr>'
+    table = f"<table>{head}{''.join(rows)}</table>"
     return table + note
 
 

@@ -48,6 +48,9 @@ class Task:
     judge: str | None = None  # the kind of judge that its answers need, by its name in judge.py
 
     def home(self, data_dir: Path) -> Path:
-        """The task's own folder, whether the folder of all benchmarks or that one was given."""
-        inner = data_dir / self.folder
-        return inner if inner.is_dir() else data_dir
+        """The task's own folder, whether the folder of all benchmarks or that one was given.
+
+        The evaluation guide writes `mmvet` where its scripts read `mm-vet`, so either is taken.
+        """
+        places = (data_dir / self.folder, data_dir / self.folder.replace("-", ""))
+        return next((place for place in places if place.is_dir()), data_dir)
