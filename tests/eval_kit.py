@@ -21,6 +21,10 @@ def write_lines(file: Path, rows: Sequence[Any]) -> Path:
     return file
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def answers(file: Path, texts: dict[Any, str], **more: Any) -> Path:
     return write_lines(
         file, [{"question_id": name, "prompt": "p", "text": text, **more} for name, text in texts.items()]

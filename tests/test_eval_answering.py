@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import eval_kit as kit
 import pytest
 import test_eval_scripts as scripts
 import torch
@@ -80,10 +81,6 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     return scripts.load_script(recorded["script"]).main()
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("name", ["loader", "loader anyres", "vqa", "science text-only", "mmbench"])
 def test_prompts_and_rows_are_those_recorded(
     name: str, workplace: Path, prompts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -95,7 +92,7 @@ def test_prompts_and_rows_are_those_recorded(
     recorded = RUNS[name]
     order = [row["prompt"] for row in recorded["prompts"]]
     assert sorted(prompts, key=lambda row: order.index(row["prompt"])) == recorded["prompts"]
-    rows = rows_of(workplace / "o/a.jsonl")
+    rows = kit.rows_of(workplace / "o/a.jsonl")
     assert [list(row) for row in rows] == [list(row) for row in recorded["answers"]]
     for row, expected in zip(rows, recorded["answers"], strict=True):
         assert re.fullmatch(r"[2-9A-HJ-NP-Za-km-z]{22}", row.pop("answer_id"))
@@ -121,7 +118,7 @@ def test_more_chunks_than_the_original_could_make(workplace: Path, monkeypatch: 
     """Five questions in four chunks: the original ends with an IndexError at the last one."""
     name = "loader chunk 3 of 4 (empty-ish)"
     assert run(name, monkeypatch) == 0
-    assert [row["question_id"] for row in rows_of(workplace / "o/a.jsonl")] == [13, 14]
+    assert [row["question_id"] for row in kit.rows_of(workplace / "o/a.jsonl")] == [13, 14]
 
 
 @pytest.mark.parametrize("num_items", range(12))
@@ -141,21 +138,21 @@ def test_chunks_and_beams_give_the_answers_of_one_run(workplace: Path, monkeypat
     from llava.eval import asking
 
     assert run("loader", monkeypatch) == 0
-    whole = rows_of(workplace / "o/a.jsonl")
+    whole = kit.rows_of(workplace / "o/a.jsonl")
     parts = []
     for index in ("0", "1"):
         assert run("loader", monkeypatch, "--num-chunks", "2", "--chunk-idx", index) == 0
-        parts += rows_of(workplace / "o/a.jsonl")
+        parts += kit.rows_of(workplace / "o/a.jsonl")
     assert parts == whole
     monkeypatch.setattr(asking, "_engine_of", lambda loaded: None)
     assert run("loader", monkeypatch) == 0
-    assert rows_of(workplace / "o/a.jsonl") == whole
+    assert kit.rows_of(workplace / "o/a.jsonl") == whole
 
 
 def test_every_order_of_options(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava.eval.model_vqa_mmbench.FREE_TOKENS", 2)
     assert run("mmbench", monkeypatch, "--all-rounds") == 0
-    rows = rows_of(workplace / "o/a.jsonl")
+    rows = kit.rows_of(workplace / "o/a.jsonl")
     assert [(row["question_id"], row["round_id"]) for row in rows] == [(1, 0), (1, 1), (1, 2)]
     assert [row["options"] for row in rows][1] == ["blue", "green", "red"]
     assert [row["option_char"] for row in rows][1] == ["B", "C", "A"]
@@ -169,7 +166,7 @@ def test_model_qa_answers_text(workplace: Path, monkeypatch: pytest.MonkeyPatch)
     (workplace / "t.jsonl").write_text(json.dumps({"question_id": 1, "text": "Hello?", "category": "generic"}) + "\n")
     flags = ["--model-name", "checkpoints/vicuna-tiny-base", "--question-file", "t.jsonl", "--answers-file", "t.out"]
     assert model_qa.main([*flags, "--device", "cpu"]) == 0
-    (row,) = rows_of(workplace / "t.out")
+    (row,) = kit.rows_of(workplace / "t.out")
     assert (row["question_id"], row["model_id"]) == (1, "vicuna-tiny-base")
 
 
@@ -181,7 +178,7 @@ def test_qbench_questions_come_back_with_responses(workplace: Path, monkeypatch:
     (workplace / "qb.json").write_text(json.dumps([question]))
     flags = ["--model-path", "checkpoints/llava-v1.5-tiny-vicuna", "--image-folder", "images/", "--device", "cpu"]
     assert model_vqa_qbench.main([*flags, "--questions-file", "qb.json", "--answers-file", "qb.out"]) == 0
-    (row,) = rows_of(workplace / "qb.out")
+    (row,) = kit.rows_of(workplace / "qb.out")
     assert isinstance(row.pop("response"), str)
     assert row == question
 
@@ -214,4 +211,4 @@ def test_a_broken_picture_leaves_the_other_answers(
     (pictures / IMAGES[2]).write_bytes(b"\x89PNG\r\n\x1a\n broken")
     assert run("loader", monkeypatch, "--image-folder", "mine") == 2
     assert "1 of 5 questions could not be asked; the first is 12" in capsys.readouterr().err
-    assert [row["question_id"] for row in rows_of(workplace / "o/a.jsonl")] == [10, 11, 13, 14]
+    assert [row["question_id"] for row in kit.rows_of(workplace / "o/a.jsonl")] == [10, 11, 13, 14]

@@ -9,10 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ import eval_kit as kit
 import pytest
 import torch
 
-from llava.errors import InputError
 from llava.eval import runner
 from llava.eval.main import main
 
@@ -47,10 +42,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 # --- what a run leaves ----------------------------------------------------------------------------------------------
 
 
@@ -63,10 +54,10 @@ def test_a_run_leaves_answers_results_and_a_manifest(finished: Path) -> None:
     assert set(manifest["settings"]["prompts"]) == set(DRAWN.split(","))
     assert re.fullmatch("[0-9a-f]{64}", manifest["settings"]["model"]["hash"])
     assert {"python", "llava", "torch", "transformers"} <= set(manifest["versions"])
-    rows = rows_of(finished / "tiny-scenes/answers.jsonl")
-    assert [row["question_id"] for row in rows] == [row["question_id"] for row in rows_of(DATA / "tiny/scenes.jsonl")][
-        : int(LIMIT)
-    ]
+    rows = kit.rows_of(finished / "tiny-scenes/answers.jsonl")
+    assert [row["question_id"] for row in rows] == [
+        row["question_id"] for row in kit.rows_of(DATA / "tiny/scenes.jsonl")
+    ][: int(LIMIT)]
     assert "| Drawn scenes | match, % |" in (finished / "results.md").read_text()
 
 
@@ -155,10 +146,10 @@ def test_sampled_answers_do_not_depend_on_what_else_is_asked(tmp_path: Path) -> 
     part = flags(tmp_path / "part", *sampled)
     part[part.index(LIMIT)] = "5"
     assert main(["tiny-reading", *part]) == 0
-    whole = rows_of(tmp_path / "all/tiny-reading/answers.jsonl")
-    assert rows_of(tmp_path / "part/tiny-reading/answers.jsonl") == whole[:5]
+    whole = kit.rows_of(tmp_path / "all/tiny-reading/answers.jsonl")
+    assert kit.rows_of(tmp_path / "part/tiny-reading/answers.jsonl") == whole[:5]
     assert main(["tiny-reading", *flags(tmp_path / "other", *sampled, "--seed", "1")]) == 0
-    assert rows_of(tmp_path / "other/tiny-reading/answers.jsonl") != whole
+    assert kit.rows_of(tmp_path / "other/tiny-reading/answers.jsonl") != whole
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -230,7 +221,7 @@ def test_a_broken_picture_is_counted_and_its_question_is_wrong(
     assert "1 questions without their image (first: 3)" in printed
     assert "1 questions that could not be asked (first: 2: " in printed
     assert "2 missing answers (first: 2): they count as wrong" in printed
-    assert rows_of(tmp_path / "out/mine/verdicts.jsonl")[1]["score"] == 0.0
+    assert kit.rows_of(tmp_path / "out/mine/verdicts.jsonl")[1]["score"] == 0.0
 
 
 # --- comparison -----------------------------------------------------------------------------------------------------
@@ -240,7 +231,7 @@ def changed_copy(finished: Path, folder: Path) -> Path:
     """A run in which three right answers have become wrong."""
     shutil.copytree(finished, folder)
     file = folder / "tiny-yes-no/verdicts.jsonl"
-    rows = rows_of(file)
+    rows = kit.rows_of(file)
     for row in [row for row in rows if row["score"] == 1][:3]:
         row |= {"score": 0.0, "text": "maybe"}
     kit.write_lines(file, rows)
@@ -296,7 +287,7 @@ def test_the_report_shows_answers_in_a_browser(finished: Path, tmp_path: Path) -
                (finished / "report.html").as_uri()]  # fmt: skip
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     cards = re.findall(r'<article class="card (right|wrong)">', page)
-    scores = [row["score"] for task in DRAWN.split(",") for row in rows_of(finished / task / "verdicts.jsonl")]
+    scores = [row["score"] for task in DRAWN.split(",") for row in kit.rows_of(finished / task / "verdicts.jsonl")]
     assert len(cards) == len(scores)
     assert cards.count("wrong") == scores.count(0.0)
     assert page.count('<img src="data:image/jpeg;base64,') == len(cards)
@@ -308,140 +299,6 @@ def test_the_report_can_be_written_again(finished: Path, capsys: pytest.CaptureF
     (finished / "report.html").unlink()
     assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").read_bytes() == before
-
-
-# --- the judge ------------------------------------------------------------------------------------------------------
-
-
-class FakeJudge(BaseHTTPRequestHandler):
-    """Busy at first; then two scores for comparisons and one for grades."""
-
-    def __init__(self, asked: list[dict[str, Any]], *args: Any) -> None:
-        self.asked = asked
-        super().__init__(*args)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
-        if len(self.asked) == 1:
-            self.send_response(429)
-            self.end_headers()
-            return
-        content = "8 6\nBecause." if len(body["messages"]) == 2 else "0.5"
-        reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def judge() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    asked: list[dict[str, Any]] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(FakeJudge, asked))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_judge_is_asked_once_and_replayed(
-    judge: tuple[str, list[dict[str, Any]]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    url, asked = judge
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr("llava.eval.judge.time.sleep", lambda seconds: None)
-    data, out = tmp_path / "data", tmp_path / "out"
-    kit.llava_bench(data)
-    kit.mmvet(data)
-    for place in ("llava-bench-in-the-wild/images/1.jpg", "mm-vet/images/i.jpg"):
-        (data / place).parent.mkdir(parents=True)
-        (data / place).write_bytes(kit.picture())
-    words = [
-        "llava-bench,mmvet",
-        "--device",
-        "cpu",
-        "--data-dir",
-        str(data),
-        "--out",
-        str(out),
-        "--max-new-tokens",
-        "8",
-        "-q",
-    ]
-    assert main([*words, "--judge-url", url, "--judge-model", "some-judge"]) == 0
-    assert len(asked) == 1 + 2 + 2
-    first, grade = asked[1], asked[3]
-    assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
-    text = rows_of(out / "llava-bench/answers.jsonl")[0]["text"]
-    assert first["messages"][1]["content"].startswith(
-        f"[Context]\nA red square.\n\n[Question]\nTell 0\n\n[Assistant 1]\nReference 0\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n[System]\nWe would like to request your feedback"
-    )
-    assert grade["messages"][0]["content"].endswith(
-        f"\nWhat? | a <AND> b | {rows_of(out / 'mmvet/answers.jsonl')[0]['text']} | "
-    )
-    review = rows_of(out / "llava-bench/reviews.jsonl")[0]
-    assert (review["content"], review["tuple"], review["judge"]) == ("8 6\nBecause.", [8.0, 6.0], "some-judge")
-    values = [task["headline"]["value"] for task in json.loads((out / "results.json").read_text())["tasks"]]
-    assert values == [75.0, 50.0]
-    assert main(words) == 0  # from the replies that are kept
-    assert len(asked) == 5
-    assert [task["headline"]["value"] for task in json.loads((out / "results.json").read_text())["tasks"]] == values
-    capsys.readouterr()
-    reviews = str(out / "llava-bench/reviews.jsonl")
-    assert main(["score", "llava-bench", "--answers", reviews, "--data-dir", str(data), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["headline"]["value"] == 75.0
-    assert "secret" not in (out / "manifest.json").read_text()
-
-
-def test_the_original_s_review_scripts_ask_the_same_judge(
-    judge: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llava.eval import eval_gpt_review, eval_gpt_review_bench, eval_gpt_review_visual, qa_baseline_gpt35
-
-    url, asked = judge
-    monkeypatch.setattr("llava.eval.judge.time.sleep", lambda seconds: None)
-    kit.llava_bench(tmp_path)
-    home = tmp_path / "llava-bench-in-the-wild"
-    kit.answers(home / "ours.jsonl", {0: "x", 1: "y"}, answer_id="id")
-    boxes = {"image": "1.jpg", "captions": ["A square."], "instances": [{"category": "square", "bbox": [0, 0, 1, 1]}]}
-    kit.write_lines(home / "boxes.jsonl", [boxes])
-    common = ["-q", str(home / "questions.jsonl"), "-a", str(home / "answers_gpt4.jsonl"), str(home / "ours.jsonl")]
-    common += ["--judge-url", url, "--judge-model", "j"]
-    bench = [*common, "-c", str(home / "context.jsonl"), "-o", str(home / "bench.jsonl")]
-    assert eval_gpt_review_bench.main(bench) == 0
-    assert list(rows_of(home / "bench.jsonl")[0]) == [
-        "id", "question_id", "answer1_id", "answer2_id", "category", "content", "tuple", "judge", "prompt_sha256",
-    ]  # fmt: skip
-    assert rows_of(home / "bench.jsonl")[0]["category"] == "llava_bench_conv"
-    number = len(asked)
-    assert eval_gpt_review_bench.main(bench) == 0  # nothing is asked twice
-    assert len(asked) == number
-    assert (
-        eval_gpt_review_visual.main([*common, "-c", str(home / "boxes.jsonl"), "-o", str(home / "visual.jsonl")]) == 0
-    )
-    assert asked[-1]["messages"][1]["content"].startswith(
-        "[Context]\nA square.\n\nsquare: [0, 0, 1, 1]\n\n[Question]\n"
-    )
-    assert eval_gpt_review.main([*common, "-o", str(home / "text.jsonl")]) == 0
-    assert asked[-1]["messages"][1]["content"].startswith("[Question]\nTell 1\n\n[Assistant 1]\nReference 1\n\n")
-    assert qa_baseline_gpt35.main([*common[:2], "-o", str(home / "qa.jsonl"), *common[5:]]) == 0
-    assert [row["question_id"] for row in rows_of(home / "qa.jsonl")] == [0, 1]
-
-
-def test_a_judge_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava.eval import judge
-
-    monkeypatch.setattr(judge, "NUM_TRIES", 1)
-    with pytest.raises(InputError, match=r"did not answer in 1 tries"):
-        judge.Judge("http://127.0.0.1:9/v1", "m").reply([], max_tokens=1, temperature=0)
 
 
 # --- other evaluators' classes --------------------------------------------------------------------------------------
@@ -469,8 +326,8 @@ def test_the_calls_of_vlmevalkit_s_class_give_our_answers(finished: Path) -> Non
     )
     config = abc.abstractproperty()
     config.image_aspect_ratio = "pad"
-    questions = {row["question_id"]: row for row in rows_of(DATA / "tiny/scenes.jsonl")}
-    for row in rows_of(finished / "tiny-scenes/answers.jsonl")[:4]:
+    questions = {row["question_id"]: row for row in kit.rows_of(DATA / "tiny/scenes.jsonl")}
+    for row in kit.rows_of(finished / "tiny-scenes/answers.jsonl")[:4]:
         question = questions[row["question_id"]]
         image = Image.open(DATA / "tiny" / question["image"]).convert("RGB")
         pixels = process_images([image], image_processor, config).to("cpu", dtype=torch.float16)
