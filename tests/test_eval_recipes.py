@@ -18,7 +18,8 @@ RECIPES = sorted(path.name for path in (ROOT / "scripts/v1_5/eval").glob("*.sh")
 # Stands in for the interpreter: writes down how it was called, and leaves the answers that later steps read.
 STAND_IN = """\
 #!/usr/bin/env bash
-printf '%q ' "$@" >> "$LOG"; echo >> "$LOG"
+line=$(printf '%q ' "$@")
+echo "$line" >> "$LOG" # in one piece, since two run at a time
 while [ $# -gt 0 ]; do
     if [ "$1" = --answers-file ]; then mkdir -p "$(dirname "$2")"; echo answer >> "$2"; fi
     shift
