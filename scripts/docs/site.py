@@ -31,6 +31,8 @@ OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
 TITLES = {
     "llava.model.builder": "Loading",
     "llava.generation": "Answering",
+    "llava.engine.engine": "Many answers at once",
+    "llava.engine.request": "Requests and results",
     "llava.serve.session": "Conversations with a model",
     "llava.conversation": "Templates",
     "llava.processor": "Inputs",
