@@ -163,7 +163,7 @@ def _load(
     attn_implementation: str | None,
 ) -> LoadedModel:
     info = inspect(path)
-    base_info = _base_info(info, base)
+    base_info = find_base(info, base)
     _check_attention(attn_implementation)
     needed_bytes = info.stored_bytes + (base_info.stored_bytes if base_info is not None else 0)
     placement = pick_placement(device, device_map, needed_bytes=needed_bytes)
@@ -227,7 +227,7 @@ def _check_attention(name: str | None) -> None:
         raise InputError(f"unknown attn_implementation {name!r}; known: {', '.join(known)}")
 
 
-def _base_info(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
+def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
     """The base model to build on: needed, given without need, or absent."""
     if base is None:
         if not info.needs_base:
@@ -316,7 +316,7 @@ def _build_multimodal(
         if not tower.is_loaded:
             with _default_dtype(dtype), device, no_init_weights():
                 tower.load_model()
-    _restore_names(model.config, config)
+    restore_names(model.config, config)
     return model
 
 
@@ -366,7 +366,7 @@ def tower_within_reach(
             del config.unfreeze_mm_vision_tower
 
 
-def _restore_names(built: Any, config: Any) -> None:
+def restore_names(built: Any, config: Any) -> None:
     """Give a built model's config, a copy, the names that its file had."""
     built.name_or_path = config.name_or_path
     for key in ("mm_vision_tower", "unfreeze_mm_vision_tower"):

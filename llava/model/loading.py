@@ -133,7 +133,7 @@ def read_tensors(
                 tensor = tensors.get_tensor(found[name].name)
                 if sources.merge is not None:
                     tensor = sources.merge.apply(name, tensor)
-                yield name, _with_rows(name, tensor, expected[name].shape)
+                yield name, with_rows(name, tensor, expected[name].shape)
 
 
 def load_weights(model: nn.Module, sources: Sources) -> None:
@@ -148,13 +148,16 @@ def load_weights(model: nn.Module, sources: Sources) -> None:
 
 def load_tower_weights(tower: nn.Module, folder: Path) -> None:
     """Fill a built vision tower from its own folder, which may hold a whole CLIP or SigLIP model with a text part."""
+    load_weights(tower, Sources(tower_headers(folder), str(folder)))
+
+
+def tower_headers(folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of a tower's own folder under the names that they have in a tower module."""
     headers = stored_tensors(folder)
     if not headers:
         raise InputError(f"the vision tower's folder {folder} holds no weights")
     in_tower = {TOWER_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
-    load_weights(
-        tower, Sources({name: h for name, h in in_tower.items() if not OTHER_TOWER_PART.match(name)}, str(folder))
-    )
+    return {name: header for name, header in in_tower.items() if not OTHER_TOWER_PART.match(name)}
 
 
 def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -219,7 +222,7 @@ def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sour
     )
 
 
-def _with_rows(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+def with_rows(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """New vocabulary rows begin as the mean of the old ones, as they do when training adds marker tokens."""
     if VOCABULARY.search(name) is None or tensor.shape[0] >= shape[0]:
         return tensor

@@ -13,12 +13,13 @@ import json
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from llava.errors import InputError
 
@@ -46,6 +47,25 @@ DTYPE_BYTES = {
     "F8_E5M2": 1,
 }
 
+# The same types by the names that torch gives them.
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
 # The storage classes that a torch pickle names, as safetensors dtypes.
 TORCH_STORAGES = {
     "DoubleStorage": "F64",
@@ -69,10 +89,16 @@ class TensorHeader:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    # The byte of the file at which its numbers begin, row after row; None where they do not lie in one piece.
+    start: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
@@ -124,6 +150,26 @@ class PickledTensors:
         return self.table[name]
 
 
+def read_tensor(header: TensorHeader) -> torch.Tensor:
+    """One tensor in memory of its own: the file is read there and not mapped, so nothing else of it is held."""
+    import torch
+
+    if header.start is None:
+        with open_tensors(header.file) as tensors:
+            return tensors.get_tensor(header.name).clone()
+    numbers = torch.empty(header.shape, dtype=getattr(torch, TORCH_DTYPES[header.dtype]))
+    if header.num_bytes:
+        with header.file.open("rb", buffering=0) as stream:
+            stream.seek(header.start)
+            target = memoryview(numbers.view(-1).view(torch.uint8).numpy())
+            while target:  # the system hands out at most 2 GiB at once
+                count = stream.readinto(target)
+                if not count:
+                    raise InputError(f"the weight file {header.file} ends within tensor {header.name!r}; copy it again")
+                target = target[count:]
+    return numbers
+
+
 def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a `.bin` file, mapped from disk where its format allows, and nothing that is not a tensor."""
     import torch
@@ -161,7 +207,7 @@ def _read_safetensors_headers(file: Path) -> dict[str, TensorHeader]:
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        headers = {name: _safetensors_entry(file, name, entry) for name, entry in entries.items()}
+        headers = {name: _safetensors_entry(file, name, entry, 8 + header_size) for name, entry in entries.items()}
         ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         if isinstance(error, InputError):
@@ -178,7 +224,7 @@ def _read_safetensors_headers(file: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def _safetensors_entry(file: Path, name: str, entry: dict[str, Any]) -> TensorHeader:
+def _safetensors_entry(file: Path, name: str, entry: dict[str, Any], first: int) -> TensorHeader:
     dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
     start, end = entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
@@ -188,7 +234,7 @@ def _safetensors_entry(file: Path, name: str, entry: dict[str, Any]) -> TensorHe
             f"the weight file {file} has a damaged header: tensor {name!r} of shape {list(shape)} and type {dtype} "
             f"is given {end - start} bytes"
         )
-    return TensorHeader(file, name, dtype, shape)
+    return TensorHeader(file, name, dtype, shape, first + start)
 
 
 # --- .bin (a zip archive around a pickle) -----------------------------------------------------------------------------
@@ -210,13 +256,44 @@ def _read_pickle_headers(file: Path) -> dict[str, TensorHeader]:
                 )
             with archive.open(members[0]) as stream:
                 state = _HeaderUnpickler(stream).load()
+            places = _member_places(file, archive, members[0].removesuffix("data.pkl"))
     except InputError:
         raise
     except Exception as error:  # likewise
         raise InputError(_cannot_read_pickle(file, error)) from error
     if not isinstance(state, dict) or not all(isinstance(value, _Stub) for value in state.values()):
         raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
-    return {name: TensorHeader(file, name, stub.dtype, stub.shape) for name, stub in state.items()}
+    return {
+        name: TensorHeader(file, name, stub.storage.dtype, stub.shape, _start_of(stub, places))
+        for name, stub in state.items()
+    }
+
+
+def _member_places(file: Path, archive: zipfile.ZipFile, prefix: str) -> dict[str, int]:
+    """Storage key -> the byte of the file at which its numbers begin; members that are packed have no such place."""
+    order = f"{prefix}byteorder"
+    if order in archive.namelist() and archive.read(order) != sys.byteorder.encode():
+        return {}
+    places = {}
+    with file.open("rb") as stream:
+        for member in archive.infolist():
+            if member.filename.startswith(f"{prefix}data/") and member.compress_type == zipfile.ZIP_STORED:
+                # What stands in front of a member repeats its name, and may have another extra field than the directory.
+                stream.seek(member.header_offset + 26)
+                places[member.filename.removeprefix(f"{prefix}data/")] = (
+                    member.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
+                )
+    return places
+
+
+def _start_of(stub: _Stub, places: dict[str, int]) -> int | None:
+    dense, expected = True, 1
+    for side, step in zip(reversed(stub.shape), reversed(stub.strides), strict=True):
+        dense &= side == 1 or step == expected
+        expected *= side
+    if not dense or stub.storage.key not in places:
+        return None
+    return places[stub.storage.key] + stub.offset * DTYPE_BYTES[stub.storage.dtype]
 
 
 def _read_legacy_pickle_headers(file: Path) -> dict[str, TensorHeader]:
@@ -229,14 +306,23 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return TORCH_STORAGES[tensor.type().rsplit(".", 1)[-1].replace("Tensor", "Storage")]
 
 
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+
+
 @dataclass(frozen=True)
 class _Stub:
-    dtype: str
+    storage: _Storage
+    offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def _rebuild_stub(storage: str, offset: int, shape: tuple[int, ...], *rest: object) -> _Stub:
-    return _Stub(storage, tuple(shape))
+def _rebuild_stub(
+    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: object
+) -> _Stub:
+    return _Stub(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter_stub(data: _Stub, *rest: object) -> _Stub:
@@ -263,11 +349,11 @@ class _HeaderUnpickler(pickle.Unpickler):
             return self.KNOWN[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of tensors needs")
 
-    def persistent_load(self, pid: Any) -> str:
-        kind, storage, *_ = pid
-        if kind != "storage" or not isinstance(storage, str):
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, str):
             raise pickle.UnpicklingError(f"it refers to {kind!r}, which no table of tensors needs")
-        return storage
+        return _Storage(dtype, str(key))
 
 
 def _cannot_read_pickle(file: Path, error: Exception) -> str:

@@ -6,7 +6,6 @@ name only when everything is on the disk. What a checkpoint holds is written by 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava.disk import STAGING, TRASH, flush, flush_tree, is_disk_full
 from llava.errors import InputError
 from llava.train.save import PROJECTOR_FILE
 
@@ -24,15 +24,10 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Whatever is being written or deleted goes by such a name; what is found under one when a run starts is left over.
-_STAGING, _TRASH = "incomplete-", "deleted-"
 
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
 _ZIPPED = (".pt", ".pth", ".bin")  # torch.save writes zip archives, whose directory is at their end
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
 
 
 def step_of(folder: Path) -> int | None:
@@ -115,12 +110,12 @@ def _missing_shard(index: Path) -> str | None:
 
 def staging_folder(run_folder: Path, step: int) -> Path:
     """Where `checkpoint-<step>` is written before it takes its place: `<this>/checkpoint-<step>`."""
-    return run_folder / f"{_STAGING}checkpoint-{step}"
+    return run_folder / f"{STAGING}checkpoint-{step}"
 
 
 def clean_leftovers(run_folder: Path) -> None:
     """Remove what a run that was killed while saving or deleting left behind."""
-    for folder in [*run_folder.glob(f"{_STAGING}*"), *run_folder.glob(f"{_TRASH}*")]:
+    for folder in [*run_folder.glob(f"{STAGING}*"), *run_folder.glob(f"{TRASH}*")]:
         logger.warning("removing %s, which a run that was stopped while saving left behind", folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -128,13 +123,11 @@ def clean_leftovers(run_folder: Path) -> None:
 def put_in_place(staging: Path, step: int) -> Path:
     """Give a complete checkpoint its name, after everything in it has reached the disk."""
     written, final = staging / f"checkpoint-{step}", staging.parent / f"checkpoint-{step}"
-    for file in written.rglob("*"):
-        if file.is_file():
-            _flush(file)
+    flush_tree(written)
     if final.exists():  # of a run before this one
         delete(final)
     os.rename(written, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(staging, ignore_errors=True)
     return final
 
@@ -152,20 +145,10 @@ def thin_out(run_folder: Path, limit: int | None, *, keep: str | None = None) ->
 
 def delete(folder: Path) -> None:
     """Remove a folder that nobody may take for a checkpoint while it is half gone."""
-    trash = folder.with_name(f"{_TRASH}{folder.name}")
+    trash = folder.with_name(f"{TRASH}{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt":  # which flushes no file that is open for reading, and no folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -187,15 +170,3 @@ def explain_full_disk(what: str, run_folder: Path, *, discard: Path | None = Non
             f"cannot write {what}: the disk of {str(run_folder)!r} is full or limited ({free:.2f} GiB are free, without "
             f"what was begun); {kept}; make room, lower --save_total_limit, or choose another --output_dir"
         ) from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a file could not grow."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return True
-        # safetensors and torch have errors of their own, without a number.
-        if any(words in str(error).lower() for words in _DISK_FULL_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -1,0 +1,156 @@
+"""Tensors into safetensors shards, one at a time: a file's header is known before its first number is read.
+
+In: `Planned` tensors, in the order in which they are to be written. Out: `model.safetensors`, or numbered shards with an
+index. A tensor whose numbers stay as they are goes from file to file in pieces, without a library between.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from llava.errors import InputError
+from llava.model.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIECE = 32 * 2**20  # bytes copied at once
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of a target. `stored` is the tensor of the source whose bytes it has, if it has; `make` computes it."""
+
+    name: str
+    dtype: str  # by the names of the safetensors format
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    stored: TensorHeader | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        size = DTYPE_BYTES[self.dtype]
+        for side in self.shape:
+            size *= side
+        return size
+
+
+class Progress:
+    """A bar over bytes on a terminal, nothing elsewhere."""
+
+    def __init__(self, what: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def add(self, num_bytes: int) -> None:
+        self._bar.update(num_bytes)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[Planned], *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+) -> None:
+    """Write a model's weights as transformers names them: one file, or several with an index."""
+    shards = split(tensors, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], progress=progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, progress=progress)
+        weight_map |= dict.fromkeys((planned.name for planned in shard), name)
+    index = {
+        "metadata": {"total_size": sum(planned.num_bytes for planned in tensors)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """Tensors into files of at most so many bytes; a tensor larger than that has a file of its own."""
+    if shard_bytes < 1:
+        raise InputError(f"the size of a shard is {shard_bytes} bytes; give 1 or more")
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for planned in tensors:
+        if shards[-1] and size + planned.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(planned)
+        size += planned.num_bytes
+    return shards
+
+
+def write_safetensors(file: Path, tensors: Sequence[Planned], *, progress: Progress | None = None) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for planned in tensors:
+        header[planned.name] = {
+            "dtype": planned.dtype,
+            "shape": list(planned.shape),
+            "data_offsets": [end, end + planned.num_bytes],
+        }
+        end += planned.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+    with file.open("wb", buffering=0) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for planned in tensors:
+            if planned.stored is not None and planned.stored.start is not None:
+                _copy(planned.stored, stream, progress)
+            else:
+                write_bytes(stream, numbers_of(planned))
+                if progress is not None:
+                    progress.add(planned.num_bytes)
+
+
+def numbers_of(planned: Planned) -> memoryview:
+    """A planned tensor's bytes as they are stored."""
+    import torch
+
+    tensor = planned.make().to(getattr(torch, TORCH_DTYPES[planned.dtype])).contiguous()
+    assert tuple(tensor.shape) == planned.shape, f"{planned.name}: {tuple(tensor.shape)}, planned {planned.shape}"
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_bytes(stream: IO[bytes], numbers: memoryview) -> None:
+    while numbers:  # the system takes at most 2 GiB at once
+        numbers = numbers[stream.write(numbers) :]
+
+
+def pieces(header: TensorHeader) -> Iterable[bytes]:
+    """A stored tensor's bytes, some at a time."""
+    assert header.start is not None
+    left = header.num_bytes
+    with header.file.open("rb", buffering=0) as stream:
+        stream.seek(header.start)
+        while left:
+            piece = stream.read(min(PIECE, left))
+            if not piece:
+                raise InputError(f"the weight file {header.file} ends within tensor {header.name!r}; copy it again")
+            left -= len(piece)
+            yield piece
+
+
+def _copy(header: TensorHeader, stream: IO[bytes], progress: Progress | None) -> None:
+    for piece in pieces(header):
+        write_bytes(stream, memoryview(piece))
+        if progress is not None:
+            progress.add(len(piece))
+
+
+def write_json(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

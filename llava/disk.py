@@ -1,0 +1,90 @@
+"""Files and folders that appear whole or not at all, and what to say when a disk is full.
+
+In: a folder to be written. Out: the same folder under its name once every byte has reached the disk. Nothing half
+written ever goes by a name that somebody may take for the finished thing. What is in the folder is the callers' matter.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava.errors import InputError
+
+STAGING, TRASH = "incomplete-", "deleted-"  # what is being written or deleted goes by such a name
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
+
+
+@contextmanager
+def written_whole(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
+    """A folder to write into, which takes the name `target` when the block ends well and is gone when it does not.
+
+    `num_bytes` is about how much will be written: a disk without that much room is refused before anything is.
+    """
+    refuse_existing(target)
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"there is no folder {str(parent)!r} to write {target.name!r} into; make it first")
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise InputError(
+            f"{str(target)!r} takes {num_bytes / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; make room or "
+            "name a target on another disk"
+        )
+    staging = parent / f"{STAGING}{target.name}"
+    shutil.rmtree(staging, ignore_errors=True)  # of a conversion that was killed
+    try:
+        staging.mkdir()
+        yield staging
+        flush_tree(staging)
+        os.rename(staging, target)
+        flush(parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(parent).free
+        raise InputError(
+            f"cannot write {str(target)!r}: its disk is full or limited ({free / 2**30:.2f} GiB are free, without what was "
+            "begun); nothing was left there; make room or name a target on another disk"
+        ) from error
+
+
+def refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise InputError(f"the target {str(target)!r} exists; name a new folder, or remove this one first")
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until every file of a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or path.is_dir():
+            flush(path)
+
+
+def flush(path: Path) -> None:
+    if os.name == "nt":  # which flushes no file that is open for reading, and no folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a file could not grow."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        # safetensors and torch have errors of their own, without a number.
+        if any(words in str(error).lower() for words in _DISK_FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
