@@ -85,7 +85,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
         raise InputError(f"--conv-mode is {name!r}; known: {', '.join(sorted(conv_templates))}")
     values = info.config
     if info.kind == "transformers":
-        values = translate_config(values, source=str(folder / "config.json"))
+        values = translate_config(values, folder=folder)
     config = SimpleNamespace(**{**values, "name_or_path": str(folder)})
     settings = LlavaSettings.from_hf(config)
     has_tower = bool(settings.vision.tower)

@@ -260,7 +260,7 @@ def _base_of(info: CheckpointInfo) -> str:
 def build_config(info: CheckpointInfo, base_info: CheckpointInfo | None) -> Any:
     values: Mapping[str, Any] = info.config
     if info.kind == "transformers":
-        values = translate_config(values, source=str(info.folder / "config.json"))
+        values = translate_config(values, folder=info.folder)
     elif not values and base_info is not None:  # an adapter for a plain language model comes without a config
         values = base_info.config
     values = {key: value for key, value in values.items() if key != "quantization_config" or info.stores_quantized}

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
 from llava.model.config import OWN_FOLDER
+from llava.model.json_file import read_json
 
 MODEL_TYPES = ("llava", "llava_next")
 
@@ -50,11 +52,13 @@ def published_name(name: str) -> str:
     return name
 
 
-def translate_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
     """The config in the original layout: the text part's keys at the top.
 
     The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
+    Whether pictures are padded to squares is told by the folder's image processor.
     """
+    source = folder / "config.json"
     full = _with_defaults(config)
     text, vision = dict(full["text_config"]), dict(full["vision_config"])
     if vision.get("model_type") not in SELECT_FEATURES:
@@ -100,11 +104,23 @@ def translate_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any
             "image_grid_pinpoints": [[width, height] for height, width in full["image_grid_pinpoints"]],
         }
     else:
-        values |= {"image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
+        mode = "pad" if _pads_pictures(folder) else "square"
+        values |= {"image_aspect_ratio": mode, "mm_patch_merge_type": "flat"}
     if text.get("max_position_embeddings"):  # this layout has no other word on how much a model takes
         values["max_sequence_length"] = text["max_position_embeddings"]
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return values | ({"dtype": dtype} if dtype else {})
+
+
+def _pads_pictures(folder: Path) -> bool:
+    """The image processor's file is of its own, or inside the whole processor's."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            processor = values if key is None else values.get(key)
+            if isinstance(processor, dict):
+                return bool(processor.get("do_pad")) and "Llava" in str(processor.get("image_processor_type"))
+    return False
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

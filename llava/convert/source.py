@@ -1,0 +1,224 @@
+"""A checkpoint of any kind as one list of tensors under their published names, with what belongs to it.
+
+In: a folder, its base where it needs one, and the precision asked for. Out: `Source`, which plans each tensor of a target
+(copied as it lies in its file, or computed) and knows the config in the original layout, tower, tokenizer and template.
+Which layouts there are is convert.py's table; matching files with a model is llava/model/skeleton.py's work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava.conversation import get_model_name_from_path
+from llava.convert.writer import Planned
+from llava.errors import InputError
+from llava.geometry import ImagePolicy
+from llava.model.belongings import conv_mode, holds_tokenizer, read_tokenizer
+from llava.model.checkpoint import CheckpointInfo
+from llava.model.config import LlavaSettings
+from llava.model.json_file import read_json
+from llava.model.skeleton import Skeleton, plan_model
+from llava.model.transformers_layout import translate_config
+from llava.model.weight_files import TORCH_DTYPES, TensorHeader
+
+# The words of the command line for what weight files call otherwise.
+DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+FLOATS = ("F16", "BF16", "F32")
+
+TOWER_PREFIX = "vision_tower.vision_tower."  # behind the language model's own prefix
+KEPT = "original"  # the folder of a transformers-layout target that holds the source's small files as they were
+VERBATIM = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is converted. `config` is in the original layout, whatever layout the files are in."""
+
+    skeleton: Skeleton
+    config: Mapping[str, Any]
+    dtype: str | None  # the precision of the target; None: each tensor keeps its own
+    name: str  # as its folder is called, from which a template may be told
+    cut_rows: int | None = None  # rows of the vocabulary that the original checkpoint had
+
+    @property
+    def info(self) -> CheckpointInfo:
+        return self.skeleton.info
+
+    @property
+    def folder(self) -> Path:
+        return self.info.folder
+
+    @property
+    def model(self) -> Any:
+        return self.skeleton.model
+
+    @property
+    def prefix(self) -> str:
+        """What the language model calls its inner model, with a dot behind: `model.`"""
+        return f"{self.model.base_model_prefix}."
+
+    @cached_property
+    def settings(self) -> LlavaSettings:
+        return LlavaSettings.from_hf(self.model.config)
+
+    @property
+    def policy(self) -> ImagePolicy:
+        return self.model.image_policy()
+
+    # Tensors
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All stored tensors in the order in which they lie in their files, so that these are read from front to back."""
+        found = self.skeleton.found
+        return sorted(found, key=lambda name: (str(found[name].file), found[name].start or 0))
+
+    def is_tower(self, name: str) -> bool:
+        return name.startswith(self.prefix + TOWER_PREFIX)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.skeleton.shapes[name]
+        return (self.cut_rows, *shape[1:]) if self.cut_rows is not None and self.is_vocabulary(name) else shape
+
+    def is_vocabulary(self, name: str) -> bool:
+        return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+
+    def dtype_of(self, name: str) -> str:
+        stored = self.skeleton.found[name].dtype
+        return self.dtype if self.dtype is not None and stored in FLOATS else stored
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.skeleton.read(name)
+        return tensor[: self.cut_rows] if self.cut_rows is not None and self.is_vocabulary(name) else tensor
+
+    def planned(self, name: str, target_name: str) -> Planned:
+        """A tensor that only changes its name, and its precision where that is asked for."""
+        header, dtype, shape = self.skeleton.found[name], self.dtype_of(name), self.shape(name)
+        # The first rows of a table lie in front: cutting the rest off is copying less.
+        as_is = self.skeleton.is_stored_as_is(name) and dtype == header.dtype
+        stored = _first_rows(header, shape) if as_is else None
+        return Planned(target_name, dtype, shape, lambda: self.read(name), stored)
+
+    # What belongs to the weights
+
+    @property
+    def tower_config(self) -> dict[str, Any]:
+        values = self.model.get_vision_tower().config.to_dict()
+        return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path")}
+
+    @property
+    def image_processor(self) -> Any:
+        return self.model.get_vision_tower().image_processor
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        folders = [self.folder / KEPT, self.folder] if self.is_restored else [self.folder]
+        folders += [self.skeleton.base.folder] if self.skeleton.base is not None else []
+        found = next((folder for folder in folders if holds_tokenizer(folder)), None)
+        if found is None:
+            raise InputError(
+                f"{self.folder} holds no tokenizer (tokenizer.model, tokenizer.json or vocab.json); copy its files there"
+            )
+        return found
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the small files are taken from what an earlier conversion kept."""
+        return self.cut_rows is not None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return read_tokenizer(self.tokenizer_folder, self.model.config)
+
+    @cached_property
+    def conv_mode(self) -> str:
+        return conv_mode(self.config, self.tokenizer, self.name)
+
+    def copy_tokenizer(self, target: Path) -> None:
+        """The tokenizer's files as they are; one of a base model is saved with the tokens that the checkpoint adds to it."""
+        if self.tokenizer_folder in (self.folder, self.folder / KEPT):
+            copy_files(self.tokenizer_folder, target, VERBATIM)
+        else:
+            self.tokenizer.save_pretrained(target)
+
+    def copy_generation_config(self, target: Path) -> None:
+        folders = [self.folder] + ([self.skeleton.base.folder] if self.skeleton.base is not None else [])
+        for folder in folders:
+            if (folder / "generation_config.json").is_file():
+                shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
+                return
+
+
+def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str | None = None) -> Source:
+    """Look at everything that is to be converted and refuse what does not fit together; `dtype` is a word of `DTYPES`."""
+    skeleton = plan_model(path, base)
+    info = skeleton.info
+    config = dict(info.config)
+    cut_rows = None
+    if info.kind == "transformers":
+        kept = info.folder / KEPT / "config.json"
+        config = translate_config(config, folder=info.folder)
+        if kept.is_file():
+            before = read_json(kept)
+            if _is_still_true(before, config):
+                cut_rows = int(before["vocab_size"])
+                config = before
+    if dtype is not None:
+        chosen: str | None = DTYPES[dtype]
+    elif info.needs_base:  # parts of two checkpoints become one, in the precision of the larger
+        chosen = stored_dtype(skeleton.base or info)
+    else:
+        chosen = None
+    name = get_model_name_from_path(str(path))
+    return Source(skeleton, config, chosen, name, cut_rows)
+
+
+def _is_still_true(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether kept files still describe the checkpoint beside them, which may have been changed since."""
+    same = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "mm_hidden_size")
+    agree = all(before.get(key) == now.get(key) for key in same)
+    return agree and isinstance(before.get("vocab_size"), int) and before["vocab_size"] <= now.get("vocab_size", 0)
+
+
+def _first_rows(header: TensorHeader, shape: tuple[int, ...]) -> TensorHeader:
+    return header if header.shape == shape else replace(header, shape=shape)
+
+
+def stored_dtype(info: CheckpointInfo) -> str:
+    """The precision that most of a checkpoint's numbers are stored in."""
+    counts = Counter(dict.fromkeys(FLOATS, 0))
+    for header in info.tensors.values():
+        counts[header.dtype] += header.num_elements
+    return max(FLOATS, key=lambda name: counts[name])
+
+
+def copy_files(folder: Path, target: Path, names: Iterable[str]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def config_for(source: Source, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config with some keys changed, without what is not true of another folder."""
+    gone = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
+    values = {key: value for key, value in source.config.items() if key not in gone}
+    values["torch_dtype"] = TORCH_DTYPES[source.dtype or stored_dtype(source.info)]  # the word that every version reads
+    return values | dict(changes)

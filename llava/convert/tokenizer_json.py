@@ -1,0 +1,211 @@
+"""Tokenizers as a `tokenizer.json` that gives the ids that a model was trained with, `<image>` among them.
+
+In: a loaded tokenizer. Out: a `Fast` tokenizer of the library that other programs read; texts for which its ids or its
+decoded text differ from ours. A sentencepiece model becomes its pieces and merges, and the historical rule for the space
+before a text becomes a normalizer: before every stretch between special tokens, or only where a text or the text after
+an image begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import InputError
+from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
+from llava.tokenization import tokenizer_image_token
+
+PAD_TOKEN = "<pad>"
+UNIGRAM, BPE = 1, 2  # what a sentencepiece model's file says of its kind
+
+
+def convert_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer as one of the tokenizers library, with `<image>` and `<pad>` as its last tokens where it lacks them."""
+    from tokenizers import AddedToken, Tokenizer
+
+    if isinstance(tokenizer, LlamaSentencePieceTokenizer):
+        fast = _from_sentencepiece(tokenizer)
+    elif getattr(tokenizer, "is_fast", False):
+        fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    else:
+        raise InputError(
+            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as tokenizer.json, which this layout needs"
+        )
+    for token in (DEFAULT_IMAGE_TOKEN, PAD_TOKEN):
+        if fast.token_to_id(token) is None:
+            fast.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+    return fast
+
+
+def save_tokenizer(fast: Any, tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json and a tokenizer_config.json by which every version of transformers takes it literally."""
+    fast.save(str(folder / "tokenizer.json"))
+    named = {
+        key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str) and value
+    }
+    values = {
+        **named,
+        "pad_token": PAD_TOKEN,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "left",
+        "extra_special_tokens": {"image_token": DEFAULT_IMAGE_TOKEN},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+# --- sentencepiece ----------------------------------------------------------------------------------------------------
+
+
+def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+    sp = tokenizer.sp_model
+    pieces = [sp.id_to_piece(index) for index in range(sp.get_piece_size())]
+    kind = sentencepiece_kind(Path(tokenizer.vocab_file).read_bytes())
+    if kind == BPE:
+        ids = {piece: index for index, piece in enumerate(pieces)}
+        unknown = pieces[sp.unk_id()]
+        model = models.BPE(ids, _merges(sp, pieces, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    elif kind == UNIGRAM:
+        scores = [(piece, sp.get_score(index)) for index, piece in enumerate(pieces)]
+        model = models.Unigram(scores, unk_id=sp.unk_id(), byte_fallback=True)
+    else:
+        raise InputError(f"{tokenizer.vocab_file} is a sentencepiece model of kind {kind}; known: unigram and BPE")
+    fast = Tokenizer(model)
+
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    # A legacy tokenizer puts a space before every stretch between special tokens: they are cut out before the space is
+    # put. The later rule puts it only where a text begins: they are cut out of the text that has it.
+    late = not tokenizer.legacy
+    if late:
+        special = "|".join(re.escape(str(token.content)) for _, token in added) or r"\z"
+        space = normalizers.Replace(Regex(rf"\A(?!\z)(?!{special})"), "▁")
+    else:
+        space = normalizers.Prepend("▁")
+    fast.normalizer = normalizers.Sequence([space, normalizers.Replace(" ", "▁")])
+    for index, token in added:
+        strips = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+        fast.add_tokens([AddedToken(token.content, normalized=late, special=token.special, **strips)])
+        if fast.token_to_id(token.content) != index:
+            raise InputError(f"the token {token.content!r} has the id {index}, which a tokenizer.json cannot give it")
+    before = [tokenizer.bos_token] if tokenizer.add_bos_token else []
+    after = [tokenizer.eos_token] if tokenizer.add_eos_token else []
+    fast.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in before + after],
+    )
+    # The library drops the space that it put before a text, and ours dropped one more after the legacy rule.
+    strip = decoders.Strip(" ", 2 if tokenizer.legacy else 1, 0)
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    return fast
+
+
+def _merges(sp: Any, pieces: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best score first: sentencepiece joins the pair whose result scores best."""
+    merges = []
+    for index, piece in enumerate(pieces):
+        if sp.is_byte(index) or sp.is_control(index) or sp.is_unknown(index):
+            continue
+        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        merges += [(-sp.get_score(index), ids[a], ids[b], a, b) for a, b in cuts if a in ids and b in ids]
+    return [(a, b) for *_, a, b in sorted(merges)]
+
+
+def sentencepiece_kind(model: bytes) -> int:
+    """Unigram or BPE: field 3 of the trainer's settings, field 2 of the file, which is in protobuf's wire format."""
+    for number, value in _fields(model):
+        if number == 2 and isinstance(value, bytes):
+            return next((kind for inner, kind in _fields(value) if inner == 3 and isinstance(kind, int)), UNIGRAM)
+    return UNIGRAM
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        key = number()
+        wire = key & 7
+        if wire == 0:
+            yield key >> 3, number()
+            continue
+        length = {1: 8, 5: 4}[wire] if wire in (1, 5) else number()
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+# Where conversions of tokenizers are known to go wrong: spaces in front, behind and in rows, what follows a special token
+# or an image, bytes without pieces, scripts, digits, code.
+TEXTS = (
+    "A chat between a curious human and an artificial intelligence assistant. USER: <image>\nWhat is this? ASSISTANT:",
+    "USER: <image>\n<image>\nCompare them. ASSISTANT: The first is red.</s>USER: And the second? ASSISTANT:",
+    "[INST] <image>\nRead the sign. [/INST] It says EXIT. </s>[INST] In which colour? [/INST]",
+    "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nHow many?<|im_end|>",
+    " ASSISTANT: Two circles",
+    "  two spaces before,   three within, two behind  ",
+    "def f(x):\n    if x:\n        return '\\t'\n\treturn None\n",
+    "no space<image>between</s> and<s>after",
+    "</s>begins with a mark",
+    "ends with one</s>",
+    "<image>",
+    "<image> then a space",
+    "\n",
+    "",
+    "naïve café – “quoted” … 3.14159, 1,000,000 €",
+    "这张图片里有什么？有两只猫。",
+    "これは何ですか？ Что это? ما هذا؟ 이것은?",
+    "emoji 🐈‍⬛ and rare 𓀀 𝔘 \u200b\u00a0 x",
+    "http://example.org/a_b-c?d=e&f=%20#g",
+    "▁ written out, and ▁▁ twice",
+    "aaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbccccccccccccccccdddddddddd",
+    "Hello\r\nworld\x0b\x0c\x00end",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text for which two tokenizers disagree."""
+
+    text: str
+    what: str  # "ids" or "decoded text"
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.text!r}: {self.ours} here, {self.theirs} there"
+
+
+def differences(tokenizer: Any, fast: Any, texts: Iterable[str] = TEXTS) -> list[Difference]:
+    """Where a converted tokenizer gives other ids than ours, or other text for them."""
+    image = fast.token_to_id(DEFAULT_IMAGE_TOKEN)
+    marks = set(tokenizer.all_special_ids)
+    found = []
+    for text in texts:
+        ours, theirs = tokenizer_image_token(text, tokenizer, image), fast.encode(text).ids
+        if ours != theirs:
+            found.append(Difference(text, "ids", ours, theirs))
+        plain = [index for index in ours if index != image and index not in marks]
+        before, after = tokenizer.decode(plain, skip_special_tokens=True), fast.decode(plain)
+        if before != after:
+            found.append(Difference(text, "decoded text", before, after))
+    return found
