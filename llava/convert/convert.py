@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from llava.convert.gguf_pair import GgufPair
 from llava.convert.original import OriginalLayout
-from llava.convert.proof import LogitProof, TensorProof, prove_logits, prove_tensors
+from llava.convert.proof import LogitProof, TensorProof
 from llava.convert.source import Source, open_source
 from llava.convert.transformers import DEFAULT_NAMES, TransformersLayout
-from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_shards
+from llava.convert.writer import SHARD_BYTES, Progress, write_json
 from llava.disk import refuse_existing, written_whole
 
 RECORD = "conversion.json"
@@ -31,6 +32,7 @@ class Options:
     shard_bytes: int = SHARD_BYTES
     tower: str = "keep"
     names: str = DEFAULT_NAMES
+    precision: str = "f16"  # of a GGUF pair
     proof: str = "full"
 
 
@@ -42,15 +44,32 @@ class Report:
     target: Path
     layout: str
     num_bytes: int
-    seconds: float  # of writing
+    write_s: float
+    proof_s: float
     tensors: TensorProof
     logits: LogitProof | None  # None: not compared, because that was asked for
     notes: tuple[str, ...]
 
 
-LAYOUTS: dict[str, Callable[[Source, Options], Any]] = {
-    "original": lambda source, options: OriginalLayout(source, tower=options.tower),
-    "transformers": lambda source, options: TransformersLayout(source, names=options.names),
+class Layout(Protocol):
+    """What a target consists of, and whether its files say what the source says."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def write(self, folder: Path, progress: Progress) -> None: ...
+
+    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]: ...
+
+    def notes(self) -> list[str]: ...
+
+
+LAYOUTS: dict[str, Callable[[Source, Options], Layout]] = {
+    "original": lambda source, options: OriginalLayout(source, tower=options.tower, shard_bytes=options.shard_bytes),
+    "transformers": lambda source, options: TransformersLayout(
+        source, names=options.names, shard_bytes=options.shard_bytes
+    ),
+    "gguf": lambda source, options: GgufPair(source, precision=options.precision),
 }
 
 
@@ -62,23 +81,24 @@ def convert(
     refuse_existing(Path(target))
     source = open_source(path, base=base, dtype=options.dtype)
     layout = LAYOUTS[to](source, options)
-    return write_layout(layout, source, Path(target), to=to, options=options)
-
-
-def write_layout(layout: Any, source: Source, target: Path, *, to: str, options: Options) -> Report:
-    tensors: list[Planned] = layout.tensors()
-    total = sum(planned.num_bytes for planned in tensors)
-    with written_whole(target, num_bytes=total) as folder:
+    with written_whole(Path(target), num_bytes=layout.num_bytes) as folder:
         started = time.perf_counter()
-        with Progress("writing", total) as progress:
-            write_shards(folder, tensors, shard_bytes=options.shard_bytes, progress=progress)
-        layout.write_beside(folder)
-        layout.write_small_files(folder)  # last of all config.json, without which nobody takes a folder for a model
-        seconds = time.perf_counter() - started
-        proof = prove_tensors(source, folder)
-        logits = prove_logits(source, folder, exact=proof.is_exact) if options.proof == "full" else None
-        notes = tuple(getattr(layout, "notes", list)())
-        report = Report(str(source.folder), target, to, total, seconds, proof, logits, notes)
+        with Progress("writing", layout.num_bytes) as progress:
+            layout.write(folder, progress)
+        written = time.perf_counter()
+        tensors, logits = layout.prove(folder, logits=options.proof == "full")
+        proved = time.perf_counter()
+        report = Report(
+            source=str(source.folder),
+            target=Path(target),
+            layout=to,
+            num_bytes=layout.num_bytes,
+            write_s=written - started,
+            proof_s=proved - written,
+            tensors=tensors,
+            logits=logits,
+            notes=tuple(layout.notes()),
+        )
         write_json(folder / RECORD, _record(report))
     return report
 

@@ -7,12 +7,12 @@ as the source has it, put into the checkpoint, or laid beside it in a folder of 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llava.convert.proof import LogitProof, TensorProof, prove_folder
 from llava.convert.source import Source, config_for
-from llava.convert.writer import Planned, write_json, write_safetensors
+from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_safetensors, write_shards
 from llava.model.config import OWN_FOLDER
 
 TOWER_PLACES = ("keep", "in", "out")
@@ -22,8 +22,9 @@ TOWER_FOLDER = "vision_tower"
 class OriginalLayout:
     """What a target in the original layout consists of."""
 
-    def __init__(self, source: Source, *, tower: str = "keep") -> None:
+    def __init__(self, source: Source, *, tower: str = "keep", shard_bytes: int = SHARD_BYTES) -> None:
         self.source = source
+        self.shard_bytes = shard_bytes
         self.place = self._place(tower)
 
     def _place(self, wanted: str) -> str:
@@ -55,7 +56,26 @@ class OriginalLayout:
         is_plain = name != OWN_FOLDER and Path(name).name == name
         return name if is_plain else TOWER_FOLDER
 
-    def write_small_files(self, folder: Path) -> None:
+    @property
+    def num_bytes(self) -> int:
+        beside = self.tower_tensors() if self.place == "out" else []
+        return sum(planned.num_bytes for planned in [*self.tensors(), *beside])
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """All files, config.json last: without it nobody takes a folder for a model."""
+        write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
+        if self.place == "out":
+            (folder / TOWER_FOLDER).mkdir()
+            write_safetensors(folder / TOWER_FOLDER / "model.safetensors", self.tower_tensors(), progress=progress)
+        self._write_small_files(folder)
+
+    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+        return prove_folder(self.source, folder, logits=logits)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def _write_small_files(self, folder: Path) -> None:
         source = self.source
         values = self.config()
         source.copy_tokenizer(folder)
@@ -66,12 +86,8 @@ class OriginalLayout:
             self._describe_tower(folder / values["mm_vision_tower"])
         write_json(folder / "config.json", values)
 
-    def write_beside(self, folder: Path) -> None:
+    def tower_tensors(self) -> list[Planned]:
         """The tower's own weights, under the names that CLIP and SigLIP checkpoints have."""
-        if self.place == "out":
-            write_safetensors(folder / TOWER_FOLDER / "model.safetensors", list(self.tower_tensors()))
-
-    def tower_tensors(self) -> Iterable[Planned]:
         source = self.source
         level = source.prefix + "vision_tower.vision_tower."
         return [source.planned(name, name.removeprefix(level)) for name in source.names if source.is_tower(name)]

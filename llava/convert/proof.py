@@ -59,6 +59,12 @@ class LogitProof:
     pixels: float | None = None  # largest difference between the two programs' pixels; None where there is one program
 
 
+def prove_folder(source: Source, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+    """Both proofs of a target that our loader reads."""
+    tensors = prove_tensors(source, folder)
+    return tensors, prove_logits(source, folder, exact=tensors.is_exact) if logits else None
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 

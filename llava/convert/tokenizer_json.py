@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.convert.sentencepiece_file import BPE, UNIGRAM, read_sentencepiece
 from llava.errors import InputError
 from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
 from llava.tokenization import tokenizer_image_token
 
 PAD_TOKEN = "<pad>"
-UNIGRAM, BPE = 1, 2  # what a sentencepiece model's file says of its kind
 
 
 def convert_tokenizer(tokenizer: Any) -> Any:
@@ -68,7 +68,7 @@ def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
 
     sp = tokenizer.sp_model
     pieces = [sp.id_to_piece(index) for index in range(sp.get_piece_size())]
-    kind = sentencepiece_kind(Path(tokenizer.vocab_file).read_bytes())
+    kind = read_sentencepiece(Path(tokenizer.vocab_file)).kind
     if kind == BPE:
         ids = {piece: index for index, piece in enumerate(pieces)}
         unknown = pieces[sp.unk_id()]
@@ -117,39 +117,6 @@ def _merges(sp: Any, pieces: list[str], ids: dict[str, int]) -> list[tuple[str, 
         cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         merges += [(-sp.get_score(index), ids[a], ids[b], a, b) for a, b in cuts if a in ids and b in ids]
     return [(a, b) for *_, a, b in sorted(merges)]
-
-
-def sentencepiece_kind(model: bytes) -> int:
-    """Unigram or BPE: field 3 of the trainer's settings, field 2 of the file, which is in protobuf's wire format."""
-    for number, value in _fields(model):
-        if number == 2 and isinstance(value, bytes):
-            return next((kind for inner, kind in _fields(value) if inner == 3 and isinstance(kind, int)), UNIGRAM)
-    return UNIGRAM
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    at = 0
-
-    def number() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        key = number()
-        wire = key & 7
-        if wire == 0:
-            yield key >> 3, number()
-            continue
-        length = {1: 8, 5: 4}[wire] if wire in (1, 5) else number()
-        yield key >> 3, message[at : at + length]
-        at += length
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

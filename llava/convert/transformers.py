@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.convert.chat_template import chat_template
+from llava.convert.proof import LogitProof, TensorProof, prove_folder
 from llava.convert.source import KEPT, VERBATIM, Source, copy_files, stored_dtype
 from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
-from llava.convert.writer import Planned, write_json
+from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_shards
 from llava.errors import InputError
 from llava.labels import wrapped_mark
 from llava.model.transformers_layout import SELECT_FEATURES
@@ -63,8 +63,9 @@ class TransformersLayout:
 
     processor_classes: ClassVar[dict[bool, str]] = {False: "LlavaProcessor", True: "LlavaNextProcessor"}
 
-    def __init__(self, source: Source, *, names: str = DEFAULT_NAMES) -> None:
+    def __init__(self, source: Source, *, names: str = DEFAULT_NAMES, shard_bytes: int = SHARD_BYTES) -> None:
         self.source = source
+        self.shard_bytes = shard_bytes
         self.rules = NAMES[names]
         self.is_next = source.settings.image.mode == "anyres"
         _refuse_what_it_cannot_say(source)
@@ -156,12 +157,22 @@ class TransformersLayout:
         """Heights stand first in this layout."""
         return [[height, width] for width, height in self.source.policy.pinpoints]
 
-    # Small files
+    # Files
 
-    def write_small_files(self, folder: Path) -> None:
+    @property
+    def num_bytes(self) -> int:
+        return sum(planned.num_bytes for planned in self.tensors())
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
+        self._write_small_files(folder)
+
+    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+        return prove_folder(self.source, folder, logits=logits)
+
+    def _write_small_files(self, folder: Path) -> None:
         source = self.source
         template = self.chat_template()
-        write_json(folder / "config.json", self.config())
         save_tokenizer(self.tokenizer, source.tokenizer, folder)
         write_json(folder / "preprocessor_config.json", self.image_processor())
         write_json(folder / "processor_config.json", self.processor())
@@ -173,9 +184,7 @@ class TransformersLayout:
             # What leads back to the same files: this layout has no words for some of it.
             copy_files(source.tokenizer_folder, folder / KEPT, VERBATIM)
             write_json(folder / KEPT / "config.json", dict(source.config))
-
-    def write_beside(self, folder: Path) -> None:
-        """Nothing: all tensors are the model's."""
+        write_json(folder / "config.json", self.config())
 
     def chat_template(self) -> str:
         return chat_template(self.source.conv_mode, wrapped_mark(self.source.settings.tokens.use_im_start_end))
