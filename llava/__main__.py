@@ -37,7 +37,9 @@ COMMANDS = {
     ),
     "selftest": Command("llava.diagnose.selftest", "show on a model, with numbers, that its parts do what they should"),
     "eval": Command("llava.eval.main", "run benchmarks; score, compare and show answers"),
-    "merge": Command("llava.train.merge_lora", "lay a LoRA adapter into its base model"),
+    "info": Command("llava.convert.info", "say what a model folder holds, without loading it"),
+    "convert": Command("llava.convert.program", "write a checkpoint in another layout, with a proof"),
+    "merge": Command("llava.convert.merge_lora", "lay a LoRA adapter into its base model"),
 }
 
 EXAMPLES = """\

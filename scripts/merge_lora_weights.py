@@ -2,12 +2,12 @@
 
     python scripts/merge_lora_weights.py --model-path ./llava-lora --model-base ./vicuna-7b --save-model-path ./merged
 
-What it does is in llava/train/merge_lora.py.
+What it does is in llava/convert/merge_lora.py.
 """
 
 import sys
 
-from llava.train.merge_lora import main
+from llava.convert.merge_lora import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -118,8 +118,13 @@ def part_of(module: str) -> str | None:
     return part if name == "llava" and known else None
 
 
+# Programs that outside code starts under these names, and the part of the package that they belong to.
+PROGRAMS_IN_MODEL = {f"model/{name}.py": "convert" for name in ("make_delta", "apply_delta", "consolidate")}
+
+
 def own_part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    name = str(path.relative_to(PACKAGE))
+    return PROGRAMS_IN_MODEL.get(name, path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
 
 
 def layers() -> list[list[str]]:
@@ -140,7 +145,8 @@ def test_imports_obey_the_layers() -> None:
 
 
 LIGHT_PARTS = {"generation", "streaming", "mm_utils"}
-LIGHT_MODEL_FILES = {"config", "hub", "weight_files", "transformers_layout", "checkpoint"}
+LIGHT_MODEL_FILES = {"config", "hub", "weight_files", "transformers_layout", "checkpoint", "habits", "utils"}
+LIGHT_CONVERT_FILES = {"program", "info", "words", "description", "gguf_file", "merge_lora"}
 HEAVY = {"torch", "transformers", "numpy", "PIL"}
 
 
@@ -149,8 +155,8 @@ def test_what_imports_nothing_heavy() -> None:
     light = {*rows[0], *rows[1], *rows[-3], *LIGHT_PARTS}
     assert {"conversation", "geometry", "program"} <= light
     for path in PACKAGE.rglob("*.py"):
-        is_light_model_file = path.parent == PACKAGE / "model" and path.stem in LIGHT_MODEL_FILES
-        if own_part(path) in light or is_light_model_file:
+        light_files = {"model": LIGHT_MODEL_FILES, "convert": LIGHT_CONVERT_FILES}.get(path.parent.name, set())
+        if own_part(path) in light or path.stem in light_files:
             loaded = {imported.module.split(".")[0] for imported in imports(path) if imported.at_import}
             assert not loaded & HEAVY, name_of(path)
     for name in ("conversation", "geometry"):
@@ -269,10 +275,11 @@ def eval_parser(argv: list[str]) -> tuple[Any, list[str]]:
 
 @each(PAGES)
 def test_commands_parse(page: Path) -> None:
+    from llava.convert import info, merge_lora
+    from llava.convert import program as convert
     from llava.data import check, show
     from llava.diagnose import doctor, selftest, trace_program
     from llava.serve import bench, chat, cli
-    from llava.train import merge_lora
     from llava.train.arguments import parse_train_args
 
     parsers = {
@@ -287,6 +294,8 @@ def test_commands_parse(page: Path) -> None:
         "doctor": lambda argv: doctor.build_parser().parse_args(argv),
         "merge": lambda argv: merge_lora.build_parser().parse_args(argv),
         "eval": lambda argv: eval_parser(argv)[0].parse_args(eval_parser(argv)[1]),
+        "info": lambda argv: info.build_parser().parse_args(argv),
+        "convert": lambda argv: convert.build_parser().parse_args(argv),
         "data": lambda argv: {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:]),
     }
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -33,6 +33,9 @@ def loaded_by(code: str) -> list[str]:
         "from llava.__main__ import main; assert main(['--version']) == 0",
         "from llava.__main__ import main; assert main(['cht']) == 2",
         "from llava.serve.chat import build_parser; build_parser().format_help()",
+        "from llava.convert.program import build_parser; build_parser().format_help()",
+        "from llava.__main__ import main; assert main(['info', 'checkpoints/llava-v1.5-tiny-vicuna']) == 0",
+        "from llava.__main__ import main; assert main(['info', 'checkpoints/llava-v1.5-tiny-lora', '--json']) == 0",
     ],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:

@@ -14,10 +14,10 @@ from golden_data import HERE, golden
 from safetensors.torch import load_file
 from train_kit import BASE, LLAVA, argv, trainer_for
 
+from llava.convert.merge_lora import main as merge
 from llava.errors import InputError
 from llava.model.builder import load, load_pretrained_model
 from llava.train.arguments import parse_train_args
-from llava.train.merge_lora import main as merge
 from llava.train.train import train
 
 ROOT = HERE.parents[1]
@@ -176,7 +176,7 @@ def test_a_merged_model_is_stored_as_its_base_is(stored: str, tmp_path: Path) ->
         (["--model-path", "absent", "--save-model-path", "x"], "absent"),
         (
             ["--model-path", "checkpoints/llava-v1.5-tiny-lora", "--save-model-path", BASE, "--model-base", BASE],
-            "another",
+            "name a new folder",
         ),
     ],
 )

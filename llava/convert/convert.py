@@ -12,16 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava.convert.delta import DeltaLayout
 from llava.convert.gguf_pair import GgufPair
 from llava.convert.original import OriginalLayout
+from llava.convert.projector import ProjectorLayout
 from llava.convert.proof import LogitProof, TensorProof
 from llava.convert.source import Source, open_source
 from llava.convert.transformers import DEFAULT_NAMES, TransformersLayout
+from llava.convert.words import NEEDS_BASE
 from llava.convert.writer import SHARD_BYTES, Progress, write_json
 from llava.disk import refuse_existing, written_whole
 
 RECORD = "conversion.json"
-PROOFS = ("full", "tensors")
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class Layout(Protocol):
     def notes(self) -> list[str]: ...
 
 
-LAYOUTS: dict[str, Callable[[Source, Options], Layout]] = {
-    "original": lambda source, options: OriginalLayout(source, tower=options.tower, shard_bytes=options.shard_bytes),
-    "transformers": lambda source, options: TransformersLayout(
-        source, names=options.names, shard_bytes=options.shard_bytes
-    ),
-    "gguf": lambda source, options: GgufPair(source, precision=options.precision),
+# What `base` means to the last two is the other side of the sum; to the others, what the source is built on.
+LAYOUTS: dict[str, Callable[[Source, Options, str | Path | None], Layout]] = {
+    "original": lambda source, o, _: OriginalLayout(source, tower=o.tower, shard_bytes=o.shard_bytes),
+    "transformers": lambda source, o, _: TransformersLayout(source, names=o.names, shard_bytes=o.shard_bytes),
+    "gguf": lambda source, o, _: GgufPair(source, precision=o.precision),
+    "projector": lambda source, o, _: ProjectorLayout(source),
+    "delta": lambda source, o, base: DeltaLayout(source, base or "", sign=-1, shard_bytes=o.shard_bytes),
+    "from-delta": lambda source, o, base: DeltaLayout(source, base or "", sign=1, shard_bytes=o.shard_bytes),
 }
 
 
@@ -79,8 +83,8 @@ def convert(
     """Write the checkpoint at `path` as `target`, a folder that does not exist, in the layout `to`."""
     options = options or Options()
     refuse_existing(Path(target))
-    source = open_source(path, base=base, dtype=options.dtype)
-    layout = LAYOUTS[to](source, options)
+    source = open_source(path, base=None if to in NEEDS_BASE else base, dtype=options.dtype)
+    layout = LAYOUTS[to](source, options, base)
     with written_whole(Path(target), num_bytes=layout.num_bytes) as folder:
         started = time.perf_counter()
         with Progress("writing", layout.num_bytes) as progress:
@@ -111,4 +115,4 @@ def _record(report: Report) -> dict[str, Any]:
 
     values = asdict(report) | {"target": report.target.name, "source": Path(report.source).name}
     versions = {"llava": llava.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return values | {"logits": values["logits"] or "not compared (--proof tensors)", "versions": versions}
+    return values | {"logits": values["logits"] or "not compared", "versions": versions}

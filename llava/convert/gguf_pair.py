@@ -34,7 +34,7 @@ from llava.convert.writer import Progress
 from llava.errors import InputError, require
 from llava.model.belongings import context_len
 
-# The words of the command line, and what a file calls a model whose matrices have that precision.
+# The precisions, and what a file calls a model whose matrices have that precision.
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 Q8_BLOCK = 32  # numbers that share a scale
 CHUNK = 2**24  # numbers packed at once
@@ -225,7 +225,9 @@ class GgufPair:
             writer.add_array("clip.vision.feature_layer", [layer])
         if source.policy.mode == "anyres":
             writer.add_string("clip.vision.mm_patch_merge_type", source.policy.merge)
-            writer.add_array("clip.vision.image_grid_pinpoints", [side for size in source.policy.pinpoints for side in size])
+            writer.add_array(
+                "clip.vision.image_grid_pinpoints", [side for size in source.policy.pinpoints for side in size]
+            )
 
     def notes(self) -> list[str]:
         notes = tokenizer_notes(self.source)
@@ -277,8 +279,14 @@ class GgufPair:
         for file in self.file_names():
             for item in self.gguf.GGUFReader(folder / file).tensors:
                 entry = by_name.get(item.name)
-                if entry is None or tuple(reversed(item.shape.tolist())) != entry.shape or item.tensor_type != entry.kind:
-                    raise ProofFailed(f"{file} holds {item.name!r} of shape {item.shape.tolist()}, which was not planned")
+                if (
+                    entry is None
+                    or tuple(reversed(item.shape.tolist())) != entry.shape
+                    or item.tensor_type != entry.kind
+                ):
+                    raise ProofFailed(
+                        f"{file} holds {item.name!r} of shape {item.shape.tolist()}, which was not planned"
+                    )
                 readers[entry.source] = partial(self._unpacked, folder / file, int(item.data_offset), entry)
         return readers
 

@@ -33,7 +33,12 @@ def add_tokenizer(gguf: Any, writer: Any, source: Source) -> None:
             f"the gguf layout cannot express the tokenizer of {source.folder} ({type(tokenizer).__name__} of a "
             f"{source.info.language_model} model); known are sentencepiece models and Qwen's"
         )
-    for name, token in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unk_token_id"), ("pad", "pad_token_id")):
+    for name, token in (
+        ("bos", "bos_token_id"),
+        ("eos", "eos_token_id"),
+        ("unk", "unk_token_id"),
+        ("pad", "pad_token_id"),
+    ):
         if (index := getattr(tokenizer, token, None)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     writer.add_chat_template(chat_template(source.conv_mode, wrapped_mark(source.settings.tokens.use_im_start_end)))
@@ -64,12 +69,16 @@ def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_
 def _add_byte_level(writer: Any, tokenizer: Any, source: Source) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE":
-        raise InputError(f"the gguf layout cannot express a tokenizer of kind {model['type']}, which {source.folder} has")
+        raise InputError(
+            f"the gguf layout cannot express a tokenizer of kind {model['type']}, which {source.folder} has"
+        )
     tokens = [""] * len(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         tokens[index] = token
     added = tokenizer.added_tokens_decoder
-    kinds = [1 if index not in added else CONTROL if added[index].special else USER_DEFINED for index in range(len(tokens))]
+    kinds = [
+        1 if index not in added else CONTROL if added[index].special else USER_DEFINED for index in range(len(tokens))
+    ]
     _add_tokens(writer, tokens, kinds, source.model.config.vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_token_merges(merges)
@@ -86,7 +95,8 @@ def _add_tokens(writer: Any, tokens: list[str], kinds: list[int], num_rows: int)
 
 
 def tokenizer_notes(source: Source) -> list[str]:
-    tokenizer, notes = source.tokenizer, []
+    tokenizer = source.tokenizer
+    notes: list[str] = []
     if not isinstance(tokenizer, LlamaSentencePieceTokenizer):
         return notes
     if not tokenizer.legacy:

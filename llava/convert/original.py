@@ -15,7 +15,6 @@ from llava.convert.source import Source, config_for
 from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_safetensors, write_shards
 from llava.model.config import OWN_FOLDER
 
-TOWER_PLACES = ("keep", "in", "out")
 TOWER_FOLDER = "vision_tower"
 
 
@@ -101,6 +100,7 @@ class OriginalLayout:
         """A tower that its name finds only beside the source is copied; other names find it from anywhere."""
         name, place = str(self.source.config.get("mm_vision_tower")), self.source.skeleton.tower_folder
         beside = [info.folder for info in (self.source.info, self.source.skeleton.base) if info is not None]
-        if place is not None and any((home / name).absolute() == place.absolute() for home in beside):
-            if not Path(name).is_absolute():
-                shutil.copytree(place, folder / name)
+        if place is None or Path(name).is_absolute() or ".." in Path(name).parts:
+            return
+        if any((home / name).absolute() == place.absolute() for home in beside):
+            shutil.copytree(place, folder / name)

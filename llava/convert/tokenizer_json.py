@@ -45,9 +45,7 @@ def convert_tokenizer(tokenizer: Any) -> Any:
 def save_tokenizer(fast: Any, tokenizer: Any, folder: Path) -> None:
     """tokenizer.json and a tokenizer_config.json by which every version of transformers takes it literally."""
     fast.save(str(folder / "tokenizer.json"))
-    named = {
-        key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str) and value
-    }
+    named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str) and value}
     values = {
         **named,
         "pad_token": PAD_TOKEN,
@@ -72,7 +70,7 @@ def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
     if kind == BPE:
         ids = {piece: index for index, piece in enumerate(pieces)}
         unknown = pieces[sp.unk_id()]
-        model = models.BPE(ids, _merges(sp, pieces, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        model: Any = models.BPE(ids, _merges(sp, pieces, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     elif kind == UNIGRAM:
         scores = [(piece, sp.get_score(index)) for index, piece in enumerate(pieces)]
         model = models.Unigram(scores, unk_id=sp.unk_id(), byte_fallback=True)
@@ -86,7 +84,7 @@ def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
     late = not tokenizer.legacy
     if late:
         special = "|".join(re.escape(str(token.content)) for _, token in added) or r"\z"
-        space = normalizers.Replace(Regex(rf"\A(?!\z)(?!{special})"), "▁")
+        space: Any = normalizers.Replace(Regex(rf"\A(?!\z)(?!{special})"), "▁")
     else:
         space = normalizers.Prepend("▁")
     fast.normalizer = normalizers.Sequence([space, normalizers.Replace(" ", "▁")])

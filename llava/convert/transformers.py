@@ -23,6 +23,7 @@ from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenize
 from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_shards
 from llava.errors import InputError
 from llava.labels import wrapped_mark
+from llava.model.belongings import context_len
 from llava.model.transformers_layout import SELECT_FEATURES
 from llava.model.weight_files import TORCH_DTYPES
 
@@ -126,6 +127,7 @@ class TransformersLayout:
             "vision_feature_layer": settings.vision.select_layer,
             "vision_feature_select_strategy": strategies[settings.vision.select_feature],
         }
+        values |= {"conv_mode": source.conv_mode, "tokenizer_model_max_length": context_len(source.model.config)}
         if self.is_next:
             values["image_grid_pinpoints"] = self._pinpoints()
             values["use_image_newline_parameter"] = True

@@ -67,7 +67,7 @@ def write_shards(
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", shards[0], progress=progress)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard, progress=progress)

@@ -15,24 +15,12 @@ import torch
 
 from llava import tokenization
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.conversation import conv_mode_for_model_name, conv_templates
 from llava.model.checkpoint import CheckpointInfo
-from llava.model.config import LlavaSettings, is_multimodal, language_model_type
+from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.habits import CHATML_MARK, CONTEXT_KEYS, declared_context_len, template_name
 from llava.model.json_file import read_json
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CONTEXT_LEN = 2048  # where no file says how much text a model takes
-
-# The conversation template that a language model's type tells, where its name says nothing better.
-CONV_MODES = {
-    "mpt": "mpt",
-    "mistral": "mistral_instruct",
-    "mixtral": "mistral_instruct",
-    "qwen2": "qwen_1_5",
-    "qwen3": "qwen_1_5",
-}
-LLAMA_CONV_MODES = ("llava_v1", "llava_llama_2", "chatml_direct", "llava_v0")
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -85,28 +73,12 @@ def read_generation_config(model: Any, info: CheckpointInfo, base_info: Checkpoi
 
 
 def context_len(config: Any) -> int:
-    """How many tokens, image features included, the model takes: what its files say, the positions it has at most."""
-    explicit = getattr(config, "max_sequence_length", None)
-    if explicit is not None:
-        return int(explicit)
-    trained = getattr(config, "tokenizer_model_max_length", None) or DEFAULT_CONTEXT_LEN
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's word
-    return int(min(trained, positions or trained))
+    """How many tokens, image features included, the model takes."""
+    return declared_context_len({key: getattr(config, key, None) for key in CONTEXT_KEYS})
 
 
 def conv_mode(config: Mapping[str, Any], tokenizer: Any, name: str) -> str:
-    """The conversation template: what the config says, then what the language model tells, then the model's name."""
-    declared = config.get("conv_mode")
-    if declared in conv_templates:
-        return str(declared)
-    by_name = conv_mode_for_model_name(name)
-    by_model = CONV_MODES.get(language_model_type(config))
-    if by_model is not None:
-        return by_model
+    """The conversation template of a loaded model."""
     template = getattr(tokenizer, "chat_template", None)
-    if "<|im_start|>" in tokenizer.get_vocab() or (isinstance(template, str) and "<|im_start|>" in template):
-        return "chatml_direct"
-    # `llava_v0` is what the rule answers to any name it does not know: believe it only where the name says so.
-    if by_name in LLAMA_CONV_MODES and (by_name != "llava_v0" or "v0" in name.lower()):
-        return by_name
-    return "llava_v1"
+    marks = CHATML_MARK in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_MARK in template)
+    return template_name(config, name, speaks_chatml=marks)

@@ -34,6 +34,7 @@ __all__ = [
     "resolve_checkpoint",
     "resolve_vision_tower",
     "stored_tensors",
+    "tower_headers",
 ]
 
 # The forms in which a whole model's weights are saved, best first: an index of shards, or a single file.
@@ -52,6 +53,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 TOWER_MARK = ".vision_tower.vision_tower."
 PROJECTOR_MARK = "mm_projector."
+
+# What a folder of a whole image-and-text model holds beside the image encoder.
+TOWER_PREFIX = "vision_tower."
+OTHER_TOWER_PART = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
         adapter=_adapter_tensors(folder) if kind == "lora" else {},
         adapter_config=adapter_config if kind == "lora" else None,
         base_hint=_base_hint(config, adapter_config),
-        is_old_config=_is_old(config),
+        is_old_config=is_old(config),
     )
 
 
@@ -175,6 +180,15 @@ def stored_tensors(folder: Path) -> dict[str, TensorHeader]:
     if absent:
         raise InputError(f"the folder {folder} lacks weight shard {absent[0]} of {total}; copy the missing files")
     return {name: header for file in shards.values() for name, header in read_headers(file).items()}
+
+
+def tower_headers(folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of a tower's own folder under the names that they have in a tower module."""
+    headers = stored_tensors(folder)
+    if not headers:
+        raise InputError(f"the vision tower's folder {folder} holds no weights")
+    in_tower = {TOWER_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
+    return {name: header for name, header in in_tower.items() if not OTHER_TOWER_PART.match(name)}
 
 
 def _indexed_tensors(index_file: Path) -> dict[str, TensorHeader]:
@@ -217,7 +231,7 @@ def _without_peft_prefix(name: str) -> str:
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-def _is_old(config: Mapping[str, Any]) -> bool:
+def is_old(config: Mapping[str, Any]) -> bool:
     """The first released checkpoints call themselves what their language model is, and later ones plain `llava`."""
     model_type = str(config.get("model_type", ""))
     return is_multimodal(config) and not is_transformers_layout(config) and not model_type.startswith("llava_")
@@ -226,7 +240,7 @@ def _is_old(config: Mapping[str, Any]) -> bool:
 def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with a model type that says LLaVA, as today's checkpoints have it; the file stays as it is."""
     values = dict(config)
-    if _is_old(config):
+    if is_old(config):
         values["model_type"] = f"llava_{language_model_type(config)}"
         values.pop("architectures", None)
     return values

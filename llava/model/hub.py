@@ -39,19 +39,28 @@ def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, do
 
     Without `download`, of the hub only what is on this disk already.
     """
-    given = Path(name).expanduser()
-    places = [given] if given.is_absolute() else [given.absolute()]
-    if checkpoint_folder is not None and not given.is_absolute():
-        places.insert(0, Path(checkpoint_folder).absolute() / given)
-    for place in places:
-        if (place / "config.json").is_file():
-            return str(place)
+    places = _tower_places(name, checkpoint_folder)
+    here = find_vision_tower(name, checkpoint_folder=checkpoint_folder)
+    if here is not None:
+        return str(here)
     tried = [f"the folder {place}" for place in places]
     if not looks_like_repository(name):
         raise InputError(
             f"the vision tower {name!r} was not found; tried {' and '.join(tried)}, and it is no hub repository id"
         )
     return str(fetch_repository(name, what="vision tower", tried=tried, download=download))
+
+
+def find_vision_tower(name: str, *, checkpoint_folder: Path | None = None) -> Path | None:
+    """The same without the hub."""
+    places = _tower_places(name, checkpoint_folder)
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _tower_places(name: str, checkpoint_folder: Path | None) -> list[Path]:
+    given = Path(name).expanduser()
+    beside = [] if checkpoint_folder is None or given.is_absolute() else [Path(checkpoint_folder).absolute() / given]
+    return [*beside, given.absolute()]
 
 
 def looks_like_repository(text: str) -> bool:

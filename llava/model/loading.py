@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.checkpoint import PROJECTOR_MARK, TOWER_MARK, CheckpointInfo, stored_tensors
+from llava.model.checkpoint import PROJECTOR_MARK, TOWER_MARK, CheckpointInfo, tower_headers
 from llava.model.lora import LoraMerge, load_adapter
 from llava.model.weight_files import TensorHeader, open_tensors
 
@@ -37,10 +37,6 @@ ADDED_PART = re.compile(
 )
 
 VISION_MODEL_LEVEL = re.compile(r"(^vision_tower\.|\.vision_tower\.vision_tower\.)vision_model\.")
-
-# What a folder of a whole image-and-text model holds beside the image encoder.
-TOWER_PREFIX = "vision_tower."
-OTHER_TOWER_PART = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
 
 VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
 
@@ -149,15 +145,6 @@ def load_weights(model: nn.Module, sources: Sources) -> None:
 def load_tower_weights(tower: nn.Module, folder: Path) -> None:
     """Fill a built vision tower from its own folder, which may hold a whole CLIP or SigLIP model with a text part."""
     load_weights(tower, Sources(tower_headers(folder), str(folder)))
-
-
-def tower_headers(folder: Path) -> dict[str, TensorHeader]:
-    """The tensors of a tower's own folder under the names that they have in a tower module."""
-    headers = stored_tensors(folder)
-    if not headers:
-        raise InputError(f"the vision tower's folder {folder} holds no weights")
-    in_tower = {TOWER_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
-    return {name: header for name, header in in_tower.items() if not OTHER_TOWER_PART.match(name)}
 
 
 def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from llava.errors import InputError
 from llava.model.builder import build_config, find_base, restore_names, tower_within_reach
-from llava.model.checkpoint import CheckpointInfo, inspect
-from llava.model.loading import Sources, expected_tensors, match_names, plan_sources, tower_headers, with_rows
+from llava.model.checkpoint import CheckpointInfo, inspect, tower_headers
+from llava.model.loading import Sources, expected_tensors, match_names, plan_sources, with_rows
 from llava.model.weight_files import TensorHeader, read_tensor
 
 

@@ -32,6 +32,9 @@ NAME_RULES = (
     (re.compile(r"^language_model\."), ""),
 )
 
+# What this layout has no words for and a conversion of ours writes into its config all the same; other readers pass over it.
+OWN_KEYS = ("conv_mode", "tokenizer_model_max_length")
+
 # "full" keeps all features; "default" drops the first one, which only CLIP has beside the patches'.
 SELECT_FEATURES = {
     "clip_vision_model": {"default": "patch", "full": "cls_patch"},
@@ -104,15 +107,19 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
             "image_grid_pinpoints": [[width, height] for height, width in full["image_grid_pinpoints"]],
         }
     else:
-        mode = "pad" if _pads_pictures(folder) else "square"
+        mode = "pad" if pads_pictures(folder) else "square"
         values |= {"image_aspect_ratio": mode, "mm_patch_merge_type": "flat"}
-    if text.get("max_position_embeddings"):  # this layout has no other word on how much a model takes
+    for key in OWN_KEYS:
+        if config.get(key) is not None:
+            values[key] = config[key]
+    if text.get("max_position_embeddings") and not config.get("tokenizer_model_max_length"):
+        # This layout itself has no other word on how much a model takes.
         values["max_sequence_length"] = text["max_position_embeddings"]
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return values | ({"dtype": dtype} if dtype else {})
 
 
-def _pads_pictures(folder: Path) -> bool:
+def pads_pictures(folder: Path) -> bool:
     """The image processor's file is of its own, or inside the whole processor's."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if (folder / name).is_file():

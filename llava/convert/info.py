@@ -1,0 +1,74 @@
+"""`llava info`: what a model folder or GGUF file is, printed.
+
+In: a path. Out: lines, or JSON. What is found out is in description.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from llava.convert.description import Description, as_json, describe_checkpoint
+from llava.program import ArgumentParser, run_program
+
+EXAMPLES = """\
+examples:
+  llava info ./llava-v1.5-7b
+  llava info ./checkpoints/my-lora --json
+  llava info ./gguf/mmproj-llava-v1.5-7b-f16.gguf
+"""
+WIDTH = 20
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava info",
+        description="Say what a model folder or GGUF file holds, without loading it: layout, parts, sizes, template, what is "
+        "missing, and which programs read it.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", help="a model folder, or a .gguf file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_program, build_parser().parse_args(argv), name="llava info")
+
+
+def _program(args: Namespace) -> None:
+    description = describe_checkpoint(args.path)
+    print(as_json(description) if args.json else "\n".join(lines(description)))
+
+
+def lines(description: Description) -> list[str]:
+    rows: list[tuple[str, str]] = [("path", description.path)]
+    rows += [(key, _text(value)) for key, value in description.facts.items()]
+    rows += [
+        ("parameters", ", ".join(f"{name} {_millions(count)}" for name, count in description.parameters.items())),
+        ("stored", ", ".join(f"{_gigabytes(size)} {name}" for name, size in description.stored.items())),
+        ("memory of weights", ", ".join(f"{_gigabytes(size)} in {name}" for name, size in description.memory.items())),
+    ]
+    rows = [row for row in rows if row[1]]
+    rows += [("missing", sentence) for sentence in description.missing]
+    rows += [(f"read by {name}", answer) for name, answer in description.readers.items()]
+    width = max(WIDTH, max(len(key) for key, _ in rows) + 2)
+    return [f"{key:<{width}}{value}" for key, value in rows]
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

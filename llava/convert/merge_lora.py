@@ -1,0 +1,60 @@
+"""`llava merge`: lay a trained adapter into its base model, for a checkpoint that loads by itself.
+
+In: a LoRA folder and its base model. Out: a folder in the published layout, tokenizer and projector included. It is
+`llava convert --to original` for a folder of this kind, under the flags that people know; the sums are made in float32
+(model/lora.py) and rounded once, to the precision that the result is stored in.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.convert.words import DTYPES, describe
+from llava.errors import InputError
+from llava.program import ArgumentParser, run_program
+
+
+def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dtype: str | None = None) -> Path:
+    """Merge the adapter in `model_path` and save the model; without a base, the one that the adapter's files name.
+
+    Without `dtype` the result is stored in the precision of the base's own files.
+    """
+    from llava.convert.convert import Options, convert
+    from llava.model.checkpoint import inspect
+
+    info = inspect(model_path)
+    if info.kind != "lora":
+        raise InputError(
+            f"{model_path} holds no LoRA adapter, so there is nothing to merge (it is of kind {info.kind!r})"
+        )
+    report = convert(model_path, save_model_path, to="original", base=model_base, options=Options(dtype=dtype))
+    for line in describe(report):
+        print(line)
+    return report.target
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="llava merge", description="Merge a LoRA adapter into its base model.")
+    parser.add_argument("--model-path", required=True, metavar="FOLDER", help="folder that a LoRA run wrote")
+    parser.add_argument(
+        "--model-base", metavar="FOLDER", help="its base model (default: what the adapter's files name)"
+    )
+    parser.add_argument("--save-model-path", required=True, metavar="FOLDER", help="where the whole model goes")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the result (default: the base's own)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_program, build_parser().parse_args(argv), name="llava merge")
+
+
+def _program(args: Namespace) -> None:
+    folder = merge_lora(args.model_path, args.model_base, args.save_model_path, args.dtype)
+    print(f"merged into {folder}; try: llava chat -m {folder} PICTURE QUESTION")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

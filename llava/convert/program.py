@@ -1,0 +1,102 @@
+"""`llava convert`: a checkpoint from one layout into another, proved before it is called done.
+
+In: a command line. Out: a new folder and what was proved of it, or one sentence and nothing written. What is done is in
+convert.py; what the options mean is in words.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.convert.words import (
+    DTYPES,
+    LAYOUTS,
+    NAME_VERSIONS,
+    NEEDS_BASE,
+    PRECISIONS,
+    PROOFS,
+    TOWER_PLACES,
+    describe,
+    parse_size,
+)
+from llava.disk import refuse_existing
+from llava.errors import InputError
+from llava.program import ArgumentParser, run_program
+
+EXAMPLES = """\
+examples:
+  llava convert ./llava-v1.5-7b ./llava-v1.5-7b-hf --to transformers
+  llava convert ./llava-1.5-7b-hf ./llava-v1.5-7b --to original
+  llava convert ./llava-v1.5-7b ./gguf --to gguf --precision q8_0
+  llava convert ./llava-lora ./merged --to original --base ./vicuna-7b
+  llava convert ./llava-v1.5-7b ./projector --to projector
+  llava convert ./llava-v1.5-7b ./small --to original --dtype bf16 --shard-size 2GB --tower in
+
+layouts:
+"""
+
+
+def build_parser() -> ArgumentParser:
+    width = max(map(len, LAYOUTS))
+    parser = ArgumentParser(
+        prog="llava convert",
+        description="Write a checkpoint in another layout, tensor by tensor, and prove that it says the same.",
+        epilog=EXAMPLES + "\n".join(f"  {name:<{width}}  {what}" for name, what in LAYOUTS.items()),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a model folder or hub repository, in any layout")
+    parser.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, metavar="LAYOUT", help="the target's layout, see below")
+    parser.add_argument("--base", metavar="FOLDER", help="the language model under an adapter, projector or delta")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the target (default: each tensor keeps its own)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a weight file at most (5GB)")
+    parser.add_argument(
+        "--tower",
+        choices=TOWER_PLACES,
+        default="keep",
+        help="original layout: the vision tower's weights as the source has them, in the checkpoint, or out of it in a "
+        "folder beside them (keep)",
+    )
+    parser.add_argument(
+        "--key-names",
+        choices=NAME_VERSIONS,
+        default=NAME_VERSIONS[0],
+        help="transformers layout: tensor names of this version of the library; 4.36 is read by all later ones, vLLM and "
+        "SGLang (4.36)",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: of matrices (f16)")
+    parser.add_argument(
+        "--proof", choices=PROOFS, default=PROOFS[0], help="compare tensors and logits, or tensors alone (full)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_program, build_parser().parse_args(argv), name="llava convert")
+
+
+def _program(args: Namespace) -> None:
+    shard_bytes = parse_size(args.shard_size)
+    refuse_existing(Path(args.target))
+    if args.to in NEEDS_BASE and args.base is None:
+        raise InputError(f"--to {args.to} needs the base model's folder; give it with --base")
+    from llava.convert.convert import Options, convert
+
+    options = Options(
+        dtype=args.dtype,
+        shard_bytes=shard_bytes,
+        tower=args.tower,
+        names=args.key_names,
+        precision=args.precision,
+        proof=args.proof,
+    )
+    report = convert(args.source, args.target, to=args.to, base=args.base, options=options)
+    for line in describe(report):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

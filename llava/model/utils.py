@@ -1,0 +1,43 @@
+"""`auto_upgrade`: bring the config of a first-generation checkpoint, whose model_type says `llama`, to today's words.
+
+In: a model folder. Out: the same folder with two keys of its config.json changed, after a yes at the terminal. Loading needs
+none of this (checkpoint.py reads old configs as they are); programs that expect the file to be changed do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from llava.disk import STAGING
+from llava.model.checkpoint import is_old, read_config
+
+EXPLANATION = (
+    "You are using newer LLaVA code base, while the checkpoint of v0 is from older code base.\n"
+    "You must upgrade the checkpoint to the new code base (this can be done automatically)."
+)
+QUESTION = "Please confirm that you want to upgrade the checkpoint. [Y/N]"
+
+
+def auto_upgrade(config: str | Path) -> None:
+    """Upgrade the config.json of a LLaVA folder whose model_type does not say so; others stay as they are.
+
+    A no ends the program with status 1, as it always did.
+    """
+    folder = Path(config)
+    values = read_config(folder)
+    if not is_old(values) or "llava" in str(values.get("model_type")):
+        return
+    print(EXPLANATION)
+    if input(QUESTION).lower() not in ("y", "yes"):
+        print("Checkpoint upgrade aborted.")
+        sys.exit(1)
+    print("Upgrading checkpoint...")
+    values["model_type"] = "llava"
+    values["architectures"] = ["LlavaLlamaForCausalLM", *values.get("architectures", [])[1:]]
+    begun = folder / f"{STAGING}config.json"
+    begun.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(begun, folder / "config.json")
+    print("Checkpoint upgraded.")
