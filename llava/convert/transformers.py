@@ -167,12 +167,12 @@ class TransformersLayout:
 
     def write(self, folder: Path, progress: Progress) -> None:
         write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
-        self._write_small_files(folder)
+        self.write_small_files(folder)
 
     def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
         return prove_folder(self.source, folder, logits=logits)
 
-    def _write_small_files(self, folder: Path) -> None:
+    def write_small_files(self, folder: Path) -> None:
         source = self.source
         template = self.chat_template()
         save_tokenizer(self.tokenizer, source.tokenizer, folder)
