@@ -7,6 +7,7 @@ as the source has it, put into the checkpoint, or laid beside it in a folder of 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from llava.convert.proof import LogitProof, TensorProof, prove_folder
 from llava.convert.source import Source, config_for
 from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_safetensors, write_shards
 from llava.model.config import OWN_FOLDER
+from llava.model.multimodal_encoder.image_processor import TOWERS, ClipImageProcessor
 
 TOWER_FOLDER = "vision_tower"
+# What transformers' LLaVA processors add to a tower's.
+THEIR_KEYS = ("do_pad", "processor_class", "image_grid_pinpoints")
 
 
 class OriginalLayout:
@@ -94,7 +98,15 @@ class OriginalLayout:
     def _describe_tower(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.source.tower_config)
-        self.source.image_processor.save_pretrained(folder)
+        self._tower_processor().save_pretrained(folder)
+
+    def _tower_processor(self) -> ClipImageProcessor:
+        """The tower's own image processor: padding and tiles are said by the model's config in this layout."""
+        processor = self.source.image_processor
+        if "Llava" not in processor.image_processor_type:
+            return processor
+        extra = {key: value for key, value in processor.extra.items() if key not in THEIR_KEYS}
+        return replace(processor, image_processor_type=TOWERS[self.source.tower_config["model_type"]], extra=extra)
 
     def _take_tower_along(self, folder: Path) -> None:
         """A tower that its name finds only beside the source is copied; other names find it from anywhere."""

@@ -24,6 +24,7 @@ from llava.convert.words import (
 )
 from llava.disk import refuse_existing
 from llava.errors import InputError
+from llava.model.checkpoint import inspect
 from llava.program import ArgumentParser, run_program
 
 EXAMPLES = """\
@@ -83,6 +84,7 @@ def _program(args: Namespace) -> None:
     refuse_existing(Path(args.target))
     if args.to in NEEDS_BASE and args.base is None:
         raise InputError(f"--to {args.to} needs the base model's folder; give it with --base")
+    inspect(args.source)  # whatever headers tell is told before libraries are loaded
     from llava.convert.convert import Options, convert
 
     options = Options(
