@@ -113,7 +113,7 @@ def main() -> None:
             f"LLaVA of the shapes of {args.size}, bfloat16, {total / 1e9:.1f} GB of random numbers. {os.cpu_count()}-core CPU, "
             f"torch {torch.__version__}, transformers {transformers.__version__}.",
             "",
-            "| target | GB | writing, s | MB/s | `cp` beside it, MB/s | rest (start, proof), s | memory, GB | resident peak, GB |",
+            "| target | GB | writing, s | MB/s | `cp` beside it, MB/s | start and proof, s | memory, GB | resident, GB |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *rows,
             "",

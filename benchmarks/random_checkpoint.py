@@ -69,7 +69,9 @@ def config_of(size: str, *, tiles: bool, dtype: str) -> dict[str, Any]:
     }
 
 
-def make(folder: Path, size: str, *, tiles: bool = False, dtype: str = "bfloat16", shard_bytes: int = 5 * 10**9) -> None:
+def make(
+    folder: Path, size: str, *, tiles: bool = False, dtype: str = "bfloat16", shard_bytes: int = 5 * 10**9
+) -> None:
     from llava.model.language_model.registry import llava_classes
 
     values = config_of(size, tiles=tiles, dtype=dtype)
@@ -102,7 +104,13 @@ def _numbers(block: torch.Tensor, number: int, shape: torch.Size, name: str) -> 
 
 def _write_tower(folder: Path, sizes: dict[str, int]) -> None:
     folder.mkdir()
-    values = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_act": "quick_gelu", **sizes}
+    values = {
+        "model_type": "clip_vision_model",
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        **sizes,
+    }
     (folder / "config.json").write_text(json.dumps(values))
     processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}, "crop_size": 336}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

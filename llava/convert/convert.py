@@ -21,7 +21,7 @@ from llava.convert.source import Source, open_source
 from llava.convert.transformers import DEFAULT_NAMES, TransformersLayout
 from llava.convert.words import NEEDS_BASE
 from llava.convert.writer import SHARD_BYTES, Progress, write_json
-from llava.disk import refuse_existing, written_whole
+from llava.disk import flush_tree, refuse_existing, written_whole
 
 RECORD = "conversion.json"
 
@@ -46,7 +46,7 @@ class Report:
     target: Path
     layout: str
     num_bytes: int
-    write_s: float
+    write_s: float  # until everything was on the disk
     proof_s: float
     tensors: TensorProof
     logits: LogitProof | None  # None: not compared, because that was asked for
@@ -89,6 +89,7 @@ def convert(
         started = time.perf_counter()
         with Progress("writing", layout.num_bytes) as progress:
             layout.write(folder, progress)
+            flush_tree(folder)
         written = time.perf_counter()
         tensors, logits = layout.prove(folder, logits=options.proof == "full")
         proved = time.perf_counter()

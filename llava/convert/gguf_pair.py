@@ -93,16 +93,14 @@ class GgufPair:
         self.precision = precision
         _refuse_what_it_cannot_say(source)
         self.architecture = ARCHITECTURES[source.info.language_model]
-        self.text = [self._entry(name, TEXT_NAMES) for name in source.names if not _is_vision(name)]
-        vision = [name for name in source.names if _is_vision(name) and not UNUSED.match(name)]
-        self.vision = [self._entry(name, VISION_NAMES) for name in vision]
+        kept = [name for name in source.names if not UNUSED.match(name)]
+        self.text = [self._entry(name) for name in kept if not is_vision(name)]
+        self.vision = [self._entry(name) for name in kept if is_vision(name)]
 
-    def _entry(self, name: str, rules: tuple[tuple[str, str], ...]) -> Entry:
-        pattern, replacement = next((rule for rule in rules if re.match(rule[0], name)), ("", ""))
-        if not pattern:
+    def _entry(self, name: str) -> Entry:
+        target, shape = gguf_name(name), self.source.shape(name)
+        if target is None:
             raise InputError(f"GGUF has no name for tensor {name!r} of {self.source.folder}")
-        target = re.sub(pattern, replacement, name, count=1)
-        shape = self.source.shape(name)
         return Entry(target, name, shape, self._kind(target, shape))
 
     def _kind(self, target: str, shape: tuple[int, ...]) -> Any:
@@ -314,7 +312,16 @@ def uninterleave(rows: Tensor, num_heads: int) -> Tensor:
     return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _is_vision(name: str) -> bool:
+def gguf_name(name: str) -> str | None:
+    """What GGUF calls a tensor of a published name; None where it has no word for it."""
+    for pattern, replacement in VISION_NAMES if is_vision(name) else TEXT_NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    return None
+
+
+def is_vision(name: str) -> bool:
+    """Whether a tensor belongs into the file of tower and projector."""
     return ".vision_tower." in name or ".mm_projector." in name or name.endswith("image_newline")
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from llava.convert.chat_template import chat_template
-from llava.convert.sentencepiece_file import BPE, CONTROL, UNIGRAM, UNUSED, USER_DEFINED, read_sentencepiece
+from llava.convert.sentencepiece_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNUSED,
+    USER_DEFINED,
+    ScoredPiece,
+    SentencePieceFile,
+    read_sentencepiece,
+)
 from llava.convert.source import Source
 from llava.errors import InputError
 from llava.labels import wrapped_mark
@@ -20,6 +31,7 @@ from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
 # The kind of splitting that a byte-level tokenizer of a language model does, by llama.cpp's word for it.
 SPLITTERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
 MODELS = {BPE: "llama", UNIGRAM: "t5"}
+UNKNOWN_PENALTY = 10.0  # what sentencepiece takes off the lowest score for a letter without a piece
 
 
 def add_tokenizer(gguf: Any, writer: Any, source: Source) -> None:
@@ -48,9 +60,10 @@ def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_
     file = read_sentencepiece(Path(tokenizer.vocab_file))
     if file.kind not in MODELS:
         raise InputError(f"{tokenizer.vocab_file} is a sentencepiece model of kind {file.kind}; known: unigram and BPE")
-    tokens = [piece.text for piece in file.pieces]
-    scores = [piece.score for piece in file.pieces]
-    kinds = [piece.kind for piece in file.pieces]
+    pieces = with_letters_for_bytes(file) if file.kind == UNIGRAM else file.pieces
+    tokens = [piece.text for piece in pieces]
+    scores = [piece.score for piece in pieces]
+    kinds = [piece.kind for piece in pieces]
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         if index >= len(file.pieces):
             tokens.append(str(token.content))
@@ -64,6 +77,22 @@ def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_
     writer.add_add_eos_token(tokenizer.add_eos_token)
     writer.add_add_space_prefix(True)
     writer.add_remove_extra_whitespaces(False)
+
+
+def with_letters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
+    """The pieces, where a byte of ASCII that no other piece stands for (a newline) is that letter.
+
+    llama.cpp's tokenizer for unigram models does not fall back to bytes; such a piece, as unlikely as sentencepiece holds
+    an unknown letter to be, is found by it all the same.
+    """
+    letters = {piece.text for piece in file.pieces if piece.kind == NORMAL}
+    lowest = min(piece.score for piece in file.pieces if piece.kind == NORMAL) - UNKNOWN_PENALTY
+    found = []
+    for piece in file.pieces:
+        letter = chr(int(piece.text[3:5], 16)) if piece.kind == BYTE else ""
+        is_free = letter.isascii() and letter not in ("", "\0", " ") and letter not in letters
+        found.append(ScoredPiece(letter, lowest, NORMAL) if is_free else piece)
+    return found
 
 
 def _add_byte_level(writer: Any, tokenizer: Any, source: Source) -> None:
@@ -105,5 +134,7 @@ def tokenizer_notes(source: Source) -> list[str]:
             "ids differ from the second turn of a conversation on"
         )
     if read_sentencepiece(Path(tokenizer.vocab_file)).kind == UNIGRAM:
-        notes.append("llama.cpp writes characters that have no piece as <unk>, where this tokenizer writes their bytes")
+        notes.append(
+            "llama.cpp writes letters beyond ASCII that have no piece as <unk>, where this tokenizer has bytes"
+        )
     return notes

@@ -50,7 +50,7 @@ def save_tokenizer(fast: Any, tokenizer: Any, folder: Path) -> None:
         **named,
         "pad_token": PAD_TOKEN,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces),
         "model_max_length": tokenizer.model_max_length,
         "padding_side": "left",
         "extra_special_tokens": {"image_token": DEFAULT_IMAGE_TOKEN},

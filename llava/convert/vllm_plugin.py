@@ -80,7 +80,9 @@ def _config_from_dict(_: Any, values: dict[str, Any], **options: Any) -> Any:
         return LlavaConfig.from_dict(values, **options)
     name = options.pop("name_or_path", None) or values.get("_name_or_path")
     if not name:
-        raise InputError("the config of an original LLaVA checkpoint is translated with its folder, which is not known here")
+        raise InputError(
+            "the config of an original LLaVA checkpoint is translated with its folder, which is not known here"
+        )
     translated = read_json(companion(name) / "config.json")
     translated["architectures"] = [ARCHITECTURES[name] for name in translated["architectures"]]
     config_class = LlavaNextConfig if translated["model_type"] == "llava_next" else LlavaConfig
@@ -135,5 +137,9 @@ def _fingerprint(folder: Path) -> str:
     import llava
 
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in (".safetensors", ".bin"))
-    facts = [llava.__version__, str(folder.absolute()), *(f"{f.name} {f.stat().st_mtime_ns} {f.stat().st_size}" for f in files)]
+    facts = [
+        llava.__version__,
+        str(folder.absolute()),
+        *(f"{f.name} {f.stat().st_mtime_ns} {f.stat().st_size}" for f in files),
+    ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
