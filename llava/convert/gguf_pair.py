@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from llava.convert.gguf_blocks import BLOCK, pack, unpack
 from llava.convert.gguf_tokenizer import add_tokenizer, tokenizer_notes
 from llava.convert.proof import (
     LogitProof,
@@ -36,8 +36,6 @@ from llava.model.belongings import context_len
 
 # The precisions, and what a file calls a model whose matrices have that precision.
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
-Q8_BLOCK = 32  # numbers that share a scale
-CHUNK = 2**24  # numbers packed at once
 
 # Language models by the name that GGUF gives their architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -109,7 +107,7 @@ class GgufPair:
         kinds = self.gguf.GGMLQuantizationType
         if len(shape) < 2 or target.startswith("v.position_embd"):
             return kinds.F32
-        if self.precision == "q8_0" and (len(shape) != 2 or shape[-1] % Q8_BLOCK):
+        if self.precision == "q8_0" and (len(shape) != 2 or shape[-1] % BLOCK):
             return kinds.F16
         if len(shape) > 2 and self.precision == "bf16":
             return kinds.F16
@@ -149,7 +147,7 @@ class GgufPair:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            data = self._packed(self._reordered(entry, self.source.read(entry.source)), entry.kind)
+            data = pack(self.gguf, self._reordered(entry, self.source.read(entry.source)), entry.kind.name)
             writer.write_tensor_data(data)
             progress.add(data.nbytes)
         writer.close()
@@ -165,16 +163,6 @@ class GgufPair:
             return None
         config = self.source.model.config
         return config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-
-    def _packed(self, tensor: Tensor, kind: Any) -> np.ndarray:
-        """The numbers as they are stored; blocks are made a few rows at a time, since that takes several copies."""
-        if kind.name == "Q8_0":
-            rows = max(1, CHUNK // tensor.shape[-1])
-            parts = [self.gguf.quants.quantize(part.float().numpy(), kind) for part in tensor.split(rows)]
-            return np.concatenate(parts)
-        if kind.name == "BF16":
-            return tensor.to(torch.bfloat16).view(torch.int16).numpy()
-        return tensor.to(torch.float16 if kind.name == "F16" else torch.float32).contiguous().numpy()
 
     # Keys
 
@@ -229,6 +217,11 @@ class GgufPair:
 
     def notes(self) -> list[str]:
         notes = tokenizer_notes(self.source)
+        if self.source.model.get_vision_tower().has_class_token:
+            notes.append(
+                "llama.cpp since May 2025 reads CLIP towers one patch off (ggml-org/llama.cpp issue 25814): until that is "
+                "mended there, answers about details differ"
+            )
         if self.source.policy.mode == "anyres":
             notes.append(
                 "llama.cpp lays the tiles of a picture one after another, without cutting padding off and without newlines, "
@@ -291,8 +284,7 @@ class GgufPair:
     def _unpacked(self, file: Path, offset: int, entry: Entry) -> Tensor:
         size = self._size(entry)
         data = np.fromfile(file, dtype=np.uint8, count=size, offset=offset)
-        rows = data.reshape(*entry.shape[:-1], -1) if entry.shape else data
-        numbers = torch.from_numpy(self.gguf.quants.dequantize(rows, entry.kind).reshape(entry.shape).copy())
+        numbers = unpack(self.gguf, data, entry.kind.name, entry.shape)
         heads = self._heads(entry)
         return numbers if heads is None else uninterleave(numbers, heads)
 
