@@ -296,9 +296,20 @@ class _Folder:
             "original LLaVA code": "yes" if self.info.kind != "transformers" else "after llava convert --to original",
             "transformers": "yes" if is_theirs else convert,
             "vLLM": plugin if in_vllm else convert,
-            "SGLang": "yes" if is_theirs else convert,
+            "SGLang": self._sglang(is_plain=plain and whole),
             "llama.cpp": "after llava convert --to gguf" if plain else "no",
         }
+
+    def _sglang(self, *, is_plain: bool) -> str:
+        """By its source: the original layout, with a tower that its own loader finds by name."""
+        assert self.settings is not None
+        if not is_plain:
+            return "no"
+        if self.info.kind == "transformers":
+            return "after llava convert --to original --tower out"
+        name = str(self.settings.vision.tower)
+        outside = not self.info.tower_in_checkpoint and (Path(name).is_absolute() or self.tower_folder is None)
+        return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
 
 
 def _in_original_words(info: CheckpointInfo) -> dict[str, Any]:

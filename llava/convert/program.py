@@ -65,8 +65,8 @@ def build_parser() -> ArgumentParser:
         "--key-names",
         choices=NAME_VERSIONS,
         default=NAME_VERSIONS[0],
-        help="transformers layout: tensor names of this version of the library; 4.36 is read by all later ones, vLLM and "
-        "SGLang (4.36)",
+        help="transformers layout: tensor names of this version of the library; 4.36 is read by all later ones and by "
+        "vLLM (4.36)",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: of matrices (f16)")
     parser.add_argument(

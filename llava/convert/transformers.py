@@ -29,8 +29,8 @@ from llava.model.weight_files import TORCH_DTYPES
 
 VOCABULARY_MULTIPLE = 64
 
-# How tensors are called, by the version of transformers that writes them so. All of today's readers (transformers since
-# 4.36, vLLM, SGLang) take the first kind, which is that of the published checkpoints.
+# How tensors are called, by the version of transformers that writes them so. All readers (every later version, vLLM) take
+# the first kind, which is that of the published checkpoints.
 NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "4.36": (
         (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
@@ -216,7 +216,7 @@ class TransformersLayout:
         """What a user should know of a result that is not wrong."""
         notes = [f"the tokenizer decodes {d.text!r} to other text: {d.theirs!r}" for d in self.differences]
         if self.source.settings.image.mode == "pad":
-            notes.append("pictures are padded by LlavaImageProcessor, which transformers has since 4.50")
+            notes.append("pictures are padded by LlavaImageProcessor, which transformers has since 4.49")
         return notes
 
 

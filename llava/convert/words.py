@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = {
     "original": "config.json with mm_* keys and published tensor names; adapters are merged into their base",
-    "transformers": "for LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, vLLM, SGLang",
+    "transformers": "for LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, and for vLLM",
     "gguf": "a pair of files for llama.cpp: the language model, and the tower with its projector",
     "projector": "the projector alone, for a base model",
     "delta": "the difference to a base model's weights",
