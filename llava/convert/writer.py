@@ -19,7 +19,7 @@ from llava.model.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 32 * 2**20  # bytes copied at once
+PIECE = 2**20  # bytes copied at once; four times as fast as 32 MiB, for which fresh memory is mapped every time
 SHARD_BYTES = 5 * 10**9
 
 

@@ -59,7 +59,7 @@ class Checkpoint:
         """The config in the original layout; an adapter without one has its base's."""
         values = self.info.config
         if self.info.kind == "transformers":
-            return translate_config(values, source=str(self.folder / "config.json"))
+            return translate_config(values, folder=self.folder)
         return values or (self.base.values if self.base is not None else values)
 
     @property
