@@ -16,10 +16,13 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from llava.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava"
@@ -273,38 +276,32 @@ def eval_parser(argv: list[str]) -> tuple[Any, list[str]]:
     return (parsers[argv[0]](), argv[1:]) if argv[0] in parsers else (run.build_parser(), argv)
 
 
-@each(PAGES)
-def test_commands_parse(page: Path) -> None:
-    from llava.convert import info, merge_lora
-    from llava.convert import program as convert
+def parse_command(name: str, argv: list[str]) -> Any:
+    """Give the words after `llava NAME` to that program's own parser."""
     from llava.data import check, show
-    from llava.diagnose import doctor, selftest, trace_program
-    from llava.serve import bench, chat, cli
     from llava.train.arguments import parse_train_args
 
-    parsers = {
-        "chat": lambda argv: chat.build_parser().parse_args(argv),
-        "bench": lambda argv: bench.build_parser().parse_args(argv),
-        "cli": lambda argv: cli.build_parser().parse_args(argv),
-        "train": parse_train_args,
-        "trace": lambda argv: trace_program.build_parser().parse_args(
-            argv[: argv.index("--")] if "--" in argv else argv
-        ),
-        "selftest": lambda argv: selftest.build_parser().parse_args(argv),
-        "doctor": lambda argv: doctor.build_parser().parse_args(argv),
-        "merge": lambda argv: merge_lora.build_parser().parse_args(argv),
-        "eval": lambda argv: eval_parser(argv)[0].parse_args(eval_parser(argv)[1]),
-        "info": lambda argv: info.build_parser().parse_args(argv),
-        "convert": lambda argv: convert.build_parser().parse_args(argv),
-        "data": lambda argv: {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:]),
-    }
+    if name == "train":
+        return parse_train_args(argv)
+    if name == "data":
+        return {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:])
+    if name == "eval":
+        parser, argv = eval_parser(argv)
+        return parser.parse_args(argv)
+    if name == "trace" and "--" in argv:  # what follows is for training
+        argv = argv[: argv.index("--")]
+    return import_module(COMMANDS[name].module).build_parser().parse_args(argv)
+
+
+@each(PAGES)
+def test_commands_parse(page: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for command in all_commands(page):
         words = shlex.split(command.rpartition(" | ")[2], comments=True)
         program = as_llava(words)
         if program is not None:
-            parsers[program[0]](program[1:])
+            parse_command(program[0], program[1:])
             given = [word for word in words if word.startswith(("tests/", "images/", "llava/"))]
             assert all((ROOT / word).exists() for word in given), command
         elif words[0] == "make":
