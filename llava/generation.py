@@ -59,6 +59,10 @@ class Sampling:
         }
 
 
+class PromptTooLongError(InputError):
+    """A prompt leaves no room for even one new token."""
+
+
 @dataclass(frozen=True)
 class PromptSize:
     """How many positions of the context a prompt takes."""
@@ -73,7 +77,7 @@ class PromptSize:
     def room(self, context_len: int, wanted: int) -> int:
         """How many of `wanted` new tokens fit after the prompt; an error when not even one does."""
         if self.total >= context_len:
-            raise InputError(
+            raise PromptTooLongError(
                 f"the prompt is too long: {self.num_text_tokens} text tokens and {self.num_image_tokens} image tokens "
                 f"make {self.total}, and the model's context holds {context_len} with at least one new token; "
                 "shorten the question, start a new conversation or give fewer images"

@@ -194,6 +194,11 @@ class Engine:
             num_finished=loop.stats.num_finished,
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are being answered; False after `close`, and where the thread that computes has died."""
+        return self._loop.alive
+
     def close(self) -> None:
         """Cancel what runs, and end the thread. The model stays."""
         self._close()

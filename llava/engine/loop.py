@@ -79,6 +79,10 @@ class Loop:
             self._mail.append(lambda: self._take_in(job))
             self._changed.notify_all()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
     def abort(self, request_id: str) -> None:
         self._post(lambda: self._cancel(request_id))
 

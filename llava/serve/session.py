@@ -169,17 +169,11 @@ class Session:
         conversation = self._template.copy()
         user, assistant = conversation.roles
         for exchange in self.exchanges:
-            conversation.append_message(user, self._marked(exchange.question, len(exchange.pictures)))
+            conversation.append_message(user, marked(exchange.question, len(exchange.pictures), self._mark))
             conversation.append_message(assistant, exchange.answer)
-        conversation.append_message(user, self._marked(question, len(self.waiting)))
+        conversation.append_message(user, marked(question, len(self.waiting), self._mark))
         conversation.append_message(assistant, None)
         return conversation
-
-    def _marked(self, question: str, num_pictures: int) -> str:
-        """A question with a mark for each of its pictures: where it says `<image>`, else each on a line before it."""
-        if check_question(question, num_pictures):
-            return question.replace(DEFAULT_IMAGE_TOKEN, self._mark)
-        return f"{self._mark}\n" * num_pictures + question
 
     def undo(self) -> Exchange:
         """Take the last exchange back; its pictures wait for the next question again."""
@@ -222,6 +216,13 @@ class Session:
         ]
         self.refuse_without_tower([picture for exchange in exchanges for picture in exchange.pictures])
         self.exchanges, self.waiting = exchanges, ()
+
+
+def marked(question: str, num_pictures: int, mark: str) -> str:
+    """A question with a mark for each of its pictures: where it says `<image>`, else each on a line before it."""
+    if check_question(question, num_pictures):
+        return question.replace(DEFAULT_IMAGE_TOKEN, mark)
+    return f"{mark}\n" * num_pictures + question
 
 
 def check_question(question: str, num_pictures: int) -> bool:

@@ -1,0 +1,90 @@
+"""The web page: a conversation about pictures with the models of a controller.
+
+In: flags; then a visitor's typing and clicking. Out: a page, made by Gradio. What it asks of servers and writes into its log is
+page_talk.py, how it looks page.py. `llava serve` shows the same page over its own model.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from llava.errors import InputError, require
+from llava.program import ArgumentParser, run_program
+from llava.serve.flags import add_server_flags, place_from
+
+HELP_EPILOG = """\
+examples:
+  llava web                                             models of the controller on this machine
+  llava web --controller-url http://10.0.0.1:21001 --host 0.0.0.0 --log-dir ./logs
+"""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava web",
+        description="Show the web page over a controller's models.",
+        epilog=HELP_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    page = parser.add_argument_group("page")
+    page.add_argument(
+        "--controller-url", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
+    )
+    page.add_argument("--concurrency-count", type=int, metavar="N", default=16, help="answers at once (default: 16)")
+    page.add_argument(
+        "--model-list-mode",
+        choices=("once", "reload"),
+        default="once",
+        help="ask for the models once, or for every visitor (default: once)",
+    )
+    page.add_argument("--share", action="store_true", help="not offered: put the page behind a server of your own")
+    page.add_argument("--moderate", action="store_true", help="not offered: nothing is sent to other services")
+    page.add_argument("--embed", action="store_true", help="leave the title out, for a frame in another page")
+    page.add_argument(
+        "--log-dir", metavar="FOLDER", help="keep conversations, votes and pictures there (default: nowhere)"
+    )
+    add_server_flags(parser, port=7860)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv))
+
+
+def run(args: Namespace) -> int:
+    for flag in ("share", "moderate"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} is a flag of the original that this page does not offer; leave it out")
+    require("gradio", extra="ui")
+    place = place_from(args)
+    from fastapi import FastAPI
+
+    from llava.serve.guard import Guard
+    from llava.serve.limits import ApiKeys
+    from llava.serve.metrics import Metrics
+    from llava.serve.page import Page, mount
+    from llava.serve.server import run_server
+
+    page = Page.over(args.controller_url, log_dir=args.log_dir, reload_models=args.model_list_mode == "reload")
+    app = mount(FastAPI(), page, "/", embed=args.embed, concurrency=args.concurrency_count)
+    guarded = Guard(
+        app,
+        keys=ApiKeys(),  # the page is open; for models behind keys, visitors write theirs into the settings
+        max_body_bytes=place.door.max_body_bytes,
+        metrics=Metrics(),
+        known_paths=("/",),
+        hosts=place.door.hosts,
+        origins=place.door.origins,
+    )
+    return run_server(
+        guarded,
+        place.listener,
+        drain_s=args.drain_seconds,
+        started=lambda: print(f"page {place.address}", flush=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

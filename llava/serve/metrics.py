@@ -1,0 +1,66 @@
+"""What a server counts, in the text format of Prometheus.
+
+In: events as they happen, and the backend's own numbers when somebody looks. Out: one page of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from llava.engine.request import Timings, Usage
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The counters of one server, in a registry of their own."""
+
+    def __init__(self, gauges: Callable[[], Mapping[str, float]] = dict) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Gauges(gauges))
+        self.responses = Counter(
+            "llava_http_responses", "Responses by path and status", ["path", "status"], registry=self.registry
+        )
+        self.response_s = Histogram(
+            "llava_http_response_seconds", "Time to the last byte", ["path"], buckets=SECONDS, registry=self.registry
+        )
+        self.finished = Counter(
+            "llava_requests", "Requests to the model by how they ended", ["end"], registry=self.registry
+        )
+        self.prompt_tokens = Counter("llava_prompt_tokens", "Tokens read, by kind", ["kind"], registry=self.registry)
+        self.new_tokens = Counter("llava_generated_tokens", "Tokens written", registry=self.registry)
+        self.first_token_s = Histogram(
+            "llava_first_token_seconds",
+            "Time from a request to its first token",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.queued_s = Histogram("llava_queued_seconds", "Time in the queue", buckets=SECONDS, registry=self.registry)
+
+    def answered(self, usage: Usage, timings: Timings, end: str) -> None:
+        self.finished.labels(end).inc()
+        self.prompt_tokens.labels("text").inc(usage.num_text_tokens)
+        self.prompt_tokens.labels("image").inc(usage.num_image_tokens)
+        self.prompt_tokens.labels("cached").inc(usage.num_cached_tokens)
+        self.new_tokens.inc(usage.num_new_tokens)
+        self.queued_s.observe(timings.queued_s)
+        if timings.first_token_s is not None:
+            self.first_token_s.observe(timings.first_token_s)
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Gauges:
+    """Numbers that are asked for when the page is read."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._read().items():
+            yield GaugeMetricFamily(f"llava_{name}", name.replace("_", " ").capitalize(), value=float(value))

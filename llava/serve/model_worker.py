@@ -1,0 +1,151 @@
+"""A worker: one model on an engine, behind the original protocol and the OpenAI-compatible API.
+
+In: flags; then HTTP requests. Out: streams of answers. The worker registers with a controller and sends it heart-beats, unless
+told not to. What a request may hold is protocol.py and openai_schema.py; how many run together is the engine's business.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from llava.program import ArgumentParser, run_program
+from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.models import find_model
+from llava.serve.protocol import OK, GenerateBody, encode_chunk
+
+if TYPE_CHECKING:
+    from llava.serve.flags import Place
+    from llava.serve.service import Asked, Service
+
+EXAMPLES = """\
+examples:
+  llava worker --model-path ./llava-v1.5-7b                        registers with the controller on this machine
+  llava worker --model-path ./llava-v1.5-7b --port 0 \\
+      --controller-address http://10.0.0.1:21001 --host 10.0.0.2   another machine's controller, any free port
+  llava worker --no-register                                       the small model in the package, by itself
+"""
+
+
+def build_parser(prog: str = "llava worker") -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        description="Serve one model, and register it with a controller.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_worker_flags(parser)
+    add_model_flags(parser)
+    add_server_flags(parser, port=21002)
+    add_limit_flags(parser)
+    return parser
+
+
+def add_worker_flags(parser: ArgumentParser) -> None:
+    """What a worker of any kind has."""
+    worker = parser.add_argument_group("worker")
+    worker.add_argument(
+        "--worker-address", metavar="URL", help="where others reach this worker (default: host and port)"
+    )
+    worker.add_argument(
+        "--controller-address", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
+    )
+    worker.add_argument("--model-name", metavar="NAME", help="(default: the last folder of the model's path)")
+    worker.add_argument(
+        "--limit-model-concurrency", type=int, metavar="N", help="answer so many at once (default: what memory allows)"
+    )
+    worker.add_argument(
+        "--stream-interval", type=int, metavar="N", default=1, help="tokens in a chunk of the original protocol (1)"
+    )
+    worker.add_argument("--no-register", action="store_true", help="stay unknown to the controller")
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model-path", metavar="FOLDER", help="folder or hub repository (default: the small model in the package)"
+    )
+    model.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
+    model.add_argument(
+        "--conv-mode", metavar="NAME", help="conversation template (default: what the model's files say)"
+    )
+    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    model.add_argument("--multi-modal", action="store_true", help="accepted; the model's files say whether it sees")
+    bits = model.add_mutually_exclusive_group()
+    bits.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
+    bits.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
+    model.add_argument("--use-flash-attn", action="store_true", help="accepted; the engine has its own attention")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv))
+
+
+def run(args: Namespace) -> int:
+    limits = limits_from(args)
+    args.model_path = find_model(args.model_path)
+    place = place_from(args)
+    from llava.serve.engine_backend import load_backend
+    from llava.serve.service import Service
+
+    return serve_worker(Service(load_backend(args), limits), args, place)
+
+
+def serve_worker(service: Service, args: Namespace, place: Place) -> int:
+    """Run a worker until it is told to stop."""
+    from llava.serve.app import make_app
+    from llava.serve.membership import Membership
+    from llava.serve.openai_api import ModelApi, openai_routes
+    from llava.serve.server import run_server
+    from llava.serve.worker_api import WorkerApi
+
+    membership = None
+    if not args.no_register:
+        membership = Membership(
+            args.controller_address,
+            args.worker_address or place.address,
+            service.status,
+            key=place.key,
+        )
+        service.changed = membership.changed
+    _, app = make_app(
+        [WorkerApi(service, args.stream_interval).router(), openai_routes(ModelApi(service))],
+        title=f"llava worker: {service.backend.card.name}",
+        metrics=service.metrics,
+        door=place.door,
+        alive=service.trouble,
+        ready=service.trouble_or_draining,
+        lifespans=[service.lifespan, *([membership.lifespan] if membership is not None else [])],
+    )
+
+    async def drain() -> None:
+        service.draining = True
+        if membership is not None:
+            await membership.leave()
+
+    def started() -> None:
+        print(f"worker {place.address} serves {service.backend.card.name}", flush=True)
+
+    return run_server(app, place.listener, drain_s=args.drain_seconds, started=started, drain=drain)
+
+
+async def generate_stream(asked: Asked, generate: GenerateBody, stream_interval: int) -> AsyncIterator[bytes]:
+    """The chunks of one answer: the prompt as it was posted, and what has been written so far."""
+    text, sent, num_tokens = generate.prompt, None, 0
+    async for chunk in asked:
+        text += chunk.text
+        num_tokens += len(chunk.token_ids)
+        if sent is None or (text != sent and num_tokens >= stream_interval):
+            yield encode_chunk(text)
+            sent, num_tokens = text, 0
+    if generate.inspect:
+        yield encode_chunk(text, OK, **asked.cost().as_json())
+    elif text != sent:
+        yield encode_chunk(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

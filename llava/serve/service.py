@@ -1,0 +1,149 @@
+"""One model behind a server: requests are admitted, their pictures opened, handed to the backend, and accounted for.
+
+In: prompts, sampling, picture addresses. Out: an `Asked`, the chunks of the answers and at the end their cost. Both
+protocols of a worker stand on this: openai_api.py and model_worker.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llava.conversation import Conversation
+from llava.engine.request import Chunk, Request, SamplingParams, Timings, Usage
+from llava.errors import InputError
+from llava.serve.backend import Answering, Backend, ServerBusyError
+from llava.serve.limits import ServeLimits, open_pictures
+from llava.serve.metrics import Metrics
+from llava.serve.openai_reply import Cost
+from llava.serve.protocol import WorkerStatus
+
+if TYPE_CHECKING:
+    from llava.geometry import ImageLayout
+
+Opener = Callable[[Sequence[str], ServeLimits], list[Any]]
+
+
+class Service:
+    """A backend within limits, with its counters. `draining`: what is on its way is finished, nothing new is taken."""
+
+    def __init__(self, backend: Backend, limits: ServeLimits) -> None:
+        self.backend = backend
+        self.limits = limits
+        self.metrics = Metrics(self._gauges)
+        self.draining = False
+        self.num_requests = 0
+        self.changed: Callable[[], None] = lambda: None  # called when a request begins or ends
+
+    async def ask(
+        self,
+        prompts: Sequence[Conversation | str],
+        sampling: SamplingParams,
+        pictures: Sequence[str] = (),
+        *,
+        opener: Opener = open_pictures,
+    ) -> Asked:
+        """Start answering; the caller reads the answers and calls `close`, whatever happens."""
+        if self.draining:
+            raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
+        if self.num_requests >= self.limits.max_requests:
+            raise ServerBusyError(f"{self.num_requests} requests are on their way already; try again in a moment")
+        if pictures and not self.backend.card.takes_images:
+            raise InputError(f"{self.backend.card.name} is a language model without a vision tower; it takes no images")
+        asked = Asked(self)
+        try:
+            images = await asyncio.to_thread(opener, pictures, self.limits) if pictures else []
+            asked.layouts = self.backend.plan([image.size for image in images]) if images else []
+            for prompt in prompts:
+                asked.add(await self.backend.start(Request(prompt, tuple(images), sampling)), sampling.n)
+        except BaseException:
+            asked.close("refused")
+            raise
+        return asked
+
+    def status(self) -> WorkerStatus:
+        """What a controller is told. As in the original, the queue is all requests that are not finished."""
+        return WorkerStatus((self.backend.card.name,), 1, self.num_requests)
+
+    async def trouble(self) -> str | None:
+        return None if await self.backend.is_alive() else "the model does not answer any more"
+
+    async def trouble_or_draining(self) -> str | None:
+        return "being stopped" if self.draining else await self.trouble()
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self.backend.close()
+
+    def _gauges(self) -> Mapping[str, float]:
+        return {"requests_in_flight": self.num_requests, **self.backend.gauges()}
+
+
+class Asked:
+    """The answers to one request of a client, which may be several prompts."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._answerings: list[Answering] = []
+        self._num_choices: list[int] = []
+        self._closed = False
+        self.layouts: Sequence[ImageLayout] = ()
+        service.num_requests += 1
+        service.changed()
+
+    def add(self, answering: Answering, num_choices: int) -> None:
+        self._answerings.append(answering)
+        self._num_choices.append(num_choices)
+
+    @property
+    def num_choices(self) -> int:
+        return sum(self._num_choices)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Chunks of all answers, prompt after prompt, their choices numbered through."""
+        first = 0
+        for answering, num_choices in zip(self._answerings, self._num_choices, strict=True):
+            async for chunk in answering:
+                yield replace(chunk, index=first + chunk.index) if first else chunk
+            first += num_choices
+
+    def cost(self) -> Cost:
+        """What it all took, after the end."""
+        usages = [answering.usage for answering in self._answerings]
+        timings = [answering.timings for answering in self._answerings]
+        firsts = [timing.first_token_s for timing in timings if timing.first_token_s is not None]
+        return Cost(
+            Usage(
+                num_text_tokens=sum(usage.num_text_tokens for usage in usages),
+                num_image_tokens=sum(usage.num_image_tokens for usage in usages),
+                num_cached_tokens=sum(usage.num_cached_tokens for usage in usages),
+                num_new_tokens=sum(usage.num_new_tokens for usage in usages),
+            ),
+            Timings(
+                queued_s=max(timing.queued_s for timing in timings),
+                first_token_s=min(firsts, default=None),
+                total_s=max(timing.total_s for timing in timings),
+            ),
+            self.layouts,
+        )
+
+    def close(self, end: str) -> None:
+        """Free what is still held. `end` is "finished", or else why it was not."""
+        if self._closed:
+            return
+        self._closed = True
+        self._service.num_requests -= 1
+        self._service.changed()
+        if end == "finished":
+            cost = self.cost()
+            self._service.metrics.answered(cost.usage, cost.timings, end)
+        else:
+            self._service.metrics.finished.labels(end).inc()
+        for answering in self._answerings:
+            answering.abort()

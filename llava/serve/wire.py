@@ -1,0 +1,120 @@
+"""HTTP as all of our servers speak it: JSON that came in, streams that go out, and clients that leave in between.
+
+In: Starlette requests; iterators of bytes. Out: values, or `ApiError`; responses that stop their source within moments of the
+client's leaving, or at a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from llava.errors import InputError
+
+T = TypeVar("T")
+
+LAST_WORDS_S = 5.0
+
+
+async def read_json(request: Request) -> Any:
+    """The body as JSON, whatever the Content-Type says: the original's servers did not look at it either."""
+    return parse_json(await request.body())
+
+
+def parse_json(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"the body is not JSON: {reason}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work; where the client leaves meanwhile, cancel it and raise `ClientDisconnect`. The body was read before."""
+    return await _first(asyncio.ensure_future(work), request.receive)
+
+
+async def _first(task: asyncio.Future[T], receive: Callable[[], Any]) -> T:
+    gone = asyncio.ensure_future(_disconnect(receive))
+    both: set[asyncio.Future[Any]] = {task, gone}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await gone
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnect(receive: Callable[[], Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(Response):
+    """A response whose body comes piece by piece.
+
+    Whatever ends it early, the client's leaving, the deadline or an error, `pieces` is closed, and `closed` learns the reason:
+    "finished", "cancelled", "deadline" or "failed". `last_words` makes the final piece from an error.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        *,
+        media_type: str | None,
+        deadline: float,
+        last_words: Callable[[Exception], bytes],
+        closed: Callable[[str], None],
+        status: int = 200,
+    ) -> None:
+        self._pieces = pieces
+        self._deadline = deadline  # in the event loop's time
+        self._last_words = last_words
+        self._closed = closed
+        self.status_code, self.media_type, self.background = status, media_type, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies shall not collect pieces
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        end = "cancelled"
+        try:
+            end = await _first(asyncio.ensure_future(self._write(send)), receive)
+        except (ClientDisconnect, OSError):
+            pass
+        finally:
+            self._closed(end)
+
+    async def _write(self, send: Any) -> str:
+        async def write(piece: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        end = "finished"
+        async with contextlib.aclosing(self._pieces) as pieces:  # type: ignore[type-var]
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    async for piece in pieces:
+                        await write(piece)
+            except Exception as error:
+                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                    raise  # the client's end of the connection
+                end = "deadline" if isinstance(error, TimeoutError) else "failed"
+                async with asyncio.timeout(LAST_WORDS_S):  # a client that reads nothing does not hold us here
+                    await write(self._last_words(error))
+        await write(b"", more=False)
+        return end
