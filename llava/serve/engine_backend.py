@@ -52,20 +52,20 @@ class EngineBackend:
     ) -> None:
         conv_mode = conv_mode or loaded.conv_mode
         template = get_template(conv_mode)
-        self._engine = Engine.from_loaded(loaded, config)
+        self.engine = Engine.from_loaded(loaded, config)
         self._loaded = loaded
         self._alone = _TokenTexts(loaded.tokenizer)
         self.card = ModelCard(
             name=name,
             template=template,
             conv_mode=conv_mode,
-            context_len=self._engine.context_len,
+            context_len=self.engine.context_len,
             image_mark=image_mark(LlavaSettings.from_hf(loaded.model.config)),
             takes_images=loaded.processor is not None,
         )
 
     async def start(self, request: Request) -> EngineAnswering:
-        handing_in = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, request))
+        handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request))
         try:
             return EngineAnswering(await asyncio.shield(handing_in))
         except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
@@ -84,13 +84,13 @@ class EngineBackend:
         return self._alone[token_id]
 
     def gauges(self) -> Mapping[str, float]:
-        return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(self._engine.stats()).items()}
+        return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(self.engine.stats()).items()}
 
     async def is_alive(self) -> bool:
-        return self._engine.alive
+        return self.engine.alive
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self.engine.close)
 
 
 def _abort(handing_in: asyncio.Future[RequestHandle]) -> None:

@@ -29,7 +29,10 @@ async def read_json(request: Request) -> Any:
 
 def parse_json(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\u" in body:  # half a character may have been written as an escape, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"the body is not JSON: {reason}") from None

@@ -1,0 +1,93 @@
+"""A worker in front of any server that speaks the OpenAI API: it registers that server's model with our controller.
+
+In: flags; then the requests of both our protocols. Out: the other server's answers. What goes over to it is remote.py; SGLang
+has the flags of the original in sglang_worker.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from llava.conversation import get_template, web_conv_mode_for_model_name
+from llava.errors import InputError
+from llava.program import ArgumentParser, run_program
+from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.model_worker import add_worker_flags, serve_worker
+
+ENDPOINT_KEY_VARIABLE = "LLAVA_ENDPOINT_KEY"
+EXAMPLES = """\
+examples:
+  python -m llava.serve.openai_worker --endpoint http://localhost:8000 --model-name llava-v1.5-7b      vLLM, llama.cpp, ...
+  python -m llava.serve.sglang_worker --sgl-endpoint http://localhost:30000
+"""
+
+
+def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: str = "--endpoint") -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        description="Register a server that speaks the OpenAI API with a controller, and pass requests on to it.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    remote = parser.add_argument_group("the server that answers")
+    remote.add_argument(endpoint, metavar="URL", help="its address, as http://localhost:8000")
+    remote.add_argument(
+        "--endpoint-model", metavar="NAME", help="its name for the model (default: the first one that it lists)"
+    )
+    remote.add_argument(
+        "--conv-mode", metavar="NAME", help="template of the prompts that clients send (default: by the model's name)"
+    )
+    add_worker_flags(parser)
+    add_server_flags(parser, port=21002)
+    add_limit_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv))
+
+
+def run(args: Namespace) -> int:
+    if not args.endpoint:
+        raise InputError("--endpoint is missing: the address of the server that answers")
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    limits = limits_from(args)
+    place = place_from(args)
+    from dataclasses import replace
+
+    from llava.serve.backend import ModelCard
+    from llava.serve.remote import RemoteBackend
+    from llava.serve.service import Service
+
+    key = os.environ.get(ENDPOINT_KEY_VARIABLE)
+    model = args.endpoint_model or asyncio.run(first_model(args.endpoint, key))
+    name = args.model_name or model.rstrip("/").rpartition("/")[2]
+    conv_mode = args.conv_mode or web_conv_mode_for_model_name(name)
+    card = ModelCard(name, get_template(conv_mode), conv_mode, context_len=None, image_mark="<image>")
+    if args.limit_model_concurrency is not None:
+        limits = replace(limits, max_requests=args.limit_model_concurrency)
+    return serve_worker(Service(RemoteBackend(args.endpoint, model=model, card=card, key=key), limits), args, place)
+
+
+async def first_model(endpoint: str, key: str | None) -> str:
+    """The name of the model that a server lists first."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    url = endpoint.rstrip("/").removesuffix("/v1") + "/v1/models"
+    try:
+        async with httpx.AsyncClient(headers=headers, timeout=10.0, trust_env=False) as client:
+            response = await client.get(url)
+            response.raise_for_status()
+            return str(response.json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{url} does not list a model ({error}); is the server running?") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Register a worker with a controller by hand: one that cannot do so itself.
+
+In: flags. Out: a registration, and an exit status. Workers of this package register themselves (membership.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from llava.errors import InputError, require
+from llava.program import ArgumentParser, run_program
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m llava.serve.register_worker", description="Register a worker with a controller by hand."
+    )
+    parser.add_argument("--controller-address", metavar="URL", help="the controller, as http://localhost:21001")
+    parser.add_argument(
+        "--worker-name", metavar="URL", help="the worker's address; the controller asks it for its models"
+    )
+    parser.add_argument("--check-heart-beat", action="store_true", help="forget it when its heart-beats stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, build_parser().parse_args(argv))
+
+
+def run(args: Namespace) -> int:
+    for flag in ("controller_address", "worker_name"):
+        if not getattr(args, flag):
+            raise InputError(f"--{flag.replace('_', '-')} is missing")
+    httpx = require("httpx", extra="serve")
+    body = {
+        "worker_name": args.worker_name,
+        "check_heart_beat": args.check_heart_beat,
+        "worker_status": None,
+    }
+    try:
+        response = httpx.post(f"{args.controller_address.rstrip('/')}/register_worker", json=body, timeout=10)
+        response.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InputError(f"the controller {args.controller_address} did not take the worker: {error}") from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Real servers for tests, on ports that the system picks: in threads of the test's process, or in processes of their own."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cli_kit import environment
+
+from llava.serve.app import Door, make_app
+from llava.serve.backend import Backend
+from llava.serve.controller_api import ControllerApi, controller_app
+from llava.serve.dispatch import Dispatcher
+from llava.serve.engine_backend import EngineBackend
+from llava.serve.limits import ServeLimits
+from llava.serve.membership import Membership
+from llava.serve.openai_api import ModelApi, openai_routes
+from llava.serve.server import bind
+from llava.serve.service import Service
+from llava.serve.worker_api import WorkerApi, own_controller
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "images/demo.jpg"
+
+
+def data_url(path: Path = DEMO) -> str:
+    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@contextlib.contextmanager
+def running(app: Any, listener: Any = None) -> Iterator[str]:
+    """An application behind a real socket, in a thread; gives its address."""
+    listener = listener or bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", loop="asyncio"))
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def embedded_backend(**changes: Any) -> Iterator[EngineBackend]:
+    """The embedded model on an engine, to be shared by the servers of a test file."""
+    from llava.assets import embedded_model_path
+    from llava.model.builder import load
+
+    backend = EngineBackend(load(embedded_model_path(), device="cpu"), name="llava-v1.5-tiny", **changes)
+    try:
+        yield backend
+    finally:
+        backend.engine.close()
+
+
+@contextlib.contextmanager
+def worker(
+    backend: Backend,
+    limits: ServeLimits | None = None,
+    *,
+    door: Door | None = None,
+    controller: str | None = None,
+) -> Iterator[tuple[str, Service]]:
+    """A worker over a backend, which stays open; it answers a controller's questions about itself unless it has one."""
+    service = Service(backend, limits or ServeLimits())
+    listener = bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    routers = [WorkerApi(service).router(), openai_routes(ModelApi(service))]
+    lifespans = []
+    if controller is None:
+        routers.append(own_controller(service, address))
+    else:
+        membership = Membership(controller, address, service.status)
+        service.changed = membership.changed
+        lifespans.append(membership.lifespan)
+    _, app = make_app(
+        routers,
+        title="worker",
+        metrics=service.metrics,
+        door=door or Door(max_body_bytes=service.limits.max_body_bytes),
+        alive=service.trouble,
+        ready=service.trouble_or_draining,
+        lifespans=lifespans,
+    )
+    with running(app, listener):
+        yield address, service
+
+
+@contextlib.contextmanager
+def controller(dispatcher: Dispatcher | None = None, **options: Any) -> Iterator[tuple[str, Dispatcher]]:
+    dispatcher = dispatcher or Dispatcher()
+    _, app = controller_app(ControllerApi(dispatcher, **options), Door())
+    with running(app) as address:
+        yield address, dispatcher
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """The first true value of a condition; fails when it does not come in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+class Program:
+    """A `llava` command in a process of its own, and what it says on stdout."""
+
+    def __init__(self, *arguments: str, **variables: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llava", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment() | variables,
+        )
+        self.lines: list[str] = []
+        self.complaints: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self.lines), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stderr, self.complaints), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _read(stream: Any, lines: list[str]) -> None:
+        lines.extend(iter(stream.readline, ""))
+
+    def line(self, beginning: str, seconds: float = 90.0) -> str:
+        """The first line that begins so, without its beginning."""
+
+        def found() -> str | None:
+            assert self.process.poll() is None or self.lines, "".join(self.complaints)
+            return next((line for line in self.lines if line.startswith(beginning)), None)
+
+        return wait_until(found, seconds).removeprefix(beginning).strip()
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout=seconds)
+        for thread in self._threads:
+            thread.join(timeout=5)
+        return status
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
