@@ -13,6 +13,9 @@ import numpy as np
 from llava.engine.request import SamplingParams
 from llava.errors import InputError, require
 
+# One way to write each value. Where any blank space may stand between two tokens, a small model writes it without end.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class GrammarMaker:
     """Makes grammars for one tokenizer. Reading its vocabulary happens once, at the first request that needs it."""
@@ -40,12 +43,12 @@ class GrammarMaker:
             return f"regex {params.regex!r}", library.LLMatcher.grammar_from_regex(params.regex)
         schema = params.json_schema
         if not isinstance(schema, str):
-            return "json_schema", library.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            schema = json.dumps(schema)
         try:
             json.loads(schema)
         except ValueError as error:
             raise InputError(f"json_schema is not JSON: {error}") from error
-        return "json_schema", library.LLMatcher.grammar_from_json_schema(schema)
+        return "json_schema", library.LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
 
     def _vocabulary(self, library: Any) -> Any:
         ends = sorted(self._end_ids)
@@ -100,6 +103,11 @@ class _Vocabulary:
         self.special_token_ids = sorted(special | set(range(len(names), vocab_size)))
 
     def __call__(self, text: str) -> list[int]:
+        """Ids of a text in the middle of another: without the space that sentencepiece puts before a beginning."""
+        before, both = (self._ids(line) for line in ("\n", "\n" + text))
+        return both[len(before) :] if both[: len(before)] == before else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
