@@ -258,7 +258,8 @@ def test_a_client_that_leaves_frees_its_place(address: str, served: tuple[str, S
     service = served[1]
     long = {"model": MODEL, "messages": said("hi"), "max_tokens": 900, "ignore_eos": True, "temperature": 1.5}
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=long | {"stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         assert service.num_requests == 1
     wait_until(lambda: service.num_requests == 0, seconds=1)
     wait_until(lambda: service.backend.engine.stats().num_running == 0, seconds=1)
