@@ -16,8 +16,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.program import ArgumentParser, run_program
 from llava.serve.flags import Place, add_limit_flags, add_server_flags, limits_from, place_from
-from llava.serve.model_worker import add_model_flags
-from llava.serve.models import find_model
+from llava.serve.model_worker import add_model_flags, check_model_flags
 
 EXAMPLES = """\
 examples:
@@ -63,7 +62,8 @@ def run(args: Namespace) -> int:
     if args.num_workers < 1:
         raise InputError(f"--num-workers is {args.num_workers}; give 1 or more")
     limits = limits_from(args)
-    args.model_path = find_model(args.model or args.model_path)
+    args.model_path = args.model or args.model_path
+    check_model_flags(args)
     place = place_from(args)
     with_page = not args.no_page
     if with_page and find_spec("gradio") is None:

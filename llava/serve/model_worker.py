@@ -11,6 +11,9 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
+from llava.conversation import get_template
+from llava.engine.config import EngineConfig
+from llava.errors import InputError
 from llava.program import ArgumentParser, run_program
 from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.models import find_model
@@ -85,13 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
+    if args.stream_interval < 1:
+        raise InputError(f"--stream-interval is {args.stream_interval}; give 1 or more tokens")
     limits = limits_from(args)
-    args.model_path = find_model(args.model_path)
+    check_model_flags(args)
     place = place_from(args)
     from llava.serve.engine_backend import load_backend
     from llava.serve.service import Service
 
     return serve_worker(Service(load_backend(args), limits), args, place)
+
+
+def check_model_flags(args: Namespace) -> None:
+    """Refuse what can be refused before torch is loaded, and fill in the model's path."""
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    EngineConfig(max_running=args.limit_model_concurrency)
+    args.model_path = find_model(args.model_path)
 
 
 def serve_worker(service: Service, args: Namespace, place: Place) -> int:

@@ -6,6 +6,8 @@ conversation is a list of `Turn`s, of which all that is shown is made anew each 
 
 from __future__ import annotations
 
+import html
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -89,8 +91,8 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
                     label="Conversation",
                     height="58vh",
                     editable="user",
+                    group_consecutive_messages=False,  # Gradio cannot edit a question that is grouped with its picture
                     buttons=["copy"],
-                    allow_tags=False,
                     feedback_options=["Like", "Dislike", "Report"],
                     placeholder="Your conversation will be here.",
                 )
@@ -149,7 +151,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
 
         async def edit(request: gr.Request, edited: gr.EditData, past: list[Turn], *values: Any) -> Any:
             number = _turn_at(past, edited.index)
-            turn = replace(past[number], question=str(edited.value), answer=None, failed=False)
+            turn = replace(past[number], question=html.unescape(str(edited.value)), answer=None, failed=False)
             async for state in _answer(page, [*past[:number], turn], _settings(values), request):
                 yield state
 
@@ -230,10 +232,17 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     for turn in turns:
         rows += [{"role": "user", "content": {"path": path}} for path in turn.pictures]
         if turn.question:
-            rows.append({"role": "user", "content": turn.question})
+            rows.append({"role": "user", "content": _without_tags(turn.question)})
         if turn.answer is not None:
-            rows.append({"role": "assistant", "content": f"⚠️ {turn.answer}" if turn.failed else turn.answer})
+            answer = _without_tags(turn.answer)
+            rows.append({"role": "assistant", "content": f"⚠️ {answer}" if turn.failed else answer})
     return rows
+
+
+def _without_tags(text: str) -> str:
+    """Markdown in which a < is a character and begins no tag: `<image>` would be taken for a picture. Code is left alone."""
+    parts = re.split(r"(```.*?(?:```|$)|`[^`\n]*`)", text, flags=re.DOTALL)
+    return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
 
 
 def _turn_at(turns: Sequence[Turn], index: Any) -> int:

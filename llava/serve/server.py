@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -91,7 +93,10 @@ def run_server(
         backlog=2048,
     )
     server = Server(config)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped in good order
+    # Once it has stopped in good order, uvicorn raises the signal again; that shall not look like a failure.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1
 

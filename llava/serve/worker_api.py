@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import InputError
 from llava.generation import PromptTooLongError
 from llava.serve.errors import as_api_error
 from llava.serve.limits import decode_pictures
@@ -31,8 +30,6 @@ class WorkerApi:
     """`stream_interval`: how many tokens go into one chunk."""
 
     def __init__(self, service: Service, stream_interval: int = 1) -> None:
-        if stream_interval < 1:
-            raise InputError(f"--stream-interval is {stream_interval}; give 1 or more tokens")
         self._service = service
         self._stream_interval = stream_interval
 
