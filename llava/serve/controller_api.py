@@ -24,7 +24,7 @@ from llava.serve.app import Door, Lifespan, make_app
 from llava.serve.dispatch import Dispatcher
 from llava.serve.errors import ApiError, as_api_error
 from llava.serve.guard import Guard
-from llava.serve.metrics import Metrics
+from llava.serve.metrics import Metrics, Number
 from llava.serve.openai_api import error_event, openai_routes
 from llava.serve.protocol import (
     NO_WORKER,
@@ -76,9 +76,12 @@ class ControllerApi:
     async def not_ready(self) -> str | None:
         return None if self.dispatcher.workers() else "no worker is registered"
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> dict[str, Number]:
         workers = self.dispatcher.workers()
-        return {"workers": len(workers), "worker_queue_length": sum(worker.queue_length for worker in workers)}
+        return {
+            "workers": len(workers),
+            "worker_queue_length": {worker.name: worker.queue_length for worker in workers},
+        }
 
     # The original's routes. A null in the answer is what the original sends.
 

@@ -13,13 +13,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from llava.engine.request import Timings, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Number = float | Mapping[str, float]  # a mapping has a number for each worker
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self, gauges: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __init__(self, gauges: Callable[[], Mapping[str, Number]] = dict) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Gauges(gauges))
         self.responses = Counter(
@@ -58,9 +59,16 @@ class Metrics:
 class _Gauges:
     """Numbers that are asked for when the page is read."""
 
-    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, Number]]) -> None:
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._read().items():
-            yield GaugeMetricFamily(f"llava_{name}", name.replace("_", " ").capitalize(), value=float(value))
+            title = name.replace("_", " ").capitalize()
+            if isinstance(value, Mapping):
+                family = GaugeMetricFamily(f"llava_{name}", title, labels=["worker"])
+                for worker, number in value.items():
+                    family.add_metric([worker], float(number))
+                yield family
+            else:
+                yield GaugeMetricFamily(f"llava_{name}", title, value=float(value))

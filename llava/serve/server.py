@@ -104,4 +104,5 @@ def run_server(
 def set_up_logging(level: str) -> None:
     """Our servers' lines on stderr; uvicorn's own only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send, one for each
     logging.getLogger("llava").setLevel(level.upper())
