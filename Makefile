@@ -59,6 +59,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps --requirement tests/page-requirements.txt
 	@# DeepSpeed has no wheel; without its compiled operators it is built in seconds, with the torch that is here.
 	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation deepspeed || \
 		echo "DeepSpeed cannot be built here; the tests of ZeRO will be skipped"
