@@ -45,7 +45,7 @@ class Process:
 
     def __init__(self, word: str, *arguments: str) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "llava", word, "--log-level", "error", *arguments],
+            [sys.executable, "-m", "llava", word, "--log-level", "warning", *arguments],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,

@@ -263,6 +263,7 @@ def as_llava(words: list[str]) -> list[str] | None:
     if words[:2] != ["python", "-m"]:
         return None
     modules = {"llava": [], "llava.serve.cli": ["cli"], "llava.serve.chat": ["chat"], "llava.train.train": ["train"]}
+    modules |= {f"llava.serve.{name}": [name] for name in ("openai_worker", "sglang_worker")}
     return modules[words[2]] + words[3:]
 
 
@@ -290,7 +291,9 @@ def parse_command(name: str, argv: list[str]) -> Any:
         return parser.parse_args(argv)
     if name == "trace" and "--" in argv:  # what follows is for training
         argv = argv[: argv.index("--")]
-    return import_module(COMMANDS[name].module).build_parser().parse_args(argv)
+    # Workers before other servers are started by their modules' names alone.
+    module = COMMANDS[name].module if name in COMMANDS else f"llava.serve.{name}"
+    return import_module(module).build_parser().parse_args(argv)
 
 
 @each(PAGES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -25,7 +26,8 @@ from llava.serve.wire import Stream, while_connected
 logger = logging.getLogger("llava.serve")
 
 BUSY = (429, 503)  # a worker's way of saying: ask somebody else
-CONNECT_S = 3.0
+CONNECT_S = 10.0
+TRIES = 2  # of one worker, where it did answer the knock: a connection kept too long, or a moment without air
 # Shorter than the time after which servers close a silent connection, so that none is closed while we reach for it.
 KEEP_ALIVE_S = 2.0
 
@@ -90,6 +92,7 @@ class Relay:
     ) -> _Answer:
         """The first worker's answer of which at least one byte has come."""
         tried: dict[str, ApiError] = {}
+        failures: Counter[str] = Counter()
         while (worker := self._dispatcher.choose(model, conversation=conversation, without=tried)) is not None:
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._dispatcher.serving(worker))
@@ -101,9 +104,12 @@ class Relay:
                         continue
                     return await _Answer.begin(worker, response, stack.pop_all())
                 except httpx.HTTPError as error:
-                    logger.warning("worker %s failed: %s", worker, error or type(error).__name__)
-                    self._dispatcher.mark_unreachable(worker)
-                    tried[worker] = ApiError(503, f"no worker for {model!r} can be reached", code="no_worker")
+                    logger.warning("worker %s failed: %s", worker, repr(error))
+                    failures[worker] += 1
+                    if isinstance(error, httpx.ConnectError) or failures[worker] == TRIES:
+                        tried[worker] = ApiError(503, f"no worker for {model!r} can be reached", code="no_worker")
+                        if not isinstance(error, httpx.TimeoutException):  # one that is slow is not gone
+                            self._dispatcher.mark_unreachable(worker)
         if tried:
             raise min(tried.values(), key=lambda error: error.status)
         known = self._dispatcher.model_names()
