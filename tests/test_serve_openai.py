@@ -154,6 +154,52 @@ def test_plain_completions(client: openai.OpenAI, backend: EngineBackend) -> Non
     assert list(texts.values()) == [choice.text for choice in both.choices]
 
 
+def test_responses_are_the_chat_in_another_form(client: openai.OpenAI) -> None:
+    asked = [
+        {
+            "role": "user",
+            "content": [{"type": "input_image", "image_url": data_url()}, {"type": "input_text", "text": SEE}],
+        }
+    ]
+    chat = client.chat.completions.create(model=MODEL, messages=shown(data_url()))
+    whole = client.responses.create(model=MODEL, input=asked)
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.status == "completed"
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
+        chat.usage.prompt_tokens,
+        chat.usage.completion_tokens,
+    )
+    events = list(client.responses.create(model=MODEL, input=asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.output_text == whole.output_text
+    # An earlier answer goes back as it was given; instructions are the system's text.
+    more = [
+        *asked,
+        *(item.model_dump(exclude_none=True) for item in whole.output),
+        {"role": "user", "content": "And the star?"},
+    ]
+    following = client.responses.create(model=MODEL, input=more, instructions="You are terse.", max_output_tokens=3)
+    assert following.status == "incomplete"
+    assert following.incomplete_details.reason == "max_output_tokens"
+    history = [
+        {"role": "system", "content": "You are terse."},
+        *shown(data_url()),
+        {"role": "assistant", "content": whole.output_text},
+        *said("And the star?"),
+    ]
+    alike = client.chat.completions.create(model=MODEL, messages=history, max_tokens=3)
+    assert following.output_text == alike.choices[0].message.content
+    with client.responses.stream(model=MODEL, input="Who are you?") as stream:  # the client puts events together itself
+        assert (
+            stream.get_final_response().output_text
+            == client.responses.create(model=MODEL, input="Who are you?").output_text
+        )
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.responses.create(model=MODEL, input="hi", tools=[{"type": "web_search"}])
+
+
 def test_stop_strings_end_an_answer(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=said("Who are you?")).choices[0].message.content
     word = whole.split()[4]
@@ -297,7 +343,7 @@ def test_health_and_documents(address: str) -> None:
     assert "swagger" in httpx.get(f"{address}/docs").text.lower()
 
 
-POSTED = ("/v1/chat/completions", "/v1/completions")
+POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 READ = ("/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics")
 OPERATIONS = [
     *((path, "POST", mode) for path in POSTED for mode in ("POSITIVE", "NEGATIVE")),
@@ -331,7 +377,8 @@ def test_every_answer_is_as_published(address: str, path: str, method: str, mode
     @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     def conforms(case: Any) -> None:
         if mode == "POSITIVE" and isinstance(case.body, dict):  # so that some reach the model, and are answered shortly
-            case.body = case.body | {"model": MODEL, "max_tokens": 2, "n": 1}
+            short = {"max_output_tokens": 2} if path.endswith("responses") else {"max_tokens": 2, "n": 1}
+            case.body = case.body | short | {"model": MODEL}
             case.body.pop("max_completion_tokens", None)
         case.validate_response(case.call(), checks=wanted)
 

@@ -192,6 +192,12 @@ class ControllerApi:
         body = await self._named(request)
         return await self._pass_on(request, "/v1/completions", body, None)
 
+    async def respond(self, request: Request) -> Response | Stream:
+        body = await self._named(request)
+        given = body.get("input")
+        question = _first_question(given) if isinstance(given, list) else given
+        return await self._pass_on(request, "/v1/responses", body, question)
+
     async def _named(self, request: Request) -> dict[str, Any]:
         body = await read_json(request)
         if not isinstance(body, dict):

@@ -7,6 +7,7 @@ openai_translate.py, how answers look openai_reply.py; the controller publishes 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, TypeVar
@@ -19,13 +20,20 @@ from pydantic.json_schema import models_json_schema
 from llava.serve import openai_schema as schema
 from llava.serve.errors import ApiError, as_api_error, error_body
 from llava.serve.openai_reply import ChatWriter, TextWriter
+from llava.serve.openai_responses import (
+    ResponsesEvent,
+    ResponsesReply,
+    ResponsesRequest,
+    ResponsesWriter,
+    responses_draft,
+)
 from llava.serve.openai_translate import Draft, chat_draft, completion_draft
 from llava.serve.service import Asked, Service
 from llava.serve.wire import Stream, read_json, while_connected
 
 B = TypeVar("B", bound=schema.Choosing)
 EVENTS = "text/event-stream; charset=utf-8"
-DONE = b"data: [DONE]\n\n"
+AnyWriter = ChatWriter | TextWriter | ResponsesWriter
 
 
 class Api(Protocol):
@@ -34,6 +42,8 @@ class Api(Protocol):
     async def chat(self, request: Request) -> Response | Stream: ...
 
     async def complete(self, request: Request) -> Response | Stream: ...
+
+    async def respond(self, request: Request) -> Response | Stream: ...
 
     async def models(self) -> schema.ModelList: ...
 
@@ -90,13 +100,19 @@ class ModelApi:
         )
         return await self._answer(request, body, draft, writer)
 
+    async def respond(self, request: Request) -> Response | Stream:
+        body = parse_body(await read_json(request), ResponsesRequest)
+        self._check_model(body.model)
+        draft = responses_draft(body, self._service.backend.card)
+        return await self._answer(request, body, draft, ResponsesWriter(body, draft.sampling))
+
     def _check_model(self, name: str) -> None:
         known = self._service.backend.card.name
         if name != known:
             raise unknown_model(name, [known])
 
     async def _answer(
-        self, request: Request, body: schema.Generating, draft: Draft, writer: ChatWriter | TextWriter
+        self, request: Request, body: schema.Choosing, draft: Draft, writer: AnyWriter
     ) -> Response | Stream:
         service = self._service
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
@@ -131,25 +147,26 @@ async def _all(asked: Asked) -> list[Any]:
     return [chunk async for chunk in asked]
 
 
-async def _events(asked: Asked, writer: ChatWriter | TextWriter) -> AsyncIterator[bytes]:
+async def _events(asked: Asked, writer: AnyWriter) -> AsyncIterator[bytes]:
     for piece in writer.opening(asked.num_choices):
         yield event(piece)
     async for chunk in asked:
         yield event(writer.piece(chunk))
     for piece in writer.closing(asked.cost()):
         yield event(piece)
-    yield DONE
+    yield writer.ending
 
 
 def event(piece: schema.Reply) -> bytes:
-    return f"data: {piece.as_json()}\n\n".encode()
+    """A server-sent event; those of /v1/responses are named by their type."""
+    name = f"event: {piece.type}\n" if isinstance(piece, ResponsesEvent) else ""
+    return f"{name}data: {piece.as_json()}\n\n".encode()
 
 
 def error_event(error: Exception) -> bytes:
     """What a stream ends with when it cannot go on: clients raise it."""
     told = as_api_error(error)
-    reply = schema.ErrorReply.model_validate(error_body(told.status, str(told), code=told.code))
-    return event(reply)
+    return f"event: error\ndata: {json.dumps(error_body(told.status, str(told), code=told.code))}\n\n".encode()
 
 
 def parse_body(values: Any, kind: type[B]) -> B:
@@ -184,6 +201,11 @@ def openai_routes(api: Api) -> APIRouter:
     async def completions(request: Request) -> Any:
         """Go on from a finished prompt."""
         return await api.complete(request)
+
+    @router.post("/v1/responses", **_described(ResponsesRequest, ResponsesReply, ResponsesEvent))
+    async def responses(request: Request) -> Any:
+        """The same as a chat, in OpenAI's newer form; nothing is stored."""
+        return await api.respond(request)
 
     @router.get("/v1/models", responses=_errors(401, 403, 421), response_model=schema.ModelList)
     async def models() -> Any:
@@ -242,6 +264,9 @@ _PUBLISHED = (
     schema.ChatChunk,
     schema.CompletionRequest,
     schema.TextReply,
+    ResponsesRequest,
+    ResponsesReply,
+    ResponsesEvent,
     schema.ErrorReply,
 )
 

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from llava.engine.request import Chunk, Timings, Usage
 from llava.engine.request import TokenLogprob as EngineLogprob
@@ -34,7 +34,9 @@ class Cost:
 
 @dataclass
 class Writer:
-    """Makes the replies to one request; `id` and time are the same in all of them."""
+    """Makes the replies to one request; `id` and time are the same in all of them. A stream closes with `ending`."""
+
+    ending: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     model: str
     token_text: TokenText

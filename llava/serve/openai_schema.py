@@ -122,7 +122,7 @@ class Choosing(Body):
     stream: bool | None = None
     user: str | None = None
     # Not OpenAI's; named as vLLM and others name them.
-    top_k: int | None = Field(None, ge=0, description="keep so many of the likeliest tokens; 0: all")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="keep so many of the likeliest tokens; 0: all")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)

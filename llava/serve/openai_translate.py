@@ -20,8 +20,8 @@ from llava.serve.backend import ModelCard
 from llava.serve.openai_schema import (
     AssistantMessage,
     ChatRequest,
+    Choosing,
     CompletionRequest,
-    Generating,
     ImagePart,
     ImageURL,
     JsonObjectFormat,
@@ -32,6 +32,11 @@ from llava.serve.openai_schema import (
 from llava.serve.session import marked
 
 DEFAULT_NEW_TOKENS = 512
+# Fields that the engine calls by the same name.
+SAME_NAMES = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "ignore_eos", "n", "regex",
+)  # fmt: skip
 ANY_OBJECT = {"type": "object"}
 
 
@@ -66,7 +71,7 @@ def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
         json_schema = body.response_format.json_schema.schema_
     turns = _turns(body)
     conversation = as_conversation(turns, card)
-    sampling = _sampling(
+    sampling = sampling_of(
         body,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -83,36 +88,25 @@ def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
         raise InputError("images go with a single prompt; send a request for each prompt that has images")
     for prompt in prompts:
         check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(pictures))
-    sampling = _sampling(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs, json_schema=None)
+    sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
     return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), pictures, sampling)
 
 
-def _sampling(
-    body: Generating,
+def sampling_of(
+    body: Choosing,
     *,
     max_new_tokens: int | None,
-    logprobs: int | None,
-    json_schema: dict[str, Any] | None,
+    logprobs: int | None = None,
+    json_schema: dict[str, Any] | None = None,
 ) -> SamplingParams:
-    stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-    max_new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
-    given: dict[str, Any] = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "seed": body.seed,
-        "min_new_tokens": body.min_tokens,
-        "ignore_eos": body.ignore_eos,
-        "n": body.n,
-        "regex": body.regex,
-    }
+    """What a body says of choosing tokens; fields that its kind does not have say nothing."""
+    fields = dict(body)
+    stop = fields.get("stop") or ()
+    given: dict[str, Any] = {name: fields.get(name) for name in SAME_NAMES} | {"min_new_tokens": body.min_tokens}
     return replace(
-        SamplingParams(max_new_tokens=max_new_tokens, stop=tuple(stop)),
-        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        SamplingParams(max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logit_bias={int(token): bias for token, bias in (fields.get("logit_bias") or {}).items()},
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         json_schema=json_schema,
@@ -136,13 +130,15 @@ def _turn(message: SystemMessage | UserMessage | AssistantMessage, place: int) -
         texts = [part.text for part in message.content if not isinstance(part, ImagePart)]
         pictures = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
         text = "\n".join(texts)
-    if role != "user" and DEFAULT_IMAGE_TOKEN in text:
-        raise InputError(
-            f"messages[{place}]: {DEFAULT_IMAGE_TOKEN} stands for a picture, and only the user shows pictures"
-        )
-    if not text.strip() and not pictures and role == "user":
-        raise InputError(f"messages[{place}]: the content is empty; ask something or show a picture")
-    return Said(role, text, pictures)
+    return checked_text(Said(role, text, pictures), f"messages[{place}]")
+
+
+def checked_text(turn: Said, place: str) -> Said:
+    if turn.role != "user" and DEFAULT_IMAGE_TOKEN in turn.text:
+        raise InputError(f"{place}: {DEFAULT_IMAGE_TOKEN} stands for a picture, and only the user shows pictures")
+    if turn.role == "user" and not turn.text.strip() and not turn.pictures:
+        raise InputError(f"{place}: the content is empty; ask something or show a picture")
+    return turn
 
 
 def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
