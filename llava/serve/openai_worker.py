@@ -41,6 +41,11 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
     remote.add_argument(
         "--conv-mode", metavar="NAME", help="template of the prompts that clients send (default: by the model's name)"
     )
+    remote.add_argument(
+        "--chat-only",
+        action="store_true",
+        help="ask only its chat: finished prompts are taken apart, with pictures or not",
+    )
     add_worker_flags(parser)
     add_server_flags(parser, port=21002)
     add_limit_flags(parser)
@@ -71,7 +76,8 @@ def run(args: Namespace) -> int:
     card = ModelCard(name, get_template(conv_mode), conv_mode, context_len=None, image_mark="<image>")
     if args.limit_model_concurrency is not None:
         limits = replace(limits, max_requests=args.limit_model_concurrency)
-    return serve_worker(Service(RemoteBackend(args.endpoint, model=model, card=card, key=key), limits), args, place)
+    backend = RemoteBackend(args.endpoint, model=model, card=card, key=key, chat_only=args.chat_only)
+    return serve_worker(Service(backend, limits), args, place)
 
 
 async def first_model(endpoint: str, key: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from llava.conversation import Conversation
+from llava.conversation import Conversation, answer_end
 from llava.engine.request import Chunk, FinishReason, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backend import BackendError, ModelCard, ServerBusyError
@@ -33,10 +33,15 @@ REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class RemoteBackend:
-    """`model` is the name of the model over there, `card` what we tell about it here."""
+    """`model` is the name of the model over there, `card` what we tell about it here. With `chat_only` finished prompts without
+    pictures are taken apart too, for servers whose completions are not for models that see.
+    """
 
-    def __init__(self, endpoint: str, *, model: str, card: ModelCard, key: str | None = None) -> None:
+    def __init__(
+        self, endpoint: str, *, model: str, card: ModelCard, key: str | None = None, chat_only: bool = False
+    ) -> None:
         self.card = card
+        self._chat_only = chat_only
         self._model = model
         self._client = httpx.AsyncClient(
             base_url=endpoint.rstrip("/").removesuffix("/v1"),
@@ -68,8 +73,14 @@ class RemoteBackend:
         return {}
 
     async def is_alive(self) -> bool:
+        """Most servers have /health, and those that do not list their models."""
         try:
-            return (await self._client.get("/v1/models", timeout=CONNECT_S)).status_code == 200
+            return any(
+                [
+                    (await self._client.get(path, timeout=CONNECT_S)).status_code == 200
+                    for path in ("/health", "/v1/models")
+                ]
+            )
         except httpx.HTTPError:
             return False
 
@@ -79,15 +90,19 @@ class RemoteBackend:
     def _translated(self, request: Request) -> tuple[str, dict[str, Any]]:
         body = {"model": self._model, "stream": True, "stream_options": {"include_usage": True}}
         body |= _sampling(request.sampling)
-        if isinstance(request.prompt, str) and not request.images:
-            return "/v1/completions", body | {"prompt": request.prompt}
+        stop = list(request.sampling.stop)
+        if isinstance(request.prompt, str) and not request.images and not self._chat_only:
+            return "/v1/completions", body | {"prompt": request.prompt} | ({"stop": stop} if stop else {})
         if isinstance(request.prompt, str):
             conversation = unrender(request.prompt, self.card.template)
         elif isinstance(request.prompt, Conversation):
             conversation = request.prompt
         else:
             raise InputError("this worker passes text on, and cannot pass token ids on")
-        return "/v1/chat/completions", body | {"messages": messages_of(conversation, request.images, self.card)}
+        body["messages"] = messages_of(conversation, request.images, self.card)
+        # The other server's own template ends an answer, and not every server takes stop strings.
+        stop = [text for text in stop if text != answer_end(self.card.template)]
+        return "/v1/chat/completions", body | ({"stop": stop} if stop else {})
 
 
 def messages_of(conversation: Conversation, images: Sequence[Image.Image], card: ModelCard) -> list[dict[str, Any]]:
@@ -134,8 +149,6 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
     )  # fmt: skip
     body = {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(usual, name)}
     body |= {"temperature": ours.temperature, "max_tokens": ours.max_new_tokens}
-    if ours.stop:
-        body["stop"] = list(ours.stop)
     if ours.min_new_tokens:
         body["min_tokens"] = ours.min_new_tokens
     if ours.logit_bias:
@@ -148,15 +161,21 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
 
 def _refused(status: int, text: str) -> Exception:
     try:
-        error = json.loads(text)["error"]
-        message = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+        message = _message(json.loads(text)) or text[:300]
+    except ValueError:
         message = text[:300] or f"status {status}"
     if status in (429, 503):
         return ServerBusyError(message)
     if status in (400, 413, 422):
         return InputError(message)
     return BackendError(f"the server that answers failed with status {status}: {message}")
+
+
+def _message(values: Any) -> str | None:
+    """The sentence in an error's body, in one of the forms that servers have for it."""
+    error = values.get("error", values.get("detail")) if isinstance(values, dict) else None
+    found = error.get("message") if isinstance(error, dict) else error
+    return str(found) if found else None
 
 
 class RemoteAnswering:
@@ -207,7 +226,9 @@ class RemoteAnswering:
                         continue
                     event = json.loads(line.removeprefix("data:"))
                     if "error" in event:
-                        raise _refused(502, json.dumps(event))
+                        raise BackendError(
+                            f"the server that answers failed: {_message(event) or 'it does not say why'}"
+                        )
                     self._told = event.get("usage") or self._told
                     for choice in event.get("choices") or ():
                         self._take(choice, open_choices)
