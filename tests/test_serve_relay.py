@@ -70,18 +70,17 @@ def broken_worker(dispatcher: Dispatcher, answer: bytes) -> Iterator[list[int]]:
 
     threading.Thread(target=serve, daemon=True).start()
     name = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    dispatcher.register(name, WorkerStatus((MODEL,), 1000, 0), check_heart_beat=False)
-    for other in dispatcher.workers():
-        if other.name != name:
-            other.queue_length = 5
+    dispatcher.register(name, WorkerStatus((MODEL,), 1, 0), check_heart_beat=False)
+    usual = dispatcher._choose
+    dispatcher._choose = lambda able, chance: min(able, key=lambda worker: worker.name != name)
+    dispatcher._homes.clear()
     try:
         yield asked
     finally:
+        dispatcher._choose = usual
         dispatcher.unregister(name)
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        for other in dispatcher.workers():
-            other.queue_length = 0
 
 
 def head(length: str, kind: str) -> bytes:
@@ -139,6 +138,7 @@ def test_another_worker_is_asked_while_no_byte_has_been_sent(
     with broken_worker(dispatcher, answer) as asked:
         for stream in (False, True):
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": stream}
+            dispatcher._homes.clear()
             response = httpx.post(address + CHAT, json=body)
             assert response.status_code == 200
             assert "Hello" in response.text
