@@ -111,13 +111,23 @@ class Processor:
         """Per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles."""
         return list(process_images(rgb, self.image_processor, self._image_config()))
 
-    def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
-        """The layouts of images of these sizes: how many tiles and features each becomes."""
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[str] = ()) -> list[ImageLayout]:
+        """The layouts of images of these sizes: how many tiles and features each becomes.
+
+        With the detail "low" an image that would be cut into tiles becomes its overview tile alone.
+        """
         if not sizes:
             return []
         if self.policy is None:
             raise InputError("this processor does not know how its model lays images out; build it with policy=.")
-        return [plan(ImageSize(*size), self.policy) for size in sizes]
+        if details and len(details) != len(sizes):
+            raise InputError(f"{len(details)} details were given for {len(sizes)} images; give one for each, or none")
+        is_cut = self.policy.mode == "anyres"
+        alone = [is_cut and detail == "low" for detail in details] or [False] * len(sizes)
+        return [
+            plan(ImageSize(*size), self.policy, num_tiles=1 if low else None)
+            for size, low in zip(sizes, alone, strict=True)
+        ]
 
     def _image_config(self) -> SimpleNamespace:
         image = self.config.image

@@ -101,6 +101,30 @@ def test_pictures_with_equally_many_features_are_not_taken_for_each_other(engine
     assert again.usage.num_prompt_tokens == first.usage.num_prompt_tokens
 
 
+def test_little_detail_is_the_overview_alone() -> None:
+    """Where pictures are cut into tiles: the tokens of `generate` with one tile of pixels, beside the same one in full."""
+    whole = loaded("anyres")
+    prompt, image = "USER: <image>\nWell? ASSISTANT:", picture(1)
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    inputs = whole.processor(prompt, [image])
+    assert inputs.pixels[0].dim() == 4
+    with torch.inference_mode():
+        tokens = whole.model.generate(
+            inputs.input_ids[None], images=[inputs.pixels[0][:1]], image_sizes=[image.size], do_sample=False,
+            max_new_tokens=12, min_new_tokens=12,
+        )  # fmt: skip
+    with Engine.from_loaded(whole) as engine:
+        low, full = answers_together(
+            engine,
+            [Request(prompt, [image], sampling, details=["low"]), Request(prompt, [image], sampling, details=["auto"])],
+        )
+        with pytest.raises(InputError, match="2 details were given for 1 images"):
+            engine.generate(Request(prompt, [image], details=["low", "low"]))
+    assert low.completions[0].token_ids == tuple(tokens[0].tolist())
+    assert low.usage.num_image_tokens == whole.processor.plan([image.size], ["low"])[0].num_features
+    assert full.usage.num_image_tokens == inputs.num_image_tokens > low.usage.num_image_tokens
+
+
 def test_a_follow_up_pays_for_its_new_tokens_only() -> None:
     with Engine.from_loaded(loaded("llama"), EngineConfig(block_size=4)) as engine:
         first = engine.generate(Request("<image>\nwhat is it?", [picture(4)], greedy(30)))

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from engine_kit import loaded
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -232,6 +233,22 @@ def test_inspection_says_what_became_of_the_pictures(address: str) -> None:
     width, height = Image.open(ROOT / "images/wide.png").size
     assert seen["images"] == [{"width": width, "height": height, "tiles": 1, "grid": None, "tokens": 64}]
     assert 0 <= seen["queued_s"] <= seen["first_token_s"] <= seen["total_s"]
+
+
+def test_detail_says_into_how_many_tiles_a_picture_is_cut() -> None:
+    backend = EngineBackend(loaded("anyres"), name="tiles")
+    with worker(backend) as (address, _):
+        for detail, tiles in (("low", 1), ("high", 3), ("auto", 3)):
+            body = {
+                "model": "tiles",
+                "messages": shown(data_url(ROOT / "images/wide.png"), detail=detail),
+                "max_tokens": 2,
+            }
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body | {"inspect": True}).json()
+            (seen,) = reply["inspect"]["images"]
+            assert seen["tiles"] == tiles
+            assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == seen["tokens"]
+    backend.engine.close()
 
 
 # Refusals

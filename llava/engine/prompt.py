@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 class PromptImage:
     """A picture in a prompt, its features at positions `start` to `stop`.
 
-    `key` names content and layout: the same key, the same features. A layout follows from size and model, so the size
-    stands for it.
+    `key` names content and layout: the same key, the same features. A layout follows from size, model and number of
+    tiles, so these stand for it.
     """
 
     def __init__(
         self, rgb: Image.Image, layout: ImageLayout, start: int, to_pixels: Callable[[list[Any]], list[Tensor]]
     ) -> None:
-        content = hashlib.blake2b(repr(rgb.size).encode(), digest_size=32)
+        content = hashlib.blake2b(repr((rgb.size, layout.num_tiles)).encode(), digest_size=32)
         content.update(rgb.tobytes())
         self.key = content.digest()
         self.size = rgb.size
         self.start = start
         self.num_features = layout.num_features
+        self._num_tiles = layout.num_tiles
         self._rgb = rgb
         self._to_pixels = to_pixels
         self._pixels: Tensor | None = None
@@ -57,7 +58,8 @@ class PromptImage:
         """Tiles (n, 3, side, side) of uint8, as they were before normalising."""
         if self._pixels is None:
             pixels = self._to_pixels([self._rgb])[0]
-            self._pixels = pixels[None] if pixels.dim() == 3 else pixels
+            # The overview comes first, and stands alone where little detail was asked for.
+            self._pixels = pixels[None] if pixels.dim() == 3 else pixels[: self._num_tiles]
         return self._pixels
 
 
@@ -78,7 +80,8 @@ class PromptBuilder:
             raise InputError("this model has no vision tower, so it cannot look at images")
         ids = self._encode(request.prompt, len(request.images))
         rgb = [to_rgb(image) for image in request.images]
-        layouts = self._processor.plan([image.size for image in rgb])
+        details = request.details if isinstance(request, Request) else ()
+        layouts = self._processor.plan([image.size for image in rgb], details)
         spread: list[int] = []
         images: list[PromptImage] = []
         for token in ids:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # "stop": the end token, a stop string or a stop id. "length": the limit of new tokens or of the context.
 FinishReason = Literal["stop", "length", "cancelled"]
+Detail = Literal["auto", "low"]
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
@@ -93,12 +94,14 @@ class Request:
 
     `prompt` is a conversation whose last turn is unanswered, a finished prompt, or token ids with -200 for each image;
     there are as many `<image>` marks as images. `request_id` is the caller's name for it, unique among those running.
+    `details`, one for each image where given, ask with "low" for the overview tile alone of a model that cuts into tiles.
     """
 
     prompt: Conversation | str | Sequence[int]
     images: Sequence[Image.Image] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None
+    details: Sequence[Detail] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Request, Timings, Usage
+from llava.engine.request import Chunk, Detail, Request, Timings, Usage
 
 if TYPE_CHECKING:
     from llava.geometry import ImageLayout
@@ -65,7 +65,7 @@ class Backend(Protocol):
     async def start(self, request: Request) -> Answering:
         """Hand a request in; `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
 
-    def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         """What pictures of these sizes become; empty where only the server elsewhere knows."""
 
     def token_text(self, token_id: int) -> str: ...

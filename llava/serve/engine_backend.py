@@ -15,7 +15,7 @@ from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
 from llava.engine.errors import EngineError, QueueFull
-from llava.engine.request import Chunk, Request, Result, Timings, Usage
+from llava.engine.request import Chunk, Detail, Request, Result, Timings, Usage
 from llava.model.builder import load
 from llava.model.config import LlavaSettings
 from llava.processor import image_mark
@@ -29,14 +29,11 @@ if TYPE_CHECKING:
 
 def load_backend(args: Namespace) -> EngineBackend:
     """The backend that a worker's flags ask for."""
-    loaded = load(
-        args.model_path,
-        base=args.model_base,
-        device=args.device,
-        dtype=args.dtype,
-        quantization="8bit" if args.load_8bit else "4bit" if args.load_4bit else None,
+    loaded = load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
+    config = EngineConfig(
+        max_running=args.limit_model_concurrency,
+        weights="int8" if args.load_8bit else "int4" if args.load_4bit else None,
     )
-    config = EngineConfig(max_running=args.limit_model_concurrency)
     name = args.model_name or get_model_name_from_path(str(args.model_path))
     return EngineBackend(loaded, name=name, conv_mode=args.conv_mode, config=config)
 
@@ -76,9 +73,9 @@ class EngineBackend:
         except EngineError as error:
             raise BackendError(str(error)) from error
 
-    def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         assert self._loaded.processor is not None
-        return self._loaded.processor.plan(sizes)
+        return self._loaded.processor.plan(sizes, details)
 
     def token_text(self, token_id: int) -> str:
         return self._alone[token_id]

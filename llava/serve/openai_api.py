@@ -17,6 +17,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
+from llava.engine.request import Detail
 from llava.serve import openai_schema as schema
 from llava.serve.errors import ApiError, as_api_error, error_body
 from llava.serve.openai_reply import ChatWriter, TextWriter
@@ -116,7 +117,9 @@ class ModelApi:
     ) -> Response | Stream:
         service = self._service
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
-        asking = service.ask(draft.prompts, draft.sampling, [picture.url for picture in draft.pictures])
+        urls = [picture.url for picture in draft.pictures]
+        details: list[Detail] = ["low" if picture.detail == "low" else "auto" for picture in draft.pictures]
+        asking = service.ask(draft.prompts, draft.sampling, urls, details=details)
         async with asyncio.timeout_at(deadline):
             asked = await while_connected(request, asking)
         if body.stream:

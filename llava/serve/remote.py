@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from llava.conversation import Conversation, answer_end
-from llava.engine.request import Chunk, FinishReason, Request, SamplingParams, Timings, Usage
+from llava.engine.request import Chunk, Detail, FinishReason, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backend import BackendError, ModelCard, ServerBusyError
 from llava.serve.unrender import unrender
@@ -63,7 +63,7 @@ class RemoteBackend:
             raise _refused(response.status_code, text)
         return RemoteAnswering(response, posted)
 
-    def plan(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         return []
 
     def token_text(self, token_id: int) -> str:
@@ -99,18 +99,20 @@ class RemoteBackend:
             conversation = request.prompt
         else:
             raise InputError("this worker passes text on, and cannot pass token ids on")
-        body["messages"] = messages_of(conversation, request.images, self.card)
+        body["messages"] = messages_of(conversation, request.images, self.card, request.details)
         # The other server's own template ends an answer, and not every server takes stop strings.
         stop = [text for text in stop if text != answer_end(self.card.template)]
         return "/v1/chat/completions", body | ({"stop": stop} if stop else {})
 
 
-def messages_of(conversation: Conversation, images: Sequence[Image.Image], card: ModelCard) -> list[dict[str, Any]]:
+def messages_of(
+    conversation: Conversation, images: Sequence[Image.Image], card: ModelCard, details: Sequence[Detail] = ()
+) -> list[dict[str, Any]]:
     """A conversation as chat messages. A system text that is only the template's own is left to the other server."""
     messages: list[dict[str, Any]] = []
     if conversation.system and conversation.system != card.template.system:
         messages.append({"role": "system", "content": conversation.system.removeprefix("<|im_start|>system\n")})
-    left = list(images)
+    left = list(zip(images, details or ["auto"] * len(images), strict=True))
     for role, text in conversation.messages[conversation.offset :]:
         if role == conversation.roles[1]:
             if text is not None:
@@ -119,7 +121,8 @@ def messages_of(conversation: Conversation, images: Sequence[Image.Image], card:
         before, *after = text.split(card.image_mark)
         parts: list[dict[str, Any]] = [_text(before)]
         for piece in after:
-            url = {"url": _data_url(left.pop(0))}
+            image, detail = left.pop(0)
+            url = {"url": _data_url(image)} | ({"detail": detail} if detail != "auto" else {})
             parts += [{"type": "image_url", "image_url": url}, _text(piece.removeprefix("\n"))]
         shown = [part for part in parts if part.get("text") != ""]
         messages.append({"role": "user", "content": shown if after else text})

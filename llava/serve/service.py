@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Request, SamplingParams, Timings, Usage
+from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backend import Answering, Backend, ServerBusyError
 from llava.serve.limits import ServeLimits, open_pictures
@@ -44,6 +44,7 @@ class Service:
         sampling: SamplingParams,
         pictures: Sequence[str] = (),
         *,
+        details: Sequence[Detail] = (),
         opener: Opener = open_pictures,
     ) -> Asked:
         """Start answering; the caller reads the answers and calls `close`, whatever happens."""
@@ -56,9 +57,10 @@ class Service:
         asked = Asked(self)
         try:
             images = await asyncio.to_thread(opener, pictures, self.limits) if pictures else []
-            asked.layouts = self.backend.plan([image.size for image in images]) if images else []
+            asked.layouts = self.backend.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
-                asked.add(await self.backend.start(Request(prompt, tuple(images), sampling)), sampling.n)
+                request = Request(prompt, tuple(images), sampling, details=tuple(details))
+                asked.add(await self.backend.start(request), sampling.n)
         except BaseException:
             asked.close("refused")
             raise
