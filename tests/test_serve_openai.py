@@ -238,7 +238,7 @@ def test_inspection_says_what_became_of_the_pictures(address: str) -> None:
 def test_detail_says_into_how_many_tiles_a_picture_is_cut() -> None:
     backend = EngineBackend(loaded("anyres"), name="tiles")
     with worker(backend) as (address, _):
-        for detail, tiles in (("low", 1), ("high", 3), ("auto", 3)):
+        for detail, tiles in (("low", 1), ("high", 5), ("auto", 5)):
             body = {
                 "model": "tiles",
                 "messages": shown(data_url(ROOT / "images/wide.png"), detail=detail),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from cli_kit import environment
 from serve_kit import ROOT, Program, data_url, wait_until
@@ -233,3 +235,30 @@ def test_on_sigterm_running_answers_are_finished(house: Program) -> None:
     with pytest.raises(httpx.ConnectError):
         httpx.post(url, json=body)
     assert house.stop() == 0
+
+
+def test_a_fleet_starts_its_workers_again_and_takes_them_along() -> None:
+    with Program("serve", "--num-workers", "2", "--port", "0", "--device", "cpu", "--no-page") as program:
+        program.line("try ")
+        address = program.line("API ").removesuffix("/v1")
+
+        def workers() -> set[str]:
+            page = httpx.get(f"{address}/metrics").text
+            return set(re.findall(r'llava_worker_queue_length{worker="([^"]+)"}', page))
+
+        def answer() -> str:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 5}
+            return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"][
+                "content"
+            ]
+
+        first = wait_until(lambda: len(workers()) == 2 and workers(), seconds=120)
+        told = answer()
+        children = psutil.Process(program.process.pid).children()
+        assert len(children) == 2
+        children[0].kill()
+        assert answer() == told
+        wait_until(lambda: len(workers() - first) == 1, seconds=120)
+        assert answer() == told
+        assert program.stop(seconds=60) == 0
+    assert not [child for child in children if child.is_running()]
