@@ -5,7 +5,7 @@ bounded numbers of requests to them, and stops them. Out: Markdown tables; the e
 
     python benchmarks/serve.py                                   the whole, on a CPU in about half an hour
     python benchmarks/serve.py --only crowd --clients 500        one part of it
-    python benchmarks/serve.py --only overhead --device cuda     requests/s and first token over the bare engine
+    python benchmarks/serve.py --only overhead --workers 1 --device cuda     requests/s and first token over the bare engine
 """
 
 from __future__ import annotations
@@ -314,7 +314,9 @@ def crowd(house: House, args: argparse.Namespace) -> Part:
 def memory(house: House, args: argparse.Namespace) -> Part:
     """Many short requests, of which every tenth shows a picture that was never seen before."""
     address, sizes = house.controller.address, []
-    processes = {"controller": house.controller, "first worker": house.workers[0], "second worker": house.workers[1]}
+    processes = {"controller": house.controller} | {
+        f"worker {number}": process for number, process in enumerate(house.workers, start=1)
+    }
     step = max(1, args.requests // 10)
     random_numbers = random.Random(1)
 
@@ -640,6 +642,8 @@ def overhead(house: House, args: argparse.Namespace) -> Part:
         served[level] = asyncio.run(over_http(level, max(8, 2 * level)))
     from llava.conversation import get_template
 
+    for process in house.workers:  # they hold a GPU's memory
+        process.stop()
     loaded = load(args.model_path or embedded_model_path(), device=args.device)
     template, rows = get_template(loaded.conv_mode), []
     with Engine.from_loaded(loaded) as engine:
@@ -675,16 +679,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--malformed", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=128, help="of an answer in the part overhead")
+    parser.add_argument("--workers", type=int, default=2, help="kill needs two, overhead only one")
     parser.add_argument("--model-path")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    worker_flags = ["--device", args.device, *(["--model-path", args.model_path] if args.model_path else [])]
+    share = 0.9 / args.workers  # of a GPU that they have to share
+    worker_flags = [
+        "--device",
+        args.device,
+        "--memory-fraction",
+        f"{share:.2f}",
+        *(["--model-path", args.model_path] if args.model_path else []),
+    ]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "fastapi", "uvicorn"))
     print(
-        f"Python {platform.python_version()}, {packages}, {os.cpu_count()} CPU cores; a controller and two workers",
+        f"Python {platform.python_version()}, {packages}, {os.cpu_count()} CPU cores; a controller and {args.workers} workers",
         flush=True,
     )
-    house, broken = House.start(worker_flags), False
+    house, broken = House.start(worker_flags, num_workers=args.workers), False
     try:
         for name in args.only or PARTS:
             part = PARTS[name](house, args)

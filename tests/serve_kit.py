@@ -81,7 +81,7 @@ def worker(
     routers = [WorkerApi(service).router(), openai_routes(ModelApi(service))]
     lifespans = []
     if controller is None:
-        routers.append(own_controller(service, address))
+        routers.append(own_controller(service))
     else:
         membership = Membership(controller, address, service.status)
         service.changed = membership.changed

@@ -82,7 +82,7 @@ def run(args: Namespace) -> int:
 
     service = Service(load_backend(args), limits)
     app, guarded = make_app(
-        [WorkerApi(service).router(), own_controller(service, place.address), openai_routes(ModelApi(service))],
+        [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
         title=f"llava serve: {service.backend.card.name}",
         metrics=service.metrics,
         door=place.door,

@@ -32,6 +32,7 @@ def load_backend(args: Namespace) -> EngineBackend:
     loaded = load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
     config = EngineConfig(
         max_running=args.limit_model_concurrency,
+        memory_fraction=args.memory_fraction,
         weights="int8" if args.load_8bit else "int4" if args.load_4bit else None,
     )
     name = args.model_name or get_model_name_from_path(str(args.model_path))

@@ -76,6 +76,13 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    model.add_argument(
+        "--memory-fraction",
+        type=float,
+        metavar="F",
+        default=0.9,
+        help="of a GPU's memory for weights and cache together (default: 0.9)",
+    )
     model.add_argument("--multi-modal", action="store_true", help="accepted; the model's files say whether it sees")
     bits = model.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
@@ -103,7 +110,7 @@ def check_model_flags(args: Namespace) -> None:
     """Refuse what can be refused before torch is loaded, and fill in the model's path."""
     if args.conv_mode is not None:
         get_template(args.conv_mode)
-    EngineConfig(max_running=args.limit_model_concurrency)
+    EngineConfig(max_running=args.limit_model_concurrency, memory_fraction=args.memory_fraction)
     args.model_path = find_model(args.model_path)
 
 

@@ -39,6 +39,7 @@ footer {display: none !important}
   #chat {height: 62vh !important}
 }
 """
+KEPT_S = (3600, 86_400)  # every hour, visitors' pictures that are a day old are deleted
 NOTHING_SEEN = "Nothing yet."
 INTRODUCTION = "Ask about pictures: drop or paste one or several into the box, write a question, press Enter."
 
@@ -80,7 +81,7 @@ def mount(app: Any, page: Page, path: str, *, embed: bool = False, concurrency: 
 
 def build_page(page: Page, *, embed: bool = False) -> Any:
     examples = Path(__file__).parent / "examples"
-    with gr.Blocks(title="LLaVA", analytics_enabled=False, fill_height=True) as blocks:
+    with gr.Blocks(title="LLaVA", analytics_enabled=False, fill_height=True, delete_cache=KEPT_S) as blocks:
         turns = gr.State([])
         if not embed:
             gr.Markdown(f"# LLaVA\n{INTRODUCTION}")

@@ -83,7 +83,7 @@ def one_chunk(text: str, error_code: int = OK, status: int = 200) -> Response:
     return Response(encode_chunk(text, error_code), status)
 
 
-def own_controller(service: Service, address: str) -> APIRouter:
+def own_controller(service: Service) -> APIRouter:
     """A controller's answers, for the page and for the original's clients, where this worker is all there is."""
     router = APIRouter(tags=["original protocol"])
     name = service.backend.card.name
@@ -95,8 +95,9 @@ def own_controller(service: Service, address: str) -> APIRouter:
 
     @router.post("/get_worker_address")
     async def get_worker_address(request: Request) -> dict[str, str]:
-        """This server's own address, or an empty one for another model."""
-        return {"address": address if text_field(await read_json(request), "model") == name else ""}
+        """This server's own address, as the client wrote it; an empty one for another model."""
+        own = str(request.base_url).rstrip("/")
+        return {"address": own if text_field(await read_json(request), "model") == name else ""}
 
     @router.post("/refresh_all_workers")
     async def refresh_all_workers() -> None:
