@@ -156,9 +156,12 @@ class Engine:
             return self._submit(requests, streamed=False, wait=True).result()
         return self._results([self._submit(request, streamed=False, wait=True) for request in requests])
 
-    def submit(self, request: Request) -> RequestHandle:
-        """Hand a request in. Raises InputError for what cannot work, and QueueFull."""
-        return self._submit(request, streamed=True, wait=False)
+    def submit(self, request: Request, *, streamed: bool = True) -> RequestHandle:
+        """Hand a request in. Raises InputError for what cannot work, and QueueFull.
+
+        Without `streamed` there are no chunks, only the result, for which less has to be done at every token.
+        """
+        return self._submit(request, streamed=streamed, wait=False)
 
     stream = submit  # the handle is the stream
 

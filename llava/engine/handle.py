@@ -72,19 +72,31 @@ class RequestHandle:
             yield chunk
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
+        async for chunks in self.batches():
+            for chunk in chunks:
+                yield chunk
+
+    async def batches(self) -> AsyncIterator[list[Chunk]]:
+        """All chunks that have come since the last time, as soon as there are some.
+
+        Whoever asks again only after a while is not woken for every token in between.
+        """
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         while True:
             with self._changed:
-                ready = bool(self._chunks) or self._done
-                chunk = self._next() if ready else None
-                self._wake = None if ready else lambda: loop.call_soon_threadsafe(event.set)
-            if not ready:
+                chunks = list(self._chunks)
+                self._chunks.clear()
+                ended = not chunks and self._done
+                self._wake = None if chunks or ended else lambda: loop.call_soon_threadsafe(event.set)
+                if ended and self._error is not None:
+                    raise self._error
+            if ended:
+                return
+            if chunks:
+                yield chunks
+            else:
                 await event.wait()
                 event.clear()
-            elif chunk is None:
-                return
-            else:
-                yield chunk
 
     def _next(self) -> Chunk | None:
         """The next chunk; None at the end, or the error that ended it."""

@@ -44,7 +44,8 @@ class BackendError(Exception):
 class Answering(Protocol):
     """One request on its way."""
 
-    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+    def batches(self) -> AsyncIterator[Sequence[Chunk]]:
+        """The chunks that have come since the last time. Without `streamed`, all at the end, one for each completion."""
 
     def abort(self) -> None:
         """Stop and free what it holds; harmless after the end."""
@@ -62,7 +63,7 @@ class Backend(Protocol):
     @property
     def card(self) -> ModelCard: ...
 
-    async def start(self, request: Request) -> Answering:
+    async def start(self, request: Request, *, streamed: bool) -> Answering:
         """Hand a request in; `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:

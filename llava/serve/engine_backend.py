@@ -62,10 +62,10 @@ class EngineBackend:
             takes_images=loaded.processor is not None,
         )
 
-    async def start(self, request: Request) -> EngineAnswering:
-        handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request))
+    async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
+        handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
         try:
-            return EngineAnswering(await asyncio.shield(handing_in))
+            return EngineAnswering(await asyncio.shield(handing_in), streamed)
         except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
             handing_in.add_done_callback(_abort)
             raise
@@ -99,15 +99,21 @@ def _abort(handing_in: asyncio.Future[RequestHandle]) -> None:
 class EngineAnswering:
     """One request on its way in the engine."""
 
-    def __init__(self, handle: RequestHandle) -> None:
+    def __init__(self, handle: RequestHandle, streamed: bool) -> None:
         self._handle = handle
+        self._streamed = streamed
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def batches(self) -> AsyncIterator[Sequence[Chunk]]:
         try:
-            async for chunk in self._handle:
-                yield chunk
+            async for chunks in self._handle.batches():
+                yield chunks
         except EngineError as error:
             raise BackendError(str(error)) from error
+        if not self._streamed:
+            yield [
+                Chunk(whole.index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason)
+                for whole in self._result.completions
+            ]
 
     def abort(self) -> None:
         if not self._handle.done:

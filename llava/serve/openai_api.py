@@ -119,7 +119,7 @@ class ModelApi:
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
         urls = [picture.url for picture in draft.pictures]
         details: list[Detail] = ["low" if picture.detail == "low" else "auto" for picture in draft.pictures]
-        asking = service.ask(draft.prompts, draft.sampling, urls, details=details)
+        asking = service.ask(draft.prompts, draft.sampling, urls, details=details, streamed=bool(body.stream))
         async with asyncio.timeout_at(deadline):
             asked = await while_connected(request, asking)
         if body.stream:

@@ -51,7 +51,7 @@ class RemoteBackend:
             trust_env=False,
         )
 
-    async def start(self, request: Request) -> RemoteAnswering:
+    async def start(self, request: Request, *, streamed: bool) -> RemoteAnswering:
         path, body = self._translated(request)
         posted = time.perf_counter()
         try:
@@ -194,11 +194,16 @@ class RemoteAnswering:
         self._chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read())
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def batches(self) -> AsyncIterator[Sequence[Chunk]]:
         while (chunk := await self._chunks.get()) is not None:
             if isinstance(chunk, Exception):
                 raise chunk
-            yield chunk
+            chunks = [chunk]
+            while not self._chunks.empty() and isinstance(chunk := self._chunks.get_nowait(), Chunk):
+                chunks.append(chunk)
+            yield chunks
+            if not isinstance(chunk, Chunk):
+                self._chunks.put_nowait(chunk)
 
     def abort(self) -> None:
         self._task.cancel()

@@ -24,6 +24,9 @@ from llava.serve.protocol import WorkerStatus
 if TYPE_CHECKING:
     from llava.geometry import ImageLayout
 
+PIECES_PER_S = 1000  # of all streams together
+SHORTEST_PAUSE_S = 0.005  # fewer streams than this makes say every token by itself
+
 Opener = Callable[[Sequence[str], ServeLimits], list[Any]]
 
 
@@ -44,6 +47,7 @@ class Service:
         sampling: SamplingParams,
         pictures: Sequence[str] = (),
         *,
+        streamed: bool = True,
         details: Sequence[Detail] = (),
         opener: Opener = open_pictures,
     ) -> Asked:
@@ -60,7 +64,7 @@ class Service:
             asked.layouts = self.backend.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
-                asked.add(await self.backend.start(request), sampling.n)
+                asked.add(await self.backend.start(request, streamed=streamed), sampling.n)
         except BaseException:
             asked.close("refused")
             raise
@@ -108,11 +112,21 @@ class Asked:
         return sum(self._num_choices)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Chunks of all answers, prompt after prompt, their choices numbered through."""
+        """Chunks of all answers, prompt after prompt, their choices numbered through.
+
+        The first comes at once. After that, what many streams say is collected for a moment, so that all of them together
+        cost the event loop a bounded number of pieces, and the engine's thread is not kept waiting for it.
+        """
         first = 0
         for answering, num_choices in zip(self._answerings, self._num_choices, strict=True):
-            async for chunk in answering:
-                yield replace(chunk, index=first + chunk.index) if first else chunk
+            unfinished = num_choices
+            async for chunks in answering.batches():
+                for chunk in merged(chunks):
+                    unfinished -= chunk.finish_reason is not None
+                    yield replace(chunk, index=first + chunk.index) if first else chunk
+                pause = self._service.num_requests / PIECES_PER_S
+                if unfinished and pause >= SHORTEST_PAUSE_S:
+                    await asyncio.sleep(pause)
             first += num_choices
 
     def cost(self) -> Cost:
@@ -149,3 +163,22 @@ class Asked:
             self._service.metrics.finished.labels(end).inc()
         for answering in self._answerings:
             answering.abort()
+
+
+def merged(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+    """Chunks of one completion each, joined where there are several of one."""
+    if len(chunks) < 2:
+        return chunks
+    joined: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        joined.setdefault(chunk.index, []).append(chunk)
+    return [
+        Chunk(
+            index,
+            "".join(chunk.text for chunk in parts),
+            tuple(token for chunk in parts for token in chunk.token_ids),
+            tuple(token for chunk in parts for token in chunk.logprobs),
+            parts[-1].finish_reason,
+        )
+        for index, parts in joined.items()
+    ]
