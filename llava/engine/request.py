@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 Detail = Literal["auto", "low"]
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
 
@@ -52,7 +53,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 <= self.top_k <= MAX_TOP_K, "top_k", self.top_k, f"0 (all tokens) to {MAX_TOP_K}")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
         for name in ("presence_penalty", "frequency_penalty"):
