@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.convert.original import OriginalLayout
-from llava.convert.proof import LogitProof, ProofFailed, TensorProof, require_same_names
+from llava.convert.proof import LogitProof, ProofFailed, TensorProof, largest_difference, require_same_names
 from llava.convert.source import Source
 from llava.convert.writer import SHARD_BYTES, Planned
 from llava.errors import InputError
@@ -77,7 +77,7 @@ class DeltaLayout(OriginalLayout):
                 if not torch.equal(found, self._sum(name, item.dtype, self.sign)):
                     raise ProofFailed(f"tensor {name!r} is not the planned difference")
                 found = self._sum(name, item.dtype, -self.sign, found)
-            largest = max(largest, (found.float() - expected.float()).abs().max().item())
+            largest = max(largest, largest_difference(found, expected))
             num_bytes += item.num_bytes
         return TensorProof(len(planned), num_bytes, largest), None
 

@@ -25,6 +25,7 @@ from llava.convert.proof import (
     ProofFailed,
     TensorProof,
     compare_logits,
+    largest_difference,
     make_sample,
     own_logits,
     require_same_names,
@@ -241,11 +242,9 @@ class GgufPair:
         stored = self._read_back(folder)
         kept = [name for name in self.source.names if not UNUSED.match(name)]
         require_same_names(kept, stored)
-        largest, num_bytes = 0.0, 0
+        largest = 0.0
         for name in kept:
-            numbers, found = self.source.read(name).float(), stored[name]()
-            largest = max(largest, (numbers - found).abs().max().item())
-            num_bytes += numbers.nbytes
+            largest = max(largest, largest_difference(self.source.read(name), stored[name]()))
         proof = TensorProof(len(kept), self.num_bytes, largest)
         if not math.isfinite(largest):
             raise InputError(
