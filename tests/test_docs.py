@@ -29,9 +29,13 @@ PACKAGE = ROOT / "llava"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
 SNIPPET_PAGES = ("checkpoints", "engine", "extend", "roadmap", "trace")
+TRANSLATED = (
+    "index", "tour", "roadmap", "trace", "debug", "doctor", "checkpoints", "convert", "serving", "engine", "kernels",
+    "evaluate", "finetune", "training", "data", "extend", "differences",
+)  # fmt: skip
 TRANSLATIONS = [
     ("README.md", "README.zh-CN.md"),
-    *((f"docs/{name}.md", f"docs/{name}.zh-CN.md") for name in ("index", "tour", "roadmap", "trace", "debug")),
+    *((f"docs/{name}.md", f"docs/{name}.zh-CN.md") for name in TRANSLATED),
 ]
 
 
