@@ -138,7 +138,7 @@ def _watching_inputs(answered: Answered) -> Iterator[None]:
         if len(pictures):
             note_pixels(record, pixels, config.image_aspect_ratio, answered.loaded.image_processor)
 
-    def see_layout(layout: ImageLayout, size: Any, policy: Any) -> None:
+    def see_layout(layout: ImageLayout, size: Any, policy: Any, **_: Any) -> None:
         record.layouts.append(layout)
         note_layouts(record, record.layouts, policy)
 
