@@ -52,6 +52,13 @@ examples:
   llava chat photo.jpg                                 a conversation about a picture; /help lists its commands
   llava chat -m ./llava-v1.5-7b a.jpg b.jpg "What changed?"
   llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda
+  llava serve ./llava-v1.5-7b                          an API and a web page on this machine
+  llava train scripts/configs/finetune_lora.yaml learning_rate=1e-4
+  llava data check train.json --image-folder images    what is wrong with training data, before a run
+  llava eval pope --model-path ./llava-v1.5-7b         a benchmark, with a report
+  llava convert ./llava-v1.5-7b ./hf --to transformers
+  llava trace photo.jpg "What is this?" --html t.html  everything between a question and its answer
+  llava doctor ./llava-v1.5-7b                         what is wrong with it, and the remedy
   llava COMMAND --help                                 the flags of a command
 """
 
@@ -78,7 +85,9 @@ def start(name: str, argv: Sequence[str]) -> int:
 def print_help() -> None:
     width = max(map(len, COMMANDS))
     print(
-        "usage: llava COMMAND [ARGUMENTS]\n\nLarge multimodal models: ask them about pictures, train them.\n\ncommands:"
+        "usage: llava COMMAND [ARGUMENTS]\n\n"
+        "Large multimodal models: ask them about pictures, train, serve, measure and convert them, look inside.\n\n"
+        "commands:"
     )
     for name, command in COMMANDS.items():
         print(f"  {name:<{width}}  {command.help}")
