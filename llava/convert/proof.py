@@ -158,7 +158,7 @@ def draw_picture(side: int) -> Image.Image:
 def own_logits(model: Any, read: Callable[[str], Tensor], inputs: ModelInputs) -> Tensor:
     """Logits (T, vocabulary) of one of our models, image features included."""
     with torch.no_grad(), weights_read_on_the_way(model, read):
-        output = model(inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes)
+        output = model(inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, use_cache=False)
     return output.logits[0]
 
 
@@ -210,7 +210,7 @@ def transformers_logits(written: Skeleton, sample: Sample) -> tuple[Tensor, floa
     model = build_without_memory(lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
     stored = {published_name(header.name): name for name, header in written.found.items()}
     with torch.no_grad(), weights_read_on_the_way(model, lambda name: written.read(stored[published_name(name)])):
-        output = model(**{**inputs, "pixel_values": given})
+        output = model(**{**inputs, "pixel_values": given}, use_cache=False)
     return output.logits[0], pixels
 
 
