@@ -7,6 +7,7 @@ streaming.py. Nothing here imports torch.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
 
 from llava.engine.errors import Cancelled
@@ -25,7 +26,7 @@ from llava.engine.sequence import Prompt, Sequence
 from llava.streaming import AnswerReader
 
 
-class Job:
+class Job(ABC):
     """What every kind of request has: sequences, a handle, and times."""
 
     def __init__(self, handle: RequestHandle, prompt: Prompt) -> None:
@@ -50,13 +51,13 @@ class Job:
         first = None if self.first_token is None else self.first_token - self.submitted
         return Timings((self.begun or now) - self.submitted, first, now - self.submitted)
 
+    @abstractmethod
     def complete(self) -> None:
         """All its sequences have ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cancel(self) -> None:
         """It ends before it is finished; its sequences have been taken out."""
-        raise NotImplementedError
 
 
 class Partial:
