@@ -91,7 +91,7 @@ class Engine:
         self.context_len = min(config.context_len or context_len(model.config), context_len(model.config))
         max_running = config.max_running or (256 if on_gpu else 32)
         max_step_tokens = config.max_step_tokens or (4096 if on_gpu else 512)
-        block_size = config.block_size or (32 if on_gpu else 16)
+        block_size = config.block_size or (64 if on_gpu else 16)
         kernels = pick_kernels(model.device, model.dtype)
         decoder = Decoder(model, kernels, weights=config.weights, max_positions=self.context_len)
         num_blocks = config.num_blocks or num_blocks_for(
