@@ -12,38 +12,28 @@ fails prints its error, and the others go on; `--seconds` ends the run early, wi
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import FULL, TINY, Shapes, built, say
+from engine_stock import measure_stock
+from engine_subject import Subject, allocated, graph_seconds, tidy
+from train import FULL, TINY, say
 
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.request import Request, SamplingParams, ScoreRequest
-from llava.model.config import LlavaSettings
-from llava.model.language_model.registry import llava_classes
-from llava.processor import Processor
-
-NUM_TEXT = 58
-PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # tiles across and down
 
 # What the issue asks for, the measured peers (transformers 5.17, vLLM 0.22.0), and the limit, by row: (unit, ...).
 REQUIRED: dict[str, tuple[str, float | None, float | None, float, str]] = {
@@ -57,77 +47,6 @@ REQUIRED: dict[str, tuple[str, float | None, float | None, float, str]] = {
     "anyres first token": ("ms", None, None, 80, "67"),
     "ready": ("s", None, 72, 15, "-"),
 }
-
-
-class Subject:
-    """A model with random weights, a tokenizer that spells any id, and requests for it."""
-
-    def __init__(self, shapes: Shapes, device: torch.device) -> None:
-        self.shapes, self.device = shapes, device
-        self.side = shapes.vision["image_size"]
-        self.draw = np.random.default_rng(0)
-        config_class, model_class = llava_classes("llama")
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **shapes.vision}))
-            Path(folder, "preprocessor_config.json").write_text(
-                json.dumps(
-                    {"size": {"shortest_edge": self.side}, "crop_size": {"height": self.side, "width": self.side}}
-                )
-            )
-            config = config_class(
-                **shapes.text,
-                mm_vision_tower=folder,
-                unfreeze_mm_vision_tower=True,
-                mm_hidden_size=shapes.vision["hidden_size"],
-                mm_projector_type="mlp2x_gelu",
-                mm_vision_select_layer=-2,
-                image_aspect_ratio="anyres",
-                mm_patch_merge_type="spatial_unpad",
-                image_grid_pinpoints=[[x * self.side, y * self.side] for x, y in PINPOINTS],
-                tokenizer_model_max_length=shapes.text["max_position_embeddings"],
-            )
-            self.model: Any = built(lambda: model_class(config), device).eval()
-        for name, parameter in self.model.named_parameters():
-            if "norm" in name and parameter.dim() == 1 and name.endswith("weight"):
-                parameter.data.fill_(1.0)
-        self.tokenizer = spelling_tokenizer(shapes.image_id)
-        self.cut_images(False)
-
-    def cut_images(self, anyres: bool) -> None:
-        """As LLaVA-1.6 does, or as LLaVA-1.5."""
-        self.model.config.image_aspect_ratio = "anyres" if anyres else "pad"
-        self.model.config.mm_patch_merge_type = "spatial_unpad" if anyres else "flat"
-        self.processor = Processor(
-            self.tokenizer,
-            self.model.get_vision_tower().image_processor,
-            LlavaSettings.from_hf(self.model.config),
-            policy=self.model.image_policy(),
-        )
-
-    def image(self, side: int | None = None) -> Image.Image:
-        side = side or self.side
-        return Image.fromarray(self.draw.integers(0, 255, (side, side, 3), dtype=np.uint8))
-
-    def words(self, count: int) -> list[int]:
-        return self.draw.integers(100, self.shapes.image_id, count).tolist()
-
-    def request(self, num_new: int, num_text: int = NUM_TEXT, image: Image.Image | None = None) -> Request:
-        first = num_text // 2
-        ids = [1, *self.words(first), -200, *self.words(num_text - first)]
-        return Request(ids, [image or self.image()], SamplingParams(max_new_tokens=num_new, ignore_eos=True))
-
-
-def spelling_tokenizer(num_tokens: int) -> Any:
-    """Any token is a short word: decoding costs what it costs elsewhere."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<unk>", "<s>", "</s>", *alphabet]
-    words += [f"Ġw{number}" for number in range(num_tokens - len(words))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[]))
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 class Bench:
@@ -280,42 +199,9 @@ def pixels_of(subject: Subject, request: Request) -> dict[str, Any]:
 
 
 def stock(bench: Bench) -> None:
-    """transformers' own classes: a prompt's forward, and decoding by generate."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    shapes, device = bench.subject.shapes, bench.subject.device
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shapes.vision), text_config=LlamaConfig(**shapes.text),
-        image_token_index=shapes.image_id, vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
     bench.close()
-    measure_stock(bench, built(lambda: LlavaForConditionalGeneration(config), device).eval())
-    tidy()
-
-
-def measure_stock(bench: Bench, model: Any) -> None:
-    shapes, device = bench.subject.shapes, bench.subject.device
-
-    def batch(num: int) -> dict[str, Any]:
-        ids = torch.randint(5, shapes.image_id, (num, NUM_TEXT + 1 + shapes.image_tokens), device=device)
-        ids[:, 30 : 30 + shapes.image_tokens] = shapes.image_id
-        pixels = torch.randn(num, 3, *[shapes.vision["image_size"]] * 2, device=device, dtype=torch.bfloat16)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-    def first(inputs: dict[str, Any]) -> int:
-        return int(model(**inputs, logits_to_keep=1).logits.argmax())
-
-    def generate(inputs: dict[str, Any], new: int) -> int:
-        return int(model.generate(**inputs, do_sample=False, min_new_tokens=new, max_new_tokens=new)[0, -1])
-
-    with torch.inference_mode():
-        inputs = batch(1)
-        bench.tell("stock first token", 1e3 * median_seconds(partial(first, inputs), 7))
-        for num in (1, 8, 64):
-            inputs = batch(num)
-            long, short = (median_seconds(partial(generate, inputs, new), 1) for new in (40, 8))
-            bench.tell(f"stock decode {num}", num * 32 / (long - short))
+    for what, value in measure_stock(bench.subject).items():
+        bench.tell(f"stock {what}", value)
 
 
 def first_token(bench: Bench) -> None:
@@ -332,7 +218,7 @@ def first_token(bench: Bench) -> None:
 def follow_up(bench: Bench) -> None:
     """A second question about the same image, 30 tokens long, after an answer of 32."""
     engine, subject, times, cached = bench.engine, bench.subject, [], []
-    for _ in range(8):
+    for _ in range(13):
         request = subject.request(32)
         first = engine.generate(request)
         following = [*request.prompt, *first.completions[0].token_ids, *subject.words(30)]
@@ -340,7 +226,13 @@ def follow_up(bench: Bench) -> None:
         result = engine.generate(Request(following, request.images, SamplingParams(max_new_tokens=1, ignore_eos=True)))
         times.append(1e3 * (time.perf_counter() - started))
         cached.append(result.usage.num_prompt_tokens - result.usage.num_cached_tokens)
-    bench.tell("follow-up first token", statistics.median(times[2:]), tokens_computed=cached[-1])
+    bench.tell(
+        "follow-up first token",
+        statistics.median(times[3:]),
+        best=min(times),
+        worst=max(times[3:]),
+        tokens_computed=cached[-1],
+    )
 
 
 def decode(bench: Bench) -> None:
@@ -350,19 +242,30 @@ def decode(bench: Bench) -> None:
 
 
 def mixed(bench: Bench) -> None:
+    measure_mixed(bench, bench.engine, "mixed 512")
+
+
+def chunks(bench: Bench) -> None:
+    """The same with fewer prompt tokens in a step."""
+    for num_tokens in (2048, 3072) if not bench.tiny else (64,):
+        with bench.another(EngineConfig(max_running=bench.max_running, max_step_tokens=num_tokens)) as engine:
+            engine.generate([bench.subject.request(2) for _ in range(8)])
+            measure_mixed(bench, engine, f"mixed 512, {num_tokens} prompt tokens a step")
+
+
+def measure_mixed(bench: Bench, engine: Engine, what: str) -> None:
     chosen, subject = random.Random(0), bench.subject
     num = 512 if not bench.tiny else 16
     requests = []
     for _ in range(num):
         num_text = chosen.randint(32, 256) if not bench.tiny else chosen.randint(4, 16)
         requests.append(subject.request(chosen.randint(16, 512) if not bench.tiny else 9, num_text))
-    engine = bench.engine
     before = engine.stats()
     took = bench.seconds(requests, engine)
     after = engine.stats()
     new = sum(request.sampling.max_new_tokens for request in requests)
     bench.tell(
-        "mixed 512", took, new_tok_s=new / took, steps=after.num_steps - before.num_steps,
+        what, took, new_tok_s=new / took, steps=after.num_steps - before.num_steps,
         preemptions=after.num_preemptions - before.num_preemptions,
     )  # fmt: skip
 
@@ -461,58 +364,22 @@ def ready(bench: Bench) -> None:
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {
-    "ready": ready, "correct": correct, "first": first_token, "followup": follow_up, "decode": decode, "mixed": mixed,
-    "limits": limits, "stock": stock, "anyres": anyres, "rounded": rounded, "many": many, "profile": profile,
-    "speculation": speculation, "scale": scale,
-}  # fmt: skip
-
-
-# Measuring
-
-
-def graph_seconds(work: Callable[[], Any], runs: int = 10) -> float:
-    """The median of a recorded graph's replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode():
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            work()
-    times = []
-    for _ in range(runs):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def median_seconds(work: Callable[[], Any], runs: int) -> float:
-    times = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def allocated(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    "ready": ready,
+    "correct": correct,
+    "first": first_token,
+    "followup": follow_up,
+    "decode": decode,
+    "mixed": mixed,
+    "chunks": chunks,
+    "limits": limits,
+    "stock": stock,
+    "anyres": anyres,
+    "rounded": rounded,
+    "many": many,
+    "profile": profile,
+    "speculation": speculation,
+    "scale": scale,
+}
 
 
 def table(bench: Bench) -> str:
@@ -540,6 +407,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so long")
     parser.add_argument("--out", type=Path, help="folder for profiles and the table")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

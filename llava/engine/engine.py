@@ -22,6 +22,7 @@ from llava.conversation import Conversation, answer_end
 from llava.engine.config import EngineConfig
 from llava.engine.constrain import GrammarMaker
 from llava.engine.decoder import Decoder, obstacle
+from llava.engine.device_tiles import MAX_PIXELS, DeviceTiler
 from llava.engine.errors import EngineClosed, EngineError, QueueFull, UnsupportedModelError
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.handle import RequestHandle
@@ -107,6 +108,7 @@ class Engine:
         vocab_size = decoder.embedding.shape[0]
         self._pool = BlockPool(num_blocks, caching=config.prefix_cache)
         self._features = FeatureCache(config.feature_cache_bytes)
+        tiler = _tiler(processor, decoder.device) if on_gpu else None
         runner = Runner(
             model,
             decoder,
@@ -116,6 +118,7 @@ class Engine:
             max_running=max_running,
             max_blocks=-(-self._limit // block_size),
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
+            tiler=tiler,
         )
         if on_gpu and config.graphs:
             tower = model.get_vision_tower() if processor.image_processor is not None else None
@@ -128,7 +131,12 @@ class Engine:
             max_step_tokens=max_step_tokens,
             draft=(lambda sequence: guess(sequence, config.speculation)) if config.speculation else None,
         )
-        self._build_prompt = PromptBuilder(processor, vocab_size=vocab_size, knows=self._features.__contains__)
+        self._build_prompt = PromptBuilder(
+            processor,
+            vocab_size=vocab_size,
+            knows=self._features.__contains__,
+            device_pixels=0 if tiler is None else MAX_PIXELS,
+        )
         self._vocab_size = vocab_size
         self._end_ids = _end_ids(model, self.tokenizer)
         self._make_grammar = GrammarMaker(self.tokenizer, vocab_size=vocab_size, end_ids=self._end_ids)
@@ -285,6 +293,13 @@ class Engine:
             if isinstance(request.prompt, Conversation):
                 stop.append(answer_end(request.prompt))
         return ends, stop
+
+
+def _tiler(processor: Processor, device: torch.device) -> DeviceTiler | None:
+    """What makes tiles on the device, where it knows how."""
+    if processor.image_processor is None or processor.policy is None or not DeviceTiler.can(processor.image_processor):
+        return None
+    return DeviceTiler(processor.image_processor, processor.policy, device)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -20,7 +20,7 @@ from llava.engine.step_arrays import StepArrays, StepTensors
 
 PROMPT_TOKENS = (16, 32, 64, 128, 256)  # beyond, a GPU is busy for longer than Python needs to launch
 PROMPT_ROWS = 8  # sequences in a recorded step of prompts
-TILES = (1, 2, 3, 5, 8)  # of the vision tower; 5 and 3 are what pictures are often cut into
+TILES = (1, 2, 3, 4, 5, 6, 8)  # of the vision tower
 
 
 def decode_sizes(max_running: int) -> list[int]:

@@ -2,16 +2,20 @@
 
 In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its pictures, known by their content. This
 runs in the thread of whoever asks. Pictures leave it as bytes, a quarter of the size of normalised pixels; normalising is
-a look-up on the device. Pixels are made only for a picture whose features are not known yet.
+a look-up on the device. A GPU also scales them and cuts them into tiles (device_tiles.py); elsewhere, and for very large
+ones, that happens here, and only for a picture whose features are not known yet.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
@@ -37,15 +41,18 @@ class PromptImage:
     """
 
     def __init__(
-        self, rgb: Image.Image, layout: ImageLayout, start: int, to_pixels: Callable[[list[Any]], list[Tensor]]
+        self, rgb: Image.Image, layout: ImageLayout, start: int, to_pixels: Callable[[list[Any]], list[Tensor]] | None
     ) -> None:
-        content = hashlib.blake2b(repr((rgb.size, layout.num_tiles)).encode(), digest_size=32)
-        content.update(rgb.tobytes())
+        """Without `to_pixels`, its tiles are made on the device, from its colours (H, W, 3)."""
+        colours = np.array(rgb)
+        content = hashlib.sha256(repr((rgb.size, layout.num_tiles)).encode())
+        content.update(colours.data)
         self.key = content.digest()
         self.size = rgb.size
         self.start = start
         self.num_features = layout.num_features
-        self._num_tiles = layout.num_tiles
+        self.num_tiles = layout.num_tiles
+        self.colours = colours if to_pixels is None else None
         self._rgb = rgb
         self._to_pixels = to_pixels
         self._pixels: Tensor | None = None
@@ -55,20 +62,30 @@ class PromptImage:
         return self.start + self.num_features
 
     def pixels(self) -> Tensor:
-        """Tiles (n, 3, side, side) of uint8, as they were before normalising."""
+        """Tiles (n, 3, side, side) of uint8, as they were before normalising, made on the host."""
+        assert self._to_pixels is not None
         if self._pixels is None:
             pixels = self._to_pixels([self._rgb])[0]
             # The overview comes first, and stands alone where little detail was asked for.
-            self._pixels = pixels[None] if pixels.dim() == 3 else pixels[: self._num_tiles]
+            self._pixels = pixels[None] if pixels.dim() == 3 else pixels[: self.num_tiles]
         return self._pixels
+
+    def prepare(self) -> None:
+        """Do what can be done on the host; what is wrong with a picture shows here."""
+        if self._to_pixels is not None:
+            self.pixels()
 
 
 class PromptBuilder:
-    """Makes prompts for one model. `knows` tells whether an image's features are at hand."""
+    """Makes prompts for one model. `knows` tells whether an image's features are at hand; pictures of up to
+    `device_pixels` pixels are left for the device to cut into tiles."""
 
-    def __init__(self, processor: Processor, *, vocab_size: int, knows: Callable[[bytes], bool]) -> None:
+    def __init__(
+        self, processor: Processor, *, vocab_size: int, knows: Callable[[bytes], bool], device_pixels: int = 0
+    ) -> None:
         self._vocab_size = vocab_size
         self._knows = knows
+        self._device_pixels = device_pixels
         self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
         self._processor = processor
         if processor.image_processor is not None:
@@ -87,13 +104,15 @@ class PromptBuilder:
         for token in ids:
             if token == IMAGE_TOKEN_INDEX:
                 index = len(images)
-                images.append(PromptImage(rgb[index], layouts[index], len(spread), self._processor.pixels))
+                on_device = math.prod(rgb[index].size) <= self._device_pixels
+                to_pixels = None if on_device else self._processor.pixels
+                images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels))
                 spread.extend(range(-1, -1 - layouts[index].num_features, -1))
             else:
                 spread.append(token)
         for image in images:
             if not self._knows(image.key):
-                image.pixels()
+                image.prepare()
         return Prompt(spread, tuple(images))
 
     def with_continuation(self, request: ScoreRequest) -> tuple[Prompt, list[int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.decoder import Decoder
+from llava.engine.device_tiles import DeviceTiler
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.prompt import PromptImage
 from llava.engine.request import TokenLogprob
@@ -79,6 +80,7 @@ class Runner:
         max_running: int,
         max_blocks: int,
         pixel_table: np.ndarray | None,
+        tiler: DeviceTiler | None = None,
     ) -> None:
         self.decoder, self.sampler, self.features = decoder, sampler, features
         self.device = decoder.device
@@ -93,6 +95,7 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self._encode: Callable[[Tensor], Tensor] | None = None
         self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
+        self._tiler = tiler
 
     def record_graphs(self, tile: tuple[int, ...] | None) -> None:
         """Record steps and the vision tower as CUDA graphs; `tile` is the shape of a tile's pixels, if there is a tower."""
@@ -109,7 +112,7 @@ class Runner:
         """Make the pixels that this work will need; what is wrong with a picture shows here."""
         for image in _images_in(work):
             if image.key not in self.features:
-                image.pixels()
+                image.prepare()
 
     def launch(self, step: Step) -> Launched:
         """Begin a step. On a CPU it is over when this returns."""
@@ -221,18 +224,24 @@ class Runner:
         found = {image.key: self.features.get(image.key) for image in images}
         missing = list({image.key: image for image in images if found[image.key] is None}.values())
         if missing:
-            pixels = [self._normalised(image.pixels()) for image in missing]
+            pixels = [self._normalised(self._tiles(image)) for image in missing]
             made = self._model.image_features(pixels, [image.size for image in missing], encode=self._encode)
             for image, features in zip(missing, made, strict=True):
                 found[image.key] = features
                 self.features.put(image.key, features)
         return {key: features for key, features in found.items() if features is not None}
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """Bytes (n, 3, H, W) to what the image processor makes of them, looked up in its table (3, 256)."""
+    def _tiles(self, image: PromptImage) -> Tensor:
+        """Bytes (n, 3, side, side), on the device."""
+        if self._tiler is not None and image.colours is not None:
+            return self._tiler(sent(image.colours, self.device), image.num_tiles)
+        return sent(image.pixels().numpy(), self.device)
+
+    def _normalised(self, tiles: Tensor) -> Tensor:
+        """What the image processor makes of bytes (n, 3, side, side), looked up in its table (3, 256)."""
         assert self._pixel_table is not None
-        levels = sent(pixels.numpy(), self.device).int()
-        return torch.stack([table[levels[:, channel]] for channel, table in enumerate(self._pixel_table)], dim=1)
+        places = tiles.int() + torch.arange(0, 3 * 256, 256, device=tiles.device, dtype=torch.int32).view(3, 1, 1)
+        return self._pixel_table.flatten()[places]
 
     # Both.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava.engine.kernels.triton_device import let_next_start, wait_for_previous
 
-HEADS = 4  # heads that a program of rope_store_ takes
+MANY_TOKENS = 256  # from here on programs of rope_store_ take more heads each
 GATE_WIDTH = 2048
 
 
@@ -46,12 +46,13 @@ def rope_store_(
 ) -> Tensor:
     num_tokens, head_dim = len(qkv), k_cache.shape[3]
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    groups = triton.cdiv(num_heads, HEADS), triton.cdiv(num_kv_heads, HEADS)
+    heads = 16 if num_tokens >= MANY_TOKENS else 8
+    groups = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
     _rope_store[(num_tokens, groups[0] + 2 * groups[1])](
         qkv, q, cos, sin, slots, positions, k_cache, v_cache, q_norm, k_norm, eps,
         0 if cos is None else cos.stride(0), num_heads, num_kv_heads, groups[0], groups[1],
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS,
-        OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
+        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=heads,
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return q
 

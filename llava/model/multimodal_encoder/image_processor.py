@@ -226,7 +226,7 @@ class ClipImageProcessor:
 
         rgb = _as_rgb(image, convert=self.do_convert_rgb)
         if self.do_resize:
-            target = _resized(rgb.size, self.size)
+            target = resized(rgb.size, self.size)
             if target != rgb.size:
                 rgb = rgb.resize(target, resample=self.resample)
         if self.do_center_crop:
@@ -297,7 +297,7 @@ def _image_list(images: Any) -> list[Any]:
     return [images]
 
 
-def _resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]:
+def resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]:
     """(width, height) after resizing."""
     if "shortest_edge" not in wanted:
         return wanted["width"], wanted["height"]
