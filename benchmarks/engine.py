@@ -120,17 +120,17 @@ class Bench:
 def limits(bench: Bench) -> None:
     """What the GPU can do: bytes, products, and the weights' part of a decoding step and of a prompt."""
     if bench.subject.device.type == "cuda":
-        bench.tell("copy TB/s", copy_rate() / 1e12)
+        bench.tell("reading and writing, TB/s", memory_rate() / 1e12)
         bench.tell("matmul TFLOP/s", matmul_rate() / 1e12)
         for rows in (1, 8, 64, 640, 2928):
             bench.tell(f"linears {rows} rows, ms", 1e3 * linear_seconds(bench.subject.model, rows))
         tidy()
 
 
-def copy_rate() -> float:
+def memory_rate() -> float:
     source = torch.randn(2 * 2**30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / graph_seconds(lambda: torch.neg(source, out=target))
 
 
 def matmul_rate() -> float:
@@ -242,19 +242,7 @@ def decode(bench: Bench) -> None:
 
 
 def mixed(bench: Bench) -> None:
-    measure_mixed(bench, bench.engine, "mixed 512")
-
-
-def chunks(bench: Bench) -> None:
-    """The same with fewer prompt tokens in a step."""
-    for num_tokens in (2048, 3072) if not bench.tiny else (64,):
-        with bench.another(EngineConfig(max_running=bench.max_running, max_step_tokens=num_tokens)) as engine:
-            engine.generate([bench.subject.request(2) for _ in range(8)])
-            measure_mixed(bench, engine, f"mixed 512, {num_tokens} prompt tokens a step")
-
-
-def measure_mixed(bench: Bench, engine: Engine, what: str) -> None:
-    chosen, subject = random.Random(0), bench.subject
+    chosen, subject, engine = random.Random(0), bench.subject, bench.engine
     num = 512 if not bench.tiny else 16
     requests = []
     for _ in range(num):
@@ -265,7 +253,7 @@ def measure_mixed(bench: Bench, engine: Engine, what: str) -> None:
     after = engine.stats()
     new = sum(request.sampling.max_new_tokens for request in requests)
     bench.tell(
-        what, took, new_tok_s=new / took, steps=after.num_steps - before.num_steps,
+        "mixed 512", took, new_tok_s=new / took, steps=after.num_steps - before.num_steps,
         preemptions=after.num_preemptions - before.num_preemptions,
     )  # fmt: skip
 
@@ -370,7 +358,6 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "followup": follow_up,
     "decode": decode,
     "mixed": mixed,
-    "chunks": chunks,
     "limits": limits,
     "stock": stock,
     "anyres": anyres,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from engine_kit import loaded, picture
+from engine_kit import greedy, loaded, mixed_requests, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.feature_cache import FeatureCache
+from llava.engine.job import AnswerJob
 from llava.engine.kv_cache import BlockPool, block_hash
+from llava.engine.prompt import PromptImage
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.engine.scheduler import Scheduler, Step
 from llava.engine.sequence import Prompt, Sequence
@@ -198,6 +202,25 @@ def test_running_answers_go_on_while_a_long_prompt_is_computed() -> None:
         first.num_pending, first.ids = 0, [*first.ids, 7]
         pieces += [work.count for work in step.prefill]
     assert pieces == [10] * 9 + [5]
+
+
+def test_a_request_that_is_over_needs_no_garbage_collector() -> None:
+    """A cycle would keep its pictures until a full collection, which takes a server a third of a second."""
+    requests = mixed_requests()
+    with Engine.from_loaded(loaded("llama")) as engine:
+        engine.generate(requests)
+        gc.collect()
+        gc.disable()
+        try:
+            engine.generate(requests)
+            handle = engine.submit(replace(requests[0], sampling=greedy(64)))
+            handle.abort()
+            handle.wait_until_done()
+            engine.generate(requests[0])  # the thread has let go of what was before
+            kept = [thing for thing in gc.get_objects() if type(thing) in (AnswerJob, Sequence, PromptImage)]
+            assert len(kept) <= 3  # of the last one
+        finally:
+            gc.enable()
 
 
 # The parts

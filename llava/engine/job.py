@@ -51,6 +51,10 @@ class Job(ABC):
         first = None if self.first_token is None else self.first_token - self.submitted
         return Timings((self.begun or now) - self.submitted, first, now - self.submitted)
 
+    def let_go(self) -> None:
+        """It is over. Its sequences know it, and such a cycle would keep its pictures until the garbage collector's next round."""
+        self.sequences, self.later = [], []
+
     @abstractmethod
     def complete(self) -> None:
         """All its sequences have ended."""

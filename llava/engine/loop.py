@@ -150,6 +150,7 @@ class Loop:
         if job is not None:
             self._take_out(job)
             job.cancel()
+            job.let_go()
 
     def _take_out(self, job: Job) -> None:
         """Forget a job; what it holds is free at once."""
@@ -237,6 +238,7 @@ class Loop:
         if job.done:
             self._forget(job)
             job.complete()
+            job.let_go()
             self.stats = replace(self.stats, num_finished=self.stats.num_finished + 1)
 
     def _fail_all(self, step: Step, error: Exception) -> None:
@@ -245,6 +247,7 @@ class Loop:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._take_out(job)
+        job.let_go()
         if isinstance(error, InputError):
             job.handle.fail(error)
             return
