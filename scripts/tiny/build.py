@@ -1,8 +1,9 @@
 """Make the embedded model llava-v1.5-tiny from nothing: run every stage in order, each in its own process.
 
 In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (one line of JSON per measurement).
-A stage whose result is there already is skipped, so that a broken run goes on where it stopped. Data are made on the CPU
-while the GPU trains: the "side" stages run beside the ones that follow, until a stage needs them.
+A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long one can
+be had in pieces (--until). Data are made on the CPU while the GPU trains: "side" stages start as soon as what they need is
+there, beside the one stage that has the GPU.
 
     python scripts/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR    # one GPU
     python scripts/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
@@ -16,14 +17,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from presets import PRESETS, Preset
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,18 @@ class Stage:
     command: list[str]
     result: Path
     needs: tuple[str, ...] = ()
-    side: bool = False  # may run beside others
+    side: bool = False  # on the CPU, beside others
 
 
 @dataclass
 class Running:
-    """Side stages under way."""
+    """A stage under way."""
 
-    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    stage: Stage
+    process: subprocess.Popen[str]
+    output: Path
+    began: float
+    num_shown: int = 0  # lines of its output
 
 
 def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, workers: int) -> list[Stage]:
@@ -60,9 +66,9 @@ def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, wor
     common = ("--tokenizer", tokenizer)
     return [
         Stage("tokenizer", script("language", *common, "--out", language, "--tokenizer-only", *typefaces),
-            tokenizer / "tokenizer.model"),
+            tokenizer / "tokenizer.model", side=True),
         Stage("held", script("arrays", *common, "--out", held, "--held", *preset.held, *typefaces, *cores),
-            held / "truths.json", ("tokenizer",)),
+            held / "truths.json", ("tokenizer",), side=True),
         Stage("arrays", script("arrays", *common, "--out", arrays, *preset.arrays, *typefaces, *cores),
             arrays / "truths.json", ("tokenizer",), side=True),
         Stage("teacher", script("teacher", "--cifar", cifar, "--out", teacher, *photos, *preset.teacher), teacher),
@@ -70,10 +76,10 @@ def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, wor
             language / "report.json", ("tokenizer",)),
         Stage("dataset", script("dataset", "--out", data, "--cifar", cifar, *photos, *typefaces, *cores,
             *preset.dataset), data / "finetune.json", ("arrays",), side=True),
-        Stage("clip", script("clip", *common, "--arrays", arrays, "--held", held, "--cifar", cifar, "--teacher",
-            teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("arrays", "held", "teacher")),
         Stage("dataset2", script("dataset", "--out", second, "--cifar", cifar, "--pretrain", "", "--finetune", "",
             *photos, *typefaces, *cores, *preset.second), second / "second.json", ("dataset",), side=True),
+        Stage("clip", script("clip", *common, "--arrays", arrays, "--held", held, "--cifar", cifar, "--teacher",
+            teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("arrays", "held", "teacher")),
         Stage("stage1", stage1_command(preset, language, tower, data, stage1), stage1 / "mm_projector.bin",
             ("language", "clip", "dataset")),
         Stage("stage2", stage2_command(preset, language, tower, data, stage1, stage2), stage2 / "config.json", ("stage1",)),
@@ -101,7 +107,7 @@ def stage2_command(preset: Preset, language: Path, tower: Path, data: Path, stag
         ["--model_name_or_path", language, "--version", "v1", "--data_path", data / "finetune.json"],
         [
             "--pretrain_mm_mlp_adapter", stage1 / "mm_projector.bin", "--unfreeze_mm_vision_tower", "True",
-            "--group_by_modality_length", "True", "--output_dir", out, *preset.stage2,
+            "--output_dir", out, *preset.stage2,
         ],
         tower,
         data,
@@ -113,13 +119,10 @@ def stage3_command(preset: Preset, tower: Path, data: Path, stage2: Path, out: P
     return train_command(
         preset,
         ["--model_name_or_path", stage2, "--version", "v1", "--data_path", data / "second.json"],
-        [
-            "--unfreeze_mm_vision_tower", "True", "--group_by_modality_length", "True", "--output_dir", out,
-            *preset.stage3,
-        ],
+        ["--unfreeze_mm_vision_tower", "True", "--output_dir", out, *preset.stage3],
         tower,
         data,
-    )  # fmt: skip
+    )
 
 
 def train_command(preset: Preset, first: list[object], last: list[object], tower: Path, data: Path) -> list[str]:
@@ -127,85 +130,83 @@ def train_command(preset: Preset, first: list[object], last: list[object], tower
         "--image_folder", data / "images", "--vision_tower", tower, "--mm_projector_type", "mlp2x_gelu",
         "--mm_vision_select_layer", "-2", "--image_aspect_ratio", "pad", "--mm_use_im_start_end", "False",
         "--mm_use_im_patch_token", "False",
-        "--gradient_accumulation_steps", "1", "--evaluation_strategy", "no", "--save_strategy", "no", "--weight_decay", "0.",
+        "--packing", "True", "--evaluation_strategy", "no", "--save_strategy", "no", "--weight_decay", "0.",
         "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--model_max_length", "1024", "--lazy_preprocess", "True",
         "--report_to", "none", *preset.training,
     ]  # fmt: skip
     return [sys.executable, "-m", "llava.train.train", *map(str, [*first, *shared, *last])]
 
 
-def run(stages: Sequence[Stage], until: str | None, log: Path) -> int:
-    """Start each stage when what it needs is there; returns the exit code of the first that fails."""
-    running = Running()
-    named = {stage.name: stage for stage in stages}
+def run(stages: Sequence[Stage], log: Path) -> int:
+    """Run all of them, each as soon as its turn and its needs allow; the exit code of the first that fails, or 0."""
+    done = {stage.name for stage in stages if stage.result.exists()}
+    for name in done:
+        print(f"[{name}] already done", flush=True)
+    waiting = [stage for stage in stages if stage.name not in done]
+    running: list[Running] = []
     try:
-        for stage in stages:
-            for need in stage.needs:
-                if code := finish(named[need], running, log):
-                    return code
-            if stage.result.exists():
-                print(f"[{stage.name}] already done: {stage.result}", flush=True)
-            elif stage.side:
-                print(f"[{stage.name}] started beside the next stages", flush=True)
-                running.processes[stage.name] = start(stage, log)
-            else:
-                print(f"[{stage.name}] started", flush=True)
-                began = time.time()
-                running.processes[stage.name] = start(stage, log)
-                if code := finish(stage, running, log):
-                    return code
-                print(f"[{stage.name}] done in {time.time() - began:.0f} s", flush=True)
-            if stage.name == until:
-                break
-        for name in list(running.processes):
-            if code := finish(named[name], running, log):
-                return code
+        while waiting or running:
+            for stage in startable(waiting, done, gpu_is_free=all(other.stage.side for other in running)):
+                print(f"[{stage.name}] started{' beside the others' if stage.side else ''}", flush=True)
+                running.append(start(stage, log))
+                waiting.remove(stage)
+            time.sleep(POLL_SECONDS)
+            for job in list(running):
+                code = job.process.poll()
+                show(job, log, ended=code is not None)
+                if code is None:
+                    continue
+                running.remove(job)
+                if failed := failure(job, code):
+                    print(failed, flush=True)
+                    return code or 1
+                print(f"[{job.stage.name}] done in {time.time() - job.began:.0f} s", flush=True)
+                done.add(job.stage.name)
     finally:
-        for process in running.processes.values():
-            process.terminate()
+        for job in running:
+            job.process.terminate()
     return 0
 
 
-def start(stage: Stage, log: Path) -> subprocess.Popen[str]:
-    """The stage's output goes to our own; lines of JSON also to the log (in `finish`, from the stage's file)."""
+def startable(waiting: Sequence[Stage], done: Collection[str], *, gpu_is_free: bool) -> list[Stage]:
+    """Side stages whose needs are there, and the next of the others if it is its turn."""
+    sides = [stage for stage in waiting if stage.side]
+    following = [stage for stage in waiting if not stage.side][:1] if gpu_is_free else []
+    return [stage for stage in [*following, *sides] if all(need in done for need in stage.needs)]
+
+
+def start(stage: Stage, log: Path) -> Running:
+    """In a process of its own, whose output goes to a file beside the log."""
     stage.result.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
-    output = (log.parent / f"{stage.name}.log").open("w")
-    command = ["nice", *stage.command] if stage.side else stage.command
-    return subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, env=environment, text=True, cwd=REPOSITORY
-    )
-
-
-def finish(stage: Stage, running: Running, log: Path) -> int:
-    """Wait for a stage, showing its measurements as they come; its exit code, 1 where the result is missing."""
-    process = running.processes.pop(stage.name, None)
     output = log.parent / f"{stage.name}.log"
-    shown = 0
-    while process is not None:
-        ended = process.poll() is not None
-        lines = output.read_text(errors="replace").splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith("\n") or ended]
-        for line in complete[shown:]:
-            if line.startswith("{"):
-                print(line, end="", flush=True)
-                with log.open("a") as file:
-                    file.write(line)
-        shown = len(complete)
-        if ended:
-            break
-        time.sleep(0.5)
-    if process is None or process.returncode == 0:
-        if stage.result.exists():
-            return 0
-        print(f"[{stage.name}] left no {stage.result}; see {output}", flush=True)
-        return 1
-    print(
-        f"[{stage.name}] failed with exit code {process.returncode}:\n{output.read_text(errors='replace')[-4000:]}",
-        flush=True,
-    )
-    return process.returncode or 1
+    command = ["nice", *stage.command] if stage.side else stage.command
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, text=True, cwd=REPOSITORY
+        )
+    return Running(stage, process, output, time.time())
+
+
+def show(job: Running, log: Path, *, ended: bool) -> None:
+    """The measurements (lines of JSON) that have come since the last time, on the screen and in the log."""
+    lines = job.output.read_text(errors="replace").splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n") or ended]
+    for line in complete[job.num_shown :]:
+        if line.startswith("{"):
+            print(line, end="", flush=True)
+            with log.open("a") as file:
+                file.write(line)
+    job.num_shown = len(complete)
+
+
+def failure(job: Running, code: int) -> str | None:
+    """What to say of a stage that has ended, if it went wrong."""
+    name = job.stage.name
+    if code:
+        return f"[{name}] failed with exit code {code}:\n{job.output.read_text(errors='replace')[-4000:]}"
+    return None if job.stage.result.exists() else f"[{name}] left no {job.stage.result}; see {job.output}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,20 +216,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fonts", type=Path, help="typefaces from fonts.py; without it Pillow's own face (trial only)")
     parser.add_argument("--cifar", type=Path, required=True, help="CIFAR-10 in any of its usual layouts")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--until", help="stop after this stage")
+    parser.add_argument("--until", help="stop after this stage and those before it")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
     fonts = args.fonts.resolve() if args.fonts else None
     stages = plan_stages(PRESETS[args.preset], args.work.resolve(), fonts, args.cifar.resolve(), args.workers)
-    if args.until is not None and args.until not in {stage.name for stage in stages}:
-        parser.error(f"unknown stage {args.until!r}; known: {', '.join(stage.name for stage in stages)}")
+    names = [stage.name for stage in stages]
+    if args.until is not None:
+        if args.until not in names:
+            parser.error(f"unknown stage {args.until!r}; known: {', '.join(names)}")
+        stages = stages[: names.index(args.until) + 1]
     if args.dry_run:
         for stage in stages:
             print(f"# {stage.name}{' (beside the next)' if stage.side else ''}\n{' '.join(stage.command)}\n")
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    code = run(stages, args.until, args.work / "log.jsonl")
+    code = run(stages, args.work / "log.jsonl")
     print(json.dumps({"stage": "all", "exit_code": code, "seconds": round(time.time() - started, 1)}), flush=True)
     return code
 
