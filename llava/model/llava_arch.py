@@ -33,7 +33,7 @@ from llava.model.merge import merge_tiles
 from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import PackedRow, PaddedBatch, Spliced, pack, pad, splice
+from llava.model.splice import PackedRow, PaddedBatch, Spliced, on_device, pack, pad, splice
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,8 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         """
         encode = encode or self.encode_images
         if isinstance(images, Tensor) and images.ndim == 4:
-            return list(encode(images))
+            # Cast together: under mixed precision the splice would cast them to the text's precision one by one.
+            return list(encode(images).to(self.get_input_embeddings().weight.dtype))
         tiles = [image[None] if image.ndim == 3 else image for image in images]
         if not tiles:
             return []
@@ -290,7 +291,10 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     ) -> Spliced:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
-        spliced = splice(input_ids, valid, features, self.get_input_embeddings(), labels=labels)
+        table = self.get_input_embeddings()
+        spliced = splice(
+            input_ids, valid, features, lambda ids: table(on_device(ids, table.weight.device)), labels=labels
+        )
         longest, limit = max(spliced.lengths), settings.max_length
         if limit is not None and longest > limit:
             if labels is None:
@@ -363,6 +367,8 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         kind = language_model_type({"model_type": self.config.model_type})
         if loss_only and labels is not None and kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings()):
             return self._forward_to_loss(labels, **kwargs)
+        if packed and labels is not None:
+            labels = labels.to(self.device)
         return super().forward(labels=labels, **kwargs)
 
     def _forward_to_loss(
@@ -370,9 +376,9 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     ) -> CausalLMOutputWithPast:
         """The mean loss over trained tokens (or the sum over `num_items_in_batch`), without logits."""
         hidden = self.get_model()(**arguments).last_hidden_state
-        total, num_trained = next_token_loss(self.get_output_embeddings(), hidden, labels.to(hidden.device))
+        total, num_trained = next_token_loss(self.get_output_embeddings(), hidden, labels)
         # A batch that lost all its answers to a limit counts for nothing, on every rank alike, rather than for NaN.
-        count = num_trained.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        count = max(num_trained, 1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     @torch.no_grad()

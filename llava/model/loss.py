@@ -18,16 +18,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llava.constants import IGNORE_INDEX
+from llava.model.splice import on_device
 
 # Logits at a time: large enough for matrix products at full speed, small beside the weights of the output layer.
 CHUNK_VALUES = 2**26
 
 
-def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of `labels` (B, T), each predicted from the hidden state (B, T, D) before it, and their number."""
-    targets = labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-    states, targets = hidden[:, :-1][trained], targets[trained]
+def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Sum of the losses of `labels` (B, T), each predicted from the hidden state (B, T, D) before it, and their number.
+
+    Labels may be on the host while states are on a GPU: nothing then waits for it to count them.
+    """
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    trained = (following != IGNORE_INDEX).nonzero().flatten()
+    states = hidden.flatten(0, 1)[on_device(trained, hidden.device)]
+    targets = on_device(following[trained], hidden.device)
 
     def project_to_loss(states: Tensor) -> Tensor:
         return linear_cross_entropy(states, head.weight, targets, head.bias)
@@ -38,7 +43,7 @@ def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Te
         total = head(states)
     finally:
         del head.forward
-    return total, trained.sum()
+    return total, len(trained)
 
 
 def can_fuse(head: Any) -> bool:

@@ -70,7 +70,7 @@ def splice(
     token = torch.repeat_interleave(torch.arange(len(flat_ids), device=device), spans, output_size=total)
     ends = torch.cumsum(spans, dim=0)
     within = torch.arange(total, device=device) - (ends - spans)[token]
-    embeds = source[_on_device(starts[token] + within, source.device)]
+    embeds = source[on_device(starts[token] + within, source.device)]
 
     spliced_labels = None
     if labels is not None:
@@ -111,7 +111,8 @@ def pad(spliced: Spliced, *, side: str, max_length: int | None = None) -> Padded
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that begin anew with each sample, `labels` (1, T).
+    """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that begin anew with each sample, `labels` (1, T), which
+    may be on the host.
 
     `boundaries` (samples + 1,) int32: where each sample begins, and the end; `longest` is the longest sample's length.
     """
@@ -127,34 +128,36 @@ def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
     """Leave spliced rows one after another; those longer than `max_length` keep their beginning.
 
     A sample's first label is masked, as nothing before it may predict it: what stands there is another sample's end.
+    Labels stay where they are, on the host if the ids are: rows are laid out there, and nothing waits for a GPU.
     """
     device = spliced.embeds.device
     embeds, labels, row_lengths = spliced.embeds, spliced.labels, spliced.lengths
-    positions = _positions(row_lengths, device)
+    positions = _positions(row_lengths)
     if max_length is not None and max(row_lengths) > max_length:
-        kept = positions < max_length
-        embeds, positions = embeds[kept], positions[kept]
-        labels = None if labels is None else labels[kept]
+        kept = (positions < max_length).nonzero().flatten()
+        embeds, positions = embeds[on_device(kept, device)], positions[kept]
+        labels = None if labels is None else labels[on_device(kept, labels.device)]
         row_lengths = [min(length, max_length) for length in row_lengths]
     if labels is not None:
-        labels = labels.masked_fill(positions == 0, IGNORE_INDEX)[None]
-    boundaries = torch.tensor([0, *row_lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        labels = labels.masked_fill(on_device(positions == 0, labels.device), IGNORE_INDEX)[None]
+    boundaries = torch.tensor([0, *row_lengths]).cumsum(0).to(torch.int32)
     # A copy, not a view: a compiled first layer would otherwise be a program of its own.
-    return PackedRow(torch.stack([embeds]), positions[None], labels, boundaries, max(row_lengths))
+    row = torch.stack([embeds])
+    return PackedRow(
+        row, on_device(positions, device)[None], labels, on_device(boundaries, device), longest=max(row_lengths)
+    )
 
 
-def _positions(row_lengths: list[int], device: torch.device) -> Tensor:
-    lengths = torch.tensor(row_lengths, device=device)
-    total = sum(row_lengths)
-    firsts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths, output_size=total)
-    return torch.arange(total, device=device) - firsts
+def _positions(row_lengths: list[int]) -> Tensor:
+    lengths = torch.tensor(row_lengths)
+    return torch.arange(sum(row_lengths)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
 
 
-def _on_device(index: Tensor, device: torch.device) -> Tensor:
-    """An index where it is needed; from the host to a GPU by a copy that nobody waits for."""
-    if index.device.type == "cpu" and device.type == "cuda":
-        return index.pin_memory().to(device, non_blocking=True)
-    return index
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Numbers where they are needed; from the host to a GPU by a copy that nobody waits for."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:

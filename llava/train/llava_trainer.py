@@ -41,6 +41,8 @@ from llava.train.validation import answer_samples, write_answers
 
 logger = logging.getLogger(__name__)
 
+TOKENS = ("input_ids", "labels", "attention_mask")  # what a batch has besides images
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -91,15 +93,16 @@ class LLaVATrainer(Trainer):
     # Order of samples
 
     def get_train_dataloader(self) -> DataLoader:
-        """The library's, over samples that carry their numbers."""
+        """The library's, over samples that carry their numbers; batches stay on the host until `_prepare_inputs`."""
         if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        given = self.train_dataset, self.data_collator
+        given = self.train_dataset, self.data_collator, self.accelerator.device_placement
         self.train_dataset, self.data_collator = Numbered(self.train_dataset), NumberKeeper(self.data_collator)
+        self.accelerator.device_placement = False
         try:
             return super().get_train_dataloader()
         finally:
-            self.train_dataset, self.data_collator = given
+            self.train_dataset, self.data_collator, self.accelerator.device_placement = given
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -160,6 +163,16 @@ class LLaVATrainer(Trainer):
             self._stop_unless_finite([loss])
             self._batches.clear()
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The library's, but nothing waits for a GPU: images go there meanwhile, and ids of packed samples stay where
+        the model lays them out, on the host."""
+        batch = dict(inputs)
+        images = batch.get("images")
+        if isinstance(images, Tensor):
+            batch["images"] = images.to(self.args.device, non_blocking=True)
+        on_host = {name: batch.pop(name) for name in TOKENS if name in batch} if batch.get("packed") else {}
+        return {**super()._prepare_inputs(batch), **on_host}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.args.fused_loss and "labels" in inputs and isinstance(base_model(self.model), LlavaMetaForCausalLM):

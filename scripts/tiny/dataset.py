@@ -23,6 +23,8 @@ from photos import load_photos
 from samples import DRAW, Source, draw_sample, reshape
 from talk import converse
 
+from llava.data.samples import open_samples
+
 FIRST_SEED = 20_000_000  # apart from the seeds of arrays.py and language.py
 CHUNK = 500
 STAGES = ("pretrain", "finetune", "second")
@@ -65,6 +67,7 @@ def write_data(folder: Path, counts: dict[str, dict[str, int]], options: Options
     for stage, found in rows.items():
         random.Random(1).shuffle(found)
         (folder / f"{stage}.json").write_text(json.dumps(found))
+        open_samples(folder / f"{stage}.json")  # keeps an index, which the training stage then need not make
     return {stage: len(found) for stage, found in rows.items()}
 
 
