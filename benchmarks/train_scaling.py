@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import FULL, TINY, Ours, Shapes, say
+from train_sides import FULL, TINY, Ours, Shapes, say
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
