@@ -31,13 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tiny"))
 
 from build import train_command
+from dataset import parse_counts
 from presets import PRESETS
 
 from llava.assets import embedded_model_path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Shares of the kinds of samples in the recipe's second stage.
-KINDS = {"scene": 0.423, "sign": 0.074, "text": 0.254, "photo": 0.232, "talk": 0.017}
 PADDED = ("--packing", "False", "--gradient_accumulation_steps", "1", "--group_by_modality_length", "True")
 
 
@@ -65,7 +64,9 @@ def ways(scale: Scale, *, on_gpu: bool) -> dict[str, tuple[str, ...]]:
 
 
 def draw_data(folder: Path, num_samples: int, options: argparse.Namespace) -> None:
-    counts = ",".join(f"{kind}={round(share * num_samples)}" for kind, share in KINDS.items())
+    """The second stage's kinds of samples in their shares, but fewer."""
+    full = parse_counts(PRESETS["full"].dataset[PRESETS["full"].dataset.index("--finetune") + 1])
+    counts = ",".join(f"{kind}={number * num_samples // sum(full.values())}" for kind, number in full.items())
     words = ["--out", folder, "--pretrain", "", "--finetune", counts, "--cifar", options.cifar]
     words += ["--fonts", options.fonts] if options.fonts else []
     program = ROOT / "scripts" / "tiny" / "dataset.py"

@@ -13,24 +13,31 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava.assets import embedded_model_path
 from llava.conversation import conv_templates
+from llava.geometry import ImagePolicy
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import parse_train_args
+from llava.train.data import LazySupervisedDataset
+from llava.train.packing import measured_lengths
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "scripts" / "tiny"
 sys.path.append(str(RECIPE))  # the recipe's modules import each other by name
 
 import build  # noqa: E402
+import dataset  # noqa: E402
 import draw_images  # noqa: E402
 import fonts  # noqa: E402
 import lettering  # noqa: E402
 import palette  # noqa: E402
+import photos  # noqa: E402
 import presets  # noqa: E402
 import scenes  # noqa: E402
 import talk  # noqa: E402
@@ -332,11 +339,80 @@ def test_every_command_of_the_recipe_parses(name: str) -> None:
             model, data, training = parse_train_args(on_cpu)
             assert data.image_aspect_ratio == "pad"
             assert model.mm_vision_select_layer == -2
-            assert training.per_device_train_batch_size > 0
+            assert training.packing
             assert model.tune_mm_mlp_adapter == (stage.name == "stage1")
         else:
             known = set(re.findall(r'"(--[a-z0-9-]+)"', Path(words[0]).read_text()))
             assert {word for word in words if word.startswith("--")} <= known, stage.name
+
+
+@pytest.fixture(scope="module")
+def stage_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few samples of each training stage, of the kinds and in the shares of the preset "full"."""
+    folder = tmp_path_factory.mktemp("stages")
+    for number, name in enumerate(photos.FOLDERS):
+        (folder / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (photos.SIDE, photos.SIDE)).save(folder / "train" / name / f"{number}.png")
+    words = (*presets.PRESETS["full"].dataset, *presets.PRESETS["full"].second)
+    counts = {}
+    for stage in ("pretrain", "finetune", "second"):
+        full = dataset.parse_counts(words[words.index(f"--{stage}") + 1])
+        counts[stage] = {kind: -(-number * 100 // sum(full.values())) for kind, number in full.items()}
+    dataset.write_data(folder, counts, dataset.Options(None, folder, None, ".bmp"), workers=2)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "data"), [("stage1", "pretrain"), ("stage2", "finetune"), ("stage3", "second")])
+def test_a_packed_batch_holds_as_many_samples_as_the_learning_rates_were_chosen_for(
+    stage: str, data: str, stage_data: Path
+) -> None:
+    tokenizer = load_tokenizer(embedded_model_path(), model_max_length=1024)
+    tokenizer.pad_token = tokenizer.unk_token
+    settings = SimpleNamespace(image_folder=str(stage_data / "images"), is_multimodal=True, mm_use_im_start_end=False)
+    conv = conv_templates["plain" if stage == "stage1" else "v1"]
+    samples = LazySupervisedDataset(str(stage_data / f"{data}.json"), tokenizer, settings, conv=conv)
+    lengths = measured_lengths(samples, ImagePolicy("pad", tile_size=112, patch_size=14), stage_data / stage)
+    per_row = 0.97 * 1024 / (sum(lengths) / len(lengths))  # so full are rows of a large set
+    for name, wanted in (("full", 256), ("trial", 256), ("check", 64)):
+        words = getattr(presets.PRESETS[name], stage)
+        rows = int(words[words.index("--per_device_train_batch_size") + 1])
+        assert rows * per_row == pytest.approx(wanted, rel=0.1)
+
+
+def test_stages_run_as_soon_as_they_can_and_a_broken_run_goes_on(tmp_path: Path) -> None:
+    """Two of them each wait until the other has begun; a third needs both and fails once."""
+
+    def stage(name: str, program: str, *needs: str, side: bool = False) -> build.Stage:
+        finish = f"(here / '{name}').write_text('done')"
+        begin = "import pathlib, sys, time; here = pathlib.Path(sys.argv[1])"
+        return build.Stage(
+            name, [sys.executable, "-c", f"{begin}\n{program}\n{finish}", str(tmp_path)], tmp_path / name, needs, side
+        )
+
+    meet = "(here / '{}.begun').touch()\nwhile not (here / '{}.begun').exists(): time.sleep(0.01)"
+    print_one = 'print(\'{"stage": "last"}\')'
+    stages = [
+        stage("first", "", side=True),
+        stage("beside", meet.format("beside", "main"), "first", side=True),
+        stage("main", meet.format("main", "beside")),
+        stage("last", "assert (here / 'main').exists() and (here / 'beside').exists()\nsys.exit(3)", "main", "beside"),
+        stage("never", "", "last"),
+    ]
+    log = tmp_path / "log.jsonl"
+    assert build.run(stages, log) == 3
+    assert not (tmp_path / "never").exists()
+    for name in ("first", "beside", "main"):  # which would fail if they ran again
+        stages[[each.name for each in stages].index(name)] = stage(name, "sys.exit(1)")
+    stages[3] = stage("last", print_one, "main", "beside")
+    assert build.run(stages, log) == 0
+    assert (tmp_path / "never").exists()
+    assert log.read_text() == '{"stage": "last"}\n'
+
+
+def test_a_stage_that_leaves_no_result_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stage = build.Stage("empty", [sys.executable, "-c", ""], tmp_path / "nothing")
+    assert build.run([stage], tmp_path / "log.jsonl") == 1
+    assert "[empty] left no" in capsys.readouterr().out
 
 
 # --- sample pictures --------------------------------------------------------------------------------------------------
