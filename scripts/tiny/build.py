@@ -1,6 +1,7 @@
 """Make the embedded model llava-v1.5-tiny from nothing: run every stage in order, each in its own process.
 
-In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (one line of JSON per measurement).
+In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (one line of JSON per measurement,
+and one per stage with its time).
 A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long one can
 be had in pieces (--until). Data are made on the CPU while the GPU trains: "side" stages start as soon as what they need is
 there, beside the one stage that has the GPU.
@@ -160,7 +161,9 @@ def run(stages: Sequence[Stage], log: Path) -> int:
                 if failed := failure(job, code):
                     print(failed, flush=True)
                     return code or 1
-                print(f"[{job.stage.name}] done in {time.time() - job.began:.0f} s", flush=True)
+                seconds = round(time.time() - job.began, 1)
+                print(f"[{job.stage.name}] done in {seconds:.0f} s", flush=True)
+                append(log, json.dumps({"stage": job.stage.name, "seconds": seconds}) + "\n")
                 done.add(job.stage.name)
     finally:
         for job in running:
@@ -196,9 +199,13 @@ def show(job: Running, log: Path, *, ended: bool) -> None:
     for line in complete[job.num_shown :]:
         if line.startswith("{"):
             print(line, end="", flush=True)
-            with log.open("a") as file:
-                file.write(line)
+            append(log, line)
     job.num_shown = len(complete)
+
+
+def append(log: Path, line: str) -> None:
+    with log.open("a") as file:
+        file.write(line)
 
 
 def failure(job: Running, code: int) -> str | None:
