@@ -291,10 +291,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     ) -> Spliced:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
-        table = self.get_input_embeddings()
-        spliced = splice(
-            input_ids, valid, features, lambda ids: table(on_device(ids, table.weight.device)), labels=labels
-        )
+        spliced = splice(input_ids, valid, features, self._embed, labels=labels)
         longest, limit = max(spliced.lengths), settings.max_length
         if limit is not None and longest > limit:
             if labels is None:
@@ -308,6 +305,13 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
                 num_long, len(spliced.lengths), limit, longest,
             )  # fmt: skip
         return spliced
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        table = self.get_input_embeddings()
+        # Only from the host: an offloaded table is elsewhere now, and where the ids are when it is called.
+        if ids.device.type == "cpu" and table.weight.device.type == "cuda":
+            ids = on_device(ids, table.weight.device)
+        return table(ids)
 
     # The two calls that outside code makes.
 
@@ -368,7 +372,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         if loss_only and labels is not None and kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings()):
             return self._forward_to_loss(labels, **kwargs)
         if packed and labels is not None:
-            labels = labels.to(self.device)
+            labels = labels.to(row.embeds.device)
         return super().forward(labels=labels, **kwargs)
 
     def _forward_to_loss(

@@ -165,13 +165,13 @@ class LLaVATrainer(Trainer):
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The library's, but nothing waits for a GPU: images go there meanwhile, and ids of packed samples stay where
-        the model lays them out, on the host."""
-        batch = dict(inputs)
-        images = batch.get("images")
-        if isinstance(images, Tensor):
+        """The library's, but nothing waits for a GPU: images go there meanwhile, and ids of packed samples stay on the
+        host, where the model lays them out (unless weights are sharded: then inputs are placed for them)."""
+        batch, on_host = dict(inputs), {}
+        if isinstance(images := batch.get("images"), Tensor):
             batch["images"] = images.to(self.args.device, non_blocking=True)
-        on_host = {name: batch.pop(name) for name in TOKENS if name in batch} if batch.get("packed") else {}
+        if batch.get("packed") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            on_host = {name: batch.pop(name) for name in TOKENS if name in batch}
         return {**super()._prepare_inputs(batch), **on_host}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:

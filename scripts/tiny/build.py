@@ -140,7 +140,7 @@ def train_command(preset: Preset, first: list[object], last: list[object], tower
 
 def run(stages: Sequence[Stage], log: Path) -> int:
     """Run all of them, each as soon as its turn and its needs allow; the exit code of the first that fails, or 0."""
-    done = {stage.name for stage in stages if stage.result.exists()}
+    done = [stage.name for stage in stages if stage.result.exists()]
     for name in done:
         print(f"[{name}] already done", flush=True)
     waiting = [stage for stage in stages if stage.name not in done]
@@ -164,7 +164,7 @@ def run(stages: Sequence[Stage], log: Path) -> int:
                 seconds = round(time.time() - job.began, 1)
                 print(f"[{job.stage.name}] done in {seconds:.0f} s", flush=True)
                 append(log, json.dumps({"stage": job.stage.name, "seconds": seconds}) + "\n")
-                done.add(job.stage.name)
+                done.append(job.stage.name)
     finally:
         for job in running:
             job.process.terminate()
