@@ -10,7 +10,6 @@ model to another is in language_model/.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -33,9 +32,7 @@ from llava.model.merge import merge_tiles
 from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import PackedRow, PaddedBatch, Spliced, on_device, pack, pad, splice
-
-logger = logging.getLogger(__name__)
+from llava.model.splice import PackedRow, PaddedBatch, Spliced, heed_limit, on_device, pack, pad, splice
 
 # Language models (by transformers' name) whose attention keeps packed samples apart when positions begin anew, and whose
 # logits are the output layer's product with the last hidden states. Others take no packed rows and make their own loss.
@@ -292,18 +289,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self._embed, labels=labels)
-        longest, limit = max(spliced.lengths), settings.max_length
-        if limit is not None and longest > limit:
-            if labels is None:
-                raise InputError(
-                    f"the prompt is {longest} tokens long with its image features, but this model's limit "
-                    f"(tokenizer_model_max_length) is {limit}; shorten the text or give fewer or smaller images"
-                )
-            num_long = sum(length > limit for length in spliced.lengths)
-            logger.warning(
-                "%d of %d training rows are longer than tokenizer_model_max_length=%d (longest %d) and lose their end",
-                num_long, len(spliced.lengths), limit, longest,
-            )  # fmt: skip
+        heed_limit(spliced.lengths, settings.max_length, is_prompt=labels is None)
         return spliced
 
     def _embed(self, ids: Tensor) -> Tensor:

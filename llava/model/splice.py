@@ -9,6 +9,7 @@ so they cannot disagree. There is no Python loop over tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,23 @@ def splice(
         spliced_labels = flat_labels[token]
     lengths = _row_lengths(valid.sum(dim=1).tolist(), marks_per_row, feature_lengths)
     return Spliced(embeds, spliced_labels, lengths)
+
+
+def heed_limit(lengths: Sequence[int], limit: int | None, *, is_prompt: bool) -> None:
+    """Say which training rows will be cut, and refuse a prompt that would be: its end is the question."""
+    longest = max(lengths)
+    if limit is None or longest <= limit:
+        return
+    if is_prompt:
+        raise InputError(
+            f"the prompt is {longest} tokens long with its image features, but this model's limit "
+            f"(tokenizer_model_max_length) is {limit}; shorten the text or give fewer or smaller images"
+        )
+    num_long = sum(length > limit for length in lengths)
+    logger.warning(
+        "%d of %d training rows are longer than tokenizer_model_max_length=%d (longest %d) and lose their end",
+        num_long, len(lengths), limit, longest,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
