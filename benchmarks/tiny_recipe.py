@@ -123,6 +123,7 @@ def loader_rate(data: Path, scale: Scale, workers: int) -> float:
         image_aspect_ratio="pad",
         is_multimodal=True,
         mm_use_im_start_end=False,
+        pixel_dtype=torch.bfloat16,
     )
     samples = LazySupervisedDataset(str(data / "finetune.json"), tokenizer, settings, conv=conv_templates["v1"])
     policy = ImagePolicy("pad", tile_size=112, patch_size=14)

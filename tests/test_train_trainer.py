@@ -220,3 +220,23 @@ def test_recorded_marker_rows_from_a_pretrained_adapter(num_rows: int, tmp_path:
         return
     table = trainer_for(words).model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(table[-2:], state["model.embed_tokens.weight"][-2:])
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_pixels_in_the_precision_of_the_run_change_nothing(frozen: bool, tmp_path: Path) -> None:
+    """A run in bfloat16, whose loader rounds pixels, against one whose first layer does."""
+
+    def trained(folder: Path, dtype: torch.dtype | None) -> LLaVATrainer:
+        trainer = trainer_for(argv(folder, bf16=True, unfreeze_mm_vision_tower=not frozen, max_steps=2))
+        settings = trainer.train_dataset.data_args
+        assert settings.pixel_dtype == torch.bfloat16
+        settings.pixel_dtype = dtype or settings.pixel_dtype
+        trainer.train()
+        return trainer
+
+    rounded, exact = trained(tmp_path / "a", None), trained(tmp_path / "b", torch.float32)
+    assert rounded.state.log_history[1]["loss"] == exact.state.log_history[1]["loss"]
+    for (name, tensor), (_, other) in zip(
+        rounded.model.named_parameters(), exact.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(tensor, other), name

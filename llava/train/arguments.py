@@ -80,6 +80,7 @@ class DataArguments:
 
     # Filled in by the program, once it knows the model.
     image_processor: Any = field(default=None, init=False)
+    pixel_dtype: torch.dtype = field(default=torch.float32, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:

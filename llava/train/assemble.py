@@ -116,6 +116,8 @@ def add_vision(
     tower = model.get_vision_tower()
     tower.requires_grad_(False)  # adapters with `lora_bias all` release the biases of a tower that is there already
     data_args.image_processor = tower.image_processor
+    if not tower.resamples_pixels:  # otherwise its first layer rounds them so; loaders have half as much to hand over
+        data_args.pixel_dtype = training_args.compute_dtype
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 

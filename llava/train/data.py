@@ -37,9 +37,9 @@ class LazySupervisedDataset(Dataset):
     """The samples of a data file (or of several, see samples.py), prepared when they are drawn.
 
     `data_args` says where images lie and how they are prepared: `image_folder`, `image_processor`, `image_aspect_ratio`,
-    `image_grid_pinpoints` (anyres), `is_multimodal`, `mm_use_im_start_end`; and, if it has them, `data_weights` and
-    `on_bad_sample`. `conv` is the conversation template; without one it is `llava.conversation.default_conversation`,
-    read at each call.
+    `image_grid_pinpoints` (anyres), `is_multimodal`, `mm_use_im_start_end`; and, if it has them, `data_weights`,
+    `on_bad_sample` and `pixel_dtype` (otherwise float32). `conv` is the conversation template; without one it is
+    `llava.conversation.default_conversation`, read at each call.
 
     In a multimodal run a text-only sample carries one black image without a mark, so that every rank's batch runs the
     tower and no collective operation waits for a rank that has no images.
@@ -90,6 +90,10 @@ class LazySupervisedDataset(Dataset):
                 if tried + 1 == MAX_SKIPPED_IN_A_ROW:
                     raise InputError(f"{tried + 1} samples in a row are bad, the last one: {error}") from error
         raise InputError(f"every sample like {self.list_data_dict.describe(index)} is bad: {self.fault(index)}")
+
+    @property
+    def _pixel_dtype(self) -> torch.dtype:
+        return getattr(self.data_args, "pixel_dtype", torch.float32)
 
     def fault(self, index: int) -> InputError | None:
         """Why a sample cannot be used, or nothing."""
@@ -149,12 +153,16 @@ class LazySupervisedDataset(Dataset):
         item: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if sources:
             pixels = [
-                process_images([picture], self.data_args.image_processor, self.data_args)[0] for picture in pictures
+                process_images([picture], self.data_args.image_processor, self.data_args)[0].to(self._pixel_dtype)
+                for picture in pictures
             ]
             sizes = [picture.size for picture in pictures]
         elif self.data_args.is_multimodal:
             crop = self.data_args.image_processor.crop_size
-            pixels, sizes = [torch.zeros(3, crop["height"], crop["width"])], [(crop["width"], crop["height"])]
+            pixels, sizes = (
+                [torch.zeros(3, crop["height"], crop["width"], dtype=self._pixel_dtype)],
+                [(crop["width"], crop["height"])],
+            )
         else:
             return item
         item["image"] = pixels if len(pixels) > 1 else pixels[0]

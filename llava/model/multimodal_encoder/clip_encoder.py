@@ -55,6 +55,7 @@ class CLIPVisionTower(nn.Module):
     """
 
     has_class_token = True  # whether hidden states begin with one for the whole tile
+    resamples_pixels = False  # whether pixels are computed with before the first layer rounds them to its precision
 
     def __init__(
         self, vision_tower: str, args: Any, delay_load: bool = False, described: dict[str, Any] | None = None
@@ -193,6 +194,8 @@ class CLIPVisionTowerS2(CLIPVisionTower):
     Scaling on Scales (Shi et al., 2024, arXiv:2403.13043): each larger scale is cut into pieces of the smallest scale's
     size, the pieces' feature maps are laid side by side again and averaged down to the smallest scale's grid.
     """
+
+    resamples_pixels = True
 
     def __init__(self, vision_tower: str, args: Any, *rest: Any, **kwargs: Any) -> None:
         self.s2_scales = LlavaSettings.from_hf(args).vision.s2_scales
