@@ -1,4 +1,4 @@
-"""The training benchmark runs, on small shapes, and reports both sides of each figure."""
+"""The training benchmarks: that of shapes runs, small, and reports both sides; that of the recipe reads logs rightly."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "train.py"
+from llava.train.arguments import TrainingArguments, parse_train_args
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_train", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_train", module)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
-    return module
+    return loaded("train", monkeypatch)
 
 
 def test_every_measurement_has_a_figure_of_each_side(benchmark: Any, capsys: pytest.CaptureFixture) -> None:
@@ -53,3 +59,32 @@ def test_realistic_lengths_fill_packed_rows(benchmark: Any) -> None:
     assert sum(not s.image for s in samples) == round(0.06 * len(samples))
     rows = benchmark.plan_rows(lengths, benchmark.FULL.row, seed=0)
     assert sum(lengths) > 0.8 * len(rows) * benchmark.FULL.row
+
+
+def test_the_recipe_s_benchmark_counts_what_follows_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = loaded("tiny_recipe", monkeypatch)
+    runs: list[TrainingArguments] = []
+
+    def run(command: list[str]) -> float:
+        """In place of a run: a log whose first lines are slow, and whose last line has no speed."""
+        *_, training = parse_train_args(command[3:])
+        runs.append(training)
+        names = ("tokens_per_second", "padding", "data_wait", "memory_gib")
+        speeds = [(1, 5.0), (2, 40.0), (3, 42.0), (4, 50.0)]
+        lines = [{"step": step, "images_per_second": speed, **dict.fromkeys(names, 1.0)} for step, speed in speeds]
+        Path(training.output_dir, "trainer_state.json").write_text(
+            json.dumps({"log_history": [*lines, {"step": 4, "train_runtime": 9.0}]})
+        )
+        return 12.0
+
+    monkeypatch.setattr(bench, "run", run)
+    for flags in bench.ways(bench.CPU, on_gpu=True).values():
+        figures = bench.measure(flags, bench.CPU, tmp_path, tmp_path)
+        assert (figures["images_per_second"], figures["seconds"]) == (42.0, 12.0)
+    padded, packed, compiled = runs
+    assert not padded.packing
+    assert padded.group_by_modality_length
+    assert padded.per_device_train_batch_size == bench.CPU.batch
+    assert packed.packing
+    assert compiled.packing
+    assert (packed.compile_layers, compiled.compile_layers) == (False, True)
