@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure conversions beside plain copies.")
     parser.add_argument("folder", type=Path, help="a folder to be made on the disk that is measured")
     parser.add_argument("--size", choices=SIZES, default="7b")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--full-proof", action="store_true", help="also one conversion with logits compared")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

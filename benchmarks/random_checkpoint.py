@@ -86,19 +86,20 @@ def make(
         model = build_without_memory(lambda: model_class(config))
         generator = torch.Generator().manual_seed(0)
         block = (torch.randn(BLOCK, generator=generator) * STD).to(getattr(torch, dtype))
+        largest = max(value.numel() for value in model.state_dict().values())
+        drawn = block.repeat(-(-largest // BLOCK) + 1)
         label = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
         tensors = [
-            Planned(name, label, tuple(value.shape), lambda n=number, v=value, k=name: _numbers(block, n, v.shape, k))
+            Planned(name, label, tuple(value.shape), lambda n=number, v=value, k=name: _numbers(drawn, n, v.shape, k))
             for number, (name, value) in enumerate(model.state_dict().items())
         ]
         write_shards(begun, tensors, shard_bytes=shard_bytes)
 
 
-def _numbers(block: torch.Tensor, number: int, shape: torch.Size, name: str) -> torch.Tensor:
+def _numbers(drawn: torch.Tensor, number: int, shape: torch.Size, name: str) -> torch.Tensor:
     """Norms near one, everything else near zero; each tensor begins at another place of the block."""
-    count = math.prod(shape)
     start = number * 7919 % BLOCK
-    numbers = block.roll(-start).repeat(-(-count // BLOCK))[:count].reshape(shape)
+    numbers = drawn[start : start + math.prod(shape)].reshape(shape)
     return numbers + 1 if "norm" in name and name.endswith("weight") else numbers
 
 
