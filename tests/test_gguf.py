@@ -21,6 +21,7 @@ from llava.convert.convert import Options, convert
 from llava.convert.gguf_blocks import pack, unpack
 from llava.convert.gguf_file import read_gguf_head
 from llava.convert.gguf_pair import UNUSED, gguf_name, interleave, is_vision, uninterleave
+from llava.convert.gguf_tokenizer import byte_level_notes
 from llava.convert.sentencepiece_file import BPE, UNIGRAM, ScoredPiece, read_sentencepiece
 from llava.errors import InputError
 from llava.model.builder import load
@@ -235,6 +236,31 @@ def test_names_of_real_sizes() -> None:
                 table = vision if is_vision(name) else text
                 known = name.replace("model.vision_tower.vision_tower.", "vision_tower.")
                 assert table.get_name(known, try_suffixes=(".weight", ".bias")) == target
+
+
+def test_qwen_with_tied_embeddings(tmp_path: Path) -> None:
+    """One table serves as both; the model computes twice, with the source's numbers and with the file's."""
+    source = build(tmp_path / "source", "qwen2", conv_mode="chatml_direct", tie_word_embeddings=True, vocab_size=259)
+    report = convert(source, tmp_path / "pair", to="gguf", options=Options(precision="f32"))
+    text = pair_of(tmp_path / "pair")[0]
+    assert "output.weight" not in stored(text)
+    assert {"blk.0.attn_q.bias", "blk.1.attn_v.bias"} <= stored(text).keys()
+    assert fields(text)["tokenizer.ggml.pre"] == "qwen2"
+    assert report.logits is not None
+    assert report.logits.largest == 0
+
+
+def test_what_llama_cpp_does_otherwise_with_qwen_s_text() -> None:
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, merges=[("a", "b")])
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    (note,) = byte_level_notes(described)  # its expression is the one that llama.cpp has
+    assert "NFC" in note
+    described["normalizer"] = None
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
+    (note,) = byte_level_notes(described)
+    assert "splits" in note
 
 
 # llama.cpp itself

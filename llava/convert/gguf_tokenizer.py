@@ -30,6 +30,10 @@ from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
 
 # The kind of splitting that a byte-level tokenizer of a language model does, by llama.cpp's word for it.
 SPLITTERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+# What llama.cpp means by that word: Qwen's own expression.
+QWEN_SPLITTER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MODELS = {BPE: "llama", UNIGRAM: "t5"}
 UNKNOWN_PENALTY = 10.0  # what sentencepiece takes off the lowest score for a letter without a piece
 
@@ -125,9 +129,9 @@ def _add_tokens(writer: Any, tokens: list[str], kinds: list[int], num_rows: int)
 
 def tokenizer_notes(source: Source) -> list[str]:
     tokenizer = source.tokenizer
-    notes: list[str] = []
     if not isinstance(tokenizer, LlamaSentencePieceTokenizer):
-        return notes
+        return byte_level_notes(json.loads(tokenizer.backend_tokenizer.to_str()))
+    notes = []
     if not tokenizer.legacy:
         notes.append(
             "llama.cpp puts a space before text that follows a special token, which this tokenizer does not (legacy: false): "
@@ -136,5 +140,21 @@ def tokenizer_notes(source: Source) -> list[str]:
     if read_sentencepiece(Path(tokenizer.vocab_file)).kind == UNIGRAM:
         notes.append(
             "llama.cpp writes letters beyond ASCII that have no piece as <unk>, where this tokenizer has bytes"
+        )
+    return notes
+
+
+def byte_level_notes(described: Any) -> list[str]:
+    notes = []
+    if described["normalizer"] is not None:
+        notes.append(
+            "llama.cpp does not bring letters and their accents together (Unicode NFC), which this tokenizer does: text in "
+            "which they come apart gets other ids"
+        )
+    steps = described["pre_tokenizer"] or {}
+    found = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
+    if QWEN_SPLITTER not in found and described["model"]["merges"]:
+        notes.append(
+            "llama.cpp splits text as Qwen's own tokenizers do, and this one splits it otherwise: ids may differ"
         )
     return notes

@@ -6,6 +6,7 @@ convert.py; what the options mean is in words.py.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ examples:
 
 layouts:
 """
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LARGE_BLOCK = 4 * 2**20  # bytes
 
 
 def build_parser() -> ArgumentParser:
@@ -87,6 +90,7 @@ def _program(args: Namespace) -> None:
     inspect(args.source)  # whatever headers tell is told before libraries are loaded
     from llava.convert.convert import Options, convert
 
+    _give_large_blocks_back()
     options = Options(
         dtype=args.dtype,
         shard_bytes=shard_bytes,
@@ -98,6 +102,15 @@ def _program(args: Namespace) -> None:
     report = convert(args.source, args.target, to=args.to, base=args.base, options=options)
     for line in describe(report):
         print(line)
+
+
+def _give_large_blocks_back() -> None:
+    """Have glibc return every large block to the system when it is freed. It learns to keep blocks of up to 32 MB
+    otherwise, and those of activations and weights, freed in turn, leave gigabytes of gaps in its heap."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def weights_read_on_the_way(model: nn.Module, read: Callable[[str], Tensor]) -> 
     """
     aliases = _first_names(model)
     handles = []
+    # Put back as the same objects: it is by identity that tied weights are known, in the next block too.
+    empty = {module: dict(module._parameters) for module in model.modules()}
     for prefix, module in model.named_modules():
         names = {key: aliases[id(value)] for key, value in module._parameters.items() if value is not None}
         if not names:
@@ -124,14 +126,14 @@ def weights_read_on_the_way(model: nn.Module, read: Callable[[str], Tensor]) -> 
             _fill(module, names, read)
             continue
         handles.append(module.register_forward_pre_hook(lambda module, _, names=names: _fill(module, names, read)))
-        handles.append(module.register_forward_hook(lambda module, *_: _clear(module)))
+        handles.append(module.register_forward_hook(lambda module, *_: module._parameters.update(empty[module])))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in model.modules():
-            _clear(module)
+        for module, parameters in empty.items():
+            module._parameters.update(parameters)
 
 
 def _empty(parameter: Tensor) -> nn.Parameter:
@@ -155,9 +157,3 @@ def _is_read_by_its_parent(model: nn.Module, prefix: str) -> bool:
 def _fill(module: nn.Module, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
     for key, name in names.items():
         module._parameters[key] = nn.Parameter(read(name).float(), requires_grad=False)
-
-
-def _clear(module: nn.Module) -> None:
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[key] = _empty(parameter)
