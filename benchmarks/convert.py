@@ -98,7 +98,7 @@ def main() -> None:
             forget(source)
             target = args.folder / "target"
             output, wall, anonymous, resident = run([str(source), str(target), *words])
-            written = float(re.search(r"GB in ([\d.]+) s", output)[1])  # type: ignore[index]
+            written = float(re.search(r" in ([\d.]+) s \(", output)[1])  # type: ignore[index]
             bytes_out = size_of(target)
             rows.append(
                 f"| {name} | {bytes_out / 1e9:.1f} | {written:.0f} | {bytes_out / 1e6 / written:.0f} | "

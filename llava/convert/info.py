@@ -10,6 +10,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from llava.convert.description import Description, as_json, describe_checkpoint
+from llava.convert.words import size_text
 from llava.program import ArgumentParser, run_program
 
 EXAMPLES = """\
@@ -48,8 +49,8 @@ def lines(description: Description) -> list[str]:
     rows += [(key, _text(value)) for key, value in description.facts.items()]
     rows += [
         ("parameters", ", ".join(f"{name} {_millions(count)}" for name, count in description.parameters.items())),
-        ("stored", ", ".join(f"{_gigabytes(size)} {name}" for name, size in description.stored.items())),
-        ("memory of weights", ", ".join(f"{_gigabytes(size)} in {name}" for name, size in description.memory.items())),
+        ("stored", ", ".join(f"{size_text(size)} {name}" for name, size in description.stored.items())),
+        ("memory of weights", ", ".join(f"{size_text(size)} in {name}" for name, size in description.memory.items())),
     ]
     rows = [row for row in rows if row[1]]
     rows += [("missing", sentence) for sentence in description.missing]
@@ -64,10 +65,6 @@ def _text(value: object) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 if __name__ == "__main__":

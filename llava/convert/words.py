@@ -40,11 +40,16 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def size_text(num_bytes: int) -> str:
+    """Bytes as one reads them."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def describe(report: Report) -> list[str]:
     """What was written and how far it was proved, a line each."""
     rate = report.num_bytes / 1e6 / max(report.write_s, 1e-9)
     lines = [
-        f"wrote {report.target}: {report.layout} layout, {report.num_bytes / 1e9:.3g} GB in {report.write_s:.1f} s "
+        f"wrote {report.target}: {report.layout} layout, {size_text(report.num_bytes)} in {report.write_s:.1f} s "
         f"({rate:.0f} MB/s)",
         f"compared {report.tensors.num_tensors} tensors both ways: largest difference {report.tensors.largest:.3g}",
     ]

@@ -160,6 +160,11 @@ def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     if not file.is_file():
         if not required:
             return {}
+        if next(folder.glob("*.gguf"), None) is not None:
+            raise InputError(
+                f"the folder {folder} holds GGUF files, which are read by llama.cpp alone; give the checkpoint that they were "
+                "converted from"
+            )
         raise InputError(f"the folder {folder} holds no config.json, so it is not a model folder")
     return read_json(file)
 
