@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.eval.answer_log import AnswerLog
