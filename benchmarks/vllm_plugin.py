@@ -98,7 +98,8 @@ def start(which: str, checkpoint: str, dtype: str, scratch: Path, vllm_site: Pat
     if which == "vllm":
         # Triton multiplies float32 with the 10 bits of TF32 otherwise; vLLM's attention in float32 is made of it.
         environment["TRITON_F32_DEFAULT"] = "ieee"
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # greedy tokens need none
+        # Libraries for top-p sampling and 8-bit products, of which this needs neither.
+        environment |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0", "VLLM_DEEP_GEMM_WARMUP": "skip"}
         if vllm_site is not None:
             paths.insert(0, str(vllm_site))
         if not [point for point in entry_points(group="vllm.general_plugins") if point.name == "llava"]:
