@@ -1,7 +1,8 @@
-"""Checkpoints of real sizes with random numbers, written to a disk without ever being in memory.
+"""Checkpoints of real sizes with random numbers, written to a disk without ever being in memory; or in memory without a disk.
 
 In: a size and a folder. Out: a checkpoint in the original layout, in several shards, that every program of this package
 reads: LLaVA-1.5's shapes, the tower inside, the embedded model's tokenizer. The numbers are drawn once and repeated.
+`in_memory` gives such a model as `llava.load` would, its numbers drawn where it runs, with a tokenizer that knows every id.
 
     python benchmarks/random_checkpoint.py /tmp/random-7b --size 7b
 """
@@ -12,6 +13,8 @@ import argparse
 import json
 import math
 import shutil
+import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from llava.assets import embedded_model_path
 from llava.convert.writer import Planned, write_json, write_shards
 from llava.disk import written_whole
+from llava.model.builder import LoadedModel
 from llava.model.skeleton import build_without_memory
 
 SIZES: dict[str, dict[str, int]] = {
@@ -77,10 +81,7 @@ def make(
     values = config_of(size, tiles=tiles, dtype=dtype)
     config_class, model_class = llava_classes("llama")
     with written_whole(folder) as begun:
-        _write_tower(begun / "vision_tower", TOWERS[size == "tiny"])
-        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-            shutil.copyfile(embedded_model_path() / name, begun / name)
-        write_json(begun / "config.json", values)
+        _write_description(begun, size, values)
         config = config_class(**values)
         config.name_or_path = str(begun)
         model = build_without_memory(lambda: model_class(config))
@@ -96,11 +97,72 @@ def make(
         write_shards(begun, tensors, shard_bytes=shard_bytes)
 
 
+def in_memory(size: str, device: str = "auto") -> LoadedModel:
+    """The model as `llava.load` gives it; the prompt of a 7B is tokenized and decoded at the cost of LLaVA-1.5's."""
+    from llava.model.belongings import read_tokenizer
+    from llava.model.checkpoint import inspect
+    from llava.model.config import LlavaSettings
+    from llava.model.device import pick_device, pick_dtype
+    from llava.model.language_model.registry import llava_classes
+    from llava.processor import Processor
+
+    place = pick_device(device)
+    dtype = pick_dtype("auto", place)
+    values = config_of(size, tiles=False, dtype=str(dtype).removeprefix("torch."))
+    config_class, model_class = llava_classes("llama")
+    usual = torch.get_default_dtype()
+    with tempfile.TemporaryDirectory() as folder:
+        _write_description(Path(folder), size, values)
+        file = Path(folder) / "tokenizer.model"
+        file.write_bytes(_with_pieces(file.read_bytes(), values["vocab_size"]))
+        config = config_class(**values)
+        config.name_or_path = folder
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(place):
+                model = model_class(config).eval()
+        finally:
+            torch.set_default_dtype(usual)
+        tokenizer = read_tokenizer(Path(folder), model.config)
+        info = inspect(embedded_model_path())  # these numbers lie in no folder
+    for name, parameter in model.named_parameters():
+        is_scale = "norm" in name and name.endswith("weight")
+        torch.nn.init.constant_(parameter.data, 1.0) if is_scale else torch.nn.init.normal_(parameter.data, std=STD)
+    images = model.get_vision_tower().image_processor
+    processor = Processor(tokenizer, images, LlavaSettings.from_hf(model.config), policy=model.image_policy())
+    return LoadedModel(tokenizer, model, images, values["tokenizer_model_max_length"], "v1", processor, info)
+
+
+def _with_pieces(model: bytes, num_pieces: int) -> bytes:
+    """A sentencepiece model with words of no meaning added until it has so many pieces.
+
+    Its file is a protocol buffer whose first field is the list of pieces (text, score); those that stand at its end are
+    added to the list.
+    """
+    import sentencepiece
+
+    present = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    added = []
+    for number in range(present, num_pieces):
+        word = f"▁zq{number}".encode()
+        piece = b"\x0a" + bytes([len(word)]) + word + b"\x15" + struct.pack("<f", -1e6 - number)
+        added.append(b"\x0a" + bytes([len(piece)]) + piece)
+    return model + b"".join(added)
+
+
 def _numbers(drawn: torch.Tensor, number: int, shape: torch.Size, name: str) -> torch.Tensor:
     """Norms near one, everything else near zero; each tensor begins at another place of the block."""
     start = number * 7919 % BLOCK
     numbers = drawn[start : start + math.prod(shape)].reshape(shape)
     return numbers + 1 if "norm" in name and name.endswith("weight") else numbers
+
+
+def _write_description(folder: Path, size: str, values: dict[str, Any]) -> None:
+    """All that a checkpoint holds beside its weights."""
+    _write_tower(folder / "vision_tower", TOWERS[size == "tiny"])
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(embedded_model_path() / name, folder / name)
+    write_json(folder / "config.json", values)
 
 
 def _write_tower(folder: Path, sizes: dict[str, int]) -> None:

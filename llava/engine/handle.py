@@ -30,6 +30,7 @@ class RequestHandle:
         self._error: BaseException | None = None
         self._done = False
         self._wake: Callable[[], object] | None = None  # an event loop's reader that waits
+        self._wakes_at_end = False  # ... for nothing but the end
 
     def abort(self) -> None:
         """Stop within a step. What has come stays; completions not finished end as "cancelled"."""
@@ -76,27 +77,40 @@ class RequestHandle:
             for chunk in chunks:
                 yield chunk
 
-    async def batches(self) -> AsyncIterator[list[Chunk]]:
+    async def batches(self, pause: Callable[[], float] = lambda: 0.0) -> AsyncIterator[list[Chunk]]:
         """All chunks that have come since the last time, as soon as there are some.
 
+        `pause` says for how many seconds what follows them is only collected (by default 0), unless the end comes before.
         Whoever asks again only after a while is not woken for every token in between.
         """
         loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(event.set)
+
         while True:
             with self._changed:
                 chunks = list(self._chunks)
                 self._chunks.clear()
                 ended = not chunks and self._done
-                self._wake = None if chunks or ended else lambda: loop.call_soon_threadsafe(event.set)
+                self._wake, self._wakes_at_end = None if chunks or ended else wake, False
                 if ended and self._error is not None:
                     raise self._error
             if ended:
                 return
-            if chunks:
-                yield chunks
-            else:
+            if not chunks:
                 await event.wait()
                 event.clear()
+                continue
+            yield chunks
+            if (seconds := pause()) > 0:
+                with self._changed:
+                    self._wake, self._wakes_at_end = None if self._done else wake, True
+                if self._wake is not None:
+                    timer = loop.call_later(seconds, event.set)
+                    await event.wait()
+                    timer.cancel()
+                    event.clear()
 
     def _next(self) -> Chunk | None:
         """The next chunk; None at the end, or the error that ended it."""
@@ -127,7 +141,7 @@ class RequestHandle:
 
     def _notify(self) -> None:
         self._changed.notify_all()
-        if self._wake is not None:
+        if self._wake is not None and (self._done or not self._wakes_at_end):
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._wake()
             self._wake = None

@@ -6,7 +6,7 @@ engine's side is here (`EngineBackend`); a server elsewhere is remote.py. HTTP i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,8 +44,11 @@ class BackendError(Exception):
 class Answering(Protocol):
     """One request on its way."""
 
-    def batches(self) -> AsyncIterator[Sequence[Chunk]]:
-        """The chunks that have come since the last time. Without `streamed`, all at the end, one for each completion."""
+    def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
+        """The chunks that have come since the last time. Without `streamed`, all at the end, one for each completion.
+
+        After each batch chunks are collected for as many seconds as `pause` says, but not beyond the end.
+        """
 
     def abort(self) -> None:
         """Stop and free what it holds; harmless after the end."""

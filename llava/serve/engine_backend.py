@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +103,9 @@ class EngineAnswering:
         self._handle = handle
         self._streamed = streamed
 
-    async def batches(self) -> AsyncIterator[Sequence[Chunk]]:
+    async def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
         try:
-            async for chunks in self._handle.batches():
+            async for chunks in self._handle.batches(pause):
                 yield chunks
         except EngineError as error:
             raise BackendError(str(error)) from error

@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -194,7 +194,7 @@ class RemoteAnswering:
         self._chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read())
 
-    async def batches(self) -> AsyncIterator[Sequence[Chunk]]:
+    async def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
         while (chunk := await self._chunks.get()) is not None:
             if isinstance(chunk, Exception):
                 raise chunk
@@ -204,6 +204,8 @@ class RemoteAnswering:
             yield chunks
             if not isinstance(chunk, Chunk):
                 self._chunks.put_nowait(chunk)
+            elif (seconds := pause()) > 0 and not self._task.done():
+                await asyncio.wait([self._task], timeout=seconds)
 
     def abort(self) -> None:
         self._task.cancel()

@@ -74,6 +74,11 @@ class Service:
         """What a controller is told. As in the original, the queue is all requests that are not finished."""
         return WorkerStatus((self.backend.card.name,), 1, self.num_requests)
 
+    def pause(self) -> float:
+        """The seconds for which an answer is collected before a piece of it is sent."""
+        pause = self.num_requests / PIECES_PER_S
+        return pause if pause >= SHORTEST_PAUSE_S else 0.0
+
     async def trouble(self) -> str | None:
         return None if await self.backend.is_alive() else "the model does not answer any more"
 
@@ -114,19 +119,14 @@ class Asked:
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Chunks of all answers, prompt after prompt, their choices numbered through.
 
-        The first comes at once. After that, what many streams say is collected for a moment, so that all of them together
-        cost the event loop a bounded number of pieces, and the engine's thread is not kept waiting for it.
+        The first comes at once, and so does the end. Between them, what many streams say is collected for a moment, so that all
+        of them together cost the event loop a bounded number of pieces, and the engine's thread is not kept waiting for it.
         """
         first = 0
         for answering, num_choices in zip(self._answerings, self._num_choices, strict=True):
-            unfinished = num_choices
-            async for chunks in answering.batches():
+            async for chunks in answering.batches(self._service.pause):
                 for chunk in merged(chunks):
-                    unfinished -= chunk.finish_reason is not None
                     yield replace(chunk, index=first + chunk.index) if first else chunk
-                pause = self._service.num_requests / PIECES_PER_S
-                if unfinished and pause >= SHORTEST_PAUSE_S:
-                    await asyncio.sleep(pause)
             first += num_choices
 
     def cost(self) -> Cost:
