@@ -23,11 +23,16 @@ LONGEST_S = 900.0  # no client waits longer
 QUESTION = "What is written here?\nAnswer the question using a single word or phrase."
 
 
-def original_body(model: str, picture: str, tag: str) -> dict[str, Any]:
-    prompt = (
+def original_prompt(turns: str) -> str:
+    """Turns behind the system text of the template v1."""
+    return (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        f"and polite answers to the user's questions. USER: {tag} ASSISTANT: Yes.</s>USER: <image>\n{QUESTION} ASSISTANT:"
+        f"and polite answers to the user's questions. {turns}"
     )
+
+
+def original_body(model: str, picture: str, tag: str) -> dict[str, Any]:
+    prompt = original_prompt(f"USER: {tag} ASSISTANT: Yes.</s>USER: <image>\n{QUESTION} ASSISTANT:")
     return {
         "model": model,
         "prompt": prompt,

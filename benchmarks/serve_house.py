@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Process:
-    """A `llava` command and the address that it prints."""
+    """A `llava` command, or a module of llava.serve, and the address that it prints after `word`."""
 
-    def __init__(self, word: str, *arguments: str) -> None:
+    def __init__(self, word: str, *arguments: str, module: str | None = None) -> None:
+        program = ["llava", word] if module is None else [f"llava.serve.{module}"]
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "llava", word, "--log-level", "warning", *arguments],
+            [sys.executable, "-m", *program, "--log-level", "warning", *arguments],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,

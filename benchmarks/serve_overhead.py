@@ -242,7 +242,7 @@ def overhead(args: argparse.Namespace) -> Part:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=conduct, daemon=True).start()
-    serve_worker(Service(backend, limits_from(flags)), flags, place)
+    serve_worker(Service(backend, limits_from(flags), place.door.room), flags, place)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if isinstance(found[0], BaseException):
         raise found[0]

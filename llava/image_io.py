@@ -13,7 +13,7 @@ import io
 import re
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,19 +33,24 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS, upright: bool = True
+    source: str | Path | bytes | Image.Image,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    upright: bool = True,
+    reserve: Callable[[int], None] = lambda num_pixels: None,
 ) -> Image.Image:
     """A picture as Pillow RGB, from a path, bytes, an http(s) or data: URL, or a Pillow image.
 
     Of several frames, the first. `upright` turns a photograph as its EXIF orientation says, which is how every viewer
     shows it and what questions about it mean; the original LLaVA did not, so switch it off to repeat its numbers exactly.
+    `reserve` learns the number of pixels before there is memory for them, and may raise.
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _decoded(source, "the image given", limits, upright)
+        return _decoded(source, "the image given", limits, upright, reserve)
     data, name = _read(source, limits)
-    return _decoded(_opened(data, name), name, limits, upright)
+    return _decoded(_opened(data, name), name, limits, upright, reserve)
 
 
 def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[bytes, str]:
@@ -144,7 +149,9 @@ def _opened(data: bytes, name: str) -> Image.Image:
     raise InputError(f"{name} is not an image in a known format ({known}, ...).")
 
 
-def _decoded(image: Image.Image, name: str, limits: ImageLimits, upright: bool) -> Image.Image:
+def _decoded(
+    image: Image.Image, name: str, limits: ImageLimits, upright: bool, reserve: Callable[[int], None]
+) -> Image.Image:
     """All pixels of an opened image, as RGB."""
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -153,6 +160,7 @@ def _decoded(image: Image.Image, name: str, limits: ImageLimits, upright: bool) 
         )
     if not (width and height):
         raise InputError(f"{name} has {width}x{height} pixels; there is nothing to see.")
+    reserve(width * height)
     try:
         with _quiet_pillow():
             image.load()

@@ -75,7 +75,9 @@ def worker(
     controller: str | None = None,
 ) -> Iterator[tuple[str, Service]]:
     """A worker over a backend, which stays open; it answers a controller's questions about itself unless it has one."""
-    service = Service(backend, limits or ServeLimits())
+    limits = limits or ServeLimits()
+    door = door or Door(max_body_bytes=limits.max_body_bytes)
+    service = Service(backend, limits, door.room)
     listener = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     routers = [WorkerApi(service).router(), openai_routes(ModelApi(service))]
@@ -90,7 +92,7 @@ def worker(
         routers,
         title="worker",
         metrics=service.metrics,
-        door=door or Door(max_body_bytes=service.limits.max_body_bytes),
+        door=door,
         alive=service.trouble,
         ready=service.trouble_or_draining,
         lifespans=lifespans,

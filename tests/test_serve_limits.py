@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 from serve_kit import DEMO, data_url, embedded_backend, wait_until, worker
 
+from llava.__main__ import main
 from llava.errors import InputError
 from llava.image_limits import ImageLimits
 from llava.serve.app import Door
 from llava.serve.engine_backend import EngineBackend
 from llava.serve.limits import ApiKeys, ServeLimits, read_keys
+from llava.serve.room import Room
 
 MODEL = "llava-v1.5-tiny"
 KEY = "a-key-of-tests"
@@ -196,6 +198,38 @@ def test_a_server_that_is_being_stopped_takes_nothing_new(backend: EngineBackend
         assert "retry-after" in response.headers
         assert httpx.get(address + "/ready").status_code == 503
         assert httpx.get(address + "/health").status_code == 200
+
+
+def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBackend) -> None:
+    """Bodies while they are there, pictures before there is memory for them; all is given back."""
+    room = Room(3_000_000)
+    with worker(backend, door=Door(room=room)) as (address, service):
+        large = showing(png(900, 900))  # 3.24 million bytes of pixels in a body of a few thousand
+        response = httpx.post(address + CHAT, json=large)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert "3,000,000 bytes" in message(response)
+        chunk = httpx.post(
+            f"{address}/worker_generate_stream", json={"prompt": "<image>\nhi", "images": [png(900, 900)]}
+        )
+        assert chunk.status_code == 429
+        long = httpx.post(address + CHAT, content=b" " * 1_600_000)  # twice that, with what is parsed of it
+        assert long.status_code == 429
+        wait_until(lambda: room.num_bytes == 0)
+        fitting = showing(png(600, 600)) | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", address + CHAT, json=fitting) as running:
+            lines = running.iter_lines()
+            next(lines)
+            held = room.num_bytes
+            assert 4 * 600 * 600 <= held < 1.1 * 4 * 600 * 600
+            assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 429
+        wait_until(lambda: service.num_requests == 0 and room.num_bytes == 0)
+        assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 200
+
+
+def test_room_is_checked_against_what_one_request_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["worker", "--no-register", "--port", "0", "--max-held-mb", "300"]) == 2
+    assert "--max-held-mb is 300, and one request may hold 469" in capsys.readouterr().err
 
 
 # Too long

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serve_kit import controller, data_url, embedded_backend, wait_until, worker
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from serve_kit import controller, data_url, embedded_backend, running, wait_until, worker
 
 from llava.conversation import conv_templates, get_template
 from llava.errors import InputError
@@ -265,9 +269,63 @@ def test_what_the_other_server_says_is_passed_on(remote: str) -> None:
     card = ModelCard("gone", get_template("v1"), "v1", context_len=None, image_mark="<image>")
     with worker(RemoteBackend("http://127.0.0.1:9", model="x", card=card)) as (address, _):
         response = httpx.post(address + CHAT, json={"model": "gone", "messages": SHOW})
-        assert response.status_code == 502
+        assert response.status_code == 503
         assert "cannot be reached" in response.json()["error"]["message"]
         assert httpx.get(f"{address}/health").status_code == 503
+
+
+def test_a_worker_whose_server_is_gone_is_passed_over(backend: EngineBackend) -> None:
+    card = ModelCard(MODEL, get_template("v1"), "v1", context_len=None, image_mark="<image>")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    with (
+        controller() as (address, dispatcher),
+        worker(RemoteBackend("http://127.0.0.1:9", model="x", card=card), controller=address),
+    ):
+        wait_until(dispatcher.workers)
+        response = httpx.post(address + CHAT, json=body)
+        assert response.status_code == 503
+        assert "the server that answers cannot be reached" in response.json()["error"]["message"]
+        chunk = httpx.post(f"{address}/worker_generate_stream", json={"model": MODEL, "prompt": "hi"}).content
+        assert "the server that answers cannot be reached" in next(read_chunks([chunk]))["text"]
+        with worker(backend, controller=address):
+            wait_until(lambda: len(dispatcher.workers()) == 2)
+            assert [httpx.post(address + CHAT, json=body).status_code for _ in range(4)] == [200] * 4
+
+
+# As llama.cpp tells it: blanks before an answer, and what each choice cost in an event of its own.
+AS_LLAMA_CPP = [
+    {"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]},
+    *({"choices": [{"index": n, "delta": {"content": text}}]} for text in (" ", " A cat", " sits.") for n in (0, 1)),
+    *({"choices": [{"index": n, "delta": {}, "finish_reason": "stop"}]} for n in (0, 1)),
+    *({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": cost}} for cost in (3, 4)),
+]
+
+
+def test_answers_of_other_servers_look_like_ours() -> None:
+    app = FastAPI()
+
+    @app.post(CHAT)
+    @app.post("/v1/completions")
+    async def answer(request: Request) -> StreamingResponse:
+        wanted = (await request.json()).get("n", 1)
+
+        async def events() -> AsyncIterator[str]:
+            for event in AS_LLAMA_CPP:
+                if all(choice["index"] < wanted for choice in event["choices"]):
+                    yield f"data: {json.dumps(event)}\n\n"
+                    await asyncio.sleep(0.02)
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    card = ModelCard("far-away", get_template("v1"), "v1", context_len=None, image_mark="<image>")
+    with running(app) as far, worker(RemoteBackend(far, model="x", card=card)) as (address, _):
+        reply = httpx.post(address + CHAT, json={"model": "far-away", "messages": SHOW, "n": 2}).json()
+        assert [choice["message"]["content"] for choice in reply["choices"]] == ["A cat sits."] * 2
+        assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (7, 7)
+        streamed = httpx.post(f"{address}/worker_generate_stream", json={"model": "far-away", "prompt": "Q:"}).content
+        chunks = [chunk["text"] for chunk in read_chunks([streamed])]
+        assert chunks == ["Q:A cat", "Q:A cat sits."]  # piece by piece, though there are no token ids
 
 
 # Prompts back into turns

@@ -3,7 +3,7 @@
 In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its pictures, known by their content. This
 runs in the thread of whoever asks. Pictures leave it as bytes, a quarter of the size of normalised pixels; normalising is
 a look-up on the device. A GPU also scales them and cuts them into tiles (device_tiles.py); elsewhere, and for very large
-ones, that happens here, and only for a picture whose features are not known yet.
+ones, that happens here, and only for a picture whose features are not known yet or that is too large to be kept.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
     from llava.geometry import ImageLayout
 
 
+KEPT_PIXELS = 4_000_000  # of a picture kept whole: its features are known, or a device makes its tiles
+
+
+def prompt_bytes(layout: ImageLayout, tile_size: int) -> int:
+    """What a prompt holds of a picture: its tiles, or a small one itself, to which Pillow gives 4 bytes a pixel."""
+    pixels = layout.size.width * layout.size.height
+    return max(3 * layout.num_tiles * tile_size**2, 4 * pixels if pixels <= KEPT_PIXELS else 0)
+
+
 class PromptImage:
     """A picture in a prompt, its features at positions `start` to `stop`.
 
@@ -53,7 +62,7 @@ class PromptImage:
         self.num_features = layout.num_features
         self.num_tiles = layout.num_tiles
         self.colours = colours if to_pixels is None else None
-        self._rgb = rgb
+        self._rgb = None if to_pixels is None else rgb  # until its pixels are made
         self._to_pixels = to_pixels
         self._pixels: Tensor | None = None
 
@@ -65,7 +74,8 @@ class PromptImage:
         """Tiles (n, 3, side, side) of uint8, as they were before normalising, made on the host."""
         assert self._to_pixels is not None
         if self._pixels is None:
-            pixels = self._to_pixels([self._rgb])[0]
+            assert self._rgb is not None
+            pixels, self._rgb = self._to_pixels([self._rgb])[0], None
             # The overview comes first, and stands alone where little detail was asked for.
             self._pixels = pixels[None] if pixels.dim() == 3 else pixels[: self.num_tiles]
         return self._pixels
@@ -111,7 +121,7 @@ class PromptBuilder:
             else:
                 spread.append(token)
         for image in images:
-            if not self._knows(image.key):
+            if not self._knows(image.key) or math.prod(image.size) > KEPT_PIXELS:
                 image.prepare()
         return Prompt(spread, tuple(images))
 

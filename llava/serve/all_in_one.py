@@ -80,7 +80,7 @@ def run(args: Namespace) -> int:
     from llava.serve.service import Service
     from llava.serve.worker_api import WorkerApi, own_controller
 
-    service = Service(load_backend(args), limits)
+    service = Service(load_backend(args), limits, place.door.room)
     app, guarded = make_app(
         [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
         title=f"llava serve: {service.backend.card.name}",

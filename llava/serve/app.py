@@ -20,6 +20,7 @@ from llava.serve.guard import Guard
 from llava.serve.limits import ApiKeys
 from llava.serve.metrics import CONTENT_TYPE, Metrics
 from llava.serve.openai_api import publish
+from llava.serve.room import Room
 
 OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json")
 
@@ -32,6 +33,7 @@ class Door:
     max_body_bytes: int = 64 * 2**20
     hosts: tuple[str, ...] | None = None  # names that the server answers to; None: any
     origins: tuple[str, ...] = ()  # other sites whose pages may ask
+    room: Room = field(default_factory=Room)  # for what all requests carry
 
 
 Condition = Callable[[], Awaitable[str | None]]  # None, or what is wrong
@@ -74,6 +76,7 @@ def make_app(
         app,
         keys=door.keys,
         max_body_bytes=door.max_body_bytes,
+        room=door.room,
         metrics=metrics,
         known_paths=app.openapi()["paths"],
         open_paths=(*OPEN_PATHS, *open_paths),

@@ -41,6 +41,10 @@ class BackendError(Exception):
     """The backend failed at a request that was in order; the message is a sentence for the user."""
 
 
+class UnreachableError(BackendError):
+    """The server elsewhere is not there. Nothing has been answered, so another worker may be asked."""
+
+
 class Answering(Protocol):
     """One request on its way."""
 
@@ -71,6 +75,9 @@ class Backend(Protocol):
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         """What pictures of these sizes become; empty where only the server elsewhere knows."""
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        """What it holds of planned pictures until the answer's end."""
 
     def token_text(self, token_id: int) -> str: ...
 

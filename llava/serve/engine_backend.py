@@ -15,6 +15,7 @@ from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
 from llava.engine.errors import EngineError, QueueFull
+from llava.engine.prompt import prompt_bytes
 from llava.engine.request import Chunk, Detail, Request, Result, Timings, Usage
 from llava.model.builder import load
 from llava.model.config import LlavaSettings
@@ -77,6 +78,12 @@ class EngineBackend:
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         assert self._loaded.processor is not None
         return self._loaded.processor.plan(sizes, details)
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        if not layouts:
+            return 0
+        side = self._loaded.model.image_policy().tile_size
+        return sum(prompt_bytes(layout, side) for layout in layouts)
 
     def token_text(self, token_id: int) -> str:
         return self._alone[token_id]

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from llava.errors import InputError
-from llava.serve.backend import BackendError, ServerBusyError
+from llava.serve.backend import BackendError, ServerBusyError, UnreachableError
 
 logger = logging.getLogger("llava.serve")
 
@@ -63,6 +63,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503 if error.stopping else 429, str(error), code=code)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the answer took longer than this server allows", code="deadline_exceeded")
+    if isinstance(error, UnreachableError):
+        return ApiError(503, str(error), code="backend_unreachable")
     if isinstance(error, BackendError):
         return ApiError(502, str(error), code="backend_failed")
     logger.error("a request failed", exc_info=error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.errors import require
+from llava.errors import InputError, require
 from llava.image_limits import ImageLimits
 from llava.program import ArgumentParser
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from llava.serve.app import Door
     from llava.serve.limits import ServeLimits
+    from llava.serve.room import Room
 
 logger = logging.getLogger("llava.serve")
 
@@ -62,6 +63,13 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
     door.add_argument(
         "--max-body-mb", type=float, metavar="MB", default=64.0, help="largest body of a request (default: 64)"
     )
+    door.add_argument(
+        "--max-held-mb",
+        type=float,
+        metavar="MB",
+        default=4096.0,
+        help="bodies and pictures of all requests together; more get status 429 (default: 4096)",
+    )
 
 
 def add_limit_flags(parser: ArgumentParser) -> None:
@@ -97,6 +105,19 @@ def add_limit_flags(parser: ArgumentParser) -> None:
     limits.add_argument(
         "--image-folder", metavar="FOLDER", help="read file:// images in this folder (default: nowhere)"
     )
+
+
+def room_from(args: Namespace) -> Room:
+    """Room in which one request that is allowed finds its place, or else it would be told to come again for ever."""
+    from llava.serve.room import BODY_COPIES, BYTES_PER_PIXEL, Room
+
+    needed = BODY_COPIES * args.max_body_mb + BYTES_PER_PIXEL * getattr(args, "max_megapixels", 0.0) * 1e6 / 2**20
+    if not args.max_held_mb >= needed:
+        raise InputError(
+            f"--max-held-mb is {args.max_held_mb:g}, and one request may hold {needed:.0f}: give more, or lower --max-body-mb "
+            "or --max-megapixels"
+        )
+    return Room(int(args.max_held_mb * 2**20))
 
 
 def limits_from(args: Namespace) -> ServeLimits:
@@ -150,6 +171,7 @@ def place_from(args: Namespace) -> Place:
         max_body_bytes=int(args.max_body_mb * 2**20),
         hosts=(*LOOPBACK_NAMES, *args.allow_host) if loopback else tuple(args.allow_host) or None,
         origins=tuple(args.allow_origin),
+        room=room_from(args),
     )
     listener = bind(args.host, args.port)
     return Place(listener, address_of(listener, args.host), door, found[0] if found else None)

@@ -73,6 +73,7 @@ def run(args: Namespace) -> int:
         app,
         keys=ApiKeys(),  # the page is open; for models behind keys, visitors write theirs into the settings
         max_body_bytes=place.door.max_body_bytes,
+        room=place.door.room,
         metrics=Metrics(),
         known_paths=("/",),
         hosts=place.door.hosts,

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from llava.serve.errors import error_response
 from llava.serve.limits import ApiKeys
 from llava.serve.metrics import Metrics
+from llava.serve.room import BODY_COPIES, NoRoomError, Room, Share
 
 logger = logging.getLogger("llava.serve")
 
@@ -27,6 +28,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 class Guard:
     """`open_paths` need no key (a path that ends in / stands for all below it). `hosts`: names that this server answers
     to, None for any; on loopback they keep web pages with tricky names out. `origins` are other sites whose pages may ask.
+    `room` is what the bodies of all requests may hold together.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Guard:
         *,
         keys: ApiKeys,
         max_body_bytes: int,
+        room: Room,
         metrics: Metrics,
         known_paths: Collection[str],
         open_paths: Collection[str] = (),
@@ -44,6 +47,7 @@ class Guard:
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._room = room
         self._metrics = metrics
         self._known_paths = frozenset(known_paths)
         self._open_paths = frozenset(open_paths)
@@ -55,7 +59,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope, receive, send, self._max_body_bytes)
+        visit = _Visit(scope, receive, send, self._max_body_bytes, self._room.share())
         started = time.perf_counter()
         try:
             refusal = self._refusal(visit)
@@ -64,6 +68,7 @@ class Guard:
             else:
                 await self._app(scope, visit.receive, visit.send)
         finally:
+            visit.share.shrink_to(0)
             self._note(scope, visit.status, time.perf_counter() - started)
 
     def _refusal(self, visit: _Visit) -> Any:
@@ -99,8 +104,9 @@ class Guard:
 class _Visit:
     """One request and its response, with the bytes of the first counted and the status of the second known."""
 
-    def __init__(self, scope: Any, receive: Any, send: Any, max_body_bytes: int) -> None:
+    def __init__(self, scope: Any, receive: Any, send: Any, max_body_bytes: int, share: Share) -> None:
         self.scope = scope
+        self.share = share
         self.status: int | None = None
         self._receive, self._send = receive, send
         self._left = max_body_bytes
@@ -116,6 +122,10 @@ class _Visit:
             self._left -= len(message.get("body", b""))
             if self._left < 0:
                 raise HTTPException(413, _too_large_text(self._max))
+            try:
+                self.share.take(BODY_COPIES * len(message.get("body", b"")))
+            except NoRoomError as error:
+                raise HTTPException(429, str(error)) from error
         return message
 
     async def send(self, message: Any) -> None:

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING
 from llava.errors import InputError
 from llava.image_io import decode_base64, load_image
 from llava.image_limits import ImageLimits
+from llava.serve.room import BYTES_PER_PIXEL
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from llava.serve.room import Share
 
 MIN_KEY_LENGTH = 8
 
@@ -50,35 +53,37 @@ class ServeLimits:
             raise InputError(f"the request has {num_images} images, and this server takes at most {self.max_images}")
 
 
-def open_pictures(addresses: Sequence[str], limits: ServeLimits) -> list[Image.Image]:
+Source = str | bytes | Path
+
+
+def open_pictures(addresses: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
     """Pictures from data:, http(s): and file: URLs; all of them together have no more pixels than one may have."""
-    limits.check_count(len(addresses))
-    return _open_all(addresses, lambda url, allowed: _open_url(url, limits, allowed), limits)
+    return _open_all(addresses, lambda url, allowed: _source_of(url, limits), limits, share)
 
 
-def decode_pictures(texts: Sequence[str], limits: ServeLimits) -> list[Image.Image]:
+def decode_pictures(texts: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
     """Pictures of the original protocol: base64, with or without the head of a data: URL."""
-    limits.check_count(len(texts))
 
-    def opened(text: str, allowed: ImageLimits) -> Image.Image:
-        if text.startswith("data:"):
-            return load_image(text, limits=allowed)
-        return load_image(decode_base64(text, "an image", allowed), limits=allowed)
+    def source(text: str, allowed: ImageLimits) -> Source:
+        return text if text.startswith("data:") else decode_base64(text, "an image", allowed)
 
-    return _open_all(texts, opened, limits)
+    return _open_all(texts, source, limits, share)
 
 
 def _open_all(
-    sources: Sequence[str], open_one: Callable[[str, ImageLimits], Image.Image], limits: ServeLimits
+    given: Sequence[str], source_of: Callable[[str, ImageLimits], Source], limits: ServeLimits, share: Share
 ) -> list[Image.Image]:
+    limits.check_count(len(given))
     pictures, left = [], limits.images.max_pixels
-    for number, source in enumerate(sources, start=1):
+    for number, one in enumerate(given, start=1):
         if left <= 0:
             raise InputError(
                 f"the images before image {number} have all the {limits.images.max_pixels:,} pixels that are allowed"
             )
+        allowed = replace(limits.images, max_pixels=left)
         try:
-            picture = open_one(source, replace(limits.images, max_pixels=left))
+            source = source_of(one, allowed)
+            picture = load_image(source, limits=allowed, reserve=lambda count: share.take(BYTES_PER_PIXEL * count))
         except InputError as error:
             raise InputError(f"image {number}: {error}") from error
         left -= picture.width * picture.height
@@ -86,16 +91,14 @@ def _open_all(
     return pictures
 
 
-def _open_url(url: str, limits: ServeLimits, allowed: ImageLimits) -> Image.Image:
+def _source_of(url: str, limits: ServeLimits) -> Source:
     scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        return load_image(url, limits=allowed)
-    if scheme in ("http", "https"):
-        if not limits.allow_urls:
-            raise InputError("this server downloads no images; send them as data: URLs")
-        return load_image(url, limits=allowed)
+    if scheme in ("http", "https") and not limits.allow_urls:
+        raise InputError("this server downloads no images; send them as data: URLs")
+    if scheme in ("data", "http", "https"):
+        return url
     if scheme == "file":
-        return load_image(_inside(url, limits.image_folder), limits=allowed)
+        return _inside(url, limits.image_folder)
     raise InputError("the url must begin with data:, http:// or https://; images in base64 go into a data: URL")
 
 

@@ -103,7 +103,7 @@ def run(args: Namespace) -> int:
     from llava.serve.engine_backend import load_backend
     from llava.serve.service import Service
 
-    return serve_worker(Service(load_backend(args), limits), args, place)
+    return serve_worker(Service(load_backend(args), limits, place.door.room), args, place)
 
 
 def check_model_flags(args: Namespace) -> None:
@@ -157,7 +157,7 @@ async def generate_stream(asked: Asked, generate: GenerateBody, stream_interval:
     text, sent, num_tokens = generate.prompt, None, 0
     async for chunk in asked:
         text += chunk.text
-        num_tokens += len(chunk.token_ids)
+        num_tokens += len(chunk.token_ids) or 1  # a server elsewhere gives text alone
         if sent is None or (text != sent and num_tokens >= stream_interval):
             yield encode_chunk(text)
             sent, num_tokens = text, 0

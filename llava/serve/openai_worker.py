@@ -77,7 +77,7 @@ def run(args: Namespace) -> int:
     if args.limit_model_concurrency is not None:
         limits = replace(limits, max_requests=args.limit_model_concurrency)
     backend = RemoteBackend(args.endpoint, model=model, card=card, key=key, chat_only=args.chat_only)
-    return serve_worker(Service(backend, limits), args, place)
+    return serve_worker(Service(backend, limits, place.door.room), args, place)
 
 
 async def first_model(endpoint: str, key: str | None) -> str:

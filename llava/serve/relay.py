@@ -8,6 +8,7 @@ the answer ends with the protocol's words for an error instead.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -100,7 +101,7 @@ class Relay:
                     response = await self.client.send(build(worker), stream=True)
                     stack.push_async_callback(response.aclose)
                     if response.status_code in BUSY:
-                        tried[worker] = ApiError(response.status_code, "all workers are full", code="server_full")
+                        tried[worker] = _passed_over(model, response.status_code, await response.aread())
                         continue
                     return await _Answer.begin(worker, response, stack.pop_all())
                 except httpx.HTTPError as error:
@@ -116,6 +117,18 @@ class Relay:
         if model in known:
             raise ApiError(503, f"no worker for {model!r} can be reached at the moment", code="no_worker")
         raise unknown_model(model, known)
+
+
+def _passed_over(model: str, status: int, told: bytes) -> ApiError:
+    """What the client learns where no other worker takes the request either."""
+    if status == 429:
+        return ApiError(429, "all workers are full", code="server_full")
+    try:
+        value = json.loads(told.rstrip(b"\0"))
+        words = value["text"] if "text" in value else value["error"]["message"]
+    except (ValueError, TypeError, KeyError):
+        words = "it does not say why"
+    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {words}", code="no_worker")
 
 
 class _Answer:

@@ -20,7 +20,7 @@ import httpx
 from llava.conversation import Conversation, answer_end
 from llava.engine.request import Chunk, Detail, FinishReason, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
-from llava.serve.backend import BackendError, ModelCard, ServerBusyError
+from llava.serve.backend import BackendError, ModelCard, ServerBusyError, UnreachableError
 from llava.serve.unrender import unrender
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class RemoteBackend:
         try:
             response = await self._client.send(self._client.build_request("POST", path, json=body), stream=True)
         except httpx.HTTPError as error:
-            raise BackendError(f"the server that answers cannot be reached: {error or type(error).__name__}") from error
+            raise UnreachableError(
+                f"the server that answers cannot be reached: {error or type(error).__name__}"
+            ) from error
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             raise _refused(response.status_code, text)
@@ -65,6 +67,9 @@ class RemoteBackend:
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         return []
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        return 0  # they have been sent
 
     def token_text(self, token_id: int) -> str:
         raise AssertionError("probabilities are refused, so no token has to be named")
@@ -190,7 +195,10 @@ class RemoteAnswering:
         self._first: float | None = None
         self._ended = posted
         self._told: dict[str, Any] = {}
+        self._told_alone = False  # in an event without choices
+        self._num_new: int | None = None  # tokens, as it was told
         self._num_pieces = 0
+        self._begun: set[int] = set()  # choices that have a text
         self._chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read())
 
@@ -219,7 +227,7 @@ class RemoteAnswering:
             num_text_tokens=self._told.get("prompt_tokens", 0) - num_image_tokens,
             num_image_tokens=num_image_tokens,
             num_cached_tokens=details.get("cached_tokens") or 0,
-            num_new_tokens=self._told.get("completion_tokens", self._num_pieces),
+            num_new_tokens=self._num_pieces if self._num_new is None else self._num_new,
         )
 
     @property
@@ -239,7 +247,8 @@ class RemoteAnswering:
                         raise BackendError(
                             f"the server that answers failed: {_message(event) or 'it does not say why'}"
                         )
-                    self._told = event.get("usage") or self._told
+                    if event.get("usage"):
+                        self._note_usage(event["usage"], alone=not event.get("choices"))
                     for choice in event.get("choices") or ():
                         self._take(choice, open_choices)
             if open_choices:
@@ -257,10 +266,21 @@ class RemoteAnswering:
             self._ended = time.perf_counter()
             await self._response.aclose()
 
+    def _note_usage(self, usage: dict[str, Any], *, alone: bool) -> None:
+        """What comes with choices is a sum so far; llama.cpp tells the cost of each choice in an event of its own."""
+        before = self._num_new if alone and self._told_alone else None
+        if "completion_tokens" in usage:
+            self._num_new = usage["completion_tokens"] + (before or 0)
+        self._told, self._told_alone = usage, alone
+
     def _take(self, choice: dict[str, Any], open_choices: set[int]) -> None:
         index = choice.get("index", 0)
         text = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content")
         reason = choice.get("finish_reason")
+        if text and index not in self._begun:  # some begin an answer with a blank; ours do not
+            text = text.lstrip()
+            if text:
+                self._begun.add(index)
         if text and self._first is None:
             self._first = time.perf_counter()
         self._num_pieces += bool(text)

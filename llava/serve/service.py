@@ -20,6 +20,7 @@ from llava.serve.limits import ServeLimits, open_pictures
 from llava.serve.metrics import Metrics
 from llava.serve.openai_reply import Cost
 from llava.serve.protocol import WorkerStatus
+from llava.serve.room import Room, Share
 
 if TYPE_CHECKING:
     from llava.geometry import ImageLayout
@@ -27,15 +28,19 @@ if TYPE_CHECKING:
 PIECES_PER_S = 1000  # of all streams together
 SHORTEST_PAUSE_S = 0.005  # fewer streams than this makes say every token by itself
 
-Opener = Callable[[Sequence[str], ServeLimits], list[Any]]
+Opener = Callable[[Sequence[str], ServeLimits, Share], list[Any]]
 
 
 class Service:
-    """A backend within limits, with its counters. `draining`: what is on its way is finished, nothing new is taken."""
+    """A backend within limits, with its counters. `draining`: what is on its way is finished, nothing new is taken.
 
-    def __init__(self, backend: Backend, limits: ServeLimits) -> None:
+    `room` is what the pictures of all requests may hold together, with their bodies.
+    """
+
+    def __init__(self, backend: Backend, limits: ServeLimits, room: Room) -> None:
         self.backend = backend
         self.limits = limits
+        self.room = room
         self.metrics = Metrics(self._gauges)
         self.draining = False
         self.num_requests = 0
@@ -60,11 +65,12 @@ class Service:
             raise InputError(f"{self.backend.card.name} is a language model without a vision tower; it takes no images")
         asked = Asked(self)
         try:
-            images = await asyncio.to_thread(opener, pictures, self.limits) if pictures else []
+            images = await asyncio.to_thread(opener, pictures, self.limits, asked.share) if pictures else []
             asked.layouts = self.backend.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
                 asked.add(await self.backend.start(request, streamed=streamed), sampling.n)
+            asked.share.shrink_to(self.backend.held_bytes(asked.layouts))
         except BaseException:
             asked.close("refused")
             raise
@@ -93,7 +99,7 @@ class Service:
             await self.backend.close()
 
     def _gauges(self) -> Mapping[str, float]:
-        return {"requests_in_flight": self.num_requests, **self.backend.gauges()}
+        return {"requests_in_flight": self.num_requests, "held_bytes": self.room.num_bytes, **self.backend.gauges()}
 
 
 class Asked:
@@ -105,6 +111,7 @@ class Asked:
         self._num_choices: list[int] = []
         self._closed = False
         self.layouts: Sequence[ImageLayout] = ()
+        self.share = service.room.share()
         service.num_requests += 1
         service.changed()
 
@@ -163,6 +170,7 @@ class Asked:
             self._service.metrics.finished.labels(end).inc()
         for answering in self._answerings:
             answering.abort()
+        self.share.shrink_to(0)
 
 
 def merged(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
