@@ -108,12 +108,12 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> flo
         time.sleep(0.05)
 
 
-def gauge(process: Process, name: str) -> float:
+def gauge(process: Process, name: str) -> float | None:
+    """A number of the metrics page; None where the process has no such number."""
     page = httpx.get(f"{process.address}/metrics", timeout=30).text
-    return float(re.search(rf"^{name} (\S+)", page, flags=re.MULTILINE)[1])  # type: ignore[index]
+    found = re.search(rf"^{name} (\S+)", page, flags=re.MULTILINE)
+    return float(found[1]) if found else None
 
 
 def requests_finished(worker: Process) -> int:
-    page = httpx.get(f"{worker.address}/metrics", timeout=30).text
-    found = re.search(r'^llava_requests_total{end="finished"} (\S+)', page, flags=re.MULTILINE)
-    return int(float(found[1])) if found else 0
+    return int(gauge(worker, r'llava_requests_total\{end="finished"\}') or 0)

@@ -315,6 +315,9 @@ def test_commands_parse(page: Path) -> None:
             assert words[1] in targets, command
         elif words[0] == "pip":
             assert set(re.findall(r"\[([\w,]+)\]", command)) <= set(extras), command
+        elif words[:2] == ["serve", "run"]:  # Ray's program
+            module, _, name = words[2].partition(":")
+            assert name in defined_in(ROOT / f"{module.replace('.', '/')}.py"), command
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file(), command
         else:

@@ -1,4 +1,4 @@
-"""What the web page posts, against what was recorded of the original's; its log, its Stop button; and the files of deploy/."""
+"""What the web page posts, against what was recorded of the original's; its log, and its Stop button."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from fastapi import FastAPI
 from golden_data import golden
 from PIL import Image
-from serve_kit import ROOT, bind, running, wait_until, worker
+from serve_kit import bind, running, wait_until, worker
 
 from llava.conversation import get_template, web_conv_mode_for_model_name
-from llava.serve import all_in_one, controller, gradio_web_server, model_worker
 from llava.serve.page_talk import ConversationLog, Servers, Settings, Turn, body_of, conversation_of
 
 RECORDED = json.loads(golden("serving_behaviours.json").read_text())
@@ -129,28 +127,3 @@ def stop_in_a_browser(address: str, service: Any) -> None:
         kept = page.locator("#chat [data-testid=bot]").inner_text()
         assert len(kept) > 5
         browser.close()
-
-
-# What is in deploy/
-
-
-def test_the_deployed_commands_parse() -> None:
-    """Every llava command of the unit files, the Dockerfile and the compose file is one that its program takes."""
-    parsers = {
-        "serve": all_in_one.build_parser(),
-        "controller": controller.build_parser(),
-        "worker": model_worker.build_parser(),
-        "web": gradio_web_server.build_parser(),
-    }
-    commands: list[list[str]] = []
-    for unit in sorted((ROOT / "deploy").glob("*.service")):
-        (line,) = (line for line in unit.read_text().splitlines() if line.startswith("ExecStart="))
-        words = line.partition("llava ")[2].replace("%i", "0").split()
-        commands.append(words)
-    docker = (ROOT / "deploy/Dockerfile").read_text()
-    commands.append(json.loads(next(line for line in docker.splitlines() if line.startswith("CMD"))[4:]))
-    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
-    commands += [[str(word) for word in service["command"]] for service in compose["services"].values()]
-    assert len(commands) == 3 + 1 + 4
-    for word, *rest in commands:
-        parsers[word].parse_args(rest)

@@ -11,12 +11,16 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.program import ArgumentParser, run_program
 from llava.serve.flags import Place, add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.model_worker import add_model_flags, check_model_flags
+
+if TYPE_CHECKING:
+    from llava.serve.app import Door
+    from llava.serve.service import Service
 
 EXAMPLES = """\
 examples:
@@ -74,28 +78,34 @@ def run(args: Namespace) -> int:
 
         return serve_fleet(args, place, with_page=with_page)
 
-    from llava.serve.app import make_app
     from llava.serve.engine_backend import load_backend
-    from llava.serve.openai_api import ModelApi, openai_routes
     from llava.serve.service import Service
-    from llava.serve.worker_api import WorkerApi, own_controller
 
     service = Service(load_backend(args), limits, place.door.room)
-    app, guarded = make_app(
-        [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
-        title=f"llava serve: {service.backend.card.name}",
-        metrics=service.metrics,
-        door=place.door,
-        alive=service.trouble,
-        ready=service.trouble_or_draining,
-        lifespans=[service.lifespan],
-        open_paths=[f"{PAGE_PATH}/"],
-    )
+    app, guarded = model_app(service, place.door)
 
     async def drain() -> None:
         service.draining = True
 
     return open_house(app, guarded, args, place, model=service.backend.card.name, with_page=with_page, drain=drain)
+
+
+def model_app(service: Service, door: Door) -> tuple[Any, Any]:
+    """A model's APIs, with a controller's answers, where it is all there is: the application, and its guarded form."""
+    from llava.serve.app import make_app
+    from llava.serve.openai_api import ModelApi, openai_routes
+    from llava.serve.worker_api import WorkerApi, own_controller
+
+    return make_app(
+        [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
+        title=f"llava serve: {service.backend.card.name}",
+        metrics=service.metrics,
+        door=door,
+        alive=service.trouble,
+        ready=service.trouble_or_draining,
+        lifespans=[service.lifespan],
+        open_paths=[f"{PAGE_PATH}/"],
+    )
 
 
 def open_house(

@@ -152,13 +152,22 @@ class Place:
 
 def place_from(args: Namespace) -> Place:
     """Bind the address and read the keys."""
-    require("fastapi", extra="serve")
     require("uvicorn", extra="serve")
+    door, key = door_from(args)
+    from llava.serve.server import address_of, bind
+
+    listener = bind(args.host, args.port)
+    return Place(listener, address_of(listener, args.host), door, key)
+
+
+def door_from(args: Namespace) -> tuple[Door, str | None]:
+    """Who may come in, and a key that opens peers' doors."""
+    require("fastapi", extra="serve")
     require("httpx", extra="serve")
     from llava.serve.app import Door
     from llava.serve.guard import LOOPBACK_NAMES
     from llava.serve.limits import ApiKeys, read_keys
-    from llava.serve.server import address_of, bind, is_loopback, set_up_logging
+    from llava.serve.server import is_loopback, set_up_logging
 
     set_up_logging(args.log_level)
     found = read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE))
@@ -173,5 +182,4 @@ def place_from(args: Namespace) -> Place:
         origins=tuple(args.allow_origin),
         room=room_from(args),
     )
-    listener = bind(args.host, args.port)
-    return Place(listener, address_of(listener, args.host), door, found[0] if found else None)
+    return door, found[0] if found else None

@@ -1,0 +1,72 @@
+"""Replicas of one model behind one address, on as many machines and GPUs as a Ray cluster has.
+
+In: how many replicas, what each takes, and the flags of `llava serve` for all of them. Out: an application for Ray Serve, with
+both APIs of `llava serve` (not its page). Each replica is an engine of its own; Ray picks the less busy of two, starts one
+again that dies, and adds machines if it is told to.
+
+    pip install 'llava[serve]' 'ray[serve]'
+    serve run deploy.ray_serve:build replicas=4 flags="./llava-v1.5-7b"
+    serve run deploy.ray_serve:build replicas=2 gpus=0 flags="--device cpu"        the small model in the package, without a GPU
+"""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from ray import serve
+
+from llava.serve.all_in_one import build_parser, model_app
+from llava.serve.flags import door_from, limits_from
+from llava.serve.model_worker import check_model_flags
+
+
+class Options(BaseModel, extra="forbid"):
+    replicas: int = 1
+    gpus: float = 1  # of each replica
+    cpus: float = 1
+    at_once: int = 256  # requests that Ray gives to a replica together; others wait at Ray's door
+    flags: str = ""  # of `llava serve`; what is said there of addresses and workers is Ray's business here
+
+
+@cache
+def loaded(flags: str) -> tuple[Any, Any]:
+    """The model of this process, and its application."""
+    from llava.serve.engine_backend import load_backend
+    from llava.serve.service import Service
+
+    args = build_parser().parse_args(shlex.split(flags))
+    args.model_path = args.model or args.model_path
+    check_model_flags(args)
+    door, _ = door_from(args)
+    service = Service(load_backend(args), limits_from(args), door.room)
+    return service, model_app(service, door)[1]
+
+
+class Replica:
+    def __init__(self, flags: str) -> None:
+        self._flags = flags
+
+    async def check_health(self) -> None:
+        """Ray asks every few seconds, and starts a replica anew that raises."""
+        if trouble := await loaded(self._flags)[0].trouble():
+            raise RuntimeError(trouble)
+
+
+def build(given: dict[str, str]) -> Any:
+    options = Options.model_validate(given)
+    flags = options.flags
+
+    def application() -> Any:
+        return loaded(flags)[1]
+
+    deployment = serve.deployment(
+        serve.ingress(application)(Replica),
+        name="llava",
+        num_replicas=options.replicas,
+        max_ongoing_requests=options.at_once,
+        ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
+    )
+    return deployment.bind(flags)
