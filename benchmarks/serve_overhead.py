@@ -29,7 +29,7 @@ from typing import Any
 from serve_clients import chat_body, picture_text
 from serve_report import Part
 
-NUM_WORDS = 36  # of a question, which becomes a prompt of about 50 tokens with the template
+NUM_WORDS = 45  # of a question, which becomes a prompt of about 50 tokens with the template
 WORDS = (
     "red",
     "blue",
@@ -227,7 +227,7 @@ def overhead(args: argparse.Namespace) -> Part:
     else:
         path = args.model_path or embedded_model_path()
         loaded, what = load(path, device=args.device), f"the model {Path(path).name}"
-    flags = build_parser().parse_args(["--no-register", "--port", "0", "--log-level", "warning"])
+    flags = build_parser().parse_args(["--no-register", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"])
     place = place_from(flags)
     backend = EngineBackend(loaded, name=MODEL)
     found: list[Any] = []
