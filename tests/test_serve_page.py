@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,24 @@ def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, pictur
     assert (tmp_path / "serve_images" / f"{first['images'][0]}.png").is_file()
 
 
-def test_an_answer_breaks_off_when_the_page_lets_go(tmp_path: Path, picture: str) -> None:
-    """What Stop does: the stream is closed, and the worker computes no more. The model never ends by itself."""
+def test_an_answer_breaks_off_when_the_page_lets_go(
+    tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Stop does: the stream is closed, and the worker computes no more. The model ends only after many slow steps."""
     from tiny import build
 
     from llava.model.builder import load
     from llava.serve.engine_backend import EngineBackend
 
     backend = EngineBackend(load(build(tmp_path / "model"), device="cpu"), name="endless-llava-v1")
+    runner = backend.engine._loop.runner
+    launch = runner.launch
+
+    def slowly(*work: Any) -> Any:
+        time.sleep(0.02)
+        return launch(*work)
+
+    monkeypatch.setattr(runner, "launch", slowly)
 
     async def ask_a_little(address: str) -> list[str]:
         servers = Servers(address)
