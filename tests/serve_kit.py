@@ -118,6 +118,14 @@ def wait_until(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
     return value
 
 
+def make_greedy(page: Any) -> None:
+    """Set the web page's temperature to 0, in a browser."""
+    if not page.locator("#settings input[type=number]").first.is_visible():
+        page.click("#settings button")
+    page.locator("#settings input[type=number]").first.fill("0")
+    page.locator("#settings input[type=number]").first.press("Enter")
+
+
 class Program:
     """A `llava` command in a process of its own, and what it says on stdout."""
 

@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 from golden_data import golden
 from PIL import Image
-from serve_kit import bind, running, wait_until, worker
+from serve_kit import bind, make_greedy, running, wait_until, worker
 
 from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.serve.page_talk import ConversationLog, Servers, Settings, Turn, body_of, conversation_of
@@ -129,6 +129,7 @@ def stop_in_a_browser(address: str, service: Any) -> None:
         page = browser.new_page()
         page.goto(f"{place}/page/")
         page.wait_for_function("document.querySelector('#model input')?.value == 'endless-llava-v1'")
+        make_greedy(page)  # what is drawn by chance may end at once
         page.fill("#question textarea", "Go on.")
         page.press("#question textarea", "Enter")
         page.wait_for_function("document.querySelector('#chat [data-testid=bot]')?.innerText.length > 5")

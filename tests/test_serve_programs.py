@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from cli_kit import environment
-from serve_kit import ROOT, Program, data_url, wait_until
+from serve_kit import ROOT, Program, data_url, make_greedy, wait_until
 
 from llava.__main__ import main
 
@@ -139,13 +139,6 @@ def answers(page: Any, number: int) -> list[str]:
     page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=bot]').length == {number}", timeout=20_000)
     page.wait_for_function("!document.querySelector('#chat .generating, #inspect .generating')", timeout=20_000)
     return [text.strip() for text in page.locator("#chat [data-testid=bot]").all_inner_texts()]
-
-
-def make_greedy(page: Any) -> None:
-    if not page.locator("#settings input[type=number]").first.is_visible():
-        page.click("#settings button")
-    page.locator("#settings input[type=number]").first.fill("0")
-    page.locator("#settings input[type=number]").first.press("Enter")
 
 
 def asked_directly(house: Program, text: str, *names: str) -> str:
