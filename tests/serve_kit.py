@@ -124,6 +124,7 @@ def make_greedy(page: Any) -> None:
         page.click("#settings button")
     page.locator("#settings input[type=number]").first.fill("0")
     page.locator("#settings input[type=number]").first.press("Enter")
+    page.wait_for_function("document.querySelector('#settings input[type=range]').value == '0'")
 
 
 class Program:
