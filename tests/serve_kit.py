@@ -119,12 +119,18 @@ def wait_until(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 def make_greedy(page: Any) -> None:
-    """Set the web page's temperature to 0, in a browser."""
+    """Set the web page's temperature to 0, in a browser. What is typed before the page has settled is lost."""
     if not page.locator("#settings input[type=number]").first.is_visible():
         page.click("#settings button")
-    page.locator("#settings input[type=number]").first.fill("0")
-    page.locator("#settings input[type=number]").first.press("Enter")
-    page.wait_for_function("document.querySelector('#settings input[type=range]').value == '0'")
+    number, slider = (page.locator(f"#settings input[type={kind}]").first for kind in ("number", "range"))
+
+    def is_set() -> bool:
+        number.fill("0")
+        number.press("Enter")
+        page.wait_for_timeout(100)
+        return slider.input_value() == "0"
+
+    wait_until(is_set)
 
 
 class Program:
