@@ -82,7 +82,7 @@ def test_an_engine_that_cuts_on_its_device_answers_the_same(kind: str) -> None:
     processor: Processor = model.processor
     with Engine.from_loaded(model) as engine:
         # As on a GPU, where these two are set.
-        engine._build_prompt._device_pixels = 10**9
+        engine._build_prompt._on_device = True
         engine._loop.runner._tiler = DeviceTiler(processor.image_processor, processor.policy, model.model.device)
         results = answers_together(engine, mixed_requests())
     for result, tokens in zip(results, expected(kind), strict=True):

@@ -21,7 +21,6 @@ from torch import Tensor
 from llava.geometry import ImagePolicy, fit_inside, select_best_resolution, tile_boxes
 from llava.model.multimodal_encoder.image_processor import ClipImageProcessor, resized
 
-MAX_PIXELS = 4_000_000  # copying larger pictures would hold up the steps; whoever asks scales them
 UNIT = 2**22  # Pillow's weights are multiples of 1 / UNIT
 BAND = 2**22  # numbers in float64 that exist at once
 LANCZOS, BILINEAR, BICUBIC, BOX = 1, 2, 3, 4  # Pillow's numbers

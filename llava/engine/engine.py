@@ -22,7 +22,7 @@ from llava.conversation import Conversation, answer_end
 from llava.engine.config import EngineConfig
 from llava.engine.constrain import GrammarMaker
 from llava.engine.decoder import Decoder, obstacle
-from llava.engine.device_tiles import MAX_PIXELS, DeviceTiler
+from llava.engine.device_tiles import DeviceTiler
 from llava.engine.errors import EngineClosed, EngineError, QueueFull, UnsupportedModelError
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.handle import RequestHandle
@@ -135,7 +135,7 @@ class Engine:
             processor,
             vocab_size=vocab_size,
             knows=self._features.__contains__,
-            device_pixels=0 if tiler is None else MAX_PIXELS,
+            on_device=tiler is not None,
         )
         self._vocab_size = vocab_size
         self._end_ids = _end_ids(model, self.tokenizer)

@@ -87,15 +87,15 @@ class PromptImage:
 
 
 class PromptBuilder:
-    """Makes prompts for one model. `knows` tells whether an image's features are at hand; pictures of up to
-    `device_pixels` pixels are left for the device to cut into tiles."""
+    """Makes prompts for one model. `knows` tells whether an image's features are at hand. `on_device` leaves pictures that
+    are not too large for the device to cut into tiles."""
 
     def __init__(
-        self, processor: Processor, *, vocab_size: int, knows: Callable[[bytes], bool], device_pixels: int = 0
+        self, processor: Processor, *, vocab_size: int, knows: Callable[[bytes], bool], on_device: bool = False
     ) -> None:
         self._vocab_size = vocab_size
         self._knows = knows
-        self._device_pixels = device_pixels
+        self._on_device = on_device
         self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
         self._processor = processor
         if processor.image_processor is not None:
@@ -114,7 +114,7 @@ class PromptBuilder:
         for token in ids:
             if token == IMAGE_TOKEN_INDEX:
                 index = len(images)
-                on_device = math.prod(rgb[index].size) <= self._device_pixels
+                on_device = self._on_device and math.prod(rgb[index].size) <= KEPT_PIXELS
                 to_pixels = None if on_device else self._processor.pixels
                 images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels))
                 spread.extend(range(-1, -1 - layouts[index].num_features, -1))
