@@ -25,9 +25,12 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     from llava.engine.kernels.plain import PlainKernels
 
     if device.type == "cpu":
+        from llava.engine.kernels import native_build
         from llava.engine.kernels.cpu import CpuKernels
+        from llava.engine.kernels.native import NativeKernels
 
-        return CpuKernels()
+        library = native_build.load(dtype)
+        return CpuKernels() if library is None else NativeKernels(library, dtype)
 
     if device.type != "cuda" or dtype == torch.float32 or find_spec("triton") is None:
         return PlainKernels()
