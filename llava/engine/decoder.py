@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from llava.engine.errors import UnsupportedModelError
 from llava.engine.kernels.contract import AttentionPlan, Kernels, Weight
-from llava.engine.kernels.cpu import can_pack, packed
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
 
@@ -82,7 +81,8 @@ class Decoder:
         self.kernels = kernels
         self.embedding: Tensor = model.get_input_embeddings().weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        store = _Storage(weights, packs=can_pack(self.device, self.dtype) and _projection_bytes(model) <= PACKED_BYTES)
+        copies = self.device.type == "cpu" and _projection_bytes(model) <= PACKED_BYTES
+        store = _Storage(kernels, weights, copies=copies)
         self.shape, self.layers, self.final_norm = read(model, store)
         self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
         self.cos, self.sin = _angles(model, max_positions, self.dtype)
@@ -189,27 +189,26 @@ def _projections(model: Any) -> Iterable[nn.Module]:
 
 
 class _Storage:
-    """Lays weights side by side. `kind` rounds them; the model's own weights are then given up. `packs` copies them."""
+    """Lays weights side by side. `kind` rounds them; the model's own weights are then given up. `copies` may be made."""
 
-    def __init__(self, kind: str | None, *, packs: bool) -> None:
-        self.kind = kind
-        self.packs = packs
+    def __init__(self, kernels: Kernels, kind: str | None, *, copies: bool) -> None:
+        self.kernels, self.kind, self.copies = kernels, kind, copies
 
     @torch.no_grad()
     def fuse(self, modules: Sequence[Any], *, tied_to: Tensor | None = None) -> Linear:
         """One weight (sum of outputs, in) for modules with the same input."""
         parameters = [module.weight for module in modules]
         if self.kind is not None and (tied_to is None or parameters[0] is not tied_to):
-            weight: Weight = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
+            rounded = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
             for module, parameter in zip(modules, parameters, strict=True):
                 module.weight = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        elif self.packs:
-            weight = packed(torch.cat([parameter.data for parameter in parameters]))
-        elif len(parameters) == 1:
-            weight = parameters[0].data
-        else:
-            weight = torch.cat([parameter.data for parameter in parameters])
-            for parameter, part in zip(parameters, weight.split([len(p) for p in parameters]), strict=True):
+            return Linear(self.kernels.pack(rounded), _joined_bias(modules))
+        parts = [parameter.data for parameter in parameters]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        weight: Weight = self.kernels.pack(joined) if self.copies else joined
+        is_copy = weight is not joined
+        if len(parts) > 1 and not is_copy:
+            for parameter, part in zip(parameters, joined.split([len(part) for part in parts]), strict=True):
                 parameter.data = part
         return Linear(weight, _joined_bias(modules))
 

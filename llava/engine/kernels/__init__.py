@@ -29,8 +29,8 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         from llava.engine.kernels.cpu import CpuKernels
         from llava.engine.kernels.native import NativeKernels
 
-        library = native_build.load(dtype)
-        return CpuKernels() if library is None else NativeKernels(library, dtype)
+        functions = native_build.load()
+        return CpuKernels() if functions is None else NativeKernels(functions)
 
     if device.type != "cuda" or dtype == torch.float32 or find_spec("triton") is None:
         return PlainKernels()

@@ -113,6 +113,9 @@ class Kernels(Protocol):
 
     def gelu(self, x: Tensor) -> Tensor: ...
 
+    def pack(self, weight: Weight) -> Weight:
+        """A copy of a weight that `linear` multiplies by faster; the weight itself, where there is none."""
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x (T, in) times the transposed weight (out, in)."""
 

@@ -1,8 +1,7 @@
-// The engine's arithmetic of short steps on a CPU, in one pass each where PyTorch needs ten; native.py compiles and calls it.
+// The engine's arithmetic on a CPU, in one pass each where PyTorch needs ten. native_build.py compiles it, native.py calls it.
 //
-// T tokens, S sequences, H query heads, K key/value heads, d head width, b tokens per block: shapes are those of contract.py.
-// Everything is computed in float32, whether numbers are stored as float or as bfloat16. Widths are multiples of 16, as
-// native.py makes sure. No headers of PyTorch are needed, so this compiles in a second or two.
+// Everything is computed in float32, whether numbers are stored as float, as bfloat16 or in 8 bits; shapes are those of
+// contract.py. No headers of PyTorch are needed, so this compiles in two seconds.
 
 #include <algorithm>
 #include <cmath>
@@ -10,17 +9,25 @@
 #include <cstring>
 #include <vector>
 
+#include "native_threads.h"
+
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));  // 16 numbers: one AVX-512 register, or several smaller ones
+constexpr long LANES = 16;    // numbers in a vector
+constexpr long PANEL = 32;    // outputs whose weights lie together; native.py lays them out
+constexpr long PIECE = 128;   // inputs of a panel that are expanded to float32 at a time: they stay in the first cache
+constexpr long ROWS = 8;      // rows of x that are multiplied by a panel at a time: their sums stay in registers
+constexpr long MANY = 32;     // tokens from which on a loop over them is worth the threads
 
-constexpr long MANY = 32;  // rows from which on a loop over rows is worth the threads
+typedef float Floats __attribute__((vector_size(4 * LANES)));  // one AVX-512 register, or several smaller ones
 
 struct Bfloat16 {
     uint16_t bits;
 };
 
 inline float wide(float value) { return value; }
+
+inline float wide(int8_t value) { return value; }
 
 inline float wide(Bfloat16 value) {
     uint32_t bits = uint32_t(value.bits) << 16;
@@ -63,12 +70,10 @@ inline float exponential(float x) {
     return value * scale;
 }
 
-inline float sum(Floats values) {
-    float parts[16], total = 0;
-    memcpy(parts, &values, 64);
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < 16; i++) total += parts[i];
-    return total;
+// Have memory brought into the cache while something else is computed. What lies beyond the end does no harm.
+template <class T>
+inline void fetch(const T* from, long count) {
+    for (long i = 0; i < count; i += 64 / long(sizeof(T))) __builtin_prefetch(from + i);
 }
 
 template <class T>
@@ -84,11 +89,10 @@ struct Attention {
     long heads, kv_heads, width, block;
 };
 
-// `residual += x` if there is an x; then out = weight * residual / rms(residual), rounded where PyTorch's operators round.
+// `residual += x` if there is an x; then out = weight * residual / rms(residual), rounded where PyTorch's operators do.
 template <class T>
-void rms_norm(const T* x, T* residual, const T* weight, T* out, long rows, long width, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows >= MANY)
-    for (long row = 0; row < rows; row++) {
+void rms_norm(const T* x, T* residual, const T* weight, T* out, long rows, long width, float eps, long num_threads) {
+    threads().run(rows, rows < MANY ? 1 : num_threads, [&](long row) {
         T* values = residual + row * width;
         if (x != nullptr)
             for (long i = 0; i < width; i++) values[i] = narrow<T>(wide(values[i]) + wide(x[row * width + i]));
@@ -98,7 +102,7 @@ void rms_norm(const T* x, T* residual, const T* weight, T* out, long rows, long 
         float scale = 1 / sqrtf(total / width + eps);
         for (long i = 0; i < width; i++)
             out[row * width + i] = narrow<T>(wide(weight[i]) * wide(narrow<T>(wide(values[i]) * scale)));
-    }
+    });
 }
 
 // One head's query or key: its norm, if there is one, and its rotation by the angles of a position, if there are any.
@@ -124,33 +128,32 @@ template <class T>
 void rope_store(
     const T* qkv, const T* cos, const T* sin, long num_angles, const int64_t* positions, const int64_t* slots,
     const T* q_norm, const T* k_norm, float eps, T* q, T* k_cache, T* v_cache, long tokens, long heads, long kv_heads,
-    long width, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens >= MANY)
-    for (long token = 0; token < tokens; token++) {
+    long width, long num_threads) {
+    threads().run(tokens, tokens < MANY ? 1 : num_threads, [&](long token) {
         const T* from = qkv + token * (heads + 2 * kv_heads) * width;
         const T* c = cos == nullptr ? nullptr : cos + positions[token] * num_angles;
         const T* s = cos == nullptr ? nullptr : sin + positions[token] * num_angles;
         for (long head = 0; head < heads; head++)
             turn(from + head * width, q_norm, eps, c, s, width, q + (token * heads + head) * width);
-        if (slots[token] < 0) continue;
+        if (slots[token] < 0) return;
         long place = slots[token] * kv_heads * width;
         const T* keys = from + heads * width;
         for (long head = 0; head < kv_heads; head++)
             turn(keys + head * width, k_norm, eps, c, s, width, k_cache + place + head * width);
         memcpy(v_cache + place, keys + kv_heads * width, kv_heads * width * sizeof(T));
-    }
+    });
 }
 
-// Attention of one query of each sequence, over keys and values where they lie in the cache. One thread takes a sequence, or,
-// where sequences are few, one key head of it. `known` is the head width if the compiler shall know it, else 0.
+// Attention of one query of each sequence, over keys and values where they lie in the cache: the query heads of key heads
+// `first` to `last` of sequence `row`. `known` is the head width if the compiler shall know it, else 0.
 template <class T, int known>
 void attend_heads(const Attention<T>& a, long row, long first, long last) {
     const long width = known ? known : a.width, group = a.heads / a.kv_heads, num = (last - first) * group;
-    const long stop = a.contexts[row], start = a.window > 0 && stop > a.window ? stop - a.window : 0, count = stop - start;
+    const long stop = a.contexts[row], start = a.window > 0 ? std::max(stop - a.window, 0L) : 0, count = stop - start;
     const long head = first * group, stride = a.kv_heads * width;
     std::vector<float> queries(num * width), totals(num * width), scores(num * count);
     for (long i = 0; i < num * width; i++) queries[i] = wide(a.q[(row * a.heads + head) * width + i]) * a.scale;
-    // Calls `visit` with each position and where its numbers begin in a cache, and has those of the next block fetched meanwhile.
+    // Calls `visit` with each position and where its numbers begin, and has those of the next block fetched meanwhile.
     auto walk = [&](const T* cache, auto visit) {
         const int32_t* table = a.tables + row * a.table_width;
         for (long at = start; at < stop;) {
@@ -158,7 +161,7 @@ void attend_heads(const Attention<T>& a, long row, long first, long last) {
             const T* from = cache + (table[index] * a.block + offset) * stride + first * width;
             const T* next = end < stop ? cache + (table[index + 1] * a.block + offset) * stride + first * width : from;
             for (; at < end; at++, from += stride, next += stride) {
-                for (long i = 0; i < (last - first) * width; i += 64 / long(sizeof(T))) __builtin_prefetch(next + i);
+                fetch(next, (last - first) * width);
                 visit(at - start, from);
             }
         }
@@ -194,97 +197,119 @@ void attend_heads(const Attention<T>& a, long row, long first, long last) {
 }
 
 template <class T>
-void attend(const Attention<T>& a, long rows, int threads) {
-    const long part = rows < 2 * threads ? 1 : a.kv_heads, parts = a.kv_heads / part;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long item = 0; item < rows * parts; item++) {
+void attend(const Attention<T>& a, long rows, long num_threads) {
+    const long part = rows < 2 * num_threads ? 1 : a.kv_heads, parts = a.kv_heads / part;
+    threads().run(rows * parts, num_threads, [&](long item) {
         const long row = item / parts, first = item % parts * part;
         if (a.width == 64) attend_heads<T, 64>(a, row, first, first + part);
         else if (a.width == 128) attend_heads<T, 128>(a, row, first, first + part);
         else attend_heads<T, 0>(a, row, first, first + part);
-    }
+    });
 }
 
 template <class T>
-void silu_mul(const T* gate_up, T* out, long rows, long width, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows >= MANY)
-    for (long row = 0; row < rows; row++) {
+void silu_mul(const T* gate_up, T* out, long rows, long width, long num_threads) {
+    threads().run(rows, rows < MANY ? 1 : num_threads, [&](long row) {
         const T* gate = gate_up + 2 * row * width;
         for (long i = 0; i < width; i++) {
             float value = wide(gate[i]);
             value = wide(narrow<T>(value / (1 + exponential(-value))));
             out[row * width + i] = narrow<T>(value * wide(gate[i + width]));
         }
-    }
+    });
 }
 
-// Four outputs of `num` rows of x: 8-bit weights are expanded once, piece by piece, into memory that stays in the first cache.
-template <int num>
-void four_outputs(const float* x, const int8_t* weight, long width, float out[4][4]) {
-    constexpr long piece = 256;
-    alignas(64) float expanded[4][piece];
-    Floats totals[num][4] = {};
-    for (long begin = 0; begin < width; begin += piece) {
-        long count = width - begin < piece ? width - begin : piece;
-        for (int j = 0; j < 4; j++)
-            for (long i = 0; i < count; i++) expanded[j][i] = weight[j * width + begin + i];
-        for (long i = 0; i < count; i += 16)
-            for (int row = 0; row < num; row++) {
-                Floats values, weights;
-                memcpy(&values, x + row * width + begin + i, 64);
-                for (int j = 0; j < 4; j++) {
-                    memcpy(&weights, &expanded[j][i], 64);
-                    totals[row][j] += values * weights;
-                }
-            }
+inline const float* expanded(const float* weights, long, float*) { return weights; }
+
+template <class W>
+inline const float* expanded(const W* weights, long count, float* out) {
+    for (long i = 0; i < count; i++) out[i] = wide(weights[i]);
+    return out;
+}
+
+// sums (rows, PANEL) += x (rows, count) times weights (count, PANEL).
+template <int rows>
+inline void add_products(const float* x, long width, const float* weights, long count, Floats (*sums)[2]) {
+    Floats totals[rows][2];
+    for (int row = 0; row < rows; row++)
+        for (int half = 0; half < 2; half++) totals[row][half] = sums[row][half];
+    for (long i = 0; i < count; i++) {
+        Floats first, second;
+        memcpy(&first, weights + i * PANEL, sizeof first);
+        memcpy(&second, weights + i * PANEL + LANES, sizeof second);
+        for (int row = 0; row < rows; row++) {
+            totals[row][0] += x[row * width + i] * first;
+            totals[row][1] += x[row * width + i] * second;
+        }
     }
-    for (int row = 0; row < num; row++)
-        for (int j = 0; j < 4; j++) out[row][j] = sum(totals[row][j]);
+    for (int row = 0; row < rows; row++)
+        for (int half = 0; half < 2; half++) sums[row][half] = totals[row][half];
+}
+
+// x (rows, width) times weights in panels (outputs / PANEL, width, PANEL), the last one filled up, times scales, if any.
+template <class T, class W>
+void linear(
+    const float* x, const W* weights, const float* scales, T* out, long rows, long width, long outputs,
+    long num_threads) {
+    constexpr decltype(&add_products<1>) adders[ROWS] = {
+        add_products<1>, add_products<2>, add_products<3>, add_products<4>,
+        add_products<5>, add_products<6>, add_products<7>, add_products<8>};
+    threads().run((outputs + PANEL - 1) / PANEL, num_threads, [&](long panel) {
+        const W* from = weights + panel * PANEL * width;
+        const long first = panel * PANEL, num_outputs = std::min(outputs - first, PANEL);
+        alignas(64) float buffer[PIECE * PANEL];
+        for (long row = 0; row < rows; row += ROWS) {
+            const long num = std::min(rows - row, ROWS);
+            Floats sums[ROWS][2] = {};
+            for (long begin = 0; begin < width; begin += PIECE) {
+                const long count = std::min(width - begin, PIECE);
+                const W* piece = from + begin * PANEL;
+                fetch(piece + PIECE * PANEL, count * PANEL);
+                adders[num - 1](x + row * width + begin, width, expanded(piece, count * PANEL, buffer), count, sums);
+            }
+            for (long i = 0; i < num; i++) {
+                float values[PANEL];
+                memcpy(values, sums[i], sizeof values);
+                T* to = out + (row + i) * outputs + first;
+                for (long j = 0; j < num_outputs; j++)
+                    to[j] = narrow<T>(scales == nullptr ? values[j] : values[j] * scales[first + j]);
+            }
+        }
+    });
 }
 
 }  // namespace
 
-extern "C" void linear_int8(
-    const float* x, const int8_t* weight, const float* scales, float* out, long rows, long width, long outputs, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long group = 0; group < outputs; group += 4) {
-        long first = group + 4 <= outputs ? group : outputs - 4;
-        for (long row = 0; row < rows; row += 4) {
-            const float* from = x + row * width;
-            const int8_t* weights = weight + first * width;
-            float part[4][4];
-            long num = rows - row < 4 ? rows - row : 4;
-            if (num == 1) four_outputs<1>(from, weights, width, part);
-            else if (num == 2) four_outputs<2>(from, weights, width, part);
-            else if (num == 3) four_outputs<3>(from, weights, width, part);
-            else four_outputs<4>(from, weights, width, part);
-            for (long i = 0; i < num; i++)
-                for (int j = 0; j < 4; j++) out[(row + i) * outputs + first + j] = part[i][j] * scales[first + j];
-        }
-    }
-}
-
 #define FOR_NUMBERS_OF(T, name)                                                                                        \
     extern "C" void rms_norm_##name(                                                                                   \
-        const T* x, T* residual, const T* weight, T* out, long rows, long width, float eps, int threads) {             \
-        rms_norm(x, residual, weight, out, rows, width, eps, threads);                                                 \
+        const T* x, T* residual, const T* weight, T* out, long rows, long width, float eps, long num_threads) {        \
+        rms_norm(x, residual, weight, out, rows, width, eps, num_threads);                                             \
     }                                                                                                                  \
-    extern "C" void silu_mul_##name(const T* gate_up, T* out, long rows, long width, int threads) {                    \
-        silu_mul(gate_up, out, rows, width, threads);                                                                  \
+    extern "C" void silu_mul_##name(const T* gate_up, T* out, long rows, long width, long num_threads) {               \
+        silu_mul(gate_up, out, rows, width, num_threads);                                                              \
     }                                                                                                                  \
     extern "C" void rope_store_##name(                                                                                 \
         const T* qkv, const T* cos, const T* sin, long num_angles, const int64_t* positions, const int64_t* slots,     \
         const T* q_norm, const T* k_norm, float eps, T* q, T* k_cache, T* v_cache, long tokens, long heads,            \
-        long kv_heads, long width, int threads) {                                                                      \
+        long kv_heads, long width, long num_threads) {                                                                 \
         rope_store(qkv, cos, sin, num_angles, positions, slots, q_norm, k_norm, eps, q, k_cache, v_cache, tokens,      \
-                   heads, kv_heads, width, threads);                                                                   \
+                   heads, kv_heads, width, num_threads);                                                               \
     }                                                                                                                  \
     extern "C" void attend_##name(                                                                                     \
         const T* q, const T* k_cache, const T* v_cache, const int32_t* tables, long table_width,                       \
         const int32_t* contexts, const float* alibi, float scale, long window, T* out, long rows, long heads,          \
-        long kv_heads, long width, long block, int threads) {                                                          \
-        attend<T>({q, k_cache, v_cache, tables, table_width, contexts, alibi, scale, window, out, heads, kv_heads,      \
-                   width, block}, rows, threads);                                                                      \
+        long kv_heads, long width, long block, long num_threads) {                                                     \
+        attend<T>({q, k_cache, v_cache, tables, table_width, contexts, alibi, scale, window, out, heads, kv_heads,     \
+                   width, block}, rows, num_threads);                                                                  \
+    }                                                                                                                  \
+    extern "C" void linear_##name(                                                                                     \
+        const float* x, const T* weights, T* out, long rows, long width, long outputs, long num_threads) {             \
+        linear(x, weights, static_cast<const float*>(nullptr), out, rows, width, outputs, num_threads);                \
+    }                                                                                                                  \
+    extern "C" void linear_int8_##name(                                                                                \
+        const float* x, const int8_t* weights, const float* scales, T* out, long rows, long width, long outputs,       \
+        long num_threads) {                                                                                            \
+        linear(x, weights, scales, out, rows, width, outputs, num_threads);                                            \
     }
 
 FOR_NUMBERS_OF(float, float32)

@@ -2,7 +2,7 @@
 
 In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None, which is no error: everything they do
 is also done by PyTorch's operators. The library lies in the user's cache, by a name that changes with whatever it was made
-from. It shares the threads of PyTorch, whose OpenMP library it is linked to.
+from.
 """
 
 from __future__ import annotations
@@ -22,57 +22,59 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "native_threads.h"))
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+    *("-pthread", "-shared", "-fPIC"),
+)
 COMPILE_SECONDS = 60  # the longest to wait for the compiler
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-ARGUMENTS = {
-    "rms_norm": [*[_POINTER] * 4, *[_LONG] * 2, _FLOAT, _INT],
-    "silu_mul": [*[_POINTER] * 2, *[_LONG] * 2, _INT],
-    "rope_store": [*[_POINTER] * 3, _LONG, *[_POINTER] * 4, _FLOAT, *[_POINTER] * 3, *[_LONG] * 4, _INT],
-    "attend": [*[_POINTER] * 4, _LONG, *[_POINTER] * 2, _FLOAT, _LONG, _POINTER, *[_LONG] * 5, _INT],
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+ARGUMENTS = {  # the last of each is the number of threads
+    "rms_norm": [*[_POINTER] * 4, *[_LONG] * 2, _FLOAT, _LONG],
+    "silu_mul": [*[_POINTER] * 2, *[_LONG] * 3],
+    "rope_store": [*[_POINTER] * 3, _LONG, *[_POINTER] * 4, _FLOAT, *[_POINTER] * 3, *[_LONG] * 5],
+    "attend": [*[_POINTER] * 4, _LONG, *[_POINTER] * 2, _FLOAT, _LONG, _POINTER, *[_LONG] * 6],
+    "linear": [*[_POINTER] * 3, *[_LONG] * 4],
+    "linear_int8": [*[_POINTER] * 4, *[_LONG] * 4],
 }
 
 
-class Library:
-    """The functions for one type of numbers."""
+class Functions:
+    """What native.cpp does with one type of numbers."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        library = ctypes.CDLL(str(path))
-        kind = str(dtype).removeprefix("torch.")
-        self.rms_norm, self.silu_mul, self.rope_store, self.attend = (
-            _function(library, f"{name}_{kind}", types) for name, types in ARGUMENTS.items()
-        )
-        self.linear_int8 = _function(library, "linear_int8", [*[_POINTER] * 4, *[_LONG] * 3, _INT])
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        functions = [getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}") for name in ARGUMENTS]
+        for function, types in zip(functions, ARGUMENTS.values(), strict=True):
+            function.argtypes, function.restype = types, None
+        self.rms_norm, self.silu_mul, self.rope_store, self.attend, self.linear, self.linear_int8 = functions
 
 
-def load(dtype: torch.dtype) -> Library | None:
-    """For float32 and bfloat16, on a machine with g++ or where it was compiled before."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return None
+def load() -> dict[torch.dtype, Functions] | None:
+    """By type of numbers; None on a machine without a compiler where it was not compiled before."""
     path = _compiled()
-    return None if path is None else Library(path, dtype)
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    return {dtype: Functions(library, dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 @functools.cache
 def _compiled() -> Path | None:
-    # PyTorch's OpenMP comes before the compiler's, which is then not needed: two would keep twice as many threads awake.
-    openmp = sorted(str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*"))
-    options = [*FLAGS, str(SOURCE), *openmp, "-Wl,--as-needed"]
-    name = hashlib.sha256("\n".join([SOURCE.read_text(), *options, _processor()]).encode()).hexdigest()[:16]
-    path = _cache() / f"engine-{name}.so"
+    facts = "\n".join([SOURCE.read_text(), HEADER.read_text(), *FLAGS, _processor()])
+    path = _cache() / f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
-    compiler = shutil.which("g++")
+    compiler = next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
-        logger.info("no g++ on this machine: the engine computes with PyTorch's own operators")
+        logger.info("no C++ compiler on this machine: the engine computes with PyTorch's own operators")
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *options, "-o", str(made)]
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             os.replace(made, path)
     except (OSError, subprocess.SubprocessError) as error:
@@ -94,9 +96,3 @@ def _processor() -> str:
     lines = facts.read_text().splitlines() if facts.exists() else [platform.processor()]
     features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
     return "\n".join([platform.machine(), *sorted(features or lines)])
-
-
-def _function(library: ctypes.CDLL, name: str, types: list[type]) -> ctypes._NamedFuncPointer:
-    function = getattr(library, name)
-    function.argtypes, function.restype = types, None
-    return function

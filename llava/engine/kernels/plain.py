@@ -98,6 +98,9 @@ class PlainKernels:
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
+    def pack(self, weight: Weight) -> Weight:
+        return weight
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Tensor):
             return F.linear(x, weight, bias)

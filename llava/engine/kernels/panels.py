@@ -1,0 +1,40 @@
+"""Weights in panels of 32 outputs, for native.cpp: of each panel, what one input adds to all its outputs lies together.
+
+In: a weight as it is, or in 8 bits. Out: `PanelWeight`, a copy of it. A product then needs no sums across a vector, and
+reads memory in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava.engine.kernels.quantized import QuantizedWeight
+
+PANEL = 32  # as in native.cpp
+
+
+@dataclass(frozen=True)
+class PanelWeight(QuantizedWeight):
+    """data (panels, in, 32), the last panel filled up with zeros, times scales (out,) float32 or, where empty, 1."""
+
+    num_outputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_outputs, self.data.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        rows = self.data.transpose(1, 2).reshape(-1, self.data.shape[1])[: self.num_outputs]
+        return rows.to(dtype) if not len(self.scales) else (rows.float() * self.scales[:, None]).to(dtype)
+
+
+def in_panels(weight: Tensor, scales: Tensor | None = None) -> PanelWeight:
+    """Of a weight (out, in)."""
+    num_outputs, width = weight.shape
+    full = F.pad(weight, (0, 0, 0, -num_outputs % PANEL))
+    data = full.view(-1, PANEL, width).transpose(1, 2).contiguous()
+    return PanelWeight("panels", data, torch.empty(0) if scales is None else scales, num_outputs)
