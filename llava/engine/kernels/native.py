@@ -80,9 +80,10 @@ class NativeKernels(CpuKernels):
         if native is None or plan.max_query != 1 or len(plan.context_lens) != num_rows:
             return super().attend(q, k_cache, v_cache, plan, scale, window=window, alibi=alibi)
         out = q.new_empty(num_rows, num_heads * width)
+        slopes = None if alibi is None else alibi.float().contiguous()
         native.attend(
             _at(q), _at(k_cache), _at(v_cache), _at(plan.block_tables), plan.block_tables.stride(0),
-            _at(plan.context_lens), _at(alibi), scale, window or 0, _at(out),
+            _at(plan.context_lens), _at(slopes), scale, window or 0, _at(out),
             num_rows, num_heads, k_cache.shape[2], width, k_cache.shape[1], torch.get_num_threads(),
         )  # fmt: skip
         return out

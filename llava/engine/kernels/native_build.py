@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "native_threads.h"))
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = ("g++", "clang++", "c++") if os.name == "posix" else ()  # native.cpp counts in `long`, of 64 bits there
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     *("-pthread", "-shared", "-fPIC"),
