@@ -1,4 +1,4 @@
-"""The arithmetic of the engine: one set of methods, by plain PyTorch or by Triton.
+"""The arithmetic of the engine: one set of methods, by PyTorch, by Triton, or compiled for a CPU.
 
 In: packed tokens, a paged cache, an `AttentionPlan`. Out: tensors. `pick_kernels` chooses; what the methods promise is
 in contract.py; weights of 8 and 4 bits are in quantized.py.

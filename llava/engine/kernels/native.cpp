@@ -1,4 +1,5 @@
-// The engine's arithmetic on a CPU, in one pass each where PyTorch needs ten. native_build.py compiles it, native.py calls it.
+// The engine's arithmetic on a CPU, in one pass each where PyTorch needs ten. native_build.py compiles it, native.py
+// calls it.
 //
 // Everything is computed in float32, whether numbers are stored as float, as bfloat16 or in 8 bits; shapes are those of
 // contract.py. No headers of PyTorch are needed, so this compiles in two seconds.
@@ -144,8 +145,8 @@ void rope_store(
     });
 }
 
-// Attention of one query of each sequence, over keys and values where they lie in the cache: the query heads of key heads
-// `first` to `last` of sequence `row`. `known` is the head width if the compiler shall know it, else 0.
+// Attention of one query of each sequence, over keys and values where they lie in the cache: the query heads of key
+// heads `first` to `last` of sequence `row`. `known` is the head width if the compiler shall know it, else 0.
 template <class T, int known>
 void attend_heads(const Attention<T>& a, long row, long first, long last) {
     const long width = known ? known : a.width, group = a.heads / a.kv_heads, num = (last - first) * group;
@@ -246,7 +247,7 @@ inline void add_products(const float* x, long width, const float* weights, long 
         for (int half = 0; half < 2; half++) sums[row][half] = totals[row][half];
 }
 
-// x (rows, width) times weights in panels (outputs / PANEL, width, PANEL), the last one filled up, times scales, if any.
+// x (rows, width) times weights in panels (outputs / PANEL, width, PANEL), the last filled up, times scales, if any.
 template <class T, class W>
 void linear(
     const float* x, const W* weights, const float* scales, T* out, long rows, long width, long outputs,

@@ -1,8 +1,7 @@
 """Compiles native.cpp for this machine, once, and loads it.
 
-In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None, which is no error: everything they do
-is also done by PyTorch's operators. The library lies in the user's cache, by a name that changes with whatever it was made
-from.
+In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None, which is no error: PyTorch's
+operators do all that, too. The library lies in the user's cache, by a name that changes with whatever it was made from.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 // Threads that do the items of one loop after another, for native.cpp.
 //
-// Between loops they spin for a while, since waking takes longer than a loop, and then they sleep. PyTorch's own threads
-// (OpenMP's) sleep at once where several threads of a program have run loops, as here where one has loaded the model and
-// another computes; and where only one has, they never sleep, which on a busy machine starves whoever they wait for.
+// Between loops they spin for a while, since waking takes longer than a loop, and then they sleep. PyTorch's threads
+// (OpenMP's) sleep at once where several threads of a program have run loops, as here where one has loaded the model
+// and another computes; and where only one has, they hardly ever do, which starves others on a busy machine.
 
 #pragma once
 
@@ -53,8 +53,8 @@ class Threads {
         }
     }
 
-    // An item is taken by raising `next_`, which holds the number of the loop as well, so that nobody takes an item of a
-    // loop that he does not know. The loop's description stays as it is until all its items are done.
+    // An item is taken by raising `next_`, which holds the number of the loop as well, so that nobody takes an item of
+    // a loop that he does not know. The loop's description stays as it is until all its items are done.
     void take_items(uint64_t loop) {
         uint64_t ticket = next_;
         while (ticket >> 32 == loop && long(ticket & NONE) < count_) {
