@@ -15,7 +15,7 @@
 namespace {
 
 constexpr long LANES = 16;    // numbers in a vector
-constexpr long PANEL = 32;    // outputs whose weights lie together; native.py lays them out
+constexpr long PANEL = 32;    // outputs whose weights lie together; panels.py lays them out
 constexpr long PIECE = 128;   // inputs of a panel that are expanded to float32 at a time: they stay in the first cache
 constexpr long ROWS = 8;      // rows of x that are multiplied by a panel at a time: their sums stay in registers
 constexpr long MANY = 32;     // tokens from which on a loop over them is worth the threads
