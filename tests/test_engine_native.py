@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.engine.engine import Engine
-from llava.engine.kernels import native_build
+from llava.engine.kernels import native_build, pick_kernels
 from llava.engine.kernels.contract import AttentionPlan
+from llava.engine.kernels.cpu import CpuKernels
 from llava.engine.kernels.native import NativeKernels
 from llava.engine.kernels.plain import PlainKernels
 from llava.engine.kernels.quantized import quantize
@@ -139,3 +140,8 @@ def test_what_was_compiled_once_needs_no_compiler(tmp_path: Path, request: pytes
     folder.mkdir(parents=True)
     (folder / made.name).write_bytes(made.read_bytes())
     assert native_build.load() is not None
+
+
+def test_the_environment_can_leave_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_NATIVE", "0")
+    assert type(pick_kernels(torch.device("cpu"), torch.float32)) is CpuKernels

@@ -15,9 +15,7 @@ from llava.engine.kernels.native_build import Functions
 from llava.engine.kernels.panels import PanelWeight, in_panels
 from llava.engine.kernels.quantized import QuantizedWeight
 
-FEW_ROWS = (
-    64  # more rows are multiplied faster by the processor's instructions for bfloat16, which PyTorch's product uses
-)
+FEW_ROWS = 64  # more are multiplied faster by the processor's instructions for bfloat16, which PyTorch's product uses
 
 
 class NativeKernels(CpuKernels):

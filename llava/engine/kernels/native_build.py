@@ -2,6 +2,7 @@
 
 In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None, which is no error: PyTorch's
 operators do all that, too. The library lies in the user's cache, by a name that changes with whatever it was made from.
+LLAVA_NATIVE=0 in the environment leaves it out.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Functions:
 
 def load() -> dict[torch.dtype, Functions] | None:
     """By type of numbers; None on a machine without a compiler where it was not compiled before."""
-    path = _compiled()
+    path = None if os.environ.get("LLAVA_NATIVE") == "0" else _compiled()
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
@@ -70,7 +71,7 @@ def _compiled() -> Path | None:
         logger.info("no C++ compiler on this machine: the engine computes with PyTorch's own operators")
         return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
