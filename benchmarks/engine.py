@@ -12,12 +12,13 @@ fails prints its error, and the others go on; `--seconds` ends the run early, wi
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine_stock import measure_stock
 from engine_subject import Subject, allocated, graph_seconds, tidy
+from panels import Panel, draw
 from train import FULL, TINY, say
 
 from llava.engine.engine import Engine, EngineConfig
@@ -369,9 +371,16 @@ ROWS: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def table(bench: Bench) -> str:
+def report(figures: Mapping[str, Any], out: Path | None) -> None:
+    print(table(figures), file=sys.stderr)
+    if out:
+        (out / "engine.md").write_text(table(figures) + "\n")
+        if any(what.startswith("scale ") for what in figures):
+            (out / "engine_scale.svg").write_text(plot(figures))
+
+
+def table(figures: Mapping[str, Any]) -> str:
     """Markdown: what the issue asks for, then everything else that was measured."""
-    figures = bench.figures
     lines = [
         "| what | unit | transformers, then | here | vLLM 0.22.0, then | required | engine | limit |",
         "|---|---|---|---|---|---|---|---|",
@@ -387,15 +396,27 @@ def table(bench: Bench) -> str:
     return "\n".join(lines)
 
 
+def plot(figures: Mapping[str, Any]) -> str:
+    """New tokens per second against running requests."""
+    rates = {what.split()[1]: value for what, value in figures.items() if what.startswith("scale ")}
+    panel = Panel("new tokens per second", "running requests", list(rates), {"engine": list(rates.values())})
+    return draw([panel], "throughput against the number of running requests")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"rows, separated by commas: {', '.join(ROWS)}")
     parser.add_argument("--tiny", action="store_true", help="small shapes, also without a GPU")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after so long")
-    parser.add_argument("--out", type=Path, help="folder for profiles and the table")
+    parser.add_argument("--out", type=Path, help="folder for profiles, the table and a plot")
+    parser.add_argument("--of", type=Path, metavar="FILE", help="measure nothing: table and plot of results.jsonl")
     args = parser.parse_args(argv)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
+    if args.of:
+        lines = [json.loads(line) for line in args.of.read_text().splitlines()]
+        report({line["what"]: line["v"] for line in lines if "v" in line}, args.out)
+        return
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -416,9 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         say(what=f"row {row}", s=time.perf_counter() - begun)
     bench.close()
-    print(table(bench), file=sys.stderr)
-    if args.out:
-        (args.out / "engine.md").write_text(table(bench) + "\n")
+    report(bench.figures, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ an answer). POPE-like questions, three about each picture, asked for one word. O
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -30,10 +29,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from random_checkpoint import in_memory
+
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.eval.answer_log import AnswerLog
-from llava.eval.asking import Asker, ask
+from llava.eval.asking import Asker, Failure, ask
 from llava.eval.task import WORD_SUFFIX
 from llava.eval.values import Item
 from llava.generation import Sampling
@@ -46,23 +47,6 @@ PER_PICTURE = 3
 COLOURS, SHAPES = ("red", "blue", "green", "yellow", "purple"), ("circle", "square", "star", "heart", "triangle")
 NUM_LOADERS = 4
 IMAGE_TOKEN = 0  # <unk>, which no prompt has: stands for a feature in transformers' layout
-TOWER = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 336},
-    "crop_size": {"height": 336, "width": 336},
-}
-SEVEN_B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0, "unfreeze_mm_vision_tower": True, "mm_hidden_size": 1024,
-    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat",
-    "image_aspect_ratio": "pad", "use_mm_proj": True, "tokenizer_model_max_length": 4096,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,29 +63,9 @@ def embedded() -> Setting:
     return Setting("the embedded model", load(embedded_model_path(), device="cpu"), 128, False)
 
 
-def seven_b() -> Setting:
-    """LLaVA-1.5-7B's shapes with random weights, and the embedded model's tokenizer, whose ids its vocabulary holds."""
-    from llava.model.config import LlavaSettings
-    from llava.model.language_model.registry import llava_classes
-    from llava.processor import Processor
-
-    small = load(embedded_model_path(), device="cpu")
-    config_class, model_class = llava_classes("llama")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(TOWER))
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = model_class(config_class(**SEVEN_B, mm_vision_tower=folder)).eval()
-        torch.set_default_dtype(torch.float32)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    image_processor = model.get_vision_tower().image_processor
-    processor = Processor(
-        small.tokenizer, image_processor, LlavaSettings.from_hf(model.config), policy=model.image_policy()
-    )
-    loaded = LoadedModel(small.tokenizer, model, image_processor, 4096, "v1", processor, small.info)
-    return Setting("random weights of LLaVA-1.5-7B's shapes", loaded, 2, True)
+def random_weights(size: str) -> Setting:
+    """Published shapes with random weights; what they say is of equal length, and means nothing."""
+    return Setting(f"random weights of LLaVA-1.5-{size}'s shapes", in_memory(size), 2, True)
 
 
 def make_items(count: int, folder: Path, *, drawn: bool) -> list[Item]:
@@ -111,7 +75,7 @@ def make_items(count: int, folder: Path, *, drawn: bool) -> list[Item]:
     items = []
     for number in range(count):
         place = number // PER_PICTURE
-        file = folder / f"{place}.png"
+        file = folder / f"{place}.{'png' if drawn else 'jpg'}"
         if not file.exists():
             if drawn:
                 image = Image.open(drawings[place % len(drawings)]).convert("RGB")
@@ -150,7 +114,9 @@ def run_ours(setting: Setting, items: Sequence[Item], folder: Path) -> tuple[Tim
         started = now()
         with AnswerLog(folder, items, "model").part("0") as writer:
 
-            def done(number: int, text: Any) -> None:
+            def done(number: int, text: str | Failure) -> None:
+                if isinstance(text, Failure):
+                    raise SystemExit(f"question {number} could not be asked: {text.reason}")
                 texts[number] = text
                 writer.write(number, text)
 
@@ -220,17 +186,20 @@ def run_stock(setting: Setting, items: Sequence[Item]) -> tuple[Timing, list[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", choices=("tiny", "7b"), default="tiny", help="7b needs a GPU (default: tiny)")
+    parser.add_argument(
+        "--shapes", choices=("embedded", "tiny", "7b", "13b"), default="embedded",
+        help="the embedded model, or random weights in these shapes (default: embedded)",
+    )  # fmt: skip
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--stock-questions", type=int, help="how many of them the loop is timed on (default: all)")
     parser.add_argument("--runs", type=int, default=3, help="the best of so many counts, alternating (default: 3)")
     parser.add_argument("--out", type=Path, help="write the table there too")
     args = parser.parse_args(argv)
     get_template("v1")
-    setting = embedded() if args.shapes == "tiny" else seven_b()
+    setting = embedded() if args.shapes == "embedded" else random_weights(args.shapes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        items = make_items(args.questions, folder, drawn=args.shapes == "tiny")
+        items = make_items(args.questions, folder, drawn=args.shapes == "embedded")
         part = items[: args.stock_questions]
         ours, theirs = [], []
         for run in range(args.runs):
