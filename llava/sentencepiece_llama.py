@@ -20,13 +20,15 @@ import sentencepiece
 from transformers.tokenization_python import AddedToken, PreTrainedTokenizer
 
 from llava.errors import InputError
+from llava.piece_decoder import Alone, Entry, PieceDecoder
 
 _UNDERLINE = "▁"  # how sentencepiece writes a space
 # Appended to a serialized model, this sets normalizer_spec.add_dummy_prefix to false: of a field that occurs twice, the
 # later one wins. It spares a dependency on protobuf.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # What a copy in another process makes anew from the model's bytes.
-_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_ids")
+_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_ids", "_entries")
+_ANY_WORD = "a"  # behind it, a token has the text that it has within a text
 
 
 class Piece(NamedTuple):
@@ -100,6 +102,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             for piece in self._pieces
         }
         self._ids = {piece: self.sp_model.piece_to_id(piece) for piece in self._pieces}
+        self._entries = _Entries(self, set(), {})
 
     # The library's object is rebuilt from the model's bytes, so that data-loader workers and copies get their own.
 
@@ -287,6 +290,17 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         )
         return self.clean_up_tokenization(text) if clean else text
 
+    def piece_decoder(self) -> PieceDecoder:
+        """What decodes ids that come one after another, without special tokens, as `decode` does all of them."""
+        skipped = set(self.all_special_ids)
+        alone = {index: token for token, index in self._added_tokens_encoder.items() if index not in skipped}
+        if (skipped, alone) != (self._entries.skipped, self._entries.alone):
+            self._entries = _Entries(self, skipped, alone)
+        return PieceDecoder(self._entries, self._opening)
+
+    def _opening(self, ids: list[int]) -> str:
+        return self.convert_tokens_to_string([self._pieces[index] for index in ids])
+
     def _tokens_standing_alone(self) -> set[str]:
         """Added tokens, except the named ones (<s>, </s>, <unk>, ...) and pieces that were only marked as special."""
         special, named = set(self.all_special_tokens), set(self.special_tokens_map.values())
@@ -329,6 +343,26 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         map_file = Path(save_directory) / f"{prefix}special_tokens_map.json"
         map_file.write_text(json.dumps(self.special_tokens_map, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return (*files, str(map_file))
+
+
+class _Entries(dict[int, Entry]):
+    """What each token stands for within a text, found out when it is first met."""
+
+    def __init__(self, tokenizer: LlamaSentencePieceTokenizer, skipped: set[int], alone: dict[int, str]) -> None:
+        super().__init__(dict.fromkeys(skipped) | {index: Alone(token) for index, token in alone.items()})
+        self._tokenizer = tokenizer
+        self.skipped, self.alone = skipped, alone
+
+    def __missing__(self, index: int) -> Entry:
+        tokenizer = self._tokenizer
+        piece = tokenizer._convert_id_to_token(index)
+        entry: Entry
+        if piece in tokenizer._byte_values:
+            entry = bytes([tokenizer._byte_values[piece]])
+        else:
+            entry = tokenizer.sp_model.decode([_ANY_WORD, piece]).removeprefix(_ANY_WORD)
+        self[index] = entry
+        return entry
 
 
 @lru_cache(maxsize=16)

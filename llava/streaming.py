@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character, or not yet one
+from llava.piece_decoder import REPLACEMENT, PieceDecoder
+
 CONTEXT = 12  # tokens that are decoded again with each new one, at most; few are needed, and moving on costs a decoding
 
 
@@ -29,7 +30,7 @@ class AnswerReader:
         min_tokens: int = 0,
         keep_space: bool = False,
     ) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = stream_decoder(tokenizer)
         self._stop = [text for text in stop if text]
         # A stop string that is one special token never shows in the text; its id does. Not every vocabulary counts such
         # tokens among all_special_ids, so decoding is asked.
@@ -98,8 +99,13 @@ def overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
+def stream_decoder(tokenizer: Any) -> StreamDecoder | PieceDecoder:
+    """What decodes ids as they come; the pieces joined are what decoding all of them together gives."""
+    return tokenizer.piece_decoder() if hasattr(tokenizer, "piece_decoder") else StreamDecoder(tokenizer)
+
+
 class StreamDecoder:
-    """Decodes ids as they come; the pieces joined are what decoding all of them together gives.
+    """For any tokenizer.
 
     A token's text depends on those before it (spaces, bytes of one character), so new ones are decoded after some that
     were handed out, whose own text is then taken away. Text that ends in a broken character waits for the rest of it.

@@ -26,7 +26,7 @@ from llava.generation import PromptSize, Sampling, measure_prompt, stream_answer
 from llava.image_io import DEFAULT_LIMITS
 from llava.serve.chat import build_parser, split_words
 from llava.serve.session import Picture, Session
-from llava.streaming import AnswerReader, StreamDecoder, overlap
+from llava.streaming import AnswerReader, overlap, stream_decoder
 from llava.tokenization import load_tokenizer, tokenizer_image_token
 
 SHORT = ["-m", CHECKPOINT, "--max-new-tokens", "8"]
@@ -45,7 +45,7 @@ def test_streamed_text_is_the_decoded_text(name: str) -> None:
     written = [tokenizer(text).input_ids for text in ("Größe: 漢字 ✓ 🦙🦙", "a  b\n\n\tc ", "naïve — 中文")]
     noise = [[chosen.randrange(3, len(tokenizer)) for _ in range(chosen.randrange(1, 40))] for _ in range(200)]
     for ids in written + noise:
-        decoder = StreamDecoder(tokenizer)
+        decoder = stream_decoder(tokenizer)
         pieces = [decoder.push([token]) for token in ids]
         assert not any(piece.endswith("\ufffd") for piece in pieces)
         whole = "".join([*pieces, decoder.finish()])

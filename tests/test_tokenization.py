@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import InputError
-from llava.streaming import StreamDecoder
+from llava.streaming import stream_decoder
 from llava.tokenization import (
     LlamaSentencePieceTokenizer,
     encode_with_places,
@@ -227,7 +227,7 @@ def test_streamers_of_transformers_take_it(mini):
 def test_streamed_parts_join_to_the_decoded_text(name, text, indented):
     tokenizer = load(name)
     ids = tokenizer(text + "\n    x = 1\n" * indented).input_ids
-    decoder = StreamDecoder(tokenizer)
+    decoder = stream_decoder(tokenizer)
     parts = [decoder.push([token]) for token in ids] + [decoder.finish()]
     whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(parts) == whole
@@ -235,9 +235,59 @@ def test_streamed_parts_join_to_the_decoded_text(name, text, indented):
         assert sum(map(bool, parts)) > 5  # it does come in parts
 
 
+def _tokenizer_with_added_tokens(name):
+    tokenizer = load(name)
+    tokenizer.add_tokens(["<im_start>"], special_tokens=True)
+    tokenizer.add_tokens(["[word]", " [spaced] ", "é"])
+    return tokenizer
+
+
+WITH_ADDED = {name: _tokenizer_with_added_tokens(name) for name in MINI}
+IDS = st.lists(
+    st.one_of(
+        st.integers(0, len(WITH_ADDED[MINI[0]]) - 1),
+        st.integers(0, 2),  # special
+        st.integers(len(WITH_ADDED[MINI[0]]) - 4, len(WITH_ADDED[MINI[0]]) - 1),  # added
+        st.sampled_from(WITH_ADDED[MINI[0]].convert_tokens_to_ids(["▁", "▁▁", "▁▁▁▁", "▁a", "a", "\n"])),
+        # Bytes of ñ, of 日, of 🦙, of U+FFFD, and some that are none of a character.
+        st.sampled_from([3 + byte for byte in b"\xc3\xb1\xe6\x97\xa5\xf0\x9f\xa6\x99\xef\xbf\xbd\xff\xed\xa0\x80 a"]),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("name", MINI)
+@settings(max_examples=600, deadline=None)
+@given(ids=IDS, cuts=st.lists(st.integers(0, 14), max_size=14))
+def test_any_ids_in_any_parts_join_to_the_decoded_text(name, ids, cuts):
+    tokenizer = WITH_ADDED[name]
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for ends in ([*sorted(cuts), len(ids)], range(1, len(ids) + 1)):
+        decoder = stream_decoder(tokenizer)
+        parts = [decoder.push(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        assert not any(part.endswith("\ufffd") for part in parts)
+        assert "".join([*parts, decoder.finish()]) == whole
+
+
+def test_every_token_of_a_vocabulary_in_a_row(mini):
+    ids = [*range(len(mini)), *reversed(range(len(mini)))]
+    decoder = stream_decoder(mini)
+    parts = [decoder.push([token]) for token in ids]
+    assert "".join([*parts, decoder.finish()]) == mini.decode(ids, skip_special_tokens=True)
+
+
+def test_tokens_that_become_special_or_added_later_are_decoded_as_such(mini):
+    letter = mini.convert_tokens_to_ids("a")
+    assert stream_decoder(mini).push([letter, letter]) == "aa"
+    mini.add_tokens(["[word]"])
+    assert stream_decoder(mini).push([letter, len(mini) - 1, letter]) == "a [word] a"
+    mini.pad_token = "a"
+    assert stream_decoder(mini).push([letter, len(mini) - 1, letter]) == "[word]"
+
+
 def test_half_a_character_is_held_back_until_the_end(mini):
     ids = mini("日").input_ids[1:]
-    decoder = StreamDecoder(mini)
+    decoder = stream_decoder(mini)
     assert [decoder.push([token]) for token in ids[:-1]] == [""] * (len(ids) - 1)
     assert decoder.push(ids[-1:]) == "日"
     decoder.push(ids[:-1])
