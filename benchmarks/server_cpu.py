@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-WORDS = "red blue green circle square star large small picture left right top bottom".split()
+WORDS = ("red", "blue", "green", "circle", "square", "star", "large", "small", "picture", "left", "right", "bottom")
 NUM_TOKENS = 64
 
 
@@ -59,6 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     from llava.model.builder import load
     from llava.serve.app import Door, make_app
     from llava.serve.engine_backend import EngineBackend
+    from llava.serve.http_parser import http_protocol
     from llava.serve.limits import ServeLimits
     from llava.serve.openai_api import ModelApi, openai_routes
     from llava.serve.server import bind
@@ -87,7 +88,8 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
 
     AnswerJob.add = timed  # type: ignore[method-assign,assignment]
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=args.http, loop=args.loop))
+    http = http_protocol() if args.http == "auto" else args.http
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=http, loop=args.loop))
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")
     serving.start()
     rows = {}

@@ -21,6 +21,7 @@ from llava.serve.backend import Backend
 from llava.serve.controller_api import ControllerApi, controller_app
 from llava.serve.dispatch import Dispatcher
 from llava.serve.engine_backend import EngineBackend
+from llava.serve.http_parser import http_protocol
 from llava.serve.limits import ServeLimits
 from llava.serve.membership import Membership
 from llava.serve.openai_api import ModelApi, openai_routes
@@ -40,7 +41,7 @@ def data_url(path: Path = DEMO) -> str:
 def running(app: Any, listener: Any = None) -> Iterator[str]:
     """An application behind a real socket, in a thread; gives its address."""
     listener = listener or bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", loop="asyncio"))
+    server = uvicorn.Server(uvicorn.Config(app, http=http_protocol(), log_config=None, access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -268,7 +268,8 @@ class Engine:
     def _handle(self, name: str | None, prompt: Prompt, wanted: int) -> RequestHandle:
         size = PromptSize(prompt.num_text_tokens, prompt.num_image_tokens)
         # The handle keeps this engine alive until it is forgotten itself.
-        return RequestHandle(name or f"request-{next(self._names)}", self.abort, size, size.room(self._limit, wanted))
+        room = size.room(self._limit, wanted)
+        return RequestHandle(name or f"request-{next(self._names)}", self.abort, size, room, self._loop.wakeups)
 
     def _results(self, handles: list[RequestHandle]) -> list[Any]:
         try:

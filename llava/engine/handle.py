@@ -16,21 +16,46 @@ from llava.engine.request import Chunk
 from llava.generation import PromptSize
 
 
+class Wakeups:
+    """Readers in event loops for whom something has come. All of a loop's are woken by one call, after a step."""
+
+    def __init__(self) -> None:
+        self._events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        self._events.setdefault(loop, []).append(event)
+
+    def send(self) -> None:
+        if self._events:
+            waiting, self._events = self._events, {}
+            for loop, events in waiting.items():
+                with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
 class RequestHandle:
     """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not."""
 
-    def __init__(self, request_id: str, abort: Callable[[str], None], size: PromptSize, max_new_tokens: int) -> None:
+    def __init__(
+        self, request_id: str, abort: Callable[[str], None], size: PromptSize, max_new_tokens: int, wakeups: Wakeups
+    ) -> None:
         self.request_id = request_id
         self.size = size  # of the prompt
         self.max_new_tokens = max_new_tokens  # of each completion, after what the context has room for
         self._abort = abort
+        self._wakeups = wakeups
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
         self._result: Any = None
         self._error: BaseException | None = None
         self._done = False
-        self._wake: Callable[[], object] | None = None  # an event loop's reader that waits
-        self._wakes_at_end = False  # ... for nothing but the end
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None  # an event loop's reader
+        self._waits_for_end = False  # ... and for nothing else
 
     def abort(self) -> None:
         """Stop within a step. What has come stays; completions not finished end as "cancelled"."""
@@ -84,16 +109,12 @@ class RequestHandle:
         Whoever asks again only after a while is not woken for every token in between.
         """
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(event.set)
-
         while True:
             with self._changed:
                 chunks = list(self._chunks)
                 self._chunks.clear()
                 ended = not chunks and self._done
-                self._wake, self._wakes_at_end = None if chunks or ended else wake, False
+                self._waiting, self._waits_for_end = None if chunks or ended else (loop, event), False
                 if ended and self._error is not None:
                     raise self._error
             if ended:
@@ -105,8 +126,8 @@ class RequestHandle:
             yield chunks
             if (seconds := pause()) > 0:
                 with self._changed:
-                    self._wake, self._wakes_at_end = None if self._done else wake, True
-                if self._wake is not None:
+                    self._waiting, self._waits_for_end = None if self._done else (loop, event), True
+                if self._waiting is not None:
                     timer = loop.call_later(seconds, event.set)
                     await event.wait()
                     timer.cancel()
@@ -120,7 +141,7 @@ class RequestHandle:
             raise self._error
         return None
 
-    # The engine's side.
+    # The engine's side: its thread, which sends the wakeups when it has put all that there is.
 
     def put(self, chunk: Chunk) -> None:
         with self._changed:
@@ -141,7 +162,6 @@ class RequestHandle:
 
     def _notify(self) -> None:
         self._changed.notify_all()
-        if self._wake is not None and (self._done or not self._wakes_at_end):
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._wake()
-            self._wake = None
+        if self._waiting is not None and (self._done or not self._waits_for_end):
+            self._wakeups.add(*self._waiting)
+            self._waiting = None

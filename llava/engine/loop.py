@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llava.engine.errors import EngineClosed, EngineError, QueueFull
+from llava.engine.handle import Wakeups
 from llava.engine.job import Job, ScoreJob
 from llava.engine.runner import Launched, Outcome, Runner
 from llava.engine.scheduler import Scheduler, Step
@@ -49,6 +50,7 @@ class Loop:
         self.scheduler, self.runner = scheduler, runner
         self._overlap = overlap
         self._max_waiting = max_waiting
+        self.wakeups = Wakeups()
         self._names: set[str] = set()  # of requests handed in and not finished
         self._jobs: dict[str, Job] = {}
         self._num_constrained = 0  # running ones whose next choice depends on the last token's text
@@ -115,6 +117,7 @@ class Loop:
                 job.handle.fail(EngineError(f"the engine stopped: {type(error).__name__}: {error}"))
         for request_id in list(self._jobs):
             self._cancel(request_id)
+        self.wakeups.send()
 
     def _work(self) -> None:
         launched: Launched | None = None
@@ -125,6 +128,7 @@ class Loop:
             if not self._overlap or self._num_constrained:
                 self._collect(launched)
                 launched = None
+            self.wakeups.send()
 
     def _read_mail(self, *, wait: bool) -> bool:
         """Do what other threads asked for; False when the engine is closed."""

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llava.errors import InputError
+from llava.serve.http_parser import http_protocol
 
 SWITCH_S = 0.0005  # Python's own is ten times as long
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -89,6 +90,7 @@ def run_server(
     sys.setswitchinterval(SWITCH_S)
     config = uvicorn.Config(
         app,
+        http=http_protocol(),
         log_config=None,
         access_log=False,
         lifespan="on",
