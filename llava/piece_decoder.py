@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character, or not yet one
 
@@ -29,7 +30,7 @@ class PieceDecoder:
         self._entries = entries
         self._opening_text = opening
         self._opening: list[int] | None = []  # the first tokens of a run that has no text yet
-        self._bytes: codecs.IncrementalDecoder = _Utf8(_EACH_BYTE)
+        self._bytes = _Utf8(_EACH_BYTE)
         self._gap = ""  # what comes before the text of this run, if it has any
         self._said = False
         self._ready = ""
@@ -87,7 +88,9 @@ class _Utf8(codecs.BufferedIncrementalDecoder):
     """Python's incremental decoder, whose `buffer` holds the bytes of a character that is not complete."""
 
     buffer: bytes
-    _buffer_decode = staticmethod(codecs.utf_8_decode)
+
+    def _buffer_decode(self, data: Any, errors: str, final: bool) -> tuple[str, int]:
+        return codecs.utf_8_decode(data, errors, final)
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:

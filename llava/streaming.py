@@ -54,15 +54,22 @@ class AnswerReader:
 
     def read(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these ids. Without stop strings, many are decoded as quickly as one."""
-        pieces = []
-        for group in [[token] for token in token_ids] if self._stop else [list(token_ids)]:
-            if not self.stopped:  # several beams: what follows the end is padding
-                end = next((n for n, token in enumerate(group) if self.is_end(token, len(self.token_ids) + n)), None)
-                meant = group if end is None else group[: end + 1]
-                self.token_ids += meant
-                pieces.append(self._let_through(self._decoder.push(meant)))
-                self.stopped = self.stopped or end is not None
-        return "".join(pieces)
+        if self._stop and len(token_ids) > 1:
+            return "".join([self._read([token]) for token in token_ids])
+        return self._read(token_ids)
+
+    def _read(self, token_ids: Sequence[int]) -> str:
+        if self.stopped:  # several beams: what follows the end is padding
+            return ""
+        has_ended = False
+        for number, token in enumerate(token_ids):
+            if self.is_end(token, len(self.token_ids) + number):
+                token_ids, has_ended = token_ids[: number + 1], True
+                break
+        self.token_ids += token_ids
+        piece = self._let_through(self._decoder.push(token_ids))
+        self.stopped = self.stopped or has_ended
+        return piece
 
     def is_end(self, token: int, num_before: int) -> bool:
         """Whether this token ends an answer of so many tokens."""
@@ -76,6 +83,8 @@ class AnswerReader:
         return piece + rest
 
     def _let_through(self, text: str) -> str:
+        if not (text or self._held):
+            return ""
         self._held += text if self.text or self._held or self._keep_space else text.lstrip()
         stop = self._stop if len(self.token_ids) > self._min_tokens else []
         ends = [place for word in stop if (place := self._held.find(word)) >= 0]
@@ -83,7 +92,7 @@ class AnswerReader:
             self.stopped = self._is_cut = True
             ready, self._held = self._trimmed(self._held[: min(ends)]), ""
         else:
-            keep = max((overlap(self._held, word) for word in stop), default=0)
+            keep = max([overlap(self._held, word) for word in stop], default=0)
             ready = self._trimmed(self._held[: len(self._held) - keep])
             self._held = self._held[len(ready) :]
         self.text += ready
@@ -95,6 +104,8 @@ class AnswerReader:
 
 def overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
+    if text[-1:] not in stop[:-1]:  # most of the time
+        return 0
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 

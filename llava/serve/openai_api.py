@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -120,34 +120,36 @@ class ModelApi:
         urls = [picture.url for picture in draft.pictures]
         details: list[Detail] = ["low" if picture.detail == "low" else "auto" for picture in draft.pictures]
         asking = service.ask(draft.prompts, draft.sampling, urls, details=details, streamed=bool(body.stream))
+        if not body.stream:
+            return await while_connected(request, _whole(asking, writer, deadline))
         async with asyncio.timeout_at(deadline):
             asked = await while_connected(request, asking)
-        if body.stream:
-            return Stream(
-                _events(asked, writer),
-                media_type=EVENTS,
-                deadline=deadline,
-                last_words=error_event,
-                closed=asked.close,
-            )
-        end = "cancelled"
-        try:
-            async with asyncio.timeout_at(deadline):
-                chunks = await while_connected(request, _all(asked))
-            end = "finished"
-            return Response(writer.whole(chunks, asked.cost()).as_json(), media_type="application/json")
-        except TimeoutError:
-            end = "deadline"
-            raise
-        except Exception as error:
-            end = "failed" if as_api_error(error).status >= 500 else "cancelled"
-            raise
-        finally:
-            asked.close(end)
+        return Stream(
+            _events(asked, writer),
+            media_type=EVENTS,
+            deadline=deadline,
+            last_words=error_event,
+            closed=asked.close,
+        )
 
 
-async def _all(asked: Asked) -> list[Any]:
-    return [chunk async for chunk in asked]
+async def _whole(asking: Coroutine[Any, Any, Asked], writer: AnyWriter, deadline: float) -> Response:
+    async with asyncio.timeout_at(deadline):
+        asked = await asking
+    end = "cancelled"
+    try:
+        async with asyncio.timeout_at(deadline):
+            chunks = [chunk async for chunk in asked]
+        end = "finished"
+        return Response(writer.whole(chunks, asked.cost()).as_json(), media_type="application/json")
+    except TimeoutError:
+        end = "deadline"
+        raise
+    except Exception as error:
+        end = "failed" if as_api_error(error).status >= 500 else "cancelled"
+        raise
+    finally:
+        asked.close(end)
 
 
 async def _events(asked: Asked, writer: AnyWriter) -> AsyncIterator[bytes]:

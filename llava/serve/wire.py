@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -44,24 +44,34 @@ def _refuse_constant(name: str) -> Any:
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Do the work; where the client leaves meanwhile, cancel it and raise `ClientDisconnect`. The body was read before."""
-    return await _first(asyncio.ensure_future(work), request.receive)
+    return await _unless_left(work, request.receive)
 
 
-async def _first(task: asyncio.Future[T], receive: Callable[[], Any]) -> T:
-    gone = asyncio.ensure_future(_disconnect(receive))
-    both: set[asyncio.Future[Any]] = {task, gone}
+async def _unless_left(work: Awaitable[T], receive: Callable[[], Any]) -> T:
+    """The work is done in this task, which whoever looks out for the client's leaving cancels, as a timeout would."""
+    worker = asyncio.current_task()
+    assert worker is not None
+    num_cancels = worker.cancelling()
+    is_over = has_left = False
+
+    def leave(watcher: asyncio.Future[None]) -> None:
+        nonlocal has_left
+        if not (is_over or watcher.cancelled()):
+            watcher.exception()  # whatever it is, it is known now
+            has_left = True
+            worker.cancel()
+
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    watcher.add_done_callback(leave)
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and worker.uncancel() <= num_cancels:
+            raise ClientDisconnect from None
+        raise
     finally:
-        for future in (task, gone):
-            future.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await gone
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
+        is_over = True
+        watcher.cancel()
 
 
 async def _disconnect(receive: Callable[[], Any]) -> None:
@@ -96,7 +106,8 @@ class Stream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         end = "cancelled"
         try:
-            end = await _first(asyncio.ensure_future(self._write(send)), receive)
+            # In a task of its own, a piece does not wake all the layers that the request came through.
+            end = await _unless_left(asyncio.ensure_future(self._write(send)), receive)
         except (ClientDisconnect, OSError):
             pass
         finally:
