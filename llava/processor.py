@@ -21,6 +21,7 @@ from llava.geometry import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.image_io import to_rgb
 from llava.labels import encode_spans, wrapped_mark
 from llava.mm_utils import process_images
+from llava.tokenization import tokenizer_image_token
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,6 +99,15 @@ class Processor:
 
     def encode(self, conversation: Conversation | str, num_images: int) -> tuple[list[int], list[int]]:
         """Ids, with -200 for each image, and labels."""
+        return encode_spans(self._spans(conversation, num_images), self.tokenizer)
+
+    def encode_ids(self, conversation: Conversation | str, num_images: int) -> list[int]:
+        """The ids alone, which takes less time."""
+        text = "".join([span.text for span in self._spans(conversation, num_images)])
+        ids: list[int] = tokenizer_image_token(text, self.tokenizer)
+        return ids
+
+    def _spans(self, conversation: Conversation | str, num_images: int) -> list[Span]:
         spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
         num_marks = sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans)
         if num_marks != num_images:
@@ -105,7 +115,7 @@ class Processor:
                 f"the prompt has {num_marks} {DEFAULT_IMAGE_TOKEN} marks but {num_images} images were given; "
                 "put one mark for each image."
             )
-        return encode_spans(spans, self.tokenizer)
+        return spans
 
     def pixels(self, rgb: Sequence[Image.Image]) -> list[torch.Tensor]:
         """Per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles."""

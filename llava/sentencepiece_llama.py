@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,7 @@ _UNDERLINE = "▁"  # how sentencepiece writes a space
 # later one wins. It spares a dependency on protobuf.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # What a copy in another process makes anew from the model's bytes.
-_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_ids", "_entries")
+_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_widths_by_id", "_ids", "_entries")
 _ANY_WORD = "a"  # behind it, a token has the text that it has within a text
 
 
@@ -97,10 +98,8 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             self._pieces[index]: int(self._pieces[index][3:5], 16) for index in ids if self.sp_model.is_byte(index)
         }
         # Per piece, how many bytes of (unescaped) text it stands for.
-        self._widths = {
-            piece: 1 if piece in self._byte_values else len(piece.replace(_UNDERLINE, " ").encode())
-            for piece in self._pieces
-        }
+        self._widths = {piece: 1 if piece in self._byte_values else _num_bytes(piece) for piece in self._pieces}
+        self._widths_by_id = [self._widths[piece] for piece in self._pieces]
         self._ids = {piece: self.sp_model.piece_to_id(piece) for piece in self._pieces}
         self._entries = _Entries(self, set(), {})
 
@@ -128,6 +127,35 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
 
     def pieces(self, text: str, *, split_special_tokens: bool | None = None) -> list[Piece]:
         """The tokens of a text (without <s> and </s> around it) and where each lies in it."""
+        pieces: list[Piece] = []
+        for stretch, start, leading, is_added in self._stretches(text, split_special_tokens):
+            if is_added:
+                if leading:
+                    pieces.append(Piece(leading, 0, 0))
+                pieces.append(Piece(stretch, start, start + len(stretch)))
+            else:
+                pieces += self._pieces_of(stretch, start, leading)
+        return pieces
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids that calling this gives, where nothing else is asked for."""
+        inner: list[int] = []
+        for stretch, _, leading, is_added in self._stretches(text, None):
+            if is_added:
+                tokens = [leading, stretch] if leading else [stretch]
+                inner += self._ids_of_tokens(tokens)
+            else:
+                ids: list[int] = self.sp_model.encode(leading + stretch) if leading or stretch else []
+                # Where a token does not stand for a known text, or all of them not for this one, pieces know better.
+                num_added = sum([self._widths_by_id[index] for index in ids]) - _num_bytes(stretch)
+                if num_added not in (0, 1) or self.sp_model.unk_id() in ids:
+                    ids = self._ids_of_tokens([piece.token for piece in self._pieces_of(stretch, 0, leading)])
+                inner += ids
+        return self.build_inputs_with_special_tokens(inner)
+
+    def _stretches(self, text: str, split_special_tokens: bool | None) -> Iterator[tuple[str, int, str, bool]]:
+        """The text cut at its added tokens: each stretch, where it starts, the space put before it, and whether it is
+        such a token."""
         _check_unicode(text)
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
@@ -136,19 +164,15 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         # Without the legacy rule, one space is added for the whole text; it yields to a special token.
         yields = segments[:1] and segments[0] in added and segments[0] in self.all_special_tokens
         leading = "" if self.legacy or not text or yields else _UNDERLINE
-        pieces: list[Piece] = []
         start = 0
         for index, segment in enumerate(segments):
-            end = start + len(segment)
             if segment in added:
-                if index == 0 and leading:
-                    pieces.append(Piece(leading, 0, 0))
-                pieces.append(Piece(segment, start, end))
+                yield segment, start, leading, True
             else:
                 left, right = self._strip(segments, index, added)
-                pieces += self._pieces_of(segment[left:right], start + left, leading if index == 0 else "")
-            start = end
-        return pieces
+                yield segment[left:right], start + left, leading, False
+            start += len(segment)
+            leading = ""
 
     def _segments(self, text: str) -> list[str]:
         """The text cut at its added tokens, which are segments of their own; of several that fit, the longest."""
@@ -175,9 +199,8 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         tokens = self.sp_model.encode(leading + text, out_type=str)
         # Places in bytes: a character without a piece of its own is written as the pieces of its UTF-8 bytes.
         widths = [self._width(token) for token in tokens]
-        num_bytes = len(text) if text.isascii() else len(text.replace(_UNDERLINE, " ").encode())
         # What the pieces hold beyond the text is the space put before it: ours, or the model's own.
-        added = sum(widths) - num_bytes
+        added = sum(widths) - _num_bytes(text)
         if added not in (0, 1):
             raise InputError(
                 f"{self.vocab_file} rewrites text while encoding it ({text[:40]!r} came back with another length); "
@@ -201,11 +224,14 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
 
     def _width(self, token: str) -> int:
         """How many bytes of text a token stands for; one without a piece is the unknown characters themselves."""
-        return self._widths[token] if token in self._widths else len(token.replace(_UNDERLINE, " ").encode())
+        return self._widths[token] if token in self._widths else _num_bytes(token)
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
         if not isinstance(tokens, list):
             return super().convert_tokens_to_ids(tokens)
+        return self._ids_of_tokens(tokens)
+
+    def _ids_of_tokens(self, tokens: list[str]) -> list[int]:
         added, ids, unknown = self._added_tokens_encoder, self._ids, self.sp_model.unk_id()
         return [added[token] if token in added else ids.get(token, unknown) for token in tokens]
 
@@ -363,6 +389,11 @@ class _Entries(dict[int, Entry]):
             entry = tokenizer.sp_model.decode([_ANY_WORD, piece]).removeprefix(_ANY_WORD)
         self[index] = entry
         return entry
+
+
+def _num_bytes(text: str) -> int:
+    """In UTF-8, with a sign for a space counted as one."""
+    return len(text) if text.isascii() else len(text.replace(_UNDERLINE, " ").encode())
 
 
 @lru_cache(maxsize=16)

@@ -120,7 +120,8 @@ def tokenizer_image_token(
     prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
 ) -> Any:
     """Ids of a prompt, with `image_token_index` for every `<image>`: a list, or a tensor if return_tensors is "pt"."""
-    chunks = [list(tokenizer(chunk).input_ids) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    ids_of = getattr(tokenizer, "ids_of", lambda text: list(tokenizer(text).input_ids))
+    chunks = [ids_of(chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
     skip = _num_repeated(chunks, tokenizer)
     ids = chunks[0]
     for chunk in chunks[1:]:

@@ -44,6 +44,16 @@ def load(name: str):
     return tokenizer
 
 
+def _tokenizer_with_added_tokens(name):
+    tokenizer = load(name)
+    tokenizer.add_tokens(["<im_start>"], special_tokens=True)
+    tokenizer.add_tokens(["[word]", " [spaced] ", "é"])
+    return tokenizer
+
+
+WITH_ADDED = {name: _tokenizer_with_added_tokens(name) for name in MINI}
+
+
 @pytest.fixture(params=MINI)
 def mini(request):
     return load(request.param)
@@ -235,14 +245,22 @@ def test_streamed_parts_join_to_the_decoded_text(name, text, indented):
         assert sum(map(bool, parts)) > 5  # it does come in parts
 
 
-def _tokenizer_with_added_tokens(name):
-    tokenizer = load(name)
-    tokenizer.add_tokens(["<im_start>"], special_tokens=True)
-    tokenizer.add_tokens(["[word]", " [spaced] ", "é"])
-    return tokenizer
+@pytest.mark.parametrize("name", MINI)
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(
+        st.sampled_from(["<im_start>", "[word]", " [spaced] ", "é", "<unk>", "ø", "\u3042", ""]), max_size=5
+    ),
+    text=TEXTS,
+)
+def test_ids_alone_are_those_of_a_call(name, parts, text):
+    tokenizer = WITH_ADDED[name]
+    text = text.join(parts)
+    assert tokenizer.ids_of(text) == tokenizer(text).input_ids
+    ids, _ = encode_with_places(text, tokenizer)
+    assert tokenizer_image_token(text, tokenizer) == ids
 
 
-WITH_ADDED = {name: _tokenizer_with_added_tokens(name) for name in MINI}
 IDS = st.lists(
     st.one_of(
         st.integers(0, len(WITH_ADDED[MINI[0]]) - 1),

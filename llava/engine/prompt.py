@@ -149,7 +149,7 @@ class PromptBuilder:
     def _encode(self, prompt: Conversation | str | Sequence[int], num_images: int) -> list[int]:
         if isinstance(prompt, (Conversation, str)):
             with self._lock:
-                ids, _ = self._processor.encode(prompt, num_images)
+                ids = self._processor.encode_ids(prompt, num_images)
         else:
             ids = self._checked([int(token) for token in prompt], marks=True)
             check_marks(ids.count(IMAGE_TOKEN_INDEX), num_images)

@@ -125,7 +125,7 @@ class Asker:
         stats = self._engine.stats()
         for _, item in items:
             try:
-                ids, _ = processor.encode(self.conversation(item), len(item.images))
+                ids = processor.encode_ids(self.conversation(item), len(item.images))
                 layouts = processor.plan([picture.size for picture in self._pictures(item)])
             except InputError:  # a broken picture: the next one may do
                 continue
