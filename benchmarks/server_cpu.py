@@ -28,7 +28,7 @@ from llava.serve.engine_backend import EngineBackend
 from llava.serve.http_parser import http_protocol
 from llava.serve.limits import ServeLimits
 from llava.serve.openai_api import ModelApi, openai_routes
-from llava.serve.server import bind
+from llava.serve.server import bind, keep_for_good
 from llava.serve.service import Service
 
 NUM_TOKENS = 64
@@ -87,6 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")
     serving.start()
     clients, questions = Clients(1, f"http://127.0.0.1:{listener.getsockname()[1]}"), Questions()
+    keep_for_good()
     rows = {}
     for stream in (False, True):
         for num_requests in (args.clients, args.requests):  # the first few are to warm up

@@ -131,7 +131,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "special-token": Cause(
         "an end mark or marker token is not special: it stays in the output",
-        ("llava/streaming.py:StreamDecoder", "llava/streaming.py:AnswerReader"),
+        ("llava/streaming.py:stream_decoder", "llava/streaming.py:AnswerReader"),
     ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
     "template-mismatch": Cause("the template does not fit the model: its end mark is no token here", _TEMPLATE),
@@ -216,7 +216,7 @@ CAUSES: dict[str, Cause] = {
         "a picture adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
     ),
     "server-special-token": Cause("special tokens are left in the answers", ("llava/streaming.py:AnswerReader",)),
-    "server-stream": Cause("streamed answers differ from whole ones", ("llava/streaming.py:StreamDecoder",)),
+    "server-stream": Cause("streamed answers differ from whole ones", ("llava/streaming.py:stream_decoder",)),
 }
 
 

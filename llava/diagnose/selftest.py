@@ -293,7 +293,7 @@ def odd_output(loaded: LoadedModel) -> Item:
     item = Item(
         "an odd output, traced to its cause",
         (
-            "llava/streaming.py:StreamDecoder",
+            "llava/streaming.py:stream_decoder",
             "llava/conversation.py:answer_end",
             "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
             "llava/streaming.py:AnswerReader",

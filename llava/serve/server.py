@@ -8,6 +8,7 @@ port 0 (any free one) works everywhere.
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
@@ -64,6 +65,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def keep_for_good() -> None:
+    """Leave what is there now, modules and a model, out of garbage collection: to look through all of it takes a quarter of
+    a second, in which no thread answers anybody."""
+    gc.collect()
+    gc.freeze()
+
+
 def run_server(
     app: Any,
     listener: socket.socket,
@@ -79,6 +87,7 @@ def run_server(
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
+                keep_for_good()
                 started()
 
         async def shutdown(self, sockets: Any = None) -> None:
