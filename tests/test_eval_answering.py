@@ -56,21 +56,21 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     from llava.processor import Processor
 
     seen: list[dict[str, Any]] = []
-    encode, whole = Processor.encode, llava.mm_utils.tokenizer_image_token
+    encode, whole = Processor.encode_ids, llava.mm_utils.tokenizer_image_token
 
     def watched(self: Processor, conversation: Any, num_images: int) -> Any:
-        ids, labels = encode(self, conversation, num_images)
+        ids = encode(self, conversation, num_images)
         text = conversation.get_prompt() if isinstance(conversation, Conversation) else conversation
         made = {"prompt": text, "ids": list(ids)}
         seen.extend([] if made in seen else [made])
-        return ids, labels
+        return ids
 
     def watched_whole(prompt: str, *args: Any, **options: Any) -> Any:
         ids = whole(prompt, *args, **options)
         seen.append({"prompt": prompt, "ids": ids.tolist()})
         return ids
 
-    monkeypatch.setattr(Processor, "encode", watched)
+    monkeypatch.setattr(Processor, "encode_ids", watched)
     monkeypatch.setattr(llava.mm_utils, "tokenizer_image_token", watched_whole)
     return seen
 
