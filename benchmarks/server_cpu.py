@@ -1,6 +1,6 @@
 """What a request and a streamed token cost the server's processor, beside the model's arithmetic.
 
-    python benchmarks/server_cpu.py [--requests 400] [--clients 32] [--plain]
+    python benchmarks/server_cpu.py [--requests 400] [--clients 32]
 
 A worker on the embedded model answers prompts of 45 words with 64 tokens each, to clients in another process. Counted is
 processor time by thread, not wall time: the event loop, the threads that make prompts, and in the engine's thread what
@@ -25,10 +25,9 @@ from llava.engine.job import AnswerJob
 from llava.model.builder import load
 from llava.serve.app import Door, make_app
 from llava.serve.engine_backend import EngineBackend
-from llava.serve.http_parser import http_protocol
 from llava.serve.limits import ServeLimits
 from llava.serve.openai_api import ModelApi, openai_routes
-from llava.serve.server import bind, keep_for_good
+from llava.serve.server import PARSER, bind, keep_for_good
 from llava.serve.service import Service
 
 NUM_TOKENS = 64
@@ -38,17 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--plain", action="store_true", help="by h11 and asyncio's own event loop")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(args)
-    names = [
-        "uvicorn",
-        "fastapi",
-        "sentencepiece",
-        "transformers",
-        *(["h11"] if args.plain else ["uvloop", "httptools"]),
-    ]
+    names = ["uvicorn", "fastapi", "sentencepiece", "transformers"]
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names))
     print(f"{args.requests} requests of {args.clients} clients, {NUM_WORDS} words in, {NUM_TOKENS} tokens out\n")
     print("| answers | event loop, ms a request | prompts, ms a request | handing out, microseconds a token |")
@@ -82,8 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
 
     AnswerJob.add = timed  # type: ignore[method-assign,assignment]
     listener = bind("127.0.0.1", 0)
-    parts = {"http": "h11", "loop": "asyncio"} if args.plain else {"http": http_protocol()}
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, **parts))
+    server = uvicorn.Server(uvicorn.Config(app, http=PARSER, loop="asyncio", log_config=None, access_log=False))
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")
     serving.start()
     clients, questions = Clients(1, f"http://127.0.0.1:{listener.getsockname()[1]}"), Questions()
@@ -109,7 +100,7 @@ def seconds() -> tuple[float, float]:
         spent = time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
         if thread.name == "serving":
             loop += spent
-        elif thread.name.startswith(("asyncio_", "uvloop_")):
+        elif thread.name.startswith("asyncio_"):
             prompts += spent
     return loop, prompts
 

@@ -21,11 +21,10 @@ from llava.serve.backend import Backend
 from llava.serve.controller_api import ControllerApi, controller_app
 from llava.serve.dispatch import Dispatcher
 from llava.serve.engine_backend import EngineBackend
-from llava.serve.http_parser import http_protocol
 from llava.serve.limits import ServeLimits
 from llava.serve.membership import Membership
 from llava.serve.openai_api import ModelApi, openai_routes
-from llava.serve.server import bind
+from llava.serve.server import PARSER, bind
 from llava.serve.service import Service
 from llava.serve.worker_api import WorkerApi, own_controller
 
@@ -41,7 +40,7 @@ def data_url(path: Path = DEMO) -> str:
 def running(app: Any, listener: Any = None) -> Iterator[str]:
     """An application behind a real socket, in a thread; gives its address."""
     listener = listener or bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, http=http_protocol(), log_config=None, access_log=False, lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=PARSER, log_config=None, access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

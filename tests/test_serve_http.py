@@ -1,4 +1,4 @@
-"""What strangers may send a server, byte by byte: both HTTP parsers refuse the same, within the same limits."""
+"""What strangers may send a server, byte by byte: what is ambiguous or does not end is refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 import uvicorn
 from serve_kit import wait_until
 
-from llava.serve.http_parser import MAX_HEAD_BYTES, MAX_PIPELINED, http_protocol
-from llava.serve.server import bind
+from llava.serve.server import PARSER, bind
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
@@ -42,13 +41,10 @@ async def told(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": answer})
 
 
-@pytest.fixture(scope="module", params=["fast", "h11"])
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    if request.param == "fast":
-        pytest.importorskip("httptools")
-    http = http_protocol() if request.param == "fast" else "h11"
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(told, http=http, log_config=None, access_log=False, lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(told, http=PARSER, log_config=None, access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -105,7 +101,7 @@ def test_malformed_requests_are_refused(port: int, sent: bytes) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_lengths_never_hide_a_request(port: int, order: int) -> None:
-    """What h11 reads by its chunks, the other parser refuses; nobody takes the second request for a body."""
+    """Nobody takes the second request for a body."""
     lengths = [b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n"][::order]
     seen = answers(port, POST + b"".join(lengths) + b"\r\n0\r\n\r\n" + GET, num=2)
     assert [answer if isinstance(answer, int) else answer[:2] for answer in seen if answer] in (
@@ -128,7 +124,7 @@ def test_two_lengths_never_hide_a_request(port: int, order: int) -> None:
 def test_what_does_not_end_is_not_kept(port: int, start: bytes, piece: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
         line.sendall(start)
-        assert any(is_closed(line, piece) for _ in range(100 * MAX_HEAD_BYTES // len(piece)))
+        assert any(is_closed(line, piece) for _ in range(1600))
 
 
 def is_closed(line: socket.socket, piece: bytes) -> bool:
@@ -167,12 +163,6 @@ def test_an_offer_of_another_protocol_is_declined_and_the_body_read(port: int, c
     assert [answer[:2] for answer in seen] == [["/", "abc"], ["/", ""]]
 
 
-@pytest.mark.parametrize("port", ["fast"], indirect=True)
-def test_connections_to_elsewhere_are_not_made(port: int) -> None:
-    """With h11, a path that the application does not know is asked for."""
-    assert answers(port, b"CONNECT b:80 HTTP/1.1\r\nHost: b\r\n\r\n") == [400]
-
-
 def test_requests_in_a_row_are_answered_in_their_order(port: int) -> None:
     asked = [b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n" % name for name in (b"slow", b"2", b"3")]
     assert [answer[0] for answer in answers(port, b"".join(asked), num=3)] == ["/slow", "/2", "/3"]
@@ -181,9 +171,3 @@ def test_requests_in_a_row_are_answered_in_their_order(port: int) -> None:
 def test_garbage_behind_a_request_is_not_answered_first(port: int) -> None:
     seen = answers(port, GET.replace(b"/ ", b"/slow ") + b"garbage\r\n\r\n", num=2)
     assert seen in ([["/slow", "", ["host"]], 400], [None])
-
-
-def test_a_crowd_of_requests_on_one_connection_is_not_kept(port: int) -> None:
-    crowd = GET.replace(b"/ ", b"/slow ") + GET * (MAX_PIPELINED + 5)
-    seen = answers(port, crowd, num=MAX_PIPELINED + 6)
-    assert seen == [None] or len(seen) == MAX_PIPELINED + 6
