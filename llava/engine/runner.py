@@ -212,6 +212,8 @@ class Runner:
                 slices.append(features[image.key][max(item.start - image.start, 0) : item.stop - image.start])
                 at = min(image.stop, item.stop)
             ids += tokens[at - item.start :]
+        if not slices:  # text alone, as most of a conversation is: nothing to work out
+            return self._embed(torch.tensor(ids))
         # The ids stay on the host: where everything goes is worked out there, while the device is busy.
         row = torch.tensor([ids])
         return splice(row, torch.ones_like(row, dtype=torch.bool), slices, self._embed).embeds
