@@ -7,7 +7,7 @@ In: a checked body and the `ModelCard`. Out: a `Draft`: prompts, the addresses o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -103,8 +103,8 @@ def sampling_of(
     fields = dict(body)
     stop = fields.get("stop") or ()
     given: dict[str, Any] = {name: fields.get(name) for name in SAME_NAMES} | {"min_new_tokens": body.min_tokens}
-    return replace(
-        SamplingParams(max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS),
+    return SamplingParams(
+        max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logit_bias={int(token): bias for token, bias in (fields.get("logit_bias") or {}).items()},
         stop_token_ids=tuple(body.stop_token_ids or ()),
