@@ -78,7 +78,7 @@ def process_images(
         pinpoints = parse_pinpoints(getattr(model_cfg, "image_grid_pinpoints", None))
         pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
     else:
-        colour = _mean_colour(image_processor)
+        colour = mean_colour(image_processor)
         pixels = [_tile_pixels([expand2square(image, colour)], image_processor)[0] for image in images]
     if len({tensor.shape for tensor in pixels}) != 1:
         return pixels
@@ -96,9 +96,8 @@ def process_anyres_image(
     """
     canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
     tiles = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
-    size = processor.size
-    overview = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-    return _tile_pixels([image.resize((overview, overview)), *tiles], processor)
+    side = overview_side(processor)
+    return _tile_pixels([image.resize((side, side)), *tiles], processor)
 
 
 def _tile_pixels(tiles: list[Image.Image], processor: Any) -> torch.Tensor:
@@ -106,7 +105,14 @@ def _tile_pixels(tiles: list[Image.Image], processor: Any) -> torch.Tensor:
     return processor.preprocess([to_rgb(tile) for tile in tiles], return_tensors="pt")["pixel_values"]
 
 
-def _mean_colour(processor: Any) -> tuple[int, int, int]:
+def overview_side(processor: Any) -> int:
+    """Pixels per side of the square that a whole picture is squeezed to before its tiles."""
+    side: int = processor.size["shortest_edge" if "shortest_edge" in processor.size else "height"]
+    return side
+
+
+def mean_colour(processor: Any) -> tuple[int, int, int]:
+    """What a picture is padded with: the colour that normalising makes zero."""
     red, green, blue = (int(value * 255) for value in processor.image_mean)
     return red, green, blue
 

@@ -13,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
+from llava.engine.config import EngineConfig
 from llava.engine.request import Request, Result, SamplingParams
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -22,6 +23,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "anyres": ("llama", dict(tiny.ANYRES)),
+}
+WAYS = {
+    "as it is": EngineConfig(),
+    "in pieces": EngineConfig(max_step_tokens=7),
+    "without prefixes": EngineConfig(prefix_cache=False, feature_cache_bytes=0),
+    "a tiny pool": EngineConfig(num_blocks=46, block_size=4),
+    "small blocks, few rows": EngineConfig(block_size=4, max_running=3, max_step_tokens=16),
+    "guessing ahead": EngineConfig(speculation=5),
+    "guessing, tiny pool, in pieces": EngineConfig(speculation=3, num_blocks=46, block_size=4, max_step_tokens=9),
 }
 
 
@@ -49,6 +59,10 @@ def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
 
 def greedy(max_new_tokens: int, **changes: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=max_new_tokens, **changes)
+
+
+def sampled(seed: int | None, **changes: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 1.0, "seed": seed, "max_new_tokens": 24, "ignore_eos": True} | changes)
 
 
 @cache

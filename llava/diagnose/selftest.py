@@ -23,6 +23,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.drawing import drawing
 from llava.diagnose.observation import Notes, figures, told
 from llava.errors import InputError
+from llava.model_flags import add_loading_flags
 from llava.paint import Paint, shows_blocks, wants_colours
 from llava.program import ArgumentParser, run_program
 from llava.startup import prepare
@@ -77,9 +78,7 @@ def build_parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
-    parser.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    add_loading_flags(parser)
     parser.add_argument(
         "--steps", type=int, default=20, metavar="N", help="training steps of the projector exercise (default: 20)"
     )

@@ -18,6 +18,7 @@ from llava.conversation import get_template
 from llava.diagnose.observation import POINTS
 from llava.errors import InputError
 from llava.generation import Sampling
+from llava.model_flags import add_model_flags
 from llava.paint import Paint, shows_blocks, wants_colours
 from llava.program import ArgumentParser, run_program
 
@@ -43,11 +44,7 @@ def build_parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
-    parser.add_argument("--model-path", "-m", metavar="FOLDER", help="model to look into (default: the embedded one)")
-    parser.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
-    parser.add_argument("--conv-mode", metavar="NAME", help="conversation template (default: the model's own)")
+    add_model_flags(parser, bits=False)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
     )

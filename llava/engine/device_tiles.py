@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llava.geometry import ImagePolicy, fit_inside, select_best_resolution, tile_boxes
+from llava.mm_utils import mean_colour, overview_side
 from llava.model.multimodal_encoder.image_processor import ClipImageProcessor, resized
 
 UNIT = 2**22  # Pillow's weights are multiples of 1 / UNIT
@@ -43,13 +44,12 @@ class DeviceTiler:
         height, width = picture.shape[1:]
         if self._policy.mode == "pad" and height != width:
             side = max(height, width)
-            colour = [int(value * 255) for value in self._processor.image_mean]
-            picture = _pasted(picture, (side, side), ((side - width) // 2, (side - height) // 2), colour)
+            corner = (side - width) // 2, (side - height) // 2
+            picture = _pasted(picture, (side, side), corner, mean_colour(self._processor))
         if self._policy.mode != "anyres":
             return self._finished(picture)[None]
-        size = self._processor.size
-        overview = size["shortest_edge"] if "shortest_edge" in size else size["height"]
-        tiles = [scaled(picture, (overview, overview), BICUBIC)]
+        side = overview_side(self._processor)
+        tiles = [scaled(picture, (side, side), BICUBIC)]
         if num_tiles > 1:
             canvas = select_best_resolution((width, height), self._policy.pinpoints)
             fitted, offset = fit_inside((width, height), canvas)
@@ -135,9 +135,7 @@ def weights(num_in: int, num_out: int, resample: int, device: torch.device) -> T
     return torch.from_numpy(matrix).to(device)
 
 
-def _pasted(
-    picture: Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, ...] | list[int]
-) -> Tensor:
+def _pasted(picture: Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
     """The picture on a canvas of `size` (width, height), its corner at `offset` (left, top)."""
     (width, height), (left, top) = size, offset
     if (width, height) == (picture.shape[2], picture.shape[1]):

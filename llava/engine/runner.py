@@ -235,7 +235,8 @@ class Runner:
 
     def _tiles(self, image: PromptImage) -> Tensor:
         """Bytes (n, 3, side, side), on the device."""
-        if self._tiler is not None and image.colours is not None:
+        if image.colours is not None:
+            assert self._tiler is not None
             return self._tiler(sent(image.colours, self.device), image.num_tiles)
         return sent(image.pixels().numpy(), self.device)
 

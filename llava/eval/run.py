@@ -32,6 +32,7 @@ from llava.eval.tasks import find_tasks
 from llava.eval.values import Item
 from llava.generation import Sampling
 from llava.model.hub import resolve_checkpoint
+from llava.model_flags import add_model_flags, quantization_from
 from llava.program import ArgumentParser, run_program
 from llava.serve.models import find_model
 
@@ -52,18 +53,7 @@ def build_parser() -> ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="where answers and results go (default: eval-runs/MODEL)"
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model-path", "-m", metavar="FOLDER", help="folder or hub repository (default: the model in the package)"
-    )
-    model.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
-    bits = model.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
-    bits.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
-    model.add_argument(
-        "--conv-mode", metavar="NAME", help="conversation template (default: what the model's files say)"
-    )
+    add_model_flags(model)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
@@ -119,8 +109,7 @@ def run(args: Namespace) -> None:
     name = get_model_name_from_path(model_path)
     out = args.out or Path("eval-runs") / name
     plans = [plan(task, args, out) for task in tasks]
-    quantization = "8bit" if args.load_8bit else "4bit" if args.load_4bit else None
-    choice = ModelChoice(model_path, args.model_base, args.device, args.dtype, quantization, args.conv_mode)
+    choice = ModelChoice(model_path, args.model_base, args.device, args.dtype, quantization_from(args), args.conv_mode)
     settings = AskSettings(choice, name, sampling, args.seed, num_shards(args.shards), args.quiet)
 
     out.mkdir(parents=True, exist_ok=True)

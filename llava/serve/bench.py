@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
+from llava.model_flags import add_loading_flags, add_path_flag
 from llava.program import ArgumentParser, run_program
 from llava.serve.models import find_model
 from llava.startup import prepare
@@ -43,12 +44,8 @@ def build_parser() -> ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model-path", "-m", metavar="FOLDER", help="folder or hub repository (default: the small model)"
-    )
-    parser.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    add_path_flag(parser)
+    add_loading_flags(parser)
     parser.add_argument("--weights", metavar="KIND", help="hold the weights as int8, fp8 or int4")
     parser.add_argument("--sequences", default="1,8,64", metavar="N,...", help="answered together (default: 1,8,64)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")

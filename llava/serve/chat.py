@@ -21,6 +21,7 @@ from llava.conversation import get_template
 from llava.errors import InputError
 from llava.generation import Answer, Sampling
 from llava.image_io import ImageLimits
+from llava.model_flags import add_model_flags, quantization_from
 from llava.program import EXIT_BAD_INPUT, ArgumentParser, closest, run_program
 from llava.serve.models import find_model
 from llava.serve.session import Asked, Picture, Session, check_question
@@ -57,21 +58,7 @@ def build_parser() -> ArgumentParser:
         help="image files or URLs, then the question; - reads it from stdin",
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model-path",
-        "-m",
-        metavar="FOLDER",
-        help="folder or hub repository (default: the small model in the package)",
-    )
-    model.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
-    bits = model.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
-    bits.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
-    model.add_argument(
-        "--conv-mode", metavar="NAME", help="conversation template (default: what the model's files say)"
-    )
+    add_model_flags(model)
     model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     answers = parser.add_argument_group("answers")
     answers.add_argument(
@@ -165,9 +152,12 @@ def load_model(args: Namespace) -> LoadedModel:
             quiet_libraries()
         from llava.model.builder import load
 
-        quantization = "8bit" if args.load_8bit else "4bit" if args.load_4bit else None
         return load(
-            args.model_path, base=args.model_base, device=args.device, dtype=args.dtype, quantization=quantization
+            args.model_path,
+            base=args.model_base,
+            device=args.device,
+            dtype=args.dtype,
+            quantization=quantization_from(args),
         )
 
 

@@ -11,6 +11,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
+from llava import model_flags
 from llava.conversation import get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
@@ -67,15 +68,7 @@ def add_worker_flags(parser: ArgumentParser) -> None:
 
 def add_model_flags(parser: ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model-path", metavar="FOLDER", help="folder or hub repository (default: the small model in the package)"
-    )
-    model.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
-    model.add_argument(
-        "--conv-mode", metavar="NAME", help="conversation template (default: what the model's files say)"
-    )
-    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
+    model_flags.add_model_flags(model)
     model.add_argument(
         "--memory-fraction",
         type=float,
@@ -84,9 +77,6 @@ def add_model_flags(parser: ArgumentParser) -> None:
         help="of a GPU's memory for weights and cache together (default: 0.9)",
     )
     model.add_argument("--multi-modal", action="store_true", help="accepted; the model's files say whether it sees")
-    bits = model.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
-    bits.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
     model.add_argument("--use-flash-attn", action="store_true", help="accepted; the engine has its own attention")
 
 
