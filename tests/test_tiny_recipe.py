@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "scripts" / "tiny"
 sys.path.append(str(RECIPE))  # the recipe's modules import each other by name
 
+import build  # noqa: E402
 import dataset  # noqa: E402
 import draw_images  # noqa: E402
 import fonts  # noqa: E402
@@ -44,8 +45,6 @@ import talk  # noqa: E402
 import tokenizer as tiny_tokenizer  # noqa: E402
 from photos import blank_photos  # noqa: E402
 from samples import DRAW, Sample, Source, draw_sample  # noqa: E402
-
-import build  # noqa: E402
 
 TRAIN = Source(None, blank_photos())
 HELD = Source(None, blank_photos(), held=True)
