@@ -5,7 +5,7 @@ In: the embedded model on a CPU (answers end by themselves), or random weights o
 an answer). POPE-like questions, three about each picture, asked for one word. Out: a table; with --out also as a file.
 
     python benchmarks/eval.py --questions 300 --out benchmarks/results/eval.md
-    python benchmarks/eval.py --shapes 7b --questions 3000
+    python benchmarks/eval.py --shapes 7b --questions 3000 --stock-questions 300 --runs 2
 """
 
 from __future__ import annotations
