@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--rounds", type=int, default=3, help="of which the median is shown (default: 3)")
     cost.add_argument("--least", type=int, default=6, help="requests of a level that has few at once (default: 6)")
+    cost.add_argument(
+        "--engine-process", choices=("on", "off"), default="on", help="the server's engine in a process of its own (on)"
+    )
     cost.add_argument("--out", type=Path, metavar="FOLDER", help="write table and plot there")
     return parser
 

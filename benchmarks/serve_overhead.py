@@ -1,9 +1,11 @@
 """What HTTP costs over the bare engine: requests per second and time to the first token against concurrency.
 
 In: a model, or LLaVA-1.5-7B's shapes with random numbers, which are made in the device's memory. Out: a table and a plot.
-The server is a worker as `llava worker` runs it, in this process; the bare engine is the very same engine, asked by threads of
-this process for whole answers, which is the least that it can be asked for. Clients are other processes. The ways take turns,
-round after round, each request has a text (and picture) of its own, and what is shown is the median of the rounds.
+The server is a worker as `llava worker` runs it, in this process, and its engine in one of its own, as with any GPU. The bare
+engine is another one like it, in this process, which rests while the server is asked. Threads ask it for whole answers, which is
+the least that it can be asked for, and open their pictures themselves. With `--engine-process off` one engine, in this process, is both.
+Clients are other processes. The ways take turns, round after round, each request has a text (and picture) of its own, and what
+is shown is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,8 @@ class Rate:
 @dataclass(frozen=True)
 class Question:
     text: str
-    picture: Any = None  # decoded, for the bare engine
-    encoded: str | None = None  # base64, for HTTP
+    picture: bytes | None = None  # PNG
+    encoded: str | None = None  # the same in base64, for HTTP
 
 
 class Questions:
@@ -93,7 +96,7 @@ class Questions:
         small = Image.frombytes("RGB", (12, 12), self._random.randbytes(3 * 144))
         buffer = io.BytesIO()
         small.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG")
-        return Question(text, Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"), picture_text(buffer.getvalue()))
+        return Question(text, buffer.getvalue(), picture_text(buffer.getvalue()))
 
 
 class Clients:
@@ -147,9 +150,10 @@ class Clients:
             process.wait(30)
 
 
-def ask_bare(backend: Any, questions: Sequence[Question], concurrency: int, *, num_tokens: int) -> Rate:
+def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency: int, *, num_tokens: int) -> Rate:
     """Threads that each wait for a whole answer and ask for the next: the engine has as many to work on as over HTTP."""
     from llava.engine.request import Request, SamplingParams
+    from llava.image_io import load_image
     from llava.serve.session import marked
 
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
@@ -162,14 +166,12 @@ def ask_bare(backend: Any, questions: Sequence[Question], concurrency: int, *, n
                 question = waiting.popleft()
             except IndexError:  # another thread was quicker
                 return
-            pictures = () if question.picture is None else (question.picture,)
-            conversation = backend.card.template.copy()
-            conversation.append_message(
-                conversation.roles[0], marked(question.text, len(pictures), backend.card.image_mark)
-            )
-            conversation.append_message(conversation.roles[1], None)
             started = time.perf_counter()
-            handle = backend.engine.submit(Request(conversation, pictures, sampling), streamed=False)
+            pictures = () if question.picture is None else (load_image(question.picture),)
+            conversation = card.template.copy()
+            conversation.append_message(conversation.roles[0], marked(question.text, len(pictures), card.image_mark))
+            conversation.append_message(conversation.roles[1], None)
+            handle = engine.submit(Request(conversation, pictures, sampling), streamed=False)
             handed_in = time.perf_counter()
             firsts.append(handed_in - started + handle.result().timings.first_token_s)
 
@@ -183,12 +185,12 @@ def ask_bare(backend: Any, questions: Sequence[Question], concurrency: int, *, n
     return Rate(len(questions) / (time.perf_counter() - began), statistics.median(firsts))
 
 
-def measure(backend: Any, address: str, args: argparse.Namespace) -> dict[Level, dict[str, list[Rate]]]:
+def measure(engine: Any, card: Any, address: str, args: argparse.Namespace) -> dict[Level, dict[str, list[Rate]]]:
     questions = Questions()
     levels = [Level(n, False) for n in args.levels] + [Level(n, True) for n in args.picture_levels]
     clients = Clients(min(4, max(1, (os.cpu_count() or 1) // 4)), address)
     ways: dict[str, Callable[..., Rate]] = {
-        "bare": lambda asked, n, tokens: ask_bare(backend, asked, n, num_tokens=tokens),
+        "bare": lambda asked, n, tokens: ask_bare(engine, card, asked, n, num_tokens=tokens),
         "whole": lambda asked, n, tokens: clients.ask(asked, n, num_tokens=tokens, stream=False),
         "streamed": lambda asked, n, tokens: clients.ask(asked, n, num_tokens=tokens, stream=True),
     }
@@ -214,28 +216,39 @@ def measure(backend: Any, address: str, args: argparse.Namespace) -> dict[Level,
 
 def overhead(args: argparse.Namespace) -> Part:
     from llava.assets import embedded_model_path
+    from llava.engine.config import EngineConfig
+    from llava.engine.engine import Engine
     from llava.model.builder import load
     from llava.serve.engine_backend import EngineBackend
     from llava.serve.flags import limits_from, place_from
     from llava.serve.model_worker import build_parser, serve_worker
+    from llava.serve.process_backend import ProcessBackend
     from llava.serve.service import Service
 
     if args.shapes is not None:
         from random_checkpoint import in_memory
 
-        loaded, what = in_memory(args.shapes, args.device), f"random numbers in the shapes of LLaVA-1.5-{args.shapes}"
+        make, what = partial(in_memory, args.shapes, args.device), f"random numbers in LLaVA-1.5-{args.shapes}'s shapes"
     else:
         path = args.model_path or embedded_model_path()
-        loaded, what = load(path, device=args.device), f"the model {Path(path).name}"
+        make, what = partial(load, path, device=args.device), f"the model {Path(path).name}"
     flags = build_parser().parse_args(["--no-register", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"])
     place = place_from(flags)
-    backend = EngineBackend(loaded, name=MODEL)
+    apart = args.engine_process == "on"
+    # Of a GPU's memory the first engine takes half of nine tenths, and the second all that then is left of them.
+    backend: Any = ProcessBackend(make, name=MODEL, config=EngineConfig(memory_fraction=0.45)) if apart else None
+    loaded = make()
+    if backend is None:
+        backend = EngineBackend(loaded, name=MODEL)
+        engine = backend.engine
+    else:
+        engine = Engine.from_loaded(loaded)
     found: list[Any] = []
 
     def conduct() -> None:
         try:
             wait_for(place.address)
-            found.append(measure(backend, place.address, args))
+            found.append(measure(engine, backend.model.card, place.address, args))
         except BaseException as error:
             found.append(error)
         finally:
@@ -249,7 +262,7 @@ def overhead(args: argparse.Namespace) -> Part:
     medians = {level: {way: median(rates) for way, rates in by_way.items()} for level, by_way in found[0].items()}
     part = Part(
         f"Over HTTP and on the bare engine: {what} on {device_name(loaded.model.device)}, {args.tokens} tokens an answer, "
-        f"median of {args.rounds} rounds",
+        f"the server's engine in {'a process of its own' if apart else 'its process'}, median of {args.rounds} rounds",
         [row(level, ways, found[0][level]["bare"]) for level, ways in medians.items()],
         [],
         columns=(

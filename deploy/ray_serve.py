@@ -34,7 +34,7 @@ class Options(BaseModel, extra="forbid"):
 @cache
 def loaded(flags: str) -> tuple[Any, Any]:
     """The model of this process, and its application."""
-    from llava.serve.engine_backend import load_backend
+    from llava.serve.model_worker import load_backend
     from llava.serve.service import Service
 
     args = build_parser().parse_args(shlex.split(flags))

@@ -26,7 +26,7 @@ class Command:
 COMMANDS = {
     "chat": Command("llava.serve.chat", "ask a model about pictures: one question, or a conversation"),
     "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
-    "serve": Command("llava.serve.all_in_one", "serve a model: OpenAI-compatible API and web page, in one process"),
+    "serve": Command("llava.serve.all_in_one", "serve a model: OpenAI-compatible API and web page, at one address"),
     "controller": Command("llava.serve.controller", "for many machines: know the workers and pass requests on to them"),
     "worker": Command("llava.serve.model_worker", "for many machines: serve a model to a controller"),
     "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),

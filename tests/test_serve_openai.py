@@ -78,7 +78,7 @@ def test_usage_counts_what_the_model_reads(client: openai.OpenAI, backend: Engin
     reply = client.chat.completions.create(model=MODEL, messages=shown(data_url(), data_url(ROOT / "images/wide.png")))
     usage, details = reply.usage, reply.usage.prompt_tokens_details.model_dump()
     prompt_ids = backend.engine.tokenizer(  # what stands around two pictures
-        backend.card.template.system + " USER:", add_special_tokens=True
+        backend.model.card.template.system + " USER:", add_special_tokens=True
     )["input_ids"]
     assert details["image_tokens"] == 2 * 64
     assert details["text_tokens"] > len(prompt_ids)
@@ -141,7 +141,7 @@ def test_an_answer_of_json(client: openai.OpenAI) -> None:
 
 def test_plain_completions(client: openai.OpenAI, backend: EngineBackend) -> None:
     """The chat's prompt written out gives the chat's answer; several prompts give several choices, streamed and not."""
-    conversation = backend.card.template.copy()
+    conversation = backend.model.card.template.copy()
     conversation.append_message(conversation.roles[0], "Who are you?")
     conversation.append_message(conversation.roles[1], None)
     chat = client.chat.completions.create(model=MODEL, messages=said("Who are you?"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -164,12 +164,15 @@ class Engine:
             return self._submit(requests, streamed=False, wait=True).result()
         return self._results([self._submit(request, streamed=False, wait=True) for request in requests])
 
-    def submit(self, request: Request, *, streamed: bool = True) -> RequestHandle:
+    def submit(
+        self, request: Request, *, streamed: bool = True, make_handle: Callable[..., RequestHandle] = RequestHandle
+    ) -> RequestHandle:
         """Hand a request in. Raises InputError for what cannot work, and QueueFull.
 
-        Without `streamed` there are no chunks, only the result, for which less has to be done at every token.
+        Without `streamed` there are no chunks, only the result, for which less has to be done at every token. A handle
+        of another kind can take what comes in the engine's own thread.
         """
-        return self._submit(request, streamed=streamed, wait=False)
+        return self._submit(request, streamed=streamed, wait=False, make_handle=make_handle)
 
     stream = submit  # the handle is the stream
 
@@ -222,11 +225,18 @@ class Engine:
 
     # Handing in.
 
-    def _submit(self, request: Request, *, streamed: bool, wait: bool) -> RequestHandle:
+    def _submit(
+        self,
+        request: Request,
+        *,
+        streamed: bool,
+        wait: bool,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
         params = request.sampling
         self._check(params)
         prompt = self._build_prompt(request)
-        handle = self._handle(request.request_id, prompt, params.max_new_tokens)
+        handle = self._handle(request.request_id, prompt, params.max_new_tokens, make_handle)
         ends, stop = self._ends_of(request)
         readers = [
             AnswerReader(
@@ -265,11 +275,17 @@ class Engine:
         self._loop.add(job, wait=wait)
         return job.handle
 
-    def _handle(self, name: str | None, prompt: Prompt, wanted: int) -> RequestHandle:
+    def _handle(
+        self,
+        name: str | None,
+        prompt: Prompt,
+        wanted: int,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
         size = PromptSize(prompt.num_text_tokens, prompt.num_image_tokens)
         # The handle keeps this engine alive until it is forgotten itself.
         room = size.room(self._limit, wanted)
-        return RequestHandle(name or f"request-{next(self._names)}", self.abort, size, room, self._loop.wakeups)
+        return make_handle(name or f"request-{next(self._names)}", self.abort, self._loop.wakeups, size, room)
 
     def _results(self, handles: list[RequestHandle]) -> list[Any]:
         try:

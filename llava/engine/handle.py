@@ -17,15 +17,24 @@ from llava.generation import PromptSize
 
 
 class Wakeups:
-    """Readers in event loops for whom something has come. All of a loop's are woken by one call, after a step."""
+    """Whom to tell, after a step, that something has come. All readers in an event loop are woken by one call."""
 
     def __init__(self) -> None:
         self._events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        self._calls: set[Callable[[], None]] = set()
 
     def add(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         self._events.setdefault(loop, []).append(event)
 
+    def add_call(self, call: Callable[[], None]) -> None:
+        """Call this, once however often it was added; it must not wait."""
+        self._calls.add(call)
+
     def send(self) -> None:
+        if self._calls:
+            calls, self._calls = self._calls, set()
+            for call in calls:
+                call()
         if self._events:
             waiting, self._events = self._events, {}
             for loop, events in waiting.items():
@@ -38,15 +47,11 @@ def _set_all(events: list[asyncio.Event]) -> None:
         event.set()
 
 
-class RequestHandle:
+class PendingAnswer:
     """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not."""
 
-    def __init__(
-        self, request_id: str, abort: Callable[[str], None], size: PromptSize, max_new_tokens: int, wakeups: Wakeups
-    ) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], wakeups: Wakeups) -> None:
         self.request_id = request_id
-        self.size = size  # of the prompt
-        self.max_new_tokens = max_new_tokens  # of each completion, after what the context has room for
         self._abort = abort
         self._wakeups = wakeups
         self._changed = threading.Condition()
@@ -141,7 +146,7 @@ class RequestHandle:
             raise self._error
         return None
 
-    # The engine's side: its thread, which sends the wakeups when it has put all that there is.
+    # The side of the thread that answers, which sends the wakeups when it has put all that there is.
 
     def put(self, chunk: Chunk) -> None:
         with self._changed:
@@ -165,3 +170,14 @@ class RequestHandle:
         if self._waiting is not None and (self._done or not self._waits_for_end):
             self._wakeups.add(*self._waiting)
             self._waiting = None
+
+
+class RequestHandle(PendingAnswer):
+    """A request in an engine of this process, of which it is known how long it is."""
+
+    def __init__(
+        self, request_id: str, abort: Callable[[str], None], wakeups: Wakeups, size: PromptSize, max_new_tokens: int
+    ) -> None:
+        super().__init__(request_id, abort, wakeups)
+        self.size = size  # of the prompt
+        self.max_new_tokens = max_new_tokens  # of each completion, after what the context has room for

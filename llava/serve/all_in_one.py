@@ -1,4 +1,4 @@
-"""`llava serve`: a model, its APIs and its page in one process, at one address.
+"""`llava serve`: a model, its APIs and its page at one address.
 
 In: a model's folder and flags. Out: a server that speaks the OpenAI-compatible API and the original's protocol, and shows the
 page. With several workers (fleet.py) each has a process and a GPU of its own, and this one passes requests on to them.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import InputError
 from llava.program import ArgumentParser, run_program
 from llava.serve.flags import Place, add_limit_flags, add_server_flags, limits_from, place_from
-from llava.serve.model_worker import add_model_flags, check_model_flags
+from llava.serve.model_worker import add_model_flags, check_model_flags, load_backend
 
 if TYPE_CHECKING:
     from llava.serve.app import Door
@@ -36,7 +36,7 @@ QUESTION = "Who are you?"
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava serve",
-        description="Serve a model: OpenAI-compatible API, the original's protocol, and a web page, in one process.",
+        description="Serve a model: OpenAI-compatible API, the original's protocol, and a web page, at one address.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -78,7 +78,6 @@ def run(args: Namespace) -> int:
 
         return serve_fleet(args, place, with_page=with_page)
 
-    from llava.serve.engine_backend import load_backend
     from llava.serve.service import Service
 
     service = Service(load_backend(args), limits, place.door.room)
@@ -87,7 +86,7 @@ def run(args: Namespace) -> int:
     async def drain() -> None:
         service.draining = True
 
-    return open_house(app, guarded, args, place, model=service.backend.card.name, with_page=with_page, drain=drain)
+    return open_house(app, guarded, args, place, model=service.card.name, with_page=with_page, drain=drain)
 
 
 def model_app(service: Service, door: Door) -> tuple[Any, Any]:
@@ -98,7 +97,7 @@ def model_app(service: Service, door: Door) -> tuple[Any, Any]:
 
     return make_app(
         [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
-        title=f"llava serve: {service.backend.card.name}",
+        title=f"llava serve: {service.card.name}",
         metrics=service.metrics,
         door=door,
         alive=service.trouble,

@@ -66,20 +66,27 @@ class Answering(Protocol):
         """After the end."""
 
 
-class Backend(Protocol):
+class ServedModel(Protocol):
+    """What is known of a model without asking it."""
+
     @property
     def card(self) -> ModelCard: ...
-
-    async def start(self, request: Request, *, streamed: bool) -> Answering:
-        """Hand a request in; `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
         """What pictures of these sizes become; empty where only the server elsewhere knows."""
 
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
-        """What it holds of planned pictures until the answer's end."""
+        """What is held of planned pictures until the answer's end."""
 
     def token_text(self, token_id: int) -> str: ...
+
+
+class Backend(Protocol):
+    @property
+    def model(self) -> ServedModel: ...
+
+    async def start(self, request: Request, *, streamed: bool) -> Answering:
+        """Hand a request in; `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring, by name."""

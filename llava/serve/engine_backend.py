@@ -6,38 +6,21 @@ In: requests from an event loop. Out: chunks for it. What blocks, making a promp
 from __future__ import annotations
 
 import asyncio
-from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llava.conversation import get_model_name_from_path, get_template
-from llava.engine.config import EngineConfig
-from llava.engine.engine import Engine
+from llava.engine.engine import Engine, EngineStats
 from llava.engine.errors import EngineError, QueueFull
-from llava.engine.prompt import prompt_bytes
-from llava.engine.request import Chunk, Detail, Request, Result, Timings, Usage
-from llava.model.builder import load
-from llava.model.config import LlavaSettings
-from llava.processor import image_mark
-from llava.serve.backend import BackendError, ModelCard, ServerBusyError
+from llava.engine.request import Chunk, Request, Result, Timings, Usage
+from llava.errors import InputError
+from llava.serve.backend import BackendError, ServerBusyError
+from llava.serve.known_model import KnownModel
 
 if TYPE_CHECKING:
-    from llava.engine.handle import RequestHandle
-    from llava.geometry import ImageLayout
+    from llava.engine.config import EngineConfig
+    from llava.engine.handle import PendingAnswer, RequestHandle
     from llava.model.builder import LoadedModel
-
-
-def load_backend(args: Namespace) -> EngineBackend:
-    """The backend that a worker's flags ask for."""
-    loaded = load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
-    config = EngineConfig(
-        max_running=args.limit_model_concurrency,
-        memory_fraction=args.memory_fraction,
-        weights="int8" if args.load_8bit else "int4" if args.load_4bit else None,
-    )
-    name = args.model_name or get_model_name_from_path(str(args.model_path))
-    return EngineBackend(loaded, name=name, conv_mode=args.conv_mode, config=config)
 
 
 class EngineBackend:
@@ -49,19 +32,8 @@ class EngineBackend:
         conv_mode: str | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        conv_mode = conv_mode or loaded.conv_mode
-        template = get_template(conv_mode)
         self.engine = Engine.from_loaded(loaded, config)
-        self._loaded = loaded
-        self._alone = _TokenTexts(loaded.tokenizer)
-        self.card = ModelCard(
-            name=name,
-            template=template,
-            conv_mode=conv_mode,
-            context_len=self.engine.context_len,
-            image_mark=image_mark(LlavaSettings.from_hf(loaded.model.config)),
-            takes_images=loaded.processor is not None,
-        )
+        self.model = KnownModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
 
     async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
         handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
@@ -70,26 +42,11 @@ class EngineBackend:
         except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
             handing_in.add_done_callback(_abort)
             raise
-        except QueueFull as error:
-            raise ServerBusyError(str(error)) from error
         except EngineError as error:
-            raise BackendError(str(error)) from error
-
-    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
-        assert self._loaded.processor is not None
-        return self._loaded.processor.plan(sizes, details)
-
-    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
-        if not layouts:
-            return 0
-        side = self._loaded.model.image_policy().tile_size
-        return sum(prompt_bytes(layout, side) for layout in layouts)
-
-    def token_text(self, token_id: int) -> str:
-        return self._alone[token_id]
+            raise told(error) from error
 
     def gauges(self) -> Mapping[str, float]:
-        return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(self.engine.stats()).items()}
+        return gauges(self.engine.stats())
 
     async def is_alive(self) -> bool:
         return self.engine.alive
@@ -103,16 +60,27 @@ def _abort(handing_in: asyncio.Future[RequestHandle]) -> None:
         handing_in.result().abort()
 
 
-class EngineAnswering:
-    """One request on its way in the engine."""
+def told(error: Exception) -> Exception:
+    """What a server makes of an engine's refusal."""
+    if isinstance(error, InputError):
+        return error
+    return (ServerBusyError if isinstance(error, QueueFull) else BackendError)(str(error))
 
-    def __init__(self, handle: RequestHandle, streamed: bool) -> None:
-        self._handle = handle
+
+def gauges(stats: EngineStats) -> Mapping[str, float]:
+    return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(stats).items()}
+
+
+class EngineAnswering:
+    """One request on its way in an engine, here or in another process."""
+
+    def __init__(self, pending: PendingAnswer, streamed: bool) -> None:
+        self._pending = pending
         self._streamed = streamed
 
     async def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
         try:
-            async for chunks in self._handle.batches(pause):
+            async for chunks in self._pending.batches(pause):
                 yield chunks
         except EngineError as error:
             raise BackendError(str(error)) from error
@@ -123,8 +91,8 @@ class EngineAnswering:
             ]
 
     def abort(self) -> None:
-        if not self._handle.done:
-            self._handle.abort()
+        if not self._pending.done:
+            self._pending.abort()
 
     @property
     def usage(self) -> Usage:
@@ -136,19 +104,5 @@ class EngineAnswering:
 
     @property
     def _result(self) -> Result:
-        return self._handle.result(timeout=0)
-
-
-class _TokenTexts(dict[int, str]):
-    """The text of each token inside a text, which for many tokenizers is not what the token decodes to by itself."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        self._before = tokenizer("a", add_special_tokens=False)["input_ids"]
-
-    def __missing__(self, token_id: int) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._before, skip_special_tokens=False)
-        text = self[token_id] = decode([*self._before, token_id], skip_special_tokens=False)[len(before) :]
-        return text
+        result: Result = self._pending.result(timeout=0)
+        return result

@@ -29,8 +29,8 @@ GOOD_RUN_S = 60.0  # a worker that lived so long is started again at once
 
 # Flags that a worker gets as they were given here.
 PASSED_ON = (
-    "model_path", "model_base", "conv_mode", "dtype", "limit_model_concurrency", "memory_fraction", "log_level",
-    "drain_seconds", "max_body_mb", "max_held_mb", "max_images", "max_image_mb", "max_megapixels", "max_requests",
+    "model_path", "model_base", "conv_mode", "dtype", "limit_model_concurrency", "memory_fraction", "engine_process",
+    "log_level", "drain_seconds", "max_body_mb", "max_held_mb", "max_images", "max_image_mb", "max_megapixels", "max_requests",
     "deadline", "image_timeout", "image_folder",
 )  # fmt: skip
 SWITCHES = ("load_8bit", "load_4bit", "no_image_urls", "allow_private_hosts")

@@ -6,13 +6,15 @@ told not to. What a request may hold is protocol.py and openai_schema.py; how ma
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llava import model_flags
-from llava.conversation import get_template
+from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
 from llava.program import ArgumentParser, run_program
@@ -21,6 +23,7 @@ from llava.serve.models import find_model
 from llava.serve.protocol import OK, GenerateBody, encode_chunk
 
 if TYPE_CHECKING:
+    from llava.serve.backend import Backend
     from llava.serve.flags import Place
     from llava.serve.service import Asked, Service
 
@@ -76,6 +79,12 @@ def add_model_flags(parser: ArgumentParser) -> None:
         default=0.9,
         help="of a GPU's memory for weights and cache together (default: 0.9)",
     )
+    model.add_argument(
+        "--engine-process",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the engine in a process of its own, apart from the server's Python (default: auto, on with a GPU)",
+    )
     model.add_argument("--multi-modal", action="store_true", help="accepted; the model's files say whether it sees")
     model.add_argument("--use-flash-attn", action="store_true", help="accepted; the engine has its own attention")
 
@@ -90,7 +99,6 @@ def run(args: Namespace) -> int:
     limits = limits_from(args)
     check_model_flags(args)
     place = place_from(args)
-    from llava.serve.engine_backend import load_backend
     from llava.serve.service import Service
 
     return serve_worker(Service(load_backend(args), limits, place.door.room), args, place)
@@ -102,6 +110,37 @@ def check_model_flags(args: Namespace) -> None:
         get_template(args.conv_mode)
     EngineConfig(max_running=args.limit_model_concurrency, memory_fraction=args.memory_fraction)
     args.model_path = find_model(args.model_path)
+
+
+def load_backend(args: Namespace) -> Backend:
+    """The engine that the flags ask for, in this process or in its own."""
+    from llava.model.builder import load
+
+    config = EngineConfig(
+        max_running=args.limit_model_concurrency,
+        memory_fraction=args.memory_fraction,
+        weights="int8" if args.load_8bit else "int4" if args.load_4bit else None,
+    )
+    name = args.model_name or get_model_name_from_path(str(args.model_path))
+    load_it = partial(load, args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
+    if _is_apart(args.engine_process, args.device):
+        from llava.serve.process_backend import ProcessBackend
+
+        return ProcessBackend(load_it, name=name, conv_mode=args.conv_mode, config=config, log_level=args.log_level)
+    from llava.serve.engine_backend import EngineBackend
+
+    return EngineBackend(load_it(), name=name, conv_mode=args.conv_mode, config=config)
+
+
+def _is_apart(wanted: str, device: str) -> bool:
+    """On a CPU the model takes all cores anyway, and a second Python would only take memory."""
+    from llava.model.device import pick_device
+
+    if wanted == "on" and os.name != "posix":
+        raise InputError(
+            "--engine-process on needs Linux or macOS; leave it out, and the engine runs in the server's process"
+        )
+    return wanted == "on" or (wanted == "auto" and pick_device(device).type == "cuda" and os.name == "posix")
 
 
 def serve_worker(service: Service, args: Namespace, place: Place) -> int:
@@ -123,7 +162,7 @@ def serve_worker(service: Service, args: Namespace, place: Place) -> int:
         service.changed = membership.changed
     _, app = make_app(
         [WorkerApi(service, args.stream_interval).router(), openai_routes(ModelApi(service))],
-        title=f"llava worker: {service.backend.card.name}",
+        title=f"llava worker: {service.card.name}",
         metrics=service.metrics,
         door=place.door,
         alive=service.trouble,
@@ -137,7 +176,7 @@ def serve_worker(service: Service, args: Namespace, place: Place) -> int:
             await membership.leave()
 
     def started() -> None:
-        print(f"worker {place.address} serves {service.backend.card.name}", flush=True)
+        print(f"worker {place.address} serves {service.card.name}", flush=True)
 
     return run_server(app, place.listener, drain_s=args.drain_seconds, started=started, drain=drain)
 

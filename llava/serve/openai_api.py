@@ -57,7 +57,7 @@ class ModelApi:
         self._created = int(time.time())
 
     async def models(self) -> schema.ModelList:
-        card = self._service.backend.card
+        card = self._service.card
         return schema.ModelList(
             object="list",
             data=[
@@ -76,10 +76,10 @@ class ModelApi:
     async def chat(self, request: Request) -> Response | Stream:
         body = parse_body(await read_json(request), schema.ChatRequest)
         self._check_model(body.model)
-        draft = chat_draft(body, self._service.backend.card)
+        draft = chat_draft(body, self._service.card)
         writer = ChatWriter(
             body.model,
-            self._service.backend.token_text,
+            self._service.backend.model.token_text,
             with_logprobs=bool(body.logprobs),
             inspect=body.inspect,
             include_usage=_wants_usage(body),
@@ -90,10 +90,10 @@ class ModelApi:
     async def complete(self, request: Request) -> Response | Stream:
         body = parse_body(await read_json(request), schema.CompletionRequest)
         self._check_model(body.model)
-        draft = completion_draft(body, self._service.backend.card)
+        draft = completion_draft(body, self._service.card)
         writer = TextWriter(
             body.model,
-            self._service.backend.token_text,
+            self._service.backend.model.token_text,
             with_logprobs=body.logprobs is not None,
             inspect=body.inspect,
             include_usage=_wants_usage(body),
@@ -104,11 +104,11 @@ class ModelApi:
     async def respond(self, request: Request) -> Response | Stream:
         body = parse_body(await read_json(request), ResponsesRequest)
         self._check_model(body.model)
-        draft = responses_draft(body, self._service.backend.card)
+        draft = responses_draft(body, self._service.card)
         return await self._answer(request, body, draft, ResponsesWriter(body, draft.sampling))
 
     def _check_model(self, name: str) -> None:
-        known = self._service.backend.card.name
+        known = self._service.card.name
         if name != known:
             raise unknown_model(name, [known])
 

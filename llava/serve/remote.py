@@ -13,6 +13,7 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -32,6 +33,22 @@ CONNECT_S = 5.0
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
+@dataclass(frozen=True)
+class DistantModel:
+    """A model of which we have no files."""
+
+    card: ModelCard
+
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
+        return []
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        return 0  # they have been sent
+
+    def token_text(self, token_id: int) -> str:
+        raise AssertionError("probabilities are refused, so no token has to be named")
+
+
 class RemoteBackend:
     """`model` is the name of the model over there, `card` what we tell about it here. With `chat_only` finished prompts without
     pictures are taken apart too, for servers whose completions are not for models that see.
@@ -40,9 +57,9 @@ class RemoteBackend:
     def __init__(
         self, endpoint: str, *, model: str, card: ModelCard, key: str | None = None, chat_only: bool = False
     ) -> None:
-        self.card = card
+        self.model = DistantModel(card)
         self._chat_only = chat_only
-        self._model = model
+        self._name = model
         self._client = httpx.AsyncClient(
             base_url=endpoint.rstrip("/").removesuffix("/v1"),
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -65,15 +82,6 @@ class RemoteBackend:
             raise _refused(response.status_code, text)
         return RemoteAnswering(response, posted)
 
-    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
-        return []
-
-    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
-        return 0  # they have been sent
-
-    def token_text(self, token_id: int) -> str:
-        raise AssertionError("probabilities are refused, so no token has to be named")
-
     def gauges(self) -> Mapping[str, float]:
         return {}
 
@@ -93,20 +101,20 @@ class RemoteBackend:
         await self._client.aclose()
 
     def _translated(self, request: Request) -> tuple[str, dict[str, Any]]:
-        body = {"model": self._model, "stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self._name, "stream": True, "stream_options": {"include_usage": True}}
         body |= _sampling(request.sampling)
         stop = list(request.sampling.stop)
         if isinstance(request.prompt, str) and not request.images and not self._chat_only:
             return "/v1/completions", body | {"prompt": request.prompt} | ({"stop": stop} if stop else {})
         if isinstance(request.prompt, str):
-            conversation = unrender(request.prompt, self.card.template)
+            conversation = unrender(request.prompt, self.model.card.template)
         elif isinstance(request.prompt, Conversation):
             conversation = request.prompt
         else:
             raise InputError("this worker passes text on, and cannot pass token ids on")
-        body["messages"] = messages_of(conversation, request.images, self.card, request.details)
+        body["messages"] = messages_of(conversation, request.images, self.model.card, request.details)
         # The other server's own template ends an answer, and not every server takes stop strings.
-        stop = [text for text in stop if text != answer_end(self.card.template)]
+        stop = [text for text in stop if text != answer_end(self.model.card.template)]
         return "/v1/chat/completions", body | ({"stop": stop} if stop else {})
 
 

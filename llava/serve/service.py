@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
-from llava.serve.backend import Answering, Backend, ServerBusyError
+from llava.serve.backend import Answering, Backend, ModelCard, ServerBusyError
 from llava.serve.limits import ServeLimits, open_pictures
 from llava.serve.metrics import Metrics
 from llava.serve.openai_reply import Cost
@@ -46,6 +46,10 @@ class Service:
         self.num_requests = 0
         self.changed: Callable[[], None] = lambda: None  # called when a request begins or ends
 
+    @property
+    def card(self) -> ModelCard:
+        return self.backend.model.card
+
     async def ask(
         self,
         prompts: Sequence[Conversation | str],
@@ -61,16 +65,16 @@ class Service:
             raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
         if self.num_requests >= self.limits.max_requests:
             raise ServerBusyError(f"{self.num_requests} requests are on their way already; try again in a moment")
-        if pictures and not self.backend.card.takes_images:
-            raise InputError(f"{self.backend.card.name} is a language model without a vision tower; it takes no images")
+        if pictures and not self.card.takes_images:
+            raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
         asked = Asked(self)
         try:
             images = await asyncio.to_thread(opener, pictures, self.limits, asked.share) if pictures else []
-            asked.layouts = self.backend.plan([image.size for image in images], details) if images else []
+            asked.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
                 asked.add(await self.backend.start(request, streamed=streamed), sampling.n)
-            asked.share.shrink_to(self.backend.held_bytes(asked.layouts))
+            asked.share.shrink_to(self.backend.model.held_bytes(asked.layouts))
         except BaseException:
             asked.close("refused")
             raise
@@ -78,7 +82,7 @@ class Service:
 
     def status(self) -> WorkerStatus:
         """What a controller is told. As in the original, the queue is all requests that are not finished."""
-        return WorkerStatus((self.backend.card.name,), 1, self.num_requests)
+        return WorkerStatus((self.card.name,), 1, self.num_requests)
 
     def pause(self) -> float:
         """The seconds for which an answer is collected before a piece of it is sent."""

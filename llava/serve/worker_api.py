@@ -75,7 +75,7 @@ class WorkerApi:
 
     async def _ask(self, body: GenerateBody) -> Asked:
         assert body.sampling is not None
-        prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, self._service.backend.card.image_mark)
+        prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, self._service.card.image_mark)
         return await self._service.ask([prompt], body.sampling, body.images, opener=decode_pictures)
 
 
@@ -86,7 +86,7 @@ def one_chunk(text: str, error_code: int = OK, status: int = 200) -> Response:
 def own_controller(service: Service) -> APIRouter:
     """A controller's answers, for the page and for the original's clients, where this worker is all there is."""
     router = APIRouter(tags=["original protocol"])
-    name = service.backend.card.name
+    name = service.card.name
 
     @router.post("/list_models")
     async def list_models() -> dict[str, list[str]]:
