@@ -91,7 +91,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
     from llava.train.assemble import cast_weights
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.memory import GIB, estimate
-    from llava.train.speed import compile_layers, fetch_whole_layers
+    from llava.train.speed import prepare_layers
 
     shapes, on_gpu = SMALL if options.tiny else FULL, torch.cuda.is_available()
     folder, keep, sharded = options.folder, options.keep, run.shard.startswith("fsdp2")
@@ -127,11 +127,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
     model.get_vision_tower().requires_grad_(False)
     cast_weights(model, arguments)
     needed = estimate(model, arguments).peak / GIB
-    zero3 = run.shard == "zero3"
-    if zero3:
-        fetch_whole_layers(model)
-    if run.compiled:
-        compile_layers(model, keep=keep, backend="inductor" if on_gpu else "eager", within_hooks=zero3)
+    prepare_layers(model, arguments, backend="inductor" if on_gpu else "eager")
     lines: list[dict[str, float]] = []
     profiler = torch.profiler.profile() if options.profiles and rank == 0 else None
 
@@ -162,6 +158,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
     if profiler is not None:
         table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
         (options.profiles / f"profile-{run.name}.txt").write_text(table)
+        profiler.export_chrome_trace(str(options.profiles / f"trace-{run.name}.json.gz"))
 
 
 def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -> dict[str, Any]:

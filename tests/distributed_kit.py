@@ -15,15 +15,17 @@ from typing import Any
 
 import tiny
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from batches import batch_of
 from torch import nn
 
 from llava.model.builder import load
 from llava.train.assemble import unfreeze_tower
-from llava.train.speed import compile_layers, fetch_whole_layers
+from llava.train.speed import compile_layers, fetch_whole_layers, use_plain_products
 
 RATE = 0.1
+LINEAR = nn.functional.linear
 # Per rank; a text-only row owns one (black) image, as the data set gives it.
 BATCHES = (batch_of((20, 0), (5, 0), (9, 0), seed=1), batch_of((9, 1), (4, 2), seed=2))
 # What is trained, and how the model is called.
@@ -38,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, bool]]] = {
 
 def model_for(folder: Path, trained: str) -> Any:
     model = load(folder, device="cpu", dtype=torch.float32).model.train()
+    model.config.use_cache = False
     model.requires_grad_(trained != "projector")
     model.get_model().mm_projector.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)
@@ -90,26 +93,34 @@ def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
-def with_zero(stage: int, *, whole_layers: bool = False) -> Step:
+def with_zero(stage: int, *, compiled: bool = False) -> Step:
     def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import deepspeed
 
-        if whole_layers:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+        if stage == 3:
             fetch_whole_layers(model)
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            use_plain_products(config)
             compile_layers(model, backend="aot_eager", within_hooks=True)
         trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.SGD(trained, lr=RATE),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            },
+            config=config,
         )
         engine.backward(engine(**batch)["loss"])
         engine.step()
+        if compiled:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "layers do not share a program"
+            assert nn.functional.linear is LINEAR, "DeepSpeed has put its own product in the place of torch's"
         weights = {}
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
@@ -124,8 +135,8 @@ STRATEGIES: dict[str, Step] = {
     "fsdp2": with_fsdp2,
     "fsdp2, compiled": with_compiled_fsdp2,
     "zero2": with_zero(2),
+    "zero3, compiled": with_zero(3, compiled=True),  # before DeepSpeed's own product is there, which stays
     "zero3": with_zero(3),
-    "zero3, whole layers": with_zero(3, whole_layers=True),
 }
 
 

@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 from llava.errors import InputError
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.legacy_flags import parse_flags, translate
+from llava.train.speed import use_plain_products, uses_zero3
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +176,10 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         if self.keep_activations is not None:
             self._check_keep_activations()
-        if self.bits != 16 and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+        if uses_zero3(self) and self.bits != 16:
             raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
+        if uses_zero3(self) and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
+            use_plain_products(self.hf_deepspeed_config.config)
 
     def _split_global_batch(self, global_batch: int) -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", "0"))

@@ -19,6 +19,7 @@ from llava.geometry import parse_pinpoints
 from llava.model.config import LlavaSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
+from llava.train.metrics import encoder_layers
 from llava.train.save import smart_tokenizer_and_embedding_resize
 
 logger = logging.getLogger(__name__)
@@ -161,13 +162,12 @@ def unfreeze_tower(tower: Any) -> None:
     """
     vision_model = tower.vision_tower
     vision_model.requires_grad_(True)
+    for layers in encoder_layers(tower):
+        used = tower.select_layer % (len(layers) + 1)  # of the hidden states: the embeddings, then each layer's
+        for layer in layers[used:]:
+            layer.requires_grad_(False)
     for name, module in vision_model.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.ModuleList) and last == "layers":
-            used = tower.select_layer % (len(module) + 1)  # of the hidden states: the embeddings, then each layer's
-            for layer in module[used:]:
-                layer.requires_grad_(False)
-        elif last in ("post_layernorm", "head"):
+        if name.rsplit(".", 1)[-1] in ("post_layernorm", "head"):
             module.requires_grad_(False)
 
 

@@ -187,6 +187,14 @@ def vision_tower(model: Any) -> Any:
     return base.get_vision_tower() if hasattr(base, "get_vision_tower") else None
 
 
+def encoder_layers(tower: Any) -> list[nn.ModuleList]:
+    """The stack of layers of a vision tower, or the stacks of one that has several."""
+    named = tower.vision_tower.named_modules()
+    return [
+        module for name, module in named if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "layers"
+    ]
+
+
 def peak_memory() -> int:
     """Bytes: the most that tensors took on the GPU, or the most that the process took in main memory."""
     if torch.cuda.is_available():

@@ -1,11 +1,14 @@
 """The language model's layers compiled for training, and how much of what they compute is kept for the backward pass.
 
-In: a model. Out: the same model, whose layers run as compiled programs: their many small operations (norms, rotations,
-gates, sums) become a few, which is most of what keeps a GPU from its rate in training. Layers are alike, so one is
-compiled and all use it; images and the splice, whose shapes change from batch to batch, stay as they are.
+In: a model, and the arguments of its run. Out: the same model, whose layers run as compiled programs: their many small
+operations (norms, rotations, gates, sums) become a few, which is most of what keeps a GPU from its rate in training.
+Layers are alike, so one is compiled and all use it; images and the splice, whose shapes change from batch to batch, stay
+as they are.
 
-Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers, rather than around each of their
-parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks.
+Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers, the vision tower's as well,
+rather than around each of their parts, fetching goes on beside the computation, and layers can be compiled, from within
+the hooks. DeepSpeed also puts a product of its own in the place of torch's, which knows each weight by its number, so that
+no two layers are alike to the compiler; `use_plain_products` keeps torch's.
 
 A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
 input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
@@ -17,8 +20,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from llava.train.metrics import language_model
+from llava.errors import InputError
+from llava.train.metrics import encoder_layers, language_model, vision_tower
+
+
+def prepare_layers(model: Any, args: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Do to a model's layers what the arguments of a run ask for, before its trainer takes the model."""
+    zero3 = uses_zero3(args)
+    if zero3:
+        fetch_whole_layers(model)
+    if args.compile_layers:
+        dynamic = True if args.packing else None
+        compile_layers(model, keep=args.keep_activations, dynamic=dynamic, backend=backend, within_hooks=zero3)
 
 
 def compile_layers(
@@ -43,8 +58,44 @@ def compile_layers(
             layer.compile(backend=backend, dynamic=dynamic)
 
 
-def fetch_whole_layers(model: Any) -> None:
-    """Let ZeRO-3 gather the weights of a decoder layer together."""
-    from deepspeed.utils import set_z3_leaf_modules
+def uses_zero3(args: Any) -> bool:
+    return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
 
-    set_z3_leaf_modules(model, list({type(layer) for layer in language_model(model).layers}))
+
+def use_plain_products(deepspeed_config: dict[str, Any]) -> None:
+    """Have DeepSpeed leave torch's product as it is, in this configuration of a run whose layers are compiled.
+
+    A compiled layer keeps a weight itself for its backward pass, which is fetched anew. An eager product would keep the
+    gathered numbers, so this is for compiled layers alone.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    if zero.get("memory_efficient_linear"):
+        raise InputError(
+            "memory_efficient_linear: true in --deepspeed's file and --compile_layers exclude each other, since layers with "
+            "that product cannot share a compiled program; take it out of the file, or leave the layers uncompiled"
+        )
+    zero["memory_efficient_linear"] = False
+
+
+def fetch_whole_layers(model: Any) -> None:
+    """Let ZeRO-3 gather the weights of a layer together, in the language model and in the vision tower."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in [*getattr(language_model(model), "layers", []), *_layers_of_tower(vision_tower(model))]:
+        set_z3_leaf_module(layer, True)
+
+
+def _layers_of_tower(tower: Any) -> list[nn.Module]:
+    """Those of its layers that can be fetched whole: all, unless gradients flow to them.
+
+    DeepSpeed notices by a layer's output when its gradients come, and takes them after its first backward pass. But
+    transformers notes the hidden state that the projector reads within its layer, before that output; and a layer that has
+    looked at several scales has several passes.
+    """
+    if tower is None or (tower.trainable and not tower.passes_once):
+        return []
+    found = []
+    for layers in encoder_layers(tower):
+        read = tower.select_layer % (len(layers) + 1) - 1 if tower.trainable else None
+        found += [layer for number, layer in enumerate(layers) if number != read]
+    return found

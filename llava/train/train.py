@@ -51,7 +51,7 @@ from llava.train.data import (
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import find_all_linear_names
 from llava.train.memory import GIB, estimate
-from llava.train.metrics import language_model, peak_memory
+from llava.train.metrics import peak_memory
 from llava.train.packing import pack_data_module
 from llava.train.save import (
     get_mm_adapter_state_maybe_zero_3,
@@ -62,7 +62,7 @@ from llava.train.save import (
     saves_projector_only,
     smart_tokenizer_and_embedding_resize,
 )
-from llava.train.speed import compile_layers, fetch_whole_layers
+from llava.train.speed import prepare_layers, uses_zero3
 
 __all__ = [
     "DataArguments",
@@ -175,13 +175,7 @@ def build_trainer(
         data_module = pack_data_module(data_module, model, training_args)
         if attn_implementation is None:
             use_varlen(model.config, training_args.device, training_args.compute_dtype)
-    zero3 = _uses_zero3(training_args)
-    if zero3 and hasattr(language_model(model), "layers"):
-        fetch_whole_layers(model)
-    if training_args.compile_layers:
-        compile_layers(
-            model, keep=training_args.keep_activations, dynamic=training_args.packing or None, within_hooks=zero3
-        )
+    prepare_layers(model, training_args)
     num_trained = count_trained(model)
     rank0_print(
         f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
@@ -213,16 +207,12 @@ def refuse_contradictions(
         )
     if training_args.eval_generate and not data_args.eval_data_path:
         raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
-    if training_args.eval_generate and (training_args.fsdp or _uses_zero3(training_args)):
+    if training_args.eval_generate and (training_args.fsdp or uses_zero3(training_args)):
         raise InputError(
             "--eval_generate needs a whole model on each GPU, which FSDP and ZeRO-3 do not have; leave it at 0"
         )
     if training_args.remove_unused_columns:
         raise InputError("--remove_unused_columns True would throw the images away; leave it False")
-
-
-def _uses_zero3(training_args: TrainingArguments) -> bool:
-    return bool(training_args.deepspeed) and training_args.hf_deepspeed_config.is_zero3()
 
 
 def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:

@@ -56,6 +56,7 @@ class CLIPVisionTower(nn.Module):
 
     has_class_token = True  # whether hidden states begin with one for the whole tile
     resamples_pixels = False  # whether pixels are computed with before the first layer rounds them to its precision
+    passes_once = True  # whether a batch of images goes through the layers once, or once for each scale
 
     def __init__(
         self, vision_tower: str, args: Any, delay_load: bool = False, described: dict[str, Any] | None = None
@@ -196,6 +197,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
     """
 
     resamples_pixels = True
+    passes_once = False
 
     def __init__(self, vision_tower: str, args: Any, *rest: Any, **kwargs: Any) -> None:
         self.s2_scales = LlavaSettings.from_hf(args).vision.s2_scales
