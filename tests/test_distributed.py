@@ -11,6 +11,9 @@ from pathlib import Path
 import distributed_kit
 import pytest
 
+from llava.train.metrics import encoder_layers
+from llava.train.speed import fetch_whole_layers
+
 HERE = Path(__file__).parent
 
 
@@ -48,3 +51,16 @@ def test_ranks_with_and_without_images_take_the_same_step(strategies: list[str],
     for process, output in zip(ranks, outputs, strict=True):
         assert process.returncode == 0, output
         assert output.count(": equal") == sum(len(distributed_kit.cases_of(s)) for s in strategies), output
+
+
+@pytest.mark.parametrize(("trained", "in_parts"), [("projector", set()), ("tower", {1})])
+def test_layers_that_are_fetched_whole(trained: str, in_parts: set[int], prepared: Path) -> None:
+    """All of them, but that of a trained tower whose output is read from within: the second of three here."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model = distributed_kit.model_for(prepared / "model", trained)
+    (tower,) = encoder_layers(model.get_vision_tower())
+    fetch_whole_layers(model)
+    expected = {*model.get_model().layers, *(layer for number, layer in enumerate(tower) if number not in in_parts)}
+    assert set(get_z3_leaf_modules(model)) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from train_kit import argv, recording
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 PUBLISHED = recording("train_dataclasses.json")
 CLASSES = {"ModelArguments": ModelArguments, "DataArguments": DataArguments, "TrainingArguments": TrainingArguments}
 
@@ -128,6 +130,38 @@ def test_refusals_name_the_flag(words: str, message: str, tmp_path: Path, monkey
         parse_train_args([*words.split(), "--output_dir", str(tmp_path), "--use_cpu", "True"])
     assert message in str(error.value)
     assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("stage", "compiled", "in_file", "expected"),
+    [
+        (3, True, {}, False),
+        (3, False, {}, None),
+        (2, True, {}, None),
+        (3, True, {"memory_efficient_linear": False}, False),
+    ],
+)
+def test_compiled_layers_keep_torch_s_product_under_zero3(
+    stage: int, compiled: bool, in_file: dict[str, bool], expected: bool | None, tmp_path: Path
+) -> None:
+    *_, training = parse_train_args(deepspeed_argv(tmp_path, stage, compiled, in_file))
+    for settings in (training.hf_deepspeed_config.config, training.deepspeed_plugin.deepspeed_config):
+        assert settings["zero_optimization"].get("memory_efficient_linear") is expected
+
+
+def test_compiled_layers_refuse_deepspeed_s_product(tmp_path: Path) -> None:
+    words = deepspeed_argv(tmp_path, 3, True, {"memory_efficient_linear": True})
+    with pytest.raises(InputError, match="memory_efficient_linear: true in --deepspeed's file and --compile_layers"):
+        parse_train_args(words)
+
+
+def deepspeed_argv(folder: Path, stage: int, compiled: bool, in_file: dict[str, bool]) -> list[str]:
+    pytest.importorskip("deepspeed")
+    values = json.loads((SCRIPTS / f"zero{stage}.json").read_text())
+    values["zero_optimization"].update(in_file)
+    (folder / "zero.json").write_text(json.dumps(values))
+    words = ["--output_dir", str(folder), "--use_cpu", "True", "--deepspeed", str(folder / "zero.json")]
+    return [*words, "--compile_layers", str(compiled), "--report_to", "none"]
 
 
 def test_a_result_needs_a_place() -> None:

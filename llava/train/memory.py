@@ -122,7 +122,7 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
 def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
-        gathered = min(_ZERO3_LIVE, sum(p.numel() for p in model.parameters()))
+        gathered = min(_ZERO3_LIVE, sum(p.numel() for p in model.parameters())) + _kept_gathered(model, shape)
         buckets = [zero.get(name) for name in ("stage3_prefetch_bucket_size", "reduce_bucket_size")]
         return shape.compute_bytes * (gathered + sum(size for size in buckets if isinstance(size, int | float)))
     if shape.compute_bytes >= 4:
@@ -132,6 +132,15 @@ def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     if args.fsdp and args.fsdp_config.get("reshard_after_forward", True):  # of one layer, and the next on its way
         return copies * min(1, 2 / shape.layers)
     return copies
+
+
+def _kept_gathered(model: nn.Module, shape: Shape) -> int:
+    """Beside compiled layers, those that are not compiled keep the weights that they multiplied by (speed.py)."""
+    tower = vision_tower(model)
+    if shape.keep is None:
+        return 0
+    parts = ("mm_projector", "vision_tower") if tower is not None and tower.trainable else ("mm_projector",)
+    return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
 def shape_of(model: nn.Module, args: Any) -> Shape:
