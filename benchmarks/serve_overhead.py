@@ -1,11 +1,11 @@
 """What HTTP costs over the bare engine: requests per second and time to the first token against concurrency.
 
 In: a model, or LLaVA-1.5-7B's shapes with random numbers, which are made in the device's memory. Out: a table and a plot.
-The server is a worker as `llava worker` runs it, in this process, and its engine in one of its own, as with any GPU. The bare
-engine is another one like it, in this process, which rests while the server is asked. Threads ask it for whole answers, which is
-the least that it can be asked for, and open their pictures themselves. With `--engine-process off` one engine, in this process, is both.
-Clients are other processes. The ways take turns, round after round, each request has a text (and picture) of its own, and what
-is shown is the median of the rounds.
+The server is a worker as `llava worker` runs it, in this process, and its engine in one of its own, as with any GPU. The
+bare engine is another one like it, in this process, which rests while the server is asked. Threads ask it for whole answers,
+which is the least that it can be asked for, and open their pictures themselves. With `--engine-process off` one engine, in
+this process, is both. Clients are other processes. The ways take turns, round after round, each request has a text (and
+picture) of its own, and what is shown is the median of the rounds.
 """
 
 from __future__ import annotations
