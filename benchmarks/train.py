@@ -15,6 +15,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ __all__ = ["FULL", "TINY", "Shapes", "built", "say"]  # which engine.py imports 
 
 class Bench:
     def __init__(
-        self, shapes: Shapes, device: torch.device, keeps: Sequence[float], steps: int, profiles: Path | None = None
+        self,
+        shapes: Shapes,
+        device: torch.device,
+        keeps: Sequence[float],
+        keeps_frozen: Sequence[float],
+        steps: int,
+        profiles: Path | None = None,
     ) -> None:
-        self.shapes, self.device, self.keeps, self.steps, self.profiles = shapes, device, keeps, steps, profiles
+        self.shapes, self.device, self.steps, self.profiles = shapes, device, steps, profiles
+        self.keeps, self.keeps_frozen = keeps, keeps_frozen
         self.rate = 0.0 if device.type == "meta" else self._matmul_rate()
         self.peaks: dict[str, float] = {}
 
@@ -119,29 +127,33 @@ class Bench:
 
     def full(self, side: Any) -> None:
         trains(side, "all")
-        batch = [[Sample(self.shapes.text_tokens, image=True)] * self.shapes.batch]
-        if isinstance(side, Stock):
-            side.prepare(frozen=False, dynamic=False)
-            self.train("full", side, batch)
-            return
-        for keep in self.keeps:
-            side.keep = keep
-            self.guarded(f"full, keep {keep}", lambda: self._full_keeping(side, batch))
-        side.keep = self.keeps[0]
+        self.alike("full", side, Sample(self.shapes.text_tokens, image=True), self.shapes.batch, frozen=False)
 
-    def _full_keeping(self, side: Ours, batch: list[list[Sample]]) -> None:
-        side.prepare(frozen=False, dynamic=False)
-        self.train("full", side, batch, keep=side.keep)
+    def alike(self, what: str, side: Any, sample: Sample, number: int, *, frozen: bool, per_weight: int = 6) -> None:
+        """A batch of samples of one length: stock once, ours once for each share of the activations to keep."""
+        batches = [[sample] * number]
+        if isinstance(side, Stock):
+            side.prepare(frozen=frozen)
+            self.train(what, side, batches, per_weight=per_weight)
+            return
+
+        def ours(keep: float) -> None:
+            side.prepare(keep, dynamic=False)
+            self.train(what, side, batches, per_weight=per_weight, keep=keep)
+
+        for keep in self.keeps_frozen if frozen else self.keeps:
+            self.guarded(f"{what}, keep {keep}", partial(ours, keep))
 
     def packed(self, side: Any) -> None:
         trains(side, "all")
-        side.prepare(frozen=False, dynamic=True)
         samples, shapes = realistic(self.shapes), self.shapes
         if isinstance(side, Stock):
+            side.prepare(frozen=False)
             batches = [samples[start : start + shapes.batch] for start in range(0, len(samples), shapes.batch)]
             widths = [max(s.text + s.image * shapes.image_tokens for s in batch) * len(batch) for batch in batches]
             self.train("mixed", side, batches, filled=token_squares(samples, shapes)[0] / sum(widths))
             return
+        side.prepare(self.keeps[0], dynamic=True)
         lengths = [s.text + s.image * shapes.image_tokens for s in samples]
         rows = plan_rows(lengths, shapes.row, seed=0)
         filled = sum(lengths) / (len(rows) * shapes.row)
@@ -149,9 +161,8 @@ class Bench:
 
     def projector(self, side: Any) -> None:
         trains(side, "projector")
-        side.prepare(frozen=True, dynamic=False)
-        captions = [Sample(self.shapes.caption_tokens, image=True)] * self.shapes.captions
-        self.train("projector", side, [captions], per_weight=4)
+        caption = Sample(self.shapes.caption_tokens, image=True)
+        self.alike("projector", side, caption, self.shapes.captions, frozen=True, per_weight=4)
 
     def lora(self, side: Any) -> None:
         """Rank 128 on all linear layers of the language model, and the projector, as the published recipe."""
@@ -170,10 +181,9 @@ class Bench:
         adapted = get_peft_model(whole, config, autocast_adapter_dtype=False)
         side.projector.requires_grad_(True)
         try:
-            side.prepare(frozen=True, dynamic=False)
             side.model = adapted
-            batch = [[Sample(self.shapes.text_tokens, image=True)] * self.shapes.batch]
-            self.train("lora", side, batch, per_weight=4)
+            sample = Sample(self.shapes.text_tokens, image=True)
+            self.alike("lora", side, sample, self.shapes.batch, frozen=True, per_weight=4)
         finally:
             side.model = whole
 
@@ -232,15 +242,20 @@ MEASUREMENTS = ("full", "packed", "projector", "lora")  # LoRA last: its adapter
 SIDES = {"stock": Stock, "ours": Ours}
 
 
+def shares(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(MEASUREMENTS), help="measurements, joined by commas")
     parser.add_argument("--sides", default="stock,ours")
     parser.add_argument("--eager", action="store_true", help="ours with gradient checkpointing in place of compiling")
-    parser.add_argument("--keep", default="0.3", help="values of --keep_activations for full fine-tuning")
+    parser.add_argument("--keep", type=shares, default=[0.3], help="values of --keep_activations, joined by commas")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, of which the median counts")
     parser.add_argument("--profiles", type=Path, help="write what each pass spends its time on into this folder")
-    parser.add_argument("--keep-frozen", type=float, default=1.0, help="the same where the language model is frozen")
+    # Frozen weights leave room, so that nothing need be computed twice.
+    parser.add_argument("--keep-frozen", type=shares, default=[1.0], help="the same where the language model is frozen")
     parser.add_argument("--estimate", action="store_true", help="estimates of memory only, on any machine")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
@@ -248,13 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     say(torch=torch.__version__, transformers=transformers.__version__, gpu=gpu)
     torch.manual_seed(0)
-    keeps = [float(keep) for keep in args.keep.split(",")]
-    bench = Bench(TINY if args.tiny else FULL, device, keeps, args.steps, args.profiles)
+    bench = Bench(TINY if args.tiny else FULL, device, args.keep, args.keep_frozen, args.steps, args.profiles)
     for name in ["ours"] if args.estimate else args.sides.split(","):
         try:
             side = SIDES[name](bench.shapes, device)
             if isinstance(side, Ours):
-                side.keep_frozen = args.keep_frozen
                 side.backend = None if args.eager else side.backend
         except Exception as error:
             say(what=f"build {name}", error=f"{type(error).__name__}: {error}"[:600])

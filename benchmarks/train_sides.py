@@ -134,7 +134,7 @@ class Stock:
         self.projector, self.tower = self.model.model.multi_modal_projector, self.model.model.vision_tower
         self.inner, self.head = self.model.model.language_model, self.model.lm_head
 
-    def prepare(self, *, frozen: bool, dynamic: bool) -> None:
+    def prepare(self, *, frozen: bool) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if frozen:
             self.model.enable_input_require_grads()
@@ -184,16 +184,15 @@ class Ours:
         self.projector, self.tower, self.inner, self.head = (
             inner.mm_projector, inner.get_vision_tower(), inner.layers, self.model.lm_head,
         )  # fmt: skip
-        self.keep, self.keep_frozen = 0.5, 1.0  # frozen weights leave room, so that nothing need be computed twice
-        self.kept = self.keep
+        self.kept = 0.5
         self.backend: str | None = "inductor" if device.type == "cuda" else "eager"
 
-    def prepare(self, *, frozen: bool, dynamic: bool) -> None:
+    def prepare(self, keep: float, *, dynamic: bool) -> None:
         if self.backend is None:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return
         torch._dynamo.reset()
-        self.kept = self.keep_frozen if frozen else self.keep
+        self.kept = keep
         compile_layers(self.model, keep=self.kept, dynamic=dynamic or None, backend=self.backend)
 
     def estimated(self, batches: list[list[Sample]]) -> float:
