@@ -29,7 +29,8 @@ class _Step:
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window
 
 
-def _packs(dtype: torch.dtype) -> bool:
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a layout of its own for such weights on this processor, as for bfloat16 not on every one."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -44,7 +45,7 @@ class CpuKernels(PlainKernels):
 
     def pack(self, weight: Weight) -> Weight:
         """In oneDNN's layout, which multiplies few rows two to four times as fast."""
-        if not isinstance(weight, Tensor) or not _packs(weight.dtype):
+        if not isinstance(weight, Tensor) or not packs(weight.dtype):
             return weight
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
