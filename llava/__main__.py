@@ -66,14 +66,15 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        return run_program(print_help)
+        return run_program(print_help, name="llava")
     if words[0] in ("-V", "--version", "version"):
-        return run_program(print_version)
+        return run_program(print_version, name="llava")
     name, *rest = words
     if name not in COMMANDS:
         kind = "flag" if name.startswith("-") else "command"
-        return complain(f"unknown {kind} {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
-    return run_program(start, name, rest)
+        known = f"{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
+        return complain(f"unknown {kind} {name!r}{known}", name="llava")
+    return run_program(start, name, rest, name=f"llava {name}")
 
 
 def start(name: str, argv: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """What every program of this package does alike: parse flags, run, and end with one sentence and the right exit status.
 
 In: a function and its arguments. Out: an exit status. 0: done. 2: the user gave something that cannot work, told in one
-sentence on stderr. 130: interrupted. 141: the reader of our output went away. Any other exception is our own fault and
-keeps its traceback. Nothing here imports torch.
+sentence on stderr, which begins with the name by which the user called the program. 130: interrupted. 141: the reader of
+our output went away. Any other exception is our own fault and keeps its traceback. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,24 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
-def run_program(function: Callable[..., int | None], *args: Any, name: str = "llava") -> int:
-    """Call `function` and turn what ends it into an exit status; None counts as 0."""
+def called_as(name: str) -> str:
+    """The name by which the user called a program: `name`, unless Python itself was told to run a module of this package.
+
+    `name` is that of the `llava` command (`llava eval score`), or of a program that has no command. Run as a module or as a
+    file, the former is `python -m llava.eval.main score` or `main.py score`.
+    """
+    main = sys.modules.get("__main__")
+    file = os.path.abspath(getattr(main, "__file__", None) or "")
+    package = os.path.dirname(os.path.abspath(__file__))
+    if not file.startswith(package + os.sep) or file == os.path.join(package, "__main__.py"):
+        return name
+    spec = getattr(main, "__spec__", None)  # none when a file was run
+    words = name.split()[2:] if name.startswith("llava ") else []
+    return " ".join([f"python -m {spec.name}" if spec else os.path.basename(file), *words])
+
+
+def run_program(function: Callable[..., int | None], *args: Any, name: str) -> int:
+    """Call `function` and turn what ends it into an exit status; None counts as 0. `name` begins what is said on stderr."""
     try:
         status = function(*args) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be met quietly
@@ -37,7 +53,7 @@ def run_program(function: Callable[..., int | None], *args: Any, name: str = "ll
         return EXIT_BROKEN_PIPE
 
 
-def complain(sentence: str, *, name: str = "llava") -> int:
+def complain(sentence: str, *, name: str) -> int:
     """Write the one line that a user reads about what they gave, whatever line breaks it came with."""
     print(f"{name}: error: {' '.join(sentence.split())}", file=sys.stderr)
     return EXIT_BAD_INPUT
@@ -52,8 +68,16 @@ def closest(word: str, known: Sequence[str]) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one sentence, with the known flag that an unknown one resembles.
 
-    Words and flags may come in any order.
+    Words and flags may come in any order. `prog` is what `called_as` takes, and the name in every line of `--help` and of
+    errors, those of the run included.
     """
+
+    def __init__(self, *, prog: str, **settings: Any) -> None:
+        super().__init__(prog=called_as(prog), **settings)
+
+    def run(self, function: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> int:
+        """Call `function` on the parsed words (`sys.argv` without any) and turn what ends it into an exit status."""
+        return run_program(function, self.parse_args(argv), name=self.prog)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
@@ -97,4 +121,4 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sentence = " ".join(message.split()).rstrip(".")
-        self.exit(complain(f"{sentence} (all flags: {self.prog} --help)"))
+        self.exit(complain(f"{sentence} (all flags: {self.prog} --help)", name=self.prog))

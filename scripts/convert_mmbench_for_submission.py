@@ -11,7 +11,7 @@ from pathlib import Path
 from llava.eval.files import read_json_lines, read_table
 from llava.eval.tasks.mmbench import submission
 from llava.eval.xlsx import write_xlsx
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_program(run, build_parser().parse_args(), name="convert_mmbench_for_submission.py")
+    return build_parser().run(run)
 
 
 if __name__ == "__main__":

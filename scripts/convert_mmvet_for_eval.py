@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava.eval.files import read_json_lines, write_json
 from llava.eval.tasks.judged import mmvet_name
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_program(run, build_parser().parse_args(), name="convert_mmvet_for_eval.py")
+    return build_parser().run(run)
 
 
 if __name__ == "__main__":

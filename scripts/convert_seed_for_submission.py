@@ -14,7 +14,7 @@ from llava.errors import InputError
 from llava.eval.files import read_json_lines, write_json_lines
 from llava.eval.metrics.accuracy import by_category
 from llava.eval.tasks.seed import read_truths, type_order
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -57,7 +57,7 @@ def write_upload(file: Path, truths: Mapping[str, Mapping[str, Any]], results: M
 
 
 def main() -> int:
-    return run_program(run, build_parser().parse_args(), name="convert_seed_for_submission.py")
+    return build_parser().run(run)
 
 
 if __name__ == "__main__":

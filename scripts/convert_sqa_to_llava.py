@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.eval.files import write_json, write_json_lines
 from llava.eval.tasks.scienceqa import conversation, read_split
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 FORMATS = {"convert_to_llava": "QCM-LEA", "convert_to_jsonl": "QCM-LEPA"}
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_program(run, build_parser().parse_args(), name="convert_sqa_to_llava.py")
+    return build_parser().run(run)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava.eval.files import Faults, read_json_lines, write_json
 from llava.eval.metrics.vqa import normalise
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_program(run, build_parser().parse_args(), name="convert_vqav2_for_submission.py")
+    return build_parser().run(run)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,27 @@ What it does is in llava/convert/projector.py; `llava convert --to projector` wr
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.convert.projector import extract_mm_projector
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="extract_mm_projector.py", description="Extract the projector of a checkpoint.")
     parser.add_argument("--model-path", required=True, metavar="FOLDER", help="the checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, which does not exist yet")
-    args = parser.parse_args(argv)
-    return run_program(extract, args.model_path, args.output, name="extract_mm_projector.py")
+    return parser
 
 
-def extract(model_path: str, output: str) -> None:
-    proof = extract_mm_projector(model_path, output)
-    print(f"wrote {output}: {proof.num_tensors} tensors, largest difference {proof.largest:.3g}")
+def run(args: Namespace) -> None:
+    proof = extract_mm_projector(args.model_path, args.output)
+    print(f"wrote {args.output}: {proof.num_tensors} tensors, largest difference {proof.largest:.3g}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

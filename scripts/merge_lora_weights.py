@@ -7,7 +7,7 @@ What it does is in llava/convert/merge_lora.py.
 
 import sys
 
-from llava.convert.merge_lora import main
+from llava.convert.merge_lora import build_parser, run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build_parser("merge_lora_weights.py").run(run))

@@ -114,7 +114,7 @@ def test_errors_of_a_call_are_raised_and_of_a_program_told(capsys: pytest.Captur
     with pytest.raises(ValueError, match=r"no\.png"):
         cli.main(cli.build_parser().parse_args(arguments))
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("llava: error: ")
+    assert capsys.readouterr().err.startswith("llava cli: error: ")
 
 
 @pytest.mark.parametrize("start", [["-m", "llava.serve.cli"], ["-m", "llava", "cli"]], ids=" ".join)

@@ -289,7 +289,7 @@ def parse_command(name: str, argv: list[str]) -> Any:
     if name == "train":
         return parse_train_args(argv)
     if name == "data":
-        return {"check": check, "show": show}[argv[0]]._parser().parse_args(argv[1:])
+        return {"check": check, "show": show}[argv[0]].build_parser().parse_args(argv[1:])
     if name == "eval":
         parser, argv = eval_parser(argv)
         return parser.parse_args(argv)

@@ -31,7 +31,7 @@ def test_bench_refuses_what_it_cannot_measure() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "llava: error: --sequences is '1,none'; give numbers from 1, separated by commas, such as 1,8,64\n"
+        == "llava bench: error: --sequences is '1,none'; give numbers from 1, separated by commas, such as 1,8,64\n"
     )
     assert "weights is 'int5'" in run_llava("bench", "--weights", "int5").stderr
 

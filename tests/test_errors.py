@@ -8,19 +8,23 @@ import socket
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from cli_kit import CHECKPOINT, IMAGE, run_llava, run_python
 from golden_data import HERE
 
-from llava.__main__ import main
+from llava.__main__ import COMMANDS, main
 from llava.errors import InputError, MissingPackageError, require
 from llava.program import ArgumentParser, run_program
 
 CHAT = ["chat", "-m", CHECKPOINT]
 CLI = ["cli", "--model-path", CHECKPOINT, "--device", "cpu", "--image-file"]
+
+
+def name_of(arguments: Sequence[str]) -> str:
+    return f"llava {arguments[0]}" if arguments[0] in COMMANDS else "llava"
 
 
 def refused(*arguments: str, stdin: str = "") -> str:
@@ -30,7 +34,7 @@ def refused(*arguments: str, stdin: str = "") -> str:
     assert "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("llava: error: ")
+    assert lines[0].startswith(f"{name_of(arguments)}: error: ")
     return lines[0]
 
 
@@ -157,7 +161,7 @@ def refused_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         status = ended.code
     shown = capsys.readouterr()
     assert (status, shown.out) == (2, "")
-    assert shown.err.startswith("llava: error: ")
+    assert shown.err.startswith(f"{name_of(arguments)}: error: ")
     assert shown.err.count("\n") == 1
     return shown.err
 
@@ -200,13 +204,13 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     def raising(error: BaseException) -> int:
         raise error
 
-    assert run_program(lambda: None) == 0
-    assert run_program(lambda: 3) == 3
+    assert run_program(lambda: None, name="tool") == 0
+    assert run_program(lambda: 3, name="tool") == 3
     assert run_program(raising, InputError("one\nsentence"), name="tool") == 2
     assert capsys.readouterr().err == "tool: error: one sentence\n"
-    assert run_program(raising, KeyboardInterrupt()) == 130
+    assert run_program(raising, KeyboardInterrupt(), name="tool") == 130
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
-        run_program(lambda: 1 // 0)
+        run_program(lambda: 1 // 0, name="tool")
 
 
 def test_a_missing_package_names_its_extra() -> None:

@@ -83,7 +83,7 @@ def test_the_original_s_test_client_prints_an_answer(house: Program) -> None:
 def test_what_cannot_work_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--port", "0"]) == 2
     complaint = capsys.readouterr().err
-    assert complaint.startswith("llava: error: ")
+    assert complaint.startswith(f"llava {arguments[0]}: error: ")
     assert words in complaint
     assert complaint.count("\n") == 1
 

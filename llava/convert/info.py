@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llava.convert.description import Description, as_json, describe_checkpoint
 from llava.convert.words import size_text
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 EXAMPLES = """\
 examples:
@@ -36,10 +36,10 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_program, build_parser().parse_args(argv), name="llava info")
+    return build_parser().run(run, argv)
 
 
-def _program(args: Namespace) -> None:
+def run(args: Namespace) -> None:
     description = describe_checkpoint(args.path)
     print(as_json(description) if args.json else "\n".join(lines(description)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llava.convert.words import DTYPES, describe
 from llava.errors import InputError
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dtype: str | None = None) -> Path:
@@ -36,8 +36,8 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dt
     return report.target
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="llava merge", description="Merge a LoRA adapter into its base model.")
+def build_parser(prog: str = "llava merge") -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description="Merge a LoRA adapter into its base model.")
     parser.add_argument("--model-path", required=True, metavar="FOLDER", help="folder that a LoRA run wrote")
     parser.add_argument(
         "--model-base", metavar="FOLDER", help="its base model (default: what the adapter's files name)"
@@ -48,10 +48,10 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_program, build_parser().parse_args(argv), name="llava merge")
+    return build_parser().run(run, argv)
 
 
-def _program(args: Namespace) -> None:
+def run(args: Namespace) -> None:
     folder = merge_lora(args.model_path, args.model_base, args.save_model_path, args.dtype)
     print(f"merged into {folder}; try: llava chat -m {folder} PICTURE QUESTION")
 

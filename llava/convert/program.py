@@ -26,7 +26,7 @@ from llava.convert.words import (
 from llava.disk import refuse_existing
 from llava.errors import InputError
 from llava.model.checkpoint import inspect
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 EXAMPLES = """\
 examples:
@@ -79,10 +79,10 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_program, build_parser().parse_args(argv), name="llava convert")
+    return build_parser().run(run, argv)
 
 
-def _program(args: Namespace) -> None:
+def run(args: Namespace) -> None:
     shard_bytes = parse_size(args.shard_size)
     refuse_existing(Path(args.target))
     if args.to in NEEDS_BASE and args.base is None:

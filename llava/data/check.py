@@ -7,14 +7,14 @@ counts as a fault is in faults.py, reading the files is samples.py's work.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from llava.data.faults import KINDS, Checker, Fault, Finding
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
 from llava.paint import shows_blocks
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser, called_as, run_program
 
 EXIT_FAULTS = 1
 # Upper ends of the histogram's bars.
@@ -33,30 +33,36 @@ _SHARE = 64  # samples handed to a process at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_program, argv, name="llava data")
-
-
-def _program(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    known = {"check": _check_program, "show": _show_program}
-    if not words or words[0] not in known:
-        if words and words[0] not in ("-h", "--help"):
-            raise InputError(f"unknown command {words[0]!r} (known: check, show)")
-        print("usage: llava data check FILE ...   what is wrong with the samples of a file")
-        print("       llava data show FILE ...    one sample as it will be trained on")
-        print("\n  llava data check --help, llava data show --help: their flags")
-        return 0
-    return known[words[0]](words[1:])
+    if words and words[0] in PROGRAMS:
+        return PROGRAMS[words[0]](words[1:])
+    name = called_as("llava data")
+    return run_program(_choose, words, name, name=name)
 
 
-def _show_program(argv: Sequence[str]) -> int:
-    from llava.data.show import show_program
+def _choose(words: Sequence[str], name: str) -> None:
+    """Where no program is picked: say which there are."""
+    if words and words[0] not in ("-h", "--help"):
+        raise InputError(f"unknown command {words[0]!r} (known: {', '.join(PROGRAMS)})")
+    print(f"usage: {name} check FILE ...   what is wrong with the samples of a file")
+    print(f"       {name} show FILE ...    one sample as it will be trained on")
+    print(f"\n  {name} check --help, {name} show --help: their flags")
 
-    return show_program(argv)
+
+def show_program(argv: Sequence[str]) -> int:
+    from llava.data import show
+
+    return show.build_parser().run(show.run, argv)
 
 
-def _check_program(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+def check_program(argv: Sequence[str]) -> int:
+    return build_parser().run(run, argv)
+
+
+PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {"check": check_program, "show": show_program}
+
+
+def run(options: Namespace) -> int:
     samples = open_samples(options.file).distinct()
     reader = None
     if options.model_path:
@@ -72,7 +78,7 @@ def _check_program(argv: Sequence[str]) -> int:
     return EXIT_FAULTS if report.faults else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="llava data check", description="Say what is wrong with a training set, by id.")
     parser.add_argument("file", metavar="FILE", help="what --data_path would be: .json, .jsonl, .parquet, or a mixture")
     parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
@@ -88,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 

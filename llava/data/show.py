@@ -6,9 +6,9 @@ tokens in numbers, and the prompt: trained text in colour on a terminal, between
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -22,10 +22,9 @@ from llava.paint import Paint, wants_colours
 from llava.program import ArgumentParser, closest
 
 
-def show_program(argv: Sequence[str]) -> int:
+def run(options: Namespace) -> None:
     from llava.assets import embedded_model_path
 
-    options = _parser().parse_args(argv)
     samples = open_samples(options.file).distinct()
     index = options.index if options.id is None else _index_of(samples, options.id)
     if not 0 <= index < len(samples):
@@ -34,10 +33,9 @@ def show_program(argv: Sequence[str]) -> int:
         options.model_path or embedded_model_path(), conv_mode=options.conv_mode, max_length=options.max_length
     )
     print(render(samples, index, reader, options.image_folder, colours=wants_colours(sys.stdout)))
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="llava data show", description="Show a training sample as a model will see it.")
     parser.add_argument("file", metavar="FILE", help="what --data_path would be: .json, .jsonl, .parquet, or a mixture")
     which = parser.add_mutually_exclusive_group()

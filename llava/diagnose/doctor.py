@@ -22,7 +22,7 @@ from typing import Any
 from llava.diagnose.findings import CAUSES, Finding, Report
 from llava.errors import InputError
 from llava.paint import Paint, wants_colours
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 EXIT_FOUND = 1
 KINDS = ("checkpoint", "data", "config", "server")
@@ -71,7 +71,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="llava doctor")
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

@@ -25,7 +25,7 @@ from llava.diagnose.observation import Notes, figures, told
 from llava.errors import InputError
 from llava.model_flags import add_loading_flags
 from llava.paint import Paint, shows_blocks, wants_colours
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.startup import prepare
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="llava selftest")
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

@@ -11,6 +11,7 @@ import json
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llava.errors import InputError
 from llava.generation import Sampling
 from llava.model_flags import add_model_flags
 from llava.paint import Paint, shows_blocks, wants_colours
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 EXIT_FAILED = 1
 EXAMPLES = """\
@@ -38,7 +39,7 @@ examples:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava trace",
-        usage="llava trace [FLAGS] [IMAGE ...] QUESTION\n       llava trace [FLAGS] --data FILE [-- TRAINING FLAGS]",
+        usage="%(prog)s [FLAGS] [IMAGE ...] QUESTION\n       %(prog)s [FLAGS] --data FILE [-- TRAINING FLAGS]",
         description="Show everything that happens between a question and its answer, or in a training step of one sample.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -70,8 +71,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     place = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:place])
-    return run_program(run, args, words[place + 1 :], name="llava trace")
+    return build_parser().run(partial(run, training_flags=words[place + 1 :]), words[:place])
 
 
 def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:

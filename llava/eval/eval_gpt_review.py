@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.eval.review_program import review_parser, run_review
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -22,7 +22,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_gpt_review.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

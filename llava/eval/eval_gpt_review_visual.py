@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.review_program import described, read_contexts, review_parser, run_review
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_gpt_review_visual.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

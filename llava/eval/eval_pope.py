@@ -18,7 +18,7 @@ from llava.eval.files import Faults, read_json_lines
 from llava.eval.legacy import report_faults
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
 from llava.eval.tasks.pope import label_questions, read_labels
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_pope.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llava.eval.legacy import report_faults
 from llava.eval.metrics.choices import science_qa_letter
 from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
 from llava.eval.values import ratio
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 FAILED = "FAILED"
 
@@ -99,7 +99,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_science_qa.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llava.eval.files import Faults, need, read_json_object
 from llava.eval.legacy import report_faults
 from llava.eval.metrics.choices import told_letter
 from llava.eval.tasks.scienceqa import read_split
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -65,7 +65,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_science_qa_gpt4.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from llava.eval.files import Faults, need, read_json_lines
 from llava.eval.legacy import report_faults
 from llava.eval.metrics.vqa import mean_score, soft_accuracy
 from llava.eval.tasks.short import textvqa_annotations, textvqa_question
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -62,7 +62,7 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="eval_textvqa.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

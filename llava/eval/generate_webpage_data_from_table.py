@@ -20,7 +20,7 @@ from llava.errors import InputError
 from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
 from llava.eval.legacy import report_faults
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
 
@@ -98,7 +98,7 @@ def told(review: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="generate_webpage_data_from_table.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

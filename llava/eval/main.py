@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava.eval.tasks import SUITES, TASKS
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 DATA_DIR = "./playground/data/eval"
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score(argv: Sequence[str]) -> int:
-    return run_program(_score, score_parser().parse_args(argv))
+    return score_parser().run(_score, argv)
 
 
 def score_parser() -> ArgumentParser:
@@ -80,15 +80,14 @@ def _score(args: Namespace) -> int:
 
 
 def show_list(argv: Sequence[str]) -> int:
-    list_parser().parse_args(argv)
-    return run_program(_show_list)
+    return list_parser().run(_show_list, argv)
 
 
 def list_parser() -> ArgumentParser:
     return ArgumentParser(prog="llava eval list", description="The tasks, and the folder that each reads.")
 
 
-def _show_list() -> None:
+def _show_list(_: Namespace) -> None:
     width = max(map(len, TASKS))
     for name, task in TASKS.items():
         judged = "; needs a judge" if task.judge else ""
@@ -100,11 +99,11 @@ def _show_list() -> None:
 def compare(argv: Sequence[str]) -> int:
     from llava.eval import compare as program
 
-    return run_program(program.run, program.build_parser().parse_args(argv))
+    return program.build_parser().run(program.run, argv)
 
 
 def report(argv: Sequence[str]) -> int:
-    return run_program(_report, report_parser().parse_args(argv))
+    return report_parser().run(_report, argv)
 
 
 def report_parser() -> ArgumentParser:

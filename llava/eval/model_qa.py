@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.eval.tasks.short import questions
 from llava.eval.vqa_program import FREE_TOKENS, answer_file
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="model_qa.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava.eval.tasks.short import questions
 from llava.eval.vqa_program import add_answer_flags, add_sampling_flags, answer_file, get_chunk, split_list
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="model_vqa_loader.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

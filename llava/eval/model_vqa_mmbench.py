@@ -22,7 +22,7 @@ from llava.eval.vqa_program import (
     get_chunk,
     split_list,
 )
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="model_vqa_mmbench.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llava.errors import InputError
 from llava.eval.files import read_json_lines, read_json_rows
 from llava.eval.tasks.qbench import ASKS, question_items
 from llava.eval.vqa_program import FREE_TOKENS, answer_file
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 FOLDER = "./playground/data/qbench"
 
@@ -53,7 +53,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="model_vqa_qbench.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

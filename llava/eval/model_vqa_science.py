@@ -14,7 +14,7 @@ from pathlib import Path
 from llava.eval.files import read_json_rows
 from llava.eval.tasks.scienceqa import sample_items
 from llava.eval.vqa_program import FREE_TOKENS, add_answer_flags, answer_file, get_chunk, split_list
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="model_vqa_science.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llava.eval.files import need, read_json_lines
 from llava.eval.judge import Judge
 from llava.eval.review_program import add_judge_flags
 from llava.eval.values import Item
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 SYSTEM = "You are a helpful assistant."
 
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="qa_baseline_gpt35.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

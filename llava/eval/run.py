@@ -33,14 +33,14 @@ from llava.eval.values import Item
 from llava.generation import Sampling
 from llava.model.hub import resolve_checkpoint
 from llava.model_flags import add_model_flags, quantization_from
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.models import find_model
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava eval",
-        usage="llava eval TASK[,TASK...] [FLAGS]\n       llava eval score|compare|report|list ...",
+        usage="%(prog)s TASK[,TASK...] [FLAGS]\n       %(prog)s score|compare|report|list ...",
         description="Ask a model the questions of benchmarks and score its answers.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -84,7 +84,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 @dataclass(frozen=True)

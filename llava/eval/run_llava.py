@@ -17,7 +17,7 @@ from llava.conversation import answer_end, get_model_name_from_path, get_templat
 from llava.errors import InputError
 from llava.generation import Sampling, measure_prompt, stream_answer
 from llava.image_io import load_image
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.cli import choose_conv_mode, mark_of
 from llava.serve.models import find_model
 from llava.startup import quick_imports
@@ -114,7 +114,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="run_llava.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

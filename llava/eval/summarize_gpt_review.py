@@ -17,7 +17,7 @@ from llava.errors import InputError
 from llava.eval.files import Faults, read_json_lines
 from llava.eval.legacy import report_faults
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, summary_line
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 STARTS = ("gpt4_text_", "reviews_", "review_")
 
@@ -73,7 +73,7 @@ def summarise(file: Path, name: str, ignored: set[str], count_failed: bool = Fal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv), name="summarize_gpt_review.py")
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

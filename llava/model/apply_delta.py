@@ -6,11 +6,12 @@ python -m llava.model.apply_delta --base-model-path ./llama-7b --target-model-pa
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.convert.convert import convert
 from llava.convert.words import describe
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -> None:
@@ -20,14 +21,20 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     print("\n".join(describe(report)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.model.apply_delta", description="Add a base model's weights.")
     parser.add_argument("--base-model-path", required=True, metavar="FOLDER", help="the base model")
     parser.add_argument("--target-model-path", required=True, metavar="FOLDER", help="where the whole model goes")
     parser.add_argument("--delta-path", required=True, metavar="FOLDER", help="the published difference")
-    args = parser.parse_args(argv)
-    words = (args.base_model_path, args.target_model_path, args.delta_path)
-    return run_program(apply_delta, *words, name="apply_delta")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    apply_delta(args.base_model_path, args.target_model_path, args.delta_path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

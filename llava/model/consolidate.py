@@ -6,11 +6,12 @@ python -m llava.model.consolidate --src ./llava-7b --dst ./llava-7b-consolidated
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.convert.convert import Options, convert
 from llava.model.utils import auto_upgrade
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def consolidate_ckpt(src_path: str, dst_path: str) -> None:
@@ -20,12 +21,19 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     convert(src_path, dst_path, to="original", options=Options(shard_bytes=10**15))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.model.consolidate", description="Write a checkpoint as one file.")
     parser.add_argument("--src", required=True, metavar="FOLDER", help="the checkpoint")
     parser.add_argument("--dst", required=True, metavar="FOLDER", help="where the result goes; does not exist yet")
-    args = parser.parse_args(argv)
-    return run_program(consolidate_ckpt, args.src, args.dst, name="consolidate")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    consolidate_ckpt(args.src, args.dst)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ python -m llava.model.make_delta --base-model-path ./llama-7b --target-model-pat
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.convert.convert import convert
 from llava.convert.words import describe
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hub_repo_id: str | None = None) -> None:
@@ -25,15 +26,21 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
         HfApi().upload_folder(repo_id=hub_repo_id, folder_path=delta_path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.model.make_delta", description="Subtract a base model's weights.")
     parser.add_argument("--base-model-path", required=True, metavar="FOLDER", help="the base model")
     parser.add_argument("--target-model-path", required=True, metavar="FOLDER", help="the LLaVA checkpoint")
     parser.add_argument("--delta-path", required=True, metavar="FOLDER", help="where the difference goes")
     parser.add_argument("--hub-repo-id", metavar="OWNER/NAME", help="a hub repository to upload it to as well")
-    args = parser.parse_args(argv)
-    words = (args.base_model_path, args.target_model_path, args.delta_path, args.hub_repo_id)
-    return run_program(make_delta, *words, name="make_delta")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    make_delta(args.base_model_path, args.target_model_path, args.delta_path, args.hub_repo_id)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

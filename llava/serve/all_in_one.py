@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.flags import Place, add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.model_worker import add_model_flags, check_model_flags, load_backend
 
@@ -57,7 +57,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

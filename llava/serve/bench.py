@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.model_flags import add_loading_flags, add_path_flag
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.models import find_model
 from llava.startup import prepare
 
@@ -56,7 +56,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     prepare()
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> None:

@@ -22,7 +22,7 @@ from llava.errors import InputError
 from llava.generation import Answer, Sampling
 from llava.image_io import ImageLimits
 from llava.model_flags import add_model_flags, quantization_from
-from llava.program import EXIT_BAD_INPUT, ArgumentParser, closest, run_program
+from llava.program import EXIT_BAD_INPUT, ArgumentParser, closest
 from llava.serve.models import find_model
 from llava.serve.session import Asked, Picture, Session, check_question
 from llava.serve.terminal import Terminal, quiet_libraries, show
@@ -46,7 +46,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".ti
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava chat",
-        usage="llava chat [FLAGS] [IMAGE ...] [QUESTION]",
+        usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
         description="Ask a model about pictures, once or in a conversation.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -89,7 +89,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     prepare()
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

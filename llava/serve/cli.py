@@ -22,7 +22,7 @@ from llava.conversation import answer_end, get_model_name_from_path, get_templat
 from llava.errors import InputError
 from llava.generation import Sampling, measure_prompt, stream_answer
 from llava.image_io import load_image
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.models import find_model
 from llava.serve.terminal import quiet_libraries, show
 from llava.startup import prepare, quick_imports
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | Namespace | None = None) -> int:
         run(argv)
         return 0
     prepare()
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> None:

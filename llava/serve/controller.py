@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.flags import add_server_flags, place_from
 
 EXAMPLES = """\
@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

@@ -11,7 +11,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from llava.errors import InputError, require
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.flags import add_server_flags, place_from
 
 HELP_EPILOG = """\
@@ -50,7 +50,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

@@ -17,7 +17,7 @@ from llava import model_flags
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.models import find_model
 from llava.serve.protocol import OK, GenerateBody, encode_chunk
@@ -36,9 +36,9 @@ examples:
 """
 
 
-def build_parser(prog: str = "llava worker") -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog=prog,
+        prog="llava worker",
         description="Serve one model, and register it with a controller.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -90,7 +90,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

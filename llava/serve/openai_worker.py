@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.errors import InputError
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.model_worker import add_worker_flags, serve_worker
 
@@ -34,7 +34,7 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
         formatter_class=RawDescriptionHelpFormatter,
     )
     remote = parser.add_argument_group("the server that answers")
-    remote.add_argument(endpoint, metavar="URL", help="its address, as http://localhost:8000")
+    remote.add_argument(endpoint, required=True, metavar="URL", help="its address, as http://localhost:8000")
     remote.add_argument(
         "--endpoint-model", metavar="NAME", help="its name for the model (default: the first one that it lists)"
     )
@@ -53,12 +53,10 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:
-    if not args.endpoint:
-        raise InputError("--endpoint is missing: the address of the server that answers")
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     limits = limits_from(args)

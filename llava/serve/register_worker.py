@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.errors import InputError, require
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

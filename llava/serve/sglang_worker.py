@@ -6,9 +6,10 @@ In: flags. Out: the same as openai_worker.py, which it is by another name: SGLan
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve import openai_worker
 
 
@@ -17,9 +18,11 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    args.endpoint = args.sgl_endpoint
-    return run_program(openai_worker.run, args)
+    return build_parser().run(run, argv)
+
+
+def run(args: Namespace) -> int:
+    return openai_worker.run(Namespace(**vars(args), endpoint=args.sgl_endpoint))
 
 
 if __name__ == "__main__":

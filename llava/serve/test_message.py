@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llava.conversation import get_template
 from llava.errors import InputError, require
-from llava.program import ArgumentParser, run_program
+from llava.program import ArgumentParser
 from llava.serve.protocol import OK, read_chunks
 
 TEMPLATE = "vicuna_v1"
@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser().parse_args(argv))
+    return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:

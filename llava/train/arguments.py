@@ -22,6 +22,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava.errors import InputError
+from llava.program import called_as
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.legacy_flags import parse_flags, translate
 from llava.train.speed import use_plain_products, uses_zero3
@@ -242,6 +243,11 @@ _REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"
 _REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "report"}
 
 
+def program_name() -> str:
+    """The name by which the user called the training program."""
+    return called_as("llava train")
+
+
 def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Read a command line (`sys.argv` without one), which may begin with a configuration file (config_file.py).
 
@@ -251,7 +257,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     argv = sys.argv[1:] if argv is None else list(argv)
     print_only = any(word in PRINT_CONFIG for word in argv)
     argv = [word for word in argv if word not in PRINT_CONFIG]
-    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train", allow_abbrev=False)
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog=program_name(), allow_abbrev=False)
     known = {option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings}
     if not any(word in ("-h", "--help") for word in argv):
         argv = expand_config(argv, known, {action.dest for action in parser._actions if action.nargs in ("+", "*")})

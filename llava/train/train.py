@@ -30,7 +30,7 @@ from llava.labels import (
 from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
 from llava.program import run_program
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args, program_name
 from llava.train.assemble import (
     add_vision,
     cast_weights,
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     logging.getLogger("llava").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
     if not sys.stderr.isatty():  # where bars would become lines without end
         transformers.utils.logging.disable_progress_bar()
-    return run_program(_program, argv, attn_implementation, name="llava train")
+    return run_program(_program, argv, attn_implementation, name=program_name())
 
 
 def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
@@ -261,7 +261,7 @@ def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int
         train(attn_implementation=attn_implementation, argv=argv)
     except Stopped as stopped:
         if _is_first_process():
-            print(f"llava train: {stopped}", file=sys.stderr)
+            print(f"{program_name()}: {stopped}", file=sys.stderr)
         return stopped.status
     except InputError as error:
         # One from a data loading process arrives wrapped in that process's traceback; the message itself is at its end.

@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from llava.errors import InputError
-from llava.program import complain
+from llava.program import run_program
 from llava.train import train as training
+from llava.train.arguments import program_name
 
 ATTENTION = "xformers"
 
@@ -79,11 +80,7 @@ def train(argv: Sequence[str] | None = None) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        _prepare()
-    except InputError as error:
-        return complain(str(error), name="llava train")
-    return training.main(argv, attn_implementation=ATTENTION)
+    return run_program(_prepare, name=program_name()) or training.main(argv, attn_implementation=ATTENTION)
 
 
 def _prepare() -> None:
