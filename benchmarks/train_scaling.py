@@ -126,8 +126,8 @@ def work(run: Run, options: argparse.Namespace) -> None:
     model.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)
     cast_weights(model, arguments)
-    needed = estimate(model, arguments).peak / GIB
     prepare_layers(model, arguments, backend="inductor" if on_gpu else "eager")
+    needed = estimate(model, arguments).peak / GIB
     lines: list[dict[str, float]] = []
     profiler = torch.profiler.profile() if options.profiles and rank == 0 else None
 

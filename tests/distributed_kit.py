@@ -22,7 +22,7 @@ from torch import nn
 
 from llava.model.builder import load
 from llava.train.assemble import unfreeze_tower
-from llava.train.speed import compile_layers, fetch_whole_layers, use_plain_products
+from llava.train.speed import compile_layers, fetch_whole_layers, keep_frozen_tower_whole, use_plain_products
 
 RATE = 0.1
 LINEAR = nn.functional.linear
@@ -93,7 +93,9 @@ def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
-def with_zero(stage: int, *, compiled: bool = False) -> Step:
+def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) -> Step:
+    """`scattered`: the weights lie in parts on the ranks from the beginning, as transformers may read them."""
+
     def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import deepspeed
 
@@ -103,7 +105,13 @@ def with_zero(stage: int, *, compiled: bool = False) -> Step:
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         }
+        if scattered:
+            deepspeed.init_distributed("gloo")
+            deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
         if stage == 3:
+            names = model.state_dict().keys()
+            keep_frozen_tower_whole(model, torch.device("cpu"), torch.float32)
+            assert model.state_dict().keys() == names, "a checkpoint would have other weights"
             fetch_whole_layers(model)
         if compiled:
             torch._dynamo.reset()
@@ -121,8 +129,9 @@ def with_zero(stage: int, *, compiled: bool = False) -> Step:
         if compiled:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "layers do not share a program"
             assert nn.functional.linear is LINEAR, "DeepSpeed has put its own product in the place of torch's"
-        weights = {}
+        weights = dict(model.named_buffers())
         for name, parameter in model.named_parameters():
+            assert stage < 3 or parameter.ds_shape, "DeepSpeed does not shard this"
             with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
                 weights[name] = parameter.detach().clone()
         return weights
@@ -136,6 +145,7 @@ STRATEGIES: dict[str, Step] = {
     "fsdp2, compiled": with_compiled_fsdp2,
     "zero2": with_zero(2),
     "zero3, compiled": with_zero(3, compiled=True),  # before DeepSpeed's own product is there, which stays
+    "zero3, scattered": with_zero(3, scattered=True),
     "zero3": with_zero(3),
 }
 

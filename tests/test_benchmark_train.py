@@ -43,7 +43,7 @@ def test_every_measurement_has_a_figure_of_each_side(benchmark: Any, capsys: pyt
 
 def test_the_same_work_is_counted_on_both_sides(benchmark: Any) -> None:
     device = torch.device("cpu")
-    bench = benchmark.Bench(benchmark.TINY, device, [0.3], 1)
+    bench = benchmark.Bench(benchmark.TINY, device, keeps=[0.3], keeps_frozen=[1.0], steps=1)
     samples = benchmark.realistic(benchmark.TINY)
     stock, ours = (
         bench.flops(side(benchmark.TINY, device), samples, per_weight=6) for side in benchmark.SIDES.values()

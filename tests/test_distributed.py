@@ -26,7 +26,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "strategies",
-    [["ddp", "fsdp2", "fsdp2, compiled"], ["zero2", "zero3, compiled", "zero3"]],
+    [["ddp", "fsdp2", "fsdp2, compiled"], ["zero2", "zero3, compiled", "zero3, scattered", "zero3"]],
     ids=["torch", "deepspeed"],
 )
 def test_ranks_with_and_without_images_take_the_same_step(strategies: list[str], prepared: Path) -> None:
@@ -53,14 +53,16 @@ def test_ranks_with_and_without_images_take_the_same_step(strategies: list[str],
         assert output.count(": equal") == sum(len(distributed_kit.cases_of(s)) for s in strategies), output
 
 
-@pytest.mark.parametrize(("trained", "in_parts"), [("projector", set()), ("tower", {1})])
-def test_layers_that_are_fetched_whole(trained: str, in_parts: set[int], prepared: Path) -> None:
-    """All of them, but that of a trained tower whose output is read from within: the second of three here."""
+@pytest.mark.parametrize(("trained", "in_parts"), [("projector", None), ("tower", {1})])
+def test_layers_that_are_fetched_whole(trained: str, in_parts: set[int] | None, prepared: Path) -> None:
+    """All of them, but that of a trained tower whose output is read from within: the second of three here. A frozen tower
+    is one whole, with nothing to fetch."""
     pytest.importorskip("deepspeed")
     from deepspeed.utils import get_z3_leaf_modules
 
     model = distributed_kit.model_for(prepared / "model", trained)
-    (tower,) = encoder_layers(model.get_vision_tower())
+    tower = model.get_vision_tower()
+    (layers,) = encoder_layers(tower)
     fetch_whole_layers(model)
-    expected = {*model.get_model().layers, *(layer for number, layer in enumerate(tower) if number not in in_parts)}
-    assert set(get_z3_leaf_modules(model)) == expected
+    of_tower = {tower} if in_parts is None else {layer for number, layer in enumerate(layers) if number not in in_parts}
+    assert set(get_z3_leaf_modules(model)) == {*model.get_model().layers, *of_tower}

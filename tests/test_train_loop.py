@@ -301,7 +301,7 @@ def test_counted_memory_is_what_tensors_take(flags: dict[str, Any], tmp_path: Pa
     trainer.train()
     states = trainer.optimizer.state.values()
     sizes["optimizer"] = sum(t.nbytes for state in states for t in state.values() if t.dim() > 0)
-    assert expected.weights == sum(p.nbytes for p in model.parameters())
+    assert expected.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert (expected.gradients, expected.optimizer) == (sizes["gradients"], sizes["optimizer"])
 
 

@@ -99,7 +99,8 @@ def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
 
 def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     stage, ranks = sharding(args)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    sharded = sum(p.numel() * p.element_size() for p in model.parameters())
+    whole = sum(b.numel() * b.element_size() for b in model.buffers())  # with a frozen tower under ZeRO-3 (speed.py)
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     num_trained = sum(p.numel() for p in trained)
@@ -109,7 +110,7 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     if args.deepspeed:  # two states and a copy of the weights, all in float32
         states = 12 * num_trained
     return MemoryEstimate(
-        weights=whole / (ranks if stage >= 3 else 1),
+        weights=sharded / (ranks if stage >= 3 else 1) + whole,
         gradients=trained_bytes / (ranks if stage >= 2 else 1),
         optimizer=states / (ranks if stage >= 1 else 1),
         copies=_copies(model, args, shape, stage),

@@ -5,10 +5,11 @@ operations (norms, rotations, gates, sums) become a few, which is most of what k
 Layers are alike, so one is compiled and all use it; images and the splice, whose shapes change from batch to batch, stay
 as they are.
 
-Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers, the vision tower's as well,
-rather than around each of their parts, fetching goes on beside the computation, and layers can be compiled, from within
-the hooks. DeepSpeed also puts a product of its own in the place of torch's, which knows each weight by its number, so that
-no two layers are alike to the compiler; `use_plain_products` keeps torch's.
+Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers rather than around each of their
+parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks. A frozen vision tower is
+left whole on each GPU: it is small, but of many weights, each of which takes time. DeepSpeed also puts a product of its own
+in the place of torch's, which knows each weight by its number, so that no two layers are alike to the compiler;
+`use_plain_products` keeps torch's.
 
 A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
 input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
@@ -30,6 +31,7 @@ def prepare_layers(model: Any, args: Any, *, backend: str | Callable[..., Any] =
     """Do to a model's layers what the arguments of a run ask for, before its trainer takes the model."""
     zero3 = uses_zero3(args)
     if zero3:
+        keep_frozen_tower_whole(model, args.device, args.compute_dtype)
         fetch_whole_layers(model)
     if args.compile_layers:
         dynamic = True if args.packing else None
@@ -77,25 +79,50 @@ def use_plain_products(deepspeed_config: dict[str, Any]) -> None:
     zero["memory_efficient_linear"] = False
 
 
+def keep_frozen_tower_whole(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Make a frozen tower's weights buffers, which ZeRO-3 does not shard. Their names in checkpoints stay the same.
+
+    A CLIP tower has a twentieth of LLaVA-1.5-7B's numbers, in more weights than the language model: fetching and giving
+    away each of them at every step takes far longer than all that the tower computes, and the GPU has nothing else to do.
+    """
+    import deepspeed
+
+    tower = vision_tower(model)
+    if tower is None or tower.trainable:
+        return
+    for module in tower.modules():
+        weights = dict(module.named_parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(
+            list(weights.values())
+        ):  # transformers may have scattered them as it read them
+            for name, weight in weights.items():
+                delattr(module, name)
+                module.register_buffer(name, weight.detach().to(device, dtype, copy=hasattr(weight, "ds_id")))
+
+
 def fetch_whole_layers(model: Any) -> None:
-    """Let ZeRO-3 gather the weights of a layer together, in the language model and in the vision tower."""
+    """Let ZeRO-3 gather the weights of a layer together, in the language model and in a vision tower that is trained."""
     from deepspeed.utils import set_z3_leaf_module
 
-    for layer in [*getattr(language_model(model), "layers", []), *_layers_of_tower(vision_tower(model))]:
+    for layer in [*getattr(language_model(model), "layers", []), *_parts_of_tower(vision_tower(model))]:
         set_z3_leaf_module(layer, True)
 
 
-def _layers_of_tower(tower: Any) -> list[nn.Module]:
-    """Those of its layers that can be fetched whole: all, unless gradients flow to them.
+def _parts_of_tower(tower: Any) -> list[nn.Module]:
+    """What hooks go around: all of a frozen tower, which has nothing to fetch, and the layers of another, but for some.
 
     DeepSpeed notices by a layer's output when its gradients come, and takes them after its first backward pass. But
     transformers notes the hidden state that the projector reads within its layer, before that output; and a layer that has
     looked at several scales has several passes.
     """
-    if tower is None or (tower.trainable and not tower.passes_once):
+    if tower is None:
+        return []
+    if not tower.trainable:
+        return [tower]
+    if not tower.passes_once:
         return []
     found = []
     for layers in encoder_layers(tower):
-        read = tower.select_layer % (len(layers) + 1) - 1 if tower.trainable else None
+        read = tower.select_layer % (len(layers) + 1) - 1
         found += [layer for number, layer in enumerate(layers) if number != read]
     return found

@@ -175,12 +175,12 @@ def build_trainer(
         data_module = pack_data_module(data_module, model, training_args)
         if attn_implementation is None:
             use_varlen(model.config, training_args.device, training_args.compute_dtype)
-    prepare_layers(model, training_args)
     num_trained = count_trained(model)
     rank0_print(
         f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
         f"{len(data_module['train_dataset']):,} samples; template {model_args.version}"
     )
+    prepare_layers(model, training_args)
     return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
 
 

@@ -8,6 +8,7 @@ The image processor is in image_processor.py; which tower a checkpoint means is 
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,15 @@ class VisionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision_model.dtype
+        return self._some_weight().dtype
 
     @property
     def device(self) -> torch.device:
-        return self.vision_model.device
+        return self._some_weight().device
+
+    def _some_weight(self) -> Tensor:
+        """Whether weights are parameters or, frozen under ZeRO-3 (train/speed.py), buffers."""
+        return next(value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.vision_model(*args, **kwargs)

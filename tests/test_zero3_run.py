@@ -1,0 +1,50 @@
+"""A run of `llava train` under DeepSpeed ZeRO-3, on two processes: begun, resumed, and taken by one process alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_data import HERE
+from safetensors.torch import load_file
+from train_kit import BASE, argv
+
+ROOT = Path(__file__).parents[1]
+# Both ranks' batches weigh the same, as accumulated ones do. SGD, since Adam makes the least difference a whole step.
+FLAGS: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "sgd", "model": BASE}
+
+
+def run(folder: Path, *, ranks: int, **flags: Any) -> None:
+    words = argv(folder, **FLAGS, **flags)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "llava", "train", *words],
+        cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_on_two_ranks_equals_one_process_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
+    zero3 = {"ranks": 2, "deepspeed": ROOT / "scripts" / "zero3.json"}
+    run(whole, **zero3)
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    run(resumed, **zero3)
+    run(alone, ranks=1, gradient_accumulation_steps=2)
+    expected, by_one = weights_of(whole), weights_of(alone)
+    assert expected.keys() == by_one.keys() == weights_of(resumed).keys()
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+        torch.testing.assert_close(by_one[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
