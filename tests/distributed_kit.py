@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiny
@@ -22,6 +23,7 @@ from torch import nn
 
 from llava.model.builder import load
 from llava.train.assemble import unfreeze_tower
+from llava.train.memory import estimate
 from llava.train.speed import compile_layers, fetch_whole_layers, keep_frozen_tower_whole, use_plain_products
 
 RATE = 0.1
@@ -93,6 +95,16 @@ def with_fsdp2(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
+def memory_of(model: Any, config: dict[str, Any]) -> Any:
+    """The estimate of a run with these settings of DeepSpeed."""
+    arguments = SimpleNamespace(
+        optim="sgd", deepspeed=config, fsdp="", world_size=len(BATCHES), compute_dtype=torch.float32, fused_loss=True,
+        packing=False, pack_length=None, lora_enable=False, lora_dropout=0, per_device_train_batch_size=1,
+        model_max_length=64, gradient_checkpointing=False, compile_layers=False, keep_activations=None,
+    )  # fmt: skip
+    return estimate(model, arguments)
+
+
 def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) -> Step:
     """`scattered`: the weights lie in parts on the ranks from the beginning, as transformers may read them."""
 
@@ -118,6 +130,7 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             torch._dynamo.utils.counters.clear()
             use_plain_products(config)
             compile_layers(model, backend="aot_eager", within_hooks=True)
+        needed = memory_of(model, config)
         trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -126,6 +139,7 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
         )
         engine.backward(engine(**batch)["loss"])
         engine.step()
+        assert memory_of(model, config) == needed, "scattered weights count less"
         if compiled:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "layers do not share a program"
             assert nn.functional.linear is LINEAR, "DeepSpeed has put its own product in the place of torch's"

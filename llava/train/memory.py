@@ -99,11 +99,11 @@ def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
 
 def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     stage, ranks = sharding(args)
-    sharded = sum(p.numel() * p.element_size() for p in model.parameters())
+    sharded = sum(numel(p) * p.element_size() for p in model.parameters())
     whole = sum(b.numel() * b.element_size() for b in model.buffers())  # with a frozen tower under ZeRO-3 (speed.py)
     trained = [p for p in model.parameters() if p.requires_grad]
-    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    num_trained = sum(p.numel() for p in trained)
+    trained_bytes = sum(numel(p) * p.element_size() for p in trained)
+    num_trained = sum(map(numel, trained))
     name = str(getattr(args.optim, "value", args.optim))
     per_value = next((size for key, size in _STATE_BYTES.items() if name.startswith(key)), None)
     states = 2 * trained_bytes if per_value is None else per_value * num_trained
@@ -120,16 +120,21 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     )
 
 
+def numel(weight: nn.Parameter) -> int:
+    """Of a whole weight, which ZeRO-3 may have scattered over the ranks."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
 def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
-        gathered = min(_ZERO3_LIVE, sum(p.numel() for p in model.parameters())) + _kept_gathered(model, shape)
+        gathered = min(_ZERO3_LIVE, sum(map(numel, model.parameters()))) + _kept_gathered(model, shape)
         buckets = [zero.get(name) for name in ("stage3_prefetch_bucket_size", "reduce_bucket_size")]
         return shape.compute_bytes * (gathered + sum(size for size in buckets if isinstance(size, int | float)))
     if shape.compute_bytes >= 4:
         return 0
     cast = [m for m in model.modules() if isinstance(m, MATMULS) and m.weight.requires_grad and m.weight.itemsize == 4]
-    copies = sum(m.weight.numel() for m in cast) * shape.compute_bytes
+    copies = sum(numel(m.weight) for m in cast) * shape.compute_bytes
     if args.fsdp and args.fsdp_config.get("reshard_after_forward", True):  # of one layer, and the next on its way
         return copies * min(1, 2 / shape.layers)
     return copies
@@ -141,7 +146,7 @@ def _kept_gathered(model: nn.Module, shape: Shape) -> int:
     if shape.keep is None:
         return 0
     parts = ("mm_projector", "vision_tower") if tower is not None and tower.trainable else ("mm_projector",)
-    return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
+    return sum(numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
 def shape_of(model: nn.Module, args: Any) -> Shape:
