@@ -339,5 +339,14 @@ def test_values_with_signs_and_lists(tmp_path: Path) -> None:
     }
 
 
+def test_an_empty_value_takes_the_default_again_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("eval_data_path: a.json\nlora_r: 8\nlora_alpha: 3\nseed: 1\n")
+    (tmp_path / "c.yaml").write_text("extends: base.yaml\nlora_r: null\n")
+    known = {"eval_data_path", "lora_r", "lora_alpha", "seed"}
+    words = ["eval_data_path=null", "--lora_alpha", "~", "seed=7", "seed="]
+    assert expand_config([str(tmp_path / "c.yaml"), *words], known) == []
+    assert expand_config([str(tmp_path / "c.yaml"), *words, "lora_r=2"], known) == ["--lora_r", "2"]
+
+
 def test_bash_is_here() -> None:
     assert shutil.which("bash")

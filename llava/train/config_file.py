@@ -41,7 +41,12 @@ def expand_config(argv: Sequence[str], known: Collection[str], lists: Collection
     flags = [
         flag for flag in _flags_of(Path(file), frozenset(known), lists) if _todays_name(flag.name) not in overridden
     ]
-    return [word for flag in [*flags, *given] for word in flag.as_argv()]
+    for flag in given:
+        if len(flag.values) == 1 and flag.values[0] in UNSET:  # takes the default again, as in a file
+            flags = [other for other in flags if _todays_name(other.name) != _todays_name(flag.name)]
+        else:
+            flags.append(flag)
+    return [word for flag in flags for word in flag.as_argv()]
 
 
 def _is_assignment(word: str, known: Collection[str], before: str) -> bool:
