@@ -17,7 +17,7 @@ from train_kit import BASE, argv
 
 ROOT = Path(__file__).parents[1]
 # Both ranks' batches weigh the same, as accumulated ones do. SGD, since Adam makes the least difference a whole step.
-FLAGS: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "sgd", "model": BASE}
+FLAGS: dict[str, Any] = {"save_strategy": "steps", "optim": "sgd", "model": BASE}
 
 
 def run(folder: Path, *, ranks: int, **flags: Any) -> None:
@@ -38,13 +38,28 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_on_two_ranks_equals_one_process_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
-    zero3 = {"ranks": 2, "deepspeed": ROOT / "scripts" / "zero3.json"}
+    steps: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
+    zero3: dict[str, Any] = {"ranks": 2, "deepspeed": ROOT / "scripts" / "zero3.json", **steps}
     run(whole, **zero3)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     run(resumed, **zero3)
-    run(alone, ranks=1, gradient_accumulation_steps=2)
+    run(alone, ranks=1, gradient_accumulation_steps=2, **steps)
     expected, by_one = weights_of(whole), weights_of(alone)
     assert expected.keys() == by_one.keys() == weights_of(resumed).keys()
     for name, weight in weights_of(resumed).items():
         assert torch.equal(weight, expected[name]), name
         torch.testing.assert_close(by_one[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_projector_alone_is_saved_by_two_ranks_as_by_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    flags: dict[str, Any] = {"tune_mm_mlp_adapter": True, "save_steps": 1, "max_steps": 2}
+    run(tmp_path / "two", ranks=2, deepspeed=ROOT / "scripts" / "zero3.json", **flags)
+    run(tmp_path / "one", ranks=1, gradient_accumulation_steps=2, **flags)
+    for place in ("checkpoint-1", "."):
+        two, one = (
+            torch.load(tmp_path / folder / place / "mm_projector.bin", weights_only=True) for folder in ("two", "one")
+        )
+        assert two.keys() == one.keys()
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-4, msg=name)

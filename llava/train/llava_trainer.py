@@ -32,6 +32,7 @@ from llava.train.sampler import LengthGroupedSampler
 from llava.train.save import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
+    gathered_projector,
     load_trained,
     save_non_lora,
     save_projector,
@@ -287,13 +288,21 @@ class LLaVATrainer(Trainer):
                 thin_out(run_folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The library's; but where DeepSpeed would have all weights gathered for a projector, that is all that is."""
+        if self.is_deepspeed_enabled and saves_projector_only(self.args):
+            self._save(output_dir, gathered_projector(self.model, self.args))  # work for every rank, as writing is not
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the weights of a checkpoint: the projector alone, or adapters and projector, or everything."""
         folder = Path(output_dir or self.args.output_dir)
         if saves_projector_only(self.args):
-            save_projector(self.model, self.args, folder / PROJECTOR_FILE, state_dict)
-            self.model.config.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            if self.args.should_save:
+                save_projector(self.model, self.args, folder / PROJECTOR_FILE, state_dict)
+                self.model.config.save_pretrained(folder)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
             return
         super()._save(output_dir, state_dict)
         if self.args.lora_enable and self.args.should_save:

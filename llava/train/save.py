@@ -83,6 +83,11 @@ def saves_projector_only(args: Any) -> bool:
     return bool(getattr(args, "tune_mm_mlp_adapter", False)) and not getattr(args, "unfreeze_mm_vision_tower", False)
 
 
+def gathered_projector(model: Any, args: Any) -> dict[str, Tensor]:
+    """The tensors of a projector file, for which every rank must ask where they are scattered."""
+    return get_mm_adapter_state_maybe_zero_3(model.named_parameters(), projector_keys(args))
+
+
 def save_projector(model: Any, args: Any, file: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the projector's tensors into one file."""
     named = model.named_parameters() if state_dict is None else state_dict.items()
@@ -128,7 +133,7 @@ def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
         trainer.save_model(output_dir)
         return
     # Gathering is work for every rank; writing is one rank's.
-    weights = get_mm_adapter_state_maybe_zero_3(trainer.model.named_parameters(), projector_keys(args))
+    weights = gathered_projector(trainer.model, args)
     if not args.should_save:
         return
     trainer.model.config.save_pretrained(output_dir)
