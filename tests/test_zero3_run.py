@@ -15,20 +15,32 @@ from golden_data import HERE
 from safetensors.torch import load_file
 from train_kit import BASE, argv
 
+from llava.train.train import main
+
 ROOT = Path(__file__).parents[1]
 # Both ranks' batches weigh the same, as accumulated ones do. SGD, since Adam makes the least difference a whole step.
 FLAGS: dict[str, Any] = {"save_strategy": "steps", "optim": "sgd", "model": BASE}
 
 
-def run(folder: Path, *, ranks: int, **flags: Any) -> None:
-    words = argv(folder, **FLAGS, **flags)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+@pytest.fixture(autouse=True)
+def in_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.chdir(HERE)
+
+
+def run_on_two(folder: Path, **flags: Any) -> None:
+    words = argv(folder, deepspeed=ROOT / "scripts" / "zero3.json", **FLAGS, **flags)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llava", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "llava", "train", *words],
-        cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
+        [sys.executable, *launch, *words],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def run_alone(folder: Path, **flags: Any) -> None:
+    assert main(argv(folder, gradient_accumulation_steps=2, **FLAGS, **flags)) == 0
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -36,14 +48,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_on_two_ranks_equals_one_process_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
     steps: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
-    zero3: dict[str, Any] = {"ranks": 2, "deepspeed": ROOT / "scripts" / "zero3.json", **steps}
-    run(whole, **zero3)
+    run_on_two(whole, **steps)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    run(resumed, **zero3)
-    run(alone, ranks=1, gradient_accumulation_steps=2, **steps)
+    run_on_two(resumed, **steps)
+    run_alone(alone, **steps)
     expected, by_one = weights_of(whole), weights_of(alone)
     assert expected.keys() == by_one.keys() == weights_of(resumed).keys()
     for name, weight in weights_of(resumed).items():
@@ -52,10 +62,9 @@ def test_a_run_on_two_ranks_equals_one_process_and_resumes_to_the_same_weights(t
 
 
 def test_a_projector_alone_is_saved_by_two_ranks_as_by_one_process(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     flags: dict[str, Any] = {"tune_mm_mlp_adapter": True, "save_steps": 1, "max_steps": 2}
-    run(tmp_path / "two", ranks=2, deepspeed=ROOT / "scripts" / "zero3.json", **flags)
-    run(tmp_path / "one", ranks=1, gradient_accumulation_steps=2, **flags)
+    run_on_two(tmp_path / "two", **flags)
+    run_alone(tmp_path / "one", **flags)
     for place in ("checkpoint-1", "."):
         two, one = (
             torch.load(tmp_path / folder / place / "mm_projector.bin", weights_only=True) for folder in ("two", "one")

@@ -99,18 +99,18 @@ def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
 
 def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     stage, ranks = sharding(args)
-    sharded = sum(numel(p) * p.element_size() for p in model.parameters())
-    whole = sum(b.numel() * b.element_size() for b in model.buffers())  # with a frozen tower under ZeRO-3 (speed.py)
+    in_parameters = sum(_numel(p) * p.element_size() for p in model.parameters())
+    in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (speed.py)
     trained = [p for p in model.parameters() if p.requires_grad]
-    trained_bytes = sum(numel(p) * p.element_size() for p in trained)
-    num_trained = sum(map(numel, trained))
+    trained_bytes = sum(_numel(p) * p.element_size() for p in trained)
+    num_trained = sum(map(_numel, trained))
     name = str(getattr(args.optim, "value", args.optim))
     per_value = next((size for key, size in _STATE_BYTES.items() if name.startswith(key)), None)
     states = 2 * trained_bytes if per_value is None else per_value * num_trained
     if args.deepspeed:  # two states and a copy of the weights, all in float32
         states = 12 * num_trained
     return MemoryEstimate(
-        weights=sharded / (ranks if stage >= 3 else 1) + whole,
+        weights=in_parameters / (ranks if stage >= 3 else 1) + in_buffers,
         gradients=trained_bytes / (ranks if stage >= 2 else 1),
         optimizer=states / (ranks if stage >= 1 else 1),
         copies=_copies(model, args, shape, stage),
@@ -120,7 +120,7 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     )
 
 
-def numel(weight: nn.Parameter) -> int:
+def _numel(weight: nn.Parameter) -> int:
     """Of a whole weight, which ZeRO-3 may have scattered over the ranks."""
     return getattr(weight, "ds_numel", weight.numel())
 
@@ -128,13 +128,13 @@ def numel(weight: nn.Parameter) -> int:
 def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
-        gathered = min(_ZERO3_LIVE, sum(map(numel, model.parameters()))) + _kept_gathered(model, shape)
+        gathered = min(_ZERO3_LIVE, sum(map(_numel, model.parameters()))) + _kept_gathered(model, shape)
         buckets = [zero.get(name) for name in ("stage3_prefetch_bucket_size", "reduce_bucket_size")]
         return shape.compute_bytes * (gathered + sum(size for size in buckets if isinstance(size, int | float)))
     if shape.compute_bytes >= 4:
         return 0
     cast = [m for m in model.modules() if isinstance(m, MATMULS) and m.weight.requires_grad and m.weight.itemsize == 4]
-    copies = sum(numel(m.weight) for m in cast) * shape.compute_bytes
+    copies = sum(_numel(m.weight) for m in cast) * shape.compute_bytes
     if args.fsdp and args.fsdp_config.get("reshard_after_forward", True):  # of one layer, and the next on its way
         return copies * min(1, 2 / shape.layers)
     return copies
@@ -146,7 +146,7 @@ def _kept_gathered(model: nn.Module, shape: Shape) -> int:
     if shape.keep is None:
         return 0
     parts = ("mm_projector", "vision_tower") if tower is not None and tower.trainable else ("mm_projector",)
-    return sum(numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
+    return sum(_numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
 def shape_of(model: nn.Module, args: Any) -> Shape:

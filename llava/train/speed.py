@@ -85,16 +85,15 @@ def keep_frozen_tower_whole(model: Any, device: torch.device, dtype: torch.dtype
     A CLIP tower has a twentieth of LLaVA-1.5-7B's numbers, in more weights than the language model: fetching and giving
     away each of them at every step takes far longer than all that the tower computes, and the GPU has nothing else to do.
     """
-    import deepspeed
-
     tower = vision_tower(model)
     if tower is None or tower.trainable:
         return
+    import deepspeed
+
     for module in tower.modules():
         weights = dict(module.named_parameters(recurse=False))
-        with deepspeed.zero.GatheredParameters(
-            list(weights.values())
-        ):  # transformers may have scattered them as it read them
+        # transformers may have scattered them as it read them
+        with deepspeed.zero.GatheredParameters(list(weights.values())):
             for name, weight in weights.items():
                 delattr(module, name)
                 module.register_buffer(name, weight.detach().to(device, dtype, copy=hasattr(weight, "ds_id")))
