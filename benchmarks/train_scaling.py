@@ -1,11 +1,12 @@
 """How training LLaVA-1.5-7B scales over the GPUs of one machine: `python benchmarks/train_scaling.py`.
 
 The trainer of `llava train` on files: JPEG photographs decoded by loader processes, 832 tokens a sample, bfloat16, random
-weights of the published shapes. Each run is a process group of its own: one GPU alone, then all GPUs sharded by FSDP2
+weights of the published shapes. Each run is a process group of its own: one GPU alone, then several sharded by FSDP2
 (compiled layers; weights gathered in each pass, or once and kept until the backward pass) and by DeepSpeed ZeRO-3
 (gradient checkpointing, and compiled layers), each beside one GPU with the same settings. The figures are those of the
 program's own log lines; one JSON line per run. Efficiency is samples per second and GPU, as a share of the one GPU's.
-`--tiny` runs it on small shapes with processes on a CPU.
+`--devices 2,4` measures on as many GPUs of the same machine; without it, on all. `--tiny` runs it on small shapes with
+processes on a CPU.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str
     """The figures of a run in its own processes; None where it failed, which is said."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*launch, str(num_devices if run.beside else 1), __file__, "--worker", run.name, "--folder", folder]
+        command = [*launch, str(num_devices), __file__, "--worker", run.name, "--folder", folder]
         done = subprocess.run(
             [*command, *passed_on(options)],
             stdout=subprocess.PIPE,
@@ -198,6 +199,7 @@ def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="runs, joined by commas: " + "; ".join(run.name for run in RUNS))
+    parser.add_argument("--devices", help="how many GPUs a sharded run takes, several joined by commas (default: all)")
     parser.add_argument("--keep", type=float, default=0.2, help="--keep_activations of the compiled runs")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each run")
     parser.add_argument("--profiles", type=Path, help="write what a step spends its time on into this folder")
@@ -213,18 +215,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             (options.folder / "fault.txt").write_text(traceback.format_exc())
             raise
         return
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    say(torch=torch.__version__, gpu=gpu, devices=num_devices)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    counts = [int(count) for count in options.devices.split(",")] if options.devices else [found]
+    say(
+        torch=torch.__version__, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", devices=found
+    )
     rates: dict[str, float] = {}
     for run in [named[name] for name in options.only.split(",")] if options.only else RUNS:
-        figures = measure(run, num_devices, options)
-        if figures is None:
-            continue
-        rates[run.name] = figures["images_per_second"] / figures["devices"]
-        if run.beside in rates:
-            figures["efficiency"] = rates[run.name] / rates[run.beside]
-        say(run=run.name, **figures)
+        for count in counts if run.beside else [1]:
+            figures = measure(run, count, options)
+            if figures is None:
+                continue
+            rates[run.name] = figures["images_per_second"] / figures["devices"]
+            if run.beside in rates:
+                figures["efficiency"] = rates[run.name] / rates[run.beside]
+            say(run=run.name, **figures)
 
 
 if __name__ == "__main__":

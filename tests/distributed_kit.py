@@ -24,7 +24,14 @@ from torch import nn
 from llava.model.builder import load
 from llava.train.assemble import unfreeze_tower
 from llava.train.memory import estimate
-from llava.train.speed import compile_layers, fetch_whole_layers, keep_frozen_tower_whole, use_plain_products
+from llava.train.speed import (
+    FETCHES_UNDER_WAY,
+    compile_layers,
+    fetch_whole_layers,
+    keep_frozen_tower_whole,
+    let_fetches_run_ahead,
+    use_plain_products,
+)
 
 RATE = 0.1
 LINEAR = nn.functional.linear
@@ -137,6 +144,11 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             optimizer=torch.optim.SGD(trained, lr=RATE),
             config=config,
         )
+        if stage == 3:
+            coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+            before = getattr(coordinator, FETCHES_UNDER_WAY)
+            let_fetches_run_ahead(engine)
+            assert getattr(coordinator, FETCHES_UNDER_WAY) >= 9 * before, "a layer of LLaMA has nine weights"
         engine.backward(engine(**batch)["loss"])
         engine.step()
         assert memory_of(model, config) == needed, "scattered weights count less"

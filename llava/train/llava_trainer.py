@@ -38,6 +38,7 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
+from llava.train.speed import let_fetches_run_ahead, uses_zero3
 from llava.train.validation import answer_samples, write_answers
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,12 @@ class LLaVATrainer(Trainer):
         finally:
             self.throughput.close()
             self.throughput = None
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if uses_zero3(self.args):
+            let_fetches_run_ahead(self.deepspeed)
+        return prepared
 
     # Order of samples
 

@@ -7,9 +7,9 @@ as they are.
 
 Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers rather than around each of their
 parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks. A frozen vision tower is
-left whole on each GPU: it is small, but of many weights, each of which takes time. DeepSpeed also puts a product of its own
-in the place of torch's, which knows each weight by its number, so that no two layers are alike to the compiler;
-`use_plain_products` keeps torch's.
+left whole on each GPU: it is small, but of many weights, each of which takes time; and fetching may run ahead by whole
+layers, not by weights. DeepSpeed also puts a product of its own in the place of torch's, which knows each weight by its
+number, so that no two layers are alike to the compiler; `use_plain_products` keeps torch's.
 
 A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
 input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
@@ -25,6 +25,8 @@ from torch import nn
 
 from llava.errors import InputError
 from llava.train.metrics import encoder_layers, language_model, vision_tower
+
+FETCHES_UNDER_WAY = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 def prepare_layers(model: Any, args: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -105,6 +107,21 @@ def fetch_whole_layers(model: Any) -> None:
 
     for layer in [*getattr(language_model(model), "layers", []), *_parts_of_tower(vision_tower(model))]:
         set_z3_leaf_module(layer, True)
+
+
+def let_fetches_run_ahead(engine: Any) -> None:
+    """Let a DeepSpeed engine have the weights of two layers under way, as many as it would let of two modules with one each.
+
+    It waits on the host when more than two fetched weights are not in place yet. A layer's nine come at once, so that it
+    would wait within each layer, and submit the next one's work late. No setting reaches that number.
+    """
+    from deepspeed.utils import z3_leaf_module
+
+    layers = [module for module in engine.module.modules() if z3_leaf_module(module)]
+    most = max((sum(1 for _ in layer.parameters()) for layer in layers), default=1)
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    if hasattr(coordinator, FETCHES_UNDER_WAY):  # another version may count otherwise
+        setattr(coordinator, FETCHES_UNDER_WAY, getattr(coordinator, FETCHES_UNDER_WAY) * most)
 
 
 def _parts_of_tower(tower: Any) -> list[nn.Module]:
