@@ -45,16 +45,18 @@ class Run:
     name: str
     shard: str  # none, zero3, or fsdp2 and whether weights are given away between the passes
     compiled: bool
+    bfloat16: bool = False  # is all that is held, as on one GPU, where float32 has no place
     beside: str | None = None  # the run on one GPU that it is compared with
 
 
 RUNS = (
-    Run("one", "none", compiled=True),
+    Run("one", "none", compiled=True, bfloat16=True),
     Run("fsdp2", "fsdp2", compiled=True, beside="one"),
     Run("fsdp2-kept", "fsdp2-kept", compiled=True, beside="one"),
-    Run("one-checkpointed", "none", compiled=False),
+    Run("one-checkpointed", "none", compiled=False, bfloat16=True),
     Run("zero3", "zero3", compiled=False, beside="one-checkpointed"),
     Run("zero3-compiled", "zero3", compiled=True, beside="one"),
+    Run("zero3-compiled-bfloat16", "zero3", compiled=True, bfloat16=True, beside="one"),
 )
 
 
@@ -104,7 +106,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
         bf16=True,
-        trainable_dtype="bfloat16" if run.shard == "none" else "auto",
+        trainable_dtype="bfloat16" if run.bfloat16 else "auto",
         per_device_train_batch_size=shapes.batch,
         max_steps=STEPS_PER_LOG * NUM_LOGS,
         logging_steps=STEPS_PER_LOG,

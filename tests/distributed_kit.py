@@ -106,6 +106,7 @@ def memory_of(model: Any, config: dict[str, Any]) -> Any:
     """The estimate of a run with these settings of DeepSpeed."""
     arguments = SimpleNamespace(
         optim="sgd", deepspeed=config, fsdp="", world_size=len(BATCHES), compute_dtype=torch.float32, fused_loss=True,
+        trainable_dtype="auto",
         packing=False, pack_length=None, lora_enable=False, lora_dropout=0, per_device_train_batch_size=1,
         model_max_length=64, gradient_checkpointing=False, compile_layers=False, keep_activations=None,
     )  # fmt: skip

@@ -374,10 +374,10 @@ def test_a_packed_batch_holds_as_many_samples_as_the_learning_rates_were_chosen_
     samples = LazySupervisedDataset(str(stage_data / f"{data}.json"), tokenizer, settings, conv=conv)
     lengths = measured_lengths(samples, ImagePolicy("pad", tile_size=112, patch_size=14), stage_data / stage)
     per_row = 0.97 * 1024 / (sum(lengths) / len(lengths))  # so full are rows of a large set
-    for name, wanted in (("full", 256), ("trial", 256), ("check", 64)):
+    for name, wanted, within in (("full", 256, 0.1), ("trial", 256, 0.1), ("check", 64, 0.2)):
         words = getattr(presets.PRESETS[name], stage)
         rows = int(words[words.index("--per_device_train_batch_size") + 1])
-        assert rows * per_row == pytest.approx(wanted, rel=0.1)
+        assert rows * per_row == pytest.approx(wanted, rel=within)
 
 
 def test_stages_run_as_soon_as_they_can_and_a_broken_run_goes_on(tmp_path: Path) -> None:
@@ -400,21 +400,57 @@ def test_stages_run_as_soon_as_they_can_and_a_broken_run_goes_on(tmp_path: Path)
         stage("never", "", "last"),
     ]
     log = tmp_path / "log.jsonl"
-    assert build.run(stages, log) == 3
+    assert build.run(stages, log, ("0",)) == 3
     assert not (tmp_path / "never").exists()
     for name in ("first", "beside", "main"):  # which would fail if they ran again
         stages[[each.name for each in stages].index(name)] = stage(name, "sys.exit(1)")
     stages[3] = stage("last", print_one, "main", "beside")
-    assert build.run(stages, log) == 0
+    assert build.run(stages, log, ("0",)) == 0
     assert (tmp_path / "never").exists()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"stage": "last"} in lines
     assert [line["stage"] for line in lines if "seconds" in line][-2:] == ["last", "never"]
 
 
+def test_stages_share_the_gpus_and_training_takes_all_of_them(tmp_path: Path) -> None:
+    """Two wait until the other has begun, and a third, for which there is no GPU, finds the results of both."""
+    gpus = "import os; gpus = os.environ['CUDA_VISIBLE_DEVICES']"
+    wait = f"""
+import pathlib, sys, time; here, own, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]; {gpus}
+(here / ("begun" + own)).write_text("")
+until = time.time() + 60
+while not (here / ("begun" + other)).exists() and time.time() < until: time.sleep(0.01)
+(here / own).write_text(gpus)
+"""
+    last = f"import sys; {gpus}; open(sys.argv[1] + '/last', 'w').write(gpus)"
+
+    def stage(name: str, program: str, *words: str, needs: tuple[str, ...] = (), spread: bool = False) -> build.Stage:
+        return build.Stage(
+            name, [sys.executable, "-c", program, str(tmp_path), *words], tmp_path / name, needs, spread=spread
+        )
+
+    stages = [
+        stage("one", wait, "one", "two"), stage("two", wait, "two", "one"), stage("last", last, needs=("one",), spread=True)
+    ]  # fmt: skip
+    assert build.run(stages, tmp_path / "log.jsonl", ("2", "5")) == 0
+    assert [(tmp_path / name).read_text() for name in ("one", "two", "last")] == ["2", "5", "2,5"]
+
+
+def test_a_batch_s_rows_are_divided_among_gpus(capsys: pytest.CaptureFixture) -> None:
+    def rows(num_gpus: int) -> list[str]:
+        stages = build.plan_stages(presets.PRESETS["full"], *map(Path, ("/work", "/fonts", "/cifar")), 4, num_gpus)
+        commands = [stage.command for stage in stages if stage.spread]
+        assert all(str(num_gpus) in command for command in commands)
+        return [command[command.index("--per_device_train_batch_size") + 1] for command in commands]
+
+    assert [rows(num_gpus) for num_gpus in (2, 4)] == [["12", "18", "14"], ["6", "9", "7"]]
+    with pytest.raises(SystemExit, match="a batch of 24 rows cannot be divided among 5 GPUs"):
+        rows(5)
+
+
 def test_a_stage_that_leaves_no_result_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     stage = build.Stage("empty", [sys.executable, "-c", ""], tmp_path / "nothing")
-    assert build.run([stage], tmp_path / "log.jsonl") == 1
+    assert build.run([stage], tmp_path / "log.jsonl", ("0",)) == 1
     assert "[empty] left no" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_kit import argv, recording
@@ -155,7 +156,44 @@ def test_compiled_layers_refuse_deepspeed_s_product(tmp_path: Path) -> None:
         parse_train_args(words)
 
 
-def deepspeed_argv(folder: Path, stage: int, compiled: bool, in_file: dict[str, bool]) -> list[str]:
+def test_deepspeed_is_told_to_hold_bfloat16(tmp_path: Path) -> None:
+    words = [*deepspeed_argv(tmp_path, 3, False, {}), "--bf16", "True", "--trainable_dtype"]
+    for dtype, expected in ("bfloat16", True), ("auto", None), ("float32", None):
+        *_, training = parse_train_args([*words, dtype])
+        told = training.deepspeed_plugin.deepspeed_config["bf16"]
+        assert told["enabled"] is True
+        assert told.get("bf16_master_weights_and_grads") is expected
+        assert told.get("bf16_optimizer_states") is expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "in_file", "words", "message"),
+    [
+        (
+            3,
+            {},
+            "--bf16 True --trainable_dtype float16",
+            "--trainable_dtype float16 and --deepspeed exclude each other",
+        ),
+        (3, {}, "--trainable_dtype bfloat16", "needs --bf16 True"),
+        (2, {"stage": 1}, "--bf16 True --trainable_dtype bfloat16", "needs ZeRO stage 2 or 3"),
+        (
+            3,
+            {"offload_optimizer": {"device": "cpu"}},
+            "--bf16 True --trainable_dtype bfloat16",
+            "offloading in --deepspeed's file",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_hold_is_refused(
+    stage: int, in_file: dict[str, Any], words: str, message: str, tmp_path: Path
+) -> None:
+    argv = [*deepspeed_argv(tmp_path, stage, False, in_file), *words.split()]
+    with pytest.raises(InputError, match=message):
+        parse_train_args(argv)
+
+
+def deepspeed_argv(folder: Path, stage: int, compiled: bool, in_file: dict[str, Any]) -> list[str]:
     pytest.importorskip("deepspeed")
     values = json.loads((SCRIPTS / f"zero{stage}.json").read_text())
     values["zero_optimization"].update(in_file)

@@ -72,3 +72,23 @@ def test_a_projector_alone_is_saved_by_two_ranks_as_by_one_process(tmp_path: Pat
         assert two.keys() == one.keys()
         for name, weight in one.items():
             torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_bfloat16_alone_is_held_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole, resumed, alone = tmp_path / "whole", tmp_path / "resumed", tmp_path / "alone"
+    flags: dict[str, Any] = {"max_steps": 3, "save_steps": 2, "learning_rate": 0.5, "warmup_ratio": 0.0}
+    flags |= {"bf16": True, "trainable_dtype": "bfloat16"}
+    run_on_two(whole, **flags)
+    states = whole / "checkpoint-2" / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    held = torch.load(states, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]  # a name of old
+    assert {part.dtype for part in held} == {torch.bfloat16}
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    run_on_two(resumed, **flags)
+    run_alone(alone, **flags)
+    before, expected, by_one = weights_of(whole / "checkpoint-2"), weights_of(whole), weights_of(alone)
+    moved, between = 0.0, 0.0
+    for name, weight in weights_of(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+        moved += (weight.float() - before[name].float()).square().sum().item()
+        between += (weight.float() - by_one[name].float()).square().sum().item()
+    assert 4 * between < moved, "one step goes twice as far as rounding takes three steps apart"

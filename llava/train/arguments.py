@@ -25,7 +25,7 @@ from llava.errors import InputError
 from llava.program import called_as
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.legacy_flags import parse_flags, translate
-from llava.train.speed import use_plain_products, uses_zero3
+from llava.train.speed import hold_in_bfloat16, use_plain_products, uses_zero3
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     trainable_dtype: str = _opt(
         "auto",
-        "Precision in which trained weights are held: auto (float32; under DeepSpeed, which keeps its own float32 copy, "
-        "that of the computation), float32, bfloat16, float16.",
+        "Precision in which trained weights are held: auto (float32; DeepSpeed keeps that as a copy of its own), float32, "
+        "bfloat16, float16.",
     )
     logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
     eval_generate: int = _opt(
@@ -179,6 +179,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self._check_keep_activations()
         if uses_zero3(self) and self.bits != 16:
             raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
+        if self.deepspeed and self.trainable_dtype in ("bfloat16", "float16"):
+            self._check_deepspeed_precision()
+            hold_in_bfloat16(self.hf_deepspeed_config.config)
         if uses_zero3(self) and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
             use_plain_products(self.hf_deepspeed_config.config)
 
@@ -205,6 +208,24 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError(f"--keep_activations is {self.keep_activations}; it must be between 0 and 1")
         if not self.compile_layers or self.gradient_checkpointing:
             raise InputError("--keep_activations needs --compile_layers True and --gradient_checkpointing False")
+
+    def _check_deepspeed_precision(self) -> None:
+        if self.trainable_dtype == "float16":
+            raise InputError(
+                "--trainable_dtype float16 and --deepspeed exclude each other; take bfloat16, or leave it out"
+            )
+        if not self.bf16:
+            raise InputError("--trainable_dtype bfloat16 under --deepspeed needs --bf16 True")
+        if not self.hf_deepspeed_config.is_zero2() and not self.hf_deepspeed_config.is_zero3():
+            raise InputError(
+                "--trainable_dtype bfloat16 under --deepspeed needs ZeRO stage 2 or 3; take scripts/zero2.json or "
+                "scripts/zero3.json"
+            )
+        if self.hf_deepspeed_config.is_offload():
+            raise InputError(
+                "--trainable_dtype bfloat16 and offloading in --deepspeed's file exclude each other: an offloaded "
+                "optimizer keeps float32; take scripts/zero3.json, or leave the flag out"
+            )
 
     def _fit_to_cpu(self) -> None:
         if self.fp16:

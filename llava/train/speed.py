@@ -81,6 +81,11 @@ def use_plain_products(deepspeed_config: dict[str, Any]) -> None:
     zero["memory_efficient_linear"] = False
 
 
+def hold_in_bfloat16(deepspeed_config: dict[str, Any]) -> None:
+    """Have DeepSpeed hold trained weights and the optimizer's states in bfloat16, without its copy in float32."""
+    deepspeed_config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
 def keep_frozen_tower_whole(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Make a frozen tower's weights buffers, which ZeRO-3 does not shard. Their names in checkpoints stay the same.
 

@@ -3,10 +3,10 @@
 In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (one line of JSON per measurement,
 and one per stage with its time).
 A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long one can
-be had in pieces (--until). Data are made on the CPU while the GPU trains: "side" stages start as soon as what they need is
-there, beside the one stage that has the GPU.
+be had in pieces (--until). Stages start as soon as what they need is there: those that make data ("side") on the CPU beside
+the others, the others as GPUs are free. The stages of LLaVA take all of them (--gpus), a part of each batch on each.
 
-    python scripts/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR    # one GPU
+    python scripts/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR --gpus 2
     python scripts/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
 """
 
@@ -38,6 +38,7 @@ class Stage:
     result: Path
     needs: tuple[str, ...] = ()
     side: bool = False  # on the CPU, beside others
+    spread: bool = False  # over all GPUs
 
 
 @dataclass
@@ -48,11 +49,14 @@ class Running:
     process: subprocess.Popen[str]
     output: Path
     began: float
+    gpus: tuple[str, ...]
     num_shown: int = 0  # lines of its output
 
 
-def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, workers: int) -> list[Stage]:
-    """All stages in the order in which they start."""
+def plan_stages(
+    preset: Preset, work: Path, fonts: Path | None, cifar: Path, workers: int, num_gpus: int = 1
+) -> list[Stage]:
+    """All stages in the order in which they start, as far as what they need is there and a GPU is free."""
     tokenizer, arrays, held, data = work / "tokenizer", work / "arrays", work / "held", work / "data"
     tower, language, teacher = work / "tower", work / "language", work / "teacher.pt"
     stage1, stage2, stage3 = work / "stage1", work / "stage2", work / "stage3"
@@ -81,10 +85,12 @@ def plan_stages(preset: Preset, work: Path, fonts: Path | None, cifar: Path, wor
             *photos, *typefaces, *cores, *preset.second), second / "second.json", ("dataset",), side=True),
         Stage("clip", script("clip", *common, "--arrays", arrays, "--held", held, "--cifar", cifar, "--teacher",
             teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("arrays", "held", "teacher")),
-        Stage("stage1", stage1_command(preset, language, tower, data, stage1), stage1 / "mm_projector.bin",
-            ("language", "clip", "dataset")),
-        Stage("stage2", stage2_command(preset, language, tower, data, stage1, stage2), stage2 / "config.json", ("stage1",)),
-        Stage("stage3", stage3_command(preset, tower, second, stage2, stage3), stage3 / "config.json", ("stage2", "dataset2")),
+        Stage("stage1", spread(stage1_command(preset, language, tower, data, stage1), num_gpus),
+            stage1 / "mm_projector.bin", ("language", "clip", "dataset"), spread=True),
+        Stage("stage2", spread(stage2_command(preset, language, tower, data, stage1, stage2), num_gpus),
+            stage2 / "config.json", ("stage1",), spread=True),
+        Stage("stage3", spread(stage3_command(preset, tower, second, stage2, stage3), num_gpus),
+            stage3 / "config.json", ("stage2", "dataset2"), spread=True),
         Stage("pack", script("pack", "--trained", stage3, "--tower", tower, *common, "--out", final),
             final / "vision_tower" / "config.json", ("stage3",)),
     ]  # fmt: skip
@@ -138,8 +144,21 @@ def train_command(preset: Preset, first: list[object], last: list[object], tower
     return [sys.executable, "-m", "llava.train.train", *map(str, [*first, *shared, *last])]
 
 
-def run(stages: Sequence[Stage], log: Path) -> int:
-    """Run all of them, each as soon as its turn and its needs allow; the exit code of the first that fails, or 0."""
+def spread(command: list[str], num_gpus: int) -> list[str]:
+    """The same training with a process on each GPU, each of which takes its part of a batch's rows."""
+    if num_gpus == 1:
+        return command
+    python, *words = command
+    at = words.index("--per_device_train_batch_size") + 1
+    rows, left = divmod(int(words[at]), num_gpus)
+    if left or not rows:
+        raise SystemExit(f"a batch of {words[at]} rows cannot be divided among {num_gpus} GPUs; take another --gpus")
+    words[at] = str(rows)
+    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_gpus), *words]
+
+
+def run(stages: Sequence[Stage], log: Path, gpus: tuple[str, ...]) -> int:
+    """Run all of them, each as soon as what it needs is there; the exit code of the first that fails, or 0."""
     done = [stage.name for stage in stages if stage.result.exists()]
     for name in done:
         print(f"[{name}] already done", flush=True)
@@ -147,9 +166,10 @@ def run(stages: Sequence[Stage], log: Path) -> int:
     running: list[Running] = []
     try:
         while waiting or running:
-            for stage in startable(waiting, done, gpu_is_free=all(other.stage.side for other in running)):
+            free = [gpu for gpu in gpus if all(gpu not in job.gpus for job in running)]
+            for stage, taken in startable(waiting, done, free, len(gpus)):
                 print(f"[{stage.name}] started{' beside the others' if stage.side else ''}", flush=True)
-                running.append(start(stage, log))
+                running.append(start(stage, log, taken))
                 waiting.remove(stage)
             time.sleep(POLL_SECONDS)
             for job in list(running):
@@ -171,25 +191,32 @@ def run(stages: Sequence[Stage], log: Path) -> int:
     return 0
 
 
-def startable(waiting: Sequence[Stage], done: Collection[str], *, gpu_is_free: bool) -> list[Stage]:
-    """Side stages whose needs are there, and the next of the others if it is its turn."""
-    sides = [stage for stage in waiting if stage.side]
-    following = [stage for stage in waiting if not stage.side][:1] if gpu_is_free else []
-    return [stage for stage in [*following, *sides] if all(need in done for need in stage.needs)]
+def startable(
+    waiting: Sequence[Stage], done: Collection[str], free: Sequence[str], num_gpus: int
+) -> list[tuple[Stage, tuple[str, ...]]]:
+    """Those whose needs are there, in their order, as far as GPUs are free, and which each takes."""
+    found = []
+    for stage in waiting:
+        wanted = 0 if stage.side else num_gpus if stage.spread else 1
+        if wanted <= len(free) and all(need in done for need in stage.needs):
+            found.append((stage, tuple(free[:wanted])))
+            free = free[wanted:]
+    return found
 
 
-def start(stage: Stage, log: Path) -> Running:
+def start(stage: Stage, log: Path, gpus: tuple[str, ...]) -> Running:
     """In a process of its own, whose output goes to a file beside the log."""
     stage.result.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     output = log.parent / f"{stage.name}.log"
     command = ["nice", *stage.command] if stage.side else stage.command
     with output.open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, text=True, cwd=REPOSITORY
         )
-    return Running(stage, process, output, time.time())
+    return Running(stage, process, output, time.time(), gpus)
 
 
 def show(job: Running, log: Path, *, ended: bool) -> None:
@@ -223,11 +250,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fonts", type=Path, help="typefaces from fonts.py; without it Pillow's own face (trial only)")
     parser.add_argument("--cifar", type=Path, required=True, help="CIFAR-10 in any of its usual layouts")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="how many to use, of those in CUDA_VISIBLE_DEVICES, or of all"
+    )
     parser.add_argument("--until", help="stop after this stage and those before it")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
     fonts = args.fonts.resolve() if args.fonts else None
-    stages = plan_stages(PRESETS[args.preset], args.work.resolve(), fonts, args.cifar.resolve(), args.workers)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = tuple(given.split(",") if given else map(str, range(args.gpus)))[: args.gpus]
+    if len(gpus) < max(1, args.gpus):
+        parser.error(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES names {given or 'none'}")
+    work, cifar = args.work.resolve(), args.cifar.resolve()
+    stages = plan_stages(PRESETS[args.preset], work, fonts, cifar, args.workers, len(gpus))
     names = [stage.name for stage in stages]
     if args.until is not None:
         if args.until not in names:
@@ -239,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    code = run(stages, args.work / "log.jsonl")
+    code = run(stages, args.work / "log.jsonl", gpus)
     print(json.dumps({"stage": "all", "exit_code": code, "seconds": round(time.time() - started, 1)}), flush=True)
     return code
 

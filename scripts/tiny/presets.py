@@ -1,9 +1,10 @@
-"""How large each stage is: "full" for one H200 with 16 cores, "trial" to measure its speed, "check" to see that it runs
-there at all, "smoke" and "cpu" without a GPU.
+"""How large each stage is: "full" for an H200 with 16 cores, or several, "trial" to measure its speed, "check" to see that
+it runs there at all, "smoke" and "cpu" without a GPU.
 
 The stages of LLaVA are packed: a batch is so many rows of up to 1,024 tokens. A row holds 11.3 samples of the first stage,
 7.0 of the second and 9.4 of the third on average, so that the rows below make batches of about 256 samples (64 in "check",
-30 on a CPU). On a CPU, where attention goes over whole batches, rows follow one another in accumulated steps.
+30 on a CPU), and can be divided among two or four GPUs. On a CPU, where attention goes over whole batches, rows follow one
+another in accumulated steps.
 
 In: a name. Out: Preset, whose fields are the extra options of the stages' commands (build.py).
 """
@@ -64,10 +65,10 @@ PRESETS: dict[str, Preset] = {
             *options(finetune="scene=200000,sign=35000,text=120000,photo=110000,talk=8000"),
         ),
         training=GPU_TRAINING,
-        stage1=flags(num_train_epochs=1, per_device_train_batch_size=23, learning_rate=2e-3),
-        stage2=flags(num_train_epochs=2, per_device_train_batch_size=37, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=24, learning_rate=2e-3),
+        stage2=flags(num_train_epochs=2, per_device_train_batch_size=36, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
         second=options(photos=14_400, second="scene=200000,sign=110000,text=420000,photo=60000,talk=6000"),
-        stage3=flags(num_train_epochs=1, per_device_train_batch_size=27, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=28, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
     ),
     # about 4 minutes up to "clip": shows the speed of every stage and how far a short CLIP goes
     "trial": Preset(
@@ -81,10 +82,10 @@ PRESETS: dict[str, Preset] = {
             *options(finetune="scene=12000,sign=2000,text=8000,photo=8000,talk=500"),
         ),
         training=GPU_TRAINING,
-        stage1=flags(num_train_epochs=1, per_device_train_batch_size=23, learning_rate=2e-3),
-        stage2=flags(num_train_epochs=1, per_device_train_batch_size=37, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
+        stage1=flags(num_train_epochs=1, per_device_train_batch_size=24, learning_rate=2e-3),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=36, learning_rate=8e-4, mm_vision_tower_lr=2e-4),
         second=options(second="scene=6000,sign=3000,text=12000,photo=2000,talk=300"),
-        stage3=flags(num_train_epochs=1, per_device_train_batch_size=27, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=28, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
     ),
     # a minute on a GPU: every stage at full width for a few steps, before an hour is spent on a mistake
     "check": Preset(
@@ -99,9 +100,9 @@ PRESETS: dict[str, Preset] = {
         ),
         training=GPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=6, learning_rate=1e-3),
-        stage2=flags(num_train_epochs=1, per_device_train_batch_size=9, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        stage2=flags(num_train_epochs=1, per_device_train_batch_size=10, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
         second=options(second="scene=200,sign=100,text=300,photo=100,talk=20"),
-        stage3=flags(num_train_epochs=1, per_device_train_batch_size=7, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
+        stage3=flags(num_train_epochs=1, per_device_train_batch_size=6, learning_rate=1e-4, mm_vision_tower_lr=1e-5),
         photos=2000,
     ),
     # some hours on a desktop's cores: a weaker model by the same road
