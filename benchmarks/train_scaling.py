@@ -81,6 +81,7 @@ def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str
 
 def passed_on(options: argparse.Namespace) -> list[str]:
     words = ["--keep", str(options.keep), *(["--tiny"] if options.tiny else [])]
+    words += ["--zero", *options.zero] if options.zero else []
     return [*words, "--profiles", str(options.profiles)] if options.profiles else words
 
 
@@ -119,7 +120,7 @@ def work(run: Run, options: argparse.Namespace) -> None:
         dataloader_num_workers=8 if on_gpu else 0,
         fsdp="full_shard" if sharded else "",
         fsdp_config={**FSDP2, "reshard_after_forward": run.shard == "fsdp2"} if sharded else None,
-        deepspeed=str(ROOT / "scripts/zero3.json") if run.shard == "zero3" else None,
+        deepspeed=zero3(options.zero) if run.shard == "zero3" else None,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -164,6 +165,15 @@ def work(run: Run, options: argparse.Namespace) -> None:
         profiler.export_chrome_trace(str(options.profiles / f"trace-{run.name}.json.gz"))
 
 
+def zero3(changes: Sequence[str]) -> dict[str, Any]:
+    """The settings that come with the package, but for KEY=VALUE of its part on ZeRO."""
+    settings = json.loads((ROOT / "scripts/zero3.json").read_text())
+    for change in changes:
+        key, value = change.split("=")
+        settings["zero_optimization"][key] = json.loads(value)
+    return settings
+
+
 def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -> dict[str, Any]:
     """Photograph-sized JPEG files, and answers that are longer than the limit, so that each sample is as long as that."""
     import numpy as np
@@ -203,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="runs, joined by commas: " + "; ".join(run.name for run in RUNS))
     parser.add_argument("--devices", help="how many GPUs a sharded run takes, several joined by commas (default: all)")
     parser.add_argument("--keep", type=float, default=0.2, help="--keep_activations of the compiled runs")
+    parser.add_argument("--zero", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of ZeRO-3 to try")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each run")
     parser.add_argument("--profiles", type=Path, help="write what a step spends its time on into this folder")
     parser.add_argument("--tiny", action="store_true")

@@ -59,6 +59,7 @@ def quick_imports() -> Iterator[None]:
         import transformers  # noqa: F401  # needs no torch, so it is read while the thread maps torch's library
 
         with _compiler_deferred(), _models_listed_once():
+            defer("bitsandbytes")  # whose body runs the compiler's
             yield
     finally:
         gc.freeze()  # What is alive now stays alive until the end: later collections need not look at it again.
@@ -119,7 +120,8 @@ def defer(name: str, *, marks: Sequence[str] = (), free: Sequence[str] = ()) -> 
     vars(module).update({mark: marker(mark) for mark in marks}, _deferred_marks=marked)
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
-    setattr(sys.modules[parent], child, module)
+    if parent:
+        setattr(sys.modules[parent], child, module)
     sys.meta_path.insert(0, _SubmoduleWatch(module, tuple(f"{name}.{submodule}" for submodule in free)))
 
 

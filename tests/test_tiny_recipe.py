@@ -6,10 +6,14 @@ here needs CIFAR-10 or any typeface: photographs are blank and letters are in Pi
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import re
+import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -434,6 +438,36 @@ while not (here / ("begun" + other)).exists() and time.time() < until: time.slee
     ]  # fmt: skip
     assert build.run(stages, tmp_path / "log.jsonl", ("2", "5")) == 0
     assert [(tmp_path / name).read_text() for name in ("one", "two", "last")] == ["2", "5", "2,5"]
+
+
+def test_a_run_that_is_ended_takes_its_stages_along(tmp_path: Path) -> None:
+    held, log = tmp_path / "held", tmp_path / "one.log"
+    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True)"
+    program = f"""
+import sys, build
+from pathlib import Path
+command = [sys.executable, "-c", {hold + "; time.sleep(120)"!r}, {str(held)!r}]
+build.plan_stages = lambda *_: [build.Stage("one", command, Path("never"))]
+build.main(["--work", {str(tmp_path)!r}, "--cifar", "."])
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(build.__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert log.read_text() == "held\n"
+    run.terminate()
+    assert run.communicate(timeout=60)[1] == "ended by a signal; the same command goes on from here\n"
+    assert run.returncode == 1
+    with held.open() as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)
+            else:
+                return
+    raise AssertionError("the stage goes on")
 
 
 def test_a_batch_s_rows_are_divided_among_gpus(capsys: pytest.CaptureFixture) -> None:

@@ -110,6 +110,7 @@ def test_gpu_settings_of_recipes_on_a_cpu(tmp_path: Path, caplog: pytest.LogCapt
     [
         ("--learning_rte 1", "unknown flag --learning_rte; did you mean --learning_rate?"),
         ("--vision_towr x", "did you mean --vision_tower?"),
+        ("--learning-rte=1", "unknown flag --learning-rte; did you mean --learning-rate?"),
         ("--model_name x", "unknown flag --model_name; did you mean --model_name_or_path?"),
         ("--learning_rate abc", "'abc'"),
         ("--bits 4", "--bits 4"),

@@ -278,6 +278,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     argv = sys.argv[1:] if argv is None else list(argv)
     print_only = any(word in PRINT_CONFIG for word in argv)
     argv = [word for word in argv if word not in PRINT_CONFIG]
+    typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog=program_name(), allow_abbrev=False)
     known = {option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings}
     if not any(word in ("-h", "--help") for word in argv):
@@ -294,7 +295,8 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
         flags = parse_flags(argv)
         for flag in flags:
             if flag.name not in known:
-                raise InputError(f"unknown flag --{flag.name}{_closest(flag.name, known)}")
+                as_typed = next((word for word in typed if word[2:].replace("-", "_") == flag.name), f"--{flag.name}")
+                raise InputError(f"unknown flag {as_typed}{_closest(as_typed, known)}")
         if not any(flag.name == "output_dir" for flag in flags):
             raise InputError("say where the result goes with --output_dir")
     try:
@@ -336,6 +338,10 @@ def _booleans_that_need_a_value(parser: HfArgumentParser) -> set[str]:
     return {entry.name for entry in fields if entry.type == bool | None and entry.default is None}
 
 
-def _closest(name: str, known: set[str]) -> str:
-    match = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean --{match[0]}?" if match else "; --help lists every flag"
+def _closest(flag: str, known: set[str]) -> str:
+    """In the spelling that was typed, with underscores or with dashes."""
+    match = difflib.get_close_matches(flag[2:].replace("-", "_"), sorted(known), n=1)
+    if not match:
+        return "; --help lists every flag"
+    name = match[0].replace("_", "-") if "-" in flag[2:] else match[0]
+    return f"; did you mean --{name}?"

@@ -107,8 +107,8 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     name = str(getattr(args.optim, "value", args.optim))
     per_value = next((size for key, size in _STATE_BYTES.items() if name.startswith(key)), None)
     states = 2 * trained_bytes if per_value is None else per_value * num_trained
-    if args.deepspeed:  # two states and a copy of the weights, which ZeRO-3 does without where it would be the same
-        states = 12 * num_trained if not _all_in_bfloat16(args) else (4 if stage >= 3 else 6) * num_trained
+    if args.deepspeed:  # two states and a copy of the weights
+        states = (6 if _all_in_bfloat16(args) else 12) * num_trained
     return MemoryEstimate(
         weights=in_parameters / (ranks if stage >= 3 else 1) + in_buffers,
         gradients=trained_bytes / (ranks if stage >= 2 else 1),

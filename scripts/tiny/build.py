@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -273,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"# {stage.name}{' (beside the next)' if stage.side else ''}\n{' '.join(stage.command)}\n")
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command goes on from here"))
     started = time.time()
     code = run(stages, args.work / "log.jsonl", gpus)
     print(json.dumps({"stage": "all", "exit_code": code, "seconds": round(time.time() - started, 1)}), flush=True)
