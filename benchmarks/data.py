@@ -131,7 +131,7 @@ def task_peer_draw(path: str) -> dict[str, float]:
 
 
 def _drawn_by_a_loader_process(draw: Callable[[int], Any], count: int) -> dict[str, float]:
-    import llava.train.train  # noqa: F401  # as in a run, whose loader processes are forked with all of it
+    import llava.train.run  # noqa: F401  # as in a run, whose loader processes are forked with all of it
 
     def work(pipe: Any) -> None:
         rng = random.Random(1)

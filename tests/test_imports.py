@@ -29,6 +29,7 @@ def loaded_by(code: str) -> list[str]:
         "import llava.constants, llava.errors, llava.program, llava.generation, llava.startup, llava.utils",
         "import llava.conversation, llava.geometry, llava.image_io",
         "import llava.serve.cli, llava.serve.chat",
+        "import llava.train.train, llava.train.train_mem",
         "from llava.__main__ import main; assert main(['--help']) == 0",
         "from llava.__main__ import main; assert main(['--version']) == 0",
         "from llava.__main__ import main; assert main(['cht']) == 2",
@@ -53,6 +54,17 @@ def test_public_names_are_there() -> None:
         _ = llava.no_such_name
 
 
+def test_names_that_training_borrows_are_where_it_says() -> None:
+    from llava.train import train
+
+    for name, home in train.ELSEWHERE.items():
+        assert getattr(train, name).__module__.startswith(home)
+        assert name in dir(train)
+    assert set(train.__all__) == {*train.ELSEWHERE, "main", "rank0_print", "train"}
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = train.no_such_name
+
+
 def test_version_is_the_package_s() -> None:
     done = run_llava("--version")
     assert done.stdout.splitlines()[0] == f"llava {llava.__version__}"
@@ -62,7 +74,7 @@ def test_version_is_the_package_s() -> None:
 
 
 def test_quick_imports_give_the_same_modules() -> None:
-    """The deferred compiler works when asked for, and the list of models is the one that transformers makes itself."""
+    """What is deferred works when asked for, and the list of models is the one that transformers makes itself."""
     done = run_python(
         "-c",
         """
@@ -71,11 +83,11 @@ from llava.startup import prepare, quick_imports
 prepare()
 with quick_imports():
     assert not gc.isenabled()
-    import transformers.models.llama.modeling_llama, transformers.models.clip.modeling_clip
+    import transformers.models.llama.modeling_llama, transformers.models.clip.modeling_clip, transformers.trainer_utils
 import torch, transformers
 assert gc.isenabled()
 body = "torch._dynamo.convert_frame"
-before = body in sys.modules
+before = body in sys.modules or "bitsandbytes.functional" in sys.modules
 from transformers.utils import import_utils
 assert import_utils.define_import_structure.__module__ == import_utils.__name__
 plain = import_utils.define_import_structure(transformers.models.__file__)
@@ -90,6 +102,7 @@ print(json.dumps({
     "compiled": compiled(torch.ones(2)).tolist(),
     "after": body in sys.modules,
     "kind": type(sys.modules["torch._dynamo"]).__name__,
+    "quantized": sys.modules["bitsandbytes"].nn.Linear4bit.__name__,
 }))
 """,
     )
@@ -102,6 +115,7 @@ print(json.dumps({
         "compiled": [3.0, 3.0],
         "after": True,
         "kind": "module",
+        "quantized": "Linear4bit",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,11 @@ ADAPTERS: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "
 @pytest.fixture(autouse=True)
 def in_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
+
+
+def base_of(adapter: Path) -> str:
+    """What an adapter says that it belongs to."""
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def losses(trainer: Any) -> list[float]:
@@ -101,6 +107,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(flags: dict[str, Any
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", stopped / "checkpoint-2")
     held = {path.name for path in (stopped / "checkpoint-2").iterdir()}
     assert {"adapter_model.safetensors", "non_lora_trainables.bin", "optimizer.pt", "scheduler.pt"} <= held
+    assert base_of(stopped / "checkpoint-2") == base_of(tmp_path / "whole") == LLAVA
     resumed = train(argv=argv(stopped, **settings))
     assert len(losses(resumed)) == 3
     end = trained_state(whole.model)
@@ -114,6 +121,7 @@ def test_a_trained_adapter_loads_and_merges(flags: dict[str, Any], model: str, t
     adapter, whole = tmp_path / "adapter", tmp_path / "whole"
     trainer = train(argv=argv(adapter, model=model, **(ADAPTERS | {"save_strategy": "no"} | flags)))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 2)])
+    assert base_of(adapter) == model
     trainer.model.eval()
     with torch.no_grad():
         trained = trainer.model(**batch).logits

@@ -15,7 +15,7 @@ from train_kit import argv, recorded_batches
 
 from llava.train import train_mem, train_xformers
 from llava.train.arguments import parse_train_args
-from llava.train.train import build_trainer
+from llava.train.run import build_trainer
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ from llava.train.data import LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.memory import _activations, estimate, remedies, shape_of
 from llava.train.metrics import FlopsOf
-from llava.train.train import build_trainer, main, train
+from llava.train.run import build_trainer
+from llava.train.train import main, train
 
 EVAL: dict[str, Any] = {
     "eval_data_path": "train_data/finetune.json",

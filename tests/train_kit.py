@@ -12,7 +12,7 @@ from golden_data import golden
 
 from llava.train.arguments import parse_train_args
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.train import build_trainer
+from llava.train.run import build_trainer
 
 BASE = "checkpoints/vicuna-tiny-base"
 LLAVA = "checkpoints/llava-v1.5-tiny-vicuna"

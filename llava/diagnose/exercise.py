@@ -109,7 +109,7 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
     """A projector run on drawn shapes, as `llava train` would build it."""
     from llava.diagnose.training import run_arguments
     from llava.train.arguments import parse_train_args
-    from llava.train.train import build_trainer
+    from llava.train.run import build_trainer
 
     pictures = scratch / "pictures"
     pictures.mkdir()

@@ -30,7 +30,7 @@ from llava.errors import InputError
 from llava.geometry import plan
 from llava.train import data as data_module
 from llava.train.arguments import parse_train_args
-from llava.train.train import build_trainer
+from llava.train.run import build_trainer
 
 PARTS = {"vision_tower": "vision tower", "mm_projector": "projector", "image_newline": "newline"}
 HARDEST = 5

@@ -88,7 +88,7 @@ def examine_training(path: str | Path) -> Report:
 
 def _check_arguments(run: Run) -> Iterator[Finding]:
     from llava.train.arguments import parse_train_args
-    from llava.train.train import refuse_contradictions
+    from llava.train.run import refuse_contradictions
 
     try:
         try:

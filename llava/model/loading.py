@@ -164,7 +164,10 @@ def build_by_transformers(
     with torch.device("meta"):
         skeleton = model_class(copy.deepcopy(config))
     state = read_state(skeleton, sources, dtype)
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    name = config.name_or_path
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model.name_or_path = model.config.name_or_path = name  # "None" now, which adapters would give as their base
+    return model
 
 
 def expected_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava.errors import InputError
-from llava.program import called_as
 from llava.train.config_file import as_yaml, expand_config
+from llava.train.launch import program_name
 from llava.train.legacy_flags import parse_flags, translate
 from llava.train.speed import hold_in_bfloat16, use_plain_products, uses_zero3
 
@@ -262,11 +262,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 # Where a run can be reported to, and the packages that do it (one of them is enough).
 _REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
 _REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "report"}
-
-
-def program_name() -> str:
-    """The name by which the user called the training program."""
-    return called_as("llava train")
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

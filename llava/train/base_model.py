@@ -125,7 +125,6 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
     sources = plan_sources(info, None, prefix=model_class.base_model_prefix)
     if plan.quantization is not None:
         model = build_by_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
-        model.config.name_or_path = str(info.folder)
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(plan.dtype)

@@ -1,68 +1,49 @@
 """Train a LLaVA: `python -m llava.train.train --model_name_or_path ... --data_path ... --output_dir ...`.
 
-In: a command line (arguments.py). Out: a folder that `load_pretrained_model` reads. The flow, each step in its own file:
-arguments -> tokenizer and base model -> freezing, adapters -> tower and projector (assemble.py) -> data (data.py) ->
-LLaVATrainer (llava_trainer.py) -> files (save.py). Names that outside code imports from here are re-exported below.
+In: a command line (arguments.py). Out: a folder that `load_pretrained_model` reads (run.py), and an exit status. torch and
+transformers are imported when a run begins, the short way where it is begun by this program. Names that outside code imports
+from here live elsewhere and are imported when somebody asks for them.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import transformers
-
-from llava.conversation import Conversation
 from llava.errors import InputError
-from llava.labels import (
-    preprocess,
-    preprocess_llama_2,
-    preprocess_mpt,
-    preprocess_multimodal,
-    preprocess_plain,
-    preprocess_v1,
-)
-from llava.model.attention import use_varlen
-from llava.model.multimodal_encoder.builder import save_tower
 from llava.program import run_program
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_train_args, program_name
-from llava.train.assemble import (
-    add_vision,
-    cast_weights,
-    choose_conversation,
-    count_trained,
-    keep_vision_settings,
-    prepare_language_model,
-    prepare_tokenizer,
-)
-from llava.train.base_model import load_base
-from llava.train.callbacks import Stopped
-from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
-from llava.train.data import (
-    DataCollatorForSupervisedDataset,
-    LazySupervisedDataset,
-    make_supervised_data_module,
-)
-from llava.train.llava_trainer import LLaVATrainer
-from llava.train.lora import find_all_linear_names
-from llava.train.memory import GIB, estimate
-from llava.train.metrics import peak_memory
-from llava.train.packing import pack_data_module
-from llava.train.save import (
-    get_mm_adapter_state_maybe_zero_3,
-    get_peft_state_maybe_zero_3,
-    get_peft_state_non_lora_maybe_zero_3,
-    maybe_zero_3,
-    safe_save_model_for_hf_trainer,
-    saves_projector_only,
-    smart_tokenizer_and_embedding_resize,
-)
-from llava.train.speed import prepare_layers, uses_zero3
+from llava.startup import quick_imports
+from llava.train.launch import is_first_process, program_name, rank0_print
+
+if TYPE_CHECKING:
+    from llava.labels import (
+        preprocess,
+        preprocess_llama_2,
+        preprocess_mpt,
+        preprocess_multimodal,
+        preprocess_plain,
+        preprocess_v1,
+    )
+    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava.train.data import (
+        DataCollatorForSupervisedDataset,
+        LazySupervisedDataset,
+        make_supervised_data_module,
+    )
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.lora import find_all_linear_names
+    from llava.train.run import run
+    from llava.train.save import (
+        get_mm_adapter_state_maybe_zero_3,
+        get_peft_state_maybe_zero_3,
+        get_peft_state_non_lora_maybe_zero_3,
+        maybe_zero_3,
+        safe_save_model_for_hf_trainer,
+        smart_tokenizer_and_embedding_resize,
+    )
 
 __all__ = [
     "DataArguments",
@@ -91,176 +72,71 @@ __all__ = [
     "train",
 ]
 
-logger = logging.getLogger(__name__)
+# Public name -> the module that holds it.
+ELSEWHERE = {
+    "DataArguments": "llava.train.arguments",
+    "DataCollatorForSupervisedDataset": "llava.train.data",
+    "LLaVATrainer": "llava.train.llava_trainer",
+    "LazySupervisedDataset": "llava.train.data",
+    "ModelArguments": "llava.train.arguments",
+    "TrainingArguments": "llava.train.arguments",
+    "find_all_linear_names": "llava.train.lora",
+    "get_mm_adapter_state_maybe_zero_3": "llava.train.save",
+    "get_peft_state_maybe_zero_3": "llava.train.save",
+    "get_peft_state_non_lora_maybe_zero_3": "llava.train.save",
+    "make_supervised_data_module": "llava.train.data",
+    "maybe_zero_3": "llava.train.save",
+    "preprocess": "llava.labels",
+    "preprocess_llama_2": "llava.labels",
+    "preprocess_mpt": "llava.labels",
+    "preprocess_multimodal": "llava.labels",
+    "preprocess_plain": "llava.labels",
+    "preprocess_v1": "llava.labels",
+    "run": "llava.train.run",
+    "safe_save_model_for_hf_trainer": "llava.train.save",
+    "smart_tokenizer_and_embedding_resize": "llava.train.save",
+}
 
 
-def rank0_print(*args: Any) -> None:
-    """Print on the first process of a distributed run only."""
-    if _is_first_process():
-        print(*args)
+def __getattr__(name: str) -> Any:
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(ELSEWHERE[name]), name)
 
 
-def _is_first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(ELSEWHERE))
 
 
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> LLaVATrainer:
     """Train as the command line says (`sys.argv` without one), and save the result."""
+    from llava.train.arguments import parse_train_args
+    from llava.train.run import run
+
     model_args, data_args, training_args = parse_train_args(argv)
     return run(model_args, data_args, training_args, attn_implementation=attn_implementation)
-
-
-def run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    *,
-    attn_implementation: str | None = None,
-) -> LLaVATrainer:
-    """Train as the arguments say, save into `output_dir`, and give back the trainer with the trained model."""
-    trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
-    needed = estimate(trainer.model, training_args)
-    if training_args.estimate_memory:
-        rank0_print(f"memory on each device, for the longest batches that may come:\n{needed.table()}")
-        return trainer
-    logger.info("this run needs %s, for the longest batches that may come", needed.line())
-    run_folder = Path(training_args.output_dir)
-    if training_args.should_save:
-        clean_leftovers(run_folder)
-    resumed = _checkpoint_to_resume(training_args)
-    with trainer.stop.listening():
-        trainer.train(resume_from_checkpoint=resumed)
-    if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
-        raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
-    if training_args.device.type == "cuda":
-        logger.info("the run took %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
-    dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # which may lie in packed rows
-    if isinstance(dataset, LazySupervisedDataset):
-        for report in dataset.reports():
-            logger.warning(report)
-    with explain_full_disk("the result", run_folder):
-        _save_result(trainer)
-    return trainer
-
-
-def build_trainer(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    *,
-    attn_implementation: str | None = None,
-) -> LLaVATrainer:
-    """Everything before the first step."""
-    refuse_contradictions(model_args, data_args, training_args)
-    conv = choose_conversation(model_args.version)
-    if training_args.logging_dir:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
-    transformers.set_seed(training_args.seed)  # new modules begin with random numbers
-
-    model, tokenizer = load_base(model_args, training_args, attn_implementation=attn_implementation)
-    model_args, data_args = keep_vision_settings(model.config, model_args, data_args)
-    if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
-        raise InputError("training a projector or a tower needs one: name it with --vision_tower")
-    # Data first: a mistake there should not wait for a tower to load.
-    data_module = make_supervised_data_module(tokenizer, data_args, conv)
-    prepare_tokenizer(tokenizer, model, model_args.version)
-    model = prepare_language_model(model, model_args, training_args)
-    if model_args.vision_tower:
-        add_vision(model, tokenizer, model_args, data_args, training_args)
-    if data_args.eval_data_path:
-        data_module["eval_dataset"] = _validation_set(tokenizer, data_args, conv)
-        training_args.prediction_loss_only = True  # logits of a whole validation set would fill the memory
-    cast_weights(model, training_args)
-    if training_args.packing:
-        data_module = pack_data_module(data_module, model, training_args)
-        if attn_implementation is None:
-            use_varlen(model.config, training_args.device, training_args.compute_dtype)
-    num_trained = count_trained(model)
-    rank0_print(
-        f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
-        f"{len(data_module['train_dataset']):,} samples; template {model_args.version}"
-    )
-    prepare_layers(model, training_args)
-    return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
-
-
-def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
-    arguments = copy.copy(data_args)
-    arguments.image_folder = data_args.eval_image_folder or data_args.image_folder
-    arguments.data_weights = None  # which are those of the training files
-    return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
-
-
-def refuse_contradictions(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
-) -> None:
-    if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
-        raise InputError(
-            "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
-        )
-    strategy = str(training_args.eval_strategy.value)
-    if strategy != "no" and not data_args.eval_data_path:
-        raise InputError(f"--eval_strategy {strategy} needs a validation set: name its samples with --eval_data_path")
-    if strategy == "no" and data_args.eval_data_path:
-        raise InputError(
-            "--eval_data_path is given: say when to validate, with --eval_strategy epoch, or steps and --eval_steps"
-        )
-    if training_args.eval_generate and not data_args.eval_data_path:
-        raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
-    if training_args.eval_generate and (training_args.fsdp or uses_zero3(training_args)):
-        raise InputError(
-            "--eval_generate needs a whole model on each GPU, which FSDP and ZeRO-3 do not have; leave it at 0"
-        )
-    if training_args.remove_unused_columns:
-        raise InputError("--remove_unused_columns True would throw the images away; leave it False")
-
-
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` says; without it, the newest whole checkpoint in the output folder, if any."""
-    named, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if named in ("False", "false", False):
-        return None
-    if named in ("True", "true", True, None):
-        latest = latest_checkpoint(folder)
-        if latest is None and named is not None:
-            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no checkpoint-* that is whole")
-        return None if latest is None else str(latest)
-    if fault := checkpoint_fault(Path(named)):
-        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to go on from: {fault}")
-    return named
-
-
-def _save_result(trainer: LLaVATrainer) -> None:
-    """Write what the run was for, in the precision that the run computed in."""
-    args = trainer.args
-    trainer.save_state()
-    trainer.model.config.use_cache = True
-    if not (args.deepspeed or args.fsdp or saves_projector_only(args) or args.lora_enable):
-        # The float32 copies were for the optimizer; checkpoint-N folders still hold them.
-        for parameter in trainer.model.parameters():
-            if parameter.is_floating_point() and parameter.dtype != args.compute_dtype:
-                parameter.data = parameter.data.to(args.compute_dtype)
-    safe_save_model_for_hf_trainer(trainer, args.output_dir)
-    partial = saves_projector_only(args) or args.lora_enable
-    if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
-        # A complete model has saved this by itself; an adapter or a projector alone names its tower, too.
-        save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
 
 
 def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> int:
     """The program: exit status 2 and one sentence for a mistake of the user's."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("llava").setLevel(logging.INFO if _is_first_process() else logging.ERROR)
-    if not sys.stderr.isatty():  # where bars would become lines without end
-        transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("llava").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     return run_program(_program, argv, attn_implementation, name=program_name())
 
 
 def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
+    with quick_imports():
+        import transformers
+
+        from llava.train.callbacks import Stopped
+
+        import_module("llava.train.run")
+    if not sys.stderr.isatty():  # where bars would become lines without end
+        transformers.utils.logging.disable_progress_bar()
     try:
         train(attn_implementation=attn_implementation, argv=argv)
     except Stopped as stopped:
-        if _is_first_process():
+        if is_first_process():
             print(f"{program_name()}: {stopped}", file=sys.stderr)
         return stopped.status
     except InputError as error:

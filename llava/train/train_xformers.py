@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from llava.errors import InputError
 from llava.program import run_program
 from llava.train import train as training
-from llava.train.arguments import program_name
+from llava.train.launch import program_name
 
 ATTENTION = "xformers"
 

@@ -1,0 +1,181 @@
+"""One run of training, from its arguments to the files that it leaves.
+
+In: arguments (arguments.py). Out: a folder that `load_pretrained_model` reads. The flow, each step in its own file:
+tokenizer and base model -> freezing, adapters -> tower and projector (assemble.py) -> data (data.py) -> LLaVATrainer
+(llava_trainer.py) -> files (save.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from llava.conversation import Conversation
+from llava.errors import InputError
+from llava.model.attention import use_varlen
+from llava.model.multimodal_encoder.builder import save_tower
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.assemble import (
+    add_vision,
+    cast_weights,
+    choose_conversation,
+    count_trained,
+    keep_vision_settings,
+    prepare_language_model,
+    prepare_tokenizer,
+)
+from llava.train.base_model import load_base
+from llava.train.callbacks import Stopped
+from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
+from llava.train.data import LazySupervisedDataset, make_supervised_data_module
+from llava.train.launch import rank0_print
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.memory import GIB, estimate
+from llava.train.metrics import peak_memory
+from llava.train.packing import pack_data_module
+from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
+from llava.train.speed import prepare_layers, uses_zero3
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    *,
+    attn_implementation: str | None = None,
+) -> LLaVATrainer:
+    """Train as the arguments say, save into `output_dir`, and give back the trainer with the trained model."""
+    trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
+    needed = estimate(trainer.model, training_args)
+    if training_args.estimate_memory:
+        rank0_print(f"memory on each device, for the longest batches that may come:\n{needed.table()}")
+        return trainer
+    logger.info("this run needs %s, for the longest batches that may come", needed.line())
+    run_folder = Path(training_args.output_dir)
+    if training_args.should_save:
+        clean_leftovers(run_folder)
+    resumed = _checkpoint_to_resume(training_args)
+    with trainer.stop.listening():
+        trainer.train(resume_from_checkpoint=resumed)
+    if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
+        raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
+    if training_args.device.type == "cuda":
+        logger.info("the run took %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
+    dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # which may lie in packed rows
+    if isinstance(dataset, LazySupervisedDataset):
+        for report in dataset.reports():
+            logger.warning(report)
+    with explain_full_disk("the result", run_folder):
+        _save_result(trainer)
+    return trainer
+
+
+def build_trainer(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    *,
+    attn_implementation: str | None = None,
+) -> LLaVATrainer:
+    """Everything before the first step."""
+    refuse_contradictions(model_args, data_args, training_args)
+    conv = choose_conversation(model_args.version)
+    if training_args.logging_dir:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
+    transformers.set_seed(training_args.seed)  # new modules begin with random numbers
+
+    model, tokenizer = load_base(model_args, training_args, attn_implementation=attn_implementation)
+    model_args, data_args = keep_vision_settings(model.config, model_args, data_args)
+    if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
+        raise InputError("training a projector or a tower needs one: name it with --vision_tower")
+    # Data first: a mistake there should not wait for a tower to load.
+    data_module = make_supervised_data_module(tokenizer, data_args, conv)
+    prepare_tokenizer(tokenizer, model, model_args.version)
+    model = prepare_language_model(model, model_args, training_args)
+    if model_args.vision_tower:
+        add_vision(model, tokenizer, model_args, data_args, training_args)
+    if data_args.eval_data_path:
+        data_module["eval_dataset"] = _validation_set(tokenizer, data_args, conv)
+        training_args.prediction_loss_only = True  # logits of a whole validation set would fill the memory
+    cast_weights(model, training_args)
+    if training_args.packing:
+        data_module = pack_data_module(data_module, model, training_args)
+        if attn_implementation is None:
+            use_varlen(model.config, training_args.device, training_args.compute_dtype)
+    num_trained = count_trained(model)
+    rank0_print(
+        f"training {num_trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters on "
+        f"{len(data_module['train_dataset']):,} samples; template {model_args.version}"
+    )
+    prepare_layers(model, training_args)
+    return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+
+
+def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
+    arguments = copy.copy(data_args)
+    arguments.image_folder = data_args.eval_image_folder or data_args.image_folder
+    arguments.data_weights = None  # which are those of the training files
+    return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
+
+
+def refuse_contradictions(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> None:
+    if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
+        raise InputError(
+            "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
+        )
+    strategy = str(training_args.eval_strategy.value)
+    if strategy != "no" and not data_args.eval_data_path:
+        raise InputError(f"--eval_strategy {strategy} needs a validation set: name its samples with --eval_data_path")
+    if strategy == "no" and data_args.eval_data_path:
+        raise InputError(
+            "--eval_data_path is given: say when to validate, with --eval_strategy epoch, or steps and --eval_steps"
+        )
+    if training_args.eval_generate and not data_args.eval_data_path:
+        raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
+    if training_args.eval_generate and (training_args.fsdp or uses_zero3(training_args)):
+        raise InputError(
+            "--eval_generate needs a whole model on each GPU, which FSDP and ZeRO-3 do not have; leave it at 0"
+        )
+    if training_args.remove_unused_columns:
+        raise InputError("--remove_unused_columns True would throw the images away; leave it False")
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` says; without it, the newest whole checkpoint in the output folder, if any."""
+    named, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if named in ("False", "false", False):
+        return None
+    if named in ("True", "true", True, None):
+        latest = latest_checkpoint(folder)
+        if latest is None and named is not None:
+            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no checkpoint-* that is whole")
+        return None if latest is None else str(latest)
+    if fault := checkpoint_fault(Path(named)):
+        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to go on from: {fault}")
+    return named
+
+
+def _save_result(trainer: LLaVATrainer) -> None:
+    """Write what the run was for, in the precision that the run computed in."""
+    args = trainer.args
+    trainer.save_state()
+    trainer.model.config.use_cache = True
+    if not (args.deepspeed or args.fsdp or saves_projector_only(args) or args.lora_enable):
+        # The float32 copies were for the optimizer; checkpoint-N folders still hold them.
+        for parameter in trainer.model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != args.compute_dtype:
+                parameter.data = parameter.data.to(args.compute_dtype)
+    safe_save_model_for_hf_trainer(trainer, args.output_dir)
+    partial = saves_projector_only(args) or args.lora_enable
+    if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
+        # A complete model has saved this by itself; an adapter or a projector alone names its tower, too.
+        save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
