@@ -5,22 +5,33 @@
 // contract.py. No headers of PyTorch are needed, so this compiles in two seconds.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "native_threads.h"
 
 namespace {
 
-constexpr long LANES = 16;    // numbers in a vector
+// LANES: numbers in one register. A vector wider than that goes through memory at every step, at a tenth of the speed.
+// ROWS: rows of x that are multiplied by a panel at a time, so many that their sums stay in registers.
+#if defined(__AVX512F__)
+constexpr long LANES = 16, ROWS = 8;  // of 32 registers
+#elif defined(__AVX__)
+constexpr long LANES = 8, ROWS = 6;  // of 16
+#else
+constexpr long LANES = 4, ROWS = 6;
+#endif
+
 constexpr long PANEL = 32;    // outputs whose weights lie together; panels.py lays them out
+constexpr long STRIPE = 2 * LANES;  // outputs of a panel that are computed at a time
 constexpr long PIECE = 128;   // inputs of a panel that are expanded to float32 at a time: they stay in the first cache
-constexpr long ROWS = 8;      // rows of x that are multiplied by a panel at a time: their sums stay in registers
 constexpr long MANY = 32;     // tokens from which on a loop over them is worth the threads
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));  // one AVX-512 register, or several smaller ones
+typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 struct Bfloat16 {
     uint16_t bits;
@@ -228,7 +239,7 @@ inline const float* expanded(const W* weights, long count, float* out) {
     return out;
 }
 
-// sums (rows, PANEL) += x (rows, count) times weights (count, PANEL).
+// sums (rows, STRIPE) += x (rows, count) times weights (count, STRIPE), which lie in a panel.
 template <int rows>
 inline void add_products(const float* x, long width, const float* weights, long count, Floats (*sums)[2]) {
     Floats totals[rows][2];
@@ -247,30 +258,38 @@ inline void add_products(const float* x, long width, const float* weights, long 
         for (int half = 0; half < 2; half++) sums[row][half] = totals[row][half];
 }
 
+using Adder = decltype(&add_products<1>);
+
+template <int... numbers>
+constexpr std::array<Adder, ROWS> adders_for(std::integer_sequence<int, numbers...>) {
+    return {add_products<numbers + 1>...};
+}
+
 // x (rows, width) times weights in panels (outputs / PANEL, width, PANEL), the last filled up, times scales, if any.
 template <class T, class W>
 void linear(
     const float* x, const W* weights, const float* scales, T* out, long rows, long width, long outputs,
     long num_threads) {
-    constexpr decltype(&add_products<1>) adders[ROWS] = {
-        add_products<1>, add_products<2>, add_products<3>, add_products<4>,
-        add_products<5>, add_products<6>, add_products<7>, add_products<8>};
+    constexpr auto adders = adders_for(std::make_integer_sequence<int, ROWS>());
     threads().run((outputs + PANEL - 1) / PANEL, num_threads, [&](long panel) {
         const W* from = weights + panel * PANEL * width;
         const long first = panel * PANEL, num_outputs = std::min(outputs - first, PANEL);
         alignas(64) float buffer[PIECE * PANEL];
         for (long row = 0; row < rows; row += ROWS) {
             const long num = std::min(rows - row, ROWS);
-            Floats sums[ROWS][2] = {};
+            Floats sums[PANEL / STRIPE][ROWS][2] = {};
             for (long begin = 0; begin < width; begin += PIECE) {
                 const long count = std::min(width - begin, PIECE);
                 const W* piece = from + begin * PANEL;
                 fetch(piece + PIECE * PANEL, count * PANEL);
-                adders[num - 1](x + row * width + begin, width, expanded(piece, count * PANEL, buffer), count, sums);
+                const float* floats = expanded(piece, count * PANEL, buffer);
+                for (long stripe = 0; stripe < PANEL / STRIPE; stripe++)
+                    adders[num - 1](x + row * width + begin, width, floats + stripe * STRIPE, count, sums[stripe]);
             }
             for (long i = 0; i < num; i++) {
                 float values[PANEL];
-                memcpy(values, sums[i], sizeof values);
+                for (long stripe = 0; stripe < PANEL / STRIPE; stripe++)
+                    memcpy(values + stripe * STRIPE, sums[stripe][i], sizeof sums[stripe][i]);
                 T* to = out + (row + i) * outputs + first;
                 for (long j = 0; j < num_outputs; j++)
                     to[j] = narrow<T>(scales == nullptr ? values[j] : values[j] * scales[first + j]);

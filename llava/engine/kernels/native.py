@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from llava.engine.kernels.contract import AttentionPlan, Weight
-from llava.engine.kernels.cpu import CpuKernels
+from llava.engine.kernels.cpu import CpuKernels, packs
 from llava.engine.kernels.native_build import Functions
 from llava.engine.kernels.panels import PanelWeight, in_panels
 from llava.engine.kernels.quantized import QuantizedWeight
 
-FEW_ROWS = 64  # more are multiplied faster by the processor's instructions for bfloat16, which PyTorch's product uses
+FEW_ROWS = 64  # more are multiplied faster by a processor's instructions for bfloat16, which PyTorch's product uses
 
 
 class NativeKernels(CpuKernels):
     def __init__(self, functions: dict[torch.dtype, Functions]) -> None:
         super().__init__()
         self._functions = functions
+        self._has_bfloat16 = packs(torch.bfloat16)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         native = self._native(x, weight)
@@ -101,7 +102,7 @@ class NativeKernels(CpuKernels):
         return in_panels(weight) if weight.dtype in self._functions else super().pack(weight)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        many = len(x) > FEW_ROWS and x.dtype == torch.bfloat16
+        many = len(x) > FEW_ROWS and x.dtype == torch.bfloat16 and self._has_bfloat16
         native = self._native(x)
         if (
             native is None
