@@ -17,18 +17,22 @@
 namespace {
 
 // LANES: numbers in one register. A vector wider than that goes through memory at every step, at a tenth of the speed.
-// ROWS: rows of x that are multiplied by a panel at a time, so many that their sums stay in registers.
+// ROWS: rows of x that are multiplied by a panel at a time. SUMS: registers that hold sums at a time. FETCHES: whether it
+// pays to ask for weights before they are needed (measured on an Intel with AVX-512, and an AMD without).
 #if defined(__AVX512F__)
-constexpr long LANES = 16, ROWS = 8;  // of 32 registers
+constexpr long LANES = 16, ROWS = 8, SUMS = 16;
+constexpr bool FETCHES = true;
 #elif defined(__AVX__)
-constexpr long LANES = 8, ROWS = 6;  // of 16
+constexpr long LANES = 8, ROWS = 6, SUMS = 12;
+constexpr bool FETCHES = false;
 #else
-constexpr long LANES = 4, ROWS = 6;
+constexpr long LANES = 4, ROWS = 6, SUMS = 12;
+constexpr bool FETCHES = false;
 #endif
 
 constexpr long PANEL = 32;    // outputs whose weights lie together; panels.py lays them out
-constexpr long STRIPE = 2 * LANES;  // outputs of a panel that are computed at a time
 constexpr long PIECE = 128;   // inputs of a panel that are expanded to float32 at a time: they stay in the first cache
+constexpr long CHAINS = 8;    // sums that a processor can add to while it waits for others
 constexpr long MANY = 32;     // tokens from which on a loop over them is worth the threads
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -239,23 +243,44 @@ inline const float* expanded(const W* weights, long count, float* out) {
     return out;
 }
 
-// sums (rows, STRIPE) += x (rows, count) times weights (count, STRIPE), which lie in a panel.
-template <int rows>
-inline void add_products(const float* x, long width, const float* weights, long count, Floats (*sums)[2]) {
-    Floats totals[rows][2];
-    for (int row = 0; row < rows; row++)
-        for (int half = 0; half < 2; half++) totals[row][half] = sums[row][half];
-    for (long i = 0; i < count; i++) {
-        Floats first, second;
-        memcpy(&first, weights + i * PANEL, sizeof first);
-        memcpy(&second, weights + i * PANEL + LANES, sizeof second);
-        for (int row = 0; row < rows; row++) {
-            totals[row][0] += x[row * width + i] * first;
-            totals[row][1] += x[row * width + i] * second;
-        }
+using Sums = Floats[PANEL / LANES];
+
+// totals (rows, at_once vectors) += one input of each row times its weights. Unrolled, or the totals would be in memory.
+template <int rows, int at_once>
+inline __attribute__((always_inline)) void add_product(
+    const float* x, long width, const float* weights, Floats (*totals)[at_once]) {
+    Floats values[at_once];
+#pragma GCC unroll 8
+    for (int vector = 0; vector < at_once; vector++) memcpy(&values[vector], weights + vector * LANES, sizeof(Floats));
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) {
+        const float factor = x[row * width];
+#pragma GCC unroll 8
+        for (int vector = 0; vector < at_once; vector++) totals[row][vector] += factor * values[vector];
     }
-    for (int row = 0; row < rows; row++)
-        for (int half = 0; half < 2; half++) sums[row][half] = totals[row][half];
+}
+
+// sums (rows, PANEL) += x (rows, count) times weights (count, PANEL), as many outputs at a time as there are registers for.
+template <int rows>
+inline void add_products(const float* x, long width, const float* weights, long count, Sums* sums) {
+    constexpr int all = PANEL / LANES, at_once = rows * all <= SUMS ? all : 2;
+    constexpr int parts = rows * at_once < CHAINS ? CHAINS / (rows * at_once) : 1;  // of the inputs, with sums of their own
+    for (int from = 0; from < all; from += at_once) {
+        Floats totals[parts][rows][at_once] = {};
+        const float* at = weights + from * LANES;
+        long i = 0;
+        for (; i + parts <= count; i += parts)
+#pragma GCC unroll 8
+            for (int part = 0; part < parts; part++)
+                add_product<rows, at_once>(x + i + part, width, at + (i + part) * PANEL, totals[part]);
+        for (; i < count; i++) add_product<rows, at_once>(x + i, width, at + i * PANEL, totals[0]);
+#pragma GCC unroll 8
+        for (int part = 0; part < parts; part++)
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+                for (int vector = 0; vector < at_once; vector++) sums[row][from + vector] += totals[part][row][vector];
+    }
 }
 
 using Adder = decltype(&add_products<1>);
@@ -277,19 +302,16 @@ void linear(
         alignas(64) float buffer[PIECE * PANEL];
         for (long row = 0; row < rows; row += ROWS) {
             const long num = std::min(rows - row, ROWS);
-            Floats sums[PANEL / STRIPE][ROWS][2] = {};
+            Sums sums[ROWS] = {};
             for (long begin = 0; begin < width; begin += PIECE) {
                 const long count = std::min(width - begin, PIECE);
                 const W* piece = from + begin * PANEL;
-                fetch(piece + PIECE * PANEL, count * PANEL);
-                const float* floats = expanded(piece, count * PANEL, buffer);
-                for (long stripe = 0; stripe < PANEL / STRIPE; stripe++)
-                    adders[num - 1](x + row * width + begin, width, floats + stripe * STRIPE, count, sums[stripe]);
+                if (FETCHES) fetch(piece + PIECE * PANEL, count * PANEL);
+                adders[num - 1](x + row * width + begin, width, expanded(piece, count * PANEL, buffer), count, sums);
             }
             for (long i = 0; i < num; i++) {
                 float values[PANEL];
-                for (long stripe = 0; stripe < PANEL / STRIPE; stripe++)
-                    memcpy(values + stripe * STRIPE, sums[stripe][i], sizeof sums[stripe][i]);
+                memcpy(values, sums[i], sizeof values);
                 T* to = out + (row + i) * outputs + first;
                 for (long j = 0; j < num_outputs; j++)
                     to[j] = narrow<T>(scales == nullptr ? values[j] : values[j] * scales[first + j]);
