@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from golden_data import HERE
+from train_kit import argv
 
 from llava.train.arguments import TrainingArguments, parse_train_args
 
@@ -88,3 +91,29 @@ def test_the_recipe_s_benchmark_counts_what_follows_the_start(tmp_path: Path, mo
     assert packed.packing
     assert compiled.packing
     assert (packed.compile_layers, compiled.compile_layers) == (False, True)
+
+
+def test_single_steps_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(HERE)
+    steps = loaded("train_steps", monkeypatch)
+    steps.main(
+        ["--at", "2", "--steps", "1", "--out", str(tmp_path / "out"), "--", *argv(tmp_path / "run", max_steps=4)]
+    )
+    times, figures = (json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert len(times["milliseconds"]) == 2
+    assert min(times["milliseconds"]) > 0
+    assert figures["host_operations"] > 500
+    assert "aten::mm" in (tmp_path / "out" / "operations.txt").read_text()
+    trace = gzip.decompress((tmp_path / "out" / "trace.json.gz").read_bytes())
+    assert sum("backward" in event.get("name", "").lower() for event in json.loads(trace)["traceEvents"]) > 20
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    with pytest.raises(SystemExit, match="the run ended after 4 steps"):
+        steps.main(["--at", "9", "--", *argv(tmp_path / "run", max_steps=4)])
+
+
+def test_time_in_which_a_gpu_is_busy_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = loaded("train_steps", monkeypatch)
+    assert steps.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert steps.covered([]) == 0
