@@ -140,6 +140,7 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             compile_layers(model, backend="aot_eager", within_hooks=True)
         needed = memory_of(model, config)
         trained = [p for p in model.parameters() if p.requires_grad]
+        tower_learns = model.get_vision_tower().trainable
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.SGD(trained, lr=RATE),
@@ -154,7 +155,9 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
         engine.step()
         assert memory_of(model, config) == needed, "scattered weights count less"
         if compiled:
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "layers do not share a program"
+            # One of the decoder layers; and three of a tower's layer, which hooks of transformers' divide.
+            wanted, found = 4 if tower_learns else 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert found == wanted, f"{found} programs, not {wanted}: layers do not share them"
             assert nn.functional.linear is LINEAR, "DeepSpeed has put its own product in the place of torch's"
         weights = dict(model.named_buffers())
         for name, parameter in model.named_parameters():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ from llava.train.arguments import parse_train_args
 from llava.train.callbacks import log_line
 from llava.train.data import LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.memory import _activations, estimate, remedies, shape_of
+from llava.train.memory import _activations, _tower_activations, estimate, remedies, shape_of
 from llava.train.metrics import FlopsOf
 from llava.train.run import build_trainer
+from llava.train.speed import one_host_thread
 from llava.train.train import main, train
 
 EVAL: dict[str, Any] = {
@@ -308,12 +311,27 @@ def test_counted_memory_is_what_tensors_take(flags: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 def test_estimated_activations_are_near_what_is_kept(flags: dict[str, Any], tmp_path: Path) -> None:
-    trainer = trainer_for(argv(tmp_path, model_max_length=96, **flags))
+    trainer = trainer_for(argv(tmp_path, model_max_length=96, unfreeze_mm_vision_tower=True, **flags))
     model, shape = trainer.model, shape_of(trainer.model, trainer.args)
     if shape.checkpointing:
         model.gradient_checkpointing_enable()
+    model.train()
+    embeds = torch.randn(2, 96, shape.width, requires_grad=True)
+    language, tower = model.get_model(), model.get_vision_tower()
+    kept = bytes_kept(
+        lambda: language(inputs_embeds=embeds, use_cache=False).last_hidden_state, language.layers, **flags
+    )
+    assert kept == pytest.approx(_activations(shape), rel=0.15)
+    embeds = torch.randn(2, tower.num_patches + 1, tower.hidden_size, requires_grad=True)
+    encoder = tower.vision_tower.vision_model.encoder
+    kept = bytes_kept(lambda: encoder(embeds).last_hidden_state, encoder, **flags)
+    assert kept == pytest.approx(_tower_activations(model, shape, packed=False), rel=0.15)
+
+
+def bytes_kept(run: Callable[[], torch.Tensor], layers: torch.nn.Module, *, bf16: bool = False, **_: Any) -> int:
+    """What a forward pass keeps for its backward pass, weights and copies of weights not counted."""
     kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in layers.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -321,18 +339,31 @@ def test_estimated_activations_are_near_what_is_kept(flags: dict[str, Any], tmp_
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embeds = torch.randn(2, 96, shape.width, requires_grad=True)
-    model.train()
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=bool(flags.get("bf16"))),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        states = model.get_model()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    copied = [module.weight for module in model.get_model().layers.modules() if isinstance(module, torch.nn.Linear)]
-    measured = sum(kept.values()) - (2 * sum(weight.numel() for weight in copied) if flags.get("bf16") else 0)
-    expected = _activations(shape)
-    assert states.requires_grad
-    assert measured == pytest.approx(expected, rel=0.15)
+        assert run().requires_grad
+    copied = [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(kept.values()) - (2 * sum(weight.numel() for weight in copied) if bf16 else 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tiles"),
+    [
+        ({}, 1),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[[56, 112], [112, 112], [56, 168]]"}, 5),
+        ({"packing": True}, 4),  # six in ten of a row's 96 tokens, 16 to a tile
+    ],
+)
+def test_an_estimate_counts_the_tiles_of_a_tower_that_is_trained(
+    flags: dict[str, Any], tiles: int, tmp_path: Path
+) -> None:
+    trainer = trainer_for(argv(tmp_path, model_max_length=96, unfreeze_mm_vision_tower=True, **flags))
+    model, shape = trainer.model, shape_of(trainer.model, trainer.args)
+    one = trainer_for(argv(tmp_path, model_max_length=96, unfreeze_mm_vision_tower=True))
+    of_one = _tower_activations(one.model, shape, packed=False)
+    assert _tower_activations(model, shape, packed=trainer.args.packing) == tiles * of_one > 0
 
 
 def test_an_estimate_before_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -355,3 +386,30 @@ def test_remedies_help(tmp_path: Path) -> None:
         other = build_trainer(*parse_train_args([*words, *flags.split()]))
         assert before - estimate(other.model, other.args).peak == pytest.approx(saved)
     assert list(advised.values()) == sorted(advised.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "variable", "expected"),
+    [
+        ({"device": "cuda"}, None, 1),
+        ({"device": "cuda"}, "3", 3),  # as torchrun sets it, or its user
+        ({"device": "cuda", "deepspeed": "zero3_offload.json"}, None, 3),
+        ({"device": "cuda", "fsdp": "full_shard offload"}, None, 3),
+        ({"device": "cpu"}, None, 3),
+    ],
+)
+def test_beside_a_gpu_the_cores_are_the_loaders(
+    run: dict[str, str], variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": "", **run, "device": torch.device(run["device"])})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_host_thread(args):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

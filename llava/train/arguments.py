@@ -117,7 +117,9 @@ class TrainingArguments(transformers.TrainingArguments):
         False, "Put several samples into one row without padding; a batch of --per_device_train_batch_size N is N rows."
     )
     pack_length: int | None = _opt(None, "With --packing: longest row in tokens; if not given, --model_max_length.")
-    compile_layers: bool = _opt(False, "Compile the language model's layers; needs a GPU, or a C++ compiler.")
+    compile_layers: bool = _opt(
+        False, "Compile the layers of the language model, and of a tower that learns; needs a GPU, or a C++ compiler."
+    )
     keep_activations: float | None = _opt(
         None,
         "With --compile_layers, in place of --gradient_checkpointing: how much to keep for the backward pass, 0 to 1.",

@@ -38,7 +38,7 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
-from llava.train.speed import let_fetches_run_ahead, uses_zero3
+from llava.train.speed import let_fetches_run_ahead, one_host_thread, uses_zero3
 from llava.train.validation import answer_samples, write_answers
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class LLaVATrainer(Trainer):
             torch.cuda.reset_peak_memory_stats()
         self.throughput = Throughput(self.model, device=self.args.device, matmul_rate=rate)
         try:
-            return super().train(*args, **kwargs)
+            with one_host_thread(self.args):
+                return super().train(*args, **kwargs)
         finally:
             self.throughput.close()
             self.throughput = None

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from llava.geometry import ImagePolicy
 from llava.model.config import language_model_type
 from llava.model.llava_arch import PLAIN_DECODERS, LlavaMetaForCausalLM
 from llava.model.loss import CHUNK_VALUES, can_fuse
@@ -22,8 +23,12 @@ from llava.train.metrics import MATMULS, base_model, language_model, vision_towe
 
 GIB = 2**30
 
-# Weights that ZeRO-3 holds gathered at a time (stage3_max_live_parameters, as its documentation and ours set it).
+# The share of a packed row's tokens that are pictures', in data like LLaVA's own.
+_PICTURES = 0.6
+
+# Weights that ZeRO-3 holds gathered at a time, where its file does not say it.
 _ZERO3_LIVE = 10**9
+_ZERO3_BUCKETS = ("stage3_prefetch_bucket_size", "reduce_bucket_size")
 
 # Bytes of state per trained value, by the beginning of the optimizer's name; None: two states in the weight's precision.
 _STATE_BYTES: dict[str, float | None] = {
@@ -114,7 +119,7 @@ def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
         gradients=trained_bytes / (ranks if stage >= 2 else 1),
         optimizer=states / (ranks if stage >= 1 else 1),
         copies=_copies(model, args, shape, stage),
-        activations=_activations(shape) + _tower_activations(model, shape),
+        activations=_activations(shape) + _tower_activations(model, shape, packed=args.packing),
         working=shape.batch * shape.tokens * _working_bytes_per_token(shape),
         logits=_logits(shape),
     )
@@ -133,8 +138,9 @@ def _numel(weight: nn.Parameter) -> int:
 def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
-        gathered = min(_ZERO3_LIVE, sum(map(_numel, model.parameters()))) + _kept_gathered(model, shape)
-        buckets = [zero.get(name) for name in ("stage3_prefetch_bucket_size", "reduce_bucket_size")]
+        limit, *buckets = (zero.get(name) for name in ("stage3_max_live_parameters", *_ZERO3_BUCKETS))
+        live = limit if isinstance(limit, int | float) else _ZERO3_LIVE
+        gathered = min(live, sum(map(_numel, model.parameters()))) + _kept_gathered(model, shape)
         return shape.compute_bytes * (gathered + sum(size for size in buckets if isinstance(size, int | float)))
     if shape.compute_bytes >= 4:
         return 0
@@ -258,24 +264,33 @@ def _logits(shape: Shape) -> float:
     return min(CHUNK_VALUES, values) * (4 + shape.compute_bytes) + gradient
 
 
-def _tower_activations(model: nn.Module, shape: Shape) -> float:
-    """Of a tower that is trained, for one picture of one tile per sequence; a frozen one keeps nothing."""
+def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float:
+    """Of a tower that is trained, whose layers are CLIP's; a frozen one keeps nothing."""
     tower = vision_tower(model)
     if tower is None or not any(p.requires_grad for p in tower.parameters()):
         return 0.0
-    config = tower.config
-    per_tile = replace(
-        shape,
-        tokens=tower.num_patches + 1,
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        key_value_width=config.hidden_size,
-        mlp_width=config.intermediate_size,
-        checkpointing=False,
-        keep=None,
-        adapter_bytes=0,
-    )
-    return _activations(per_tile)
+    num_tiles = shape.batch * _tiles_per_sequence(base_model(model).image_policy(), shape, packed=packed)
+    config, compute = tower.config, shape.compute_bytes
+    layer_input = config.hidden_size * max(tower.dtype.itemsize, compute)
+    products = compute * (
+        6 * config.hidden_size + 2 * config.intermediate_size
+    )  # two norms, queries, keys, values, output
+    if shape.keep is not None:
+        per_token = layer_input + shape.keep * products
+    elif shape.checkpointing:
+        per_token = layer_input
+    else:
+        per_token = 2 * layer_input + products + compute * config.intermediate_size  # which the gate's function keeps
+    return num_tiles * (tower.num_patches + 1) * config.num_hidden_layers * per_token
+
+
+def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:
+    """Of a sample with one picture, as many tiles as it may have; of a packed row, as many as are usual."""
+    tile_area = policy.tile_size**2
+    tiles = 1 + max((size.width * size.height // tile_area for size in policy.pinpoints), default=0)
+    if policy.mode != "anyres":
+        tiles = 1
+    return max(tiles, round(_PICTURES * shape.tokens / policy.features_per_tile)) if packed else tiles
 
 
 def sharding(args: Any) -> tuple[int, int]:

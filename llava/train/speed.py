@@ -1,9 +1,10 @@
-"""The language model's layers compiled for training, and how much of what they compute is kept for the backward pass.
+"""What lets a GPU train at its rate: a model's layers compiled, as much of what they compute kept as there is room for, and
+a host that is not in the way.
 
 In: a model, and the arguments of its run. Out: the same model, whose layers run as compiled programs: their many small
 operations (norms, rotations, gates, sums) become a few, which is most of what keeps a GPU from its rate in training.
-Layers are alike, so one is compiled and all use it; images and the splice, whose shapes change from batch to batch, stay
-as they are.
+Layers are alike, so one is compiled and all use it. The language model's are, and those of a vision tower that learns; the
+splice, whose shapes change from batch to batch, stays as it is.
 
 Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers rather than around each of their
 parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks. A frozen vision tower is
@@ -17,7 +18,9 @@ input only, as gradient checkpointing does, and 1 everything that is worth it. W
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,9 +51,11 @@ def compile_layers(
     backend: str | Callable[..., Any] = "inductor",
     within_hooks: bool = False,
 ) -> None:
-    """Compile each decoder layer, at its first call. `dynamic` promises that lengths will vary, as packed rows do.
+    """Compile each layer that learns or comes after those that do, at its first call. `dynamic` promises that lengths will
+    vary, as packed rows do.
 
-    `within_hooks` leaves hooks around a layer out of the program, which DeepSpeed's need.
+    `within_hooks` leaves hooks around a decoder layer out of the program, which DeepSpeed's need. A tower's always stay
+    outside: transformers' own take the hidden states there that the projector reads.
     """
     if keep is not None:
         # Read when a layer is compiled; there is no other way to pass it on.
@@ -60,6 +65,35 @@ def compile_layers(
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:
             layer.compile(backend=backend, dynamic=dynamic)
+    for layer in _learning_layers(vision_tower(model), whole=within_hooks):
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
+
+
+def _learning_layers(tower: Any, *, whole: bool) -> list[nn.Module]:
+    """Layers of a vision tower with weights that are trained: not the one after the layer that is read. `whole`: only those
+    that ZeRO-3 fetches as one, since the others have its hooks inside."""
+    if tower is None or not tower.trainable:
+        return []
+    layers = _parts_of_tower(tower) if whole else [layer for layers in encoder_layers(tower) for layer in layers]
+    return [layer for layer in layers if any(weight.requires_grad for weight in layer.parameters())]
+
+
+@contextmanager
+def one_host_thread(args: Any) -> Iterator[None]:
+    """Keep torch to one thread on the host while a GPU trains.
+
+    What is left to the host is laying out ids and counting tokens, which is over in microseconds; but torch divides any
+    tensor of 32,768 numbers among as many threads as there are cores, where loader processes run, and each such operation
+    waits for the last of them, for milliseconds. torchrun sets OMP_NUM_THREADS for this reason, which is heeded here, as
+    are DeepSpeed and FSDP, which may leave the optimizer's work to the host.
+    """
+    needed = args.device.type != "cuda" or args.deepspeed or args.fsdp or "OMP_NUM_THREADS" in os.environ
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if needed else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def uses_zero3(args: Any) -> bool:
