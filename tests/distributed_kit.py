@@ -155,8 +155,8 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
         engine.step()
         assert memory_of(model, config) == needed, "scattered weights count less"
         if compiled:
-            # One of the decoder layers; and three of a tower's layer, which hooks of transformers' divide.
-            wanted, found = 4 if tower_learns else 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            # One of the decoder layers, and one of a tower's.
+            wanted, found = 2 if tower_learns else 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]
             assert found == wanted, f"{found} programs, not {wanted}: layers do not share them"
             assert nn.functional.linear is LINEAR, "DeepSpeed has put its own product in the place of torch's"
         weights = dict(model.named_buffers())

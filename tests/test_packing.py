@@ -424,8 +424,10 @@ def test_compiled_layers_give_the_same_loss_and_gradients(tmp_path: Path) -> Non
     finally:
         torch._functorch.config.activation_memory_budget = budget
         torch._dynamo.reset()
-    # One for all decoder layers, and for rows of all lengths; a layer of the tower is three, around hooks of transformers'.
-    assert programs == [4, 4]
+    assert programs == [
+        2,
+        2,
+    ]  # one of decoder layers, one of a tower's, for rows of all lengths and any number of images
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ def watching(record: Trace) -> Iterator[None]:
 
         if tower is not None:
             hook(tower.register_forward_pre_hook(see_pixels(record)))
-            hook(tower.vision_tower.register_forward_hook(see_tower(record, tower)))
             for module in (tower, inner.mm_projector):
                 _time(record, module, "vision tower" if module is tower else "projector", hook)
+            see_tower(record, tower, hook)  # later, so that its work is not timed
             watch_projector(record, inner.mm_projector, hook)
             wrap(stack, model, "image_features", see_image_features(record))
             wrap(stack, model, "_splice_batch", see_splice(record))

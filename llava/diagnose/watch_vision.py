@@ -35,8 +35,15 @@ def see_pixels(record: Trace) -> Callable[..., None]:
     return see
 
 
-def see_tower(record: Trace, tower: Any) -> Callable[..., None]:
-    def see(module: nn.Module, args: Any, output: Any) -> None:
+def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
+    """Once the tower has made its features, all of its hidden states, for which the whole of it is run once more."""
+    pixels: list[Tensor] = []
+
+    def see_pass(module: nn.Module, args: Any) -> None:
+        pixels[:] = args[:1]
+
+    def see(module: nn.Module, args: Any, features: Any) -> None:
+        output = tower.vision_tower(pixels[0], output_hidden_states=True)
         states = output.hidden_states
         chosen = tower.select_layer % len(states)
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
@@ -65,7 +72,8 @@ def see_tower(record: Trace, tower: Any) -> Callable[..., None]:
         check_finite(seen, facts)
         record.note(seen, hidden_states=states, features=selected, tower=tower)
 
-    return see
+    hook(tower.before_layers()[0].register_forward_pre_hook(see_pass))
+    hook(tower.register_forward_hook(see))
 
 
 def watch_projector(record: Trace, projector: nn.Module, hook: Callable[[Any], None]) -> None:

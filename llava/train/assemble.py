@@ -19,7 +19,7 @@ from llava.geometry import parse_pinpoints
 from llava.model.config import LlavaSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
-from llava.train.metrics import encoder_layers
+from llava.train.metrics import parts_run
 from llava.train.save import smart_tokenizer_and_embedding_resize
 
 logger = logging.getLogger(__name__)
@@ -160,15 +160,9 @@ def unfreeze_tower(tower: Any) -> None:
 
     A trained parameter without a gradient would stop a distributed run, which waits for the gradients of all.
     """
-    vision_model = tower.vision_tower
-    vision_model.requires_grad_(True)
-    for layers in encoder_layers(tower):
-        used = tower.select_layer % (len(layers) + 1)  # of the hidden states: the embeddings, then each layer's
-        for layer in layers[used:]:
-            layer.requires_grad_(False)
-    for name, module in vision_model.named_modules():
-        if name.rsplit(".", 1)[-1] in ("post_layernorm", "head"):
-            module.requires_grad_(False)
+    tower.requires_grad_(False)
+    for part in parts_run(tower):
+        part.requires_grad_(True)
 
 
 def cast_weights(model: nn.Module, training_args: TrainingArguments) -> None:

@@ -156,7 +156,8 @@ def _kept_gathered(model: nn.Module, shape: Shape) -> int:
     tower = vision_tower(model)
     if shape.keep is None:
         return 0
-    parts = ("mm_projector", "vision_tower") if tower is not None and tower.trainable else ("mm_projector",)
+    uncompiled = tower is not None and tower.trainable and not tower.passes_once
+    parts = ("mm_projector", "vision_tower") if uncompiled else ("mm_projector",)
     return sum(_numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
@@ -280,8 +281,9 @@ def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float
     elif shape.checkpointing:
         per_token = layer_input
     else:
-        per_token = 2 * layer_input + products + compute * config.intermediate_size  # which the gate's function keeps
-    return num_tiles * (tower.num_patches + 1) * config.num_hidden_layers * per_token
+        casts = 2 * config.hidden_size * compute if compute < tower.dtype.itemsize else 0  # for keys and values anew
+        per_token = 2 * layer_input + products + casts + compute * config.intermediate_size  # in the gate's function
+    return num_tiles * (tower.num_patches + 1) * len(tower.layers_read()) * per_token
 
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:

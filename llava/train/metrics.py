@@ -45,7 +45,7 @@ class Throughput:
         inner, tower = language_model(self.model), vision_tower(self.model)
         handles = [inner.register_forward_pre_hook(self._see_sequences, with_kwargs=True)]
         if tower is not None:
-            handles.append(tower.vision_tower.register_forward_pre_hook(self._see_tiles, with_kwargs=True))
+            handles.append(tower.before_layers()[0].register_forward_pre_hook(self._see_tiles))
         return handles
 
     def close(self) -> None:
@@ -81,10 +81,9 @@ class Throughput:
             self._add(_TOKENS, states.shape[0] * states.shape[1])
             self._add(_SQUARES, states.shape[0] * states.shape[1] ** 2)
 
-    def _see_tiles(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        if self.model.training and isinstance(pixels, Tensor):
-            self._add(_TILES, pixels.shape[0])
+    def _see_tiles(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.model.training:
+            self._add(_TILES, args[0].shape[0])
 
     @torch.no_grad()
     def _add(self, what: int, count: Tensor | float) -> None:
@@ -142,6 +141,7 @@ class FlopsOf:
         """Counted from a model's weights and from what of it is trained."""
         tower = vision_tower(model)
         in_tower = set(tower.modules()) if tower is not None else set()
+        run = {module for part in parts_run(tower) for module in part.modules()}
         trains_tower = any(module.weight.requires_grad for module in in_tower if isinstance(module, MATMULS))
         per_token = per_patch = 0.0
         for name, module in model.named_modules():
@@ -152,7 +152,7 @@ class FlopsOf:
                 per_patch += cost
             else:
                 per_token += cost
-        for module in in_tower:
+        for module in run:
             if isinstance(module, MATMULS):
                 trained = _WEIGHT_GRADIENT * module.weight.requires_grad
                 per_patch += _weights(module) * (_FORWARD + _INPUT_GRADIENT * trains_tower + trained)
@@ -187,12 +187,9 @@ def vision_tower(model: Any) -> Any:
     return base.get_vision_tower() if hasattr(base, "get_vision_tower") else None
 
 
-def encoder_layers(tower: Any) -> list[nn.ModuleList]:
-    """The stack of layers of a vision tower, or the stacks of one that has several."""
-    named = tower.vision_tower.named_modules()
-    return [
-        module for name, module in named if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "layers"
-    ]
+def parts_run(tower: Any) -> list[nn.Module]:
+    """What of a vision tower makes features of pixels, in order; what lies behind the layer that is read does not."""
+    return [*tower.before_layers(), *tower.layers_read()] if tower is not None else []
 
 
 def peak_memory() -> int:

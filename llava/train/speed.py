@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from llava.errors import InputError
-from llava.train.metrics import encoder_layers, language_model, vision_tower
+from llava.train.metrics import language_model, vision_tower
 
 FETCHES_UNDER_WAY = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
@@ -51,31 +51,23 @@ def compile_layers(
     backend: str | Callable[..., Any] = "inductor",
     within_hooks: bool = False,
 ) -> None:
-    """Compile each layer that learns or comes after those that do, at its first call. `dynamic` promises that lengths will
-    vary, as packed rows do.
+    """Compile the decoder layers, and those of a tower that is trained, each at its first call. `dynamic` promises that
+    lengths will vary, as packed rows do.
 
-    `within_hooks` leaves hooks around a decoder layer out of the program, which DeepSpeed's need. A tower's always stay
-    outside: transformers' own take the hidden states there that the projector reads.
+    `within_hooks` leaves hooks around a layer out of the program, which DeepSpeed's need.
     """
     if keep is not None:
         # Read when a layer is compiled; there is no other way to pass it on.
         torch._functorch.config.activation_memory_budget = keep
-    for layer in language_model(model).layers:
+    tower = vision_tower(model)
+    in_tower = tower.layers_read() if tower is not None and tower.trainable else []
+    if within_hooks and in_tower and not tower.passes_once:  # they have hooks inside
+        in_tower = []
+    for layer in [*language_model(model).layers, *in_tower]:
         if within_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:
             layer.compile(backend=backend, dynamic=dynamic)
-    for layer in _learning_layers(vision_tower(model), whole=within_hooks):
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
-
-
-def _learning_layers(tower: Any, *, whole: bool) -> list[nn.Module]:
-    """Layers of a vision tower with weights that are trained: not the one after the layer that is read. `whole`: only those
-    that ZeRO-3 fetches as one, since the others have its hooks inside."""
-    if tower is None or not tower.trainable:
-        return []
-    layers = _parts_of_tower(tower) if whole else [layer for layers in encoder_layers(tower) for layer in layers]
-    return [layer for layer in layers if any(weight.requires_grad for weight in layer.parameters())]
 
 
 @contextmanager
@@ -164,20 +156,13 @@ def let_fetches_run_ahead(engine: Any) -> None:
 
 
 def _parts_of_tower(tower: Any) -> list[nn.Module]:
-    """What hooks go around: all of a frozen tower, which has nothing to fetch, and the layers of another, but for some.
+    """What hooks go around: all of a frozen tower, which has nothing to fetch, and the layers of another.
 
-    DeepSpeed notices by a layer's output when its gradients come, and takes them after its first backward pass. But
-    transformers notes the hidden state that the projector reads within its layer, before that output; and a layer that has
-    looked at several scales has several passes.
+    DeepSpeed notices by a layer's output when its gradients come, and takes them after its first backward pass. A layer
+    that has looked at several scales has several.
     """
     if tower is None:
         return []
     if not tower.trainable:
         return [tower]
-    if not tower.passes_once:
-        return []
-    found = []
-    for layers in encoder_layers(tower):
-        read = tower.select_layer % (len(layers) + 1) - 1
-        found += [layer for number, layer in enumerate(layers) if number != read]
-    return found
+    return tower.layers_read() if tower.passes_once else []

@@ -8,7 +8,7 @@ The image processor is in image_processor.py; which tower a checkpoint means is 
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,11 @@ class CLIPVisionTower(nn.Module):
         if not delay_load:
             self.load_model()
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """transformers' name for what stays on one device where a model is spread."""
+        return {type(self).__name__}
+
     # What differs between families of towers.
 
     def config_class(self) -> Any:
@@ -93,6 +98,11 @@ class CLIPVisionTower(nn.Module):
 
     def read_image_processor(self, name: str) -> ClipImageProcessor:
         return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
+
+    def before_layers(self) -> list[nn.Module]:
+        """What makes the first hidden state of pixels, in order."""
+        vision_model = self._vision_model()
+        return [vision_model.embeddings, vision_model.pre_layrnorm]
 
     # The same for all of them.
 
@@ -119,15 +129,30 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower.eval()
         self.is_loaded = True
 
-    def feature_select(self, image_forward_outs: Any) -> Tensor:
-        """The chosen layer's hidden states, without the class feature unless `cls_patch` asks for it."""
-        states = image_forward_outs.hidden_states
-        if not -len(states) <= self.select_layer < len(states):
+    def _vision_model(self) -> Any:
+        assert self.vision_tower is not None, "the tower's weights were not loaded"
+        return self.vision_tower.vision_model
+
+    def layers_read(self) -> list[nn.Module]:
+        """The layers before the hidden state that the projector reads: those that are run."""
+        return list(islice(self._vision_model().encoder.layers, self._state_read(self.config.num_hidden_layers + 1)))
+
+    def _state_read(self, num_states: int) -> int:
+        """Number of the hidden state that is read, counted from 0, which no layer has seen."""
+        if not -num_states <= self.select_layer < num_states:
             raise InputError(
-                f"mm_vision_select_layer is {self.select_layer}, but the tower has {len(states)} hidden states "
-                f"(-{len(states)} to {len(states) - 1})"
+                f"mm_vision_select_layer is {self.select_layer}, but the tower has {num_states} hidden states "
+                f"(-{num_states} to {num_states - 1})"
             )
-        features = states[self.select_layer]  # (N, 1 + P, V), or (N, P, V) from a family without a class feature
+        return self.select_layer % num_states
+
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """The features among what the whole model gives where it is called with `output_hidden_states=True`."""
+        states = image_forward_outs.hidden_states
+        return self._without_class_feature(states[self._state_read(len(states))])
+
+    def _without_class_feature(self, features: Tensor) -> Tensor:
+        """(N, 1 + P, V), or (N, P, V) from a family without a class feature; unless `cls_patch` asks for it."""
         if self.select_feature == "patch":
             return features[:, 1:] if self.has_class_token else features
         if self.select_feature == "cls_patch" and self.has_class_token:
@@ -136,12 +161,17 @@ class CLIPVisionTower(nn.Module):
         raise InputError(f"unknown mm_vision_select_feature {self.select_feature!r} for this tower; known: {known}")
 
     def forward_feature(self, images: Tensor) -> Tensor:
-        """Features of one batch of tiles, (N, 3, H, W) -> (N, P, V)."""
-        assert self.vision_tower is not None, "the tower's weights were not loaded"
-        image_forward_outs = self.vision_tower(
-            images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
-        )
-        return self.feature_select(image_forward_outs)
+        """Features of one batch of tiles, (N, 3, H, W) -> (N, P, V).
+
+        Layers behind the one that is read are not run, and no hidden state outlives the next one: transformers' own
+        forward pass would compute all of them and keep them until its end.
+        """
+        states = images.to(device=self.device, dtype=self.dtype)
+        for module in self.before_layers():
+            states = module(states)
+        for layer in self.layers_read():
+            states = layer(states, None)  # no attention mask
+        return self._without_class_feature(states)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Features of a batch; a list of single images gives a list, as callers of the original expect."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
@@ -21,3 +23,6 @@ class SigLipVisionTower(CLIPVisionTower):
         from transformers import SiglipVisionModel
 
         return SiglipVisionModel
+
+    def before_layers(self) -> list[nn.Module]:
+        return [self._vision_model().embeddings]
