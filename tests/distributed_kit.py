@@ -37,6 +37,11 @@ RATE = 0.1
 LINEAR = nn.functional.linear
 # Per rank; a text-only row owns one (black) image, as the data set gives it.
 BATCHES = (batch_of((20, 0), (5, 0), (9, 0), seed=1), batch_of((9, 1), (4, 2), seed=2))
+# Pictures of several tiles, whose rows of features end in a learned newline; a black image is one plain tile.
+TILED = (BATCHES[0], batch_of((9, 1), (4, 2), seed=2, tiles=3))
+ANYRES = {
+    "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56], [56, 28]]
+}  # fmt: skip
 # What is trained, and how the model is called.
 CASES: dict[str, tuple[str, dict[str, bool]]] = {
     "full": ("all", {}),
@@ -44,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, bool]]] = {
     "full, packed": ("all", {"loss_only": True, "packed": True}),
     "with tower": ("tower", {"loss_only": True}),
     "projector": ("projector", {"loss_only": True, "packed": True}),
+    "tiles": ("all", {"loss_only": True, "packed": True}),
 }
 
 
@@ -58,14 +64,24 @@ def model_for(folder: Path, trained: str) -> Any:
     return model
 
 
+def case_of(name: str, folder: Path) -> tuple[Path, str, tuple[dict[str, Any], ...]]:
+    """The model's folder, what of it is trained, and each rank's batch."""
+    trained, options = CASES[name]
+    tiled = name == "tiles"
+    batches = tuple({**batch, **options} for batch in (TILED if tiled else BATCHES))
+    return folder / ("tiled" if tiled else "model"), trained, batches
+
+
 def expected(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Weights after one step down the mean of both ranks' losses, by case."""
     results = {}
-    for name, (trained, _) in CASES.items():
-        model = model_for(folder, trained)
+    for name, (_, options) in CASES.items():
+        model_folder, trained, batches = case_of(name, folder)
+        model = model_for(model_folder, trained)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
-        for batch in BATCHES:
-            (model(**batch)["loss"] / len(BATCHES)).backward()
+        for batch in batches:
+            plainly = {key: value for key, value in batch.items() if key not in options}
+            (model(**plainly)["loss"] / len(batches)).backward()
         optimizer.step()
         results[name] = {key: value.clone() for key, value in model.named_parameters()}
     return results
@@ -195,9 +211,8 @@ def main(strategies: list[str], folder: Path, rank: int) -> None:
     right = torch.load(folder / "expected.pt")
     for strategy in strategies:
         for name in cases_of(strategy):
-            trained, options = CASES[name]
-            model = model_for(folder / "model", trained)
-            weights = STRATEGIES[strategy](model, {**BATCHES[rank], **options})
+            model_folder, trained, batches = case_of(name, folder)
+            weights = STRATEGIES[strategy](model_for(model_folder, trained), batches[rank])
             for key, weight in right[name].items():
                 torch.testing.assert_close(weights[key], weight, atol=1e-5, rtol=1e-4, msg=f"{strategy}, {name}: {key}")
             print(f"{strategy}, {name}: equal", flush=True)
@@ -206,7 +221,8 @@ def main(strategies: list[str], folder: Path, rank: int) -> None:
 
 def prepare(folder: Path) -> None:
     tiny.build(folder / "model")
-    torch.save(expected(folder / "model"), folder / "expected.pt")
+    tiny.build(folder / "tiled", **ANYRES)
+    torch.save(expected(folder), folder / "expected.pt")
 
 
 if __name__ == "__main__":

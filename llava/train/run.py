@@ -115,6 +115,8 @@ def build_trainer(
         f"{len(data_module['train_dataset']):,} samples; template {model_args.version}"
     )
     prepare_layers(model, training_args)
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # every trained weight takes part in every batch
     return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
 
 
