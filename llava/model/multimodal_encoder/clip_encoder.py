@@ -79,11 +79,6 @@ class CLIPVisionTower(nn.Module):
         if not delay_load:
             self.load_model()
 
-    @property
-    def _no_split_modules(self) -> set[str]:
-        """transformers' name for what stays on one device where a model is spread."""
-        return {type(self).__name__}
-
     # What differs between families of towers.
 
     def config_class(self) -> Any:
