@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,26 +388,35 @@ def test_remedies_help(tmp_path: Path) -> None:
     assert list(advised.values()) == sorted(advised.values(), reverse=True)
 
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
 @pytest.mark.parametrize(
-    ("run", "variable", "expected"),
+    ("flags", "variable", "expected"),
     [
-        ({"device": "cuda"}, None, 1),
-        ({"device": "cuda"}, "3", 3),  # as torchrun sets it, or its user
-        ({"device": "cuda", "deepspeed": "zero3_offload.json"}, None, 3),
-        ({"device": "cuda", "fsdp": "full_shard offload"}, None, 3),
-        ({"device": "cpu"}, None, 3),
+        ({}, None, 1),
+        ({}, "3", 3),  # as torchrun sets it, or its user
+        ({"deepspeed": str(SCRIPTS / "zero2.json")}, None, 1),
+        ({"deepspeed": str(SCRIPTS / "zero3_offload.json")}, None, 3),
+        ({"fsdp": "full_shard"}, None, 1),
+        ({"fsdp": "full_shard offload"}, None, 3),
     ],
 )
 def test_beside_a_gpu_the_cores_are_the_loaders(
-    run: dict[str, str], variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, str], variable: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "deepspeed" in flags:
+        pytest.importorskip("deepspeed")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": "", **run, "device": torch.device(run["device"])})
+    _, _, args = parse_train_args(argv(tmp_path, **flags))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
+        with one_host_thread(args):
+            assert torch.get_num_threads() == 3  # on a CPU all of them compute
+        monkeypatch.setattr(type(args), "device", torch.device("cuda"))
         with one_host_thread(args):
             assert torch.get_num_threads() == expected
         assert torch.get_num_threads() == 3

@@ -76,16 +76,23 @@ def one_host_thread(args: Any) -> Iterator[None]:
 
     What is left to the host is laying out ids and counting tokens, which is over in microseconds; but torch divides any
     tensor of 32,768 numbers among as many threads as there are cores, where loader processes run, and each such operation
-    waits for the last of them, for milliseconds. torchrun sets OMP_NUM_THREADS for this reason, which is heeded here, as
-    are DeepSpeed and FSDP, which may leave the optimizer's work to the host.
+    waits for the last of them, for milliseconds. torchrun sets OMP_NUM_THREADS for this reason, which is heeded here. A run
+    that leaves the optimizer's work to the host keeps its threads.
     """
-    needed = args.device.type != "cuda" or args.deepspeed or args.fsdp or "OMP_NUM_THREADS" in os.environ
     before = torch.get_num_threads()
-    torch.set_num_threads(before if needed else 1)
+    keeps = args.device.type != "cuda" or _works_on_host(args) or "OMP_NUM_THREADS" in os.environ
+    torch.set_num_threads(before if keeps else 1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _works_on_host(args: Any) -> bool:
+    """Whether DeepSpeed or FSDP keep the optimizer's states in main memory."""
+    if args.deepspeed:
+        return bool(args.hf_deepspeed_config.is_offload())
+    return bool(args.fsdp and args.fsdp_config.get("cpu_offload"))
 
 
 def uses_zero3(args: Any) -> bool:
