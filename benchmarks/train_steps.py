@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.train.arguments import parse_train_args
-from llava.train.launch import is_first_process
+from llava.train.launch import is_first_process, part_together
 from llava.train.run import build_trainer
 
 ROWS = 60  # of operations.txt
@@ -43,12 +44,10 @@ class Look(TrainerCallback):
         self.profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if len(self.began) < self.at:
+        if state.global_step <= self.at:
             self.began.append(time.perf_counter())
-        elif state.global_step == self.at:
-            self.began.append(time.perf_counter())
-            if is_first_process():
-                self.profiler.start()
+        if state.global_step == self.at and is_first_process():
+            self.profiler.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.at + self.steps:
@@ -58,12 +57,11 @@ class Look(TrainerCallback):
 
     def milliseconds(self) -> list[float]:
         """Of each step before those looked at, its wait for data included."""
-        return [round(1000 * (end - begin), 1) for begin, end in zip(self.began, self.began[1:], strict=False)]
+        return [round(1000 * (end - begin), 1) for begin, end in pairwise(self.began)]
 
     def figures(self) -> dict[str, float]:
         """Of one of the steps looked at, on average."""
-        events = self.profiler.events() or []
-        events = [event for event in events if not getattr(event, "is_user_annotation", False)]
+        events = [event for event in self.profiler.events() or [] if not event.is_user_annotation]
         on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
         busy = covered((event.time_range.start, event.time_range.end) for event in on_gpu)
         return {
@@ -91,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.at < 1 or options.steps < 1:
         parser.error("--at and --steps count steps, from 1")
-    trainer = build_trainer(*parse_train_args(options.flags))
+    trainer = build_trainer(*parse_train_args([*options.flags, "--save_strategy", "no"]))
     look = Look(options.at, options.steps)
     trainer.add_callback(look)
     trainer.train()
+    part_together()
     if not is_first_process():
         return
     if trainer.state.global_step < options.at + options.steps:
@@ -105,10 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(look.figures()))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        averages = look.profiler.key_averages()
-        orders = dict.fromkeys(("self_cpu_time_total", order))
-        tables = [averages.table(sort_by=name, row_limit=ROWS, max_name_column_width=90) for name in orders]
+        averages, clocks = look.profiler.key_averages(), ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        orders = [f"self_{clock}_time_total" for clock in clocks]
+        tables = [averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=90) for order in orders]
         (options.out / "operations.txt").write_text("\n".join(tables), encoding="utf-8")
         look.profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
 

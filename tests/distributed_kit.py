@@ -64,24 +64,20 @@ def model_for(folder: Path, trained: str) -> Any:
     return model
 
 
-def case_of(name: str, folder: Path) -> tuple[Path, str, tuple[dict[str, Any], ...]]:
-    """The model's folder, what of it is trained, and each rank's batch."""
-    trained, options = CASES[name]
-    tiled = name == "tiles"
-    batches = tuple({**batch, **options} for batch in (TILED if tiled else BATCHES))
-    return folder / ("tiled" if tiled else "model"), trained, batches
+def case_of(name: str, folder: Path) -> tuple[Any, tuple[dict[str, Any], ...]]:
+    """The model, and each rank's batch."""
+    place, batches = ("tiled", TILED) if name == "tiles" else ("model", BATCHES)
+    return model_for(folder / place, CASES[name][0]), batches
 
 
 def expected(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Weights after one step down the mean of both ranks' losses, by case."""
     results = {}
-    for name, (_, options) in CASES.items():
-        model_folder, trained, batches = case_of(name, folder)
-        model = model_for(model_folder, trained)
+    for name in CASES:
+        model, batches = case_of(name, folder)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
         for batch in batches:
-            plainly = {key: value for key, value in batch.items() if key not in options}
-            (model(**plainly)["loss"] / len(batches)).backward()
+            (model(**batch)["loss"] / len(batches)).backward()
         optimizer.step()
         results[name] = {key: value.clone() for key, value in model.named_parameters()}
     return results
@@ -211,8 +207,8 @@ def main(strategies: list[str], folder: Path, rank: int) -> None:
     right = torch.load(folder / "expected.pt")
     for strategy in strategies:
         for name in cases_of(strategy):
-            model_folder, trained, batches = case_of(name, folder)
-            weights = STRATEGIES[strategy](model_for(model_folder, trained), batches[rank])
+            model, batches = case_of(name, folder)
+            weights = STRATEGIES[strategy](model, {**batches[rank], **CASES[name][1]})
             for key, weight in right[name].items():
                 torch.testing.assert_close(weights[key], weight, atol=1e-5, rtol=1e-4, msg=f"{strategy}, {name}: {key}")
             print(f"{strategy}, {name}: equal", flush=True)

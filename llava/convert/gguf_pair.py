@@ -290,8 +290,7 @@ class GgufPair:
 
 def feature_layer(source: Source) -> int:
     """The layer whose output is taken, counted from the embeddings as 0."""
-    layer = source.settings.vision.select_layer
-    return layer if layer >= 0 else source.model.get_vision_tower().config.num_hidden_layers + 1 + layer
+    return source.model.get_vision_tower().state_read
 
 
 def interleave(rows: Tensor, num_heads: int) -> Tensor:

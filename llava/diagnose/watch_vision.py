@@ -45,7 +45,7 @@ def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
     def see(module: nn.Module, args: Any, features: Any) -> None:
         output = tower.vision_tower(pixels[0], output_hidden_states=True)
         states = output.hidden_states
-        chosen = tower.select_layer % len(states)
+        chosen = tower.state_read
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
         selected = tower.feature_select(output)
         facts = figures(selected)

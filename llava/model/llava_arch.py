@@ -28,7 +28,7 @@ from llava.model.adapter import load_marker_rows, load_projector
 from llava.model.attention import packed_arguments
 from llava.model.config import LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
-from llava.model.merge import merge_tiles
+from llava.model.merge import merge_tiles, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -178,19 +178,18 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
 
         `encode` stands in for `encode_images` where a caller has a faster one.
         """
-        encode = encode or self.encode_images
-        plain = isinstance(images, Tensor) and images.ndim == 4
-        tiles = [image[None] if image.ndim == 3 else image for image in images]
-        if not tiles:
+        if len(images) == 0:
             return []
+        plain = isinstance(images, Tensor) and images.ndim == 4
+        tiles = images if plain else [image[None] if image.ndim == 3 else image for image in images]
         # On one device, so that they can be joined; the tower's own door moves them to where it is.
-        encoded = encode(images if plain else torch.cat([image.to(tiles[0].device) for image in tiles]))
+        encoded = (encode or self.encode_images)(tiles if plain else torch.cat([t.to(tiles[0].device) for t in tiles]))
         # Both weights for either kind of batch: ZeRO-3 gathers what is looked at, which ranks must do in the same order.
         newline = getattr(self.get_model(), "image_newline", None)
         # Cast together: under mixed precision the splice would cast them to the text's precision one by one.
         encoded = encoded.to(self.get_input_embeddings().weight.dtype)
         if plain:
-            return _with_newline_in_graph(list(encoded), newline)
+            return with_newline_in_graph(list(encoded), newline)
         per_image = encoded.split([len(image) for image in tiles])
         policy = self.image_policy()
         if policy.merge == "flat":
@@ -449,14 +448,3 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)
-
-
-def _with_newline_in_graph(features: list[Tensor], newline: Tensor | None) -> list[Tensor]:
-    """The same features of plain tiles, from which gradients (of zero) flow to the learned newline, of which they have none.
-
-    A batch of them may be all that one rank of a distributed run has, its samples being text alone, while the others'
-    pictures end their rows in newlines and wait for each weight's gradients.
-    """
-    if newline is None or not (torch.is_grad_enabled() and newline.requires_grad):
-        return features
-    return [features[0] + 0 * newline.to(features[0]), *features[1:]]

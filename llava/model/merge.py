@@ -41,3 +41,14 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
             f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
         )
     return merged
+
+
+def with_newline_in_graph(features: list[Tensor], newline: Tensor | None) -> list[Tensor]:
+    """The same features of plain tiles, from which gradients (of zero) flow to the learned newline, of which they have none.
+
+    A batch of them may be all that one rank of a distributed run has, its samples being text alone, while the others'
+    pictures end their rows in newlines and wait for each weight's gradients.
+    """
+    if newline is None or not (torch.is_grad_enabled() and newline.requires_grad):
+        return features
+    return [features[0] + 0 * newline.to(features[0]), *features[1:]]

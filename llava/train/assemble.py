@@ -19,7 +19,6 @@ from llava.geometry import parse_pinpoints
 from llava.model.config import LlavaSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
-from llava.train.metrics import parts_run
 from llava.train.save import smart_tokenizer_and_embedding_resize
 
 logger = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def unfreeze_tower(tower: Any) -> None:
     A trained parameter without a gradient would stop a distributed run, which waits for the gradients of all.
     """
     tower.requires_grad_(False)
-    for part in parts_run(tower):
+    for part in tower.parts_run():
         part.requires_grad_(True)
 
 

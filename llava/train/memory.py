@@ -268,14 +268,13 @@ def _logits(shape: Shape) -> float:
 def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float:
     """Of a tower that is trained, whose layers are CLIP's; a frozen one keeps nothing."""
     tower = vision_tower(model)
-    if tower is None or not any(p.requires_grad for p in tower.parameters()):
+    if tower is None or not tower.trainable:
         return 0.0
     num_tiles = shape.batch * _tiles_per_sequence(base_model(model).image_policy(), shape, packed=packed)
     config, compute = tower.config, shape.compute_bytes
     layer_input = config.hidden_size * max(tower.dtype.itemsize, compute)
-    products = compute * (
-        6 * config.hidden_size + 2 * config.intermediate_size
-    )  # two norms, queries, keys, values, output
+    # Two norms, queries, keys, values and output; before the function in between, and after it.
+    products = compute * (6 * config.hidden_size + 2 * config.intermediate_size)
     if shape.keep is not None:
         per_token = layer_input + shape.keep * products
     elif shape.checkpointing:
@@ -288,10 +287,8 @@ def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:
     """Of a sample with one picture, as many tiles as it may have; of a packed row, as many as are usual."""
-    tile_area = policy.tile_size**2
-    tiles = 1 + max((size.width * size.height // tile_area for size in policy.pinpoints), default=0)
-    if policy.mode != "anyres":
-        tiles = 1
+    canvases = policy.pinpoints if policy.mode == "anyres" else ()
+    tiles = 1 + max((size.width * size.height // policy.tile_size**2 for size in canvases), default=0)
     return max(tiles, round(_PICTURES * shape.tokens / policy.features_per_tile)) if packed else tiles
 
 

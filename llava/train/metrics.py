@@ -141,8 +141,7 @@ class FlopsOf:
         """Counted from a model's weights and from what of it is trained."""
         tower = vision_tower(model)
         in_tower = set(tower.modules()) if tower is not None else set()
-        run = {module for part in parts_run(tower) for module in part.modules()}
-        trains_tower = any(module.weight.requires_grad for module in in_tower if isinstance(module, MATMULS))
+        run = [module for part in tower.parts_run() for module in part.modules()] if tower is not None else []
         per_token = per_patch = 0.0
         for name, module in model.named_modules():
             if not isinstance(module, MATMULS) or module in in_tower:
@@ -155,7 +154,7 @@ class FlopsOf:
         for module in run:
             if isinstance(module, MATMULS):
                 trained = _WEIGHT_GRADIENT * module.weight.requires_grad
-                per_patch += _weights(module) * (_FORWARD + _INPUT_GRADIENT * trains_tower + trained)
+                per_patch += _weights(module) * (_FORWARD + _INPUT_GRADIENT * tower.trainable + trained)
         config = language_model(model).config
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Scores and values: two products of two FLOPs each for half of the pairs, three times with the backward pass.
@@ -185,11 +184,6 @@ def language_model(model: Any) -> Any:
 def vision_tower(model: Any) -> Any:
     base = base_model(model)
     return base.get_vision_tower() if hasattr(base, "get_vision_tower") else None
-
-
-def parts_run(tower: Any) -> list[nn.Module]:
-    """What of a vision tower makes features of pixels, in order; what lies behind the layer that is read does not."""
-    return [*tower.before_layers(), *tower.layers_read()] if tower is not None else []
 
 
 def peak_memory() -> int:

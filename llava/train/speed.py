@@ -60,10 +60,9 @@ def compile_layers(
         # Read when a layer is compiled; there is no other way to pass it on.
         torch._functorch.config.activation_memory_budget = keep
     tower = vision_tower(model)
-    in_tower = tower.layers_read() if tower is not None and tower.trainable else []
-    if within_hooks and in_tower and not tower.passes_once:  # they have hooks inside
-        in_tower = []
-    for layer in [*language_model(model).layers, *in_tower]:
+    # Layers that ZeRO-3 does not fetch whole have hooks inside.
+    learns = tower is not None and tower.trainable and (tower.passes_once or not within_hooks)
+    for layer in [*language_model(model).layers, *(tower.layers_read() if learns else [])]:
         if within_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:
@@ -79,9 +78,11 @@ def one_host_thread(args: Any) -> Iterator[None]:
     waits for the last of them, for milliseconds. torchrun sets OMP_NUM_THREADS for this reason, which is heeded here. A run
     that leaves the optimizer's work to the host keeps its threads.
     """
+    if args.device.type != "cuda" or _works_on_host(args) or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
     before = torch.get_num_threads()
-    keeps = args.device.type != "cuda" or _works_on_host(args) or "OMP_NUM_THREADS" in os.environ
-    torch.set_num_threads(before if keeps else 1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

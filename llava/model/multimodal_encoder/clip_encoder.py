@@ -128,12 +128,10 @@ class CLIPVisionTower(nn.Module):
         assert self.vision_tower is not None, "the tower's weights were not loaded"
         return self.vision_tower.vision_model
 
-    def layers_read(self) -> list[nn.Module]:
-        """The layers before the hidden state that the projector reads: those that are run."""
-        return list(islice(self._vision_model().encoder.layers, self._state_read(self.config.num_hidden_layers + 1)))
-
-    def _state_read(self, num_states: int) -> int:
-        """Number of the hidden state that is read, counted from 0, which no layer has seen."""
+    @property
+    def state_read(self) -> int:
+        """Number of the hidden state that the projector reads, counted from 0, which no layer has seen."""
+        num_states = self.config.num_hidden_layers + 1
         if not -num_states <= self.select_layer < num_states:
             raise InputError(
                 f"mm_vision_select_layer is {self.select_layer}, but the tower has {num_states} hidden states "
@@ -141,10 +139,17 @@ class CLIPVisionTower(nn.Module):
             )
         return self.select_layer % num_states
 
+    def layers_read(self) -> list[nn.Module]:
+        """The layers before the hidden state that is read."""
+        return list(islice(self._vision_model().encoder.layers, self.state_read))
+
+    def parts_run(self) -> list[nn.Module]:
+        """What makes features of pixels, in order; the layers behind the one that is read do not."""
+        return [*self.before_layers(), *self.layers_read()]
+
     def feature_select(self, image_forward_outs: Any) -> Tensor:
         """The features among what the whole model gives where it is called with `output_hidden_states=True`."""
-        states = image_forward_outs.hidden_states
-        return self._without_class_feature(states[self._state_read(len(states))])
+        return self._without_class_feature(image_forward_outs.hidden_states[self.state_read])
 
     def _without_class_feature(self, features: Tensor) -> Tensor:
         """(N, 1 + P, V), or (N, P, V) from a family without a class feature; unless `cls_patch` asks for it."""
