@@ -157,10 +157,10 @@ def task_load(path: str, images: str) -> dict[str, float]:
 
     from llava.assets import embedded_model_path
     from llava.conversation import conv_templates
-    from llava.image_io import load_image
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.images.io import load_image
     from llava.mm_utils import process_images
-    from llava.model.multimodal_encoder.image_processor import ClipImageProcessor
-    from llava.tokenization import load_tokenizer
+    from llava.text.tokenization import load_tokenizer
     from llava.train.data import LazySupervisedDataset
 
     torch.set_num_threads(1)

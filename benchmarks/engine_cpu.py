@@ -25,10 +25,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.assets import embedded_model_path
+from llava.cli.bench import SHORT, Requests, memory_bandwidth
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.request import Request
 from llava.model.builder import load
-from llava.serve.bench import SHORT, Requests, memory_bandwidth
 
 FORMS = {  # name: (dtype, the engine's weights)
     "float32": ("fp32", None),

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_rows
 
-from llava.engine.kernels.contract import AttentionPlan, Kernels, SamplingRows, Weight
-from llava.engine.kernels.plain import PlainKernels
+from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingRows, Weight
 from llava.engine.kernels.quantized import QuantizedWeight
-from llava.engine.kernels.triton_kernels import TritonKernels
+from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.triton.kernels import TritonKernels
 
 WIDTH, INNER, VOCABULARY, LAYERS, HEADS, HEAD = 4096, 11008, 32064, 32, 32, 128
 SHAPES = {

@@ -33,14 +33,14 @@ from random_checkpoint import in_memory
 
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
-from llava.eval.answer_log import AnswerLog
-from llava.eval.asking import Asker, Failure, ask
-from llava.eval.task import WORD_SUFFIX
-from llava.eval.values import Item
-from llava.generation import Sampling
+from llava.engine.hf_engine import Sampling
+from llava.eval.harness.answer_log import AnswerLog
+from llava.eval.harness.client import Asker, Failure, ask
+from llava.eval.tasks.task import WORD_SUFFIX
+from llava.eval.types import Item
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import LoadedModel, load
-from llava.model.transformers_layout import published_name
+from llava.model.checkpoints.hf_layout import published_name
 
 PICTURES = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval" / "tiny" / "images"
 PER_PICTURE = 3

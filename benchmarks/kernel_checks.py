@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.engine.kernels.contract import AttentionPlan, Kernels, SamplingRows, Weight
-from llava.engine.kernels.plain import PlainKernels
+from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingRows, Weight
 from llava.engine.kernels.quantized import quantize
+from llava.engine.kernels.reference import PlainKernels
 
 KINDS = ("bf16", "int8", "fp8", "int4")
 BLOCKS = (16, 64)  # tokens of a cache block: fewer than a kernel takes at a time, and as many

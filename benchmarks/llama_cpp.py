@@ -19,10 +19,10 @@ from PIL import Image
 
 from llava.assets import embedded_model_path
 from llava.convert.convert import Options, convert
-from llava.generation import Sampling
+from llava.engine.hf_engine import Sampling
 from llava.mm_utils import expand2square
 from llava.model.builder import load
-from llava.serve.session import Session
+from llava.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ("demo.jpg", "counting.png", "reading.png", "wide.png")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.conversation import get_template
 from llava.convert.convert import Options, convert
-from llava.convert.gguf_tokenizer import QWEN_SPLITTER
+from llava.convert.gguf.tokenizer import QWEN_SPLITTER
 from llava.model.builder import load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -72,7 +72,7 @@ def run_lmms_eval(folder: Path, rows: Sequence[dict[str, Any]], kind: str, batch
 
     name = f"tiny_{kind}"
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pictures.py").write_text(MODULE)
+    (folder / "data/image_files.py").write_text(MODULE)
     text = TASK.format(name=name, rows=folder / "rows.jsonl", kind=kind, tokens=MAX_NEW_TOKENS)
     (folder / f"{name}.yaml").write_text(text)
     found = evaluator.simple_evaluate(
@@ -95,7 +95,7 @@ def our_answers(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]
     from llava.assets import embedded_model_path
     from llava.engine.engine import Engine
     from llava.engine.request import Request, SamplingParams, ScoreRequest
-    from llava.eval.asking import ask
+    from llava.eval.harness.client import ask
     from llava.model.builder import load
 
     loaded = load(embedded_model_path(), device="cpu")

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llava.engine.kernels.native import NativeKernels
-from llava.engine.kernels.native_build import load
+from llava.engine.kernels.cpu.build import load
+from llava.engine.kernels.cpu.native import NativeKernels
 from llava.engine.kernels.quantized import quantize
 
 SHAPES = ((320, 2048), (4096, 4096))  # inputs, outputs

@@ -22,9 +22,9 @@ import torch
 
 from llava.assets import embedded_model_path
 from llava.convert.writer import Planned, write_json, write_shards
-from llava.disk import written_whole
+from llava.files import written_whole
 from llava.model.builder import LoadedModel
-from llava.model.skeleton import build_without_memory
+from llava.model.checkpoints.meta_model import build_without_memory
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -99,11 +99,11 @@ def make(
 
 def in_memory(size: str, device: str = "auto") -> LoadedModel:
     """The model as `llava.load` gives it; the prompt of a 7B is tokenized and decoded at the cost of LLaVA-1.5's."""
-    from llava.model.belongings import read_tokenizer
-    from llava.model.checkpoint import inspect
+    from llava.model.checkpoints.inspect import inspect
     from llava.model.config import LlavaSettings
     from llava.model.device import pick_device, pick_dtype
     from llava.model.language_model.registry import llava_classes
+    from llava.model.tokenizer_setup import read_tokenizer
     from llava.processor import Processor
 
     place = pick_device(device)

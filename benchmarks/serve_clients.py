@@ -108,7 +108,7 @@ async def ask_chat(client: httpx.AsyncClient, address: str, body: dict[str, Any]
 
 async def ask_original(client: httpx.AsyncClient, address: str, body: dict[str, Any]) -> Answer:
     """A streamed answer in the original protocol; its text begins with the prompt."""
-    from llava.serve.protocol import ChunkReader
+    from llava.serve.router.protocol import ChunkReader
 
     answer, started, reader = Answer(), time.perf_counter(), ChunkReader()
     try:

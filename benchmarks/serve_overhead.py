@@ -153,8 +153,8 @@ class Clients:
 def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency: int, *, num_tokens: int) -> Rate:
     """Threads that each wait for a whole answer and ask for the next: the engine has as many to work on as over HTTP."""
     from llava.engine.request import Request, SamplingParams
-    from llava.image_io import load_image
-    from llava.serve.session import marked
+    from llava.images.io import load_image
+    from llava.session import marked
 
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
     waiting, firsts, begin = deque(questions), [], threading.Barrier(concurrency + 1)
@@ -219,10 +219,10 @@ def overhead(args: argparse.Namespace) -> Part:
     from llava.engine.config import EngineConfig
     from llava.engine.engine import Engine
     from llava.model.builder import load
-    from llava.serve.engine_backend import EngineBackend
-    from llava.serve.flags import limits_from, place_from
+    from llava.serve.backends.in_process import EngineBackend
+    from llava.serve.backends.subprocess import ProcessBackend
+    from llava.serve.http.flags import limits_from, place_from
     from llava.serve.model_worker import build_parser, serve_worker
-    from llava.serve.process_backend import ProcessBackend
     from llava.serve.service import Service
 
     if args.shapes is not None:

@@ -23,11 +23,11 @@ from llava.assets import embedded_model_path
 from llava.engine.config import EngineConfig
 from llava.engine.job import AnswerJob
 from llava.model.builder import load
-from llava.serve.app import Door, make_app
-from llava.serve.engine_backend import EngineBackend
-from llava.serve.limits import ServeLimits
-from llava.serve.openai_api import ModelApi, openai_routes
-from llava.serve.server import PARSER, bind, keep_for_good
+from llava.serve.backends.in_process import EngineBackend
+from llava.serve.http.app import Door, make_app
+from llava.serve.http.limits import ServeLimits
+from llava.serve.http.server import PARSER, bind, keep_for_good
+from llava.serve.openai.routes import ModelApi, openai_routes
 from llava.serve.service import Service
 
 NUM_TOKENS = 64

@@ -69,7 +69,7 @@ def draw_data(folder: Path, num_samples: int, options: argparse.Namespace) -> No
     counts = ",".join(f"{kind}={number * num_samples // sum(full.values())}" for kind, number in full.items())
     words = ["--out", folder, "--pretrain", "", "--finetune", counts, "--cifar", options.cifar]
     words += ["--fonts", options.fonts] if options.fonts else []
-    program = ROOT / "scripts" / "tiny" / "dataset.py"
+    program = ROOT / "scripts" / "tiny" / "diagnose/checks/dataset.py"
     run([sys.executable, str(program), *map(str, words), "--workers", str(options.workers)])
 
 
@@ -108,9 +108,9 @@ def loader_rate(data: Path, scale: Scale, workers: int) -> float:
     from torch.utils.data import DataLoader
 
     from llava.conversation import conv_templates
-    from llava.geometry import ImagePolicy
-    from llava.model.multimodal_encoder.image_processor import ClipImageProcessor
-    from llava.tokenization import load_tokenizer
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.images.layout import ImagePolicy
+    from llava.text.tokenization import load_tokenizer
     from llava.train.data import LazySupervisedDataset
     from llava.train.packing import PackedCollator, PackedDataset, measured_lengths
 

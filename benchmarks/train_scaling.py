@@ -92,10 +92,10 @@ def work(run: Run, options: argparse.Namespace) -> None:
     from transformers import TrainerCallback
 
     from llava.train.arguments import TrainingArguments
-    from llava.train.assemble import cast_weights
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.memory import GIB, estimate
-    from llava.train.speed import prepare_layers
+    from llava.train.model_setup import cast_weights
+    from llava.train.performance import prepare_layers
 
     shapes, on_gpu = SMALL if options.tiny else FULL, torch.cuda.is_available()
     folder, keep, sharded = options.folder, options.keep, run.shard.startswith("fsdp2")
@@ -180,7 +180,7 @@ def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -
     from PIL import Image
 
     from llava.conversation import conv_templates
-    from llava.tokenization import load_tokenizer
+    from llava.text.tokenization import load_tokenizer
     from llava.train.data import make_supervised_data_module
 
     folder.mkdir(parents=True)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llava.model.attention import use_varlen
 from llava.model.language_model.registry import llava_classes
 from llava.train.memory import estimate
-from llava.train.speed import compile_layers
+from llava.train.performance import compile_layers
 
 FIRST_WORD = 5  # ids below are special
 LORA: dict[str, Any] = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}

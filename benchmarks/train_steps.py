@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.train.arguments import parse_train_args
-from llava.train.launch import is_first_process, part_together
+from llava.train.distributed import is_first_process, part_together
 from llava.train.run import build_trainer
 
 ROWS = 60  # of operations.txt

@@ -107,7 +107,7 @@ def start(which: str, checkpoint: str, dtype: str, scratch: Path, vllm_site: Pat
             described.mkdir(parents=True, exist_ok=True)
             (described / "METADATA").write_text("Metadata-Version: 2.1\nName: llava-plugin\nVersion: 0\n")
             (described / "entry_points.txt").write_text(
-                "[vllm.general_plugins]\nllava = llava.convert.vllm_plugin:register\n"
+                "[vllm.general_plugins]\nllava = llava.convert.vllm.plugin:register\n"
             )
             paths.append(str(described.parent))
     command = [sys.executable, __file__, "--run", which, checkpoint, dtype, str(scratch / f"{which}.json")]

@@ -18,9 +18,9 @@ from typing import Any
 from pydantic import BaseModel
 from ray import serve
 
-from llava.serve.all_in_one import build_parser, model_app
-from llava.serve.flags import door_from, limits_from
+from llava.serve.http.flags import door_from, limits_from
 from llava.serve.model_worker import check_model_flags
+from llava.serve.serve import build_parser, model_app
 
 
 class Options(BaseModel, extra="forbid"):

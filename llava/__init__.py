@@ -14,14 +14,14 @@ __version__ = "2.0.0"
 if TYPE_CHECKING:
     from llava.conversation import Conversation, SeparatorStyle, conv_templates
     from llava.engine.engine import Engine, EngineConfig
+    from llava.engine.hf_engine import Sampling, stream_answer
     from llava.engine.request import Request, SamplingParams, ScoreRequest
     from llava.errors import InputError
-    from llava.generation import Sampling, stream_answer
-    from llava.image_io import ImageLimits, load_image
+    from llava.images.io import ImageLimits, load_image
     from llava.model.builder import LoadedModel, load, load_pretrained_model
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.processor import Processor
-    from llava.serve.session import Session
+    from llava.session import Session
 
 # Public name -> the module that holds it.
 _HOME = {
@@ -34,17 +34,17 @@ _HOME = {
     "SamplingParams": "llava.engine.request",
     "ScoreRequest": "llava.engine.request",
     "InputError": "llava.errors",
-    "Sampling": "llava.generation",
-    "stream_answer": "llava.generation",
-    "ImageLimits": "llava.image_io",
-    "trace": "llava.diagnose.trace",
-    "load_image": "llava.image_io",
+    "Sampling": "llava.engine.hf_engine",
+    "stream_answer": "llava.engine.hf_engine",
+    "ImageLimits": "llava.images.io",
+    "trace": "llava.diagnose.tracer.hooks",
+    "load_image": "llava.images.io",
     "LoadedModel": "llava.model.builder",
     "load": "llava.model.builder",
     "load_pretrained_model": "llava.model.builder",
     "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
     "Processor": "llava.processor",
-    "Session": "llava.serve.session",
+    "Session": "llava.session",
 }
 __all__ = [
     "Conversation",

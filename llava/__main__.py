@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from llava.program import closest, complain, run_program
+from llava.cli.program import closest, complain, run_program
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,23 @@ class Command:
 
 
 COMMANDS = {
-    "chat": Command("llava.serve.chat", "ask a model about pictures: one question, or a conversation"),
+    "chat": Command("llava.cli.chat", "ask a model about pictures: one question, or a conversation"),
     "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
-    "serve": Command("llava.serve.all_in_one", "serve a model: OpenAI-compatible API and web page, at one address"),
+    "serve": Command("llava.serve.serve", "serve a model: OpenAI-compatible API and web page, at one address"),
     "controller": Command("llava.serve.controller", "for many machines: know the workers and pass requests on to them"),
     "worker": Command("llava.serve.model_worker", "for many machines: serve a model to a controller"),
     "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),
-    "bench": Command("llava.serve.bench", "measure how fast a model answers on this machine"),
+    "bench": Command("llava.cli.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
     "data": Command("llava.data.check", "check training data before a run, or show a sample as it will be trained on"),
     "trace": Command(
-        "llava.diagnose.trace_program", "show all that happens from a question to its answer, or in a training step"
+        "llava.diagnose.trace", "show all that happens from a question to its answer, or in a training step"
     ),
     "doctor": Command(
         "llava.diagnose.doctor", "find the cause of what goes wrong with a checkpoint, data, a training run or a server"
     ),
     "selftest": Command("llava.diagnose.selftest", "show on a model, with numbers, that its parts do what they should"),
-    "eval": Command("llava.eval.main", "run benchmarks; score, compare and show answers"),
+    "eval": Command("llava.eval.harness.main", "run benchmarks; score, compare and show answers"),
     "info": Command("llava.convert.info", "say what a model folder holds, without loading it"),
     "convert": Command("llava.convert.program", "write a checkpoint in another layout, with a proof"),
     "merge": Command("llava.convert.merge_lora", "lay a LoRA adapter into its base model"),

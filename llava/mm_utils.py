@@ -1,9 +1,9 @@
 """Pixels that obey a layout, and the small helpers that code outside this package imports from here.
 
 In: Pillow images, an image processor and a model's config. Out: tensors for the vision tower, one tile or several per
-image. Where tiles lie is decided in geometry.py; resizing and normalising is the image processor's; opening files is
-image_io.py's. Tokenizing, stopping and naming live in tokenization.py, stopping.py and conversation.py, and are reached
-from here by their known names without being imported before they are used.
+image. Where tiles lie is decided in images/layout.py; resizing and normalising is the image processor's; opening files is
+images/io.py's. Tokenizing, stopping and naming live in text/tokenization.py, text/stopping.py and conversation.py, and
+are reached from here by their known names without being imported before they are used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.geometry import (
+from llava.images.io import DEFAULT_LIMITS, decode_base64, load_image, to_rgb
+from llava.images.layout import (
     fit_inside,
     get_anyres_image_grid_shape,
     image_mode,
@@ -21,15 +22,14 @@ from llava.geometry import (
     select_best_resolution,
     tile_boxes,
 )
-from llava.image_io import DEFAULT_LIMITS, decode_base64, load_image, to_rgb
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from llava.conversation import get_model_name_from_path
-    from llava.stopping import KeywordsStoppingCriteria
-    from llava.tokenization import tokenizer_image_token
+    from llava.text.stopping import KeywordsStoppingCriteria
+    from llava.text.tokenization import tokenizer_image_token
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -47,9 +47,9 @@ __all__ = [
 
 # Names that live elsewhere and are imported when somebody asks for them.
 ELSEWHERE = {
-    "KeywordsStoppingCriteria": "llava.stopping",
+    "KeywordsStoppingCriteria": "llava.text.stopping",
     "get_model_name_from_path": "llava.conversation",
-    "tokenizer_image_token": "llava.tokenization",
+    "tokenizer_image_token": "llava.text.tokenization",
 }
 
 

@@ -1,8 +1,8 @@
 """Turn a conversation and its images into model inputs.
 
 In: a Conversation (or a finished prompt) and PIL images. Out: ModelInputs: ids, labels, pixels, sizes and layouts, with
-the number of tokens that the model will see. Image arithmetic is in geometry.py, pixels are made in mm_utils.py,
-templates are data in conversation.py, and training samples become ids in labels.py.
+the number of tokens that the model will see. Image arithmetic is in images/layout.py, pixels are made in mm_utils.py,
+templates are data in conversation.py, and training samples become ids in text/labels.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, Span
 from llava.errors import InputError
-from llava.geometry import ImageLayout, ImagePolicy, ImageSize, plan
-from llava.image_io import to_rgb
-from llava.labels import encode_spans, wrapped_mark
+from llava.images.io import to_rgb
+from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.mm_utils import process_images
-from llava.tokenization import tokenizer_image_token
+from llava.text.labels import encode_spans, wrapped_mark
+from llava.text.tokenization import tokenizer_image_token
 
 if TYPE_CHECKING:
     from PIL import Image

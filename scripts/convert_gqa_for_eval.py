@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.files import read_json_lines, write_json
 from llava.eval.tasks.short import gqa_answer
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

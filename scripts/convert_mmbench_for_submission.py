@@ -8,10 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.files import read_json_lines, read_table
 from llava.eval.tasks.mmbench import submission
 from llava.eval.xlsx import write_xlsx
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

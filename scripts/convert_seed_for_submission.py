@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import read_json_lines, write_json_lines
 from llava.eval.metrics.accuracy import by_category
 from llava.eval.tasks.seed import read_truths, type_order
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.files import write_json, write_json_lines
 from llava.eval.tasks.scienceqa import conversation, read_split
-from llava.program import ArgumentParser
 
 FORMATS = {"convert_to_llava": "QCM-LEA", "convert_to_jsonl": "QCM-LEPA"}
 

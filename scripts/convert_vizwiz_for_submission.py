@@ -8,10 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json_lines, write_json
 from llava.eval.metrics.vqa import normalise
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

@@ -2,15 +2,15 @@
 
     python scripts/extract_mm_projector.py --model-path ./llava-v1.5-7b --output ./mm_projector.bin
 
-What it does is in llava/convert/projector.py; `llava convert --to projector` writes a folder that loads beside a base.
+What it does is in llava/convert/layouts/projector.py; `llava convert --to projector` writes a folder that loads beside a base.
 """
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.convert.projector import extract_mm_projector
-from llava.program import ArgumentParser
+from llava.cli.program import ArgumentParser
+from llava.convert.layouts.projector import extract_mm_projector
 
 
 def build_parser() -> ArgumentParser:

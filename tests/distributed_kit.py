@@ -1,4 +1,4 @@
-"""One training step on two processes, for tests/test_distributed.py: `python distributed_kit.py STRATEGIES FOLDER RANK`.
+"""One training step on two processes, for tests/train/test_distributed.py: `python distributed_kit.py STRATEGIES FOLDER RANK`.
 
 Rank 0 has text only, rank 1 has images. Each process ends by comparing its weights with those of a single process that has
 taken the same step over both batches; `expected` is that process's work.
@@ -22,9 +22,9 @@ from batches import batch_of
 from torch import nn
 
 from llava.model.builder import load
-from llava.train.assemble import unfreeze_tower
 from llava.train.memory import estimate
-from llava.train.speed import (
+from llava.train.model_setup import unfreeze_tower
+from llava.train.performance import (
     FETCHES_UNDER_WAY,
     compile_layers,
     fetch_whole_layers,

@@ -133,7 +133,7 @@ def ordinary_end_mark(folder: Path) -> None:
 
 def extra_tokens(folder: Path) -> None:
     """A tokenizer that gained tokens after the model was saved."""
-    from llava.tokenization import load_tokenizer
+    from llava.text.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([f"<extra{number}>" for number in range(100)])

@@ -1,4 +1,4 @@
-"""Run by test_engine_kernels.py with TRITON_INTERPRET=1: every Triton kernel against the plain one, in float32 on a CPU."""
+"""Every Triton kernel against the reference, in float32 on a CPU; test_engine_kernels.py runs it with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor
 
-from llava.engine.kernels.contract import AttentionPlan, SamplingRows
-from llava.engine.kernels.plain import PlainKernels
+from llava.engine.kernels.base import AttentionPlan, SamplingRows
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.triton_kernels import TritonKernels
+from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.triton.kernels import TritonKernels
 
 Pair = tuple[str, Tensor, Tensor]
 PLAIN, TRITON = PlainKernels(), TritonKernels(torch.device("cpu"))

@@ -16,15 +16,15 @@ from typing import Any
 import uvicorn
 from cli_kit import environment
 
-from llava.serve.app import Door, make_app
-from llava.serve.backend import Backend
-from llava.serve.controller_api import ControllerApi, controller_app
-from llava.serve.dispatch import Dispatcher
-from llava.serve.engine_backend import EngineBackend
-from llava.serve.limits import ServeLimits
-from llava.serve.membership import Membership
-from llava.serve.openai_api import ModelApi, openai_routes
-from llava.serve.server import PARSER, bind
+from llava.serve.backends.base import Backend
+from llava.serve.backends.in_process import EngineBackend
+from llava.serve.http.app import Door, make_app
+from llava.serve.http.limits import ServeLimits
+from llava.serve.http.server import PARSER, bind
+from llava.serve.openai.routes import ModelApi, openai_routes
+from llava.serve.router.dispatch import Dispatcher
+from llava.serve.router.heartbeat import Membership
+from llava.serve.router.routes import ControllerApi, controller_app
 from llava.serve.service import Service
 from llava.serve.worker_api import WorkerApi, own_controller
 

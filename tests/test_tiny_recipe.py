@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from llava.conversation import conv_templates
-from llava.tokenization import load_tokenizer
+from llava.text.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "scripts" / "tiny"

@@ -17,8 +17,8 @@ from PIL import Image
 
 from llava.assets import embedded_model_path
 from llava.conversation import conv_templates
-from llava.geometry import ImagePolicy
-from llava.tokenization import load_tokenizer
+from llava.images.layout import ImagePolicy
+from llava.text.tokenization import load_tokenizer
 from llava.train.arguments import parse_train_args
 from llava.train.data import LazySupervisedDataset
 from llava.train.packing import measured_lengths

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from test_docs import ROOT
+from repository import ROOT
 
-from llava.serve.session import Picture
+from llava.session import Picture
 
 QUESTION = "What colour is the star?"
 ANSWERING = [

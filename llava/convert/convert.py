@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava.convert.delta import DeltaLayout
-from llava.convert.gguf_pair import GgufPair
-from llava.convert.original import OriginalLayout
-from llava.convert.projector import ProjectorLayout
-from llava.convert.proof import LogitProof, TensorProof
+from llava.convert.gguf.pair import GgufPair
+from llava.convert.layouts.delta import DeltaLayout
+from llava.convert.layouts.original import OriginalLayout
+from llava.convert.layouts.projector import ProjectorLayout
+from llava.convert.layouts.transformers import DEFAULT_NAMES, TransformersLayout
+from llava.convert.options import NEEDS_BASE
 from llava.convert.source import Source, open_source
-from llava.convert.transformers import DEFAULT_NAMES, TransformersLayout
-from llava.convert.words import NEEDS_BASE
+from llava.convert.verify import LogitProof, TensorProof
 from llava.convert.writer import SHARD_BYTES, Progress, write_json
-from llava.disk import flush_tree, refuse_existing, written_whole
+from llava.files import flush_tree, refuse_existing, written_whole
 
 RECORD = "conversion.json"
 

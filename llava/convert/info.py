@@ -1,6 +1,6 @@
 """`llava info`: what a model folder or GGUF file is, printed.
 
-In: a path. Out: lines, or JSON. What is found out is in description.py.
+In: a path. Out: lines, or JSON. What is found out is in describe.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from llava.convert.description import Description, as_json, describe_checkpoint
-from llava.convert.words import size_text
-from llava.program import ArgumentParser
+from llava.cli.program import ArgumentParser
+from llava.convert.describe import Description, as_json, describe_checkpoint
+from llava.convert.options import size_text
 
 EXAMPLES = """\
 examples:

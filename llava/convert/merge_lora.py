@@ -2,7 +2,7 @@
 
 In: a LoRA folder and its base model. Out: a folder in the published layout, tokenizer and projector included. It is
 `llava convert --to original` for a folder of this kind, under the flags that people know; the sums are made in float32
-(model/lora.py) and rounded once, to the precision that the result is stored in.
+(model/checkpoints/lora.py) and rounded once, to the precision that the result is stored in.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.convert.words import DTYPES, describe
+from llava.cli.program import ArgumentParser
+from llava.convert.options import DTYPES, describe
 from llava.errors import InputError
-from llava.program import ArgumentParser
 
 
 def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dtype: str | None = None) -> Path:
@@ -23,7 +23,7 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dt
     Without `dtype` the result is stored in the precision of the base's own files.
     """
     from llava.convert.convert import Options, convert
-    from llava.model.checkpoint import inspect
+    from llava.model.checkpoints.inspect import inspect
 
     info = inspect(model_path)
     if info.kind != "lora":

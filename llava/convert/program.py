@@ -1,7 +1,7 @@
 """`llava convert`: a checkpoint from one layout into another, proved before it is called done.
 
 In: a command line. Out: a new folder and what was proved of it, or one sentence and nothing written. What is done is in
-convert.py; what the options mean is in words.py.
+convert.py; what the options mean is in options.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.convert.words import (
+from llava.cli.program import ArgumentParser
+from llava.convert.options import (
     DTYPES,
     LAYOUTS,
     NAME_VERSIONS,
@@ -23,10 +24,9 @@ from llava.convert.words import (
     describe,
     parse_size,
 )
-from llava.disk import refuse_existing
 from llava.errors import InputError
-from llava.model.checkpoint import inspect
-from llava.program import ArgumentParser
+from llava.files import refuse_existing
+from llava.model.checkpoints.inspect import inspect
 
 EXAMPLES = """\
 examples:

@@ -2,7 +2,7 @@
 
 In: a folder, its base where it needs one, and the precision asked for. Out: `Source`, which plans each tensor of a target
 (copied as it lies in its file, or computed) and knows the config in the original layout, tower, tokenizer and template.
-Which layouts there are is convert.py's table; matching files with a model is llava/model/skeleton.py's work.
+Which layouts there are is convert.py's table; matching files with a model is llava/model/checkpoints/meta_model.py's work.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from llava.conversation import get_model_name_from_path
 from llava.convert.writer import Planned
 from llava.errors import InputError
-from llava.geometry import ImagePolicy
-from llava.model.belongings import conv_mode, holds_tokenizer, read_tokenizer
-from llava.model.checkpoint import CheckpointInfo
+from llava.images.layout import ImagePolicy
+from llava.model.checkpoints.hf_layout import translate_config
+from llava.model.checkpoints.inspect import CheckpointInfo
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.meta_model import Skeleton, plan_model
+from llava.model.checkpoints.weight_files import TORCH_DTYPES, TensorHeader
 from llava.model.config import LlavaSettings
-from llava.model.json_file import read_json
-from llava.model.skeleton import Skeleton, plan_model
-from llava.model.transformers_layout import translate_config
-from llava.model.weight_files import TORCH_DTYPES, TensorHeader
+from llava.model.tokenizer_setup import conv_mode, holds_tokenizer, read_tokenizer
 
 # The words of the command line for what weight files call otherwise.
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}

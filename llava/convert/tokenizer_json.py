@@ -18,8 +18,8 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.convert.sentencepiece_file import BPE, UNIGRAM, read_sentencepiece
 from llava.errors import InputError
-from llava.sentencepiece_llama import LlamaSentencePieceTokenizer
-from llava.tokenization import tokenizer_image_token
+from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
+from llava.text.tokenization import tokenizer_image_token
 
 PAD_TOKEN = "<pad>"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.model.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
+from llava.model.checkpoints.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
 
 if TYPE_CHECKING:
     from torch import Tensor

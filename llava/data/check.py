@@ -2,7 +2,7 @@
 `llava data show FILE`: one sample as a model will see it (show.py).
 
 In: a command line. Out: a report on stdout, for people or as JSON, and an exit status: 0, or 1 if faults were found. What
-counts as a fault is in faults.py, reading the files is samples.py's work.
+counts as a fault is in validate.py, reading the files is samples.py's work.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.data.faults import KINDS, Checker, Fault, Finding
+from llava.cli.colors import shows_blocks
+from llava.cli.program import ArgumentParser, called_as, run_program
 from llava.data.samples import Samples, open_samples
+from llava.data.validate import KINDS, Checker, Fault, Finding
 from llava.errors import InputError
-from llava.paint import shows_blocks
-from llava.program import ArgumentParser, called_as, run_program
 
 EXIT_FAULTS = 1
 # Upper ends of the histogram's bars.

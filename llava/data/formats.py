@@ -17,7 +17,7 @@ from llava.errors import InputError
 Sample = dict[str, Any]
 ImageSource = str | bytes  # a path inside the image folder or a data: URL; or the bytes of a picture's file
 
-# The names that OpenAI-style messages and LLaVA's turns have for who speaks; others pass, and labels.py refuses them.
+# The names that OpenAI-style messages and LLaVA's turns have for who speaks; others pass, and text/labels.py refuses them.
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 

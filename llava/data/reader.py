@@ -1,7 +1,7 @@
 """What a model will see of a sample, found without its weights: ids, labels, and the tokens that each picture takes.
 
 In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that look at
-data (check.py, show.py). Tokens and labels are those of training, since they come from the same functions in labels.py.
+data (check.py, show.py). Tokens and labels are those of training, since they come from the same functions in text/labels.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, conv_templates
 from llava.data.formats import Sample, image_sources
 from llava.errors import InputError
-from llava.geometry import ImagePolicy, plan
-from llava.labels import encode_spans, preprocess_multimodal, sample_spans
-from llava.tokenization import encode_with_places
+from llava.images.layout import ImagePolicy, plan
+from llava.text.labels import encode_spans, preprocess_multimodal, sample_spans
+from llava.text.tokenization import encode_with_places
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class SampleReader:
 def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: int | None = None) -> SampleReader:
     """The reader for a model folder, or for a plain language model, which knows no images."""
     from llava.model import builder
-    from llava.model.belongings import context_len
-    from llava.model.belongings import conv_mode as template_name
-    from llava.model.checkpoint import inspect
+    from llava.model.checkpoints.hf_layout import translate_config
+    from llava.model.checkpoints.hub import resolve_checkpoint
+    from llava.model.checkpoints.inspect import inspect
     from llava.model.config import LlavaSettings
-    from llava.model.hub import resolve_checkpoint
     from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of
-    from llava.model.transformers_layout import translate_config
+    from llava.model.tokenizer_setup import context_len
+    from llava.model.tokenizer_setup import conv_mode as template_name
 
     folder = resolve_checkpoint(path)
     tokenizer = builder.load_tokenizer(folder)

@@ -28,10 +28,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from llava.cli.program import closest
 from llava.data.formats import Sample
 from llava.data.index import DataFile
 from llava.errors import InputError
-from llava.program import closest
 
 _ENTRY_KEYS = ("path", "image_folder", "weight", "repeat")
 _MIXTURE_KEYS = ("datasets", "epoch_size", "seed")

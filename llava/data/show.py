@@ -11,15 +11,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.colors import Paint, wants_colours
+from llava.cli.program import ArgumentParser, closest
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
-from llava.data.pictures import image_label, locate_image
+from llava.data.image_files import image_label, locate_image
 from llava.data.reader import Reading, SampleReader, read_model
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
-from llava.image_io import load_image
-from llava.paint import Paint, wants_colours
-from llava.program import ArgumentParser, closest
+from llava.images.io import load_image
 
 
 def run(options: Namespace) -> None:

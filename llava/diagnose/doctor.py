@@ -1,8 +1,9 @@
 """`llava doctor PATH`: find the cause of what goes wrong with a checkpoint, a data set, a training run or a server.
 
 In: a command line. Out: findings on stdout, for people or as JSON, and an exit status: 0 healthy, 1 if something was found,
-2 for a wrong call. What can be found is in findings.py; the checks are in checkpoint.py, dataset.py, training_config.py
-and server.py. With `--fix`, a copy is repaired and examined again.
+2 for a wrong call. What can be found is in diagnose/checks/findings.py; the checks are in
+diagnose/checks/checkpoint.py, diagnose/checks/dataset.py, diagnose/checks/training_config.py and
+diagnose/checks/server.py. With `--fix`, a copy is repaired and examined again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.diagnose.findings import CAUSES, Finding, Report
+from llava.cli.colors import Paint, wants_colours
+from llava.cli.program import ArgumentParser
+from llava.diagnose.checks.findings import CAUSES, Finding, Report
 from llava.errors import InputError
-from llava.paint import Paint, wants_colours
-from llava.program import ArgumentParser
 
 EXIT_FOUND = 1
 KINDS = ("checkpoint", "data", "config", "server")
@@ -122,12 +123,12 @@ def kind_of(path: str) -> str:
 
 def examine_path(kind: str, path: str, args: Namespace) -> Report:
     if kind == "checkpoint":
-        from llava.diagnose.checkpoint import examine_checkpoint
+        from llava.diagnose.checks.checkpoint import examine_checkpoint
 
         return examine_checkpoint(path, args.model_base, quick=args.quick)
     if kind == "data":
         from llava.data.reader import read_model
-        from llava.diagnose.dataset import examine_data
+        from llava.diagnose.checks.dataset import examine_data
 
         reader = None
         if args.model_path:
@@ -136,10 +137,10 @@ def examine_path(kind: str, path: str, args: Namespace) -> Report:
             raise InputError("--max-length and --conv-mode need a tokenizer to count with: name one with --model-path")
         return examine_data(path, image_folder=args.image_folder, reader=reader)
     if kind == "config":
-        from llava.diagnose.training_config import examine_training
+        from llava.diagnose.checks.training_config import examine_training
 
         return examine_training(path)
-    from llava.diagnose.server import examine_server
+    from llava.diagnose.checks.server import examine_server
 
     return examine_server(path, api_key=args.api_key, timeout=args.timeout)
 
@@ -162,7 +163,7 @@ def repair(path: str, findings: Sequence[Finding], copy: Path) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Findings say it; libraries and our own log need not say it as well."""
-    from llava.serve.terminal import quiet_libraries
+    from llava.cli.terminal import quiet_libraries
 
     quiet_libraries()
     log = logging.getLogger("llava")

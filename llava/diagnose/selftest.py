@@ -2,7 +2,8 @@
 
 In: a model folder. Out: for each item what was done, with numbers, and whether it holds. The items are those of the road
 map's check list: from <image> to embeddings, the length by hand, the label mask, another projector trained and run (in
-exercise.py), and an odd output traced to its cause. Exit status: 0 if all hold, 1 if one does not, 2 for a wrong call.
+diagnose/checks/projector_exercise.py), and an odd output traced to its cause. Exit status: 0 if all hold, 1 if one does
+not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from llava.cli.colors import Paint, shows_blocks, wants_colours
+from llava.cli.model_flags import add_loading_flags
+from llava.cli.program import ArgumentParser
+from llava.cli.startup import prepare
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.drawing import drawing
-from llava.diagnose.observation import Notes, figures, told
+from llava.diagnose.checks.test_image import drawing
+from llava.diagnose.tracer.record import Notes, figures, told
 from llava.errors import InputError
-from llava.model_flags import add_loading_flags
-from llava.paint import Paint, shows_blocks, wants_colours
-from llava.program import ArgumentParser
-from llava.startup import prepare
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
@@ -92,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    from llava.serve.models import find_model
-    from llava.serve.terminal import quiet_libraries
+    from llava.cli.find_model import find_model
+    from llava.cli.terminal import quiet_libraries
 
     if args.steps < 1:
         raise InputError(f"--steps is {args.steps}; give 1 or more, or --skip-training")
@@ -116,7 +117,7 @@ def run(args: Namespace) -> int:
 
 def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
     """The five items in order; with `steps` 0 the projector exercise is left out."""
-    from llava.diagnose.exercise import try_another_projector
+    from llava.diagnose.checks.projector_exercise import try_another_projector
 
     looks: list[Callable[[], Item]] = [
         lambda: from_mark_to_embeddings(loaded),
@@ -170,13 +171,13 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
     item = Item(
         "from <image> to embeddings",
         (
-            "llava/tokenization.py:tokenizer_image_token",
+            "llava/text/tokenization.py:tokenizer_image_token",
             "llava/model/llava_arch.py:encode_images",
             "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
             "llava/model/splice.py:splice",
         ),
     )
-    from llava.tokenization import tokenizer_image_token
+    from llava.text.tokenization import tokenizer_image_token
 
     conversation, inputs = ask(loaded, QUESTION, 1)
     ids = tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer)
@@ -205,7 +206,7 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
 def length_by_hand(loaded: LoadedModel) -> Item:
     item = Item(
         "the length of a sequence, by hand",
-        ("llava/geometry.py:plan", "llava/generation.py:measure_prompt", "llava/model/splice.py:pad"),
+        ("llava/images/layout.py:plan", "llava/engine/hf_engine.py:measure_prompt", "llava/model/splice.py:pad"),
     )
     for number in range(4):
         _, inputs = ask(loaded, QUESTION, number)
@@ -231,14 +232,14 @@ def label_mask(loaded: LoadedModel) -> Item:
         "the label mask of a batch",
         (
             "llava/conversation.py:Conversation.spans",
-            "llava/labels.py:encode_spans",
+            "llava/text/labels.py:encode_spans",
             "llava/train/data.py:DataCollatorForSupervisedDataset",
         ),
     )
     from llava.conversation import answer_end, get_template
-    from llava.diagnose.training import marked_text
-    from llava.train.assemble import prepare_tokenizer
+    from llava.diagnose.tracer.training import marked_text
     from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+    from llava.train.model_setup import prepare_tokenizer
 
     tokenizer, template = copy.deepcopy(loaded.tokenizer), get_template(loaded.conv_mode)
     prepare_tokenizer(tokenizer, loaded.model, "v1")  # which gives it something to pad with
@@ -292,16 +293,16 @@ def odd_output(loaded: LoadedModel) -> Item:
     item = Item(
         "an odd output, traced to its cause",
         (
-            "llava/streaming.py:stream_decoder",
+            "llava/text/detokenizer.py:stream_decoder",
             "llava/conversation.py:answer_end",
             "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
-            "llava/streaming.py:AnswerReader",
+            "llava/text/detokenizer.py:AnswerReader",
         ),
     )
     from llava.conversation import answer_end, get_template
-    from llava.generation import Sampling
-    from llava.serve.session import Session
-    from llava.streaming import AnswerReader
+    from llava.engine.hf_engine import Sampling
+    from llava.session import Session
+    from llava.text.detokenizer import AnswerReader
 
     tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
     vocabulary = tokenizer.get_vocab()
@@ -334,7 +335,7 @@ def odd_output(loaded: LoadedModel) -> Item:
 
 
 def as_text(path: str, items: Sequence[Item]) -> str:
-    from llava.diagnose.trace_text import show_rows, text_width
+    from llava.diagnose.tracer.text import show_rows, text_width
 
     paint, blocks, width = Paint(wants_colours(sys.stdout)), shows_blocks(sys.stdout), text_width()
     lines = [paint(path, "bold")]

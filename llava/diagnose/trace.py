@@ -1,192 +1,167 @@
-"""`with trace(model) as t:` watches whatever the model does in the block, and changes nothing of it.
+"""`llava trace`: one question, or one training sample, with everything that happens on the way.
 
-In: a model, perhaps its tokenizer. Out: a `Trace`: observations by point, and how long each stage took. The watching is
-done by hooks of torch and by wrappers around three methods of this one model, put there at the beginning of the block and
-taken away at its end: a model that is not traced pays nothing. What hooks see is in watch_vision.py and watch_sequence.py;
-the points around the model (prompt, ids, text; samples, labels, optimizer) are added by answering.py and training.py.
+In: pictures and a question, or a data file and the number of a sample. Out: every point on stdout, for people or as JSON,
+and with `--html` a page. Exit status: 0 if every check holds, 1 if one does not, 2 for a wrong call.
 """
 
 from __future__ import annotations
 
+import bdb
+import json
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from llava.diagnose.observation import POINTS, Observation, Stage
-from llava.diagnose.watch_sequence import see_generate, see_logits, see_splice, watch_language_model
-from llava.diagnose.watch_vision import see_image_features, see_pixels, see_tower, watch_projector
+from llava.cli.colors import Paint, shows_blocks, wants_colours
+from llava.cli.model_flags import add_model_flags
+from llava.cli.program import ArgumentParser
+from llava.conversation import get_template
+from llava.diagnose.tracer.record import POINTS
+from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
-from llava.geometry import ImageLayout
+
+EXIT_FAILED = 1
+EXAMPLES = """\
+examples:
+  llava trace photo.jpg "What is in this picture?"               every point on the way, in order
+  llava trace photo.jpg "Which colour?" --html trace.html        the same as a page: where did each token look?
+  llava trace photo.jpg "Which colour?" --break splice           open the debugger where pictures join the text
+  llava trace -m ./llava-v1.5-7b photo.jpg "Why?" --json
+  llava trace --data train.json --index 3 --image-folder images  a training sample: labels, loss, gradients
+  llava trace --data train.json -m ./llava-v1.5-7b -- --mm_projector_lr 2e-5 --freeze_backbone True
+  llava trace --data train.json -- run.yaml                      the same with a run's configuration file
+"""
 
 
-class Trace:
-    """What was seen. `trace["splice"]` is a point's observation, the last one where it was passed several times."""
-
-    def __init__(self, model: Any, tokenizer: Any = None, *, break_at: str | None = None) -> None:
-        if break_at is not None and break_at not in POINTS:
-            raise InputError(f"there is no point {break_at!r} to break at; known: {', '.join(POINTS)}")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.break_at = break_at
-        self.observations: dict[str, Observation] = {}
-        self.stages: list[Stage] = []
-        self.feature_lengths: list[int] = []
-        self.pictures: list[Any] = []
-        self.layouts: list[ImageLayout] = []
-        self.began = time.perf_counter()
-
-    def __getitem__(self, point: str) -> Observation:
-        return self.observations[point]
-
-    def __contains__(self, point: str) -> bool:
-        return point in self.observations
-
-    def __iter__(self) -> Iterator[Observation]:
-        """In the order in which data flows."""
-        return (self.observations[point] for point in POINTS if point in self.observations)
-
-    @property
-    def failed(self) -> list[tuple[str, str]]:
-        """(point, sentence) of every check that does not hold."""
-        return [(seen.point, row.text) for seen in self for row in seen.failed]
-
-    def note(self, seen: Observation, **values: Any) -> Observation:
-        """Keep an observation; where it is the point to break at, open the debugger with `values` at hand."""
-        self.observations[seen.point] = seen
-        if seen.point == self.break_at:
-            _debug(self, seen, values)
-        return seen
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = self.clock()
-        try:
-            yield
-        finally:
-            self.end_stage(name, start)
-
-    def clock(self) -> float:
-        """Seconds since the beginning, once the GPU has done what it was given."""
-        device = getattr(self.model, "device", None)
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - self.began
-
-    def end_stage(self, name: str, start: float) -> None:
-        self.stages.append(Stage(name, start, self.clock() - start, memory_in_use(self.model)))
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "points": [seen.as_json() for seen in self],
-            "stages": [vars(stage) for stage in self.stages],
-            "failed": [{"point": point, "text": text} for point, text in self.failed],
-        }
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava trace",
+        usage="%(prog)s [FLAGS] [IMAGE ...] QUESTION\n       %(prog)s [FLAGS] --data FILE [-- TRAINING FLAGS]",
+        description="Show everything that happens between a question and its answer, or in a training step of one sample.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
+    add_model_flags(parser, bits=False)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
+    parser.add_argument("--data", metavar="FILE", help="trace a training sample of this file instead of a question")
+    parser.add_argument(
+        "--index", type=int, default=0, metavar="N", help="with --data: its number, from 0 (default: 0)"
+    )
+    parser.add_argument("--image-folder", metavar="FOLDER", help="with --data: the folder that images are relative to")
+    parser.add_argument("--json", action="store_true", help="print all facts as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
+    parser.add_argument("--break", dest="break_at", metavar="POINT", help=f"open pdb at a point: {', '.join(POINTS)}")
+    parser.add_argument(
+        "--no-gradients",
+        action="store_true",
+        help="with --html: attention alone, without relevance (saves memory and time)",
+    )
+    return parser
 
 
-@contextmanager
-def trace(model: Any, tokenizer: Any = None, *, break_at: str | None = None) -> Iterator[Trace]:
-    """Watch a LLaVA model within the block. With `break_at` the debugger opens at that point."""
-    if not hasattr(model, "get_vision_tower"):
-        raise InputError(f"a {type(model).__name__} is not a model of this package; load it with llava.load")
-    record = Trace(model, tokenizer, break_at=break_at)
-    with watching(record):
-        yield record
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    place = words.index("--") if "--" in words else len(words)
+    return build_parser().run(partial(run, training_flags=words[place + 1 :]), words[:place])
 
 
-@contextmanager
-def watching(record: Trace) -> Iterator[None]:
-    """The hooks of a trace, for as long as the block lasts."""
-    model = record.model
-    inner, tower = model.get_model(), model.get_vision_tower()
-    with ExitStack() as stack:
-
-        def hook(handle: Any) -> None:
-            stack.callback(handle.remove)
-
-        if tower is not None:
-            hook(tower.register_forward_pre_hook(see_pixels(record)))
-            for module in (tower, inner.mm_projector):
-                _time(record, module, "vision tower" if module is tower else "projector", hook)
-            see_tower(record, tower, hook)  # later, so that its work is not timed
-            watch_projector(record, inner.mm_projector, hook)
-            wrap(stack, model, "image_features", see_image_features(record))
-            wrap(stack, model, "_splice_batch", see_splice(record))
-        watch_language_model(record, inner, hook)
-        head = model.get_output_embeddings()
-        if head is not None:
-            hook(head.register_forward_hook(see_logits(record)))
-        wrap(
-            stack,
-            model,
-            "generate",
-            see_generate(record),
-            before=lambda: record.observations.pop("first_tokens", None),
-        )
-        yield
-
-
-def memory_in_use(model: Any) -> int | None:
-    """Bytes: of tensors on a GPU, else the largest that this process has been so far."""
-    device = getattr(model, "device", None)
-    if device is not None and device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
+    if args.break_at is not None and args.break_at not in POINTS:
+        raise InputError(f"there is no point {args.break_at!r} to break at; known: {', '.join(POINTS)}")
+    if args.data is None and training_flags:
+        raise InputError("flags after -- are those of a training run; name its samples with --data")
+    if args.data is not None and args.words:
+        raise InputError("give a question, or a data file with --data, not both")
     try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return _trace_sample(args, training_flags) if args.data is not None else _trace_question(args)
+    except bdb.BdbQuit:
+        return EXIT_FAILED
 
 
-# How it is put there and taken away
+def _trace_question(args: Namespace) -> int:
+    from llava.cli.chat import load_model, split_words
+    from llava.cli.find_model import find_model
+    from llava.session import Picture, check_question
+
+    sources, question = split_words(args.words)
+    if question is None:
+        raise InputError('say what to ask: llava trace photo.jpg "What is in this picture?"')
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    pictures = [Picture.open(source) for source in sources]
+    check_question(question, len(pictures))
+    args.model_path = find_model(args.model_path)
+    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+    args.load_8bit, args.load_4bit, args.verbose = False, False, False
+
+    loaded = load_model(args)
+    if not hasattr(loaded.model, "get_vision_tower"):
+        raise InputError(
+            f"{args.model_path} is a language model without a vision tower; there is nothing of ours to trace"
+        )
+    from llava.diagnose.tracer.generation import trace_question
+
+    answered = trace_question(
+        loaded, pictures, question, sampling=sampling, conv_mode=args.conv_mode, break_at=args.break_at
+    )
+    page = None
+    if args.html:
+        from llava.diagnose.tracer.attention import look
+        from llava.diagnose.tracer.html import page_of_answer
+
+        page = page_of_answer(answered, look(answered, gradients=not args.no_gradients))
+    head = {"question": question, "images": sources, "answer": answered.answer.text if answered.answer else None}
+    return _show(args, answered.record, head, page)
 
 
-def _time(record: Trace, module: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
-    started: list[float] = []
-    hook(module.register_forward_pre_hook(lambda *_: started.append(record.clock())))
-    hook(module.register_forward_hook(lambda *_: record.end_stage(name, started.pop())))
+def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
+    from llava.cli.find_model import find_model
+    from llava.cli.terminal import quiet_libraries
+
+    quiet_libraries()
+    from llava.diagnose.tracer.training import trace_sample
+
+    record = trace_sample(
+        args.data,
+        args.index,
+        model_path=find_model(args.model_path),
+        image_folder=args.image_folder,
+        flags=training_flags,
+        break_at=args.break_at,
+    )
+    page = None
+    if args.html:
+        from llava.diagnose.tracer.html import page_of_sample
+
+        page = page_of_sample(record)
+    return _show(args, record, {"data": args.data, "index": args.index}, page)
 
 
-def wrap(
-    stack: ExitStack,
-    owner: Any,
-    name: str,
-    see: Callable[..., None],
-    *,
-    before: Callable[[], object] | None = None,
-    timed: tuple[Trace, str] | None = None,
-) -> None:
-    """Until the stack is closed, the function `owner.name` shows `see` what it gave and what it was given."""
-    plain = getattr(owner, name)
+def _show(args: Namespace, record: Any, head: dict[str, Any], page: str | None) -> int:
+    from llava.diagnose.tracer.text import as_text
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before()
-        with timed[0].stage(timed[1]) if timed is not None else nullcontext():
-            result = plain(*args, **kwargs)
-        see(result, *args, **kwargs)
-        return result
-
-    setattr(owner, name, watched)
-    if isinstance(owner, nn.Module):  # its class has the method; the watched one was put over it
-        stack.callback(delattr, owner, name)
+    if page is not None:
+        try:
+            Path(args.html).write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"the page cannot be written to {args.html!r}: {error.strerror}") from error
+    if args.json:
+        print(json.dumps({**head, **record.as_json()}, ensure_ascii=False, indent=2))
     else:
-        stack.callback(setattr, owner, name, plain)
+        print(as_text(record, Paint(wants_colours(sys.stdout)), blocks=shows_blocks(sys.stdout)))
+        if page is not None:
+            print(f"page: {args.html}")
+    return EXIT_FAILED if record.failed else 0
 
 
-def _debug(record: Trace, seen: Observation, values: dict[str, Any]) -> None:
-    """pdb, at a point: `seen` is the observation, and what the function had is there by name."""
-    import pdb
-
-    names = {**values, "seen": seen, "trace": record, "model": record.model}
-    print(f"\nstopped at {seen.point}: {seen.title}, {seen.where}\nhere are {', '.join(names)}; c goes on, q ends")
-    in_main = threading.current_thread() is threading.main_thread()
-    stop = pdb.Pdb(nosigint=not in_main).set_trace
-    # The debugger stops in the code that calls it: a line whose names are those of the point.
-    exec(compile("stop()\nseen\n", f"<{seen.point}>", "exec"), {**names, "stop": stop})
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """One answer of an engine in the form that the chat programs read: an iterator of text, and after its end an `Answer`.
 
-In: an engine and a request. Out: an `EngineStream`, which is used as generation.py's `AnswerStream` is.
+In: an engine and a request. Out: an `EngineStream`, which is used as hf_engine.py's `AnswerStream` is.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava.generation import Answer, Sampling
+from llava.engine.hf_engine import Answer, Sampling
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.engine.errors import UnsupportedModelError
-from llava.engine.kernels.contract import AttentionPlan, Kernels, Weight
+from llava.engine.kernels.base import AttentionPlan, Kernels, Weight
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
 

@@ -20,17 +20,18 @@ import torch
 
 from llava.conversation import Conversation, answer_end
 from llava.engine.config import EngineConfig
-from llava.engine.constrain import GrammarMaker
 from llava.engine.decoder import Decoder, obstacle
-from llava.engine.device_tiles import DeviceTiler
+from llava.engine.encoder_cache import FeatureCache
 from llava.engine.errors import EngineClosed, EngineError, QueueFull, UnsupportedModelError
-from llava.engine.feature_cache import FeatureCache
+from llava.engine.grammar import GrammarMaker
 from llava.engine.handle import RequestHandle
+from llava.engine.hf_engine import PromptSize
 from llava.engine.job import AnswerJob, Job, ScoreJob
 from llava.engine.kernels import pick_kernels
 from llava.engine.kv_cache import BlockPool
 from llava.engine.loop import Loop
 from llava.engine.memory import num_blocks_for
+from llava.engine.ngram import guess
 from llava.engine.prompt import PromptBuilder
 from llava.engine.request import Request, Result, SamplingParams, Score, ScoreRequest
 from llava.engine.runner import Runner
@@ -38,13 +39,12 @@ from llava.engine.sampler import Choice, Sampler
 from llava.engine.scheduler import Scheduler
 from llava.engine.sequence import Prompt
 from llava.engine.sequence import Sequence as Completion
-from llava.engine.speculation import guess
 from llava.errors import InputError
-from llava.generation import PromptSize
-from llava.model.belongings import context_len
+from llava.images.gpu_preprocess import DeviceTiler
 from llava.model.config import LlavaSettings
+from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
-from llava.streaming import AnswerReader
+from llava.text.detokenizer import AnswerReader
 
 __all__ = [
     "Engine",

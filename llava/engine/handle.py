@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from llava.engine.hf_engine import PromptSize
 from llava.engine.request import Chunk
-from llava.generation import PromptSize
 
 
 class Wakeups:

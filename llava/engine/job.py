@@ -1,7 +1,7 @@
 """A request within the engine: its completions, what has been said of each, and what it will cost.
 
 In: tokens, as steps give them. Out: chunks and a result, handed to the request's handle. Text is read off the tokens by
-streaming.py. Nothing here imports torch.
+text/detokenizer.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava.engine.request import (
     Usage,
 )
 from llava.engine.sequence import Prompt, Sequence
-from llava.streaming import AnswerReader
+from llava.text.detokenizer import AnswerReader
 
 
 class Job(ABC):

@@ -2,8 +2,9 @@
 
 In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its pictures, known by their content. This
 runs in the thread of whoever asks. Pictures leave it as bytes, a quarter of the size of normalised pixels; normalising is
-a look-up on the device. A GPU also scales them and cuts them into tiles (device_tiles.py); elsewhere, and for very large
-ones, that happens here, and only for a picture whose features are not known yet or that is too large to be kept.
+a look-up on the device. A GPU also scales them and cuts them into tiles (images/gpu_preprocess.py); elsewhere, and for
+very large ones, that happens here, and only for a picture whose features are not known yet or that is too large to be
+kept.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ import numpy as np
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
+from llava.engine.hf_engine import check_marks
 from llava.engine.request import Request, ScoreRequest
 from llava.engine.sequence import Prompt
 from llava.errors import InputError
-from llava.generation import check_marks
-from llava.image_io import to_rgb
+from llava.images.io import to_rgb
 from llava.processor import Processor
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from llava.geometry import ImageLayout
+    from llava.images.layout import ImageLayout
 
 
 KEPT_PIXELS = 4_000_000  # of a picture kept whole: its features are known, or a device makes its tiles

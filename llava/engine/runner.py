@@ -21,18 +21,18 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.decoder import Decoder
-from llava.engine.device_tiles import DeviceTiler
-from llava.engine.feature_cache import FeatureCache
+from llava.engine.encoder_cache import FeatureCache
+from llava.engine.input_batch import StepArrays, sent
 from llava.engine.prompt import PromptImage
 from llava.engine.request import TokenLogprob
 from llava.engine.sampler import Chosen, Sampler
 from llava.engine.scheduler import Step, Work
 from llava.engine.sequence import Sequence
-from llava.engine.step_arrays import StepArrays, sent
+from llava.images.gpu_preprocess import DeviceTiler
 from llava.model.splice import splice
 
 if TYPE_CHECKING:
-    from llava.engine.graphs import StepGraphs
+    from llava.engine.cuda_graphs import StepGraphs
 
 SCORED_ROWS = 256  # logits in float32 that exist at once when a continuation is scored
 
@@ -99,7 +99,7 @@ class Runner:
 
     def record_graphs(self, tile: tuple[int, ...] | None) -> None:
         """Record steps and the vision tower as CUDA graphs; `tile` is the shape of a tile's pixels, if there is a tower."""
-        from llava.engine.graphs import StepGraphs, TowerGraphs
+        from llava.engine.cuda_graphs import StepGraphs, TowerGraphs
 
         max_running, num_table = self._tables.shape
         self._graphs = StepGraphs(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava.engine.kernels.contract import Kernels, SamplingRows
+from llava.engine.input_batch import sent
+from llava.engine.kernels.base import Kernels, SamplingRows
 from llava.engine.request import MAX_SEED, SamplingParams
 from llava.engine.sequence import Sequence
-from llava.engine.step_arrays import sent
 
 STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's completions: odd, and far from small numbers
 
@@ -35,7 +35,7 @@ class Choice:
         self.params = params
         self.seed = (seed + index * STRIDE) & MAX_SEED
         self.end_ids = end_ids
-        self.grammar = grammar  # a matcher of constrain.py
+        self.grammar = grammar  # a matcher of grammar.py
         self.is_penalized = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava.engine.kv_cache import block_hash
-from llava.engine.speculation import Lookup
+from llava.engine.ngram import Lookup
 
 if TYPE_CHECKING:
     from llava.engine.prompt import PromptImage

@@ -1,1 +1,1 @@
-"""Evaluation: tasks, scorers, the runner, and the original's entry points. `llava eval` is main.py."""
+"""Evaluation: tasks, scorers, the runner, and the original's entry points. `llava eval` is eval/harness/main.py."""

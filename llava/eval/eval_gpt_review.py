@@ -9,8 +9,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.eval.review_program import review_parser, run_review
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

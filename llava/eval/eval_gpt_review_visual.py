@@ -11,8 +11,8 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.eval.review_program import described, read_contexts, review_parser, run_review
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

@@ -13,12 +13,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answers import pair, read_answers
+from llava.cli.program import ArgumentParser
+from llava.eval.common_flags import report_faults
 from llava.eval.files import Faults, read_json_lines
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
+from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.pope import label_questions, read_labels
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

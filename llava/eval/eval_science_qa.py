@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
+from llava.eval.common_flags import report_faults
 from llava.eval.files import Faults, need, read_json_lines, write_json
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.choices import science_qa_letter
 from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
-from llava.eval.values import ratio
-from llava.program import ArgumentParser
+from llava.eval.types import ratio
 
 FAILED = "FAILED"
 

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import report_faults
 from llava.eval.eval_science_qa import add_split_flags, choice_index, read_predictions
 from llava.eval.files import Faults, need, read_json_object
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.choices import told_letter
 from llava.eval.tasks.scienceqa import read_split
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

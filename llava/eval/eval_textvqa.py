@@ -12,12 +12,12 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import report_faults
 from llava.eval.files import Faults, need, read_json_lines
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.vqa import mean_score, soft_accuracy
 from llava.eval.tasks.short import textvqa_annotations, textvqa_question
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

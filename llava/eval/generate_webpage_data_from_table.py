@@ -16,11 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import report_faults
 from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
-from llava.program import ArgumentParser
 
 PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
 

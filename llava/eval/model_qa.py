@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.tasks.short import questions
 from llava.eval.vqa_program import FREE_TOKENS, answer_file
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.tasks.short import questions
 from llava.eval.vqa_program import (
     FREE_TOKENS,
@@ -20,7 +21,6 @@ from llava.eval.vqa_program import (
     get_chunk,
     split_list,
 )
-from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 

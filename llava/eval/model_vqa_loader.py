@@ -11,9 +11,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.tasks.short import questions
 from llava.eval.vqa_program import add_answer_flags, add_sampling_flags, answer_file, get_chunk, split_list
-from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 

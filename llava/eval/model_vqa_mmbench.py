@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import read_table
 from llava.eval.tasks.mmbench import SUFFIXES, table_items
@@ -22,7 +23,6 @@ from llava.eval.vqa_program import (
     get_chunk,
     split_list,
 )
-from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 

@@ -12,11 +12,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import read_json_lines, read_json_rows
 from llava.eval.tasks.qbench import ASKS, question_items
 from llava.eval.vqa_program import FREE_TOKENS, answer_file
-from llava.program import ArgumentParser
 
 FOLDER = "./playground/data/qbench"
 

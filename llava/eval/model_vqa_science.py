@@ -11,10 +11,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.eval.files import read_json_rows
 from llava.eval.tasks.scienceqa import sample_items
 from llava.eval.vqa_program import FREE_TOKENS, add_answer_flags, answer_file, get_chunk, split_list
-from llava.program import ArgumentParser
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 

@@ -11,12 +11,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.answer_log import answer_id, cut_half_line, whole_lines
+from llava.cli.program import ArgumentParser
 from llava.eval.files import need, read_json_lines
-from llava.eval.judge import Judge
+from llava.eval.harness.answer_log import answer_id, cut_half_line, whole_lines
+from llava.eval.harness.judge import Judge
 from llava.eval.review_program import add_judge_flags
-from llava.eval.values import Item
-from llava.program import ArgumentParser
+from llava.eval.types import Item
 
 SYSTEM = "You are a helpful assistant."
 

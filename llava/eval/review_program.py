@@ -1,7 +1,7 @@
 """What the three GPT-review scripts of the original share: their flags, and the run from files to reviews.
 
 In: a command line and the way to a picture's description. Out: a file of reviews. The judge is any server with OpenAI's API;
-prompts and rows are judge.py's.
+prompts and rows are eval/harness/judge.py's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import need, read_json_lines
-from llava.eval.judge import KEY_VARIABLE, Case, Judge, comparison, comparison_case, read_rules, review
-from llava.program import ArgumentParser
+from llava.eval.harness.judge import KEY_VARIABLE, Case, Judge, comparison, comparison_case, read_rules, review
 
 OPENAI = "https://api.openai.com/v1"
 

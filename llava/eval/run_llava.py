@@ -12,15 +12,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava.cli.find_model import find_model
+from llava.cli.program import ArgumentParser
+from llava.cli.startup import quick_imports
 from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import answer_end, get_model_name_from_path, get_template
+from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
-from llava.generation import Sampling, measure_prompt, stream_answer
-from llava.image_io import load_image
-from llava.program import ArgumentParser
+from llava.images.io import load_image
 from llava.serve.cli import choose_conv_mode, mark_of
-from llava.serve.models import find_model
-from llava.startup import quick_imports
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,8 +50,8 @@ def eval_model(args: Namespace) -> str:
     images = load_images(image_parser(args))
     with quick_imports():
         from llava.mm_utils import process_images, tokenizer_image_token
-        from llava.model.belongings import context_len, conv_mode
         from llava.model.builder import load_pretrained_model
+        from llava.model.tokenizer_setup import context_len, conv_mode
 
         tokenizer, model, image_processor = (
             getattr(args, part, None) for part in ("tokenizer", "model", "image_processor")

@@ -13,11 +13,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import report_faults
 from llava.eval.files import Faults, read_json_lines
-from llava.eval.legacy import report_faults
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, summary_line
-from llava.program import ArgumentParser
 
 STARTS = ("gpt4_text_", "reviews_", "review_")
 

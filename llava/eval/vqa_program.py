@@ -13,14 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path
+from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
-from llava.eval.answer_log import answer_row
-from llava.eval.asking import Asker, Failure, ModelChoice, missing_images
-from llava.eval.progress import Progress
-from llava.eval.values import Item
-from llava.generation import Sampling
-from llava.program import ArgumentParser
+from llava.eval.harness.answer_log import answer_row
+from llava.eval.harness.client import Asker, Failure, ModelChoice, missing_images
+from llava.eval.harness.progress import Progress
+from llava.eval.types import Item
 
 T = TypeVar("T")
 FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
@@ -75,7 +75,7 @@ def get_chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 def answer_file(args: Namespace, items: Sequence[Item], *, max_new_tokens: int) -> None:
     """Answer the questions of a chunk into the answers file."""
-    from llava.serve.models import find_model
+    from llava.cli.find_model import find_model
 
     missing = missing_images(items)
     if missing:

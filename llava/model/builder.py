@@ -2,7 +2,8 @@
 
 In: a folder or hub repository, a base where the folder needs one, and where and how the model shall run. Out: tokenizer,
 model, image processor, context length; `load` adds the conversation template and the Processor. What a folder holds is
-decided in checkpoint.py, tensors are placed by loading.py, device and dtype are picked in device.py.
+decided in model/checkpoints/inspect.py, tensors are placed by model/checkpoints/loading.py, device and dtype are picked
+in device.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import torch
 
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
-from llava.model.belongings import (
+from llava.model.checkpoints.hf_layout import translate_config
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
+from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
+from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
+from llava.model.tokenizer_setup import (
     MappingView,
     context_len,
     conv_mode,
@@ -29,12 +36,6 @@ from llava.model.belongings import (
     read_generation_config,
     read_tokenizer,
 )
-from llava.model.checkpoint import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
-from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
-from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
-from llava.model.json_file import read_json
-from llava.model.loading import build_by_transformers, load_weights, plan_sources
-from llava.model.transformers_layout import translate_config
 
 if TYPE_CHECKING:
     from llava.processor import Processor
@@ -337,7 +338,7 @@ def _build_language_model(
             raise InputError(
                 f"{info.folder} is an adapter for a plain language model; merge it before quantizing or spreading it"
             )
-        from llava.model.lora import load_adapter, merge_into
+        from llava.model.checkpoints.lora import load_adapter, merge_into
 
         merge_into(model, load_adapter(info.adapter, info.adapter_config or {}))
     return model if loader_options else model.to(device)

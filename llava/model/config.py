@@ -3,7 +3,7 @@
 In: a transformers config object (or the dictionary of a config.json). Out: `LlavaSettings`, frozen and checked, and the
 name of the language model that a dictionary declares. This is the only module that knows legacy key names and their
 defaults; everybody else writes `settings.vision.select_layer`. The config *classes* stand beside their models in
-language_model/; what a folder holds is checkpoint.py's business.
+language_model/; what a folder holds is model/checkpoints/inspect.py's business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.errors import InputError
-from llava.geometry import MERGES, ImageSize, Merge, Mode, image_mode, parse_pinpoints
+from llava.images.layout import MERGES, ImageSize, Merge, Mode, image_mode, parse_pinpoints
 
 SELECT_FEATURES = ("patch", "cls_patch")
 

@@ -9,9 +9,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.convert.convert import Options, convert
 from llava.model.utils import auto_upgrade
-from llava.program import ArgumentParser
 
 
 def consolidate_ckpt(src_path: str, dst_path: str) -> None:

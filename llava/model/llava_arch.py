@@ -1,9 +1,9 @@
 """Composition: a vision tower and a projector beside any causal language model of transformers.
 
 In: token ids with -200 for each image, and pixels. Out: the same batch as embeddings, with attention mask, positions and
-labels to match. How many features an image has is arithmetic (geometry.py), joining its tiles' features is merge.py,
-putting them into the sequence is splice.py, projector files are read by adapter.py, and what differs from one language
-model to another is in language_model/.
+labels to match. How many features an image has is arithmetic (images/layout.py), joining its tiles' features is merge.py,
+putting them into the sequence is splice.py, projector files are read by model/multimodal_projector/pretrained.py, and
+what differs from one language model to another is in language_model/.
 
     N tiles, P patches per tile, V width of the tower, D text width, B rows, L tokens before and T after the splice
 """
@@ -23,8 +23,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
-from llava.geometry import ImagePolicy, plan
-from llava.model.adapter import load_marker_rows, load_projector
+from llava.images.layout import ImagePolicy, plan
 from llava.model.attention import packed_arguments
 from llava.model.config import LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
@@ -32,6 +31,7 @@ from llava.model.merge import merge_tiles, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.pretrained import load_marker_rows, load_projector
 from llava.model.splice import PackedRow, PaddedBatch, Spliced, heed_limit, on_device, pack, pad, splice
 
 # Language models (by transformers' name) whose attention keeps packed samples apart when positions begin anew, and whose

@@ -9,9 +9,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.convert.convert import convert
-from llava.convert.words import describe
-from llava.program import ArgumentParser
+from llava.convert.options import describe
 
 
 def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hub_repo_id: str | None = None) -> None:

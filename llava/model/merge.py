@@ -1,6 +1,6 @@
 """Join the features of one image's tiles into one sequence, as its layout says.
 
-In: features per tile, an `ImageLayout` (geometry.py). Out: the image's features in the order the language model reads.
+In: features per tile, an `ImageLayout` (images/layout.py). Out: the image's features in the order the language model reads.
 
     P patches per tile, D width
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.geometry import ImageLayout
+from llava.images.layout import ImageLayout
 
 
 def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:

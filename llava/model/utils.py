@@ -1,7 +1,7 @@
 """`auto_upgrade`: bring the config of a first-generation checkpoint, whose model_type says `llama`, to today's words.
 
 In: a model folder. Out: the same folder with two keys of its config.json changed, after a yes at the terminal. Loading needs
-none of this (checkpoint.py reads old configs as they are); programs that expect the file to be changed do.
+none of this (model/checkpoints/inspect.py reads old configs as they are); programs that expect the file to be changed do.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from llava.disk import STAGING
-from llava.model.checkpoint import is_old, read_config
+from llava.files import STAGING
+from llava.model.checkpoints.inspect import is_old, read_config
 
 EXPLANATION = (
     "You are using newer LLaVA code base, while the checkpoint of v0 is from older code base.\n"

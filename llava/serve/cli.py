@@ -1,8 +1,8 @@
 """The original command line: one image, a conversation about it, the original's flags, prompts and look.
 
 In: flags and typed lines. Out: answers, streamed. The way of a question to the model: template (conversation.py) -> ids
-with -200 (`tokenizer_image_token`) and pixels (`process_images`) -> `model.generate` through generation.py. `llava chat`
-(chat.py) is the friendlier program.
+with -200 (`tokenizer_image_token`) and pixels (`process_images`) -> `model.generate` through engine/hf_engine.py. `llava chat`
+(cli/chat.py) is the friendlier program.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from llava.cli.find_model import find_model
+from llava.cli.program import ArgumentParser
+from llava.cli.startup import prepare, quick_imports
+from llava.cli.terminal import quiet_libraries, show
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -19,13 +23,9 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import answer_end, get_model_name_from_path, get_template
+from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
-from llava.generation import Sampling, measure_prompt, stream_answer
-from llava.image_io import load_image
-from llava.program import ArgumentParser
-from llava.serve.models import find_model
-from llava.serve.terminal import quiet_libraries, show
-from llava.startup import prepare, quick_imports
+from llava.images.io import load_image
 from llava.utils import disable_torch_init
 
 __all__ = ["build_parser", "load_image", "main"]
@@ -70,8 +70,8 @@ def run(args: Namespace) -> None:
     with quick_imports():
         quiet_libraries()
         from llava.mm_utils import process_images, tokenizer_image_token
-        from llava.model.belongings import conv_mode
         from llava.model.builder import load_pretrained_model
+        from llava.model.tokenizer_setup import conv_mode
 
         with disable_torch_init():
             tokenizer, model, image_processor, context_len = load_pretrained_model(

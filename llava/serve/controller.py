@@ -1,7 +1,8 @@
 """The controller: it knows the workers, says which one to ask, and passes requests on to them.
 
 In: flags; registrations and heart-beats of workers; requests of clients. Out: addresses, or the workers' answers. Choosing
-is dispatch.py, passing on is relay.py. It speaks the original's protocol and the OpenAI-compatible API over all workers.
+is serve/router/dispatch.py, passing on is serve/router/proxy.py. It speaks the original's protocol and the
+OpenAI-compatible API over all workers.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from llava.program import ArgumentParser
-from llava.serve.flags import add_server_flags, place_from
+from llava.cli.program import ArgumentParser
+from llava.serve.http.flags import add_server_flags, place_from
 
 EXAMPLES = """\
 examples:
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Namespace) -> int:
     place = place_from(args)
-    from llava.serve.controller_api import ControllerApi, controller_app
-    from llava.serve.dispatch import Dispatcher
-    from llava.serve.server import run_server
+    from llava.serve.http.server import run_server
+    from llava.serve.router.dispatch import Dispatcher
+    from llava.serve.router.routes import ControllerApi, controller_app
 
     api = ControllerApi(Dispatcher(args.dispatch_method), key=place.key, deadline_s=args.deadline)
     _, app = controller_app(api, place.door)

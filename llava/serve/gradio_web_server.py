@@ -1,7 +1,7 @@
 """The web page: a conversation about pictures with the models of a controller.
 
 In: flags; then a visitor's typing and clicking. Out: a page, made by Gradio. What it asks of servers and writes into its log is
-page_talk.py, how it looks page.py. `llava serve` shows the same page over its own model.
+serve/web/client.py, how it looks serve/web/page.py. `llava serve` shows the same page over its own model.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError, require
-from llava.program import ArgumentParser
-from llava.serve.flags import add_server_flags, place_from
+from llava.serve.http.flags import add_server_flags, place_from
 
 HELP_EPILOG = """\
 examples:
@@ -61,11 +61,11 @@ def run(args: Namespace) -> int:
     place = place_from(args)
     from fastapi import FastAPI
 
-    from llava.serve.guard import Guard
-    from llava.serve.limits import ApiKeys
-    from llava.serve.metrics import Metrics
-    from llava.serve.page import Page, mount
-    from llava.serve.server import run_server
+    from llava.serve.http.limits import ApiKeys
+    from llava.serve.http.metrics import Metrics
+    from llava.serve.http.middleware import Guard
+    from llava.serve.http.server import run_server
+    from llava.serve.web.page import Page, mount
 
     page = Page.over(args.controller_url, log_dir=args.log_dir, reload_models=args.model_list_mode == "reload")
     app = mount(FastAPI(), page, "/", embed=args.embed, concurrency=args.concurrency_count)

@@ -1,7 +1,8 @@
 """A worker: one model on an engine, behind the original protocol and the OpenAI-compatible API.
 
 In: flags; then HTTP requests. Out: streams of answers. The worker registers with a controller and sends it heart-beats, unless
-told not to. What a request may hold is protocol.py and openai_schema.py; how many run together is the engine's business.
+told not to. What a request may hold is serve/router/protocol.py and serve/openai/schema.py; how many run together is
+the engine's business.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llava import model_flags
+from llava.cli import model_flags
+from llava.cli.find_model import find_model
+from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
-from llava.program import ArgumentParser
-from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
-from llava.serve.models import find_model
-from llava.serve.protocol import OK, GenerateBody, encode_chunk
+from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.router.protocol import OK, GenerateBody, encode_chunk
 
 if TYPE_CHECKING:
-    from llava.serve.backend import Backend
-    from llava.serve.flags import Place
+    from llava.serve.backends.base import Backend
+    from llava.serve.http.flags import Place
     from llava.serve.service import Asked, Service
 
 EXAMPLES = """\
@@ -124,10 +125,10 @@ def load_backend(args: Namespace) -> Backend:
     name = args.model_name or get_model_name_from_path(str(args.model_path))
     load_it = partial(load, args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
     if _is_apart(args.engine_process, args.device):
-        from llava.serve.process_backend import ProcessBackend
+        from llava.serve.backends.subprocess import ProcessBackend
 
         return ProcessBackend(load_it, name=name, conv_mode=args.conv_mode, config=config, log_level=args.log_level)
-    from llava.serve.engine_backend import EngineBackend
+    from llava.serve.backends.in_process import EngineBackend
 
     return EngineBackend(load_it(), name=name, conv_mode=args.conv_mode, config=config)
 
@@ -145,10 +146,10 @@ def _is_apart(wanted: str, device: str) -> bool:
 
 def serve_worker(service: Service, args: Namespace, place: Place) -> int:
     """Run a worker until it is told to stop."""
-    from llava.serve.app import make_app
-    from llava.serve.membership import Membership
-    from llava.serve.openai_api import ModelApi, openai_routes
-    from llava.serve.server import run_server
+    from llava.serve.http.app import make_app
+    from llava.serve.http.server import run_server
+    from llava.serve.openai.routes import ModelApi, openai_routes
+    from llava.serve.router.heartbeat import Membership
     from llava.serve.worker_api import WorkerApi
 
     membership = None

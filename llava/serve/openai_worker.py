@@ -1,7 +1,7 @@
 """A worker in front of any server that speaks the OpenAI API: it registers that server's model with our controller.
 
-In: flags; then the requests of both our protocols. Out: the other server's answers. What goes over to it is remote.py; SGLang
-has the flags of the original in sglang_worker.py.
+In: flags; then the requests of both our protocols. Out: the other server's answers. What goes over to it is
+serve/backends/remote.py; SGLang has the flags of the original in sglang_worker.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.errors import InputError
-from llava.program import ArgumentParser
-from llava.serve.flags import add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, place_from
 from llava.serve.model_worker import add_worker_flags, serve_worker
 
 ENDPOINT_KEY_VARIABLE = "LLAVA_ENDPOINT_KEY"
@@ -63,8 +63,8 @@ def run(args: Namespace) -> int:
     place = place_from(args)
     from dataclasses import replace
 
-    from llava.serve.backend import ModelCard
-    from llava.serve.remote import RemoteBackend
+    from llava.serve.backends.base import ModelCard
+    from llava.serve.backends.remote import RemoteBackend
     from llava.serve.service import Service
 
     key = os.environ.get(ENDPOINT_KEY_VARIABLE)

@@ -1,6 +1,6 @@
 """Register a worker with a controller by hand: one that cannot do so itself.
 
-In: flags. Out: a registration, and an exit status. Workers of this package register themselves (membership.py).
+In: flags. Out: a registration, and an exit status. Workers of this package register themselves (serve/router/heartbeat.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError, require
-from llava.program import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:

@@ -1,7 +1,7 @@
 """One model behind a server: requests are admitted, their pictures opened, handed to the backend, and accounted for.
 
 In: prompts, sampling, picture addresses. Out: an `Asked`, the chunks of the answers and at the end their cost. Both
-protocols of a worker stand on this: openai_api.py and model_worker.py.
+protocols of a worker stand on this: serve/openai/routes.py and model_worker.py.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
-from llava.serve.backend import Answering, Backend, ModelCard, ServerBusyError
-from llava.serve.limits import ServeLimits, open_pictures
-from llava.serve.metrics import Metrics
-from llava.serve.openai_reply import Cost
-from llava.serve.protocol import WorkerStatus
-from llava.serve.room import Room, Share
+from llava.serve.backends.base import Answering, Backend, ModelCard, ServerBusyError
+from llava.serve.http.limits import ServeLimits, open_pictures
+from llava.serve.http.memory_budget import Room, Share
+from llava.serve.http.metrics import Metrics
+from llava.serve.openai.replies import Cost
+from llava.serve.router.protocol import WorkerStatus
 
 if TYPE_CHECKING:
-    from llava.geometry import ImageLayout
+    from llava.images.layout import ImageLayout
 
 PIECES_PER_S = 1000  # of all streams together
 SHORTEST_PAUSE_S = 0.005  # fewer streams than this makes say every token by itself

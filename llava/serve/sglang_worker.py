@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.program import ArgumentParser
+from llava.cli.program import ArgumentParser
 from llava.serve import openai_worker
 
 

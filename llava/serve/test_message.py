@@ -9,10 +9,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from llava.cli.program import ArgumentParser
 from llava.conversation import get_template
 from llava.errors import InputError, require
-from llava.program import ArgumentParser
-from llava.serve.protocol import OK, read_chunks
+from llava.serve.router.protocol import OK, read_chunks
 
 TEMPLATE = "vicuna_v1"
 

@@ -1,7 +1,7 @@
 """The original worker protocol over one model: its two routes.
 
-In: what clients of the original post. Out: chunks that end in zero bytes (protocol.py). A refusal is a chunk too, in words,
-with an HTTP status that says whether another worker may be asked instead.
+In: what clients of the original post. Out: chunks that end in zero bytes (serve/router/protocol.py). A refusal is a
+chunk too, in words, with an HTTP status that says whether another worker may be asked instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.generation import PromptTooLongError
-from llava.serve.errors import as_api_error
-from llava.serve.limits import decode_pictures
+from llava.engine.hf_engine import PromptTooLongError
+from llava.serve.http.errors import as_api_error
+from llava.serve.http.limits import decode_pictures
+from llava.serve.http.streams import Stream, read_json, while_connected
 from llava.serve.model_worker import generate_stream
-from llava.serve.protocol import NO_ROOM, OK, WORKER_FAILED, GenerateBody, encode_chunk, text_field
+from llava.serve.router.protocol import NO_ROOM, OK, WORKER_FAILED, GenerateBody, encode_chunk, text_field
 from llava.serve.service import Asked, Service
-from llava.serve.wire import Stream, read_json, while_connected
 
 CHUNKS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Chunks of JSON, `text` and `error_code`, each ended by a zero byte."}

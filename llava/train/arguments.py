@@ -23,9 +23,9 @@ from transformers import HfArgumentParser
 
 from llava.errors import InputError
 from llava.train.config_file import as_yaml, expand_config
-from llava.train.launch import program_name
+from llava.train.distributed import program_name
 from llava.train.legacy_flags import parse_flags, translate
-from llava.train.speed import hold_in_bfloat16, use_plain_products, uses_zero3
+from llava.train.performance import hold_in_bfloat16, use_plain_products, uses_zero3
 
 logger = logging.getLogger(__name__)
 

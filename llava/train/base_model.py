@@ -2,8 +2,8 @@
 
 In: ModelArguments and TrainingArguments. Out: a model whose class has images where the run has a tower; in main memory
 (the trainer moves it to its device, once) or, where `--bits` packs its weights, on the device of this process. What a
-folder holds is decided by model/checkpoint.py; a whole LLaVA is loaded by model/builder.py; tower and projector join a
-language model in assemble.py.
+folder holds is decided by model/checkpoints/inspect.py; a whole LLaVA is loaded by model/builder.py; tower and projector join a
+language model in model_setup.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers.initialization import no_init_weights
 
 from llava.errors import InputError
 from llava.model.builder import load, load_tokenizer
-from llava.model.checkpoint import CheckpointInfo, inspect
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
 from llava.model.language_model.registry import llava_classes
-from llava.model.loading import build_by_transformers, load_weights, plan_sources
 from llava.model.quantization import quantization_config
 from llava.train.arguments import ModelArguments, TrainingArguments
 
@@ -70,7 +70,7 @@ def load_base(
 
 
 def _load_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """The precision in which most of the language model will be held; assemble.py casts the rest afterwards."""
+    """The precision in which most of the language model will be held; model_setup.py casts the rest afterwards."""
     frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable or model_args.freeze_backbone
     return training_args.compute_dtype if frozen else training_args.weight_dtype
 

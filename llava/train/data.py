@@ -2,7 +2,7 @@
 
 In: samples `{"id", "image" (a path or a list of paths, optional), "conversations": [{"from", "value"}, ...]}`, which
 samples.py finds in files of several forms. Out: per sample ids, labels and pixels; per batch padded ids, labels, a mask and
-images in the order of their marks. Prompts, tokens and labels come from labels.py, pixels from mm_utils.py; the order of
+images in the order of their marks. Prompts, tokens and labels come from text/labels.py, pixels from mm_utils.py; the order of
 samples is in sampler.py.
 
     B samples, T tokens, I images in the batch
@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.formats import Sample, image_sources
-from llava.data.pictures import image_label, locate_image
+from llava.data.image_files import image_label, locate_image
 from llava.data.samples import open_samples
-from llava.data.tally import BadSamples, CutSamples
+from llava.data.skipped_samples import BadSamples, CutSamples
 from llava.errors import InputError
-from llava.image_io import load_image
-from llava.labels import preprocess, preprocess_multimodal, speaker_of
+from llava.images.io import load_image
 from llava.mm_utils import process_images
+from llava.text.labels import preprocess, preprocess_multimodal, speaker_of
 
 # Words that one image counts for where samples are grouped by length; published runs counted so.
 WORDS_PER_IMAGE = 128

@@ -3,7 +3,7 @@ log line says, and what happens when something goes wrong.
 
 In: model, arguments, data. Out: the trained model and its checkpoints. Orders are computed in sampler.py, files are
 written by save.py and take their places in checkpoints.py, figures are counted in metrics.py, failures explained in
-diagnosis.py; scheduling, precision, distribution and resuming are the library's.
+failures.py; scheduling, precision, distribution and resuming are the library's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from llava.errors import InputError
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.train.callbacks import ConsoleCallback, StopCallback
 from llava.train.checkpoints import STATE_FILE, explain_full_disk, put_in_place, staging_folder, thin_out
-from llava.train.diagnosis import Suspect, is_out_of_memory, not_finite, out_of_memory
+from llava.train.eval_samples import answer_samples, write_answers
+from llava.train.failures import Suspect, is_out_of_memory, not_finite, out_of_memory
+from llava.train.indexed_dataset import NUMBERS, Numbered, NumberKeeper, named_samples
 from llava.train.metrics import Throughput, base_model, measure_matmul_rate
-from llava.train.numbered import NUMBERS, Numbered, NumberKeeper, named_samples
+from llava.train.performance import let_fetches_run_ahead, one_host_thread, uses_zero3
 from llava.train.sampler import LengthGroupedSampler
 from llava.train.save import (
     NON_LORA_FILE,
@@ -38,8 +40,6 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
-from llava.train.speed import let_fetches_run_ahead, one_host_thread, uses_zero3
-from llava.train.validation import answer_samples, write_answers
 
 logger = logging.getLogger(__name__)
 

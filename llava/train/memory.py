@@ -2,7 +2,7 @@
 
 In: the model as it will be trained, and the training arguments. Out: bytes for weights, gradients, optimizer, activations
 and logits, as a table. Weights, gradients and optimizer states are counted; activations come from what the layers of
-transformers' Llama family keep for the backward pass, eager or compiled (speed.py), so they are an estimate, for batches
+transformers' Llama family keep for the backward pass, eager or compiled (performance.py), so they are an estimate, for batches
 as long as they may get. benchmarks/results/train.md has estimates beside measured peaks.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from llava.geometry import ImagePolicy
+from llava.images.layout import ImagePolicy
 from llava.model.config import language_model_type
 from llava.model.llava_arch import PLAIN_DECODERS, LlavaMetaForCausalLM
 from llava.model.loss import CHUNK_VALUES, can_fuse
@@ -60,7 +60,7 @@ class Shape:
     checkpointing: bool
     keep: (
         float | None
-    )  # the share of activations that compiled layers keep (speed.py); None where they are not compiled
+    )  # the share of activations that compiled layers keep (performance.py); None where they are not compiled
     trains_layers: bool  # frozen products need not keep what they multiplied
     adapter_bytes: int  # that adapters keep per token and layer
     fused_loss: bool  # no logits but a chunk at a time (model/loss.py)
@@ -105,7 +105,7 @@ def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
 def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
     stage, ranks = sharding(args)
     in_parameters = sum(_numel(p) * p.element_size() for p in model.parameters())
-    in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (speed.py)
+    in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (performance.py)
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(_numel(p) * p.element_size() for p in trained)
     num_trained = sum(map(_numel, trained))
@@ -152,7 +152,7 @@ def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
 
 
 def _kept_gathered(model: nn.Module, shape: Shape) -> int:
-    """Beside compiled layers, those that are not compiled keep the weights that they multiplied by (speed.py)."""
+    """Beside compiled layers, those that are not compiled keep the weights that they multiplied by (performance.py)."""
     tower = vision_tower(model)
     if shape.keep is None:
         return 0

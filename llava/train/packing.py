@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
-from llava.data.pictures import locate_image
+from llava.data.image_files import locate_image
 from llava.errors import InputError
-from llava.geometry import ImagePolicy, plan
-from llava.image_io import load_image
+from llava.images.io import load_image
+from llava.images.layout import ImagePolicy, plan
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 

@@ -1,7 +1,7 @@
 """One run of training, from its arguments to the files that it leaves.
 
 In: arguments (arguments.py). Out: a folder that `load_pretrained_model` reads. The flow, each step in its own file:
-tokenizer and base model -> freezing, adapters -> tower and projector (assemble.py) -> data (data.py) -> LLaVATrainer
+tokenizer and base model -> freezing, adapters -> tower and projector (model_setup.py) -> data (data.py) -> LLaVATrainer
 (llava_trainer.py) -> files (save.py).
 """
 
@@ -20,7 +20,15 @@ from llava.errors import InputError
 from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.assemble import (
+from llava.train.base_model import load_base
+from llava.train.callbacks import Stopped
+from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
+from llava.train.data import LazySupervisedDataset, make_supervised_data_module
+from llava.train.distributed import rank0_print
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.memory import GIB, estimate
+from llava.train.metrics import peak_memory
+from llava.train.model_setup import (
     add_vision,
     cast_weights,
     choose_conversation,
@@ -29,17 +37,9 @@ from llava.train.assemble import (
     prepare_language_model,
     prepare_tokenizer,
 )
-from llava.train.base_model import load_base
-from llava.train.callbacks import Stopped
-from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
-from llava.train.data import LazySupervisedDataset, make_supervised_data_module
-from llava.train.launch import rank0_print
-from llava.train.llava_trainer import LLaVATrainer
-from llava.train.memory import GIB, estimate
-from llava.train.metrics import peak_memory
 from llava.train.packing import pack_data_module
+from llava.train.performance import prepare_layers, uses_zero3
 from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
-from llava.train.speed import prepare_layers, uses_zero3
 
 logger = logging.getLogger(__name__)
 

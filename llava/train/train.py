@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llava.cli.program import run_program
+from llava.cli.startup import quick_imports
 from llava.errors import InputError
-from llava.program import run_program
-from llava.startup import quick_imports
-from llava.train.launch import is_first_process, part_together, program_name, rank0_print
+from llava.train.distributed import is_first_process, part_together, program_name, rank0_print
 
 if TYPE_CHECKING:
-    from llava.labels import (
+    from llava.text.labels import (
         preprocess,
         preprocess_llama_2,
         preprocess_mpt,
@@ -86,12 +86,12 @@ ELSEWHERE = {
     "get_peft_state_non_lora_maybe_zero_3": "llava.train.save",
     "make_supervised_data_module": "llava.train.data",
     "maybe_zero_3": "llava.train.save",
-    "preprocess": "llava.labels",
-    "preprocess_llama_2": "llava.labels",
-    "preprocess_mpt": "llava.labels",
-    "preprocess_multimodal": "llava.labels",
-    "preprocess_plain": "llava.labels",
-    "preprocess_v1": "llava.labels",
+    "preprocess": "llava.text.labels",
+    "preprocess_llama_2": "llava.text.labels",
+    "preprocess_mpt": "llava.text.labels",
+    "preprocess_multimodal": "llava.text.labels",
+    "preprocess_plain": "llava.text.labels",
+    "preprocess_v1": "llava.text.labels",
     "run": "llava.train.run",
     "safe_save_model_for_hf_trainer": "llava.train.save",
     "smart_tokenizer_and_embedding_resize": "llava.train.save",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from llava.cli.program import run_program
 from llava.errors import InputError
-from llava.program import run_program
 from llava.train import train as training
-from llava.train.launch import program_name
+from llava.train.distributed import program_name
 
 ATTENTION = "xformers"
 

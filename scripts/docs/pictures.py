@@ -15,12 +15,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageEnhance
 
 from llava.assets import embedded_model_path
-from llava.diagnose.answering import Answered, trace_question
-from llava.diagnose.attention import Views, look
-from llava.diagnose.trace_page import page_of_answer
-from llava.geometry import ImagePolicy, feature_boxes, plan, tile_areas
+from llava.diagnose.tracer.attention import Views, look
+from llava.diagnose.tracer.generation import Answered, trace_question
+from llava.diagnose.tracer.html import page_of_answer
+from llava.images.layout import ImagePolicy, feature_boxes, plan, tile_areas
 from llava.model.builder import load
-from llava.serve.session import Picture
+from llava.session import Picture
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs/pictures"

@@ -30,14 +30,14 @@ OTHER_LANGUAGE = re.compile(r"\[(?:中文|English)\]\([\w.-]+\.md\)(?: · )?")
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
 TITLES = {
     "llava.model.builder": "Loading",
-    "llava.generation": "Answering",
+    "llava.engine.hf_engine": "Answering",
     "llava.engine.engine": "Many answers at once",
     "llava.engine.request": "Requests and results",
-    "llava.serve.session": "Conversations with a model",
+    "llava.session": "Conversations with a model",
     "llava.conversation": "Templates",
     "llava.processor": "Inputs",
-    "llava.image_io": "Pictures",
-    "llava.diagnose.trace": "Tracing",
+    "llava.images.io": "Pictures",
+    "llava.diagnose.tracer.hooks": "Tracing",
     "llava.model.language_model.llava_llama": "Models",
     "llava.errors": "Errors",
 }

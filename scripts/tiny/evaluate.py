@@ -30,9 +30,9 @@ from suite import make_suite
 from torch import Tensor
 
 from llava.conversation import conv_templates
-from llava.labels import encode_spans
 from llava.mm_utils import process_images
 from llava.model.builder import LoadedModel, load
+from llava.text.labels import encode_spans
 
 MAX_NEW_TOKENS = {"word": 24, "sentence": 64, "free": 192}
 QUICK_SIZE = 100

@@ -1,7 +1,7 @@
 """The arithmetic of the engine: one set of methods, by PyTorch, by Triton, or compiled for a CPU.
 
 In: packed tokens, a paged cache, an `AttentionPlan`. Out: tensors. `pick_kernels` chooses; what the methods promise is
-in contract.py; weights of 8 and 4 bits are in quantized.py.
+in base.py; weights of 8 and 4 bits are in quantized.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from llava.engine.kernels.contract import Kernels
+    from llava.engine.kernels.base import Kernels
 
 
 def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -22,12 +22,12 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """
     import torch
 
-    from llava.engine.kernels.plain import PlainKernels
+    from llava.engine.kernels.reference import PlainKernels
 
     if device.type == "cpu":
-        from llava.engine.kernels import native_build
-        from llava.engine.kernels.cpu import CpuKernels
-        from llava.engine.kernels.native import NativeKernels
+        from llava.engine.kernels.cpu import build as native_build
+        from llava.engine.kernels.cpu.kernels import CpuKernels
+        from llava.engine.kernels.cpu.native import NativeKernels
 
         functions = native_build.load()
         return CpuKernels() if functions is None else NativeKernels(functions)
@@ -37,6 +37,6 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     generation, _ = torch.cuda.get_device_capability(device)
     if generation < 8:
         return PlainKernels()
-    from llava.engine.kernels.triton_kernels import TritonKernels
+    from llava.engine.kernels.triton.kernels import TritonKernels
 
     return TritonKernels(device, overlap=generation >= 9)

@@ -26,7 +26,7 @@ class QuantizedWeight:
     group holds feature j in its low half and feature j + 64 in its high half, each with 8 added.
     """
 
-    kind: WeightKind | Literal["panels"]  # the last in panels.py
+    kind: WeightKind | Literal["panels"]  # the last in engine/kernels/cpu/packing.py
     data: Tensor
     scales: Tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from llava.eval.values import ratio
+from llava.eval.types import ratio
 
 
 def percent(verdicts: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llava.eval.values import ratio
+from llava.eval.types import ratio
 
 
 def pope_answer(text: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.cli.program import closest
 from llava.errors import InputError
-from llava.eval.task import Task
 from llava.eval.tasks import judged, mmbench, mme, mmmu, pope, qbench, scienceqa, seed, short, tiny
 from llava.eval.tasks.custom import task_from_file
-from llava.program import closest
+from llava.eval.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     task.name: task

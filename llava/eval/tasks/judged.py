@@ -1,7 +1,7 @@
 """LLaVA-Bench-in-the-Wild and MM-Vet: free answers that a language model judges.
 
-The questions are read here, and the judge's verdicts are scored here; asking the judge is judge.py's. Files of verdicts, ours
-and the official ones, are scored without any judge.
+The questions are read here, and the judge's verdicts are scored here; asking the judge is eval/harness/judge.py's.
+Files of verdicts, ours and the official ones, are scored without any judge.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llava.eval.files import (
     write_json,
 )
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, relative_scores
-from llava.eval.task import Task
 from llava.eval.tasks.short import questions
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import Task
+from llava.eval.types import Answered, Item, Scores
 
 ASK_A_JUDGE = (
     "these answers need a judge: give --judge-url and --judge-model, or a file of reviews in place of the answers"

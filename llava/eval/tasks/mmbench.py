@@ -18,8 +18,8 @@ from llava.errors import InputError
 from llava.eval.files import find_file, read_table
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
-from llava.eval.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
+from llava.eval.types import Answered, Item, Scores
 from llava.eval.xlsx import write_xlsx
 
 FILES = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from llava.errors import InputError
 from llava.eval.files import Faults, find_optional, need, read_json_lines, read_text
 from llava.eval.metrics.yes_no import mme_answer, mme_figures
-from llava.eval.task import WORD_SUFFIX, Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import WORD_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

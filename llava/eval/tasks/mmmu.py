@@ -16,8 +16,8 @@ from typing import Any
 from llava.errors import InputError, require
 from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, write_json
 from llava.eval.metrics.choices import LETTERS, Guesser, mmmu_letter, mmmu_open_right
-from llava.eval.task import LETTER_SUFFIX, WORD_SUFFIX, Task
-from llava.eval.values import Answered, Item, Scores, ratio
+from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores, ratio
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import Answer
 from llava.eval.files import find_optional, need, read_json_lines
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
-from llava.eval.task import WORD_SUFFIX, Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.answers import Answer
+from llava.eval.tasks.task import WORD_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores
 
 SPLITS = ("random", "popular", "adversarial")
 IMAGES = ("val2014", "coco/val2014", "images")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import Answer
 from llava.eval.files import Faults, find_file, find_optional, need, read_json_rows, read_text
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
-from llava.eval.task import Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.answers import Answer
+from llava.eval.tasks.task import Task
+from llava.eval.types import Answered, Item, Scores
 
 FILES = {
     "en": ("llvisionqa_dev.json", "llvisionqa_test.json"),

@@ -15,8 +15,8 @@ from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, read_json_rows
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, science_qa_letter
-from llava.eval.task import LETTER_SUFFIX, Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import LETTER_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores
 
 OPTIONS = tuple("ABCDE")
 IMAGE_MARK = "<image>"

@@ -13,9 +13,9 @@ from typing import Any
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, write_json_lines
 from llava.eval.metrics.accuracy import by_category, percent
-from llava.eval.task import LETTER_SUFFIX, Task
 from llava.eval.tasks.short import questions
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import LETTER_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores
 
 
 def read(folder: Path) -> list[Item]:

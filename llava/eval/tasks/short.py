@@ -22,8 +22,8 @@ from llava.eval.files import (
 )
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
-from llava.eval.task import WORD_SUFFIX, Task
-from llava.eval.values import Answered, Item, Scores
+from llava.eval.tasks.task import WORD_SUFFIX, Task
+from llava.eval.types import Answered, Item, Scores
 
 
 def questions(file: Path, images: Path) -> list[Item]:

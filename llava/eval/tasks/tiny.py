@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.task import Task
 from llava.eval.tasks import pope
 from llava.eval.tasks.custom import custom_task, read_rows
-from llava.eval.values import Item
+from llava.eval.tasks.task import Task
+from llava.eval.types import Item
 
 PHOTOS_HINT = "python scripts/tiny/freeze.py --cifar CIFAR --out playground/data/eval/tiny"
 

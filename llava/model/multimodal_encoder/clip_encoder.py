@@ -1,7 +1,7 @@
 """Vision towers over transformers' CLIPVisionModel, with one scale (CLIPVisionTower) or several (CLIPVisionTowerS2).
 
 In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden layer.
-The image processor is in image_processor.py; which tower a checkpoint means is decided in builder.py.
+The image processor is in images/image_processor.py; which tower a checkpoint means is decided in builder.py.
 
     N tiles, P patches per tile, V width of the tower, S scales
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava.errors import InputError
+from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings
-from llava.model.multimodal_encoder.image_processor import ClipImageProcessor
 
 
 class VisionModel(nn.Module):
@@ -44,7 +44,7 @@ class VisionModel(nn.Module):
         return self._some_weight().device
 
     def _some_weight(self) -> Tensor:
-        """Whether weights are parameters or, frozen under ZeRO-3 (train/speed.py), buffers."""
+        """Whether weights are parameters or, frozen under ZeRO-3 (train/performance.py), buffers."""
         return next(value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ class CLIPVisionTower(nn.Module):
         """Read the tower's own weights; a tower that is loaded already stays as it is."""
         if self.is_loaded:
             return
-        from llava.model.loading import load_tower_weights
+        from llava.model.checkpoints.loading import load_tower_weights
 
         self.build_model()
         load_tower_weights(self, Path(self.vision_tower_name))

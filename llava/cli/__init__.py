@@ -1,0 +1,1 @@
+"""Command-line programs and what they share."""

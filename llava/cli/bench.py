@@ -1,0 +1,221 @@
+"""`llava bench`: how fast a model answers on this machine, beside what the memory allows.
+
+In: a model folder. Out: the time to a first token, and tokens per second for some numbers of sequences answered together,
+each with the rate at which the memory could feed them: a step reads all weights once, and each sequence's keys and values.
+The full comparison with other software is benchmarks/engine.py and benchmarks/engine_cpu.py, which measure by this code.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava.cli.find_model import find_model
+from llava.cli.model_flags import add_loading_flags, add_path_flag
+from llava.cli.program import ArgumentParser
+from llava.cli.startup import prepare
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from llava.engine.engine import Engine
+    from llava.engine.request import Request
+
+EXAMPLES = """\
+examples:
+  llava bench                                  the small model in the package
+  llava bench -m ./llava-v1.5-7b --sequences 1,8,64,256
+  llava bench -m ./llava-v1.5-7b --weights int8
+  llava bench --json > figures.json
+"""
+NUM_TEXT = 58  # tokens of a question
+SHORT = 8  # new tokens of the run whose time is taken away, so that prompts do not count as decoding
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava bench",
+        description="Measure how fast a model answers on this machine, beside what the memory allows.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_path_flag(parser)
+    add_loading_flags(parser)
+    parser.add_argument("--weights", metavar="KIND", help="hold the weights as int8, fp8 or int4")
+    parser.add_argument("--sequences", default="1,8,64", metavar="N,...", help="answered together (default: 1,8,64)")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of which the median counts (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    prepare()
+    return build_parser().run(run, argv)
+
+
+def run(args: Namespace) -> None:
+    sequences = read_numbers(args.sequences)
+    for name, value in (("--new-tokens", args.new_tokens), ("--runs", args.runs)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+    from llava.engine.config import EngineConfig
+
+    config = EngineConfig(weights=args.weights, max_running=max(sequences), prefix_cache=False, feature_cache_bytes=0)
+    path = find_model(args.model_path)
+
+    from llava.cli.terminal import quiet_libraries
+    from llava.engine.engine import Engine
+    from llava.model.builder import load
+
+    quiet_libraries()
+    loaded = load(path, base=args.model_base, device=args.device, dtype=args.dtype)
+    with Engine.from_loaded(loaded, config) as engine:
+        report = measure(engine, sequences, args.new_tokens, args.runs)
+    print(json.dumps(asdict(report)) if args.json else as_table(report), flush=True)
+
+
+def read_numbers(text: str) -> list[int]:
+    """Numbers from 1, separated by commas."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"--sequences is {text!r}; give numbers from 1, separated by commas, such as 1,8,64")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Rate:
+    """New tokens per second of so many sequences together, and the limit that the memory sets."""
+
+    num_sequences: int
+    tokens_per_s: float
+    limit_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    device: str
+    weights: str
+    weight_bytes: int
+    bandwidth_bytes_per_s: float
+    num_prompt_tokens: int
+    first_token_s: float
+    rates: list[Rate]
+
+
+def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int) -> Report:
+    draw = Requests(engine)
+    result = engine.generate(draw(1))  # compiles and warms what there is to
+    num_prompt = result.usage.num_prompt_tokens
+    decoder = engine._loop.runner.decoder
+    bandwidth = memory_bandwidth(decoder.device)
+
+    def limit(num: int) -> float:
+        context = num_prompt + SHORT + new_tokens // 2
+        return num * bandwidth / (decoder.weight_bytes + num * context * decoder.bytes_per_token)
+
+    first = statistics.median(seconds(engine, [draw(1)]) for _ in range(max(runs, 3)))
+    rates = [Rate(num, decode_rate(engine, draw, num, new_tokens, runs), limit(num)) for num in sequences]
+    return Report(
+        device=device_name(decoder.device),
+        weights=engine.config.weights or str(decoder.dtype).removeprefix("torch."),
+        weight_bytes=decoder.weight_bytes,
+        bandwidth_bytes_per_s=bandwidth,
+        num_prompt_tokens=num_prompt,
+        first_token_s=first,
+        rates=rates,
+    )
+
+
+class Requests:
+    """Questions nobody has asked before: random words, and a picture of random pixels where the model has a tower."""
+
+    def __init__(self, engine: Engine) -> None:
+        import numpy as np
+
+        tower = getattr(engine.model, "get_vision_tower", lambda: None)()
+        self._side = None if tower is None else tower.tile_size
+        self._num_words = len(engine.tokenizer)
+        self._draw = np.random.default_rng(0)
+
+    def __call__(self, new_tokens: int) -> Request:
+        import numpy as np
+        from PIL import Image
+
+        from llava.engine.request import Request, SamplingParams
+
+        words = self._draw.integers(3, self._num_words, NUM_TEXT).tolist()
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        if self._side is None:
+            return Request(words, sampling=params)
+        pixels = self._draw.integers(0, 256, (self._side, self._side, 3), dtype=np.uint8)
+        return Request([*words[:4], -200, *words[4:]], [Image.fromarray(pixels)], params)
+
+
+def decode_rate(engine: Engine, draw: Callable[[int], Request], num: int, new_tokens: int, runs: int) -> float:
+    """Tokens per second between the short answers' end and the long ones'."""
+    long, short = (
+        statistics.median(seconds(engine, [draw(new) for _ in range(num)]) for _ in range(runs))
+        for new in (SHORT + new_tokens, SHORT)
+    )
+    return num * new_tokens / max(long - short, 1e-9)
+
+
+def seconds(engine: Engine, requests: Sequence[Request]) -> float:
+    started = time.perf_counter()
+    engine.generate(requests)
+    return time.perf_counter() - started
+
+
+def memory_bandwidth(device: Any) -> float:
+    """Bytes per second: of a large copy on a GPU (read and written), of a large sum on a CPU (read)."""
+    import torch
+
+    buffer = torch.ones(2**28 if device.type == "cuda" else 2**25, dtype=torch.float32, device=device)
+    target = torch.empty_like(buffer) if device.type == "cuda" else None
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        if target is None:
+            buffer.sum()
+        else:
+            target.copy_(buffer)
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return buffer.nbytes * (1 if target is None else 2) / min(times)
+
+
+def device_name(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def as_table(report: Report) -> str:
+    lines = [
+        f"{report.device}: {report.weight_bytes / 1e6:,.0f} MB of {report.weights} weights to read for each step, "
+        f"{report.bandwidth_bytes_per_s / 1e9:,.1f} GB/s measured",
+        f"first token of {report.num_prompt_tokens} prompt tokens: {1e3 * report.first_token_s:,.1f} ms",
+        "",
+        "sequences   tokens/s   limit of the memory",
+    ]
+    for rate in report.rates:
+        share = rate.tokens_per_s / rate.limit_tokens_per_s
+        lines.append(
+            f"{rate.num_sequences:>9}  {rate.tokens_per_s:>9,.1f}   {rate.limit_tokens_per_s:,.1f} ({share:.0%})"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""`llava chat`: ask a model about pictures, once or in a conversation.
+
+In: pictures, a question or typed lines, flags. Out: answers on stdout as they are written, everything else on stderr. The
+conversation itself is session.py; what a terminal needs is terminal.py; the way to the model is engine/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava.cli.find_model import find_model
+from llava.cli.model_flags import add_model_flags, quantization_from
+from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, closest
+from llava.cli.startup import prepare, quick_imports
+from llava.cli.terminal import Terminal, quiet_libraries, show
+from llava.conversation import get_template
+from llava.engine.hf_engine import Answer, Sampling
+from llava.errors import InputError
+from llava.images.io import ImageLimits
+from llava.session import Asked, Picture, Session, check_question
+
+if TYPE_CHECKING:
+    from llava.model.builder import LoadedModel
+
+EXAMPLES = """\
+examples:
+  llava chat photo.jpg "What is in this picture?"
+  llava chat before.png after.png "What changed?"      several images, in this order
+  llava chat photo.jpg                                 a conversation; /help lists its commands
+  llava chat photo.jpg < questions.txt                 one answer per line
+  echo "Describe it." | llava chat photo.jpg -         the question from a pipe
+"""
+URL = re.compile(r"(https?://|data:image/)", re.IGNORECASE)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava chat",
+        usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
+        description="Ask a model about pictures, once or in a conversation.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="IMAGE ... QUESTION",
+        help="image files or URLs, then the question; - reads it from stdin",
+    )
+    model = parser.add_argument_group("model")
+    add_model_flags(model)
+    model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--temperature", type=float, metavar="T", default=0.0, help="0 takes the likeliest token (default: 0)"
+    )
+    answers.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
+    )
+    answers.add_argument(
+        "--num-beams", type=int, metavar="N", default=1, help="beam search; the answer comes in one piece (default: 1)"
+    )
+    answers.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=512, help="at most so many per answer (default: 512)"
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--image-timeout", type=float, metavar="SECONDS", default=20.0, help="seconds for a download (default: 20)"
+    )
+    images.add_argument(
+        "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="a line of JSON per answer, with token counts and times")
+    output.add_argument("--quiet", "-q", action="store_true", help="nothing but answers and errors")
+    output.add_argument("--verbose", "-v", action="store_true", help="show prompts, token counts and times on stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    prepare()
+    return build_parser().run(run, argv)
+
+
+def run(args: Namespace) -> int:
+    if args.top_p is not None and args.temperature == 0:
+        raise InputError("--top-p has no effect at temperature 0; give --temperature as well")
+    sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    sources, question = split_words(args.words)
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    limits = ImageLimits(timeout_s=args.image_timeout, allow_private_hosts=args.allow_private_hosts)
+    # What can be refused without torch is refused now.
+    pictures = [Picture.open(source, limits) for source in sources]
+    if question is not None:
+        check_question(question, len(pictures))
+    args.model_path = find_model(args.model_path)
+    terminal = Terminal(quiet=args.quiet)
+
+    started = time.perf_counter()
+    if question is None and terminal.interactive:
+        terminal.note("loading the model ...")
+    loaded = load_model(args)
+    template = get_template(args.conv_mode or loaded.conv_mode)
+    session = Session(loaded, template.with_system(args.system) if args.system is not None else template, sampling)
+    session.attach(pictures)
+    chat = Chat(session, terminal, args, limits, load_s=time.perf_counter() - started)
+    if args.verbose:
+        chat.describe(loaded)
+    if question is not None:
+        chat.answer(question)
+        return 0
+    return chat.converse()
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Leading images and the question after them; "-" for the question reads it from stdin."""
+    num_images = next((place for place, word in enumerate(words) if not looks_like_image(word)), len(words))
+    sources, rest = list(words[:num_images]), " ".join(words[num_images:]).strip()
+    if rest == "-":
+        rest = sys.stdin.read().strip()
+        if not rest:
+            raise InputError("the question was to come from stdin (-), and nothing came")
+    return sources, rest or None
+
+
+def looks_like_image(word: str) -> bool:
+    """A URL, a file that exists, or a name that ends like an image's (which then gets its own complaint)."""
+    if URL.match(word):
+        return True
+    if word.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # a question too long, or too odd, for a file name
+        return False
+
+
+def load_model(args: Namespace) -> LoadedModel:
+    with quick_imports():
+        if not args.verbose:
+            quiet_libraries()
+        from llava.model.builder import load
+
+        return load(
+            args.model_path,
+            base=args.model_base,
+            device=args.device,
+            dtype=args.dtype,
+            quantization=quantization_from(args),
+        )
+
+
+class Chat:
+    """A session, a terminal, and what the flags say about showing answers."""
+
+    def __init__(
+        self, session: Session, terminal: Terminal, args: Namespace, limits: ImageLimits, *, load_s: float
+    ) -> None:
+        self.session = session
+        self.terminal = terminal
+        self.args = args
+        self.limits = limits
+        self.load_s = load_s
+
+    def converse(self) -> int:
+        """Every line a question or a command, until the input ends. A line that cannot work is told and passed over."""
+        if self.terminal.interactive:
+            num_images = len(self.session.waiting)
+            self.terminal.note(
+                f"{num_images} image{'s' * (num_images != 1)}; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
+            )
+        status = 0
+        for line in self.terminal.lines():
+            try:
+                if not self.obey(line.strip()):
+                    break
+            except InputError as error:
+                self.terminal.complain(error)
+                status = 0 if self.terminal.interactive else EXIT_BAD_INPUT
+            except KeyboardInterrupt:  # outside of an answer: a slow download, say
+                if not self.terminal.interactive:
+                    raise
+                self.terminal.note("stopped")
+        return status
+
+    def obey(self, line: str) -> bool:
+        """Do what one line says; False ends the conversation."""
+        if not line:
+            return True
+        if not line.startswith("/"):
+            self.answer(line)
+            return True
+        name, _, argument = line.partition(" ")
+        if name not in COMMANDS:
+            raise InputError(
+                f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
+            )
+        return COMMANDS[name].run(self, argument.strip())
+
+    def answer(self, question: str) -> None:
+        sources = [picture.source for picture in self.session.waiting]
+        asked = self.session.ask(question)
+        if self.args.verbose:
+            self.terminal.note(f"prompt: {asked.prompt!r}")
+            self.terminal.note(
+                f"{asked.size.num_text_tokens} text and {asked.size.num_image_tokens} image tokens; "
+                f"at most {asked.num_new_tokens} new ones"
+                + (" (all that the context holds)" if asked.num_new_tokens < self.args.max_new_tokens else "")
+            )
+        answer = show(asked.stream, (lambda text: None) if self.args.json else self.terminal.write)
+        self.terminal.write((self.as_json(question, sources, asked, answer) if self.args.json else "") + "\n")
+        self.session.record(question, answer)
+        if self.args.verbose:
+            speed = len(answer.token_ids) / max(answer.total_s, 1e-9)
+            first = f"first after {answer.first_token_s:.2f} s, " if answer.first_token_s is not None else ""
+            self.terminal.note(f"{len(answer.token_ids)} tokens, {first}{speed:.1f} per second; {answer.finish_reason}")
+
+    def as_json(self, question: str, sources: list[str], asked: Asked, answer: Answer) -> str:
+        row: dict[str, Any] = {
+            "question": question,
+            "images": sources,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "num_text_tokens": asked.size.num_text_tokens,
+            "num_image_tokens": asked.size.num_image_tokens,
+            "num_new_tokens": len(answer.token_ids),
+            "seconds": {
+                "load": round(self.load_s, 3),
+                "first_token": None if answer.first_token_s is None else round(answer.first_token_s, 3),
+                "total": round(answer.total_s, 3),
+            },
+        }
+        return json.dumps(row, ensure_ascii=False)
+
+    def describe(self, loaded: LoadedModel) -> None:
+        model = loaded.model
+        self.terminal.note(
+            f"{loaded.info.folder}: {type(model).__name__} on {model.device} in {str(model.dtype).removeprefix('torch.')}, "
+            f"template {self.args.conv_mode or loaded.conv_mode}, context {loaded.context_len}, loaded in {self.load_s:.2f} s"
+        )
+
+
+# What a line that begins with a slash does. Each takes the rest of the line; False ends the conversation.
+
+
+def _image(chat: Chat, argument: str) -> bool:
+    sources = [argument] if looks_like_image(argument) and Path(argument).is_file() else shlex.split(argument)
+    if not sources:
+        raise InputError("/image needs the path or URL of at least one image")
+    chat.session.attach([Picture.open(source, chat.limits) for source in sources])
+    num_waiting = len(chat.session.waiting)
+    chat.terminal.note(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
+    return True
+
+
+def _reset(chat: Chat, argument: str) -> bool:
+    chat.session.reset()
+    chat.terminal.note("a new conversation, without images")
+    return True
+
+
+def _undo(chat: Chat, argument: str) -> bool:
+    chat.terminal.note(f"taken back: {chat.session.undo().question}")
+    return True
+
+
+def _retry(chat: Chat, argument: str) -> bool:
+    chat.answer(chat.session.undo().question)
+    return True
+
+
+def _save(chat: Chat, argument: str) -> bool:
+    if not argument:
+        raise InputError("/save needs the name of a file to write")
+    chat.session.save(argument)
+    chat.terminal.note(f"saved in {argument}")
+    return True
+
+
+def _load(chat: Chat, argument: str) -> bool:
+    if not argument:
+        raise InputError("/load needs the name of a file that /save wrote")
+    chat.session.load(argument, chat.limits)
+    chat.terminal.note(f"{len(chat.session.exchanges)} questions and answers taken up")
+    return True
+
+
+def _help(chat: Chat, argument: str) -> bool:
+    width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
+    for name, command in COMMANDS.items():
+        chat.terminal.note(f"{f'{name} {command.argument}':<{width}}  {command.help}")
+    return True
+
+
+def _exit(chat: Chat, argument: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class SlashCommand:
+    run: Callable[[Chat, str], bool]
+    argument: str
+    help: str
+
+
+COMMANDS = {
+    "/image": SlashCommand(_image, "PATH ...", "add images to the next question"),
+    "/reset": SlashCommand(_reset, "", "start again, without history and images"),
+    "/undo": SlashCommand(_undo, "", "take the last question and answer back"),
+    "/retry": SlashCommand(_retry, "", "answer the last question anew"),
+    "/save": SlashCommand(_save, "FILE", "write the conversation as JSON"),
+    "/load": SlashCommand(_load, "FILE", "take up a conversation that was saved"),
+    "/help": SlashCommand(_help, "", "show these commands"),
+    "/exit": SlashCommand(_exit, "", "leave (as Ctrl-D does)"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,420 @@
+"""What a checkpoint is, read from headers and small files: no weight is loaded and no torch imported.
+
+In: a model folder in any layout, or a GGUF file. Out: `Description`, which info.py prints. What is not here although the
+model needs it is listed, not an error; a folder that is no checkpoint is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava.conversation import get_model_name_from_path
+from llava.convert.gguf.file import read_gguf_head
+from llava.errors import InputError
+from llava.images.layout import ImagePolicy
+from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_pictures
+from llava.model.checkpoints.hub import find_vision_tower
+from llava.model.checkpoints.inspect import (
+    PROJECTOR_MARK,
+    TOWER_MARK,
+    CheckpointInfo,
+    inspect,
+    tower_headers,
+)
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.weight_files import TensorHeader
+from llava.model.config import OWN_FOLDER, LlavaSettings
+from llava.model.template_defaults import CHATML_MARK, declared_context_len, template_name
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
+PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # language models whose layers all programs below know
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts by the names under which they are shown; `missing` and `notes` are sentences."""
+
+    path: str
+    layout: str
+    facts: Mapping[str, Any]
+    parameters: Mapping[str, int]
+    stored: Mapping[str, int]  # bytes on the disk by precision
+    memory: Mapping[str, int]  # bytes of weights, once loaded
+    missing: tuple[str, ...] = ()
+    readers: Mapping[str, str] = field(default_factory=dict)
+
+
+def describe_checkpoint(path: str | Path) -> Description:
+    place = Path(path).expanduser()
+    if place.is_file() and place.suffix == ".gguf":
+        return _describe_gguf(place, [place])
+    if not place.is_dir():
+        raise InputError(
+            f"there is no model folder or .gguf file {str(path)!r}; llava info looks at what is on this disk"
+        )
+    pair = sorted(place.glob("*.gguf"))
+    if pair and not (place / "config.json").is_file():
+        return _describe_gguf(place, pair)
+    return _Folder(inspect(place)).describe()
+
+
+class _Folder:
+    """One model folder; each property is a fact about it."""
+
+    def __init__(self, info: CheckpointInfo) -> None:
+        self.info = info
+        self.folder = info.folder
+        self.values = _in_original_words(info)
+        self.is_multimodal = info.is_multimodal
+        self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if self.is_multimodal else None
+        self.base = self._find_base()
+        self.tower_folder = self._find_tower()
+        self.tower = self._tower_config()
+
+    def _find_base(self) -> CheckpointInfo | None:
+        hint = self.info.base_hint
+        if not self.info.needs_base or hint is None:
+            return None
+        place = next((place for place in (self.folder / hint, Path(hint)) if (place / "config.json").is_file()), None)
+        return inspect(place) if place is not None else None
+
+    def _find_tower(self) -> Path | None:
+        """The folder that the config names, if it is on this disk."""
+        name = self.settings.vision.tower if self.settings else None
+        if name is None or name == OWN_FOLDER:
+            return None
+        homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
+        found = (find_vision_tower(name, checkpoint_folder=home) for home in homes)
+        return next((place for place in found if place is not None), None)
+
+    def _tower_config(self) -> dict[str, Any]:
+        if isinstance(self.values.get("vision_config"), Mapping):
+            return dict(self.values["vision_config"])
+        if self.tower_folder is None:
+            return {}
+        values = read_json(self.tower_folder / "config.json")
+        return dict(values.get("vision_config") or values)
+
+    # Tensors
+
+    def headers(self) -> dict[str, TensorHeader]:
+        own = {**self.info.tensors, **self.info.extras}
+        return {**self.base.tensors, **self.base.extras, **own} if self.base is not None else own
+
+    def parameters(self) -> dict[str, int]:
+        headers = self.headers()
+        stored_tower = [h for name, h in headers.items() if TOWER_MARK in name]
+        tower = _count(stored_tower)
+        if not self.info.tower_in_checkpoint and self.tower_folder is not None and _holds_weights(self.tower_folder):
+            tower = _count(tower_headers(self.tower_folder).values())
+        parts = {
+            "language model": _count(h for n, h in headers.items() if TOWER_MARK not in n and not _is_added(n)),
+            "projector": _count(h for n, h in headers.items() if _is_added(n)),
+            "vision tower": tower,
+            "adapter": _count(self.info.adapter.values()),
+        }
+        return {name: count for name, count in parts.items() if count}
+
+    def stored(self) -> dict[str, int]:
+        sizes: Counter[str] = Counter()
+        for header in (*self.info.tensors.values(), *self.info.extras.values(), *self.info.adapter.values()):
+            sizes[header.dtype] += header.num_bytes
+        return dict(sizes.most_common())
+
+    def memory(self) -> dict[str, int]:
+        """Quantized models keep tower, projector and the vocabulary's tables in half precision."""
+        parameters = self.parameters()
+        total = sum(count for name, count in parameters.items() if name != "adapter")
+        layers = sum(h.num_elements for n, h in self.headers().items() if _is_quantized(n, h))
+        if not layers:
+            return {}
+        return {
+            name: int(total * size if size >= 2 else layers * size + (total - layers) * 2)
+            for name, size in BYTES_PER_NUMBER.items()
+        }
+
+    # Facts
+
+    def describe(self) -> Description:
+        facts = {
+            "kind": self._kind(),
+            "language model": self._language_model(),
+            "vision tower": self._tower(),
+            "projector": self._projector(),
+            "pictures": self._pictures(),
+            "template": self._template() if self.is_multimodal else None,
+            "added tokens": self._added_tokens(),
+            "context": declared_context_len(self.values),
+            "adapter": self._adapter(),
+        }
+        return Description(
+            path=str(self.folder),
+            layout=self.info.kind,
+            facts={key: value for key, value in facts.items() if value},
+            parameters=self.parameters(),
+            stored=self.stored(),
+            memory=self.memory(),
+            missing=tuple(self._missing()),
+            readers=self._readers(),
+        )
+
+    def _kind(self) -> str:
+        if not self.is_multimodal:
+            return "a language model without a vision tower"
+        words = {
+            "full": "a whole model in the original layout",
+            "projector": "a projector for a base model",
+            "lora": "an adapter for a base model",
+            "transformers": f"a whole model in the layout of {(self.info.config.get('architectures') or ['?'])[0]}",
+        }
+        return f"{words[self.info.kind]} ({self._generation()})"
+
+    def _generation(self) -> str:
+        """Which published models are built like this one; a name says nothing here."""
+        assert self.settings is not None
+        if self.info.is_old_config and self.info.config.get("mm_projector_type") is None:
+            return "as LLaVA v0 and v1"
+        if self.settings.image.mode == "anyres":
+            return "as LLaVA-1.6 (NeXT)"
+        return "as LLaVA-1.5" if self.settings.projector.type == "mlp2x_gelu" else "as LLaVA v1"
+
+    def _language_model(self) -> str:
+        values = self.values
+        sizes = [
+            f"{values[key]} {what}"
+            for key, what in (
+                ("num_hidden_layers", "layers"),
+                ("hidden_size", "wide"),
+                ("num_attention_heads", "heads"),
+                ("vocab_size", "vocabulary rows"),
+            )
+            if values.get(key) is not None
+        ]
+        return ", ".join([self.info.language_model, *sizes])
+
+    def _tower(self) -> str | None:
+        if self.settings is None:
+            return None
+        name = self.settings.vision.tower
+        if self.info.tower_in_checkpoint:
+            where = "weights in this checkpoint"
+        elif self.tower_folder is not None:
+            where = f"weights in {self.tower_folder}"
+        else:
+            where = f"{name}, not on this disk"
+        kind = self.tower.get("model_type")
+        sizes = f"{kind}, {self.tower.get('image_size')} pixels in patches of {self.tower.get('patch_size')}"
+        feature = f"layer {self.settings.vision.select_layer}, {self.settings.vision.select_feature}"
+        return "; ".join([*([sizes] if kind else []), where, feature])
+
+    def _projector(self) -> str | None:
+        if self.settings is None:
+            return None
+        wide = f"{self.values.get('mm_hidden_size')} to {self.values.get('hidden_size') or self.values.get('d_model')}"
+        return f"{self.settings.projector.type}, {wide}"
+
+    def _pictures(self) -> str | None:
+        if self.settings is None:
+            return None
+        image = self.settings.image
+        words = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
+        text = words[image.mode]
+        if "image_size" in self.tower and "patch_size" in self.tower:
+            policy = ImagePolicy(
+                image.mode, self.tower["image_size"], self.tower["patch_size"], image.pinpoints, image.merge,
+                cls_token=self.settings.vision.select_feature == "cls_patch",
+            )  # fmt: skip
+            text += f", {policy.features_per_tile} tokens {'a tile' if image.mode == 'anyres' else 'each'}"
+        if image.pinpoints:
+            text += ", canvases " + " ".join(f"{size.width}x{size.height}" for size in image.pinpoints)
+        return text
+
+    def _template(self) -> str:
+        name = get_model_name_from_path(str(self.folder.absolute()))
+        return template_name(self.values, name, speaks_chatml=self._speaks_chatml())
+
+    def _tokenizer_folder(self) -> Path | None:
+        homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
+        return next((home for home in homes if any((home / name).is_file() for name in TOKENIZER_FILES)), None)
+
+    def _speaks_chatml(self) -> bool:
+        home = self._tokenizer_folder()
+        names = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja")
+        files = [home / name for name in names] if home is not None else []
+        return any(CHATML_MARK in file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+    def _added_tokens(self) -> list[str]:
+        tokens: dict[int, str] = {}
+        home = self._tokenizer_folder()
+        if home is not None:
+            for name, read in _ADDED_TOKENS.items():
+                if (home / name).is_file():
+                    tokens |= read(read_json(home / name))
+        return [tokens[index] for index in sorted(tokens)]
+
+    def _adapter(self) -> str | None:
+        config = self.info.adapter_config
+        if config is None:
+            return None
+        modules = config.get("target_modules") or []
+        return f"rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {len(modules)} kinds of modules"
+
+    def _missing(self) -> Iterable[str]:
+        if self.info.needs_base and self.base is None:
+            named = f" (its files name {self.info.base_hint})" if self.info.base_hint else ""
+            yield f"the base model{named}; give its folder with --model-base"
+        if self.settings is not None and not self.info.tower_in_checkpoint:
+            if self.tower_folder is None:
+                yield f"the vision tower {self.settings.vision.tower!r}, which loading looks for on the hub"
+            elif not _holds_weights(self.tower_folder):
+                yield f"the vision tower's weights in {self.tower_folder}"
+        if self._tokenizer_folder() is None and (self.base is not None or not self.info.needs_base):
+            yield "a tokenizer (tokenizer.model, tokenizer.json or vocab.json)"
+        if self.is_multimodal and self.info.kind == "full" and not any(_is_added(name) for name in self.headers()):
+            yield "the projector's weights"
+
+    def _readers(self) -> dict[str, str]:
+        """Who reads this folder as it is, and what makes it readable for the others."""
+        if not self.is_multimodal:
+            return {"llava": "text only"}
+        assert self.settings is not None
+        is_theirs = self.info.kind == "transformers"
+        plain = self.info.language_model in PLAIN_TYPES and self.settings.projector.type == "mlp2x_gelu"
+        whole = not self.info.needs_base
+        convert = "after llava convert --to transformers" if plain else "no"
+        in_vllm = is_theirs or (plain and whole and self.info.language_model != "qwen3")
+        plugin = "yes" if is_theirs else "yes, with this package installed beside it"
+        return {
+            "llava": "yes" if whole else "yes, with its base model",
+            "original LLaVA code": "yes" if self.info.kind != "transformers" else "after llava convert --to original",
+            "transformers": "yes" if is_theirs else convert,
+            "vLLM": plugin if in_vllm else convert,
+            "SGLang": self._sglang(is_plain=plain and whole),
+            "llama.cpp": "after llava convert --to gguf" if plain else "no",
+        }
+
+    def _sglang(self, *, is_plain: bool) -> str:
+        """By its source: the original layout, with a tower that its own loader finds by name."""
+        assert self.settings is not None
+        if not is_plain:
+            return "no"
+        if self.info.kind == "transformers":
+            return "after llava convert --to original --tower out"
+        name = str(self.settings.vision.tower)
+        outside = not self.info.tower_in_checkpoint and (Path(name).is_absolute() or self.tower_folder is None)
+        return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
+
+
+def _in_original_words(info: CheckpointInfo) -> dict[str, Any]:
+    """The config's keys in the original layout, as far as they are written down: defaults of transformers are not asked for."""
+    config = dict(info.config)
+    if info.kind != "transformers":
+        return config
+    text, vision = dict(config["text_config"]), dict(config.get("vision_config") or {})
+    vision.setdefault("model_type", "clip_vision_model")
+    select = SELECT_FEATURES.get(vision["model_type"], {})
+    is_next = config.get("model_type") == "llava_next"
+    pinpoints = config.get("image_grid_pinpoints") or []
+    return {
+        "num_hidden_layers": 32,  # what transformers' class has where a file says nothing
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        **text,
+        **{key: config[key] for key in OWN_KEYS if key in config},
+        "model_type": f"llava_{text.get('model_type', 'llama')}",
+        "mm_vision_tower": OWN_FOLDER,
+        "mm_hidden_size": vision.get("hidden_size", 1024),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": select.get(config.get("vision_feature_select_strategy", "default"), "patch"),
+        "unfreeze_mm_vision_tower": True,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "anyres" if is_next else "pad" if pads_pictures(info.folder) else "square",
+        "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
+        "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
+        "vision_config": {"image_size": 336, "patch_size": 14, **vision},
+    }
+
+
+_ADDED_TOKENS = {
+    "added_tokens.json": lambda values: {index: token for token, index in values.items() if isinstance(index, int)},
+    "tokenizer_config.json": lambda values: {
+        int(index): str(token.get("content"))
+        for index, token in (values.get("added_tokens_decoder") or {}).items()
+        if isinstance(token, dict)
+    },
+    "tokenizer.json": lambda values: {
+        int(token["id"]): str(token["content"]) for token in values.get("added_tokens") or [] if isinstance(token, dict)
+    },
+}
+
+
+def _count(headers: Iterable[TensorHeader]) -> int:
+    return sum(header.num_elements for header in headers)
+
+
+def _is_added(name: str) -> bool:
+    return PROJECTOR_MARK in name or name.endswith("image_newline")
+
+
+def _is_quantized(name: str, header: TensorHeader) -> bool:
+    """Whether 4 and 8 bits would take hold of a tensor: matrices of the language model's layers."""
+    table = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+    return len(header.shape) == 2 and TOWER_MARK not in name and not _is_added(name) and not table
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+
+
+def _describe_gguf(path: Path, files: list[Path]) -> Description:
+    """One GGUF file, or a folder of them."""
+    heads = {file.name: read_gguf_head(file) for file in files}
+    facts: dict[str, Any] = {}
+    stored: Counter[str] = Counter()
+    parameters = {}
+    for name, head in heads.items():
+        is_vision = head.architecture == "clip"
+        prefix = "clip.vision" if is_vision else head.architecture
+        facts[name] = ", ".join(
+            [
+                "vision tower and projector" if is_vision else f"language model, {head.architecture}",
+                f"{head.keys.get(f'{prefix}.block_count')} layers",
+                f"{head.keys.get(f'{prefix}.embedding_length')} wide",
+            ]
+        )
+        if not is_vision:
+            facts["context"] = head.keys.get(f"{prefix}.context_length")
+            facts["vocabulary"] = head.keys.get("tokenizer.ggml.tokens")
+        parameters["tower and projector" if is_vision else "language model"] = head.num_parameters
+        for tensor in head.tensors.values():
+            stored[tensor.kind] += tensor.num_bytes or 0
+    is_pair = {head.architecture == "clip" for head in heads.values()} == {True, False}
+    missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
+    command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image PICTURE -p QUESTION"
+    readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}
+    return Description(str(path), "gguf", facts, parameters, dict(stored), {}, missing, readers)
+
+
+def as_json(description: Description) -> str:
+    return json.dumps(
+        {
+            "path": description.path,
+            "layout": description.layout,
+            "facts": dict(description.facts),
+            "parameters": dict(description.parameters),
+            "stored_bytes": dict(description.stored),
+            "memory_bytes": dict(description.memory),
+            "missing": list(description.missing),
+            "readers": dict(description.readers),
+        },
+        indent=2,
+        ensure_ascii=False,
+    )

@@ -1,0 +1,1 @@
+"""Checkpoint layouts that `llava convert` writes."""

@@ -1,0 +1,118 @@
+"""The original layout: config.json with `mm_*` keys, published tensor names, the tokenizer's files.
+
+In: a `Source` and where its tower shall be. Out: the planned tensors of a target and its small files. The tower is kept
+as the source has it, put into the checkpoint, or laid beside it in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava.convert.source import Source, config_for
+from llava.convert.verify import LogitProof, TensorProof, prove_folder
+from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_safetensors, write_shards
+from llava.images.image_processor import TOWERS, ClipImageProcessor
+from llava.model.config import OWN_FOLDER
+
+TOWER_FOLDER = "vision_tower"
+# What transformers' LLaVA processors add to a tower's.
+THEIR_KEYS = ("do_pad", "processor_class", "image_grid_pinpoints")
+
+
+class OriginalLayout:
+    """What a target in the original layout consists of."""
+
+    def __init__(self, source: Source, *, tower: str = "keep", shard_bytes: int = SHARD_BYTES) -> None:
+        self.source = source
+        self.shard_bytes = shard_bytes
+        self.place = self._place(tower)
+
+    def _place(self, wanted: str) -> str:
+        """`in` the checkpoint's own weights, `out` in a folder of its own, or `named`: where the config says."""
+        if wanted != "keep":
+            return wanted
+        if self.source.skeleton.tower_folder is not None:
+            return "named"
+        return "in"
+
+    def tensors(self) -> list[Planned]:
+        source = self.source
+        return [source.planned(name, name) for name in source.names if self.place == "in" or not source.is_tower(name)]
+
+    def config(self) -> dict[str, Any]:
+        changes: dict[str, Any] = {"architectures": [type(self.source.model).__name__]}
+        if self.place == "in":
+            changes |= {"mm_vision_tower": self._tower_name(), "unfreeze_mm_vision_tower": True}
+        elif self.place == "out":
+            changes |= {"mm_vision_tower": TOWER_FOLDER, "unfreeze_mm_vision_tower": False}
+        values = config_for(self.source, changes)
+        if values["mm_vision_tower"] != OWN_FOLDER:
+            values.pop("vision_config", None)  # it is in the tower's folder
+        return values
+
+    def _tower_name(self) -> str:
+        """A relative name stays: a folder of that name with the tower's description is laid into the target."""
+        name = str(self.source.config.get("mm_vision_tower"))
+        is_plain = name != OWN_FOLDER and Path(name).name == name
+        return name if is_plain else TOWER_FOLDER
+
+    @property
+    def num_bytes(self) -> int:
+        beside = self.tower_tensors() if self.place == "out" else []
+        return sum(planned.num_bytes for planned in [*self.tensors(), *beside])
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """All files, config.json last: without it nobody takes a folder for a model."""
+        write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
+        if self.place == "out":
+            (folder / TOWER_FOLDER).mkdir()
+            write_safetensors(folder / TOWER_FOLDER / "model.safetensors", self.tower_tensors(), progress=progress)
+        self._write_small_files(folder)
+
+    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+        return prove_folder(self.source, folder, logits=logits)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def _write_small_files(self, folder: Path) -> None:
+        source = self.source
+        values = self.config()
+        source.copy_tokenizer(folder)
+        source.copy_generation_config(folder)
+        if self.place == "named":
+            self._take_tower_along(folder)
+        else:
+            self._describe_tower(folder / values["mm_vision_tower"])
+        write_json(folder / "config.json", values)
+
+    def tower_tensors(self) -> list[Planned]:
+        """The tower's own weights, under the names that CLIP and SigLIP checkpoints have."""
+        source = self.source
+        level = source.prefix + "vision_tower.vision_tower."
+        return [source.planned(name, name.removeprefix(level)) for name in source.names if source.is_tower(name)]
+
+    def _describe_tower(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", self.source.tower_config)
+        self._tower_processor().save_pretrained(folder)
+
+    def _tower_processor(self) -> ClipImageProcessor:
+        """The tower's own image processor: padding and tiles are said by the model's config in this layout."""
+        processor = self.source.image_processor
+        if "Llava" not in processor.image_processor_type:
+            return processor
+        extra = {key: value for key, value in processor.extra.items() if key not in THEIR_KEYS}
+        return replace(processor, image_processor_type=TOWERS[self.source.tower_config["model_type"]], extra=extra)
+
+    def _take_tower_along(self, folder: Path) -> None:
+        """A tower that its name finds only beside the source is copied; other names find it from anywhere."""
+        name, place = str(self.source.config.get("mm_vision_tower")), self.source.skeleton.tower_folder
+        beside = [info.folder for info in (self.source.info, self.source.skeleton.base) if info is not None]
+        if place is None or Path(name).is_absolute() or ".." in Path(name).parts:
+            return
+        if any((home / name).absolute() == place.absolute() for home in beside):
+            shutil.copytree(place, folder / name)

@@ -1,0 +1,246 @@
+"""The layout of transformers' own classes: LlavaForConditionalGeneration, or LlavaNextForConditionalGeneration for tiles.
+
+In: a `Source`. Out: the planned tensors of a target, its config, processor, tokenizer and chat template; or the feature of
+the model that the layout cannot express. The image becomes a token of the vocabulary, whose tables are padded to a multiple
+of 64 rows. Reading this layout is the work of llava/model/checkpoints/hf_layout.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.convert.chat_template import chat_template
+from llava.convert.source import KEPT, VERBATIM, Source, copy_files, stored_dtype
+from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
+from llava.convert.verify import LogitProof, TensorProof, prove_folder
+from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_shards
+from llava.errors import InputError
+from llava.model.checkpoints.hf_layout import SELECT_FEATURES
+from llava.model.checkpoints.weight_files import TORCH_DTYPES
+from llava.model.tokenizer_setup import context_len
+from llava.text.labels import wrapped_mark
+
+VOCABULARY_MULTIPLE = 64
+
+# How tensors are called, by the version of transformers that writes them so. All readers (every later version, vLLM) take
+# the first kind, which is that of the published checkpoints.
+NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "4.36": (
+        (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+        (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+        (r"^model\.image_newline$", "image_newline"),
+        (r"^", "language_model."),
+    ),
+    # What a training loop of these versions leaves that saves a state dict.
+    "4.52": (
+        (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
+        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        (r"^model\.image_newline$", "model.image_newline"),
+        (r"^model\.", "model.language_model."),
+        (r"^", ""),
+    ),
+    "5": (
+        (r"^model\.vision_tower\.vision_tower\.vision_model\.", "vision_tower."),
+        (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+        (r"^model\.image_newline$", "image_newline"),
+        (r"^", "language_model."),
+    ),
+}
+DEFAULT_NAMES = "4.36"
+
+
+class TransformersLayout:
+    """What a target in transformers' layout consists of."""
+
+    processor_classes: ClassVar[dict[bool, str]] = {False: "LlavaProcessor", True: "LlavaNextProcessor"}
+
+    def __init__(self, source: Source, *, names: str = DEFAULT_NAMES, shard_bytes: int = SHARD_BYTES) -> None:
+        self.source = source
+        self.shard_bytes = shard_bytes
+        self.rules = NAMES[names]
+        self.is_next = source.settings.image.mode == "anyres"
+        _refuse_what_it_cannot_say(source)
+        self.tokenizer = convert_tokenizer(source.tokenizer)
+        self.image_token = self.tokenizer.token_to_id(DEFAULT_IMAGE_TOKEN)
+        self.differences: list[Difference] = differences(source.tokenizer, self.tokenizer)
+        if any(difference.what == "ids" for difference in self.differences):
+            raise InputError(
+                f"the tokenizer of {source.folder} cannot be expressed as tokenizer.json: {self.differences[0]}; use the "
+                "checkpoint in the original layout"
+            )
+
+    # Tensors
+
+    def tensors(self) -> list[Planned]:
+        return [self._with_more_rows(name) for name in self.source.names]
+
+    def target_name(self, name: str) -> str:
+        for pattern, replacement in self.rules:
+            if re.search(pattern, name):
+                return re.sub(pattern, replacement, name, count=1)
+        raise AssertionError(name)
+
+    def _with_more_rows(self, name: str) -> Planned:
+        source = self.source
+        plain = source.planned(name, self.target_name(name))
+        if not source.is_vocabulary(name) or plain.shape[0] >= self.num_rows:
+            return plain
+        shape = (self.num_rows, *plain.shape[1:])
+        return Planned(plain.name, plain.dtype, shape, lambda: pad_rows(source.read(name), self.num_rows))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the vocabulary's tables: enough for the new tokens, padded as the published conversions are."""
+        rows = next(self.source.shape(name)[0] for name in self.source.names if self.source.is_vocabulary(name))
+        needed = self.tokenizer.get_vocab_size()
+        return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    # Config
+
+    def config(self) -> dict[str, Any]:
+        source, settings = self.source, self.source.settings
+        tower = source.tower_config
+        strategies = {value: key for key, value in SELECT_FEATURES[tower["model_type"]].items()}
+        values: dict[str, Any] = {
+            "architectures": [f"Llava{'Next' if self.is_next else ''}ForConditionalGeneration"],
+            "model_type": "llava_next" if self.is_next else "llava",
+            "ignore_index": -100,
+            "image_token_index": self.image_token,
+            "image_seq_length": source.policy.features_per_tile,
+            "multimodal_projector_bias": True,
+            "pad_token_id": self.tokenizer.token_to_id(PAD_TOKEN),
+            "projector_hidden_act": "gelu",
+            "text_config": self.text_config(),
+            "tie_word_embeddings": bool(source.model.config.tie_word_embeddings),
+            "torch_dtype": TORCH_DTYPES[source.dtype or stored_dtype(source.info)],
+            "vision_config": tower,
+            "vision_feature_layer": settings.vision.select_layer,
+            "vision_feature_select_strategy": strategies[settings.vision.select_feature],
+        }
+        values |= {"conv_mode": source.conv_mode, "tokenizer_model_max_length": context_len(source.model.config)}
+        if self.is_next:
+            values["image_grid_pinpoints"] = self._pinpoints()
+            values["use_image_newline_parameter"] = True
+        return values
+
+    def text_config(self) -> dict[str, Any]:
+        """The language model's own keys, the position encoding in the words of all versions."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        model_type = self.source.info.language_model
+        known = AutoConfig.for_model(model_type).to_dict().keys()
+        now = self.source.model.config.to_dict()
+        values = {key: value for key, value in now.items() if key in known and value is not None}
+        rope = values.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            values["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+        for key in ("transformers_version", "_name_or_path", "dtype", "id2label", "label2id"):
+            values.pop(key, None)
+        return values | {
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
+            "model_type": model_type,
+            "vocab_size": self.num_rows,
+        }
+
+    def _pinpoints(self) -> list[list[int]]:
+        """Heights stand first in this layout."""
+        return [[height, width] for width, height in self.source.policy.pinpoints]
+
+    # Files
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(planned.num_bytes for planned in self.tensors())
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
+        self.write_small_files(folder)
+
+    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+        return prove_folder(self.source, folder, logits=logits)
+
+    def write_small_files(self, folder: Path) -> None:
+        source = self.source
+        template = self.chat_template()
+        save_tokenizer(self.tokenizer, source.tokenizer, folder)
+        write_json(folder / "preprocessor_config.json", self.image_processor())
+        write_json(folder / "processor_config.json", self.processor())
+        # Two homes of the same text: versions since 4.50, and those before.
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_json(folder / "chat_template.json", {"chat_template": template})
+        source.copy_generation_config(folder)
+        if not source.is_restored and source.info.kind != "transformers":
+            # What leads back to the same files: this layout has no words for some of it.
+            copy_files(source.tokenizer_folder, folder / KEPT, VERBATIM)
+            write_json(folder / KEPT / "config.json", dict(source.config))
+        write_json(folder / "config.json", self.config())
+
+    def chat_template(self) -> str:
+        return chat_template(self.source.conv_mode, wrapped_mark(self.source.settings.tokens.use_im_start_end))
+
+    def processor(self) -> dict[str, Any]:
+        tower = self.source.model.get_vision_tower()
+        return {
+            "image_token": DEFAULT_IMAGE_TOKEN,
+            "num_additional_image_tokens": int(tower.has_class_token),
+            "patch_size": self.source.policy.patch_size,
+            "processor_class": self.processor_classes[self.is_next],
+            "vision_feature_select_strategy": self.config()["vision_feature_select_strategy"],
+        }
+
+    def image_processor(self) -> dict[str, Any]:
+        """The tower's processor; padding and tiles are the work of two others, which know its keys too."""
+        values: dict[str, Any] = self.source.image_processor.to_dict()
+        values["processor_class"] = self.processor_classes[self.is_next]
+        mode = self.source.settings.image.mode
+        if mode == "pad":
+            values |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        elif mode == "anyres":
+            values |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": self._pinpoints()}
+        return values
+
+    def notes(self) -> list[str]:
+        """What a user should know of a result that is not wrong."""
+        notes = [f"the tokenizer decodes {d.text!r} to other text: {d.theirs!r}" for d in self.differences]
+        if self.source.settings.image.mode == "pad":
+            notes.append("pictures are padded by LlavaImageProcessor, which transformers has since 4.49")
+        return notes
+
+
+def pad_rows(table: Tensor, num_rows: int) -> Tensor:
+    """New rows are the mean of the others: as outputs they are never likelier than the likeliest of those."""
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
+
+
+def _refuse_what_it_cannot_say(source: Source) -> None:
+    settings, tower = source.settings, source.model.get_vision_tower()
+    select = SELECT_FEATURES.get(tower.config.model_type, {})
+    cannot: Mapping[str, bool] = {
+        f"a projector of type {settings.projector.type!r}": settings.projector.type != "mlp2x_gelu",
+        f"a language model of type {source.info.language_model!r}": source.prefix != "model.",
+        "a tower with several scales (s2)": bool(settings.vision.s2_scales),
+        f"a tower of type {tower.config.model_type!r}": not select,
+        f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature
+        not in select.values(),
+        f"tiles joined by mm_patch_merge_type {settings.image.merge!r}": settings.image.mode == "anyres"
+        and settings.image.merge != "spatial_unpad",
+        "mm_patch_merge_type 'spatial_unpad' without tiles": settings.image.mode != "anyres"
+        and settings.image.merge == "spatial_unpad",
+    }
+    feature = next((feature for feature, is_there in cannot.items() if is_there), None)
+    if feature is not None:
+        raise InputError(f"the transformers layout cannot express {feature}, which {source.folder} has")

@@ -1,0 +1,38 @@
+"""The picture that a sample names, and nothing else: files confined to the image folder, or bytes that the sample brings.
+
+In: a path, a data: URL or bytes, and the image folder. Out: what `llava.images.io.load_image` takes. Training reads every
+picture in every epoch and on every rank, so addresses on the network are refused here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from llava.data.formats import ImageSource
+from llava.errors import InputError
+
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_FLAG = "--image_folder"
+
+
+def locate_image(source: ImageSource, image_folder: str | None, *, flag: str = _FLAG) -> ImageSource:
+    """The file of an image (links inside the folder may lead out of it), or the bytes or data: URL as they are."""
+    if isinstance(source, bytes) or source.startswith("data:"):
+        return source
+    if _ADDRESS.match(source):
+        raise InputError(f"image {source!r} is an address; download the pictures of a data set into its image folder")
+    if not image_folder:
+        raise InputError(f"image {source!r} cannot be found: say where the images are with {flag}")
+    folder = os.path.abspath(image_folder)
+    path = os.path.normpath(os.path.join(folder, source))
+    if os.path.commonpath([folder, path]) != folder:
+        raise InputError(f"image {source!r} lies outside the image folder {folder!r}")
+    return path
+
+
+def image_label(source: ImageSource) -> str:
+    """What to call an image in a message: its path, or that it has none."""
+    if isinstance(source, bytes):
+        return f"{len(source):,} bytes in the file"
+    return "a data: URL" if source.startswith("data:") else source

@@ -1,0 +1,156 @@
+"""What can be wrong with a training sample, found without training: each fault by its kind and one sentence.
+
+In: a sample and where its pictures are, perhaps a model's way of reading it. Out: its faults, all of them, and its size.
+Training itself refuses the same samples one at a time (data.py); counting and printing is check.py's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.data.formats import Sample, image_sources, num_words
+from llava.data.image_files import locate_image
+from llava.data.reader import SampleReader
+from llava.data.samples import Samples
+from llava.errors import InputError
+from llava.images.io import load_image
+from llava.text.labels import speaker_of
+
+KINDS = {
+    "malformed": "not a sample at all, or a turn without its text",
+    "missing-image": "an image that is not there, or not where samples may look",
+    "broken-image": "an image that cannot be decoded",
+    "marks": f"the number of {DEFAULT_IMAGE_TOKEN} marks is not that of the images",
+    "turn-order": "questions and answers that do not alternate",
+    "empty-answer": "an answer without text",
+    "nothing-to-train": "no answer, or none within the length limit",
+    "too-long": "more tokens than the limit; training cuts the end off",
+    "duplicate-id": "an id that an earlier sample has",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str  # of KINDS
+    message: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sample looked at."""
+
+    index: int
+    faults: tuple[Fault, ...]
+    num_images: int = 0
+    length: int | None = None  # tokens as the model sees them, or words without a model; None where that is not known
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Looks at samples one by one; made once and given to every process."""
+
+    samples: Samples
+    image_folder: str | None
+    reader: SampleReader | None = None
+    look_at_images: bool = True
+
+    def __call__(self, index: int) -> Finding:
+        part, row = self.samples.locate(index)
+        try:
+            sample = part.file[row]
+        except InputError as error:
+            return Finding(index, (Fault("malformed", str(error)),))
+        sources = image_sources(sample)
+        faults = _turn_faults(sample["conversations"]) + _mark_faults(sample, len(sources))
+        sizes: list[tuple[int, int]] = []
+        for source in sources if self.look_at_images else ():
+            try:
+                found = locate_image(source, part.image_folder or self.image_folder, flag="--image-folder")
+            except InputError as error:
+                faults.append(Fault("missing-image", str(error)))
+                continue
+            absent = isinstance(found, str) and not found.startswith("data:") and not os.path.exists(found)
+            try:
+                sizes.append(load_image(found).size)
+            except InputError as error:
+                faults.append(Fault("missing-image" if absent else "broken-image", str(error)))
+        length: int | None = num_words(sample)
+        if self.reader is not None:
+            length, more = self._tokens(sample, sizes if len(sizes) == len(sources) else None)
+            known = {fault.kind for fault in faults}
+            faults += [fault for fault in more if fault.kind not in known]
+        return Finding(index, tuple(faults), len(sources), length)
+
+    def _tokens(self, sample: Sample, sizes: list[tuple[int, int]] | None) -> tuple[int | None, list[Fault]]:
+        """Length in tokens, pictures included, and what that shows. Without the sizes of its pictures, no length."""
+        reader = self.reader
+        assert reader is not None
+        try:
+            reading = reader.read(sample)
+            features = reader.image_tokens(sizes) if sizes is not None else []
+        except InputError as error:
+            return None, [Fault("turn-order", str(error))]
+        faults: list[Fault] = []
+        if not any(label != IGNORE_INDEX for label in reading.labels):
+            faults.append(Fault("nothing-to-train", "it has no answer to train on"))
+        if sizes is None:
+            return None, faults
+        length = len(reading.ids) + sum(features) - len(features)
+        if length > reader.max_length:
+            faults.append(Fault("too-long", f"it has {length} tokens, and the limit is {reader.max_length}"))
+            # Pictures stand before what is said about them, so their features shift every answer.
+            room = max(0, reader.max_length - (length - len(reading.ids)))
+            if not faults[:-1] and not any(label != IGNORE_INDEX for label in reading.labels[:room]):
+                faults.append(
+                    Fault("nothing-to-train", f"its answers begin after the limit of {reader.max_length} tokens")
+                )
+        return length, faults
+
+
+def _turn_faults(turns: Sequence[dict[str, Any]]) -> list[Fault]:
+    speakers = [speaker_of(turn["from"]) for turn in turns]
+    faults = []
+    order = _order_fault(turns, speakers)
+    if order:
+        faults.append(Fault("turn-order", order))
+    empty = [
+        number
+        for number, (turn, speaker) in enumerate(zip(turns, speakers, strict=True), 1)
+        if speaker == "answer" and not turn["value"].strip()
+    ]
+    if empty:
+        faults.append(Fault("empty-answer", f"turn {empty[0]} is an answer without text"))
+    if "answer" not in speakers[1:]:
+        faults.append(Fault("nothing-to-train", "it has no answer to train on"))
+    return faults
+
+
+def _order_fault(turns: Sequence[dict[str, Any]], speakers: Sequence[str | None]) -> str | None:
+    """The first turn that is not where it should be."""
+    first = 1 if speakers[0] == "system" else 0
+    for number, (turn, speaker) in enumerate(zip(turns, speakers, strict=True)):
+        if number < first:
+            continue
+        if speaker is None:
+            return f"turn {number + 1} is from {turn['from']!r}, whom no template knows"
+        expected = ("question", "answer")[(number - first) % 2]
+        if speaker != expected:
+            if number == first and speaker == "answer":
+                return "it begins with an answer, which training leaves out since nothing was asked"
+            return f"turn {number + 1} is from {turn['from']!r} where the {expected} is expected"
+    if speakers[-1] == "question" and "answer" in speakers:
+        return "its last question has no answer"
+    return None
+
+
+def _mark_faults(sample: Sample, num_images: int) -> list[Fault]:
+    """As training counts: one image may be marked twice in its turn, several images need a mark each."""
+    counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in sample["conversations"]]
+    num_marks = sum(count > 0 for count in counts) if num_images == 1 else sum(counts)
+    if num_marks == num_images:
+        return []
+    return [Fault("marks", f"its text has {num_marks} {DEFAULT_IMAGE_TOKEN} marks for {num_images} images")]

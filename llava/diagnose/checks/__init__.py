@@ -1,0 +1,1 @@
+"""The checks of `llava doctor` and `llava selftest`."""

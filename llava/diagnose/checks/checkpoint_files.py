@@ -1,0 +1,289 @@
+"""A checkpoint's files, each read by itself, so that one damaged file does not hide another.
+
+In: a model folder, perhaps its base. Out: `Checkpoint`, what could be read of it, and the faults of its files. Headers
+only, no torch: how the pieces fit together is checkpoint_vision.py's, checkpoint_text.py's and checkpoint_weights.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava.diagnose.checks.findings import Finding, found
+from llava.errors import InputError
+from llava.model.checkpoints.hf_layout import translate_config
+from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.inspect import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    NON_LORA_FILES,
+    PROJECTOR_FILES,
+    SHARD,
+    WEIGHT_FORMS,
+    CheckpointInfo,
+    inspect,
+    read_config,
+)
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.weight_files import TensorHeader, read_headers
+from llava.model.config import LlavaSettings
+
+COPY_AGAIN = "copy or download the file again, and compare its size with the original's"
+
+
+@dataclass
+class Checkpoint:
+    """A model folder under examination. What is not annotated as optional is there once the checks before it passed."""
+
+    folder: Path
+    base: Checkpoint | None = None
+    base_named: str | None = None  # the base that was asked for, or that the folder's own files name
+    extras: dict[str, Any] = field(default_factory=dict)  # what checks leave for later ones: tower, tokenizer
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands; empty for an adapter that has none."""
+        return read_config(self.folder, required=not (self.folder / ADAPTER_CONFIG).is_file())
+
+    @cached_property
+    def info(self) -> CheckpointInfo:
+        return inspect(self.folder)
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """The config in the original layout; an adapter without one has its base's."""
+        values = self.info.config
+        if self.info.kind == "transformers":
+            return translate_config(values, folder=self.folder)
+        return values or (self.base.values if self.base is not None else values)
+
+    @property
+    def view(self) -> SimpleNamespace:
+        """The config as the attributes that `LlavaSettings` reads."""
+        return SimpleNamespace(**{**self.values, "name_or_path": str(self.folder)})
+
+    @cached_property
+    def settings(self) -> LlavaSettings:
+        return LlavaSettings.from_hf(self.view)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorHeader]:
+        """Every stored tensor by published name, the base's beneath the folder's own."""
+        below = self.base.tensors if self.base is not None else {}
+        return {**below, **self.info.tensors, **self.info.extras}
+
+    def named(self, ending: str) -> TensorHeader | None:
+        """The stored tensor whose name ends so."""
+        return next((h for name, h in self.tensors.items() if name == ending or name.endswith("." + ending)), None)
+
+
+def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
+    """A folder to examine. Its base is looked for where loading would look, and is not there if that is nowhere."""
+    folder = resolve_checkpoint(path)
+    checkpoint = Checkpoint(folder)
+    if base is not None:
+        checkpoint.base, checkpoint.base_named = Checkpoint(resolve_checkpoint(base, what="base model")), str(base)
+    return checkpoint
+
+
+# Checks
+
+
+def check_config(checkpoint: Checkpoint) -> Iterator[Finding]:
+    try:
+        checkpoint.config  # noqa: B018  # read once, kept for the checks that follow
+    except InputError as error:
+        file = checkpoint.folder / "config.json"
+        size = file.stat().st_size if file.is_file() else None
+        yield found("config-unreadable", str(error), COPY_AGAIN, file=str(file), bytes=size)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        try:
+            read_json(generation)
+        except InputError as error:
+            yield found(
+                "generation-config",
+                str(error),
+                "copy the file again, or delete it: then the config's own end token is used",
+                fix=_delete("generation_config.json"),
+                file=str(generation),
+                bytes=generation.stat().st_size,
+            )
+
+
+def check_weight_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Every weight file by itself: there, whole, and with the tensors that the index places in it."""
+    folder = checkpoint.folder
+    form = next(((name, indexed) for name, indexed in WEIGHT_FORMS if (folder / name).is_file()), None)
+    if form is not None and form[1]:
+        yield from _indexed(folder / form[0])
+    elif form is not None:
+        yield from _readable(folder / form[0])
+    else:
+        yield from _numbered(folder)
+    for name in (*PROJECTOR_FILES, *ADAPTER_FILES, *NON_LORA_FILES):
+        if (folder / name).is_file():
+            yield from _readable(folder / name)
+
+
+def _readable(file: Path) -> Iterator[Finding]:
+    try:
+        read_headers(file)
+    except InputError as error:
+        yield found("shard-corrupt", str(error), COPY_AGAIN, file=str(file), bytes=file.stat().st_size)
+
+
+def _indexed(index: Path) -> Iterator[Finding]:
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except InputError as error:
+        yield found("shard-index", str(error), COPY_AGAIN, fix=_rebuild_index(index.name), file=str(index))
+        return
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        yield found(
+            "shard-index",
+            f"{index} has no usable 'weight_map' from tensor names to file names",
+            "rebuild it from the shards (--fix)",
+            fix=_rebuild_index(index.name),
+            file=str(index),
+        )
+        return
+    placed: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        placed.setdefault(name, []).append(tensor)
+    misplaced: list[str] = []
+    for name, tensors in sorted(placed.items()):
+        file = index.parent / name
+        if not file.is_file():
+            yield found(
+                "shard-missing",
+                f"{index.name} places {len(tensors)} tensors in {name}, which is not there",
+                "copy the missing file into the folder",
+                file=str(file),
+                tensors=len(tensors),
+                first=tensors[0],
+            )
+            continue
+        broken = list(_readable(file))
+        yield from broken
+        if not broken:
+            stored = read_headers(file)
+            misplaced += [tensor for tensor in tensors if tensor not in stored]
+    if misplaced:
+        yield found(
+            "shard-index",
+            f"{index.name} places {len(misplaced)} tensors in files that do not hold them, {misplaced[0]!r} first",
+            "rebuild the index from the shards (--fix), or copy the files of one and the same save together",
+            fix=_rebuild_index(index.name),
+            tensors=len(misplaced),
+            first=misplaced[0],
+        )
+
+
+def _numbered(folder: Path) -> Iterator[Finding]:
+    """Shards without an index, or no weights of a model at all."""
+    shards = {int(match[1]): match for file in sorted(folder.iterdir()) if (match := SHARD.fullmatch(file.name))}
+    if shards:
+        total = max(int(match[2]) for match in shards.values())
+        absent = sorted(set(range(1, total + 1)) - shards.keys())
+        if absent:
+            yield found(
+                "shard-missing",
+                f"the folder {folder} has {len(shards)} of {total} shards; number {absent[0]} is not there",
+                "copy the missing files into the folder",
+                present=len(shards),
+                expected=total,
+                missing=absent,
+            )
+        for match in shards.values():
+            yield from _readable(folder / match[0])
+        return
+    parts = [name for name in (*PROJECTOR_FILES, *ADAPTER_FILES) if (folder / name).is_file()]
+    if not parts:
+        yield found(
+            "weights-missing",
+            f"the folder {folder} holds no weights",
+            f"copy one of {', '.join(name for name, _ in WEIGHT_FORMS)} into it (or {PROJECTOR_FILES[1]}, {ADAPTER_FILES[0]})",
+            files=len(list(folder.iterdir())),
+        )
+
+
+def check_base(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A projector or an adapter stands on a base model."""
+    try:
+        info = checkpoint.info
+    except InputError as error:  # what a whole folder looks like, when each of its files is readable
+        yield found("weights-config", str(error), "compare the folder with the one that it was copied from")
+        return
+    if not info.needs_base or checkpoint.base is not None:
+        return
+    hint = info.base_hint
+    places = [checkpoint.folder / hint, Path(hint)] if hint else []
+    place = next((place for place in places if place.is_dir() and place != checkpoint.folder), None)
+    what = "a LoRA adapter" if info.kind == "lora" else "a projector without a language model"
+    if place is None:
+        yield found(
+            "base-missing",
+            f"{checkpoint.folder} is {what}; its base model {hint!r} is not here"
+            if hint
+            else f"{checkpoint.folder} is {what}, and names no base model",
+            "give the folder of its base model with --model-base",
+            base=hint,
+        )
+        return
+    checkpoint.base, checkpoint.base_named = Checkpoint(place), hint
+
+
+def check_base_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if checkpoint.base is not None:
+        yield from check_config(checkpoint.base)
+        yield from check_weight_files(checkpoint.base)
+
+
+# Repairs, on a copy of the folder
+
+
+def _delete(name: str) -> Any:
+    def fix(folder: Path) -> str:
+        (folder / name).unlink()
+        return f"deleted {name}"
+
+    return fix
+
+
+def set_in_json(name: str, **values: Any) -> Any:
+    """A repair that sets keys of a JSON file of the folder; None takes a key away."""
+
+    def fix(folder: Path) -> str:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        for key, value in values.items():
+            if value is None:
+                content.pop(key, None)
+            else:
+                content[key] = value
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        changes = ", ".join(f"{key} removed" if value is None else f"{key} = {value}" for key, value in values.items())
+        return f"{name}: {changes}"
+
+    return fix
+
+
+def _rebuild_index(name: str) -> Any:
+    """A repair that writes the index anew from what the shards hold."""
+
+    def fix(folder: Path) -> str:
+        suffix = ".safetensors" if "safetensors" in name else ".bin"
+        shards = [file for file in sorted(folder.iterdir()) if SHARD.fullmatch(file.name) and file.suffix == suffix]
+        headers = {file.name: read_headers(file) for file in shards}
+        weight_map = {tensor: file for file, stored in headers.items() for tensor in stored}
+        size = sum((folder / file).stat().st_size for file in headers)
+        content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return f"{name}: {len(weight_map)} tensors in {len(shards)} files, read from their headers"
+
+    return fix

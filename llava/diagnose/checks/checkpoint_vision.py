@@ -1,0 +1,363 @@
+"""Whether a checkpoint's eyes fit together: settings, tower, pixels, tiles, projector, by headers and configs alone.
+
+In: a `Checkpoint` whose files can be read. Out: findings. Three widths have to agree: the tower's features, what
+mm_hidden_size says, and what the stored projector takes; which two of them do tells which one is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava.diagnose.checks.checkpoint_files import Checkpoint, set_in_json
+from llava.diagnose.checks.findings import Finding, Skipped, found
+from llava.errors import InputError
+from llava.images.layout import image_mode, parse_pinpoints
+from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.weight_files import TensorHeader
+from llava.model.config import OWN_FOLDER
+from llava.model.multimodal_projector.builder import MLP_NAME, PROJECTORS
+
+PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
+
+
+def check_settings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Values of config.json that decide something here, each by itself."""
+    values = checkpoint.values
+    readings: tuple[tuple[str, str, Any], ...] = (
+        ("image-mode", "image_aspect_ratio", image_mode),
+        ("pinpoints", "image_grid_pinpoints", parse_pinpoints),
+    )
+    faults: list[Finding] = []
+    for code, key, read in readings:
+        try:
+            read(values.get(key))
+        except InputError as error:
+            faults.append(found(code, str(error), f"set {key} as in training", value=values.get(key)))
+    if not faults:
+        try:
+            checkpoint.settings  # noqa: B018  # read once, kept for the checks that follow
+        except InputError as error:
+            faults.append(found("config-value", str(error), "set it as in training", file="config.json"))
+    if faults:
+        yield from faults
+        return
+    settings = checkpoint.settings
+    if settings.padding_side not in ("left", "right"):
+        yield found(
+            "padding-side",
+            f"tokenizer_padding_side is {settings.padding_side!r}; known: left, right",
+            "set it to right, as training does",
+            fix=set_in_json("config.json", tokenizer_padding_side="right"),
+            value=settings.padding_side,
+        )
+    limit, positions = settings.max_length, values.get("max_position_embeddings")
+    stretched = values.get("rope_scaling") or (values.get("rope_parameters") or {}).get("factor")
+    if limit and positions and limit > positions and not stretched:
+        yield found(
+            "context-positions",
+            f"tokenizer_model_max_length is {limit}, but the language model has {positions} positions",
+            f"set tokenizer_model_max_length to {positions} or less",
+            fix=set_in_json("config.json", tokenizer_model_max_length=positions),
+            tokenizer_model_max_length=limit,
+            max_position_embeddings=positions,
+        )
+
+
+def check_model_type(checkpoint: Checkpoint) -> Iterator[Finding]:
+    from llava.model.language_model.registry import llava_classes
+
+    kind = checkpoint.info.language_model
+    if not kind and not checkpoint.config:
+        raise Skipped("the folder has no config.json; its base's is used")
+    try:
+        llava_classes(kind)
+    except InputError as error:
+        yield found(
+            "model-type", str(error), "set model_type in config.json", model_type=checkpoint.config.get("model_type")
+        )
+
+
+def check_tower(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The tower's description: there, of a known kind, with the layer that is asked for. Its folder is kept for later."""
+    vision = checkpoint.settings.vision
+    if vision.tower is None:
+        return
+    view = checkpoint.view
+    if vision.tower != OWN_FOLDER:
+        try:
+            folder = _tower_folder(checkpoint)
+        except InputError as error:
+            if looks_like_repository(vision.tower):
+                raise Skipped(f"the tower {vision.tower} is a hub repository and not on this disk") from error
+            yield found(
+                "tower-missing",
+                str(error),
+                "set mm_vision_tower to the tower's folder or hub repository",
+                mm_vision_tower=vision.tower,
+            )
+            return
+        try:
+            described = read_json(Path(folder) / "config.json")
+        except InputError as error:
+            yield found("tower-missing", str(error), "copy the tower's config.json again", mm_vision_tower=folder)
+            return
+        view.mm_vision_tower = folder
+    else:
+        described = checkpoint.values.get("vision_config") or {}
+    yield from _tower_parts(checkpoint, view, described)
+
+
+def _tower_folder(checkpoint: Checkpoint) -> str:
+    """Where loading would look for it (an adapter's config is a copy of its base's), without the network."""
+    name = str(checkpoint.settings.vision.tower)
+    folders = [checkpoint.folder] + ([checkpoint.base.folder] if checkpoint.base is not None else [])
+    beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), folders[0])
+    return resolve_vision_tower(name, checkpoint_folder=beside, download=False)
+
+
+def _tower_parts(checkpoint: Checkpoint, view: Any, described: dict[str, Any]) -> Iterator[Finding]:
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
+
+    kind = str(described.get("model_type"))
+    if kind not in TOWERS:
+        yield found(
+            "tower-type",
+            f"the vision tower is of type {kind!r}; known: {', '.join(TOWERS)}",
+            "name another tower in mm_vision_tower, or add its kind to TOWERS",
+            model_type=kind,
+        )
+        return
+    try:
+        ClipImageProcessor.from_pretrained(
+            view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.folder, vision_config=described
+        )
+    except InputError as error:
+        yield found("preprocessor", str(error), COPY_PREPROCESSOR, mm_vision_tower=view.mm_vision_tower)
+        return
+    try:
+        tower = build_vision_tower(view, delay_load=True)
+    except InputError as error:  # several scales that the tower does not fit
+        yield found("config-value", str(error), "set s2_scales to what the model was trained with")
+        return
+    checkpoint.extras["tower"] = tower
+    states = tower.config.num_hidden_layers + 1
+    if not -states <= tower.select_layer < states:
+        yield found(
+            "select-layer",
+            f"mm_vision_select_layer is {tower.select_layer}, but the tower has {states} hidden states",
+            f"set it to what the projector was trained with (-2 in LLaVA-1.5), between -{states} and {states - 1}",
+            mm_vision_select_layer=tower.select_layer,
+            hidden_states=states,
+        )
+    settings = checkpoint.settings
+    if settings.vision.in_checkpoint and not checkpoint.info.stores_tower:
+        folder = Path(view.mm_vision_tower)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            yield found(
+                "tower-weights",
+                f"unfreeze_mm_vision_tower says that the tower was trained, but neither the checkpoint nor {folder} holds "
+                "its weights",
+                "copy the weight file with the tower's tensors (model.vision_tower...) into the checkpoint",
+                tensors=0,
+            )
+
+
+def tower_of(checkpoint: Checkpoint) -> Any:
+    """The tower that `check_tower` found, without its weights."""
+    if "tower" not in checkpoint.extras:
+        raise Skipped("it is a language model without a vision tower")
+    return checkpoint.extras["tower"]
+
+
+COPY_PREPROCESSOR = "copy preprocessor_config.json from the tower's own repository"
+
+
+def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What the image processor makes of a black and a white picture: their size, and their range."""
+    from PIL import Image
+
+    tower = tower_of(checkpoint)
+    processor, side = tower.image_processor, tower.tile_size
+    name = checkpoint.settings.vision.tower
+    file = f"{name}/preprocessor_config.json" if name != OWN_FOLDER else "preprocessor_config.json"
+    is_inside = (checkpoint.folder / file).is_file()
+    pictures = [Image.new("RGB", (side, side), colour) for colour in ("black", "white")]
+    try:
+        pixels = processor.preprocess(pictures, return_tensors="np")["pixel_values"]
+    except InputError as error:
+        yield found("preprocessor", str(error), COPY_PREPROCESSOR)
+        return
+    if pixels.shape[-2:] != (side, side):
+        key = {"shortest_edge": side} if "shortest_edge" in processor.size else {"height": side, "width": side}
+        fix = set_in_json(file, size=key, crop_size={"height": side, "width": side})
+        yield found(
+            "preprocessor",
+            f"the image processor makes {pixels.shape[-1]}x{pixels.shape[-2]} pixels, and the tower takes {side}x{side}",
+            f"set size and crop_size of {file} to {side}",
+            fix=fix if is_inside else None,
+            pixels=list(pixels.shape[-2:]),
+            tower_image_size=side,
+        )
+        return
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not (-4 < lowest < -0.5 and 0.5 < highest < 4):
+        yield found(
+            "preprocessor",
+            f"black becomes {lowest:.4g} and white {highest:.4g}; towers are trained on about -2 to 2",
+            f"set do_rescale, rescale_factor, do_normalize, image_mean and image_std of {file} as the tower's repository "
+            "has them",
+            black=lowest,
+            white=highest,
+        )
+
+
+def check_tiles(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """How pictures are cut and joined: pinpoints against the tower, and the stored newline against the settings."""
+    from llava.model.multimodal_encoder.builder import policy_of
+
+    tower, image = tower_of(checkpoint), checkpoint.settings.image
+    try:
+        checkpoint.extras["policy"] = policy_of(tower, image)
+    except InputError as error:
+        yield found(
+            "pinpoints",
+            str(error),
+            f"use pairs of multiples of {tower.tile_size}, those that the model was trained with",
+            tile_size=tower.tile_size,
+            pinpoints=[list(size) for size in image.pinpoints],
+        )
+        return
+    newline = checkpoint.named("image_newline")
+    if newline is not None and (image.mode != "anyres" or image.merge != "spatial_unpad"):
+        yield found(
+            "image-mode",
+            "the weights hold image_newline, which training with anyres and spatial_unpad learns, but config.json says "
+            f"image_aspect_ratio {image.mode!r} and mm_patch_merge_type {image.merge!r}",
+            "set image_aspect_ratio to anyres and mm_patch_merge_type to spatial_unpad, with the pinpoints of training",
+            image_newline=list(newline.shape),
+            image_aspect_ratio=image.mode,
+            mm_patch_merge_type=image.merge,
+        )
+    if newline is None and image.merge == "spatial_unpad":
+        yield found(
+            "newline-missing",
+            "mm_patch_merge_type is spatial_unpad, which ends each row of features with image_newline, and no weight file "
+            "holds that tensor",
+            "set mm_patch_merge_type to what the model was trained with, or copy the file that holds image_newline",
+            mm_patch_merge_type=image.merge,
+        )
+
+
+# Projector
+
+
+def stored_projector(tensors: dict[str, TensorHeader]) -> dict[int, TensorHeader]:
+    """Weights of the projector's linear layers by their place; a single linear layer is at 0."""
+    found_at = {name: PROJECTOR_TENSOR.fullmatch(name) for name in tensors}
+    return {int(match[1] or 0): tensors[name] for name, match in sorted(found_at.items()) if match}
+
+
+def check_projector(checkpoint: Checkpoint) -> Iterator[Finding]:
+    settings = checkpoint.settings
+    tower = checkpoint.extras.get("tower")
+    if settings.vision.tower is None:
+        raise Skipped("it is a language model without a vision tower")
+    if settings.projector.type == "identity":
+        raise Skipped("an identity projector has no weights")
+    yield from judge_projector(
+        stored_projector(checkpoint.tensors),
+        kind=settings.projector.type,
+        config_width=settings.projector.vision_dim,
+        tower_width=tower.hidden_size if tower is not None else None,
+        text_width=settings.projector.text_dim or checkpoint.values.get("d_model"),
+        place=str(checkpoint.folder),
+    )
+
+
+def judge_projector(
+    layers: dict[int, TensorHeader],
+    *,
+    kind: str,
+    config_width: int | None,
+    tower_width: int | None,
+    text_width: int | None,
+    place: str,
+) -> Iterator[Finding]:
+    """A projector's stored layers against what the config, the tower and the language model say."""
+    if not layers:
+        yield found(
+            "projector-missing",
+            f"{place} has no tensor mm_projector...; without its projector the model cannot see",
+            "copy the weight file that holds it (mm_projector.bin of a pretraining run, non_lora_trainables.bin of a LoRA run)",
+            mm_projector_type=kind,
+            tensors=0,
+        )
+        return
+    empty = [header for header in layers.values() if header.num_elements == 0 or len(header.shape) != 2]
+    if empty:
+        yield found(
+            "projector-empty",
+            f"{empty[0].file} holds {empty[0].name} with the shape {list(empty[0].shape)}: it was saved while ZeRO-3 had its "
+            "numbers scattered over the GPUs",
+            "save it again with llava train, which gathers such tensors; or take it from a checkpoint by DeepSpeed's "
+            "zero_to_fp32.py",
+            shapes={header.name: list(header.shape) for header in empty},
+        )
+        return
+    match = MLP_NAME.fullmatch(kind)
+    is_known = match is not None or kind in PROJECTORS
+    if not is_known or (int(match[1]) if match else 1) != len(layers):
+        yield found(
+            "projector-type",
+            f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored"
+            if is_known
+            else f"mm_projector_type {kind!r} is not known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}",
+            f"set it to {_kind_of(layers)}, as the stored layers are",
+            fix=set_in_json("config.json", mm_projector_type=_kind_of(layers)),
+            mm_projector_type=kind,
+            stored_layers=len(layers),
+        )
+        return
+    takes, gives = layers[min(layers)].shape[1], layers[max(layers)].shape[0]
+    yield from _judge_widths(takes, config_width, tower_width)
+    if text_width is not None and gives != text_width:
+        yield found(
+            "projector-other-model",
+            f"the projector gives features of width {gives}, and the language model is {text_width} wide: it was trained for "
+            "another language model",
+            "use the projector that was pretrained with this language model, or pretrain one",
+            projector_out=gives,
+            hidden_size=text_width,
+        )
+
+
+def _judge_widths(takes: int, config_width: int | None, tower_width: int | None) -> Iterator[Finding]:
+    numbers: dict[str, Any] = {"projector_in": takes, "mm_hidden_size": config_width, "tower_width": tower_width}
+    if tower_width in (None, takes):
+        if config_width != takes:
+            yield found(
+                "config-width",
+                f"mm_hidden_size is {config_width}, but the projector takes {takes}"
+                + (" and the tower gives as many" if tower_width else ""),
+                f"set mm_hidden_size to {takes}",
+                fix=set_in_json("config.json", mm_hidden_size=takes),
+                **numbers,
+            )
+        return
+    yield found(
+        "projector-width",
+        f"the tower gives features of width {tower_width}, and the projector takes {takes}: it was trained with another tower",
+        f"set mm_vision_tower to the tower of width {takes} that it was trained with, or pretrain a projector for this one",
+        **numbers,
+    )
+
+
+def _kind_of(layers: dict[int, TensorHeader]) -> str:
+    """How mm_projector_type spells the stored layers."""
+    named_alone = any(not PROJECTOR_TENSOR.fullmatch(header.name)[1] for header in layers.values())  # type: ignore[index]
+    return "linear" if named_alone else f"mlp{len(layers)}x_gelu"

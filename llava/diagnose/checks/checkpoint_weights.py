@@ -1,0 +1,205 @@
+"""A checkpoint's weights: the adapter against its base, names and shapes against the config, numbers, and a trial run.
+
+In: a `Checkpoint` that earlier checks found whole. Out: findings. Numbers are read tensor by tensor, so a large model needs
+time and not memory; the trial run loads the model as answering does.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, Checkpoint
+from llava.diagnose.checks.findings import Finding, Skipped, found
+from llava.errors import InputError
+from llava.model.checkpoints.inspect import PROJECTOR_MARK, TOWER_MARK
+from llava.model.checkpoints.lora import ADAPTER_NAME
+from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
+
+# Trained weights stay far below this; a flipped bit in an exponent does not.
+IMPOSSIBLE = 1e6
+
+
+def check_adapter(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A LoRA adapter's matrices against adapter_config.json and against the base's tensors."""
+    info = checkpoint.info
+    if not info.adapter or checkpoint.base is None:
+        return
+    base = checkpoint.base.tensors
+    rank = (info.adapter_config or {}).get("r")
+    absent, other, empty, ranks = [], [], [], set()
+    for name, header in info.adapter.items():
+        match = ADAPTER_NAME.fullmatch(name)
+        if match is None or match["part"] not in ("lora_A", "lora_B"):
+            continue
+        if header.num_elements == 0:
+            empty.append(header)
+            continue
+        axis = 0 if match["part"] == "lora_A" else 1
+        ranks.add(header.shape[axis])
+        target = base.get(match["module"] + ".weight")
+        if target is None:
+            absent.append(match["module"])
+        elif header.shape[1 - axis] != target.shape[1 - axis]:
+            other.append((match["module"], list(header.shape), list(target.shape)))
+    if empty:
+        yield found(
+            "lora-empty",
+            f"{empty[0].file} holds {len(empty)} matrices without numbers, {empty[0].name} first",
+            "save the adapter again with llava train, which gathers tensors under ZeRO-3",
+            matrix=empty[0].name,
+            shape=list(empty[0].shape),
+        )
+        return
+    if absent or other:
+        what = (
+            f"{len(absent)} tensors that the base {checkpoint.base.folder} does not have, {absent[0]} first"
+            if absent
+            else f"{other[0][0]} by matrices of shape {other[0][1]}, where {checkpoint.base.folder} has {other[0][2]}"
+        )
+        yield found(
+            "lora-base",
+            f"the adapter changes {what}: it was trained on another base",
+            f"give the base that it was trained on with --model-base (its files name {info.base_hint!r})",
+            absent=len(absent),
+            of_other_shape=len(other),
+        )
+        return
+    patterns = (info.adapter_config or {}).get("rank_pattern")
+    if rank is not None and not patterns and ranks and ranks != {rank}:
+        yield found(
+            "lora-rank",
+            f"adapter_config.json says r = {rank}, and the matrices have rank {sorted(ranks)}: the adapter would be scaled by "
+            f"lora_alpha / {rank}",
+            "set r to the rank of the matrices, with the lora_alpha of the run",
+            r=rank,
+            stored=sorted(ranks),
+        )
+
+
+def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Every stored name and shape against the model that the config describes, without reading a number."""
+    info = checkpoint.info
+    empty = [name for name, header in checkpoint.tensors.items() if header.num_elements == 0]
+    if empty:
+        yield found(
+            "weights-empty",
+            f"{len(empty)} tensors have no numbers, {empty[0]} first: they were saved while ZeRO-3 had them scattered",
+            "save the model again with llava train, or put it together with DeepSpeed's zero_to_fp32.py",
+            tensors=len(empty),
+            first=empty[0],
+        )
+        return
+    if not info.is_multimodal or info.stores_quantized:
+        raise Skipped("transformers itself loads a plain or quantized language model")
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from llava.model.builder import build_config, tower_within_reach
+    from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources
+    from llava.model.language_model.registry import llava_classes
+
+    base_info = checkpoint.base.info if checkpoint.base is not None else None
+    try:
+        config = build_config(info, base_info)
+        _, model_class = llava_classes(info.language_model)
+        sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
+        with tower_within_reach(config, info, base_info, stored=sources.stores_tower):
+            with torch.device("meta"), no_init_weights():
+                skeleton = model_class(copy.deepcopy(config))
+            skeleton.tie_weights()
+            match_names(expected_tensors(skeleton), sources)
+    except InputError as error:
+        yield found(
+            "weights-config",
+            str(error),
+            "take config.json and weights from one and the same save",
+            folder=str(checkpoint.folder),
+        )
+
+
+def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """NaN, infinity, numbers that no training gives, and parts that are all zero."""
+    import torch
+
+    by_file: dict[Any, list[TensorHeader]] = {}
+    tensors = {**checkpoint.tensors, **checkpoint.info.adapter}
+    if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading leaves aside
+        tensors = {name: header for name, header in tensors.items() if TOWER_MARK not in name}
+    for header in tensors.values():
+        by_file.setdefault(header.file, []).append(header)
+    damaged: list[tuple[TensorHeader, int]] = []
+    zero: set[str] = set()
+    for file, headers in by_file.items():
+        with open_tensors(file) as stored:
+            for header in headers:
+                tensor = stored.get_tensor(header.name)
+                if not tensor.is_floating_point() or not tensor.numel():
+                    continue
+                bad = int((~(tensor.float().abs() < IMPOSSIBLE)).sum())
+                if bad:
+                    damaged.append((header, bad))
+                if not torch.any(tensor):
+                    zero.add(header.name)
+    if damaged:
+        header, bad = damaged[0]
+        yield found(
+            "weights-damaged",
+            f"{len(damaged)} tensors hold NaN, infinity or numbers above {IMPOSSIBLE:.0e}; {header.name} in {header.file.name} "
+            f"has {bad} of them",
+            f"{COPY_AGAIN}; if the original has them too, its training failed: take an earlier checkpoint",
+            tensors=len(damaged),
+            first=header.name,
+            file=str(header.file),
+            numbers=bad,
+        )
+    projector = [name for name in zero if PROJECTOR_MARK in name and name.endswith("weight")]
+    if projector:
+        yield found(
+            "projector-dead",
+            f"{projector[0]} is all zero, so every picture gives the same features",
+            "take the projector of a run that trained it",
+            zero=sorted(projector),
+        )
+    matrices = [name for name in checkpoint.info.adapter if re.search(r"lora_B\b", name)]
+    if matrices and all(checkpoint.info.adapter[name].name in zero for name in matrices):
+        yield found(
+            "lora-untrained",
+            f"all {len(matrices)} B matrices of the adapter are zero: it changes nothing",
+            "take the adapter from a later checkpoint, and look whether its run trained anything",
+            matrices=len(matrices),
+        )
+
+
+def check_run(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Load it and let it look at pictures: does it run, do pictures matter, does padding not matter, do numbers stay small?"""
+    from llava.diagnose.checks.smoke_test import try_model
+    from llava.model.builder import load
+    from llava.model.device import pick_device
+
+    device = pick_device("auto")
+    needed = 4 * sum(header.num_elements for header in checkpoint.tensors.values())
+    if device.type == "cpu" and (free := free_memory()) is not None and needed > free:
+        raise Skipped(
+            f"in float32 the model needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
+        )
+    base = checkpoint.base.folder if checkpoint.base is not None else None
+    try:
+        # Formats with float32's range, so that numbers too large for float16 can be seen.
+        loaded = load(checkpoint.folder, base=base, dtype="fp32" if device.type == "cpu" else "bf16", device=device)
+    except InputError as error:
+        yield found("load-fails", str(error), "do what the sentence says", folder=str(checkpoint.folder))
+        return
+    stored = {header.dtype for header in checkpoint.tensors.values()}
+    yield from try_model(loaded, half="F16" in stored and "BF16" not in stored)
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free, where the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS
+        return None

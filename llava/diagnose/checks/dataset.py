@@ -1,0 +1,132 @@
+"""`llava doctor FILE`: what is wrong with training data, by cause rather than by sample.
+
+In: a data file or a mixture, perhaps a model to read it with. Out: a `Report` with one finding for each kind of fault, the
+number of samples that have it, and the first of them. Looking at samples is llava/data/validate.py's work, and
+`llava data check` lists every one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.check import Report as Faults
+from llava.data.check import collect
+from llava.data.formats import image_sources
+from llava.data.reader import SampleReader
+from llava.data.samples import Samples, open_samples
+from llava.data.validate import Checker, Fault
+from llava.diagnose.checks.findings import CAUSES, Finding, Report, found
+from llava.errors import InputError
+
+REMEDIES = {
+    "malformed": "give every record 'conversations', a list of turns with 'from' and 'value' (docs/data.md); --fix drops them",
+    "missing-image": "give the folder of the images with --image-folder, or add the files; --fix drops the samples",
+    "broken-image": "copy the files again; --fix drops the samples",
+    "marks": f"put one {DEFAULT_IMAGE_TOKEN} into the text for each image; --fix puts missing ones before the first question",
+    "turn-order": "let 'human' and 'gpt' alternate, beginning with 'human'; --fix drops the samples",
+    "empty-answer": "write the answers, or drop the turns; --fix drops the samples",
+    "nothing-to-train": "add answers, or raise the length limit; --fix drops the samples",
+    "too-long": "raise --model_max_length, shorten the samples, or use fewer tiles per image",
+    "duplicate-id": "give every sample its own id; --fix appends numbers",
+}
+LISTED = 5
+
+
+def examine_data(
+    path: str | Path, *, image_folder: str | None = None, reader: SampleReader | None = None, workers: int = 1
+) -> Report:
+    report = Report(str(path), "data")
+    try:
+        samples = open_samples(str(path)).distinct()
+    except InputError as error:
+        report.findings.append(
+            found("data-unreadable", str(error), "give a .json, .jsonl or .parquet file of samples", path=str(path))
+        )
+        return report
+    faults = collect(Checker(samples, image_folder, reader), workers=workers)
+    report.looked += ["samples", "images", "turns"] + (["labels", "lengths"] if reader is not None else [])
+    if reader is None:
+        report.skipped += [(name, "--model-path names no model to read with") for name in ("labels", "lengths")]
+    report.facts = {"samples": len(samples), "bad_samples": faults.num_bad}
+    report.findings += by_cause(
+        faults, repair=Path(path).suffix.lower() in (".json", ".jsonl") and len(samples.parts) == 1
+    )
+    return report
+
+
+def by_cause(faults: Faults, *, repair: bool = False) -> list[Finding]:
+    """One finding for each kind of fault, in the order of the table of kinds."""
+    samples = faults.samples
+    fix = _repair(samples, faults.faults) if repair else None
+    findings = []
+    untrained = {index for index, fault in faults.faults if fault.kind == "nothing-to-train"}
+    for kind, remedy in REMEDIES.items():
+        hits = [(index, fault) for index, fault in faults.faults if fault.kind == kind]
+        if kind == "too-long":  # where that leaves nothing to train, it has been said
+            hits = [(index, fault) for index, fault in hits if index not in untrained]
+        if hits:
+            index, fault = hits[0]
+            findings.append(
+                found(
+                    f"data-{kind}",
+                    f"{len(hits)} of {len(samples)} samples: {CAUSES[f'data-{kind}'].meaning}; "
+                    f"{samples.describe(index)}: {fault.message}",
+                    remedy,
+                    fix=fix if kind != "too-long" else None,
+                    samples=len(hits),
+                    of=len(samples),
+                    first_ids=[samples.id(index) for index, _ in hits[:LISTED]],
+                )
+            )
+    return findings
+
+
+def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Any:
+    """A repair of the whole file at once: marks put in, ids made different, what cannot be used left out."""
+    kinds: dict[int, set[str]] = {}
+    for index, fault in faults:
+        if fault.kind != "too-long":
+            kinds.setdefault(samples.locate(index)[1], set()).add(fault.kind)
+
+    def fix(file: Path) -> str:
+        text = file.read_text(encoding="utf-8")
+        is_list = file.suffix.lower() == ".json"
+        records = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+        kept, marked, renamed = [], 0, 0
+        for row, record in enumerate(records):
+            found_kinds = kinds.get(row, set())
+            if "duplicate-id" in found_kinds:
+                record["id"], renamed = f"{record['id']}-{row}", renamed + 1
+            found_kinds = found_kinds - {"duplicate-id"}
+            if found_kinds == {"marks"} and _insert_marks(record):
+                found_kinds, marked = set(), marked + 1
+            if not found_kinds:
+                kept.append(record)
+        lines = json.dumps(kept, ensure_ascii=False, indent=1) if is_list else "\n".join(map(_line, kept))
+        file.write_text(lines + "\n", encoding="utf-8")
+        return (
+            f"{file.name}: marks put into {marked} samples, {renamed} ids made different, "
+            f"{len(records) - len(kept)} samples left out, {len(kept)} kept"
+        )
+
+    return fix
+
+
+def _line(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _insert_marks(record: dict[str, Any]) -> bool:
+    """Put a mark for each image before the first question, where there is none at all."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or any(DEFAULT_IMAGE_TOKEN in str(turn.get("value")) for turn in turns):
+        return False
+    question = next((turn for turn in turns if turn.get("from") in ("human", "user")), None)
+    if question is None:
+        return False
+    question["value"] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(image_sources(record)) + question["value"]
+    return True

@@ -1,0 +1,331 @@
+"""What the doctor can find: every cause by its code, with what it means and the function where it shows.
+
+In: nothing. Out: `CAUSES`, and the values that checks hand on: a `Finding` is a cause met in one input, with numbers and a
+remedy; a `Report` is all that was found in it, and what could not be looked at. The checks are in checkpoint_*.py,
+dataset.py, training_config.py and server.py; printing is diagnose/doctor.py's. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cause:
+    """`meaning`: what is wrong and what one sees of it. `where`: the functions (file:name) that meet it."""
+
+    meaning: str
+    where: tuple[str, ...]
+
+
+_LOADING = ("llava/model/checkpoints/loading.py:match_names",)
+_SPLICE = "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal"
+_VOCABULARY = ("llava/model/tokenizer_setup.py:read_tokenizer", "llava/model/tokenizer_setup.py:fit_vocabulary")
+_TEMPLATE = ("llava/model/tokenizer_setup.py:conv_mode", "llava/conversation.py:answer_end")
+_PROJECTOR = ("llava/model/multimodal_projector/builder.py:build_vision_projector",)
+_SAMPLES = ("llava/data/validate.py:Checker", "llava/train/data.py:LazySupervisedDataset")
+
+CAUSES: dict[str, Cause] = {
+    # Files of a checkpoint
+    "config-unreadable": Cause(
+        "config.json is missing or damaged", ("llava/model/checkpoints/inspect.py:read_config",)
+    ),
+    "config-value": Cause(
+        "a setting in config.json has a value that cannot work", ("llava/model/config.py:LlavaSettings.from_hf",)
+    ),
+    "model-type": Cause(
+        "no language model of this type is known", ("llava/model/language_model/registry.py:llava_classes",)
+    ),
+    "weights-missing": Cause("the folder holds no weights", ("llava/model/checkpoints/inspect.py:inspect",)),
+    "shard-missing": Cause(
+        "a weight file that others refer to is absent", ("llava/model/checkpoints/inspect.py:stored_tensors",)
+    ),
+    "shard-corrupt": Cause(
+        "a weight file is cut short or damaged", ("llava/model/checkpoints/weight_files.py:read_headers",)
+    ),
+    "shard-index": Cause(
+        "the index of shards is damaged or places tensors where they are not",
+        ("llava/model/checkpoints/inspect.py:stored_tensors",),
+    ),
+    "weights-empty": Cause("tensors were saved without their numbers (ZeRO-3 scatters them)", _LOADING),
+    "weights-config": Cause("names or shapes of the weights are not those that config.json describes", _LOADING),
+    "weights-damaged": Cause(
+        "weights hold NaN, infinity or impossible numbers: answers are empty or noise",
+        ("llava/model/checkpoints/loading.py:load_weights",),
+    ),
+    "load-fails": Cause("loading stops with an error", ("llava/model/builder.py:load",)),
+    # Tower, pictures
+    "tower-missing": Cause(
+        "the vision tower is not where its name says", ("llava/model/checkpoints/hub.py:resolve_vision_tower",)
+    ),
+    "tower-type": Cause(
+        "the vision tower is of a kind that is not known", ("llava/model/multimodal_encoder/builder.py:TOWERS",)
+    ),
+    "tower-weights": Cause(
+        "the tower's weights are neither in the checkpoint nor in its folder",
+        ("llava/model/checkpoints/loading.py:load_tower_weights",),
+    ),
+    "select-layer": Cause(
+        "mm_vision_select_layer is a layer that the tower does not have",
+        ("llava/model/multimodal_encoder/clip_encoder.py:feature_select",),
+    ),
+    "preprocessor": Cause(
+        "the picture's pixels are not of the size or range that the tower was trained on",
+        ("llava/images/image_processor.py:ClipImageProcessor", "llava/mm_utils.py:process_images"),
+    ),
+    "image-mode": Cause(
+        "image_aspect_ratio (or mm_patch_merge_type) is not what the weights were trained with",
+        ("llava/mm_utils.py:process_images", "llava/model/llava_arch.py:image_policy"),
+    ),
+    "newline-missing": Cause(
+        "spatial_unpad needs image_newline, which is not stored", ("llava/model/merge.py:merge_tiles",)
+    ),
+    "pinpoints": Cause(
+        "image_grid_pinpoints are missing, unreadable or not multiples of the tower's picture size",
+        ("llava/images/layout.py:ImagePolicy", "llava/images/layout.py:parse_pinpoints"),
+    ),
+    "context-short": Cause(
+        "pictures and prompt take the whole context, or nearly",
+        ("llava/engine/hf_engine.py:PromptSize.room", "llava/model/tokenizer_setup.py:context_len"),
+    ),
+    "context-positions": Cause(
+        "the length limit is beyond the positions that the language model has",
+        ("llava/model/tokenizer_setup.py:context_len",),
+    ),
+    # Projector
+    "projector-missing": Cause(
+        "there is no projector", ("llava/model/multimodal_projector/pretrained.py:load_projector", *_LOADING)
+    ),
+    "projector-empty": Cause(
+        "the projector was saved without its numbers (ZeRO-3 scatters them)",
+        ("llava/train/save.py:maybe_zero_3", "llava/model/multimodal_projector/pretrained.py:load_projector"),
+    ),
+    "projector-type": Cause("the projector's layers are not those that mm_projector_type names", _PROJECTOR),
+    "projector-width": Cause("the projector takes features of another width: it is another tower's", _PROJECTOR),
+    "config-width": Cause("mm_hidden_size is neither the tower's nor the projector's width", _PROJECTOR),
+    "projector-other-model": Cause("the projector gives features for a language model of another width", _PROJECTOR),
+    "projector-dead": Cause(
+        "the projector's weights are all zero: pictures have no influence", ("llava/model/llava_arch.py:encode_images",)
+    ),
+    "image-ignored": Cause(
+        "the picture makes no difference to the model's output", ("llava/model/llava_arch.py:encode_images", _SPLICE)
+    ),
+    # Tokenizer, vocabulary, template
+    "tokenizer-missing": Cause("the folder holds no tokenizer", ("llava/text/tokenization.py:load_tokenizer",)),
+    "tokenizer-unreadable": Cause("the tokenizer's files are damaged", ("llava/text/tokenization.py:load_tokenizer",)),
+    "tokenizer-roundtrip": Cause(
+        "text that goes through the tokenizer comes back as other text: answers are noise",
+        ("llava/text/tokenization.py:load_tokenizer",),
+    ),
+    "vocabulary-small": Cause("the tokenizer has tokens without an embedding row: it was not resized", _VOCABULARY),
+    "marker-rows": Cause("marker tokens that config.json asks for have no trained embedding rows", _VOCABULARY),
+    "vocabulary-config": Cause("vocab_size is not the number of stored embedding rows", _LOADING),
+    "vocabulary-head": Cause("the output layer has another number of rows than the embedding table", _LOADING),
+    "vocabulary-other": Cause("the tokenizer is another model's: most embedding rows have no token", _VOCABULARY),
+    "begin-token": Cause(
+        "prompts lack the begin token that this kind of model was trained with",
+        ("llava/text/tokenization.py:tokenizer_image_token",),
+    ),
+    "end-token": Cause(
+        "generation does not stop at the token that ends an answer",
+        ("llava/model/tokenizer_setup.py:read_generation_config", "llava/text/detokenizer.py:AnswerReader"),
+    ),
+    "pad-token": Cause(
+        "the padding token is an ordinary one: the attention mask hides text",
+        ("llava/train/data.py:DataCollatorForSupervisedDataset", "llava/model/llava_arch.py:_mask_of_padding"),
+    ),
+    "special-token": Cause(
+        "an end mark or marker token is not special: it stays in the output",
+        ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:AnswerReader"),
+    ),
+    "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
+    "template-mismatch": Cause("the template does not fit the model: its end mark is no token here", _TEMPLATE),
+    "chat-template": Cause(
+        "the tokenizer's chat template frames turns in another way than the template of training",
+        ("llava/model/tokenizer_setup.py:conv_mode", "llava/conversation.py:Conversation.get_prompt"),
+    ),
+    "generation-config": Cause(
+        "generation_config.json is damaged", ("llava/model/tokenizer_setup.py:read_generation_config",)
+    ),
+    # Adapters
+    "base-missing": Cause("the base model is not where the folder says", ("llava/model/builder.py:find_base",)),
+    "lora-base": Cause("the adapter changes tensors that the base does not have, or of another shape", _LOADING),
+    "lora-empty": Cause(
+        "the adapter was saved without its numbers", ("llava/train/save.py:get_peft_state_maybe_zero_3",)
+    ),
+    "lora-rank": Cause(
+        "adapter_config.json names another rank than the tensors have", ("llava/model/checkpoints/lora.py:LoraMerge",)
+    ),
+    "lora-untrained": Cause(
+        "the adapter changes nothing: its B matrices are all zero", ("llava/model/checkpoints/lora.py:LoraMerge",)
+    ),
+    # Running
+    "padding-side": Cause("tokenizer_padding_side is neither left nor right", ("llava/model/splice.py:pad",)),
+    "padding": Cause(
+        "an answer depends on the padding beside it: positions or mask are wrong",
+        ("llava/model/splice.py:pad", _SPLICE),
+    ),
+    "overflow": Cause(
+        "numbers inside grow beyond what the stored precision holds: NaN in half precision",
+        ("llava/model/device.py:pick_dtype",),
+    ),
+    # Training data
+    "data-unreadable": Cause("the data file cannot be read", ("llava/data/samples.py:open_samples",)),
+    "data-malformed": Cause("records that are no samples", _SAMPLES),
+    "data-missing-image": Cause("images that are not there", ("llava/data/image_files.py:locate_image",)),
+    "data-broken-image": Cause("images that cannot be decoded", ("llava/images/io.py:load_image",)),
+    "data-marks": Cause(
+        "<image> is not inserted as often as there are images", ("llava/text/labels.py:preprocess_multimodal", _SPLICE)
+    ),
+    "data-turn-order": Cause("questions and answers do not alternate", ("llava/text/labels.py:dialogue_spans",)),
+    "data-empty-answer": Cause("answers without text", _SAMPLES),
+    "data-nothing-to-train": Cause(
+        "labels are all -100: nothing is learned, and the loss is NaN or constant",
+        ("llava/text/labels.py:encode_spans",),
+    ),
+    "data-too-long": Cause(
+        "samples longer than the limit lose their end", ("llava/train/data.py:DataCollatorForSupervisedDataset",)
+    ),
+    "data-duplicate-id": Cause("ids that occur more than once", ("llava/data/check.py:collect",)),
+    # Training runs
+    "run-arguments": Cause(
+        "the run's arguments cannot be read or contradict each other", ("llava/train/arguments.py:parse_train_args",)
+    ),
+    "run-base": Cause("the model to start from cannot be used", ("llava/train/base_model.py:load_base",)),
+    "run-adapter": Cause(
+        "pretrain_mm_mlp_adapter is not a projector file",
+        ("llava/model/multimodal_projector/pretrained.py:read_adapter",),
+    ),
+    "run-adapter-settings": Cause(
+        "the run's vision settings are not those that its projector was pretrained with",
+        ("llava/model/llava_arch.py:initialize_vision_modules",),
+    ),
+    "run-frozen": Cause(
+        "everything is frozen, or the learning rate is 0: the loss stays constant",
+        ("llava/train/model_setup.py:count_trained", "llava/train/model_setup.py:add_vision"),
+    ),
+    "run-projector-frozen": Cause(
+        "a new projector is frozen: pictures stay noise, and the loss does not learn from them",
+        ("llava/train/model_setup.py:add_vision",),
+    ),
+    "run-template": Cause(
+        "--version is not the template that the model speaks", ("llava/train/model_setup.py:choose_conversation",)
+    ),
+    "run-precision": Cause(
+        "float16 training of weights that were trained in bfloat16: overflow, NaN losses",
+        ("llava/train/llava_trainer.py:LLaVATrainer",),
+    ),
+    # Servers
+    "server-unreachable": Cause("nothing answers at the address", ("llava/diagnose/checks/server.py:examine_server",)),
+    "server-unhealthy": Cause(
+        "the server says that it is not ready", ("llava/diagnose/checks/server.py:examine_server",)
+    ),
+    "server-no-model": Cause("the server offers no model", ("llava/diagnose/checks/server.py:examine_server",)),
+    "server-fails": Cause("a question gets an error", ("llava/diagnose/checks/server.py:examine_server",)),
+    "server-empty": Cause("answers are empty", (_SPLICE, "llava/diagnose/checks/server.py:examine_server")),
+    "server-image-ignored": Cause(
+        "a picture adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
+    ),
+    "server-special-token": Cause(
+        "special tokens are left in the answers", ("llava/text/detokenizer.py:AnswerReader",)
+    ),
+    "server-stream": Cause("streamed answers differ from whole ones", ("llava/text/detokenizer.py:stream_decoder",)),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause met in one input. `fix` changes a copy of that input (a folder or a file) and says what it did."""
+
+    code: str
+    what: str  # one sentence
+    evidence: Mapping[str, Any]
+    remedy: str
+    fix: Callable[[Path], str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        return CAUSES[self.code].where
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "what": self.what,
+            "evidence": dict(self.evidence),
+            "where": list(self.where),
+            "remedy": self.remedy,
+            "fixable": self.fix is not None,
+        }
+
+
+@dataclass
+class Report:
+    """What came of looking at one input. `looked`: the checks that were done; `skipped`: (check, why not)."""
+
+    subject: str
+    kind: str
+    findings: list[Finding] = field(default_factory=list)
+    looked: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> list[str]:
+        return [finding.code for finding in self.findings]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "subject": self.subject,
+            "kind": self.kind,
+            "facts": self.facts,
+            "findings": [finding.as_json() for finding in self.findings],
+            "looked_at": self.looked,
+            "not_looked_at": [{"check": check, "because": why} for check, why in self.skipped],
+        }
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at an input, made only when the checks it `needs` were made and found nothing: a second fault in what is
+    broken anyway would not be news. `last`: only when nothing at all was found."""
+
+    name: str
+    look: Callable[[Any], Iterator[Finding]]
+    needs: tuple[str, ...] = ()
+    last: bool = False
+
+
+class Skipped(Exception):
+    """Raised inside a check that cannot be made here; the message says why."""
+
+
+def found(code: str, what: str, remedy: str, *, fix: Callable[[Path], str] | None = None, **evidence: Any) -> Finding:
+    """A finding whose code is in the table."""
+    assert code in CAUSES, code
+    return Finding(code, what, evidence, remedy, fix)
+
+
+def examine(view: Any, checks: tuple[Check, ...], report: Report) -> Report:
+    """Make the checks in order and write down what they find, and which of them could not be made."""
+    stopped: dict[str, str] = {}
+    for check in checks:
+        reason = next((stopped[name] for name in check.needs if name in stopped), None)
+        if check.last and report.findings:
+            reason = f"{report.findings[0].code} was found"
+        if reason is None:
+            try:
+                findings = list(check.look(view))
+            except Skipped as skipped:
+                reason = str(skipped)
+        if reason is not None:
+            stopped[check.name] = reason
+            report.skipped.append((check.name, reason))
+            continue
+        report.looked.append(check.name)
+        report.findings += findings
+        if findings:
+            stopped[check.name] = f"{findings[0].code} was found"
+    return report

@@ -1,0 +1,214 @@
+"""`llava doctor URL`: ask a running server what its users will ask, and look at what comes back.
+
+In: the address of an OpenAI-compatible server (`/health`, `/v1/models`, `/v1/chat/completions`) or of an original worker
+(`/worker_get_status`). Out: a `Report`. Four short questions are asked: without a picture, with one, the same again, and
+streamed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, examine, found
+
+QUESTION = "What is in this picture?"
+MAX_TOKENS = 32
+# A picture is many tokens; this few more come from the words around it.
+FEWEST_IMAGE_TOKENS = 8
+LEFTOVER = re.compile(
+    r"</?s>|<\|im_(?:start|end)\|>|</?im_(?:start|end|patch)>|<image>|<unk>|\[/?INST\]|<\|endoftext\|>"
+)
+
+
+@dataclass
+class Server:
+    """A server under examination, and what it said."""
+
+    url: str
+    api_key: str | None
+    timeout: float
+    model: str | None = None
+    is_worker: bool = False
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def ask(self, path: str, content: Any = None) -> tuple[int, str]:
+        """Status and body of one request; GET without content."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return response.status, response.read().decode("utf-8", "replace")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode("utf-8", "replace")
+
+    def chat(self, *, image: bool, stream: bool = False) -> tuple[int, str]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION}]
+        if image:
+            content.insert(0, {"type": "image_url", "image_url": {"url": picture()}})
+        messages = [{"role": "user", "content": content}]
+        body = {"model": self.model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
+        return self.ask("/v1/chat/completions", body)
+
+
+def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.0) -> Report:
+    server = Server(url.rstrip("/").removesuffix("/v1"), api_key, timeout)
+    checks = (
+        Check("address", _check_address),
+        Check("models", _check_models, needs=("address",)),
+        Check("a question", _check_question, needs=("models",)),
+        Check("a picture", _check_picture, needs=("a question",)),
+        Check("streaming", _check_stream, needs=("a picture",)),
+    )
+    report = examine(server, checks, Report(url, "server"))
+    report.facts = (
+        {"model": server.model, "interface": "worker" if server.is_worker else "OpenAI"} if server.model else {}
+    )
+    return report
+
+
+def _check_address(server: Server) -> Iterator[Finding]:
+    try:
+        status, body = server.ask("/health")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        yield found(
+            "server-unreachable", f"nothing answers at {server.url}: {reason}",
+            "start the server, or give the address and port that it printed when it started", url=server.url,
+        )  # fmt: skip
+        return
+    if status not in (200, 404):  # other servers have no such page
+        yield found(
+            "server-unhealthy", f"/health answers {status}: {body[:200]}",
+            "wait until the model is loaded, and read the server's log", status=status,
+        )  # fmt: skip
+
+
+def _check_models(server: Server) -> Iterator[Finding]:
+    status, body = server.ask("/v1/models")
+    if status == 404:
+        status, body = server.ask("/worker_get_status", {})
+        names = _json(body).get("model_names") if status == 200 else None
+        if names:
+            server.model, server.is_worker = names[0], True
+            return
+    if status in (401, 403):
+        yield found(
+            "server-fails", f"/v1/models answers {status}: {body[:200]}", "give its key with --api-key", status=status
+        )
+        return
+    listed = _json(body).get("data") if status == 200 else None
+    if not listed:
+        yield found(
+            "server-no-model", f"/v1/models answers {status} and lists no model: {body[:200]}",
+            "start a worker or server with a model, and let it register with the controller", status=status,
+        )  # fmt: skip
+        return
+    server.model = listed[0]["id"]
+
+
+def _check_question(server: Server) -> Iterator[Finding]:
+    if server.is_worker:
+        raise Skipped("a worker of the original protocol answers finished prompts; its status is all that is asked for")
+    yield from _answered(server, "text", image=False)
+
+
+def _check_picture(server: Server) -> Iterator[Finding]:
+    faults = list(_answered(server, "picture", image=True))
+    yield from faults
+    if faults:
+        return
+    with_picture, without = (_prompt_tokens(server.answers[name]) for name in ("picture", "text"))
+    if with_picture is not None and without is not None and with_picture - without < FEWEST_IMAGE_TOKENS:
+        yield found(
+            "server-image-ignored",
+            f"the prompt takes {without} tokens without a picture and {with_picture} with one: the picture is left out",
+            "serve a model with a vision tower, and see that pictures reach it (llava chat shows what the model itself says)",
+            with_picture=with_picture,
+            without=without,
+        )
+
+
+def _check_stream(server: Server) -> Iterator[Finding]:
+    status, body = server.chat(image=True, stream=True)
+    pieces = [_delta(line[5:]) for line in body.splitlines() if line.startswith("data:") and "[DONE]" not in line]
+    streamed, whole = "".join(pieces), _text(server.answers["picture"])
+    if status != 200:
+        yield found(
+            "server-fails", f"a streamed question gets {status}: {body[:200]}", "read the server's log", status=status
+        )
+        return
+    again = _text(_json(server.chat(image=True)[1]))
+    if again != whole:
+        raise Skipped("the server gives another answer each time")
+    if streamed.strip() != whole.strip():
+        yield found(
+            "server-stream", f"streamed, the answer is {streamed[:80]!r}; whole, it is {whole[:80]!r}",
+            "send each piece of text once, and stop strings never", streamed=len(streamed), whole=len(whole),
+        )  # fmt: skip
+
+
+def _answered(server: Server, name: str, *, image: bool) -> Iterator[Finding]:
+    """Ask once, keep the answer, and say what is wrong with it."""
+    status, body = server.chat(image=image)
+    if status != 200 or "choices" not in _json(body):
+        yield found(
+            "server-fails", f"a question {'with' if image else 'without'} a picture gets {status}: {body[:200]}",
+            "read the server's log; give its key with --api-key" if status in (401, 403) else "read the server's log",
+            status=status,
+        )  # fmt: skip
+        return
+    server.answers[name] = _json(body)
+    text = _text(server.answers[name])
+    if image and not text.strip():
+        yield found(
+            "server-empty", "a question with a picture gets an empty answer",
+            "examine the model with llava doctor FOLDER, and look at one question with llava trace", characters=0,
+        )  # fmt: skip
+    left = LEFTOVER.findall(text)
+    if left:
+        yield found(
+            "server-special-token", f"the answer {text[:120]!r} has {left[0]!r} in it",
+            "examine the model with llava doctor FOLDER: its template or its end token is wrong", leftovers=sorted(set(left)),
+        )  # fmt: skip
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _text(answer: dict[str, Any]) -> str:
+    choices = answer.get("choices") or [{}]
+    return str((choices[0].get("message") or {}).get("content") or "")
+
+
+def _delta(line: str) -> str:
+    choices = _json(line).get("choices") or [{}]
+    return str((choices[0].get("delta") or {}).get("content") or "")
+
+
+def _prompt_tokens(answer: dict[str, Any]) -> int | None:
+    return (answer.get("usage") or {}).get("prompt_tokens")
+
+
+def picture() -> str:
+    """The doctor's drawing as a data URL."""
+    from llava.diagnose.checks.test_image import drawing
+
+    buffer = io.BytesIO()
+    drawing().save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

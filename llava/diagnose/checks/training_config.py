@@ -1,0 +1,388 @@
+"""`llava doctor RUN.yaml`: what will go wrong with a training run, before it is started.
+
+In: a configuration file, and what it names: the model to start from, tower, projector, data. Out: a `Report`. The file is
+read as `llava train` reads it; the model's folder, the projector and the first samples are examined as they will be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llava.conversation import Conversation, conv_templates
+from llava.data.check import collect
+from llava.data.reader import SampleReader
+from llava.data.samples import Part, Samples, open_samples
+from llava.data.validate import Checker
+from llava.diagnose.checks.checkpoint import CHEAP
+from llava.diagnose.checks.checkpoint_files import Checkpoint, open_checkpoint
+from llava.diagnose.checks.checkpoint_text import judge_template
+from llava.diagnose.checks.checkpoint_vision import judge_projector, stored_projector
+from llava.diagnose.checks.dataset import by_cause
+from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, examine, found
+from llava.errors import InputError
+from llava.images.layout import ImagePolicy, image_mode, parse_pinpoints
+from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.weight_files import read_headers
+from llava.model.config import ImageSettings
+
+FORMS = "set data_path to a .json, .jsonl or .parquet file of samples, or to a mixture"
+# Samples of each file that are read with their pictures; a run's faults show early.
+SAMPLES = 200
+# What a projector's own config.json says about the features that it was pretrained with.
+SETTINGS = {
+    "mm_vision_tower": "vision_tower",
+    "mm_vision_select_layer": "mm_vision_select_layer",
+    "mm_vision_select_feature": "mm_vision_select_feature",
+    "mm_use_im_start_end": "mm_use_im_start_end",
+    "image_aspect_ratio": "image_aspect_ratio",
+}
+
+
+class Run:
+    """A training run that was not started. Checks leave here what later ones need."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.model: Any = None
+        self.data: Any = None
+        self.training: Any = None
+        self.fp16 = False
+        self.tower: Any = None
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        return open_checkpoint(str(self.model.model_name_or_path))
+
+    @cached_property
+    def conv(self) -> Conversation:
+        from llava.train.model_setup import choose_conversation
+
+        return choose_conversation(self.model.version)
+
+    @property
+    def starts_with_projector(self) -> bool:
+        """Whether the projector that the run begins with was trained before."""
+        return bool(self.model.pretrain_mm_mlp_adapter) or bool(stored_projector(self.base.tensors))
+
+
+def examine_training(path: str | Path) -> Report:
+    run = Run(Path(path))
+    checks = (
+        Check("arguments", _check_arguments),
+        Check("model", _check_base, needs=("arguments",)),
+        Check("frozen parts", _check_frozen, needs=("model",)),
+        Check("tower", _check_tower, needs=("model",)),
+        Check("projector file", _check_adapter, needs=("tower",)),
+        Check("template", _check_template, needs=("model",)),
+        Check("precision", _check_precision, needs=("model",)),
+        Check("data", _check_data, needs=("tower", "template")),
+    )
+    return examine(run, checks, Report(str(path), "training run"))
+
+
+def _check_arguments(run: Run) -> Iterator[Finding]:
+    from llava.train.arguments import parse_train_args
+    from llava.train.run import refuse_contradictions
+
+    try:
+        try:
+            parsed = parse_train_args([str(run.file)])
+        except InputError as error:
+            if "--fp16 needs a GPU" not in str(error):
+                raise
+            parsed, run.fp16 = (
+                parse_train_args([str(run.file), "--fp16", "False"]),
+                True,
+            )  # judged for a machine with one
+        run.model, run.data, run.training = parsed
+        run.fp16 = run.fp16 or run.training.fp16
+        refuse_contradictions(*parsed)
+    except InputError as error:
+        yield found(
+            "run-arguments", str(error), "change the setting; llava train --help explains each", file=str(run.file)
+        )
+
+
+def _check_base(run: Run) -> Iterator[Finding]:
+    """The model's folder by the doctor's own cheap checks; the tower's name may be the run's."""
+    name = str(run.model.model_name_or_path)
+    if not Path(name).is_dir():
+        if looks_like_repository(name):
+            raise Skipped(f"{name} is a hub repository")
+        yield found(
+            "run-base",
+            f"there is no model folder {name!r}",
+            "set model_name_or_path to the model to start from",
+            path=name,
+        )
+        return
+    yield from examine(run.base, CHEAP, Report(name, "checkpoint")).findings
+
+
+def _check_frozen(run: Run) -> Iterator[Finding]:
+    model, training = run.model, run.training
+    multimodal = bool(model.vision_tower) or run.base.settings.vision.tower is not None
+    numbers = {
+        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
+        "freeze_backbone": model.freeze_backbone,
+        "learning_rate": training.learning_rate,
+        "mm_projector_lr": training.mm_projector_lr,
+    }
+    projector_rate = training.learning_rate if training.mm_projector_lr is None else training.mm_projector_lr
+    all_frozen = model.tune_mm_mlp_adapter and (training.freeze_mm_mlp_adapter or projector_rate == 0)
+    if (all_frozen and not model.unfreeze_mm_vision_tower) or (training.learning_rate == 0 and not projector_rate):
+        yield found(
+            "run-frozen",
+            "nothing is trained: "
+            + (
+                "tune_mm_mlp_adapter trains the projector alone, and the projector is frozen"
+                if all_frozen and training.freeze_mm_mlp_adapter
+                else "the learning rate is 0"
+            ),
+            "take freeze_mm_mlp_adapter out, and give a learning rate above 0",
+            **numbers,
+        )
+    elif multimodal and not run.starts_with_projector and (training.freeze_mm_mlp_adapter or projector_rate == 0):
+        yield found(
+            "run-projector-frozen",
+            f"the run begins with a new projector, of random numbers, and does not train it "
+            f"({'freeze_mm_mlp_adapter' if training.freeze_mm_mlp_adapter else 'mm_projector_lr 0'})",
+            "train it (take freeze_mm_mlp_adapter out), or begin with a pretrained one (pretrain_mm_mlp_adapter)",
+            **numbers,
+        )
+
+
+def _check_tower(run: Run) -> Iterator[Finding]:
+    """The tower that the run names, or the base's own; and how pictures are cut for it."""
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    if not run.model.vision_tower:
+        run.tower = run.base.extras.get("tower")
+        return
+    name = run.model.vision_tower
+    base = run.base.folder if run.base.settings.vision.tower == name else None
+    try:
+        folder = resolve_vision_tower(name, checkpoint_folder=base, download=False)
+        run.tower = build_vision_tower(dataclasses.replace(run.model, vision_tower=folder), delay_load=True)
+    except InputError as error:
+        if looks_like_repository(name):
+            raise Skipped(f"the tower {name} is a hub repository and not on this disk") from error
+        yield found("tower-missing", str(error), "set vision_tower to the tower's folder", vision_tower=name)
+        return
+    states = run.tower.config.num_hidden_layers + 1
+    if not -states <= run.model.mm_vision_select_layer < states:
+        yield found(
+            "select-layer",
+            f"mm_vision_select_layer is {run.model.mm_vision_select_layer}, but the tower has {states} hidden states",
+            "set it to -2, as LLaVA-1.5 has it",
+            hidden_states=states,
+        )
+    mode, pinpoints = run.data.image_aspect_ratio, run.data.image_grid_pinpoints
+    try:
+        image_mode(mode)
+    except InputError as error:
+        yield found(
+            "image-mode", str(error), "set image_aspect_ratio to square, pad or anyres", image_aspect_ratio=mode
+        )
+        return
+    try:
+        _policy(run)
+    except InputError as error:
+        yield found(
+            "pinpoints",
+            str(error),
+            f"give image_grid_pinpoints in multiples of {run.tower.tile_size}",
+            tile_size=run.tower.tile_size,
+            image_grid_pinpoints=pinpoints,
+        )
+        return
+    own = run.base.settings.image
+    if stored_projector(run.base.tensors) and not run.model.pretrain_mm_mlp_adapter and image_mode(mode) != own.mode:
+        yield found(
+            "image-mode",
+            f"the run prepares pictures by {mode!r}, and the model that it goes on from was trained with {own.mode!r}",
+            f"set image_aspect_ratio to {own.mode}",
+            fix=_set_in_yaml("image_aspect_ratio", own.mode),
+            run=mode,
+            model=own.mode,
+        )
+
+
+def _policy(run: Run) -> ImagePolicy | None:
+    from llava.model.multimodal_encoder.builder import policy_of
+
+    if run.tower is None:
+        return None
+    if not run.model.vision_tower:
+        return run.base.extras.get("policy")
+    pinpoints = parse_pinpoints(run.data.image_grid_pinpoints)
+    merge: Any = (run.model.mm_patch_merge_type or "flat").replace("-", "_")
+    return policy_of(run.tower, ImageSettings(image_mode(run.data.image_aspect_ratio), merge, pinpoints))
+
+
+def _check_adapter(run: Run) -> Iterator[Finding]:
+    """The projector file: its layers against tower and language model, and its own config against the run's."""
+    name = run.model.pretrain_mm_mlp_adapter
+    if run.tower is None:
+        return
+    if not name:
+        yield from _kept_projector(run)
+        return
+    file = Path(name)
+    try:
+        headers = read_headers(file)
+    except InputError as error:
+        yield found("run-adapter", str(error), "name the mm_projector.bin of the pretraining run", path=name)
+        return
+    faults = list(
+        judge_projector(
+            stored_projector(headers),
+            kind=str(run.model.mm_projector_type),
+            config_width=run.tower.hidden_size,
+            tower_width=run.tower.hidden_size,
+            text_width=run.base.values.get("hidden_size") or run.base.values.get("d_model"),
+            place=name,
+        )
+    )
+    yield from (dataclasses.replace(fault, fix=None) for fault in faults)
+    if faults or not (file.parent / "config.json").is_file():
+        return
+    pretrained = read_json(file.parent / "config.json")
+    arguments = {**vars(run.data), **vars(run.model)}
+    other = {
+        key: (pretrained[key], arguments[argument])
+        for key, argument in SETTINGS.items()
+        if key in pretrained
+        and pretrained[key] != arguments[argument]
+        and not _same_place(pretrained[key], arguments[argument])
+    }
+    if other:
+        said = "; ".join(f"{SETTINGS[key]} was {theirs!r} and is {ours!r} now" for key, (theirs, ours) in other.items())
+        yield found(
+            "run-adapter-settings",
+            f"{file.parent / 'config.json'} says what the projector was pretrained with: {said}",
+            "give the run the same settings",
+            fix=_set_in_yaml(*itertools.chain(*((SETTINGS[key], theirs) for key, (theirs, _) in other.items()))),
+            **{SETTINGS[key]: list(pair) for key, pair in other.items()},
+        )
+
+
+def _kept_projector(run: Run) -> Iterator[Finding]:
+    """A LLaVA that the run goes on from keeps its projector, whatever the run calls it."""
+    own = run.base.settings.projector.type
+    if run.model.vision_tower and stored_projector(run.base.tensors) and run.model.mm_projector_type != own:
+        yield found(
+            "projector-type",
+            f"mm_projector_type is {run.model.mm_projector_type!r}, and the model that the run goes on from has and keeps a "
+            f"projector of type {own!r}",
+            f"set mm_projector_type to {own}, or start from the language model alone to train another projector",
+            fix=_set_in_yaml("mm_projector_type", own),
+            run=run.model.mm_projector_type,
+            model=own,
+        )
+
+
+def _same_place(first: Any, second: Any) -> bool:
+    """Whether two names of a tower are one folder."""
+    both_named = isinstance(first, str) and isinstance(second, str)
+    return both_named and Path(first).name == Path(second).name and "/" in first + second
+
+
+def _check_template(run: Run) -> Iterator[Finding]:
+    from llava.train.model_setup import VERSION_ALIASES
+
+    name = VERSION_ALIASES.get(str(run.model.version), str(run.model.version))
+    try:
+        conv = run.conv
+    except InputError as error:
+        yield found("run-template", str(error), "set version to the template that the model speaks", version=name)
+        return
+    if name == "plain":
+        return
+    tokenizer = run.base.extras["tokenizer"]
+    for fault in judge_template(tokenizer, conv, name):
+        yield dataclasses.replace(fault, remedy="set version to the template that the model speaks", fix=None)
+        return
+    spoken = run.base.extras.get("template") if stored_projector(run.base.tensors) else None
+    if spoken is not None and _frame(conv_templates[spoken]) != _frame(conv):
+        yield found(
+            "run-template",
+            f"version is {name!r}, and the model that the run goes on from speaks {spoken!r}",
+            f"set version to {spoken}, unless the model is to learn another one",
+            fix=_set_in_yaml("version", spoken),
+            version=name,
+            model=spoken,
+        )
+
+
+def _frame(conv: Conversation) -> tuple[Any, ...]:
+    """What a template puts around turns; two that differ in their system text alone speak the same way."""
+    return conv.sep_style, conv.roles, conv.sep, conv.sep2
+
+
+def _check_precision(run: Run) -> Iterator[Finding]:
+    stored = {header.dtype for header in run.base.tensors.values()}
+    if run.fp16 and "BF16" in stored:
+        yield found(
+            "run-precision",
+            "fp16 is on, and the weights are stored in bfloat16: their activations may not fit into float16, which ends at "
+            "65504",
+            "set bf16 to True and fp16 to False",
+            fix=_set_in_yaml("fp16", False, "bf16", True),
+            stored=sorted(stored),
+        )
+
+
+def _check_data(run: Run) -> Iterator[Finding]:
+    """The first samples of every file, as the run will see them."""
+    if not run.data.data_path:
+        yield found("data-unreadable", "the run names no data", FORMS, data_path=None)
+        return
+    try:
+        samples = open_samples(run.data.data_path, weights=run.data.data_weights).distinct()
+    except InputError as error:
+        yield found("data-unreadable", str(error), FORMS, data_path=run.data.data_path)
+        return
+    tokenizer = run.base.extras["tokenizer"]
+    tokenizer.model_max_length = int(1e9)  # whether samples fit is judged with their pictures
+    reader = SampleReader(
+        tokenizer=tokenizer,
+        policy=_policy(run),
+        conv=run.conv,
+        max_length=run.training.model_max_length,
+        use_im_start_end=run.model.mm_use_im_start_end,
+    )
+    first = Samples([_head(part) for part in samples.parts])
+    yield from by_cause(collect(Checker(first, run.data.image_folder, reader)))
+
+
+def _head(part: Part) -> Part:
+    import numpy as np
+
+    return dataclasses.replace(part, rows=np.arange(min(SAMPLES, len(part)), dtype=np.int64))
+
+
+def _set_in_yaml(*pairs: Any) -> Any:
+    """A repair that sets keys of the configuration file, in the group that they are in."""
+    changes = dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def fix(file: Path) -> str:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for key, value in changes.items():
+            place = next((n for n, line in enumerate(lines) if line.strip().startswith(f"{key}:")), None)
+            if place is None:
+                lines.append(f"{key}: {value}")
+            else:
+                indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
+                lines[place] = f"{indent}{key}: {value}"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return f"{file.name}: " + ", ".join(f"{key} = {value}" for key, value in changes.items())
+
+    return fix

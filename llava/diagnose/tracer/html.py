@@ -1,0 +1,247 @@
+"""A trace as one page of HTML that needs nothing else: pictures, tokens and what they looked at, time, every point.
+
+In: a trace, with the views of attention.py or a training sample's pictures. Out: text of a page. Its form is in page/
+(page.html, page.css, page.js); this file puts the data together.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.diagnose.tracer.hooks import Trace
+from llava.diagnose.tracer.hooks_sequence import segments
+from llava.diagnose.tracer.record import POINTS
+from llava.images.layout import feature_boxes, tile_areas
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava.diagnose.tracer.attention import Views
+    from llava.diagnose.tracer.generation import Answered
+
+# Larger pictures are shown smaller; boxes keep the picture's own pixels.
+SHOWN_SIDE = 1024
+# More numbers than this (layers x tokens x features), and only the mean over layers is kept.
+MOST_NUMBERS = 1_500_000
+SHOWN_CANDIDATES = 4
+PIECES = {"▁": " ", "Ġ": " ", "Ċ": "⏎", "<0x0A>": "⏎"}
+
+
+def page_of_answer(answered: Answered, views: Views | None) -> str:
+    """The page of a traced question."""
+    record, answer = answered.record, answered.answer
+    shown = [picture.image for picture in answered.pictures]
+    tokens = _prompt_tokens(record, [layout.num_features for layout in answered.record.layouts])
+    first_answer = len(tokens)
+    for step, token in enumerate(answer.token_ids if answer is not None else ()):
+        tokens.append(_token(record, token, "answer", f"new token {step + 1}"))
+    data_views: list[dict[str, Any]] = []
+    if views is not None:
+        for row, (_, index, is_answer) in enumerate(views.rows):
+            shown_token = tokens[first_answer + index if is_answer else index]
+            if views.attention is not None:
+                shown_token["rows"]["attention"] = row
+                shown_token["share"] = float(views.attention[:, row].sum(-1).mean())
+            if is_answer and views.relevance is not None and index < len(views.relevance):
+                shown_token["rows"]["relevance"] = index
+        data_views = _views(views)
+    found = record.observations.get("first_tokens")
+    return _page(
+        record,
+        question=answered.question,
+        answer=answer.text if answer is not None else "",
+        pictures=_pictures(record, shown, answered.record.layouts, answered.loaded.image_processor),
+        tokens=tokens,
+        views=data_views,
+        candidates=_candidates(found["steps"]) if found is not None else [],
+        first=first_answer + _strongest(views) if views is not None and data_views else None,
+        hint="Point at a token, or tap it, to see where in the picture it looked. The answer is in the warm colour."
+        if data_views
+        else "",
+    )
+
+
+def page_of_sample(record: Trace) -> str:
+    """The page of a traced training sample: tokens in the colour of their loss."""
+    processor = record.model.get_vision_tower().image_processor
+    tokens = _prompt_tokens(record, [layout.num_features for layout in record.layouts])
+    labels = record["labels"]["labels"]
+    losses = iter(record["loss"]["tokens"])
+    largest = max((entry["loss"] for entry in record["loss"]["tokens"]), default=1.0) or 1.0
+    for token, label in zip(tokens, labels, strict=True):
+        if label != IGNORE_INDEX and (entry := next(losses, None)) is not None:
+            token |= {"kind": "trained", "note": f"{entry['loss']:.2g}", "heat": min(1.0, entry["loss"] / largest)}
+            token["title"] += f", loss {entry['loss']:.4g}"
+    return _page(
+        record,
+        question=f"Training sample {record['sample']['index']}",
+        answer=f"loss {record['loss']['loss']:.4f}",
+        pictures=_pictures(record, record.pictures, record.layouts, processor),
+        tokens=tokens,
+        views=[],
+        candidates=[],
+        first=None,
+        hint="What is trained is in the warm colour, with the loss of each token: the stronger, the larger.",
+    )
+
+
+def _page(record: Trace, **content: Any) -> str:
+    failed = record.failed
+    verdict = "every check holds" if not failed else "; ".join(f"{point}: {text}" for point, text in failed)
+    points = [
+        {
+            "title": seen.title,
+            "where": seen.where,
+            "suspect": POINTS[seen.point].suspect,
+            "rows": [{"label": row.label, "text": row.text, "tone": row.tone, "spans": row.spans} for row in seen.rows],
+        }
+        for seen in record
+    ]
+    data = {
+        **content,
+        "features": sum(len(picture["boxes"]) for picture in content["pictures"]),
+        "verdict": {"text": verdict, "failed": bool(failed)},
+        "stages": [{"name": stage.name, "start": stage.start, "seconds": stage.seconds} for stage in record.stages],
+        "points": points,
+    }
+    # Text of the trace must not end the script that holds it.
+    safe = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    parts = {"style": _file("page.css"), "script": _file("page.js"), "data": safe}
+    page = _file("page.html")
+    for name, text in parts.items():
+        head, _, tail = page.partition("{{" + name + "}}")
+        page = head + text + tail
+    return page
+
+
+def _file(name: str) -> str:
+    return (resources.files("llava.diagnose.tracer") / "page" / name).read_text(encoding="utf-8")
+
+
+# Pictures
+
+
+def _pictures(record: Trace, pictures: Any, layouts: Any, processor: Any) -> list[dict[str, Any]]:
+    if not layouts:
+        return []
+    policy = record.model.image_policy()
+    crops = processor is not None and "shortest_edge" in processor.size
+    starts = [part["start"] for part in record["splice"]["rows"][0]["segments"] if part["kind"] == "image"]
+    shown: list[dict[str, Any]] = []
+    first = 0
+    for picture, layout, start in zip(pictures, layouts, starts, strict=True):
+        boxes = feature_boxes(layout, policy, crops=crops)
+        areas = tile_areas(layout, policy, crops=crops)
+        shown.append(
+            {
+                "source": _data_url(picture),
+                "width": layout.size.width,
+                "height": layout.size.height,
+                "caption": f"{layout.size.width} x {layout.size.height} pixels, {layout.num_tiles} "
+                f"tile{'s' * (layout.num_tiles > 1)}, "
+                f"{layout.num_features} features at positions {start} to {start + layout.num_features - 1}",
+                "tiles": [_rounded(area) for area in areas],
+                "boxes": [None if box is None else _rounded(box) for box in boxes],
+                "overview": policy.features_per_tile,
+                "first": first,
+                "position": start,
+            }
+        )
+        first += len(boxes)
+    return shown
+
+
+def _rounded(box: Any) -> list[float]:
+    return [round(side, 2) for side in box]
+
+
+def _data_url(picture: Image.Image) -> str:
+    small = picture.convert("RGB")
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG" if max(small.size) <= 512 else "JPEG", quality=88)
+    kind = "png" if max(small.size) <= 512 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# Tokens
+
+
+def _prompt_tokens(record: Trace, lengths: list[int]) -> list[dict[str, Any]]:
+    ids = record["input_ids"]["ids"]
+    tokens = []
+    for part in segments(ids, lengths):
+        if part["kind"] == "image":
+            title = f"id {IMAGE_TOKEN_INDEX}, positions {part['start']} to {part['stop'] - 1}"
+            number = part["stop"] - part["start"]
+            tokens.append({"text": f"<image> {number} features", "kind": "image", "title": title, "rows": {}})
+        else:
+            tokens += [
+                _token(record, token, "text", f"position {part['start'] + place}")
+                for place, token in enumerate(part["ids"])
+            ]
+    return tokens
+
+
+def _token(record: Trace, token: int, kind: str, place: str) -> dict[str, Any]:
+    text = _piece(record.tokenizer.convert_ids_to_tokens(token), token)
+    return {"text": text, "kind": kind, "title": f"id {token}, {place}", "rows": {}}
+
+
+def _piece(piece: str | None, token: int) -> str:
+    """A piece of a vocabulary as a reader knows it; a row without a token shows its number."""
+    text = f"#{token}" if piece is None else piece
+    for mark, shown in PIECES.items():
+        text = text.replace(mark, shown)
+    return text
+
+
+def _candidates(steps: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    return [
+        [{"text": _piece(entry["text"], entry["id"]), "p": entry["p"]} for entry in step[:SHOWN_CANDIDATES]]
+        for step in steps
+    ]
+
+
+def _strongest(views: Views) -> int:
+    """The token of the answer for which the picture mattered most."""
+    if views.relevance is None:
+        return 0
+    return int(views.relevance.sum(-1).argmax())
+
+
+# Views
+
+
+def _views(views: Views) -> list[dict[str, Any]]:
+    """The shares as bytes, each token's largest as 255: the mean over layers first, then every layer."""
+    import torch
+
+    found = []
+    if views.relevance is not None:
+        found.append(
+            {
+                "key": "relevance",
+                "name": "relevance (gradient)",
+                "caption": "Parts that mattered for",
+                **_packed(views.relevance[None]),
+            }
+        )
+    if views.attention is not None:
+        mean = views.attention.mean(0, keepdim=True)
+        layers = torch.cat([mean, views.attention]) if views.attention.numel() <= MOST_NUMBERS else mean
+        found.append(
+            {"key": "attention", "name": "attention", "caption": "Parts that were read for", **_packed(layers)}
+        )
+    return found
+
+
+def _packed(values: Any) -> dict[str, Any]:
+    largest = values.amax(-1, keepdim=True).clamp(min=1e-12)
+    data = (values / largest * 255).round().byte().numpy().tobytes()
+    return {"layers": values.shape[0], "rows": values.shape[1], "data": base64.b64encode(data).decode()}

@@ -1,0 +1,1 @@
+"""Running benchmarks: asking, scoring, reporting."""

@@ -1,0 +1,210 @@
+"""Ask a language model to judge free answers, over any server that speaks OpenAI's chat API.
+
+In: answered items of LLaVA-Bench or MM-Vet, and a judge. Out: rows with the raw reply, the judge's model and a hash of the
+prompt, appended to a file as they come. A row whose prompt is the same is not asked for again, so a file of reviews replays
+without a judge. Scores of rows are the tasks' business (eval/tasks/judged.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import Faults, find_file, read_json_object
+from llava.eval.harness.answer_log import cut_half_line, whole_lines
+from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
+from llava.eval.tasks.judged import mmvet_name, summarise_grades, summarise_reviews
+from llava.eval.types import Answered, Scores
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+RULES = Path(__file__).resolve().parents[1] / "table" / "rule.json"
+KEY_VARIABLE = "OPENAI_API_KEY"
+NUM_TRIES = 5
+
+# MM-Vet's prompt as published: what the judge completes is the last cell of the last row.
+MMVET_PROMPT = Path(__file__).resolve().parents[1] / "table" / "mmvet_prompt.txt"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A server and its model. The key comes from the environment."""
+
+    url: str  # up to and including /v1
+    model: str
+    timeout_s: float = 120.0
+
+    def reply(self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float) -> str:
+        """One completion; a busy server or a broken connection is tried again after a while."""
+        body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        for number in range(NUM_TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    return json.load(response)["choices"][0]["message"]["content"] or ""
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    raise InputError(f"the judge at {self.url} refuses: {reason}; {_detail(error)}") from error
+            except (OSError, ValueError, KeyError, IndexError) as error:
+                reason = str(getattr(error, "reason", error))
+            if number + 1 < NUM_TRIES:
+                time.sleep(min(30.0, 0.5 * 2**number))
+        raise InputError(
+            f"the judge at {self.url} did not answer in {NUM_TRIES} tries; the last one ended with: {reason}"
+        )
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    try:
+        return json.load(error)["error"]["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"is {KEY_VARIABLE} set, and the model's name right?"
+
+
+def prompt_hash(messages: Sequence[Mapping[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(list(messages), ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to judge: the row so far, what the judge is asked, and how its reply becomes fields of the row."""
+
+    row: dict[str, Any]
+    messages: list[dict[str, str]]
+    read: Callable[[str], dict[str, Any]]
+    max_tokens: int = 1024
+    temperature: float = 0.2
+
+
+def review(cases: Sequence[Case], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
+    """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
+    there = whole_lines(file)
+    known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
+    # Reviews of the original have no hash: they stand for their question.
+    foreign = {str(row.get("question_id")): row for row in there if "prompt_sha256" not in row}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut_half_line(file)
+    rows = []
+    with file.open("a", encoding="utf-8") as out:
+        for case in cases:
+            question, digest = str(case.row["question_id"]), prompt_hash(case.messages)
+            row = known.get((question, digest)) or foreign.get(question)
+            if row is None:
+                if judge is None:
+                    raise InputError(
+                        f"the answer to {question!r} is not reviewed in {str(file)!r}; give --judge-url and --judge-model"
+                    )
+                content = judge.reply(case.messages, max_tokens=case.max_tokens, temperature=case.temperature)
+                row = {
+                    **case.row, "content": content, **case.read(content), "judge": judge.model, "prompt_sha256": digest,
+                }  # fmt: skip
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.flush()
+            rows.append(row)
+    return rows
+
+
+# --- pairs of answers, as LLaVA-Bench has them ----------------------------------------------------------------------
+
+
+def read_rules(file: Path = RULES) -> dict[str, dict[str, str]]:
+    return read_json_object(file, "file of the judge's rules")
+
+
+def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], context: str | None = None) -> str:
+    """What the judge reads: the picture in words, the question, both answers, and what it shall do."""
+    role = rule["role"]
+    parts = [f"[Context]\n{context}\n\n"] if context is not None else []
+    parts.append(f"[Question]\n{question}\n\n")
+    parts += [
+        f"[{role} {number}]\n{text}\n\n[End of {role} {number}]\n\n" for number, text in enumerate(answers, start=1)
+    ]
+    return "".join([*parts, f"[System]\n{rule['prompt']}\n\n"])
+
+
+def comparison_case(row: dict[str, Any], content: str, max_tokens: int = 1024) -> Case:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return Case(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
+
+
+def llava_bench_cases(answered: Sequence[Answered], faults: Faults) -> list[Case]:
+    rules = read_rules()
+    cases = []
+    for number, one in enumerate(answered, start=1):
+        item = one.item
+        if one.text is None:
+            continue
+        if item.answer is None or item.extra.get("caption") is None:
+            faults.add(
+                "questions without reference", "answers_gpt4.jsonl or context.jsonl lacks them; left out", repr(item.id)
+            )
+            continue
+        category = f"llava_bench_{item.category}"
+        caption = item.extra["caption"]
+        context = "\n".join(caption) if isinstance(caption, list) else caption
+        content = comparison(item.prompt, [item.answer, one.text], rules[category], context)
+        cases.append(comparison_case({"id": number, "question_id": item.id, "category": category}, content))
+    return cases
+
+
+# --- grades, as MM-Vet has them -------------------------------------------------------------------------------------
+
+
+def mmvet_cases(answered: Sequence[Answered], faults: Faults) -> list[Case]:
+    instructions = MMVET_PROMPT.read_text(encoding="utf-8")
+    cases = []
+    for one in answered:
+        if one.text is None:
+            continue
+        if one.item.answer is None:
+            faults.add("questions without reference", "mm-vet.json lacks them; left out", repr(one.item.id))
+            continue
+        truth = one.item.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        content = instructions + "\n" + " | ".join([one.item.extra["question"], truth, one.text, ""])
+        messages = [{"role": "user", "content": content}]
+        row = {"question_id": mmvet_name(one.item.id)}
+        cases.append(Case(row, messages, lambda reply: {"grade": parse_grade(reply)}, max_tokens=3, temperature=0.0))
+    return cases
+
+
+def parse_grade(reply: str) -> float | None:
+    try:
+        grade = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return grade if 0.0 <= grade <= 1.0 else None
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def judge_answers(
+    kind: str, answered: Sequence[Answered], home: Path, judge: Judge | None, file: Path, faults: Faults
+) -> Scores:
+    """Judge the answers of a task and score the verdicts; a question's verdict is its grade, or a tenth of its score."""
+    if kind == "llava-bench":
+        rows = review(llava_bench_cases(answered, faults), judge, file)
+        scores = summarise_reviews(rows, faults)
+        worth = {row["question_id"]: pair_of(row)[1] / 10 for row in rows if pair_of(row) != NO_SCORE}
+        return replace(scores, verdicts=[worth.get(one.item.id) for one in answered])
+    rows = review(mmvet_cases(answered, faults), judge, file)
+    for row in rows:
+        if row["grade"] is None:
+            faults.add("replies without a grade", "no number from 0 to 1; they count as 0", repr(row["question_id"]))
+    data = read_json_object(find_file(home, ("mm-vet.json", "mm-vet/mm-vet.json"), "file of MM-Vet's answers"))
+    names = [mmvet_name(one.item.id) for one in answered]
+    grades = {row["question_id"]: [row["grade"] or 0.0] for row in rows}
+    scores = summarise_grades(grades, {name: data[name] for name in names if name in data}, faults)
+    return replace(scores, verdicts=[grades[name][0] if name in grades else None for name in names])

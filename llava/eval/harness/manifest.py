@@ -1,0 +1,98 @@
+"""What a run was made of, so that two runs can be told apart and one can be repeated.
+
+In: the model's folder, the questions, the settings. Out: a dict for manifest.json. `settings` holds what decides the
+answers; a run is gone on with only where they are the same. The rest tells where and with what it was computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llava.eval.types import Item
+
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "tokenizers")
+WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
+WHOLE_BYTES = 64 * 2**20  # larger files are hashed by their ends and their size
+END_BYTES = 4 * 2**20
+
+
+def model_hash(folder: Path) -> str:
+    """A hash of the files in a model folder: small ones whole, of large ones the size and both ends."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in WEIGHTS for file in folder.rglob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
+        with file.open("rb") as data:
+            if size <= WHOLE_BYTES:
+                digest.update(data.read())
+            else:
+                digest.update(data.read(END_BYTES))
+                data.seek(size - END_BYTES)
+                digest.update(data.read())
+    return digest.hexdigest()
+
+
+def prompts_hash(items: Sequence[Item]) -> str:
+    """A hash of the questions as they are put, with the names of their pictures."""
+    digest = hashlib.sha256()
+    for item in items:
+        images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in item.images]
+        digest.update(json.dumps([str(item.id), item.round, item.prompt, images], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, and the revision of this package's repository, where it is in one."""
+    import llava
+
+    versions = {"python": platform.python_version(), "llava": llava.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "git_revision": git_revision(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_revision() -> str | None:
+    """The commit that the package is at, with a mark if files were changed since; None outside of a repository."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names and both values of what differs between two settings."""
+    found = []
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name), second.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a!r} and {b!r}")
+    return found

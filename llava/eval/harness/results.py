@@ -1,0 +1,95 @@
+"""What a run leaves: results.json, a Markdown table beside published figures, verdicts for comparison.
+
+In: the reports of all tasks, and the manifest. Out: files in the run's folder, and the same read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import read_json_lines, read_json_object, write_json, write_json_lines
+from llava.eval.harness.reference_scores import MODELS, SOURCES, published
+from llava.eval.harness.scoring import Report, shown
+from llava.eval.types import Answered
+
+RESULTS, MANIFEST, TABLE, VERDICTS = "results.json", "manifest.json", "results.md", "verdicts.jsonl"
+
+
+def write_results(folder: Path, reports: Sequence[Report], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write results.json and results.md, and with every task its verdicts; give what results.json holds."""
+    results = {"model": manifest["settings"]["model"]["name"], "tasks": [report.as_dict() for report in reports]}
+    write_json(folder / RESULTS, results | {"manifest": dict(manifest)})
+    for report in reports:
+        write_json_lines(
+            folder / report.task.name / VERDICTS,
+            [verdict_row(one, score) for one, score in zip(report.answered, report.scores.verdicts, strict=True)],
+        )
+    (folder / TABLE).write_text(markdown(results["tasks"], str(results["model"])), encoding="utf-8")
+    return results
+
+
+def verdict_row(one: Answered, score: float | None) -> dict[str, Any]:
+    """A question with its answer and verdict, with all that a comparison or the gallery shows."""
+    item = one.item
+    images = [str(image.resolve()) if isinstance(image, Path) else None for image in item.images]
+    return {
+        "question_id": item.id,
+        "round_id": item.round,
+        "category": item.category,
+        "prompt": item.prompt,
+        "images": images,
+        "reference": item.answer,
+        "options": list(item.options),
+        "text": one.text,
+        "score": score,
+    }
+
+
+def markdown(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
+    """Headline figures beside the published ones, then each task's categories."""
+    lines = [f"| task | figure | {model} | {' | '.join(MODELS)} |", "|---|---|---:" + "|---:" * len(MODELS) + "|"]
+    for task in tasks:
+        others = published(task["task"])
+        headline = task["headline"]
+        own = "see notes" if headline["value"] is None else f"{headline['value']:.2f}"
+        cells = [task["title"], f"{headline['name']}, {headline['unit']}", own]
+        cells += [f"{others[name]:g}" if name in others else "" for name in MODELS]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Published figures are of LLaVA with the size named, from:", ""]
+    lines += [f"- {name}: {source}" for name, source in SOURCES.items()]
+    for task in tasks:
+        lines += ["", f"## {task['title']}", ""]
+        lines += _figures({"all": task["figures"]})
+        if task["categories"]:
+            lines += ["", *_figures(task["categories"])]
+        remarks = [
+            *task["notes"],
+            *(f"{f['count']} {kind} (first: {f['first']}): {f['meaning']}" for kind, f in task["faults"].items()),
+        ]
+        lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+    return "\n".join(lines) + "\n"
+
+
+def _figures(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    lines = [f"| | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
+    return lines + [
+        f"| {row} | {' | '.join(shown(figures.get(name)) for name in names)} |" for row, figures in rows.items()
+    ]
+
+
+# --- read back ------------------------------------------------------------------------------------------------------
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    if not (folder / RESULTS).is_file():
+        raise InputError(f"{str(folder)!r} has no {RESULTS}; give the folder of a run that `llava eval` finished")
+    return read_json_object(folder / RESULTS, "file of results")
+
+
+def read_verdicts(folder: Path, task: str) -> list[dict[str, Any]]:
+    file = folder / task / VERDICTS
+    return read_json_lines(file, "file of verdicts") if file.is_file() else []

@@ -1,0 +1,236 @@
+"""`llava eval TASKS`: ask a model the questions of benchmarks, score its answers, and write a report.
+
+In: a command line. Out: a folder with answers, results.json, results.md, report.html and manifest.json. The steps are the
+other files' work: tasks/ reads and scores, runner.py asks, results.py and report.py write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.cli.find_model import find_model
+from llava.cli.model_flags import add_model_flags, quantization_from
+from llava.cli.program import ArgumentParser
+from llava.conversation import get_model_name_from_path, get_template
+from llava.engine.hf_engine import Sampling
+from llava.errors import InputError
+from llava.eval.files import Faults, read_json_object, write_json
+from llava.eval.harness.answer_log import AnswerLog
+from llava.eval.harness.client import ModelChoice, missing_images
+from llava.eval.harness.judge import Judge, judge_answers
+from llava.eval.harness.main import EXAMPLES, add_data_dir
+from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
+from llava.eval.harness.results import MANIFEST, TABLE, write_results
+from llava.eval.harness.runner import NOT_ASKED, AskSettings, Job, answer_jobs, num_shards
+from llava.eval.harness.scoring import Report, read_items, score_items, table
+from llava.eval.review_program import add_judge_flags
+from llava.eval.tasks import find_tasks
+from llava.eval.tasks.task import Task
+from llava.eval.types import Item
+from llava.model.checkpoints.hub import resolve_checkpoint
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava eval",
+        usage="%(prog)s TASK[,TASK...] [FLAGS]\n       %(prog)s score|compare|report|list ...",
+        description="Ask a model the questions of benchmarks and score its answers.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "tasks", metavar="TASKS", help="names with commas between them, or files of your own (llava eval list)"
+    )
+    add_data_dir(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where answers and results go (default: eval-runs/MODEL)"
+    )
+    model = parser.add_argument_group("model")
+    add_model_flags(model)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    answers.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
+    )
+    answers.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="beam search, one question at a time (default: 1)"
+    )
+    answers.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="at most so many per answer (default: the task's)"
+    )
+    answers.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: 0)")
+    answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
+    answers.add_argument(
+        "--shards", type=int, metavar="N", help="processes to spread the questions over (default: one per GPU)"
+    )
+    answers.add_argument("--fresh", action="store_true", help="throw the answers in --out away first")
+    answers.add_argument(
+        "--skip-missing-images",
+        action="store_true",
+        help="leave out questions whose image is missing; they count as wrong",
+    )
+    add_judge_flags(parser, model=None)
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task with its questions, before anything is asked."""
+
+    task: Task
+    items: list[Item]
+    folder: Path
+    faults: Faults
+    left_out: frozenset[int]  # questions whose picture is missing
+
+
+def run(args: Namespace) -> None:
+    tasks = find_tasks(args.tasks, args.data_dir)
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    if (args.judge_url is None) != (args.judge_model is None):
+        raise InputError("--judge-url and --judge-model go together; give both or neither")
+    sampling = Sampling(args.temperature, args.top_p, args.num_beams)
+    model_path = find_model(args.model_path)
+    name = get_model_name_from_path(model_path)
+    out = args.out or Path("eval-runs") / name
+    plans = [plan(task, args, out) for task in tasks]
+    choice = ModelChoice(model_path, args.model_base, args.device, args.dtype, quantization_from(args), args.conv_mode)
+    settings = AskSettings(choice, name, sampling, args.seed, num_shards(args.shards), args.quiet)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
+        prepare_folder(out, plans, manifest, fresh=args.fresh)
+        jobs = [
+            Job(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
+            for p in plans
+        ]
+        outcome = answer_jobs(jobs, settings)
+        for p, faults in zip(plans, outcome.faults, strict=True):
+            p.faults.kinds.update(faults.kinds)
+            failed = faults.kinds.get(NOT_ASKED)
+            if failed is not None and failed.count == len(p.items):
+                raise InputError(f"{p.task.title}: none of its {failed.count} questions could be asked; {failed.first}")
+        if outcome.template is not None:
+            manifest["template"] = outcome.template
+            write_json(out / MANIFEST, manifest)
+        judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
+        reports = [score_plan(p, args.data_dir, judge) for p in plans]
+        results = write_results(out, reports, manifest)
+        from llava.eval.harness.report import write_report
+
+        page = write_report(out, results | {"manifest": manifest})
+    for report in reports:
+        print(table(report))
+    print(f"\nwritten: {page}, {out / TABLE}, {out / 'results.json'}")
+
+
+def plan(task: Task, args: Namespace, out: Path) -> Plan:
+    """Read a task's questions, and see before a model is loaded that their pictures are there."""
+    items = read_items(task, args.data_dir)[: args.limit]
+    faults = Faults()
+    missing = set(missing_images(items))
+    if missing and not args.skip_missing_images:
+        first = next(path for item in items for path in item.images if path in missing)
+        raise InputError(
+            f"{task.title}: {len(missing)} images are missing, the first is {str(first)!r}; put them there, or give "
+            "--skip-missing-images to count their questions as wrong"
+        )
+    left_out = frozenset(number for number, item in enumerate(items) if missing & set(item.images))
+    for number in sorted(left_out):
+        faults.add("questions without their image", "they are not asked and count as wrong", repr(items[number].id))
+    return Plan(task, items, out / task.name, faults, left_out)
+
+
+def run_settings(args: Namespace, plans: Sequence[Plan], choice: ModelChoice, name: str) -> dict[str, Any]:
+    """What decides the answers."""
+    return {
+        "model": {
+            "name": name,
+            "path": str(choice.path),
+            "hash": model_hash(resolve_checkpoint(choice.path)),
+            "base": choice.base,
+            "conv_mode": choice.conv_mode or "the model's own",
+            "dtype": choice.dtype,
+            "quantization": choice.quantization,
+        },
+        "sampling": {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "num_beams": args.num_beams,
+            "seed": args.seed,
+            "max_new_tokens": args.max_new_tokens or "each task's own",
+        },
+        "prompts": {p.task.name: prompts_hash(p.items) for p in plans},
+    }
+
+
+def prepare_folder(out: Path, plans: Sequence[Plan], manifest: dict[str, Any], *, fresh: bool) -> None:
+    """Go on with a run only if it is the same one; else say what differs."""
+    file = out / MANIFEST
+    if fresh:
+        for p in plans:
+            AnswerLog(p.folder, p.items, "").forget()
+    elif file.is_file():
+        whole = read_json_object(file, "manifest")
+        before = whole["settings"]
+        manifest["template"] = whole.get("template")
+        # Tasks may be added to a run; those that both have must be the same.
+        shared = before["prompts"].keys() & manifest["settings"]["prompts"].keys()
+        old, new = (
+            {**settings, "prompts": {name: settings["prompts"][name] for name in sorted(shared)}}
+            for settings in (before, manifest["settings"])
+        )
+        changed = differences(old, new)
+        if changed:
+            raise InputError(
+                f"{str(out)!r} holds answers of another run ({'; '.join(changed[:3])}); give another --out, or --fresh to "
+                "start over"
+            )
+        manifest["settings"]["prompts"] = before["prompts"] | manifest["settings"]["prompts"]
+    write_json(file, manifest)
+
+
+def score_plan(p: Plan, data_dir: Path, judge: Judge | None) -> Report:
+    """Score a task's answers as if they had come from a file, which they have."""
+    report = score_items(p.task, p.items, p.folder / "answers.jsonl", p.faults)
+    if p.task.judge is not None and (judge is not None or (p.folder / "reviews.jsonl").is_file()):
+        home = p.task.home(data_dir)
+        scores = judge_answers(p.task.judge, report.answered, home, judge, p.folder / "reviews.jsonl", p.faults)
+        report = Report(p.task, scores, p.faults, report.answered)
+    if p.task.write is not None:
+        try:
+            p.task.write(report.answered, p.task.home(data_dir), p.folder / "submission")
+        except InputError as error:
+            p.faults.add("submissions not written", str(error), p.task.name)
+    return report
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would answer every question twice."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is writing to {str(folder)!r}; wait for it, or give another --out") from None
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

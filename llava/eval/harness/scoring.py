@@ -1,0 +1,99 @@
+"""Score answers that are there already, with no model and no torch.
+
+In: a task, a file or folder of answers, the data folder. Out: a `Report` of one task: figures at full precision, what was
+wrong with the answers, and with each question its verdict. `llava eval` uses the same function after asking a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import Faults
+from llava.eval.tasks.answers import pair, read_answers
+from llava.eval.tasks.task import Task
+from llava.eval.types import Answered, Item, Scores
+
+
+@dataclass(frozen=True)
+class Report:
+    """A task's scores and the answers that they come from (none, where a result file was scored by itself)."""
+
+    task: Task
+    scores: Scores
+    faults: Faults
+    answered: Sequence[Answered] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        headline = {"name": self.task.headline, "value": self.scores.headline, "unit": self.task.unit}
+        return {
+            "task": self.task.name,
+            "title": self.task.title,
+            "headline": headline,
+            "figures": dict(self.scores.figures),
+            "categories": {name: dict(found) for name, found in self.scores.categories.items()},
+            "notes": list(self.scores.notes),
+            "faults": self.faults.as_dict(),
+        }
+
+
+def score_file(task: Task, answers: Path, data_dir: Path) -> Report:
+    """Score a file or folder of answers, in our form or in the benchmark's own."""
+    if not answers.exists():
+        raise InputError(f"there are no answers at {str(answers)!r}")
+    home = task.home(data_dir)
+    faults = Faults()
+    if task.score_results is not None:
+        scores = task.score_results(answers, home, faults)
+        if scores is not None:
+            return Report(task, scores, faults)
+    return score_items(task, read_items(task, data_dir), answers, faults)
+
+
+def score_items(task: Task, items: Sequence[Item], path: Path, faults: Faults) -> Report:
+    """The same for questions that are read already."""
+    answers = read_answers(path, faults)
+    if task.fit_answers is not None:
+        answers = task.fit_answers(answers, items)
+    answered = pair(items, answers, faults, source=repr(str(path)))
+    return Report(task, task.score(answered), faults, answered)
+
+
+def read_items(task: Task, data_dir: Path) -> list[Item]:
+    """The task's questions, or one sentence about what is missing."""
+    if not data_dir.is_dir():
+        raise InputError(f"there is no data folder {str(data_dir)!r}; give the one with the benchmarks' folders in it")
+    items = task.read(task.home(data_dir))
+    if not items:
+        raise InputError(f"{task.title} has no questions in {str(task.home(data_dir))!r}")
+    return items
+
+
+def table(report: Report) -> str:
+    """A report as text for a terminal: the headline, the categories, and what to know about them."""
+    scores = report.scores
+    lines = [report.task.title]
+    if scores.headline is not None:
+        lines.append(f"  {report.task.headline}: {scores.headline:.2f} {report.task.unit}".rstrip())
+    lines += _columns({"": scores.figures}) if scores.figures else []
+    lines += _columns(scores.categories) if scores.categories else []
+    lines += [f"  note: {note}" for note in scores.notes]
+    lines += [f"  warning: {sentence}" for sentence in report.faults.sentences()]
+    return "\n".join(lines)
+
+
+def _columns(rows: Any) -> list[str]:
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    cells = [["", *names], *([row, *(shown(figures.get(name)) for name in names)] for row, figures in rows.items())]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    return ["  " + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+
+
+def shown(value: float | int | None) -> str:
+    """A figure for people: counts whole, everything else with four digits after the point."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

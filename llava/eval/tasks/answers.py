@@ -1,0 +1,167 @@
+"""Answers that were given before: their files, and which question each belongs to.
+
+In: a file or folder of answers in our JSON lines or in a benchmark's own result format, and the task's items. Out: the text
+for each item, with everything that did not fit counted in `Faults`. A missing answer counts as wrong, the last of several
+counts, an answer to an unknown question counts nowhere; all three are told.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.files import Faults, read_json, read_json_lines, read_table, read_text
+from llava.eval.types import Answered, Item, Key
+
+TEXT_FIELDS = ("text", "answer", "response", "prediction", "pred_answer", "output")
+ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of an answers file. `id` is None where the format goes by the order of the questions alone."""
+
+    id: Any
+    text: str
+    prompt: str | None = None
+    round: int = 0
+    category: str = ""
+    file: str = ""
+    number: int = 0  # which answer of its file
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, answer {self.number}"
+
+
+def keys_of(items: Sequence[Item]) -> list[Key]:
+    """A key for each item: the id alone where it is unique, with the prompt where several share it."""
+    times: dict[tuple[str, int], int] = defaultdict(int)
+    for item in items:
+        times[str(item.id), item.round] += 1
+    keys = [
+        Key(str(item.id), item.row_prompt if times[str(item.id), item.round] > 1 else "", item.round) for item in items
+    ]
+    seen: set[Key] = set()
+    for key, item in zip(keys, items, strict=True):
+        if key in seen:
+            raise InputError(
+                f"the question {item.id!r} occurs twice with the same prompt; questions need ids of their own"
+            )
+        seen.add(key)
+    return keys
+
+
+def read_answers(path: Path, faults: Faults) -> list[Answer]:
+    """Answers of a file, or of all files in a folder: JSON lines, a JSON list or object, or a table with predictions."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".xlsx", ".tsv", ".csv"))
+        if not files:
+            raise InputError(f"there are no answers in {str(path)!r}: no .jsonl, .json, .xlsx, .tsv or .csv file")
+        return [answer for file in files for answer in read_answers(file, faults)]
+    return list(_answers(_rows(path, faults), path, faults))
+
+
+def _rows(path: Path, faults: Faults) -> list[dict[str, Any]]:
+    if path.suffix in (".xlsx", ".tsv", ".csv"):
+        return list(read_table(path, "answers file", needed=("index", "prediction")))
+    text = read_text(path, "answers file").strip()
+    if not text:
+        raise InputError(f"the answers file {str(path)!r} is empty")
+    if text.startswith("[") or (text.startswith("{") and path.suffix == ".json"):
+        value = read_json(path, "answers file")
+        if isinstance(value, list):
+            return [row if isinstance(row, dict) else {"answer": row} for row in value]
+        if isinstance(value.get("outputs"), dict):  # ScienceQA's result file
+            value = value["outputs"]
+        return [{"question_id": name, "text": text} for name, text in value.items()]
+    return read_json_lines(path, "answers file", faults=faults)
+
+
+def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iterable[Answer]:
+    for number, row in enumerate(rows, start=1):
+        text = next((row[name] for name in TEXT_FIELDS if name in row), None)
+        if not isinstance(text, str):
+            faults.add(
+                "answers without text",
+                f"none of {', '.join(TEXT_FIELDS)} is a text, so they count as missing",
+                f"{path}, answer {number}",
+            )
+            continue
+        name = next((row[name] for name in ID_FIELDS if name in row), None)
+        prompt = row.get("prompt", row.get("question"))
+        prompt = prompt if isinstance(prompt, str) else None
+        yield Answer(name, text, prompt, int(row.get("round_id", 0)), str(row.get("category", "")), str(path), number)
+
+
+def pair(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, *, source: str) -> list[Answered]:
+    """Every item with its answer's text."""
+    keys = keys_of(items)
+    if answers and all(answer.id is None for answer in answers):
+        return _pair_in_order(items, answers, faults, source)
+    places = {key: place for place, key in enumerate(keys)}
+    shared = {key.id for key in keys if key.prompt}
+    texts: list[str | None] = [None] * len(items)
+    for answer in answers:
+        name = str(answer.id)
+        key = Key(name, answer.prompt or "" if name in shared else "", answer.round)
+        place = places.get(key)
+        if place is None and name in shared:
+            place = _place_by_question(items, name, answer)
+        if place is None:
+            faults.add(
+                "answers to unknown questions", "no such question in the task, so they count nowhere", repr(answer.id)
+            )
+        elif texts[place] is not None:
+            faults.add("repeated answers", "the last answer to a question counts", repr(answer.id))
+            texts[place] = answer.text
+        else:
+            texts[place] = answer.text
+    if answers and not any(text is not None for text in texts):
+        raise InputError(
+            f"none of the {len(answers)} answers in {source} belongs to a question of this task (the first is to "
+            f"{answers[0].id!r}, the task's first question is {items[0].id!r}); give the answers of this task"
+        )
+    return _with_missing_counted(items, texts, faults)
+
+
+def _place_by_question(items: Sequence[Item], name: str, answer: Answer) -> int | None:
+    """Where ids are shared and prompts differ: the only question of that id whose text the answer's prompt holds."""
+    fitting = [
+        place
+        for place, item in enumerate(items)
+        if str(item.id) == name and item.round == answer.round
+        and _bare(item.extra.get("question", item.prompt)) in _bare(answer.prompt or "")
+    ]  # fmt: skip
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _pair_in_order(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, source: str) -> list[Answered]:
+    """For formats without ids: line by line, with the questions compared where the answers repeat them."""
+    if len(answers) > len(items):
+        raise InputError(f"{source} has {len(answers)} answers without ids, for {len(items)} questions")
+    texts: list[str | None] = [None] * len(items)
+    for place, answer in enumerate(answers):
+        asked = items[place].extra.get("question", items[place].prompt)
+        if answer.prompt is not None and _bare(answer.prompt) not in (_bare(asked), _bare(items[place].prompt)):
+            raise InputError(
+                f"{answer.where} answers {answer.prompt!r}, where the question in that place is {asked!r}; answers "
+                "without ids must be in the order of the questions"
+            )
+        texts[place] = answer.text
+    return _with_missing_counted(items, texts, faults)
+
+
+def _with_missing_counted(items: Sequence[Item], texts: Sequence[str | None], faults: Faults) -> list[Answered]:
+    for item, text in zip(items, texts, strict=True):
+        if text is None:
+            faults.add("missing answers", "they count as wrong", repr(item.id))
+    return [Answered(item, text) for item, text in zip(items, texts, strict=True)]

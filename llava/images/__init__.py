@@ -1,0 +1,1 @@
+"""Images: opening them within limits, their tiles and features counted, pixels made."""

@@ -1,0 +1,335 @@
+"""Pictures to the pixels that a CLIP or SigLIP tower expects.
+
+In: Pillow images (or uint8 arrays) and a `preprocessor_config.json`. Out: normalised float32 arrays or tensors.
+This is our own code over Pillow and numpy, so that pixels are the same on every machine: transformers picks a backend by
+what is installed, and its backends disagree. Cutting a picture into tiles is mm_utils.py's work, the tower is next door.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import InputError
+from llava.images.io import to_rgb
+from llava.model.checkpoints.json_file import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as config files spell them
+
+# What a config file leaves out, by the kind of processor it names. The kinds of transformers' own LLaVA processors
+# are CLIP's with keys about tiles, which the model's config decides here.
+_CLIP: dict[str, Any] = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+_EXACT: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": HALF,
+    "image_std": HALF,
+}
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP,
+    "LlavaImageProcessor": _CLIP,
+    "LlavaNextImageProcessor": _CLIP,
+    "SiglipImageProcessor": _EXACT,
+    "LlavaOnevisionImageProcessor": _EXACT | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    "ViTImageProcessor": _EXACT | {"resample": BILINEAR},
+}
+# Which flavour suits a vision config that came without a processor file.
+TOWERS = {
+    "clip": "CLIPImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+}
+
+
+class PixelBatch(dict):
+    """A dict with "pixel_values" whose entries are attributes too, as the libraries around this one return."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, *args: Any, **kwargs: Any) -> PixelBatch:
+        """The same batch with its tensors moved or cast."""
+        return PixelBatch({key: value.to(*args, **kwargs) for key, value in self.items()})
+
+
+@dataclass(frozen=True)
+class ClipImageProcessor:
+    """Resize, centre crop, rescale and normalise; the field names are those of `preprocessor_config.json`."""
+
+    size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 224})  # or {"height", "width"}: exactly so
+    crop_size: dict[str, int] = field(default_factory=lambda: {"height": 224, "width": 224})
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_convert_rgb: bool = True
+    resample: int = BICUBIC
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    image_processor_type: str = "CLIPImageProcessor"
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a file that mean nothing here; written back as read
+
+    model_input_names = ("pixel_values",)
+
+    def __post_init__(self) -> None:
+        if set(self.size) not in ({"shortest_edge"}, {"height", "width"}) or not _are_sides(self.size.values()):
+            raise InputError(
+                f"size {self.size!r} of an image processor is neither a shortest_edge nor height and width."
+            )
+        if set(self.crop_size) != {"height", "width"} or not _are_sides(self.crop_size.values()):
+            raise InputError(f"crop_size {self.crop_size!r} of an image processor is not a height and a width.")
+        for name in ("image_mean", "image_std"):
+            values = tuple(getattr(self, name))
+            if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+                raise InputError(f"{name} {values!r} of an image processor is not three numbers, one per colour.")
+            object.__setattr__(self, name, values)
+        if 0 in self.image_std:
+            raise InputError(f"image_std {self.image_std!r} of an image processor holds a zero.")
+        if self.resample not in range(6):
+            raise InputError(f"resample {self.resample!r} of an image processor is not one of Pillow's filters 0 to 5.")
+
+    # -- configuration ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> ClipImageProcessor:
+        """Read a parsed `preprocessor_config.json`, sizes as numbers (old files) or as dicts (new ones)."""
+        values = {key: value for key, value in {**config, **overrides}.items() if value is not None}
+        kind = _flavour_name(values.pop("image_processor_type", None) or values.pop("feature_extractor_type", None))
+        values.pop("feature_extractor_type", None)
+        values = {**FLAVOURS[kind], **values, "image_processor_type": kind}
+        exact = set(FLAVOURS[kind]["size"]) == {"height", "width"}
+        values["size"] = _size_dict(values["size"], exact=exact)
+        # Where nothing is cropped, outside code still reads crop_size to learn what the tower sees.
+        crop = values.get("crop_size", values["size"])
+        values["crop_size"] = _size_dict(_output_side(crop) or crop, exact=True)
+        known = {item.name for item in fields(cls)} - {"extra"}
+        extra = {**values.pop("extra", {}), **{key: value for key, value in values.items() if key not in known}}
+        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+
+    @classmethod
+    def from_vision_config(cls, config: Any) -> ClipImageProcessor:
+        """The usual processor for a vision tower of which only the config (object or dict) is known."""
+        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        values = values.get("vision_config") or values
+        if "image_size" not in values:
+            raise InputError("a vision config without image_size does not say how large its images are.")
+        kind = TOWERS.get(values.get("model_type", "clip"))
+        if kind is None:
+            raise InputError(
+                f"there is no preprocessor_config.json, and no usual one for model_type {values['model_type']!r}; "
+                f"known: {', '.join(TOWERS)}."
+            )
+        side = values["image_size"]
+        return cls.from_dict({"image_processor_type": kind, "size": side, "crop_size": side})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, vision_config: Any = None, **overrides: Any) -> ClipImageProcessor:
+        """Read the processor of a model folder; without a processor file, the usual one for its vision config.
+
+        `vision_config` is the one to go by where it is not (or not all of it) in the folder's config.json.
+        """
+        path = Path(folder)
+        if path.is_file():
+            return cls.from_dict(read_json(path), **overrides)
+        if (path / "preprocessor_config.json").is_file():
+            return cls.from_dict(read_json(path / "preprocessor_config.json"), **overrides)
+        if (path / "processor_config.json").is_file():  # where newer transformers put it, inside the whole processor
+            nested = read_json(path / "processor_config.json").get("image_processor")
+            if isinstance(nested, dict):
+                return cls.from_dict(nested, **overrides)
+        if vision_config is None and (path / "config.json").is_file():
+            vision_config = read_json(path / "config.json")
+        if vision_config is None:
+            raise InputError(f"{str(folder)!r} holds neither preprocessor_config.json nor config.json.")
+        return cls.from_dict(cls.from_vision_config(vision_config).to_dict(), **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `preprocessor_config.json` holds; transformers reads it too."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+        return json.loads(json.dumps({**self.extra, **own}))  # a copy that shares no dict with this object
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> list[str]:
+        """Write `preprocessor_config.json` into a folder, which is made if need be."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        path = target / "preprocessor_config.json"
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return [str(path)]
+
+    def with_side(self, side: int) -> ClipImageProcessor:
+        """The same processor for images of another size, as towers that look at several scales need."""
+        key = {"shortest_edge": side} if "shortest_edge" in self.size else {"height": side, "width": side}
+        return replace(self, size=key, crop_size={"height": side, "width": side})
+
+    # -- pixels -------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> PixelBatch:
+        """Pixels of one image or of several: a list of arrays, or one stacked "np" array or "pt" tensor.
+
+        Any field can be overridden for this call: `preprocess(image, do_center_crop=False)`.
+        """
+        processor = self._overridden(overrides) if overrides else self
+        table = processor.table()
+        pixels = [processor._pixels(image, table) for image in _image_list(images)]
+        if return_tensors is None:
+            return PixelBatch(pixel_values=pixels)
+        if return_tensors not in ("pt", "np"):
+            raise InputError(f"return_tensors is {return_tensors!r}; known: 'pt', 'np' or None.")
+        shapes = {array.shape for array in pixels}
+        if len(shapes) != 1:
+            raise InputError(
+                f"{len(pixels)} images of shapes {sorted(shapes)} do not stack into one batch; "
+                "give at least one image, and keep do_center_crop on."
+            )
+        import numpy as np
+
+        batch = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
+        if return_tensors == "np":
+            return PixelBatch(pixel_values=batch)
+        import torch
+
+        return PixelBatch(pixel_values=torch.from_numpy(batch))
+
+    __call__ = preprocess
+
+    def _overridden(self, overrides: dict[str, Any]) -> ClipImageProcessor:
+        known = {item.name for item in fields(self)} - {"extra", "image_processor_type"}
+        unknown = set(overrides) - known
+        if unknown:
+            raise InputError(f"an image processor has no option {min(unknown)!r}; known: {', '.join(sorted(known))}.")
+        given = {key: value for key, value in overrides.items() if value is not None}
+        if "size" in given:
+            given["size"] = _size_dict(given["size"], exact="shortest_edge" not in self.size)
+        if "crop_size" in given:
+            given["crop_size"] = _size_dict(given["crop_size"], exact=True)
+        return replace(self, **given)
+
+    def _pixels(self, image: Any, table: np.ndarray) -> np.ndarray:
+        """One image as an array (3, height, width)."""
+        import numpy as np
+
+        rgb = _as_rgb(image, convert=self.do_convert_rgb)
+        if self.do_resize:
+            target = resized(rgb.size, self.size)
+            if target != rgb.size:
+                rgb = rgb.resize(target, resample=self.resample)
+        if self.do_center_crop:
+            width, height = self.crop_size["width"], self.crop_size["height"]
+            left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+            if (left, top) != (0, 0) or rgb.size != (width, height):
+                rgb = rgb.crop((left, top, left + width, top + height))  # outside the picture: black
+        values = np.asarray(rgb)
+        pixels = np.empty((3, rgb.height, rgb.width), dtype=table.dtype)
+        for channel in range(3):
+            np.take(table[channel], values[..., channel], out=pixels[channel], mode="clip")
+        return pixels
+
+    def table(self) -> np.ndarray:
+        """What each of the 256 values becomes in each colour, in the arithmetic of the processors that trained weights.
+
+        Rescaling happens in double precision and is rounded before the rest happens in single precision: looking the
+        results up gives the same bits as computing them for every pixel, and is faster.
+        """
+        import numpy as np
+
+        values: np.ndarray = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        if self.do_rescale:
+            values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        if self.do_normalize:
+            mean = np.array(self.image_mean, dtype=np.float32)[:, None]
+            std = np.array(self.image_std, dtype=np.float32)[:, None]
+            values = (values.astype(np.float32) - mean) / std
+        return values
+
+
+def _as_rgb(image: Any, *, convert: bool) -> Image.Image:
+    """RGB from a Pillow image of any mode, or from a uint8 array (H, W), (H, W, 3) or (3, H, W)."""
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        return Image.fromarray(_hwc(image))
+    if image.mode != "RGB" and not convert:
+        raise InputError(f"an image of mode {image.mode} is not RGB, and do_convert_rgb is off.")
+    return to_rgb(image)
+
+
+def _hwc(image: Any) -> np.ndarray:
+    import numpy as np
+
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise InputError(f"an image is an array of {array.dtype}; give uint8 values from 0 to 255, or a Pillow image.")
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=-1)
+    if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise InputError(f"an image is an array of shape {np.shape(image)}; give (height, width, 3).")
+    return np.ascontiguousarray(array)
+
+
+def _image_list(images: Any) -> list[Any]:
+    """One image or many, as a list; an array of four dimensions is many (the frames of a film)."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if getattr(images, "ndim", None) == 4:
+        return list(images)
+    if images is None or isinstance(images, (str, bytes, Path)):
+        raise InputError(
+            f"an image processor takes images, not {images!r}; open it with llava.images.io.load_image first."
+        )
+    return [images]
+
+
+def resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]:
+    """(width, height) after resizing."""
+    if "shortest_edge" not in wanted:
+        return wanted["width"], wanted["height"]
+    short, long = min(size), max(size)
+    long = int(wanted["shortest_edge"] * long / short)
+    return (wanted["shortest_edge"], long) if size[0] <= size[1] else (long, wanted["shortest_edge"])
+
+
+def _size_dict(value: Any, *, exact: bool) -> dict[str, int]:
+    """Sizes as files spell them: 336, [336, 336] (height first), or a dict."""
+    if isinstance(value, Mapping):
+        return {key: side for key, side in value.items() if side is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        return {"height": value[0], "width": value[1]}
+    if _are_sides([value]):
+        return {"height": value, "width": value} if exact else {"shortest_edge": value}
+    raise InputError(f"size {value!r} of an image processor is not a number, a pair or a dict.")
+
+
+def _output_side(size: Any) -> int | None:
+    return size.get("shortest_edge") if isinstance(size, Mapping) else None
+
+
+def _are_sides(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and value > 0 for value in values)
+
+
+def _flavour_name(name: str | None) -> str:
+    """The kind of processor, whatever backend or age its class name tells of."""
+    if name is None:
+        return "CLIPImageProcessor"
+    plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if plain not in FLAVOURS:
+        raise InputError(f"the image processor {name!r} is not known; known: {', '.join(FLAVOURS)}.")
+    return plain

@@ -1,0 +1,230 @@
+"""Open a picture wherever it is: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB.
+
+Every failure is an `InputError` of one sentence. What comes from outside is distrusted: sizes are checked before anything
+is decoded, only common formats are tried, and downloads (download.py) are limited in size, time and addresses.
+Pixels for a model are made in mm_utils.py. Pillow and the network are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava.errors import InputError
+from llava.images.image_limits import DEFAULT_LIMITS, ImageLimits, too_large
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+# Formats tried, the usual ones first: the rest need all of Pillow's plugins. Others that Pillow knows are left out on
+# purpose: some start programs (EPS), some accept almost any bytes (TGA). HEIF is there once its own plugin is registered.
+USUAL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+OTHER_FORMATS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "QOI", "DIB", "HEIF")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    upright: bool = True,
+    reserve: Callable[[int], None] = lambda num_pixels: None,
+) -> Image.Image:
+    """A picture as Pillow RGB, from a path, bytes, an http(s) or data: URL, or a Pillow image.
+
+    Of several frames, the first. `upright` turns a photograph as its EXIF orientation says, which is how every viewer
+    shows it and what questions about it mean; the original LLaVA did not, so switch it off to repeat its numbers exactly.
+    `reserve` learns the number of pixels before there is memory for them, and may raise.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _decoded(source, "the image given", limits, upright, reserve)
+    data, name = _read(source, limits)
+    return _decoded(_opened(data, name), name, limits, upright, reserve)
+
+
+def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[bytes, str]:
+    """The bytes of a source, and what to call it in messages."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name = "the image given as bytes"
+        if memoryview(source).nbytes > limits.max_bytes:
+            raise too_large(name, memoryview(source).nbytes, limits)
+        return bytes(source), name
+    if isinstance(source, Path):
+        return _read_file(source, limits), repr(str(source))
+    if not isinstance(source, str):
+        raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}.")
+    scheme = _SCHEME.match(source)
+    kind = scheme[1].lower() if scheme else ""
+    if kind in ("http", "https"):
+        from llava.images.download import fetch, public_name
+
+        return fetch(source, limits), repr(public_name(source))
+    if kind == "data":
+        return _read_data_url(source, limits), "the image in the data: URL"
+    if "://" in source and kind:
+        raise InputError(f"an image cannot be read from a {kind}:// address; use a path, http(s):// or data:.")
+    return _read_file(Path(source), limits), repr(_short(source))
+
+
+def _read_file(path: Path, limits: ImageLimits) -> bytes:
+    name = repr(_short(str(path)))
+    try:
+        if path.is_dir():
+            raise InputError(f"{name} is a folder, not an image; name a file in it.")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{name} is not an ordinary file.")
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except FileNotFoundError:
+        raise InputError(f"there is no image file {name}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"the image file {name} cannot be read: {reason}.") from error
+    if len(data) > limits.max_bytes:
+        raise too_large(name, path.stat().st_size, limits)
+    return data
+
+
+def _read_data_url(url: str, limits: ImageLimits) -> bytes:
+    header, comma, body = url[len("data:") :].partition(",")
+    if not comma:
+        raise InputError("the data: URL has no comma, after which its content would begin.")
+    if header.lower().replace(" ", "").endswith(";base64"):
+        return decode_base64(
+            urllib.parse.unquote_to_bytes(body) if "%" in body else body, "the image in the data: URL", limits
+        )
+    if len(body) > 3 * limits.max_bytes:  # three characters for a byte at most
+        raise too_large("the image in the data: URL", len(body) // 3, limits)
+    return urllib.parse.unquote_to_bytes(body)
+
+
+def decode_base64(text: str | bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """Bytes from base64 with either alphabet, line breaks and missing padding forgiven, anything else not."""
+    size = len(text) * 3 // 4
+    if size > limits.max_bytes + 1024:
+        raise too_large(name, size, limits)
+    try:
+        plain = text.encode("ascii") if isinstance(text, str) else bytes(text)
+        plain = b"".join(plain.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise InputError(f"{name} is not valid base64.") from None
+
+
+def _opened(data: bytes, name: str) -> Image.Image:
+    """A Pillow image of which only the header was read."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise InputError(f"{name} is empty.")
+    for formats, import_plugins in ((USUAL_FORMATS, Image.preinit), (OTHER_FORMATS, Image.init)):
+        import_plugins()
+        try:
+            with _quiet_pillow():
+                return Image.open(io.BytesIO(data), formats=[item for item in formats if item in Image.OPEN])
+        except UnidentifiedImageError:
+            continue
+        except Image.DecompressionBombError as error:  # Pillow's own limit; its message names the number of pixels
+            number = re.search(r"\d+", str(error))
+            pixels = f"{int(number[0]):,}" if number else "too many"
+            raise InputError(
+                f"{name} has {pixels} pixels, more than can be decoded safely; make it smaller first."
+            ) from None
+        except Exception as error:  # a broken header makes Pillow's readers raise whatever they stumble over
+            raise _broken(name, error) from error
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim"):
+        raise InputError(f"{name} is a HEIC photograph, which cannot be read here; save it as JPEG or PNG.")
+    known = ", ".join(USUAL_FORMATS + OTHER_FORMATS[:3])
+    raise InputError(f"{name} is not an image in a known format ({known}, ...).")
+
+
+def _decoded(
+    image: Image.Image, name: str, limits: ImageLimits, upright: bool, reserve: Callable[[int], None]
+) -> Image.Image:
+    """All pixels of an opened image, as RGB."""
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise InputError(
+            f"{name} has {width}x{height} pixels, more than the {limits.max_pixels:,} allowed; make it smaller first."
+        )
+    if not (width and height):
+        raise InputError(f"{name} has {width}x{height} pixels; there is nothing to see.")
+    reserve(width * height)
+    try:
+        with _quiet_pillow():
+            image.load()
+            if upright and image.getexif().get(0x0112, 1) != 1:
+                from PIL import ImageOps
+
+                image = ImageOps.exif_transpose(image)
+            return to_rgb(image)
+    except InputError:
+        raise
+    except Exception as error:  # the same: broken data, broken in any way
+        raise _broken(name, error) from error
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Without Pillow's warnings: of sizes, where our own limit decides, and of oddities in files that it reads anyway.
+
+    Only Pillow's, since these filters are the whole process's: threads that meet here may leave this one behind.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode, by Pillow's conversion: transparency is dropped, not blended with a background.
+
+    Only the deep greys differ: 16 bits are brought to 8 by dropping the low ones, where Pillow would clip nearly all of
+    the picture to white; fractions must lie in 0 to 255.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        import numpy as np
+
+        return _from_deep_grey(np.asarray(image))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's advice to do this
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise InputError(f"an image of mode {image.mode} cannot be shown as RGB: {error}; convert it first.") from error
+
+
+def _from_deep_grey(values: np.ndarray) -> Image.Image:
+    """8-bit RGB from greys of 16 or 32 bits; in 32 bits, values that never leave 0..255 are taken as they are."""
+    import numpy as np
+    from PIL import Image
+
+    low, high = values.min(), values.max()
+    highest = 255 if values.dtype.kind == "f" else 65535
+    if not (low >= 0 and high <= highest):  # not (...): a NaN is outside too
+        raise InputError(
+            f"an image has grey values from {low:g} to {high:g}, outside 0 to {highest}; convert it to 8 bits first."
+        )
+    shift = 0 if values.dtype.itemsize == 4 and high <= 255 else 8
+    return Image.fromarray((values.astype(np.uint32) >> shift).astype(np.uint8)).convert("RGB")
+
+
+def _broken(name: str, error: Exception) -> InputError:
+    detail = " ".join(str(error).split())[:120] or type(error).__name__
+    return InputError(f"{name} is a broken image: {detail.rstrip('.')}.")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else name[:100] + "..." + name[-60:]

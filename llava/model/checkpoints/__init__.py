@@ -1,0 +1,1 @@
+"""Checkpoint folders: what they hold, and reading it into a model."""

@@ -1,0 +1,138 @@
+"""The layout of transformers' own LLaVA classes, translated into the original one.
+
+In: the config.json and tensor names of a folder that `LlavaForConditionalGeneration` or
+`LlavaNextForConditionalGeneration` saved, by today's version or an older one. Out: the same config with `mm_*` keys, and
+published tensor names. Nothing of this needs torch; what a folder holds is decided in inspect.py.
+
+The two layouts differ in more than names: transformers writes grid pinpoints as (height, width), keeps the tower's config
+and weights inside, and has `<image>` as a real token whose embedding row stays in the vocabulary unused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.model.checkpoints.json_file import read_json
+from llava.model.config import OWN_FOLDER
+
+MODEL_TYPES = ("llava", "llava_next")
+
+# First match wins. Three generations of names: 4.3x-4.4x and what version 5 writes (`language_model.model.…`), the names
+# in memory since 4.5x (`model.language_model.…`), each with or without the tower's `vision_model.` level.
+NAME_RULES = (
+    (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "model.vision_tower.vision_tower.vision_model."),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\.linear_1\."), "model.mm_projector.0."),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\.linear_2\."), "model.mm_projector.2."),
+    (re.compile(r"^(?:model\.)?image_newline$"), "model.image_newline"),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^language_model\."), ""),
+)
+
+# What this layout has no words for and a conversion of ours writes into its config all the same; other readers pass over it.
+OWN_KEYS = ("conv_mode", "tokenizer_model_max_length")
+
+# "full" keeps all features; "default" drops the first one, which only CLIP has beside the patches'.
+SELECT_FEATURES = {
+    "clip_vision_model": {"default": "patch", "full": "cls_patch"},
+    "siglip_vision_model": {"full": "patch"},
+}
+
+
+def is_transformers_layout(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has a text and a vision part; the bare word `llava` means either layout."""
+    return config.get("model_type") in MODEL_TYPES and isinstance(config.get("text_config"), Mapping)
+
+
+def published_name(name: str) -> str:
+    """The name under which published checkpoints in the original layout hold this tensor."""
+    for pattern, replacement in NAME_RULES:
+        if pattern.match(name):
+            return pattern.sub(replacement, name, count=1)
+    return name
+
+
+def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
+    """The config in the original layout: the text part's keys at the top.
+
+    The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
+    Whether pictures are padded to squares is told by the folder's image processor.
+    """
+    source = folder / "config.json"
+    full = _with_defaults(config)
+    text, vision = dict(full["text_config"]), dict(full["vision_config"])
+    if vision.get("model_type") not in SELECT_FEATURES:
+        raise InputError(
+            f"{source} has a vision tower of type {vision.get('model_type')!r}; known: {', '.join(SELECT_FEATURES)}"
+        )
+    select_features = SELECT_FEATURES[vision["model_type"]]
+    strategy = full["vision_feature_select_strategy"]
+    layer = full["vision_feature_layer"]
+    for key, value, known in (
+        ("vision_feature_select_strategy", strategy, tuple(select_features)),
+        ("projector_hidden_act", full["projector_hidden_act"], ("gelu",)),
+        ("multimodal_projector_bias", full.get("multimodal_projector_bias", True), (True,)),
+    ):
+        if value not in known:
+            raise InputError(f"{source} has {key} {value!r}; known: {', '.join(map(str, known))}")
+    if not isinstance(layer, int):
+        raise InputError(f"{source} joins the vision layers {layer}; only a single vision_feature_layer is supported")
+
+    values = {
+        key: value
+        for key, value in text.items()
+        if key not in ("_name_or_path", "architectures", "transformers_version")
+    }
+    values |= {
+        "model_type": f"llava_{text['model_type']}",
+        "mm_vision_tower": OWN_FOLDER,
+        "vision_config": vision,
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": select_features[strategy],
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "unfreeze_mm_vision_tower": True,  # the tower's weights are in the checkpoint
+        "tie_word_embeddings": bool(full.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+    }
+    if config["model_type"] == "llava_next":
+        values |= {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "image_grid_pinpoints": [[width, height] for height, width in full["image_grid_pinpoints"]],
+        }
+    else:
+        mode = "pad" if pads_pictures(folder) else "square"
+        values |= {"image_aspect_ratio": mode, "mm_patch_merge_type": "flat"}
+    for key in OWN_KEYS:
+        if config.get(key) is not None:
+            values[key] = config[key]
+    if text.get("max_position_embeddings") and not config.get("tokenizer_model_max_length"):
+        # This layout itself has no other word on how much a model takes.
+        values["max_sequence_length"] = text["max_position_embeddings"]
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
+    return values | ({"dtype": dtype} if dtype else {})
+
+
+def pads_pictures(folder: Path) -> bool:
+    """The image processor's file is of its own, or inside the whole processor's."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            processor = values if key is None else values.get(key)
+            if isinstance(processor, dict):
+                return bool(processor.get("do_pad")) and "Llava" in str(processor.get("image_processor_type"))
+    return False
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Old files hold only what differs from the class's defaults: let transformers fill in the rest."""
+    from transformers import LlavaConfig, LlavaNextConfig
+
+    classes = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+    return classes[config["model_type"]].from_dict(dict(config)).to_dict()

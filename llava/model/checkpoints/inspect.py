@@ -1,0 +1,256 @@
+"""What a model folder holds, decided by its files and never by its name, and without torch.
+
+In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor under its published name, the adapter.
+
+    full          a LLaVA in the original layout: config with `mm_*` keys, weights of the language model and projector
+    projector     config with `mm_*` keys and `mm_projector.bin`; the language model is in a base folder
+    lora          adapter_config.json and adapter weights; the language model is in a base folder
+    transformers  the layout of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration
+    language      a language model without a vision tower
+
+Headers of weight files are read by weight_files.py, other layouts are translated by hf_layout.py, tensors are
+put into a model by loading.py, and hub repositories are found by hub.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
+from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoints.json_file import read_json
+from llava.model.checkpoints.weight_files import TensorHeader, read_headers
+from llava.model.config import is_multimodal, language_model_type
+
+__all__ = [
+    "CheckpointInfo",
+    "inspect",
+    "read_config",
+    "resolve_checkpoint",
+    "resolve_vision_tower",
+    "stored_tensors",
+    "tower_headers",
+]
+
+# The forms in which a whole model's weights are saved, best first: an index of shards, or a single file.
+WEIGHT_FORMS = (
+    ("model.safetensors.index.json", True),
+    ("model.safetensors", False),
+    ("pytorch_model.bin.index.json", True),
+    ("pytorch_model.bin", False),
+)
+SHARD = re.compile(r"(?:model|pytorch_model)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
+
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+
+TOWER_MARK = ".vision_tower.vision_tower."
+PROJECTOR_MARK = "mm_projector."
+
+# What a folder of a whole image-and-text model holds beside the image encoder.
+TOWER_PREFIX = "vision_tower."
+OTHER_TOWER_PART = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One model folder. `tensors` and `extras` are keyed by published names; each header keeps the stored one."""
+
+    folder: Path
+    kind: str
+    config: Mapping[str, Any]
+    language_model: str  # the transformers model type inside: llama, mistral, mpt, qwen2, ...
+    tensors: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
+    extras: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)  # projector or non-LoRA tensors
+    adapter: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
+    adapter_config: Mapping[str, Any] | None = None
+    base_hint: str | None = None  # the base model that the folder's own files name
+    is_old_config: bool = False  # written before model_type said llava; read as llava_llama
+
+    @property
+    def needs_base(self) -> bool:
+        return self.kind == "projector" or (self.kind == "lora" and not self.tensors)
+
+    @property
+    def is_multimodal(self) -> bool:
+        return self.kind == "transformers" or is_multimodal(self.config)
+
+    @property
+    def stores_tower(self) -> bool:
+        return any(TOWER_MARK in name for name in (*self.tensors, *self.extras))
+
+    @property
+    def stores_quantized(self) -> bool:
+        """Whether the weights were saved quantized; a config that only remembers a quantized training run does not count."""
+        return bool(self.config.get("quantization_config")) and not self.needs_base
+
+    @property
+    def declares_tower(self) -> bool:
+        """Whether a stored tower is one that was trained, not a frozen copy of the folder that the config names."""
+        return self.kind == "transformers" or bool(self.config.get("unfreeze_mm_vision_tower"))
+
+    @property
+    def tower_in_checkpoint(self) -> bool:
+        """Whether the tower to use is stored in this very folder."""
+        return self.declares_tower and self.stores_tower
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tensors at two bytes an element: what the model needs in half precision."""
+        return sum(2 * header.num_elements for header in (*self.tensors.values(), *self.extras.values()))
+
+
+def inspect(path: str | Path) -> CheckpointInfo:
+    """Look into a model folder; a folder that is not loadable raises an `InputError` that says why."""
+    folder = resolve_checkpoint(path)
+    adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    config = read_config(folder, required=adapter_config is None)
+    stored = stored_tensors(folder)
+    projector = _first_file(folder, PROJECTOR_FILES)
+    non_lora = _first_file(folder, NON_LORA_FILES)
+
+    if is_transformers_layout(config):
+        kind = "transformers"
+    elif adapter_config is not None and not stored:
+        kind = "lora"
+    elif stored:
+        kind = "full" if is_multimodal(config) else "language"
+    elif projector is not None:
+        kind = "projector"
+    else:
+        kind = ""
+    if kind in ("", "transformers") and not stored:
+        raise InputError(
+            f"the folder {folder} holds no weights: expected one of {', '.join(name for name, _ in WEIGHT_FORMS)}, "
+            f"{PROJECTOR_FILES[1]} or {ADAPTER_FILES[0]}"
+        )
+    if kind == "projector" and not is_multimodal(config):
+        raise InputError(f"{folder / 'config.json'} names no vision tower, so {projector} has nothing to connect")
+
+    extras: dict[str, TensorHeader] = {}
+    if kind == "lora" and non_lora is not None:
+        extras = {_without_peft_prefix(name): header for name, header in read_headers(non_lora).items()}
+    elif projector is not None and kind in ("full", "projector") and not any(PROJECTOR_MARK in name for name in stored):
+        extras = read_headers(projector)
+
+    return CheckpointInfo(
+        folder=folder,
+        kind=kind,
+        config=_upgraded(config),
+        language_model=language_model_type(config),
+        tensors={published_name(name) if kind == "transformers" else name: h for name, h in stored.items()},
+        extras=extras,
+        adapter=_adapter_tensors(folder) if kind == "lora" else {},
+        adapter_config=adapter_config if kind == "lora" else None,
+        base_hint=_base_hint(config, adapter_config),
+        is_old_config=is_old(config),
+    )
+
+
+def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
+    """The folder's config.json as it stands."""
+    file = folder / "config.json"
+    if not file.is_file():
+        if not required:
+            return {}
+        if next(folder.glob("*.gguf"), None) is not None:
+            raise InputError(
+                f"the folder {folder} holds GGUF files, which are read by llama.cpp alone; give the checkpoint that they were "
+                "converted from"
+            )
+        raise InputError(f"the folder {folder} holds no config.json, so it is not a model folder")
+    return read_json(file)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorHeader]:
+    """The headers of the model's own weights, whichever way they are saved; empty when there are none."""
+    for name, is_index in WEIGHT_FORMS:
+        if (folder / name).is_file():
+            return _indexed_tensors(folder / name) if is_index else read_headers(folder / name)
+    shards = {int(m[1]): file for file in sorted(folder.iterdir()) if (m := SHARD.fullmatch(file.name))}
+    if not shards:
+        return {}
+    total = max(int(m[2]) for file in shards.values() if (m := SHARD.fullmatch(file.name)))
+    absent = sorted(set(range(1, total + 1)) - shards.keys())
+    if absent:
+        raise InputError(f"the folder {folder} lacks weight shard {absent[0]} of {total}; copy the missing files")
+    return {name: header for file in shards.values() for name, header in read_headers(file).items()}
+
+
+def tower_headers(folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of a tower's own folder under the names that they have in a tower module."""
+    headers = stored_tensors(folder)
+    if not headers:
+        raise InputError(f"the vision tower's folder {folder} holds no weights")
+    in_tower = {TOWER_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
+    return {name: header for name, header in in_tower.items() if not OTHER_TOWER_PART.match(name)}
+
+
+def _indexed_tensors(index_file: Path) -> dict[str, TensorHeader]:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index_file} has no usable 'weight_map' from tensor names to file names")
+    folder = index_file.parent
+    shards: dict[str, dict[str, TensorHeader]] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise InputError(f"{index_file} names the weight file {name!r}, which is not in its own folder")
+        if not (folder / name).is_file():
+            first = next(tensor for tensor, file in weight_map.items() if file == name)
+            raise InputError(
+                f"{index_file} places tensor {first!r} in {folder / name}, which does not exist; copy the missing file"
+            )
+        shards[name] = read_headers(folder / name)
+    for tensor, file in weight_map.items():
+        if tensor not in shards[file]:
+            raise InputError(f"{index_file} places tensor {tensor!r} in {file}, which does not hold it")
+    return {tensor: shards[file][tensor] for tensor, file in weight_map.items()}
+
+
+def _adapter_tensors(folder: Path) -> dict[str, TensorHeader]:
+    file = _first_file(folder, ADAPTER_FILES)
+    if file is None:
+        raise InputError(f"the folder {folder} has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}")
+    return {_without_peft_prefix(name): header for name, header in read_headers(file).items()}
+
+
+def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _without_peft_prefix(name: str) -> str:
+    """`base_model.model.model.layers…` -> `model.layers…`: PEFT wraps a model twice before it saves names."""
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def is_old(config: Mapping[str, Any]) -> bool:
+    """The first released checkpoints call themselves what their language model is, and later ones plain `llava`."""
+    model_type = str(config.get("model_type", ""))
+    return is_multimodal(config) and not is_transformers_layout(config) and not model_type.startswith("llava_")
+
+
+def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with a model type that says LLaVA, as today's checkpoints have it; the file stays as it is."""
+    values = dict(config)
+    if is_old(config):
+        values["model_type"] = f"llava_{language_model_type(config)}"
+        values.pop("architectures", None)
+    return values
+
+
+def _base_hint(config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None) -> str | None:
+    hint = (adapter_config or {}).get("base_model_name_or_path") or config.get("_name_or_path")
+    return hint if isinstance(hint, str) and hint else None

@@ -1,0 +1,231 @@
+"""Put stored tensors into a model, and account for every name on both sides.
+
+In: the folders that make up a model (`CheckpointInfo` of a checkpoint and of its base) and the names and shapes that the
+model expects. Out: a model whose every weight came from a file, or one `InputError` that names file, tensor, expected and
+found shapes. What a folder holds is inspect.py's matter; which model is built, on what device, is model/builder.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import InputError
+from llava.model.checkpoints.inspect import PROJECTOR_MARK, TOWER_MARK, CheckpointInfo, tower_headers
+from llava.model.checkpoints.lora import LoraMerge, load_adapter
+from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
+
+logger = logging.getLogger(__name__)
+
+# Buffers that old versions of transformers saved and every version computes: no model waits for them.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids|\.attn\.(masked_)?bias|\.rotary_emb\.(cos|sin)_cached)$")
+
+# Stored names that only a model of other dimensions can explain: one layer more, another kind of projector.
+STRUCTURAL = re.compile(r"(\.(layers|blocks|h)\.\d+\.|mm_projector\.)")
+
+# Where a projector file's tensors belong, whatever module path was saved in front of them.
+ADDED_PART = re.compile(
+    r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|(?:embed_tokens|wte)\.weight)"
+)
+
+VISION_MODEL_LEVEL = re.compile(r"(^vision_tower\.|\.vision_tower\.vision_tower\.)vision_model\.")
+
+VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where each tensor of a model comes from, by published name, and the adapter to merge on the way."""
+
+    headers: Mapping[str, TensorHeader] = field(repr=False)
+    folder: str
+    merge: LoraMerge | None = None
+    stores_tower: bool = False  # the checkpoint's or its base's stored tower is the one to use
+    may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds marker tokens to it
+
+
+def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: str) -> Sources:
+    """Lay a checkpoint's tensors over its base model's; `prefix` is what the language model calls its inner model."""
+    own = dict(info.tensors)
+    for name, header in info.extras.items():
+        match = ADDED_PART.fullmatch(name)
+        own[f"{prefix}.{match[1]}" if match else name] = header
+    headers = {**base.tensors, **base.extras, **own} if base is not None else own
+    towers = [name for name in headers if TOWER_MARK in name]
+    if towers and not info.declares_tower:
+        tower_name = info.config.get("mm_vision_tower")
+        logger.info("ignoring %d stored vision tower tensors: %s uses its own folder's", len(towers), tower_name)
+        headers = {name: header for name, header in headers.items() if TOWER_MARK not in name}
+    return Sources(
+        headers=headers,
+        folder=str(info.folder) if base is None else f"{info.folder} with the base {base.folder}",
+        merge=load_adapter(_adapter_of_language_model(info), info.adapter_config or {}) if info.adapter else None,
+        stores_tower=bool(towers) and info.declares_tower,
+        may_grow_vocabulary=info.needs_base,
+    )
+
+
+def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
+    """An adapter without the biases of tower and projector, which `lora_bias all` puts into it as well: they are trained
+    and stored with their own modules, or not at all."""
+    return {
+        name: header
+        for name, header in info.adapter.items()
+        if "lora_" in name or not any(mark in name for mark in (TOWER_MARK, PROJECTOR_MARK))
+    }
+
+
+def match_names(expected: Mapping[str, Tensor], sources: Sources) -> dict[str, TensorHeader]:
+    """Find the stored tensor for every name that a model expects, or say what does not fit.
+
+    `expected` may hold one tensor under several names (tied weights); one stored name is enough for them.
+    """
+    own_names = {_key(name): name for name in expected}
+    found = {own_names[_key(name)]: header for name, header in sources.headers.items() if _key(name) in own_names}
+    _refuse_strangers([name for name in sources.headers if _key(name) not in own_names], sources)
+
+    satisfied = {id(expected[name]) for name in found}
+    missing = [name for name in expected if id(expected[name]) not in satisfied]
+    if missing:
+        raise InputError(
+            f"tensor {missing[0]!r} {list(expected[missing[0]].shape)} is in no weight file of {sources.folder}"
+            f"{_and_more(missing)}; the checkpoint is not complete or its config.json describes another model"
+        )
+    for name, header in found.items():
+        shape = tuple(expected[name].shape)
+        if header.shape != shape and not _can_grow(name, header.shape, shape, sources):
+            raise InputError(
+                f"{header.file}: tensor {header.name!r} has shape {list(header.shape)}, expected {list(shape)}; "
+                "the weights and the config.json do not belong together"
+            )
+    if sources.merge is not None:
+        absent = sorted(sources.merge.targets - found.keys())
+        if absent:
+            raise InputError(
+                f"the adapter {sources.merge.source} changes tensor {absent[0]!r}{_and_more(absent)}, which the base model "
+                "does not have; it was trained on another base model"
+            )
+    return found
+
+
+def read_tensors(
+    found: Mapping[str, TensorHeader], expected: Mapping[str, Tensor], sources: Sources
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) file by file, merged and with its full number of rows; each file is open only meanwhile."""
+    by_file: dict[Any, list[str]] = {}
+    for name, header in found.items():
+        by_file.setdefault(header.file, []).append(name)
+    for file, names in by_file.items():
+        with open_tensors(file) as tensors:
+            for name in names:
+                tensor = tensors.get_tensor(found[name].name)
+                if sources.merge is not None:
+                    tensor = sources.merge.apply(name, tensor)
+                yield name, with_rows(name, tensor, expected[name].shape)
+
+
+def load_weights(model: nn.Module, sources: Sources) -> None:
+    """Fill a model that stands on its device, in its dtype; tensors are copied, so files can be overwritten later."""
+    if hasattr(model, "tie_weights"):  # a model built without initial weights is not tied yet
+        model.tie_weights()
+    expected = expected_tensors(model)
+    with torch.no_grad():
+        for name, tensor in read_tensors(match_names(expected, sources), expected, sources):
+            expected[name].copy_(tensor)
+
+
+def load_tower_weights(tower: nn.Module, folder: Path) -> None:
+    """Fill a built vision tower from its own folder, which may hold a whole CLIP or SigLIP model with a text part."""
+    load_weights(tower, Sources(tower_headers(folder), str(folder)))
+
+
+def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors at once under the model's own names, for transformers' loader; `skeleton` may be on the meta device."""
+    expected = expected_tensors(skeleton)
+    found = match_names(expected, sources)
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in read_tensors(found, expected, sources)
+    }
+
+
+def build_by_transformers(
+    model_class: Any, config: Any, sources: Sources, dtype: torch.dtype, options: Mapping[str, Any]
+) -> Any:
+    """The way for weights that get quantized or spread over devices: transformers and accelerate place them."""
+    with torch.device("meta"):
+        skeleton = model_class(copy.deepcopy(config))
+    state = read_state(skeleton, sources, dtype)
+    name = config.name_or_path
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model.name_or_path = model.config.name_or_path = name  # "None" now, which adapters would give as their base
+    return model
+
+
+def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's persistent tensors by name; tied weights appear under each of their names."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _key(name: str) -> str:
+    """Names are compared without the tower's `vision_model.` level, which not every version of transformers writes."""
+    return VISION_MODEL_LEVEL.sub(r"\1", name)
+
+
+def _refuse_strangers(names: list[str], sources: Sources) -> None:
+    strangers = [name for name in names if not COMPUTED.search(name)]
+    structural = [name for name in strangers if STRUCTURAL.search(name)]
+    if structural:
+        header = sources.headers[structural[0]]
+        raise InputError(
+            f"{header.file}: tensor {header.name!r} {list(header.shape)} has no place in the model that the config.json "
+            f"describes{_and_more(structural)}; " + _advice(structural[0])
+        )
+    if strangers:
+        logger.warning(
+            "%s: %d tensors have no place in the model and are left out, %r first",
+            sources.folder,
+            len(strangers),
+            strangers[0],
+        )
+
+
+def _advice(name: str) -> str:
+    return "compare mm_projector_type with it" if PROJECTOR_MARK in name else "compare the number of layers with it"
+
+
+def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sources: Sources) -> bool:
+    return (
+        sources.may_grow_vocabulary
+        and VOCABULARY.search(name) is not None
+        and len(found) == len(expected) == 2
+        and found[1] == expected[1]
+        and found[0] < expected[0]
+    )
+
+
+def with_rows(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """New vocabulary rows begin as the mean of the old ones, as they do when training adds marker tokens."""
+    if VOCABULARY.search(name) is None or tensor.shape[0] >= shape[0]:
+        return tensor
+    num_new = shape[0] - tensor.shape[0]
+    logger.warning(
+        "%s: %d rows for new tokens are not stored; they begin as the mean of the %d others",
+        name,
+        num_new,
+        tensor.shape[0],
+    )
+    mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(num_new, -1)])
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,159 @@
+"""A model without memory for its weights: what it needs from where, and running it while weights are read one by one.
+
+In: a model folder (and its base). Out: `Skeleton`, a model module whose parameters take no memory, with the stored tensor
+for each of its names, the tower's included wherever that lies. `weights_read_on_the_way` lets such a module compute: each
+weight is in memory only while its layer works, so a model of any size runs in that of its largest layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import InputError
+from llava.model.builder import build_config, find_base, restore_names, tower_within_reach
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect, tower_headers
+from llava.model.checkpoints.loading import Sources, expected_tensors, match_names, plan_sources, with_rows
+from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A multimodal model that takes no memory. `found` holds the stored tensor for each name that is stored."""
+
+    model: Any
+    info: CheckpointInfo
+    base: CheckpointInfo | None
+    sources: Sources
+    found: Mapping[str, TensorHeader]
+    shapes: Mapping[str, tuple[int, ...]]
+    tower_folder: Path | None  # where the tower's own weights are; None: in the checkpoint or its base
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the loaded model would have it, in its stored precision (a merged one in float32)."""
+        tensor = read_tensor(self.found[name])
+        if self.sources.merge is not None:
+            tensor = self.sources.merge.apply(name, tensor)
+        return with_rows(name, tensor, torch.Size(self.shapes[name]))
+
+    def is_stored_as_is(self, name: str) -> bool:
+        """Whether `read` gives just what the file holds."""
+        merge = self.sources.merge
+        return self.found[name].shape == self.shapes[name] and (merge is None or name not in merge.targets)
+
+
+def plan_model(path: str | Path, base: str | Path | None = None) -> Skeleton:
+    """Match a checkpoint's files with the model that they describe; whatever does not fit is an `InputError`."""
+    from llava.model.language_model.registry import llava_classes
+
+    info = inspect(path)
+    if not info.is_multimodal:
+        raise InputError(
+            f"{info.folder} holds a language model without a vision tower ({info.language_model}), not a LLaVA checkpoint"
+        )
+    if info.stores_quantized:
+        raise InputError(
+            f"the weights of {info.folder} are stored quantized, which no other layout can express; use the checkpoint that "
+            "they were quantized from"
+        )
+    base_info = find_base(info, base)
+    config = build_config(info, base_info)
+    _, model_class = llava_classes(info.language_model)
+    sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
+    # As if the tower were always stored, so that it is built and its tensors are asked for too.
+    with tower_within_reach(config, info, base_info, stored=True):
+        tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
+        model = build_without_memory(lambda: model_class(copy.deepcopy(config)))
+    restore_names(model.config, config)
+    if tower_folder is not None:
+        inner = f"{model_class.base_model_prefix}.vision_tower."
+        towers = {inner + name: header for name, header in tower_headers(tower_folder).items()}
+        sources = replace(sources, headers={**sources.headers, **towers})
+    expected = expected_tensors(model)
+    found = match_names(expected, sources)
+    shapes = {name: tuple(expected[name].shape) for name in found}
+    return Skeleton(model, info, base_info, sources, found, shapes, tower_folder)
+
+
+def build_without_memory(build: Callable[[], Any]) -> Any:
+    """A module whose parameters take no memory: each is one number seen as many, and that number is NaN, so that a weight
+    which was never read shows. Buffers are computed as usual."""
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            model = build()
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    empty = {id(parameter): _empty(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = empty[id(parameter)]
+    return model.eval()
+
+
+@contextmanager
+def weights_read_on_the_way(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
+    """Within the block the model computes in float32 with weights that `read(name)` brings when a layer begins.
+
+    Parameters that stand beside other modules are used by these as they please: they are read at once and stay until the end.
+    """
+    aliases = _first_names(model)
+    handles = []
+    # Put back as the same objects: it is by identity that tied weights are known, in the next block too.
+    empty = {module: dict(module._parameters) for module in model.modules()}
+    for prefix, module in model.named_modules():
+        names = {key: aliases[id(value)] for key, value in module._parameters.items() if value is not None}
+        if not names:
+            continue
+        if any(True for _ in module.children()) or _is_read_by_its_parent(model, prefix):
+            _fill(module, names, read)
+            continue
+        handles.append(module.register_forward_pre_hook(lambda module, _, names=names: _fill(module, names, read)))
+        handles.append(module.register_forward_hook(lambda module, *_: module._parameters.update(empty[module])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, parameters in empty.items():
+            module._parameters.update(parameters)
+
+
+def _empty(parameter: Tensor) -> nn.Parameter:
+    number = torch.full((), float("nan"), dtype=parameter.dtype if parameter.is_floating_point() else torch.float32)
+    return nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+
+
+def _first_names(model: nn.Module) -> dict[int, str]:
+    """Parameters by identity; of tied ones, the name that comes first."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def _is_read_by_its_parent(model: nn.Module, prefix: str) -> bool:
+    """torch's own attention takes the weight of its output layer without calling that layer."""
+    return isinstance(model.get_submodule(prefix.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _fill(module: nn.Module, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+    for key, name in names.items():
+        module._parameters[key] = nn.Parameter(read(name).float(), requires_grad=False)

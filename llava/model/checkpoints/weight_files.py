@@ -1,0 +1,364 @@
+"""What a weight file holds, read from its header, and its tensors, one at a time.
+
+In: a `.safetensors` or `.bin` file. Out: name -> `TensorHeader` (dtype, shape) without torch and without reading any
+weight; and, once torch is wanted, the tensors themselves. Both kinds of file are taken as untrusted: a safetensors header
+is bounded and checked against the file's length, and the pickle in a `.bin` is read by an unpickler that knows a tensor's
+building blocks and refuses everything else (torch reads it with `weights_only=True` for the same reason).
+Which files make up a checkpoint is inspect.py's matter; which tensor goes where is loading.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+# Bytes per element, by the dtype names of the safetensors format.
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+# The same types by the names that torch gives them.
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+# The storage classes that a torch pickle names, as safetensors dtypes.
+TORCH_STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where one tensor lies and what it is: the file, its name there, dtype and shape."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    # The byte of the file at which its numbers begin, row after row; None where they do not lie in one piece.
+    start: int | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPE_BYTES[self.dtype]
+
+
+def read_headers(file: Path) -> dict[str, TensorHeader]:
+    """The tensors of one weight file, by name, in the file's order."""
+    if not file.is_file():
+        raise InputError(
+            f"the weight file {file} does not exist; the download or the copy of this checkpoint is not complete"
+        )
+    if file.suffix == ".safetensors":
+        return _read_safetensors_headers(file)
+    return _read_pickle_headers(file)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Tensors]:
+    """One weight file, open: `keys()` and `get_tensor(name)`, on the CPU and mapped from the file where its format allows."""
+    if not file.is_file():
+        raise InputError(f"the weight file {file} does not exist")
+    if file.suffix != ".safetensors":
+        yield PickledTensors(load_pickled_tensors(file))
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise InputError(f"the weight file {file} cannot be read: {error}; copy it again") from error
+
+
+class Tensors(Protocol):
+    """What a weight file offers once it is open."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class PickledTensors:
+    """The table of a `.bin` file behind the same two methods as a safetensors file."""
+
+    table: dict[str, torch.Tensor]
+
+    def keys(self) -> Iterable[str]:
+        return self.table.keys()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.table[name]
+
+
+def read_tensor(header: TensorHeader) -> torch.Tensor:
+    """One tensor in memory of its own: the file is read there and not mapped, so nothing else of it is held."""
+    import torch
+
+    if header.start is None:
+        with open_tensors(header.file) as tensors:
+            return tensors.get_tensor(header.name).clone()
+    numbers = torch.empty(header.shape, dtype=getattr(torch, TORCH_DTYPES[header.dtype]))
+    if header.num_bytes:
+        with header.file.open("rb", buffering=0) as stream:
+            stream.seek(header.start)
+            target = memoryview(numbers.view(-1).view(torch.uint8).numpy())
+            while target:  # the system hands out at most 2 GiB at once
+                count = stream.readinto(target)
+                if not count:
+                    raise InputError(f"the weight file {header.file} ends within tensor {header.name!r}; copy it again")
+                target = target[count:]
+    return numbers
+
+
+def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a `.bin` file, mapped from disk where its format allows, and nothing that is not a tensor."""
+    import torch
+
+    mapped = zipfile.is_zipfile(file)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # bytes that are no pickle stop the unpickler anywhere, with any error
+        raise InputError(_cannot_read_pickle(file, error)) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
+    return state
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def _read_safetensors_headers(file: Path) -> dict[str, TensorHeader]:
+    size = file.stat().st_size
+    if size < 8:
+        raise InputError(
+            f"the weight file {file} is truncated: it has {size} bytes, too few for a header; copy it again"
+        )
+    with file.open("rb") as stream:
+        (header_size,) = struct.unpack("<Q", stream.read(8))
+        if header_size > MAX_HEADER_BYTES:
+            raise InputError(
+                f"the weight file {file} is no safetensors file: it announces a header of {header_size} bytes"
+            )
+        if header_size > size - 8:
+            raise InputError(
+                f"the weight file {file} is truncated: its header needs {8 + header_size} bytes and the file has {size}"
+            )
+        raw = stream.read(header_size)
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        headers = {name: _safetensors_entry(file, name, entry, 8 + header_size) for name, entry in entries.items()}
+        ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the weight file {file} has a damaged header ({error}); copy it again") from error
+    if ends:
+        last = max(ends, key=lambda name: ends[name])
+        expected = 8 + header_size + ends[last]
+        if size < expected:
+            raise InputError(
+                f"the weight file {file} is truncated: tensor {last!r} {list(headers[last].shape)} ends at byte {expected} "
+                f"and the file has {size}; copy it again"
+            )
+    return headers
+
+
+def _safetensors_entry(file: Path, name: str, entry: dict[str, Any], first: int) -> TensorHeader:
+    dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
+    start, end = entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise InputError(f"the weight file {file} stores tensor {name!r} as {dtype}; known: {', '.join(DTYPE_BYTES)}")
+    if min(shape, default=0) < 0 or end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise InputError(
+            f"the weight file {file} has a damaged header: tensor {name!r} of shape {list(shape)} and type {dtype} "
+            f"is given {end - start} bytes"
+        )
+    return TensorHeader(file, name, dtype, shape, first + start)
+
+
+# --- .bin (a zip archive around a pickle) -----------------------------------------------------------------------------
+
+
+def _read_pickle_headers(file: Path) -> dict[str, TensorHeader]:
+    if not zipfile.is_zipfile(file):
+        return _read_legacy_pickle_headers(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+            if len(members) != 1:
+                raise InputError(
+                    f"the weight file {file} is a zip archive but not one that torch writes; it holds no data.pkl"
+                )
+            if archive.getinfo(members[0]).file_size > MAX_HEADER_BYTES:
+                raise InputError(
+                    f"the weight file {file} has an index of more than {MAX_HEADER_BYTES} bytes; it is not a weight file"
+                )
+            with archive.open(members[0]) as stream:
+                state = _HeaderUnpickler(stream).load()
+            places = _member_places(file, archive, members[0].removesuffix("data.pkl"))
+    except InputError:
+        raise
+    except Exception as error:  # likewise
+        raise InputError(_cannot_read_pickle(file, error)) from error
+    if not isinstance(state, dict) or not all(isinstance(value, _Stub) for value in state.values()):
+        raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
+    return {
+        name: TensorHeader(file, name, stub.storage.dtype, stub.shape, _start_of(stub, places))
+        for name, stub in state.items()
+    }
+
+
+def _member_places(file: Path, archive: zipfile.ZipFile, prefix: str) -> dict[str, int]:
+    """Storage key -> the byte of the file at which its numbers begin; members that are packed have no such place."""
+    order = f"{prefix}byteorder"
+    if order in archive.namelist() and archive.read(order) != sys.byteorder.encode():
+        return {}
+    places = {}
+    with file.open("rb") as stream:
+        for member in archive.infolist():
+            if member.filename.startswith(f"{prefix}data/") and member.compress_type == zipfile.ZIP_STORED:
+                # What stands in front of a member repeats its name, and may have another extra field than the directory.
+                stream.seek(member.header_offset + 26)
+                places[member.filename.removeprefix(f"{prefix}data/")] = (
+                    member.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
+                )
+    return places
+
+
+def _start_of(stub: _Stub, places: dict[str, int]) -> int | None:
+    dense, expected = True, 1
+    for side, step in zip(reversed(stub.shape), reversed(stub.strides), strict=True):
+        dense &= side == 1 or step == expected
+        expected *= side
+    if not dense or stub.storage.key not in places:
+        return None
+    return places[stub.storage.key] + stub.offset * DTYPE_BYTES[stub.storage.dtype]
+
+
+def _read_legacy_pickle_headers(file: Path) -> dict[str, TensorHeader]:
+    """The form that torch wrote before 1.6 scatters its sizes through the file: read it whole."""
+    state = load_pickled_tensors(file)
+    return {name: TensorHeader(file, name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return TORCH_STORAGES[tensor.type().rsplit(".", 1)[-1].replace("Tensor", "Storage")]
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Stub:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_stub(
+    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: object
+) -> _Stub:
+    return _Stub(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter_stub(data: _Stub, *rest: object) -> _Stub:
+    return data
+
+
+class _Table(dict):  # type: ignore[type-arg]
+    """Stands in for the OrderedDict of a state dict, which carries attributes."""
+
+
+class _HeaderUnpickler(pickle.Unpickler):
+    """Builds stubs instead of tensors, and only from the names that a saved state dict needs."""
+
+    KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
+        ("collections", "OrderedDict"): _Table,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_stub,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter_stub,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in TORCH_STORAGES:
+            return TORCH_STORAGES[name]
+        if (module, name) in self.KNOWN:
+            return self.KNOWN[module, name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of tensors needs")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, str):
+            raise pickle.UnpicklingError(f"it refers to {kind!r}, which no table of tensors needs")
+        return _Storage(dtype, str(key))
+
+
+def _cannot_read_pickle(file: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0].split(". ")[0].rstrip(".") if str(error) else type(error).__name__
+    return (
+        f"the weight file {file} cannot be read as a table of tensors ({reason}); it is damaged or something else: "
+        "copy it again"
+    )

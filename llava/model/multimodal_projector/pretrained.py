@@ -1,0 +1,56 @@
+"""Projector files: what a pretraining run saved as mm_projector.bin, read back into a model.
+
+In: a .bin or .safetensors file and a model with a projector. Out: the same model, its projector (and `image_newline`, and
+the rows of marker tokens) filled. Saving is train/save.py's; whole checkpoints are model/builder.py's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.errors import InputError
+from llava.model.checkpoints.weight_files import open_tensors, read_headers
+
+
+def load_projector(model: Any, path: str) -> None:
+    """Fill `model.mm_projector` and, where the file has it, `model.image_newline`; every tensor must fit."""
+    wanted = {f"mm_projector.{name}": tensor for name, tensor in model.mm_projector.named_parameters()}
+    newline = getattr(model, "image_newline", None)
+    saved = read_adapter(path)
+    if newline is not None and any(name.endswith("image_newline") for name in saved):
+        wanted["image_newline"] = newline
+    for name, tensor in wanted.items():
+        # Saved under the name of whatever module held it: model.mm_projector.0.weight, base_model.model.model.….
+        found = next((value for key, value in saved.items() if key == name or key.endswith("." + name)), None)
+        if found is None:
+            raise InputError(f"{path!r} has no tensor {name!r}, which the projector of this model needs")
+        if found.shape != tensor.shape:
+            raise InputError(f"{path!r}: tensor {name!r} has shape {list(found.shape)}, expected {list(tensor.shape)}")
+        with torch.no_grad():
+            tensor.copy_(found)
+
+
+def load_marker_rows(table: Tensor, path: str, num_new: int) -> None:
+    """Take the last `num_new` rows of the embedding `table` from a projector file that holds them or the whole table."""
+    saved = next((rows for name, rows in read_adapter(path).items() if name.endswith("embed_tokens.weight")), None)
+    if saved is None:
+        raise InputError(f"{path!r} has no embed_tokens.weight, which mm_use_im_start_end takes its new rows from")
+    if saved.shape not in (table.shape, (num_new, table.shape[1])):
+        raise InputError(
+            f"{path!r}: embed_tokens.weight has shape {list(saved.shape)}, expected "
+            f"{list(table.shape)} or {[num_new, table.shape[1]]}"
+        )
+    table.data[-num_new:] = saved[-num_new:].to(table)
+
+
+def read_adapter(path: str) -> dict[str, Tensor]:
+    """The tensors of a projector file."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no file {path!r} to take the projector from (pretrain_mm_mlp_adapter)")
+    with open_tensors(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in read_headers(file)}

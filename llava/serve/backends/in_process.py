@@ -1,0 +1,108 @@
+"""The engine in this process as a server's backend.
+
+In: requests from an event loop. Out: chunks for it. What blocks, making a prompt of text and pictures, is done in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from llava.engine.engine import Engine, EngineStats
+from llava.engine.errors import EngineError, QueueFull
+from llava.engine.request import Chunk, Request, Result, Timings, Usage
+from llava.errors import InputError
+from llava.serve.backends.base import BackendError, ServerBusyError
+from llava.serve.backends.served_model import KnownModel
+
+if TYPE_CHECKING:
+    from llava.engine.config import EngineConfig
+    from llava.engine.handle import PendingAnswer, RequestHandle
+    from llava.model.builder import LoadedModel
+
+
+class EngineBackend:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        name: str,
+        conv_mode: str | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        self.engine = Engine.from_loaded(loaded, config)
+        self.model = KnownModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
+
+    async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
+        handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
+        try:
+            return EngineAnswering(await asyncio.shield(handing_in), streamed)
+        except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
+            handing_in.add_done_callback(_abort)
+            raise
+        except EngineError as error:
+            raise told(error) from error
+
+    def gauges(self) -> Mapping[str, float]:
+        return gauges(self.engine.stats())
+
+    async def is_alive(self) -> bool:
+        return self.engine.alive
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.engine.close)
+
+
+def _abort(handing_in: asyncio.Future[RequestHandle]) -> None:
+    if not handing_in.cancelled() and handing_in.exception() is None:
+        handing_in.result().abort()
+
+
+def told(error: Exception) -> Exception:
+    """What a server makes of an engine's refusal."""
+    if isinstance(error, InputError):
+        return error
+    return (ServerBusyError if isinstance(error, QueueFull) else BackendError)(str(error))
+
+
+def gauges(stats: EngineStats) -> Mapping[str, float]:
+    return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(stats).items()}
+
+
+class EngineAnswering:
+    """One request on its way in an engine, here or in another process."""
+
+    def __init__(self, pending: PendingAnswer, streamed: bool) -> None:
+        self._pending = pending
+        self._streamed = streamed
+
+    async def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
+        try:
+            async for chunks in self._pending.batches(pause):
+                yield chunks
+        except EngineError as error:
+            raise BackendError(str(error)) from error
+        if not self._streamed:
+            yield [
+                Chunk(whole.index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason)
+                for whole in self._result.completions
+            ]
+
+    def abort(self) -> None:
+        if not self._pending.done:
+            self._pending.abort()
+
+    @property
+    def usage(self) -> Usage:
+        return self._result.usage
+
+    @property
+    def timings(self) -> Timings:
+        return self._result.timings
+
+    @property
+    def _result(self) -> Result:
+        result: Result = self._pending.result(timeout=0)
+        return result

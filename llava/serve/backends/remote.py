@@ -1,0 +1,299 @@
+"""A server elsewhere that speaks the OpenAI API, as a backend: SGLang, vLLM, llama.cpp, transformers, or one of ours.
+
+In: `engine.Request`s. Out: chunks, as they come from there. A prompt that is only text goes to its completions as it is; one
+with pictures goes to its chat, turn by turn, since only that server knows how its model wants them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from llava.conversation import Conversation, answer_end
+from llava.engine.request import Chunk, Detail, FinishReason, Request, SamplingParams, Timings, Usage
+from llava.errors import InputError
+from llava.serve.backends.base import BackendError, ModelCard, ServerBusyError, UnreachableError
+from llava.serve.backends.prompt_parser import unrender
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava.images.layout import ImageLayout
+
+CONNECT_S = 5.0
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class DistantModel:
+    """A model of which we have no files."""
+
+    card: ModelCard
+
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
+        return []
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        return 0  # they have been sent
+
+    def token_text(self, token_id: int) -> str:
+        raise AssertionError("probabilities are refused, so no token has to be named")
+
+
+class RemoteBackend:
+    """`model` is the name of the model over there, `card` what we tell about it here. With `chat_only` finished prompts without
+    pictures are taken apart too, for servers whose completions are not for models that see.
+    """
+
+    def __init__(
+        self, endpoint: str, *, model: str, card: ModelCard, key: str | None = None, chat_only: bool = False
+    ) -> None:
+        self.model = DistantModel(card)
+        self._chat_only = chat_only
+        self._name = model
+        self._client = httpx.AsyncClient(
+            base_url=endpoint.rstrip("/").removesuffix("/v1"),
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
+            trust_env=False,
+        )
+
+    async def start(self, request: Request, *, streamed: bool) -> RemoteAnswering:
+        path, body = self._translated(request)
+        posted = time.perf_counter()
+        try:
+            response = await self._client.send(self._client.build_request("POST", path, json=body), stream=True)
+        except httpx.HTTPError as error:
+            raise UnreachableError(
+                f"the server that answers cannot be reached: {error or type(error).__name__}"
+            ) from error
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            raise _refused(response.status_code, text)
+        return RemoteAnswering(response, posted)
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
+
+    async def is_alive(self) -> bool:
+        """Most servers have /health, and those that do not list their models."""
+        try:
+            return any(
+                [
+                    (await self._client.get(path, timeout=CONNECT_S)).status_code == 200
+                    for path in ("/health", "/v1/models")
+                ]
+            )
+        except httpx.HTTPError:
+            return False
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _translated(self, request: Request) -> tuple[str, dict[str, Any]]:
+        body = {"model": self._name, "stream": True, "stream_options": {"include_usage": True}}
+        body |= _sampling(request.sampling)
+        stop = list(request.sampling.stop)
+        if isinstance(request.prompt, str) and not request.images and not self._chat_only:
+            return "/v1/completions", body | {"prompt": request.prompt} | ({"stop": stop} if stop else {})
+        if isinstance(request.prompt, str):
+            conversation = unrender(request.prompt, self.model.card.template)
+        elif isinstance(request.prompt, Conversation):
+            conversation = request.prompt
+        else:
+            raise InputError("this worker passes text on, and cannot pass token ids on")
+        body["messages"] = messages_of(conversation, request.images, self.model.card, request.details)
+        # The other server's own template ends an answer, and not every server takes stop strings.
+        stop = [text for text in stop if text != answer_end(self.model.card.template)]
+        return "/v1/chat/completions", body | ({"stop": stop} if stop else {})
+
+
+def messages_of(
+    conversation: Conversation, images: Sequence[Image.Image], card: ModelCard, details: Sequence[Detail] = ()
+) -> list[dict[str, Any]]:
+    """A conversation as chat messages. A system text that is only the template's own is left to the other server."""
+    messages: list[dict[str, Any]] = []
+    if conversation.system and conversation.system != card.template.system:
+        messages.append({"role": "system", "content": conversation.system.removeprefix("<|im_start|>system\n")})
+    left = list(zip(images, details or ["auto"] * len(images), strict=True))
+    for role, text in conversation.messages[conversation.offset :]:
+        if role == conversation.roles[1]:
+            if text is not None:
+                messages.append({"role": "assistant", "content": text})
+            continue
+        before, *after = text.split(card.image_mark)
+        parts: list[dict[str, Any]] = [_text(before)]
+        for piece in after:
+            image, detail = left.pop(0)
+            url = {"url": _data_url(image)} | ({"detail": detail} if detail != "auto" else {})
+            parts += [{"type": "image_url", "image_url": url}, _text(piece.removeprefix("\n"))]
+        shown = [part for part in parts if part.get("text") != ""]
+        messages.append({"role": "user", "content": shown if after else text})
+    return messages
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _sampling(params: SamplingParams) -> dict[str, Any]:
+    """The fields that differ from what everybody does without them; the last five are not OpenAI's."""
+    if params.logprobs is not None:
+        raise InputError("this worker passes requests on to another server and gives no logprobs")
+    if params.regex is not None:
+        raise InputError("this worker passes requests on to another server and takes no regex")
+    ours, usual = params, SamplingParams()
+    names = (
+        "top_p", "seed", "presence_penalty", "frequency_penalty", "n",
+        "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos",
+    )  # fmt: skip
+    body = {name: getattr(ours, name) for name in names if getattr(ours, name) != getattr(usual, name)}
+    body |= {"temperature": ours.temperature, "max_tokens": ours.max_new_tokens}
+    if ours.min_new_tokens:
+        body["min_tokens"] = ours.min_new_tokens
+    if ours.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in ours.logit_bias.items()}
+    if ours.json_schema is not None:
+        schema = json.loads(ours.json_schema) if isinstance(ours.json_schema, str) else ours.json_schema
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    return body
+
+
+def _refused(status: int, text: str) -> Exception:
+    try:
+        message = _message(json.loads(text)) or text[:300]
+    except ValueError:
+        message = text[:300] or f"status {status}"
+    if status in (429, 503):
+        return ServerBusyError(message)
+    if status in (400, 413, 422):
+        return InputError(message)
+    return BackendError(f"the server that answers failed with status {status}: {message}")
+
+
+def _message(values: Any) -> str | None:
+    """The sentence in an error's body, in one of the forms that servers have for it."""
+    error = values.get("error", values.get("detail")) if isinstance(values, dict) else None
+    found = error.get("message") if isinstance(error, dict) else error
+    return str(found) if found else None
+
+
+class RemoteAnswering:
+    """One request on its way over there. A task reads the events, so that `abort` can end it from anywhere."""
+
+    def __init__(self, response: httpx.Response, posted: float) -> None:
+        self._response = response
+        self._posted = posted
+        self._first: float | None = None
+        self._ended = posted
+        self._told: dict[str, Any] = {}
+        self._told_alone = False  # in an event without choices
+        self._num_new: int | None = None  # tokens, as it was told
+        self._num_pieces = 0
+        self._begun: set[int] = set()  # choices that have a text
+        self._chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._read())
+
+    async def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
+        while (chunk := await self._chunks.get()) is not None:
+            if isinstance(chunk, Exception):
+                raise chunk
+            chunks = [chunk]
+            while not self._chunks.empty() and isinstance(chunk := self._chunks.get_nowait(), Chunk):
+                chunks.append(chunk)
+            yield chunks
+            if not isinstance(chunk, Chunk):
+                self._chunks.put_nowait(chunk)
+            elif (seconds := pause()) > 0 and not self._task.done():
+                await asyncio.wait([self._task], timeout=seconds)
+
+    def abort(self) -> None:
+        self._task.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """As it was told; the split of the prompt is known where the other server gives it."""
+        details = self._told.get("prompt_tokens_details") or {}
+        num_image_tokens = details.get("image_tokens") or 0
+        return Usage(
+            num_text_tokens=self._told.get("prompt_tokens", 0) - num_image_tokens,
+            num_image_tokens=num_image_tokens,
+            num_cached_tokens=details.get("cached_tokens") or 0,
+            num_new_tokens=self._num_pieces if self._num_new is None else self._num_new,
+        )
+
+    @property
+    def timings(self) -> Timings:
+        first = None if self._first is None else self._first - self._posted
+        return Timings(queued_s=0.0, first_token_s=first, total_s=self._ended - self._posted)
+
+    async def _read(self) -> None:
+        open_choices: set[int] = set()
+        try:
+            async with contextlib.aclosing(self._response.aiter_lines()) as lines:  # type: ignore[type-var]
+                async for line in lines:
+                    if not line.startswith("data:") or line.strip() == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data:"))
+                    if "error" in event:
+                        raise BackendError(
+                            f"the server that answers failed: {_message(event) or 'it does not say why'}"
+                        )
+                    if event.get("usage"):
+                        self._note_usage(event["usage"], alone=not event.get("choices"))
+                    for choice in event.get("choices") or ():
+                        self._take(choice, open_choices)
+            if open_choices:
+                raise BackendError("the server that answers ended its answer without saying that it is finished")
+            self._chunks.put_nowait(None)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                self._chunks.put_nowait(error)
+            else:
+                lost = BackendError(f"the server that answers was lost in the middle: {error or type(error).__name__}")
+                self._chunks.put_nowait(lost)
+        except BackendError as error:
+            self._chunks.put_nowait(error)
+        finally:
+            self._ended = time.perf_counter()
+            await self._response.aclose()
+
+    def _note_usage(self, usage: dict[str, Any], *, alone: bool) -> None:
+        """What comes with choices is a sum so far; llama.cpp tells the cost of each choice in an event of its own."""
+        before = self._num_new if alone and self._told_alone else None
+        if "completion_tokens" in usage:
+            self._num_new = usage["completion_tokens"] + (before or 0)
+        self._told, self._told_alone = usage, alone
+
+    def _take(self, choice: dict[str, Any], open_choices: set[int]) -> None:
+        index = choice.get("index", 0)
+        text = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content")
+        reason = choice.get("finish_reason")
+        if text and index not in self._begun:  # some begin an answer with a blank; ours do not
+            text = text.lstrip()
+            if text:
+                self._begun.add(index)
+        if text and self._first is None:
+            self._first = time.perf_counter()
+        self._num_pieces += bool(text)
+        (open_choices.discard if reason else open_choices.add)(index)
+        if text or reason:
+            self._chunks.put_nowait(
+                Chunk(index, text or "", finish_reason=REASONS.get(reason, "stop") if reason else None)
+            )

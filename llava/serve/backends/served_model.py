@@ -1,0 +1,62 @@
+"""What a server knows of a model whose files are on this machine: its card, how it cuts pictures, how its tokens read.
+
+In: a loaded model. Out: a `ServedModel`, without the weights, so that it can go from one process to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llava.conversation import get_template
+from llava.engine.prompt import prompt_bytes
+from llava.engine.request import Detail
+from llava.model.config import LlavaSettings
+from llava.processor import Processor, image_mark
+from llava.serve.backends.base import ModelCard
+
+if TYPE_CHECKING:
+    from llava.images.layout import ImageLayout
+    from llava.model.builder import LoadedModel
+
+
+@dataclass
+class KnownModel:
+    card: ModelCard
+    tokenizer: Any
+    processor: Processor | None
+    tile_side: int  # 0 where it does not see
+    _texts: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, *, name: str, conv_mode: str | None, context_len: int) -> KnownModel:
+        conv_mode = conv_mode or loaded.conv_mode
+        card = ModelCard(
+            name=name,
+            template=get_template(conv_mode),
+            conv_mode=conv_mode,
+            context_len=context_len,
+            image_mark=image_mark(LlavaSettings.from_hf(loaded.model.config)),
+            takes_images=loaded.processor is not None,
+        )
+        side = 0 if loaded.processor is None else loaded.model.image_policy().tile_size
+        return cls(card, loaded.tokenizer, loaded.processor, side)
+
+    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
+        assert self.processor is not None
+        return self.processor.plan(sizes, details)
+
+    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+        return sum(prompt_bytes(layout, self.tile_side) for layout in layouts)
+
+    def token_text(self, token_id: int) -> str:
+        """Its text inside a text, which for many tokenizers is not what the token decodes to by itself."""
+        text = self._texts.get(token_id)
+        if text is None:
+            decode = self.tokenizer.decode
+            before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            alone = decode(before, skip_special_tokens=False)
+            text = decode([*before, token_id], skip_special_tokens=False)[len(alone) :]
+            self._texts[token_id] = text
+        return text

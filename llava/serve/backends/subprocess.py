@@ -1,0 +1,191 @@
+"""An engine in a process of its own as a server's backend.
+
+In: requests from an event loop. Out: chunks for it. Server and engine each have a Python of their own, so that reading
+requests and writing answers takes no time from the thread that feeds the GPU. What runs over there is subprocess_main.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llava.engine.errors import EngineClosed
+from llava.engine.handle import PendingAnswer, Wakeups
+from llava.engine.request import Chunk, Request
+from llava.serve.backends.base import BackendError
+from llava.serve.backends.in_process import EngineAnswering, gauges, told
+from llava.serve.backends.pipe import Line
+from llava.serve.backends.served_model import KnownModel
+from llava.serve.backends.subprocess_main import Abort, Ask, Ended, News, Order, Said, name_of
+
+if TYPE_CHECKING:
+    from llava.engine.config import EngineConfig
+    from llava.engine.engine import EngineStats
+    from llava.model.builder import LoadedModel
+
+logger = logging.getLogger("llava.serve")
+
+START = "import sys; from llava.serve.backends.subprocess_main import main; main(int(sys.argv[1]))"
+CLOSE_S = 30.0  # for the other process to end by itself
+
+
+class ProcessBackend:
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        *,
+        name: str,
+        conv_mode: str | None = None,
+        config: EngineConfig | None = None,
+        log_level: str = "info",
+    ) -> None:
+        """Start the process, and wait until its engine is ready. `load` is called there, so it must be known by name."""
+        here, there = socket.socketpair()
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", START, str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
+        self._line = Line(here)
+        try:
+            self._line.tell(Order(load, name, conv_mode, config, log_level))
+            first = self._line.read(default=None)
+            if first is None:
+                raise EngineClosed(f"the engine did not start: {self._last_words()}")
+            if isinstance(first, Exception):
+                raise first
+        except BaseException:
+            self._process.kill()
+            self._line.close()
+            self._process.wait()
+            raise
+        self.model: KnownModel = first
+        self._numbers = itertools.count()
+        self._pending: dict[int, _Pending] = {}
+        self._lock = threading.Lock()  # for asking against the end of the line
+        self._wakeups = Wakeups()
+        self._stats: EngineStats | None = None
+        self._alive = True  # as the engine itself says
+        self._gone: str | None = None  # how its process ended
+        self._closing = False
+        self._listener = threading.Thread(target=self._listen, name="llava-listener", daemon=True)
+        self._listener.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
+        number = next(self._numbers)
+        name = name_of(number)
+        pending = _Pending(name, lambda _: self._line.tell(Abort(number)), self._wakeups)
+        with self._lock:
+            if self._gone is not None:
+                raise BackendError(f"the engine is gone: {self._gone}")
+            self._pending[number] = pending
+            self._line.tell(Ask(number, replace(request, request_id=name), streamed))
+        try:
+            await pending.taken.wait()
+        except asyncio.CancelledError:
+            pending.abort()
+            raise
+        if pending.refusal is not None:
+            raise told(pending.refusal)
+        return EngineAnswering(pending, streamed)
+
+    def gauges(self) -> Mapping[str, float]:
+        return {} if self._stats is None else gauges(self._stats)
+
+    async def is_alive(self) -> bool:
+        return self._alive and self._gone is None
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._closing = True
+        self._line.close()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join()
+
+    # The thread that reads the line.
+
+    def _listen(self) -> None:
+        for news in self._line:
+            self._take(news)
+            self._wakeups.send()
+        last_words = self._last_words()
+        with self._lock:
+            self._gone = last_words
+        if not self._closing:
+            logger.error("the engine is gone: %s", last_words)
+        for number in list(self._pending):
+            self._end(number, EngineClosed(f"the engine ended before the answer did: {last_words}"))
+        self._wakeups.send()
+
+    def _take(self, news: News) -> None:
+        self._stats, self._alive = news.stats, news.alive
+        for event in news.events:
+            pending = self._pending.get(event.number)
+            if pending is None:  # it was over before it was said to be taken
+                continue
+            if isinstance(event, Said):
+                pending.put(Chunk(*event.chunk))
+            elif isinstance(event, Ended):
+                self._end(event.number, event.result)
+            pending.note_taken()
+
+    def _end(self, number: int, result: Any) -> None:
+        pending = self._pending.pop(number)
+        if not isinstance(result, Exception):
+            pending.finish(result)
+        else:
+            pending.refuse_or_fail(result)
+
+    def _last_words(self) -> str:
+        """How the process ended, which may be a moment after its line did."""
+        if self._closing:
+            return "it was closed"
+        try:
+            status = self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            return "its process hangs"
+        return f"its process was ended by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+class _Pending(PendingAnswer):
+    """A request over there. It may be refused until it is taken."""
+
+    def __init__(self, name: str, abort: Callable[[str], None], wakeups: Wakeups) -> None:
+        super().__init__(name, abort, wakeups)
+        self.taken = asyncio.Event()  # or refused
+        self.refusal: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+
+    def note_taken(self) -> None:
+        """The first word about it; from the thread that reads."""
+        if self._loop is not None:
+            self._wakeups.add(self._loop, self.taken)
+            self._loop = None
+
+    def refuse_or_fail(self, error: Exception) -> None:
+        if self._loop is not None:
+            self.refusal = error
+        self.fail(error)
+        self.note_taken()

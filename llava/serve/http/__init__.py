@@ -1,0 +1,1 @@
+"""HTTP: the application around routes, limits, streams."""

@@ -1,0 +1,166 @@
+"""What a body of the OpenAI-compatible API asks of the engine. Pure functions: no HTTP, no model, no pictures opened.
+
+In: a checked body and the `ModelCard`. Out: a `Draft`: prompts, the addresses of their pictures, and the sampling. It becomes
+`engine.Request`s when the pictures are open (serve/service.py). Answers are put together in replies.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation
+from llava.engine.hf_engine import check_marks
+from llava.engine.request import SamplingParams
+from llava.errors import InputError
+from llava.serve.backends.base import ModelCard
+from llava.serve.openai.schema import (
+    AssistantMessage,
+    ChatRequest,
+    Choosing,
+    CompletionRequest,
+    ImagePart,
+    ImageURL,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    SystemMessage,
+    UserMessage,
+)
+from llava.session import marked
+
+DEFAULT_NEW_TOKENS = 512
+# Fields that the engine calls by the same name.
+SAME_NAMES = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "ignore_eos", "n", "regex",
+)  # fmt: skip
+ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What becomes requests to the engine, one for each prompt, when the pictures are open."""
+
+    prompts: tuple[Conversation | str, ...]
+    pictures: tuple[ImageURL, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Said:
+    """One turn: who, what, and with which pictures."""
+
+    role: str
+    text: str
+    pictures: tuple[ImageURL, ...] = ()
+
+
+def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
+    """The conversation of a chat request in the template of the model, with its last answer open."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise InputError("max_tokens and max_completion_tokens are two names of one number; give one of them")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InputError("top_logprobs has no effect without logprobs: true; give both")
+    json_schema = None
+    if isinstance(body.response_format, JsonObjectFormat):
+        json_schema = ANY_OBJECT
+    elif isinstance(body.response_format, JsonSchemaFormat):
+        json_schema = body.response_format.json_schema.schema_
+    turns = _turns(body)
+    conversation = as_conversation(turns, card)
+    sampling = sampling_of(
+        body,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        json_schema=json_schema,
+    )
+    return Draft((conversation,), tuple(picture for turn in turns for picture in turn.pictures), sampling)
+
+
+def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
+    """The prompts of a completion request, taken as they are."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    pictures = tuple(body.images or ())
+    if pictures and len(prompts) > 1:
+        raise InputError("images go with a single prompt; send a request for each prompt that has images")
+    for prompt in prompts:
+        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(pictures))
+    sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
+    return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), pictures, sampling)
+
+
+def sampling_of(
+    body: Choosing,
+    *,
+    max_new_tokens: int | None,
+    logprobs: int | None = None,
+    json_schema: dict[str, Any] | None = None,
+) -> SamplingParams:
+    """What a body says of choosing tokens; fields that its kind does not have say nothing."""
+    fields = dict(body)
+    stop = fields.get("stop") or ()
+    given: dict[str, Any] = {name: fields.get(name) for name in SAME_NAMES} | {"min_new_tokens": body.min_tokens}
+    return SamplingParams(
+        max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logit_bias={int(token): bias for token, bias in (fields.get("logit_bias") or {}).items()},
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        json_schema=json_schema,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+# Messages
+
+
+def _turns(body: ChatRequest) -> list[Said]:
+    return [_turn(message, place) for place, message in enumerate(body.messages)]
+
+
+def _turn(message: SystemMessage | UserMessage | AssistantMessage, place: int) -> Said:
+    role = "system" if isinstance(message, SystemMessage) else message.role
+    if isinstance(message.content, str):
+        text = message.content
+        pictures: tuple[ImageURL, ...] = ()
+    else:
+        texts = [part.text for part in message.content if not isinstance(part, ImagePart)]
+        pictures = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
+        text = "\n".join(texts)
+    return checked_text(Said(role, text, pictures), f"messages[{place}]")
+
+
+def checked_text(turn: Said, place: str) -> Said:
+    if turn.role != "user" and DEFAULT_IMAGE_TOKEN in turn.text:
+        raise InputError(f"{place}: {DEFAULT_IMAGE_TOKEN} stands for a picture, and only the user shows pictures")
+    if turn.role == "user" and not turn.text.strip() and not turn.pictures:
+        raise InputError(f"{place}: the content is empty; ask something or show a picture")
+    return turn
+
+
+def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
+    """Turns in the model's template. Pictures come before the text of their turn, as in training, unless it says where.
+
+    Several turns of one speaker in a row become one.
+    """
+    system = [turn.text for turn in turns if turn.role == "system"]
+    spoken = turns[len(system) :]
+    if any(turn.role == "system" for turn in spoken):
+        raise InputError("system messages come before all others")
+    if not spoken:
+        raise InputError("there is no question: messages needs one with the role user")
+    if spoken[0].role != "user":
+        raise InputError("the first message after the system's must be the user's")
+    if spoken[-1].role != "user":
+        raise InputError("the last message must be the user's: the next one is the model's answer")
+    conversation = card.template.with_system("\n".join(system)) if system else card.template.copy()
+    for role, run in groupby(spoken, key=lambda turn: turn.role):
+        texts = [
+            marked(turn.text, len(turn.pictures), card.image_mark) if role == "user" else turn.text for turn in run
+        ]
+        conversation.append_message(conversation.roles[role == "assistant"], "\n".join(texts))
+    conversation.append_message(conversation.roles[1], None)
+    return conversation

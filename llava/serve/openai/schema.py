@@ -1,0 +1,355 @@
+"""The bodies of the OpenAI-compatible API, as types: what is accepted, and what is answered.
+
+Requests are strict: a wrong type or an unknown field is refused, and `sentence` says which and where. Fields of OpenAI that
+mean something this server does not do are accepted at the value that asks for nothing. What a body means is
+requests.py; routes are routes.py. The published OpenAPI document is made from these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava.cli.program import closest
+from llava.engine.request import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_SEED
+
+MAX_STOPS = 16
+
+
+class Body(BaseModel):
+    """Part of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Reply(BaseModel):
+    """Part of an answer; fields that were not set are left out."""
+
+    def as_json(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+# Messages
+
+
+class ImageURL(Body):
+    url: str = Field(description="an http(s) or data: URL", min_length=1)
+    detail: Literal["auto", "low", "high"] = Field(
+        "auto", description="low: one tile; else what the model was made for"
+    )
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
+class SystemMessage(Body):
+    role: Literal["system", "developer"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class UserMessage(Body):
+    role: Literal["user"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    # What the official client sends back of an answer.
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+# Requests
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="accepted and not done")
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1)]
+
+
+class Choosing(Body):
+    """How tokens are chosen: the same fields in all three kinds of request."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=100, description="default: 0, the likeliest token each time")
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool | None = None
+    user: str | None = None
+    # Not OpenAI's; named as vLLM and others name them.
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="keep so many of the likeliest tokens; 0: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
+    regex: str | None = Field(None, description="the answer matches this expression as a whole", max_length=10_000)
+    inspect: bool = Field(False, description="say in `inspect` what the pictures became and how long each part took")
+    # Accepted, and nothing follows from them.
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    store: bool | None = None
+
+
+class Generating(Choosing):
+    """What chat and plain completions share beyond that."""
+
+    max_tokens: int | None = Field(None, ge=1, description="of each answer")
+    n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(Generating):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    # Asking for nothing.
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+
+class CompletionRequest(Generating):
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    images: list[ImageURL] | None = Field(None, description="one for each `<image>` mark of a single prompt")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # Asking for nothing.
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+# Answers
+
+
+class PromptDetails(Reply):
+    cached_tokens: int
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(Reply):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class PictureSeen(Reply):
+    """What one picture became."""
+
+    width: int
+    height: int
+    tiles: int
+    grid: list[int] | None  # (rows, columns) of tiles beside the overview; None for a single tile
+    tokens: int
+
+
+class Inspection(Reply):
+    images: list[PictureSeen]
+    queued_s: float
+    first_token_s: float | None
+    total_s: float
+
+
+class TopLogprob(Reply):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Reply):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantReply(Reply):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ChatChoice(Reply):
+    index: int
+    message: AssistantReply
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatReply(Reply):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    inspect: Inspection | None = None
+
+
+class Delta(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Reply):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    inspect: Inspection | None = None
+
+
+class TextLogprobs(Reply):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(Reply):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextReply(Reply):
+    """Also each piece of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    inspect: Inspection | None = None
+
+
+class ModelEntry(Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    # Not OpenAI's.
+    context_len: int | None = None
+    conv_mode: str | None = None
+    takes_images: bool | None = None
+
+
+class ModelList(Reply):
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class Trouble(Reply):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Reply):
+    error: Trouble
+
+
+def sentence(error: ValidationError, body: Any) -> tuple[str, str | None]:
+    """What is wrong with a body, in words, and the field that is to blame."""
+    problems = [(_place(item["loc"], body), item) for item in error.errors(include_url=False, include_context=False)]
+    # Of the alternatives of a union, the one that went furthest is what was meant.
+    place, worst = max(problems, key=lambda pair: len(pair[0]))
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    if worst["type"] == "extra_forbidden":
+        known = [
+            field.alias or key for key, field in (ChatRequest.model_fields | CompletionRequest.model_fields).items()
+        ]
+        hint = closest(str(place[-1]), known) if len(place) == 1 else ""
+        return f"unknown field {name!r}{hint}", name
+    message = worst["msg"][:1].lower() + worst["msg"][1:]
+    return (f"{name}: {message}" if name else f"the body is not valid: {message}"), name or None
+
+
+def _place(loc: tuple[int | str, ...], body: Any) -> list[int | str]:
+    """The steps of an error's place that lead somewhere in the body; pydantic also names types there."""
+    steps: list[int | str] = []
+    for position, step in enumerate(loc):
+        inside = isinstance(body, dict) and step in body
+        if inside or (isinstance(body, list) and isinstance(step, int) and step < len(body)):
+            body = body[step]
+        elif not (isinstance(body, dict) and position == len(loc) - 1):
+            continue
+        steps.append(step)
+    return steps

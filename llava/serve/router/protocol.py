@@ -1,0 +1,170 @@
+"""The original worker protocol: what is posted, what streams back, and the words for what goes wrong.
+
+In: the JSON of a request to `/worker_generate_stream`. Out: a `GenerateBody`, checked, or an `InputError`; and chunks,
+each a JSON object `{"text", "error_code"}` that ends in a zero byte, whose text is the prompt and the answer so far.
+Nothing here knows HTTP. Servers are serve/model_worker.py and serve/controller.py; the OpenAI-compatible API is
+serve/openai/routes.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.engine.hf_engine import check_marks
+from llava.engine.request import SamplingParams
+from llava.errors import InputError
+
+# Error codes of a chunk. With any but OK the text is a sentence for the user and nothing follows.
+OK = 0
+WORKER_FAILED = 1  # the worker refused the request or failed at it
+NO_WORKER = 2  # the controller has no worker for this model
+WORKER_UNREACHABLE = 3  # the controller lost the worker
+
+# What the original's web page shows; outside code imports these names.
+server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+NO_ROOM = "Exceeds max token length. Please start a new conversation, thanks."
+DEFAULT_NEW_TOKENS = 256
+GREEDY_BELOW = 0.001  # temperatures up to this take the likeliest token
+
+
+def encode_chunk(text: str, error_code: int = OK, **more: Any) -> bytes:
+    """One chunk as it goes over the wire. `more` are keys that a client has asked for."""
+    return json.dumps({"text": text, "error_code": error_code, **more}).encode() + b"\0"
+
+
+class ChunkReader:
+    """Bytes in, as they arrive; whole chunks out."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        *whole, self._held = (self._held + data).split(b"\0")
+        return (json.loads(part) for part in whole if part)
+
+
+def read_chunks(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The chunks of a whole stream."""
+    reader = ChunkReader()
+    for data in stream:
+        yield from reader.feed(data)
+
+
+@dataclass(frozen=True)
+class GenerateBody:
+    """A request to generate, as the original's page and its test client post it."""
+
+    prompt: str
+    images: tuple[str, ...]  # base64 or data: URLs
+    sampling: SamplingParams | None  # None: not even one new token was allowed
+    inspect: bool = False  # ours: the last chunk also has what the answer cost
+
+    @classmethod
+    def parse(cls, body: Any) -> GenerateBody:
+        if not isinstance(body, Mapping):
+            raise InputError("the body must be a JSON object")
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            raise InputError("the body needs a 'prompt', a string")
+        images = body.get("images") or []
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise InputError("'images' must be a list of pictures in base64")
+        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
+        num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, int)
+        temperature = _number(body, "temperature", 1.0, float)
+        stop = body.get("stop") or ""
+        if not isinstance(stop, str):
+            raise InputError("'stop' must be a string")
+        sampling = None
+        if num_new_tokens >= 1:
+            greedy = temperature <= GREEDY_BELOW
+            sampling = SamplingParams(
+                temperature=0.0 if greedy else temperature,
+                top_p=1.0 if greedy else _number(body, "top_p", 1.0, float),
+                max_new_tokens=num_new_tokens,
+                stop=(stop,) if stop else (),
+            )
+        return cls(prompt, tuple(images), sampling, inspect=body.get("inspect") is True)
+
+
+def _number(body: Mapping[str, Any], name: str, default: float, kind: type) -> Any:
+    value = body.get(name)
+    if value is None:
+        return kind(default)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name!r} is {value!r}; it must be a number") from None
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What a worker tells its controller about itself."""
+
+    model_names: tuple[str, ...]
+    speed: float
+    queue_length: int
+
+    @classmethod
+    def parse(cls, values: Any) -> WorkerStatus:
+        if not isinstance(values, Mapping):
+            raise InputError("'worker_status' must be an object with model_names, speed and queue_length")
+        names = values.get("model_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError("'model_names' of a worker must be a list of strings")
+        speed, queue_length = _count(values, "speed"), _count(values, "queue_length")
+        return cls(tuple(names), speed, int(queue_length))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model_names": list(self.model_names), "speed": self.speed, "queue_length": self.queue_length}
+
+
+def _count(values: Mapping[str, Any], name: str) -> float:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise InputError(f"{name!r} of a worker is {value!r}; it must be a number from 0")
+    return value
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A worker that announces itself. Without a status the controller asks the worker for it."""
+
+    worker_name: str
+    check_heart_beat: bool
+    status: WorkerStatus | None
+
+    @classmethod
+    def parse(cls, body: Any) -> Registration:
+        name = text_field(body, "worker_name")
+        if not name.startswith(("http://", "https://")):
+            raise InputError(f"worker_name is {name!r}; it must be the worker's http address")
+        if not isinstance(body.get("check_heart_beat"), bool):
+            raise InputError("the body needs 'check_heart_beat', true or false")
+        status = body.get("worker_status")
+        return cls(name, body["check_heart_beat"], WorkerStatus.parse(status) if status is not None else None)
+
+
+@dataclass(frozen=True)
+class HeartBeat:
+    worker_name: str
+    queue_length: int
+
+    @classmethod
+    def parse(cls, body: Any) -> HeartBeat:
+        return cls(text_field(body, "worker_name"), int(_count(body, "queue_length")))
+
+
+def text_field(body: Any, name: str) -> str:
+    """A string that a body must have."""
+    if not isinstance(body, Mapping) or not isinstance(body.get(name), str):
+        raise InputError(f"the body must be a JSON object with {name!r}, a string")
+    return body[name]

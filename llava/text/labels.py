@@ -1,0 +1,280 @@
+"""Training samples as ids and labels: one tokenization, and a label wherever a span is to be learned.
+
+In: the turns of a sample ({"from": ..., "value": ...}), a template, a tokenizer. Out: input ids (-200 for each image)
+and labels (-100 where nothing is learned). A token is trained when its last character lies in a trained span; the space
+after `ASSISTANT:` belongs to the answer. Templates are in conversation.py, ids and places in tokenization.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from llava import conversation as conversation_lib
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Conversation, SeparatorStyle, Span
+from llava.errors import InputError
+from llava.text.legacy_labels import labels_by_rounds
+from llava.text.tokenization import encode_with_places
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Turn = Mapping[str, Any]  # {"from": "human" | "gpt" | ..., "value": text}
+Source = Sequence[Turn]  # the turns of one sample
+
+# Who speaks, by the names that data files use.
+_QUESTION, _ANSWER, _SYSTEM = "question", "answer", "system"
+_SPEAKERS = {"human": _QUESTION, "user": _QUESTION, "gpt": _ANSWER, "assistant": _ANSWER, "system": _SYSTEM}
+
+
+def speaker_of(name: Any) -> str | None:
+    """Who a turn's "from" means: "question", "answer", "system"; None for a name that is not known."""
+    return _SPEAKERS.get(str(name).lower())
+
+
+def sample_spans(source: Source, conv: Conversation, *, keep_empty_answers: bool = True) -> list[Span]:
+    """What a template makes of a sample's turns, as training has it: the text, and which of it is trained on."""
+    return _FORMS.get(conv.sep_style, _DIALOGUE).spans(source, conv, keep_empty_answers)
+
+
+def encode_spans(
+    spans: Sequence[Span], tokenizer: Any, *, image_token_index: int | None = IMAGE_TOKEN_INDEX
+) -> tuple[list[int], list[int]]:
+    """Ids of the spans' joined text and their labels; with image_token_index None, `<image>` is ordinary text."""
+    text = "".join(span.text for span in spans)
+    ids, places = encode_with_places(text, tokenizer, image_token_index)
+    trained = b"".join((b"\1" if span.trained else b"\0") * len(span.text) for span in spans)
+    last = len(text) - 1
+    return ids, [
+        token if place >= 0 and trained[min(place, last)] else IGNORE_INDEX
+        for token, place in zip(ids, places, strict=True)
+    ]
+
+
+def preprocess_multimodal(
+    sources: Sequence[Source], data_args: Any, *, conv: Conversation | None = None, move_marks: bool = True
+) -> list[list[dict[str, Any]]]:
+    """Copies of the samples with their image marks in the form that the model was set up for.
+
+    `data_args` says whether samples have images at all (is_multimodal) and whether marks are wrapped in
+    <im_start>/<im_end> (mm_use_im_start_end). A turn's mark moves to a first line of its own; that leaves one mark
+    however many there were, so a turn with several images needs `move_marks=False`, which leaves them in place.
+    """
+    if not data_args.is_multimodal:
+        return [[dict(turn) for turn in source] for source in sources]
+    mark = wrapped_mark(data_args.mm_use_im_start_end)
+    if "mmtag" in (conv or conversation_lib.default_conversation).version:
+        mark = f"<Image>{mark}</Image>"
+
+    def placed(text: str) -> str:
+        if DEFAULT_IMAGE_TOKEN in text and move_marks:
+            text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+        return text.replace(DEFAULT_IMAGE_TOKEN, mark)
+
+    return [
+        [{**turn, "value": placed(_read_turn(turn, index)[1])} for index, turn in enumerate(source)]
+        for source in sources
+    ]
+
+
+def wrapped_mark(use_im_start_end: bool) -> str:
+    """What stands for one image in a prompt: the bare mark, or the mark between its start and end tokens."""
+    if use_im_start_end:
+        return f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
+    return DEFAULT_IMAGE_TOKEN
+
+
+def preprocess(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    has_image: bool = False,
+    conv: Conversation | None = None,
+    *,
+    keep_empty_answers: bool = False,
+    label_rule: str = "spans",
+) -> dict[str, Any]:
+    """Samples as {"input_ids", "labels", "num_truncated"}: a padded tensor, or a list of tensors where the template's
+    samples were always handed out one by one (captions, and the oldest dialogues).
+
+    `conv` is the template; without it, `llava.conversation.default_conversation` is read at this call. Samples without
+    images are cut to the tokenizer's model_max_length; those with images are cut once their features are known.
+    `keep_empty_answers` gives an answer of "" its end mark instead of leaving the turn open. `label_rule="rounds"`
+    makes the labels of older software, its dropped samples included, for exact comparison with old runs.
+    """
+    conv = conv or conversation_lib.default_conversation
+    if label_rule not in ("spans", "rounds"):
+        raise InputError(f"unknown label rule {label_rule!r}; known rules are 'spans' and 'rounds'.")
+    form = _FORMS.get(conv.sep_style, _DIALOGUE)
+    marks_are_images = has_image or form.always_with_image
+    max_length = None if marks_are_images else tokenizer.model_max_length
+    rows: list[tuple[list[int], list[int]]] = []
+    num_truncated = 0
+    for source in sources:
+        spans = form.spans(source, conv, keep_empty_answers)
+        index = IMAGE_TOKEN_INDEX if marks_are_images else None
+        ids, labels = encode_spans(spans, tokenizer, image_token_index=index)
+        if max_length is not None and len(ids) > max_length:
+            num_truncated += 1
+            ids, labels = ids[:max_length], labels[:max_length]
+        if label_rule == "rounds" and form.has_rounds:
+            labels = labels_by_rounds("".join(span.text for span in spans), ids, conv, tokenizer, has_image=has_image)
+        rows.append((ids, labels))
+    if num_truncated:
+        _warn_truncated(max_length)
+    batch = _pad if form.as_batch else _list
+    pad_id = tokenizer.pad_token_id
+    return {
+        "input_ids": batch([ids for ids, _ in rows], pad_id),
+        "labels": batch([labels for _, labels in rows], IGNORE_INDEX),
+        "num_truncated": num_truncated,
+    }
+
+
+@cache
+def _warn_truncated(max_length: int | None) -> None:
+    logger.warning("samples longer than model_max_length=%s tokens are cut to it; this is said once", max_length)
+
+
+def _pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
+    import torch
+
+    longest = max((len(row) for row in rows), default=0)
+    if value is None:
+        if any(len(row) < longest for row in rows):
+            raise InputError("samples of different lengths need a padding token; set tokenizer.pad_token first.")
+        return torch.tensor(rows, dtype=torch.long)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def _list(rows: list[list[int]], value: int | None) -> list[torch.Tensor]:
+    import torch
+
+    return [torch.tensor(row, dtype=torch.long) for row in rows]
+
+
+# From the turns of a sample to spans, one function per kind of template.
+
+
+def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
+    """The template rendered with the sample's turns; a first turn from "system" replaces the template's system text."""
+    turns = [_read_turn(turn, index) for index, turn in enumerate(source)]
+    conv = conv.copy()
+    first = 0
+    if turns and turns[0][0] == _SYSTEM:
+        conv = conv.with_system(turns[0][1])
+        first = 1
+    if len(turns) > first and turns[first][0] == _ANSWER:
+        _warn_answer_first()
+        first += 1
+    if len(turns) == first:
+        raise InputError("the sample has no turn from 'human'; give it a question and an answer.")
+    conv.messages = []
+    for index, (speaker, text) in enumerate(turns[first:]):
+        expected = (_QUESTION, _ANSWER)[index % 2]
+        if speaker != expected:
+            names = " or ".join(repr(name) for name, who in _SPEAKERS.items() if who == expected)
+            raise InputError(
+                f"turn {first + index + 1} of the sample is from {source[first + index]['from']!r} where {names} is "
+                "expected: questions and answers must alternate; merge or drop turns."
+            )
+        conv.append_message(conv.roles[index % 2], text)
+    return conv.spans(keep_empty_answers=keep_empty_answers)
+
+
+@cache
+def _warn_answer_first() -> None:
+    logger.warning("samples that begin with an answer lose it, since nothing was asked; this is said once")
+
+
+def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
+    """Turns as the oldest models were trained on them: "### Speaker: text" lines after the system text.
+
+    The models write the mark of the next turn, too, so that mark is trained even before a question.
+    """
+    names = {_QUESTION: conv.roles[0], _ANSWER: conv.roles[1]}
+    spans = [Span(f"{conv.system}\n\n", False)]
+    for index, turn in enumerate(source):
+        speaker, text = _read_turn(turn, index, any_speaker=True)
+        line = f" {names.get(speaker, 'unknown')}: {text}\n"
+        spans += [Span("###", True), Span(line, speaker != _QUESTION)]
+    return [*spans, Span("### ", True)]
+
+
+def _caption_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
+    """An image mark and its caption; whatever else the question says is left out."""
+    if len(source) != 2:
+        raise InputError(
+            f"the sample has {len(source)} turns where the plain template pairs one image with one caption; use a "
+            "dialogue template for it."
+        )
+    question, caption = (_read_turn(turn, index)[1] for index, turn in enumerate(source))
+    if DEFAULT_IMAGE_TOKEN not in question:
+        raise InputError(
+            f"the first turn of the sample, {question[:60]!r}, has no {DEFAULT_IMAGE_TOKEN} mark, which the plain "
+            "template needs; use a dialogue template for it."
+        )
+    return [Span(DEFAULT_IMAGE_TOKEN, False), Span(caption + conv.sep, True)]
+
+
+def _read_turn(turn: Turn, index: int, any_speaker: bool = False) -> tuple[str, str]:
+    """Who speaks (_QUESTION, _ANSWER, _SYSTEM) and what; "unknown" only where a template has a name for that."""
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+        raise InputError(
+            f"turn {index + 1} of the sample is {str(turn)[:60]!r}; a turn needs the keys 'from' and 'value'."
+        )
+    if not isinstance(turn["value"], str):
+        raise InputError(f"turn {index + 1} of the sample has {turn['value']!r} where its text is expected.")
+    speaker = speaker_of(turn["from"])
+    if speaker is None and not any_speaker:
+        raise InputError(
+            f"turn {index + 1} of the sample is from {turn['from']!r}; known speakers are {', '.join(_SPEAKERS)}."
+        )
+    return speaker or "unknown", turn["value"]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What samples of a template become."""
+
+    spans: Callable[[Source, Conversation, bool], list[Span]]
+    as_batch: bool
+    always_with_image: bool = False
+    has_rounds: bool = False
+
+
+_DIALOGUE = _Form(dialogue_spans, as_batch=True, has_rounds=True)
+_FORMS = {
+    SeparatorStyle.SINGLE: _Form(_signal_spans, as_batch=False),
+    SeparatorStyle.PLAIN: _Form(_caption_spans, as_batch=False, always_with_image=True),
+}
+
+
+# Names that outside code imports: each serves the templates of its kind, whichever is the default at the call.
+
+
+def preprocess_v1(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+    return preprocess(sources, tokenizer, has_image)
+
+
+def preprocess_llama_2(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+    return preprocess(sources, tokenizer, has_image)
+
+
+def preprocess_mpt(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+    return preprocess(sources, tokenizer, has_image)
+
+
+def preprocess_plain(sources: Sequence[Source], tokenizer: Any) -> dict[str, Any]:
+    return preprocess(sources, tokenizer, True)

@@ -1,0 +1,200 @@
+"""A model made ready for training: loaded, joined with tower and projector, the right parts frozen and cast.
+
+In: the three argument dataclasses. Out: the tokenizer, the conversation template, and the model.
+Loading itself is model/builder.py's work, joining is model/llava_arch.py's, adapters are in lora.py; this file decides
+in which order those happen and what is trained. The run that follows is in train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from torch import nn
+
+from llava.conversation import Conversation, conv_templates
+from llava.errors import InputError
+from llava.images.layout import parse_pinpoints
+from llava.model.config import LlavaSettings
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.lora import add_lora
+from llava.train.save import smart_tokenizer_and_embedding_resize
+
+logger = logging.getLogger(__name__)
+
+# Names that --version takes beside those of the templates.
+VERSION_ALIASES = {"v0.5": "v1"}
+
+# What a LLaVA checkpoint's config says about itself, by the name of the argument that would say it anew.
+CONFIG_OF_ARGUMENT = {
+    "vision_tower": "mm_vision_tower",
+    "mm_vision_select_layer": "mm_vision_select_layer",
+    "mm_vision_select_feature": "mm_vision_select_feature",
+    "mm_projector_type": "mm_projector_type",
+    "mm_patch_merge_type": "mm_patch_merge_type",
+    "mm_use_im_start_end": "mm_use_im_start_end",
+    "mm_use_im_patch_token": "mm_use_im_patch_token",
+}
+
+
+def choose_conversation(version: str | None) -> Conversation:
+    """The template that `--version` names."""
+    name = VERSION_ALIASES.get(str(version), str(version))
+    if name not in conv_templates:
+        raise InputError(f"--version is {version!r}; known: {', '.join(sorted({*conv_templates, *VERSION_ALIASES}))}")
+    return conv_templates[name]
+
+
+def prepare_tokenizer(tokenizer: Any, model: Any, version: str | None) -> None:
+    """Give the tokenizer a padding token: its unknown token, or for `v0` a token of its own, as those models had."""
+    if version == "v0":
+        if tokenizer.pad_token is None:
+            smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
+    elif tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    elif tokenizer.pad_token is None:  # vocabularies of bytes know no unknown
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise InputError("this model's tokenizer has neither a padding, an unknown nor an end token to pad with")
+
+
+def keep_vision_settings(
+    config: Any, model_args: ModelArguments, data_args: DataArguments
+) -> tuple[ModelArguments, DataArguments]:
+    """Arguments completed from a LLaVA checkpoint's config, for a run that goes on from it without `--vision_tower`."""
+    if model_args.vision_tower or not getattr(config, "mm_vision_tower", None):
+        return model_args, data_args
+    kept = {
+        argument: getattr(config, key)
+        for argument, key in CONFIG_OF_ARGUMENT.items()
+        if getattr(config, key, None) is not None
+    }
+    logger.info("no --vision_tower given: going on with the checkpoint's own vision settings, %s", kept)
+    image = LlavaSettings.from_hf(config).image
+    pinpoints = [[size.width, size.height] for size in image.pinpoints]
+    return (
+        dataclasses.replace(model_args, **kept),
+        dataclasses.replace(data_args, image_aspect_ratio=image.mode, image_grid_pinpoints=str(pinpoints)),
+    )
+
+
+def prepare_language_model(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """Freeze or adapt the language model, before tower and projector join it."""
+    model.config.use_cache = False
+    _allow_saving(model.generation_config)
+    if model_args.freeze_backbone:
+        model.base_model.requires_grad_(False)
+    if training_args.gradient_checkpointing:
+        # Checkpointed layers need an input that gradients flow to, also where the embedding table is frozen.
+        model.enable_input_require_grads()
+    return add_lora(model, training_args) if training_args.lora_enable else model
+
+
+def add_vision(
+    model: Any,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Join tower and projector to the model, write what they are into its config, and choose which parts are trained."""
+    config = model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    if data_args.image_aspect_ratio == "anyres":
+        if not data_args.image_grid_pinpoints:
+            raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, the tilings to choose from")
+        config.image_grid_pinpoints = [list(size) for size in parse_pinpoints(data_args.image_grid_pinpoints)]
+    inner = model.get_model()
+    kept = getattr(config, "mm_projector_type", None) if getattr(inner, "mm_projector", None) is not None else None
+    if kept is not None and kept != model_args.mm_projector_type:
+        logger.warning(
+            "the model has a projector (%s) and keeps it; --mm_projector_type %s is not used",
+            kept, model_args.mm_projector_type,
+        )  # fmt: skip
+    inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
+    tower = model.get_vision_tower()
+    tower.requires_grad_(False)  # adapters with `lora_bias all` release the biases of a tower that is there already
+    data_args.image_processor = tower.image_processor
+    if not tower.resamples_pixels:  # otherwise its first layer rounds them so; loaders have half as much to hand over
+        data_args.pixel_dtype = training_args.compute_dtype
+    data_args.is_multimodal = True
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = tokenizer.model_max_length
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.mm_projector_lr = training_args.mm_projector_lr
+    if model_args.version != "plain":  # which is a way to train, not one to talk
+        config.conv_mode = VERSION_ALIASES.get(str(model_args.version), model_args.version)
+    training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    training_args.use_im_start_end = model_args.mm_use_im_start_end
+    training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
+
+    newline = getattr(inner, "image_newline", None)
+    if training_args.bits != 16:  # a model of packed weights stands on its device already, and is not moved again
+        for part in (tower, inner.mm_projector):
+            part.to(training_args.device)
+        if newline is not None:
+            newline.data = newline.data.to(training_args.device)
+    if model_args.tune_mm_mlp_adapter:
+        model.requires_grad_(False)
+        inner.mm_projector.requires_grad_(True)
+        if newline is not None:
+            newline.requires_grad_(True)
+    if training_args.freeze_mm_mlp_adapter:
+        inner.mm_projector.requires_grad_(False)
+    if model_args.unfreeze_mm_vision_tower:
+        config.unfreeze_mm_vision_tower = True
+        config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
+        unfreeze_tower(tower)
+    model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
+
+
+def unfreeze_tower(tower: Any) -> None:
+    """Train the tower as far as the layer that the projector reads; what lies behind it gets no gradient anyway.
+
+    A trained parameter without a gradient would stop a distributed run, which waits for the gradients of all.
+    """
+    tower.requires_grad_(False)
+    for part in tower.parts_run():
+        part.requires_grad_(True)
+
+
+def cast_weights(model: nn.Module, training_args: TrainingArguments) -> None:
+    """Hold trained weights in `weight_dtype` and frozen ones in `compute_dtype`. Buffers keep their precision.
+
+    A tower of which a part is trained stays in one precision: its layers hand each other what they computed.
+    """
+    if training_args.deepspeed:  # it does its own casting, and may have scattered the weights already
+        return
+    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    in_tower = {id(parameter) for parameter in tower.parameters()} if tower is not None and tower.trainable else set()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            trained = parameter.requires_grad or id(parameter) in in_tower
+            wanted = training_args.weight_dtype if trained else training_args.compute_dtype
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Number of trained values; a run without any is refused."""
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if num_trained == 0:
+        raise InputError(
+            "there is nothing to train: every part is frozen (--freeze_backbone, --tune_mm_mlp_adapter, "
+            "--freeze_mm_mlp_adapter)"
+        )
+    return num_trained
+
+
+def _allow_saving(generation_config: Any) -> None:
+    """Published base models say a temperature without saying that they sample; the library refuses to save that."""
+    if generation_config is None or generation_config.do_sample:
+        return
+    if any(getattr(generation_config, key, None) not in (None, 1.0) for key in ("temperature", "top_p")):
+        generation_config.do_sample = True
