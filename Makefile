@@ -1,5 +1,5 @@
 # Three commands for a fresh machine with Python >= 3.11 and make:
-#   make demo       set up, and ask the embedded model about a picture
+#   make demo       set up, and ask the embedded model about an image
 #   make demo-eval  set up, and measure the embedded model on its held-out questions
 #   make test       set up, and run the tests
 # And one for the site of docs/, written to build/site:

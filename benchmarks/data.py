@@ -1,8 +1,8 @@
-"""What reading training data costs: opening a large file, memory per loader process, pictures per second and core.
+"""What reading training data costs: opening a large file, memory per loader process, images per second and core.
 
     python benchmarks/data.py --samples 665000 --output benchmarks/results/data.md
 
-In: nothing; a file of made-up conversations of the LLaVA-1.5 mix's size, and JPEG pictures, are written to a temporary
+In: nothing; a file of made-up conversations of the LLaVA-1.5 mix's size, and JPEG images, are written to a temporary
 folder. Out: a table in Markdown. The peer is the usual way: `json.load` of the whole file, a list of dicts forked into
 every loader process. Memory is read from /proc, so this runs on Linux.
 """
@@ -25,16 +25,16 @@ from types import SimpleNamespace
 from typing import Any
 
 MIB = 2**20
-PICTURES = 64
-PICTURE_SIZE = (640, 480)
+IMAGES = 64
+IMAGE_SIZE = (640, 480)
 
 
 def write_samples(path: Path, count: int) -> None:
-    """Dialogues of 1 to 6 rounds, 1.5 KB on average, one in sixteen without a picture and longer."""
+    """Dialogues of 1 to 6 rounds, 1.5 KB on average, one in sixteen without an image and longer."""
     rng = random.Random(0)
     words = (
         "a",
-        "picture",
+        "image",
         "shows",
         "two",
         "people",
@@ -59,25 +59,25 @@ def write_samples(path: Path, count: int) -> None:
                 mark = "<image>\n" if round_number == 0 and not text_only else ""
                 turns.append({"from": "human", "value": mark + rng.choice(texts)[:80]})
                 turns.append({"from": "gpt", "value": rng.choice(texts) + (" café" if number % 50 == 0 else "")})
-            image = {} if text_only else {"image": f"{number % PICTURES}.jpg"}
+            image = {} if text_only else {"image": f"{number % IMAGES}.jpg"}
             sample = {"id": f"{number:012d}", **image, "conversations": turns}
             file.write(json.dumps(sample, ensure_ascii=False))
         file.write("]")
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Smooth colours with some grain: about as many bytes as photographs of this size have."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
-            PICTURE_SIZE, Image.Resampling.BICUBIC
+            IMAGE_SIZE, Image.Resampling.BICUBIC
         )
-        grain = rng.integers(-12, 13, (PICTURE_SIZE[1], PICTURE_SIZE[0], 3))
-        picture = np.clip(np.asarray(coarse).astype(int) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"{number}.jpg", quality=85)
+        grain = rng.integers(-12, 13, (IMAGE_SIZE[1], IMAGE_SIZE[0], 3))
+        image = np.clip(np.asarray(coarse).astype(int) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{number}.jpg", quality=85)
 
 
 def memory_mib() -> dict[str, float]:
@@ -185,17 +185,17 @@ def task_load(path: str, images: str) -> dict[str, float]:
             work(index)
         return (time.process_time() - start) / len(with_image) * 1e3
 
-    def picture(index: int) -> Any:
-        return load_image(Path(images) / f"{index % PICTURES}.jpg")
+    def image(index: int) -> Any:
+        return load_image(Path(images) / f"{index % IMAGES}.jpg")
 
-    pictures = [picture(index) for index in range(8)]
+    opened = [image(index) for index in range(8)]
     return {
         "sample_ms": timed(lambda index: dataset[index]),
-        "decode_ms": timed(picture),
-        "pixels_ms": timed(lambda index: process_images([pictures[index % 8]], processor, args)),
+        "decode_ms": timed(image),
+        "pixels_ms": timed(lambda index: process_images([opened[index % 8]], processor, args)),
         "tokens_ms": timed(lambda index: dataset.tokens(dataset.list_data_dict[index], num_images=1)),
         "tokens": sum(len(dataset[index]["input_ids"]) for index in with_image[:50]) / 50,
-        "image_kb": sum(file.stat().st_size for file in Path(images).iterdir()) / PICTURES / 1000,
+        "image_kb": sum(file.stat().st_size for file in Path(images).iterdir()) / IMAGES / 1000,
     }
 
 
@@ -212,7 +212,7 @@ def table(samples: int, folder: Path) -> Iterator[str]:
     path, images = folder / "samples.json", folder / "images"
     images.mkdir()
     write_samples(path, samples)
-    write_pictures(images)
+    write_images(images)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     first = in_new_process("open", str(path))
     second = in_new_process("open", str(path))
@@ -241,12 +241,12 @@ def table(samples: int, folder: Path) -> Iterator[str]:
     yield "Loader processes have drawn 20,000 samples from all over the file before their memory is read; what is resident"
     yield "is mostly the program itself (torch, transformers), in pages that all of them share. Times are wall clock."
     yield ""
-    width, height = PICTURE_SIZE
+    width, height = IMAGE_SIZE
     yield f"One loader process, JPEG of {width}x{height} ({load['image_kb']:.0f} kB) padded and resized to 336x336, CPU time:"
     yield ""
     yield "| step | ms |"
     yield "|---|---:|"
-    yield f"| read and decode the picture | {load['decode_ms']:.2f} |"
+    yield f"| read and decode the image | {load['decode_ms']:.2f} |"
     yield f"| pad, resize, normalise | {load['pixels_ms']:.2f} |"
     yield f"| parse, render, tokenize, label ({load['tokens']:.0f} tokens) | {load['tokens_ms']:.2f} |"
     yield f"| whole sample | {load['sample_ms']:.2f} |"

@@ -1,8 +1,8 @@
 """The engine beside `model.generate` on a CPU, with the embedded model: `python benchmarks/engine_cpu.py`.
 
-Both answer the same kind of request (58 words and a new picture) in the same process, one after the other in every round;
+Both answer the same kind of request (58 words and a new image) in the same process, one after the other in every round;
 the median of the rounds counts. Decode rate = 128 x sequences / (time for 136 new tokens - time for 8); "whole" is 136 new
-tokens with picture and prompt. The limit is what the memory could feed: weights once a step, and every sequence's keys and
+tokens with image and prompt. The limit is what the memory could feed: weights once a step, and every sequence's keys and
 values. `--tiny` runs one short round, to see that it runs. Run it on a quiet machine: two threads that wait for each other
 on a busy core measure the other programs.
 """
@@ -38,7 +38,7 @@ FORMS = {  # name: (dtype, the engine's weights)
 
 
 def stock(loaded: Any, requests: Sequence[Request]) -> None:
-    """`model.generate` for a batch, from pictures and ids to tokens."""
+    """`model.generate` for a batch, from images and ids to tokens."""
     inputs = [loaded.processor("<image>", request.images) for request in requests]
     new = requests[0].sampling.max_new_tokens
     loaded.model.generate(

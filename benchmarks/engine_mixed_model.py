@@ -38,7 +38,7 @@ STEP_ROWS, STEP_MS = (1, 8, 32, 64, 128, 256, 512), (3.15, 3.45, 3.59, 3.84, 4.5
 SMALL_MS = 0.6  # norms, gates, choosing, of a decoding step
 ROW_US = 0.0125 + 0.0151 + 2 * 0.0073  # a layer's store, gate and norms, per prompt token
 PROMPT_ATTENTION_MS = 3.3 / 4080  # per prompt token, of 680-token prompts, all layers
-PICTURE_MS = 0.85  # the tower, six tiles together
+IMAGE_MS = 0.85  # the tower, six tiles together
 # What the card could do.
 BEST_BYTES, BEST_PRODUCTS = 4.5e12, 793e12
 
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts * FLOPS_PER_TOKEN / PRODUCTS,
             prompts * FLOPS_PER_TOKEN / BEST_PRODUCTS,
         ),
-        "their attention, norms and gates; pictures": (
-            prompts * (LAYERS * ROW_US / 1e6 + PROMPT_ATTENTION_MS / 1e3) + 512 * PICTURE_MS / 1e3,
+        "their attention, norms and gates; images": (
+            prompts * (LAYERS * ROW_US / 1e6 + PROMPT_ATTENTION_MS / 1e3) + 512 * IMAGE_MS / 1e3,
             0.0,
         ),
         "small kernels of decoding steps": (len(decoding) * SMALL_MS / 1e3, 0.0),

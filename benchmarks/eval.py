@@ -1,8 +1,8 @@
 """Questions per second of the evaluation runner, and of the original's loop: one question at a time through transformers' own
-LLaVA class, pictures prepared ahead by four threads as its data loader does.
+LLaVA class, images prepared ahead by four threads as its data loader does.
 
 In: the embedded model on a CPU (answers end by themselves), or random weights of LLaVA-1.5-7B's shapes on a GPU (two tokens
-an answer). POPE-like questions, three about each picture, asked for one word. Out: a table; with --out also as a file.
+an answer). POPE-like questions, three about each image, asked for one word. Out: a table; with --out also as a file.
 
     python benchmarks/eval.py --questions 300 --out benchmarks/results/eval.md
     python benchmarks/eval.py --shapes 7b --questions 3000 --stock-questions 300 --runs 2
@@ -42,8 +42,8 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import LoadedModel, load
 from llava.model.checkpoints.hf_layout import published_name
 
-PICTURES = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval" / "tiny" / "images"
-PER_PICTURE = 3
+IMAGES = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval" / "tiny" / "images"
+PER_IMAGE = 3
 COLOURS, SHAPES = ("red", "blue", "green", "yellow", "purple"), ("circle", "square", "star", "heart", "triangle")
 NUM_LOADERS = 4
 IMAGE_TOKEN = 0  # <unk>, which no prompt has: stands for a feature in transformers' layout
@@ -69,12 +69,12 @@ def random_weights(size: str) -> Setting:
 
 
 def make_items(count: int, folder: Path, *, drawn: bool) -> list[Item]:
-    """Questions, three about each picture: the suite's drawings, or noise of a photograph's size."""
+    """Questions, three about each image: the suite's drawings, or noise of a photograph's size."""
     chance = random.Random(0)
-    drawings = sorted(PICTURES.glob("*.png"))
+    drawings = sorted(IMAGES.glob("*.png"))
     items = []
     for number in range(count):
-        place = number // PER_PICTURE
+        place = number // PER_IMAGE
         file = folder / f"{place}.{'png' if drawn else 'jpg'}"
         if not file.exists():
             if drawn:
@@ -110,7 +110,7 @@ def run_ours(setting: Setting, items: Sequence[Item], folder: Path) -> tuple[Tim
     sampling = Sampling()
     texts = [""] * len(items)
     with Asker(setting.loaded, sampling, conv_mode="v1") as asker:
-        asker.ask(list(enumerate(items))[:PER_PICTURE], lambda number, text: None, max_new_tokens=2)
+        asker.ask(list(enumerate(items))[:PER_IMAGE], lambda number, text: None, max_new_tokens=2)
         started = now()
         with AnswerLog(folder, items, "model").part("0") as writer:
 
@@ -149,7 +149,7 @@ def stock_model(loaded: LoadedModel) -> Any:
 
 
 def run_stock(setting: Setting, items: Sequence[Item]) -> tuple[Timing, list[str]]:
-    """The original's loop: for each question its own prefill of picture and text, then a token at a time."""
+    """The original's loop: for each question its own prefill of image and text, then a token at a time."""
     loaded = setting.loaded
     stock = stock_model(loaded)
     tokenizer, device, dtype = loaded.tokenizer, loaded.model.device, loaded.model.dtype
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [
         f"{where}, {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, transformers "
         f"{version('transformers')}; {setting.name}, {str(setting.loaded.model.dtype).removeprefix('torch.')}; "
-        f"{len(items)} questions, {PER_PICTURE} about each picture; best of {args.runs} runs each, in turns",
+        f"{len(items)} questions, {PER_IMAGE} about each image; best of {args.runs} runs each, in turns",
         "",
         "| way | questions/s | times | processor time per question, ms | times |",
         "|---|---:|---:|---:|---:|",

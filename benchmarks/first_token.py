@@ -1,4 +1,4 @@
-"""How long `llava chat PICTURE QUESTION` takes from process start to the first character of its answer.
+"""How long `llava chat IMAGE QUESTION` takes from process start to the first character of its answer.
 
 In: nothing but the package and its embedded model. Out: a Markdown table: seconds to the first character and to the end of
 the process, in fresh processes, files in the page cache after a first run that is not counted.

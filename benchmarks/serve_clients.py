@@ -31,12 +31,12 @@ def original_prompt(turns: str) -> str:
     )
 
 
-def original_body(model: str, picture: str, tag: str) -> dict[str, Any]:
+def original_body(model: str, image: str, tag: str) -> dict[str, Any]:
     prompt = original_prompt(f"USER: {tag} ASSISTANT: Yes.</s>USER: <image>\n{QUESTION} ASSISTANT:")
     return {
         "model": model,
         "prompt": prompt,
-        "images": [picture],
+        "images": [image],
         "temperature": 0,
         "max_new_tokens": 16,
         "stop": "</s>",
@@ -54,25 +54,25 @@ class Answer:
     num_tokens: int = 0
 
 
-def number_picture(number: int) -> str:
-    """A picture of a number, which the embedded model reads."""
+def number_image(number: int) -> str:
+    """An image of a number, which the embedded model reads."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (224, 224), (250, 250, 250))
     ImageDraw.Draw(image).text((112, 112), str(number), (20, 20, 20), ImageFont.load_default(72), anchor="mm")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return picture_text(buffer.getvalue())
+    return image_text(buffer.getvalue())
 
 
-def picture_text(png: bytes) -> str:
+def image_text(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def chat_body(model: str, text: str, picture: str | None = None, **more: Any) -> dict[str, Any]:
+def chat_body(model: str, text: str, image: str | None = None, **more: Any) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
-    if picture is not None:
-        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}})
+    if image is not None:
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}})
     return {"model": model, "messages": [{"role": "user", "content": parts}], "stream": True} | more
 
 

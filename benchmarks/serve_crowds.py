@@ -23,7 +23,7 @@ from serve_clients import (
     at_most,
     chat_body,
     new_client,
-    number_picture,
+    number_image,
     original_body,
 )
 from serve_house import House, Process, gauge
@@ -31,17 +31,17 @@ from serve_report import Part
 
 
 def crowd(house: House, args: argparse.Namespace) -> Part:
-    """All clients at once, half of them in each protocol, each with a number of its own in its picture."""
+    """All clients at once, half of them in each protocol, each with a number of its own in its image."""
     numbers = random.Random(0).sample(range(100, 1000), min(args.clients, 900))
     numbers = [numbers[i % len(numbers)] for i in range(args.clients)]
-    pictures = {number: number_picture(number) for number in set(numbers)}
+    images = {number: number_image(number) for number in set(numbers)}
     address = house.controller.address
 
     def job(client: httpx.AsyncClient, index: int) -> Awaitable[Answer]:
         number = numbers[index]
         if index % 2:
-            return ask_chat(client, address, chat_body(house.model, QUESTION, pictures[number], max_tokens=16))
-        return ask_original(client, address, original_body(house.model, pictures[number], f"client {index}"))
+            return ask_chat(client, address, chat_body(house.model, QUESTION, images[number], max_tokens=16))
+        return ask_original(client, address, original_body(house.model, images[number], f"client {index}"))
 
     async def run() -> tuple[list[Answer], list[Answer], float]:
         async with new_client() as client:
@@ -83,7 +83,7 @@ def crowd(house: House, args: argparse.Namespace) -> Part:
 
 
 def memory(house: House, args: argparse.Namespace) -> Part:
-    """Many short requests, of which every tenth shows a picture that was never seen before."""
+    """Many short requests, of which every tenth shows an image that was never seen before."""
     address, sizes, features = house.controller.address, [], []
     processes = {"controller": house.controller} | {
         f"worker {number}": process for number, process in enumerate(house.workers, start=1)
@@ -92,8 +92,8 @@ def memory(house: House, args: argparse.Namespace) -> Part:
     random_numbers = random.Random(1)
 
     def job(client: httpx.AsyncClient, index: int) -> Callable[[], Awaitable[Answer]]:
-        picture = number_picture(random_numbers.randrange(10**6)) if index % 10 == 0 else None
-        body = chat_body(house.model, f"Say something about {index}.", picture, max_tokens=2)
+        image = number_image(random_numbers.randrange(10**6)) if index % 10 == 0 else None
+        body = chat_body(house.model, f"Say something about {index}.", image, max_tokens=2)
         return lambda: ask_chat(client, address, body)
 
     async def run() -> tuple[int, float]:
@@ -108,7 +108,7 @@ def memory(house: House, args: argparse.Namespace) -> Part:
 
     failed, seconds = asyncio.run(run())
     middle = len(sizes) // 2
-    # Features of pictures are kept up to a bound, for pictures that come again; what is beside them must not grow.
+    # Features of images are kept up to a bound, for images that come again; what is beside them must not grow.
     growth = {
         name: (sizes[-1][name] - features[-1][name]) - (sizes[middle][name] - features[middle][name])
         for name in processes
@@ -124,7 +124,7 @@ def memory(house: House, args: argparse.Namespace) -> Part:
         rows.append((f"{name}: MB after {(middle + 1) * step:,} requests, and after all", told))
         if features[-1][name]:
             kept = f"{features[middle][name]:.0f}, {features[-1][name]:.0f}"
-            rows.append(("... of these, image features kept for pictures that come again", kept))
+            rows.append(("... of these, image features kept for images that come again", kept))
             rows.append(("... growth beside them", f"{growth[name]:.0f}"))
     rows += [("failed", failed), ("requests per second, 64 at once", f"{args.requests / seconds:.0f}")]
     return Part(f"Memory over {args.requests:,} requests", rows, broken)

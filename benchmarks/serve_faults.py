@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
-from serve_clients import CHAT, GENERATE, Answer, ask_chat, at_most, chat_body, new_client, number_picture
+from serve_clients import CHAT, GENERATE, Answer, ask_chat, at_most, chat_body, new_client, number_image
 from serve_house import House, Process, requests_finished, wait_until
 from serve_report import Part
 
@@ -103,10 +103,10 @@ def controller(house: House, args: argparse.Namespace) -> Part:
 
 
 def malformed(house: House, args: argparse.Namespace) -> Part:
-    """Bodies, pictures and headers that are wrong in many ways, to the controller and to a worker directly."""
+    """Bodies, images and headers that are wrong in many ways, to the controller and to a worker directly."""
     chance = random.Random(2)
     places = [house.controller.address, house.workers[0].address]
-    good = chat_body(house.model, "hi", number_picture(5), max_tokens=1, stream=False)
+    good = chat_body(house.model, "hi", number_image(5), max_tokens=1, stream=False)
     before = {
         place: process.resident_mb for place, process in zip(places, (house.controller, house.workers[0]), strict=True)
     }

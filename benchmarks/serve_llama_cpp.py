@@ -32,7 +32,7 @@ from serve_clients import CHAT, Answer, ask_chat, ask_original, chat_body, new_c
 from serve_house import ROOT, Process, wait_until
 from serve_report import Part
 
-PICTURES = (None, "demo.jpg", "counting.png", "reading.png", "wide.png")
+IMAGES = (None, "demo.jpg", "counting.png", "reading.png", "wide.png")
 QUESTIONS = ("What do you see in this picture?", "How many shapes are there?", "Who are you?")
 NUM_TOKENS = 60
 MODEL = "llava-v1.5-tiny-gguf"
@@ -96,21 +96,21 @@ def cases() -> list[tuple[str, str | None]]:
     def data(name: str | None) -> str | None:
         return None if name is None else base64.b64encode((ROOT / "images" / name).read_bytes()).decode()
 
-    return [(question, data(name)) for name in PICTURES for question in QUESTIONS]
+    return [(question, data(name)) for name in IMAGES for question in QUESTIONS]
 
 
 async def ask_all(address: str, endpoint: str) -> tuple[Counter[str], list[str]]:
     """How many answers of each way are those that llama.cpp gives directly, and those that are not."""
     equal, different = Counter(dict.fromkeys(WAYS, 0)), []
     async with new_client() as client:
-        for question, picture in cases():
-            body = chat_body(MODEL, question, picture, max_tokens=NUM_TOKENS, temperature=0)
-            body["messages"][0]["content"].reverse()  # llama.cpp takes text and pictures in the order given
+        for question, image in cases():
+            body = chat_body(MODEL, question, image, max_tokens=NUM_TOKENS, temperature=0)
+            body["messages"][0]["content"].reverse()  # llama.cpp takes text and images in the order given
             told = (await client.post(endpoint + CHAT, json=body | {"stream": False})).json()
             direct = told["choices"][0]["message"]["content"].strip()
             whole = (await client.post(address + CHAT, json=body | {"stream": False})).json()
-            prompt = original_prompt(f"USER: {'<image>' + chr(10) if picture else ''}{question} ASSISTANT:")
-            old = {"model": MODEL, "prompt": prompt, "images": [picture] if picture else [], "temperature": 0}
+            prompt = original_prompt(f"USER: {'<image>' + chr(10) if image else ''}{question} ASSISTANT:")
+            old = {"model": MODEL, "prompt": prompt, "images": [image] if image else [], "temperature": 0}
             original = await ask_original(client, address, old | {"max_new_tokens": NUM_TOKENS, "stop": "</s>"})
             streamed = await ask_chat(client, address, body)
             texts = (
@@ -170,7 +170,7 @@ def measure(program: str, folder: Path) -> Part:
         ("asked after that: the client is told", after[0].error),
         ("the server is started again: answered", f"{sum(answer.finished for answer in again)} of {len(again)}"),
     ]
-    return Part(f"A worker in front of llama.cpp, {number} questions with and without pictures, greedy", rows, broken)
+    return Part(f"A worker in front of llama.cpp, {number} questions with and without images, greedy", rows, broken)
 
 
 def main() -> int:

@@ -3,9 +3,9 @@
 In: a model, or LLaVA-1.5-7B's shapes with random numbers, which are made in the device's memory. Out: a table and a plot.
 The server is a worker as `llava worker` runs it, in this process, and its engine in one of its own, as with any GPU. The
 bare engine is another one like it, in this process, which rests while the server is asked. Threads ask it for whole answers,
-which is the least that it can be asked for, and open their pictures themselves. With `--engine-process off` one engine, in
+which is the least that it can be asked for, and open their images themselves. With `--engine-process off` one engine, in
 this process, is both. Clients are other processes. The ways take turns, round after round, each request has a text (and
-picture) of its own, and what is shown is the median of the rounds.
+image) of its own, and what is shown is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serve_clients import chat_body, picture_text
+from serve_clients import chat_body, image_text
 from serve_report import Part
 
 NUM_WORDS = 45  # of a question, which becomes a prompt of about 50 tokens with the template
@@ -42,13 +42,13 @@ WORDS = (
     "star",
     "large",
     "small",
-    "picture",
+    "image",
     "left",
     "right",
     "top",
     "bottom",
 )
-PICTURE_SIDE = 336
+IMAGE_SIDE = 336
 WAYS = ("bare", "whole", "streamed")
 MODEL = "measured"
 
@@ -56,11 +56,11 @@ MODEL = "measured"
 @dataclass(frozen=True)
 class Level:
     concurrency: int
-    with_picture: bool
+    with_image: bool
 
     @property
     def name(self) -> str:
-        return f"{self.concurrency}{', a new picture each' if self.with_picture else ''}"
+        return f"{self.concurrency}{', a new image each' if self.with_image else ''}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Rate:
 @dataclass(frozen=True)
 class Question:
     text: str
-    picture: bytes | None = None  # PNG
+    image: bytes | None = None  # PNG
     encoded: str | None = None  # the same in base64, for HTTP
 
 
@@ -84,19 +84,19 @@ class Questions:
     def __init__(self) -> None:
         self._random = random.Random(0)
 
-    def draw(self, count: int, *, with_picture: bool) -> list[Question]:
-        return [self._one(with_picture) for _ in range(count)]
+    def draw(self, count: int, *, with_image: bool) -> list[Question]:
+        return [self._one(with_image) for _ in range(count)]
 
-    def _one(self, with_picture: bool) -> Question:
+    def _one(self, with_image: bool) -> Question:
         text = " ".join(self._random.choice(WORDS) for _ in range(NUM_WORDS))
-        if not with_picture:
+        if not with_image:
             return Question(text)
         from PIL import Image
 
         small = Image.frombytes("RGB", (12, 12), self._random.randbytes(3 * 144))
         buffer = io.BytesIO()
-        small.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG")
-        return Question(text, buffer.getvalue(), picture_text(buffer.getvalue()))
+        small.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        return Question(text, buffer.getvalue(), image_text(buffer.getvalue()))
 
 
 class Clients:
@@ -167,11 +167,11 @@ def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency:
             except IndexError:  # another thread was quicker
                 return
             started = time.perf_counter()
-            pictures = () if question.picture is None else (load_image(question.picture),)
+            images = () if question.image is None else (load_image(question.image),)
             conversation = card.template.copy()
-            conversation.append_message(conversation.roles[0], marked(question.text, len(pictures), card.image_mark))
+            conversation.append_message(conversation.roles[0], marked(question.text, len(images), card.image_mark))
             conversation.append_message(conversation.roles[1], None)
-            handle = engine.submit(Request(conversation, pictures, sampling), streamed=False)
+            handle = engine.submit(Request(conversation, images, sampling), streamed=False)
             handed_in = time.perf_counter()
             firsts.append(handed_in - started + handle.result().timings.first_token_s)
 
@@ -187,7 +187,7 @@ def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency:
 
 def measure(engine: Any, card: Any, address: str, args: argparse.Namespace) -> dict[Level, dict[str, list[Rate]]]:
     questions = Questions()
-    levels = [Level(n, False) for n in args.levels] + [Level(n, True) for n in args.picture_levels]
+    levels = [Level(n, False) for n in args.levels] + [Level(n, True) for n in args.image_levels]
     clients = Clients(min(4, max(1, (os.cpu_count() or 1) // 4)), address)
     ways: dict[str, Callable[..., Rate]] = {
         "bare": lambda asked, n, tokens: ask_bare(engine, card, asked, n, num_tokens=tokens),
@@ -196,7 +196,7 @@ def measure(engine: Any, card: Any, address: str, args: argparse.Namespace) -> d
     }
 
     def once(level: Level, way: str, count: int, num_tokens: int) -> Rate:
-        asked = questions.draw(count, with_picture=level.with_picture)
+        asked = questions.draw(count, with_image=level.with_image)
         return ways[way](asked, level.concurrency, num_tokens)
 
     found: dict[Level, dict[str, list[Rate]]] = {level: {way: [] for way in WAYS} for level in levels}

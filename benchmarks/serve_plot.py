@@ -11,8 +11,8 @@ NAMES = {"bare": "bare engine", "whole": "HTTP, whole answers", "streamed": "HTT
 
 
 def plot(levels: Mapping[Any, Mapping[str, Any]], what: str) -> str:
-    """Levels without pictures; each has an equal step on the axis, as they double or more."""
-    shown = [level for level in levels if not level.with_picture]
+    """Levels without images; each has an equal step on the axis, as they double or more."""
+    shown = [level for level in levels if not level.with_image]
     marks = [str(level.concurrency) for level in shown]
     rates = {name: [levels[level][way].per_s for level in shown] for way, name in NAMES.items()}
     firsts = {NAMES[way]: [1000 * levels[level][way].first_s for level in shown] for way in ("bare", "streamed")}

@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     for stream in (False, True):
         for num_requests in (args.clients, args.requests):  # the first few are to warm up
             before, handing[0] = seconds(), 0.0
-            drawn = questions.draw(num_requests, with_picture=False)
+            drawn = questions.draw(num_requests, with_image=False)
             clients.ask(drawn, args.clients, num_tokens=NUM_TOKENS, stream=stream)
         loop, prompts = (1000 * (b - a) / args.requests for a, b in zip(before, seconds(), strict=True))
         rows["streamed" if stream else "whole"] = (loop, prompts, 1e6 * handing[0] / args.requests / NUM_TOKENS)

@@ -37,7 +37,7 @@ TOKENIZER = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
 FSDP2 = json.loads((ROOT / "scripts/fsdp2.json").read_text())
 SMALL = replace(TINY, text_tokens=256, text={**TINY.text, "vocab_size": 1024})
 STEPS_PER_LOG, NUM_LOGS = 3, 3  # the first line holds compiling and warming up
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,14 @@ def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -
 
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         small = Image.fromarray(draw.integers(0, 255, (48, 64, 3), dtype=np.uint8))
         small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
     rows = []
     for number in range(num_samples):
         words = " ".join(draw.choice(["red", "house", "two", "people", "walk", "under", "the", "trees"], 600))
         turns = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": words}]
-        rows.append({"id": str(number), "image": f"{number % NUM_PICTURES}.jpg", "conversations": turns})
+        rows.append({"id": str(number), "image": f"{number % NUM_IMAGES}.jpg", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows))
     tokenizer = load_tokenizer(TOKENIZER)
     tokenizer.pad_token = tokenizer.unk_token

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ("demo.jpg", "counting.png", "wide.png")
+IMAGES = ("demo.jpg", "counting.png", "wide.png")
 QUESTIONS = ("What do you see in this picture?", "How many shapes are there?")
 NUM_TOKENS = 32
 KV_CACHE_BYTES = 8 * 2**30  # given to vLLM, so that it does not measure a card which our model shares at the time
@@ -35,7 +35,7 @@ RANDOM = {"tiny": ("tiny", False), "tiny-tiles": ("tiny", True), "7b": ("7b", Fa
 
 
 def cases() -> list[tuple[str, str]]:
-    return [(str(ROOT / "images" / picture), question) for picture in PICTURES for question in QUESTIONS]
+    return [(str(ROOT / "images" / image), question) for image in IMAGES for question in QUESTIONS]
 
 
 def ask_vllm(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
@@ -48,9 +48,9 @@ def ask_vllm(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
                 enforce_eager=True, limit_mm_per_prompt={"image": 1}, seed=0)  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, detokenize=False)
     answers = []
-    for picture, question in cases():
-        data = base64.b64encode(Path(picture).read_bytes()).decode()
-        kind = "jpeg" if picture.endswith("jpg") else "png"
+    for image, question in cases():
+        data = base64.b64encode(Path(image).read_bytes()).decode()
+        kind = "jpeg" if image.endswith("jpg") else "png"
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}},
             {"type": "text", "text": question},
@@ -71,11 +71,11 @@ def ask_ours(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
     loaded = load(checkpoint, device="cuda", dtype=dtype)
     assert loaded.processor is not None
     answers = []
-    for picture, question in cases():
+    for image, question in cases():
         conversation = get_template(loaded.conv_mode)
         conversation.append_message(conversation.roles[0], f"{loaded.processor.image_mark}\n{question}")
         conversation.append_message(conversation.roles[1], None)
-        inputs = loaded.processor(conversation, [Image.open(picture)])
+        inputs = loaded.processor(conversation, [Image.open(image)])
         output = loaded.model.generate(
             inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, do_sample=False,
             max_new_tokens=NUM_TOKENS, output_logits=True, return_dict_in_generate=True,
@@ -177,7 +177,7 @@ def table_of(rows: list[str], vllm_site: Path | None) -> str:
 
     return "\n".join(
         [
-            f"vLLM through the plugin beside `model.generate`, {len(cases())} prompts with a picture, {NUM_TOKENS} new tokens; "
+            f"vLLM through the plugin beside `model.generate`, {len(cases())} prompts with an image, {NUM_TOKENS} new tokens; "
             f"one {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
             f"{versions_in(vllm_site)}; ours with transformers {transformers.__version__}.",
             "",

@@ -1,4 +1,4 @@
-"""LLaVA: models that look at pictures and answer, in one package.
+"""LLaVA: models that look at images and answer, in one package.
 
 The names below are imported from where they live when they are first used, so that `import llava` costs nothing and
 needs no torch.

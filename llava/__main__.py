@@ -24,7 +24,7 @@ class Command:
 
 
 COMMANDS = {
-    "chat": Command("llava.cli.chat", "ask a model about pictures: one question, or a conversation"),
+    "chat": Command("llava.cli.chat", "ask a model about images: one question, or a conversation"),
     "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
     "serve": Command("llava.serve.serve", "serve a model: OpenAI-compatible API and web page, at one address"),
     "controller": Command("llava.serve.controller", "for many machines: know the workers and pass requests on to them"),
@@ -49,7 +49,7 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   llava chat photo.jpg "What is in this picture?"      one answer from the model that comes with the package
-  llava chat photo.jpg                                 a conversation about a picture; /help lists its commands
+  llava chat photo.jpg                                 a conversation about an image; /help lists its commands
   llava chat -m ./llava-v1.5-7b a.jpg b.jpg "What changed?"
   llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda
   llava serve ./llava-v1.5-7b                          an API and a web page on this machine
@@ -87,7 +87,7 @@ def print_help() -> None:
     width = max(map(len, COMMANDS))
     print(
         "usage: llava COMMAND [ARGUMENTS]\n\n"
-        "Large multimodal models: ask them about pictures, train, serve, measure and convert them, look inside.\n\n"
+        "Large multimodal models: ask them about images, train, serve, measure and convert them, look inside.\n\n"
         "commands:"
     )
     for name, command in COMMANDS.items():

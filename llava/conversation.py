@@ -4,7 +4,7 @@ In: turns (role, text), a text possibly with an image. Out: the prompt as one st
 cut into spans that say which characters a model is trained to produce (`spans`). Joined, the spans are the prompt.
 
 The templates are data in conversation_templates.py; turning spans into ids and labels is processor.py's work. This file
-imports neither torch nor an image library: pictures are touched only by the methods that a web page needs.
+imports neither torch nor an image library: images are touched only by the methods that a web page needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava.errors import InputError
 
 _IMAGE_MARK = "<image>"
 _Record = dict[str, Any]
-_PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training pictures
+_PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training images
 
 
 class SeparatorStyle(IntEnum):
@@ -31,7 +31,7 @@ class SeparatorStyle(IntEnum):
     SINGLE = 1  # one separator after every turn
     TWO = 2  # one separator after a question, another after an answer
     MPT = 3  # roles carry their own markup
-    PLAIN = 4  # no roles: a picture and its caption
+    PLAIN = 4  # no roles: an image and its caption
     LLAMA_2 = 5  # [INST] ... [/INST]
     CHATML = 6  # <|im_start|>role, each turn on lines of its own
 
@@ -86,7 +86,7 @@ class Conversation:
         return [span for span in _STYLES[self.sep_style].render(self, turns) if span.text]
 
     def _turns(self) -> list[Turn]:
-        """Messages as plain text, with the mark of a picture in the first one where the template wants it."""
+        """Messages as plain text, with the mark of an image in the first one where the template wants it."""
         messages = [(role, message) for role, message in self.messages]
         if messages and isinstance(messages[0][1], tuple):
             role, (text, *_) = messages[0]
@@ -115,24 +115,24 @@ class Conversation:
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
 
     def dict(self) -> _Record:
-        """What a web page posts: the fields of the template and the messages, pictures left out.
+        """What a web page posts: the fields of the template and the messages, images left out.
 
-        A dialogue that shows no picture is given as it is, whatever the template's own messages hold.
+        A dialogue that shows no image is given as it is, whatever the template's own messages hold.
         """
-        shows_picture = any(isinstance(message, tuple) for _, message in self._questions())
+        shows_image = any(isinstance(message, tuple) for _, message in self._questions())
         return {
             "system": self.system,
             "roles": self.roles,
-            "messages": [[role, _text_of(message) if shows_picture else message] for role, message in self.messages],
+            "messages": [[role, _text_of(message) if shows_image else message] for role, message in self.messages],
             "offset": self.offset,
             "sep": self.sep,
             "sep2": self.sep2,
         }
 
-    # Pictures, for web pages
+    # Images, for web pages
 
     def get_images(self, return_pil: bool = False) -> list[Any]:
-        """Pictures of the human's turns, each prepared as its message asks, as PNG in base64 or as PIL images."""
+        """Images of the human's turns, each prepared as its message asks, as PNG in base64 or as PIL images."""
         return [
             self.process_image(message[1], message[2], return_pil=return_pil)
             for _, message in self._questions()
@@ -143,7 +143,7 @@ class Conversation:
         return self.messages[self.offset :: 2]
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """Rows of [question, answer] for a chat window; a picture becomes an HTML tag before its question."""
+        """Rows of [question, answer] for a chat window; an image becomes an HTML tag before its question."""
         rows: list[list[str | None]] = []
         for index, (_, message) in enumerate(self.messages[self.offset :]):
             if index % 2 == 1:
@@ -166,7 +166,7 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ) -> Any:
-        """A picture made fit for sending: padded or stretched as the mode says, then reduced if too large."""
+        """An image made fit for sending: padded or stretched as the mode says, then reduced if too large."""
         if image_process_mode not in _IMAGE_MODES:
             known = ", ".join(_IMAGE_MODES)
             raise InputError(f"Invalid image_process_mode: {image_process_mode}; known modes are {known}.")
@@ -284,7 +284,7 @@ def answer_end(conv: Conversation) -> str:
     return getattr(conv, _STYLES[conv.sep_style].answer_end)
 
 
-# Pictures
+# Images
 
 
 def _pad_to_square(image: Any) -> Any:
@@ -310,7 +310,7 @@ _IMAGE_MODES: dict[str, Callable[[Any], Any]] = {
 
 
 def _reduce(image: Any, max_len: int, min_len: int) -> Any:
-    """Scale a picture down so that its short side is at most `min_len` and its long side at most `max_len`."""
+    """Scale an image down so that its short side is at most `min_len` and its long side at most `max_len`."""
     width, height = image.size
     if max(width, height) <= max_len:
         return image
@@ -319,7 +319,7 @@ def _reduce(image: Any, max_len: int, min_len: int) -> Any:
     long = int(short * ratio)
     if short < 1:
         raise InputError(
-            f"height and width must be > 0: a {width} x {height} picture is too thin to be reduced to {max_len} pixels."
+            f"height and width must be > 0: a {width} x {height} image is too thin to be reduced to {max_len} pixels."
         )
     return image.resize((short, long) if height > width else (long, short))
 

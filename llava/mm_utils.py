@@ -90,7 +90,7 @@ def process_images(
 def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Iterable[Sequence[int]]
 ) -> torch.Tensor:
-    """One overview tile, the whole picture squeezed to a square, then the tiles of the best canvas, row by row.
+    """One overview tile, the whole image squeezed to a square, then the tiles of the best canvas, row by row.
 
     `plan(image.size, policy).num_tiles` of them: (tiles, 3, side, side).
     """
@@ -106,21 +106,21 @@ def _tile_pixels(tiles: list[Image.Image], processor: Any) -> torch.Tensor:
 
 
 def overview_side(processor: Any) -> int:
-    """Pixels per side of the square that a whole picture is squeezed to before its tiles."""
+    """Pixels per side of the square that a whole image is squeezed to before its tiles."""
     side: int = processor.size["shortest_edge" if "shortest_edge" in processor.size else "height"]
     return side
 
 
 def mean_colour(processor: Any) -> tuple[int, int, int]:
-    """What a picture is padded with: the colour that normalising makes zero."""
+    """What an image is padded with: the colour that normalising makes zero."""
     red, green, blue = (int(value * 255) for value in processor.image_mean)
     return red, green, blue
 
 
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
-    """The picture centred on a square of its longer side; a square picture is returned as it is.
+    """The image centred on a square of its longer side; a square image is returned as it is.
 
-    Where the background does not fit the picture's mode (a colour on a grey or CMYK picture), the result is RGB; the
+    Where the background does not fit the image's mode (a colour on a grey or CMYK image), the result is RGB; the
     original LLaVA failed there.
     """
     from PIL import Image
@@ -137,7 +137,7 @@ def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...])
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Sequence[int]) -> Image.Image:
-    """The picture scaled, shape kept, to fit (width, height), centred on black; always RGB."""
+    """The image scaled, shape kept, to fit (width, height), centred on black; always RGB."""
     from PIL import Image
 
     fitted, offset = fit_inside(image.size, target_resolution)
@@ -153,7 +153,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The RGB picture in a base64 text, under the limits of every picture from outside."""
+    """The RGB image in a base64 text, under the limits of every image from outside."""
     if not image:
         raise InputError("the base64 text of an image is empty.")
     return load_image(decode_base64(image, "the base64 text of an image"), limits=DEFAULT_LIMITS)

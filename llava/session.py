@@ -1,6 +1,6 @@
 """A conversation with a model as `llava chat` holds it: what was asked, shown and answered so far.
 
-In: a loaded model, questions and pictures. Out: streams of answers, and the conversation as JSON that can be read back.
+In: a loaded model, questions and images. Out: streams of answers, and the conversation as JSON that can be read back.
 An engine answers, so that a follow-up pays for its new words only; where it has no arithmetic for a model, and for beams,
 `model.generate` does. How it is typed and shown is in cli/chat.py and cli/terminal.py; the prompt is rendered by
 conversation.py and processor.py.
@@ -35,24 +35,24 @@ FORMAT = "llava-conversation-1"
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """An opened image and where it came from."""
 
     source: str
     image: Image.Image
 
     @classmethod
-    def open(cls, source: str | Path | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
+    def open(cls, source: str | Path | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
         name = str(source) if isinstance(source, (str, Path)) else "(an image in memory)"
         return cls(name, load_image(source, limits=limits))
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question as it was typed, the pictures given with it, and the answer."""
+    """A question as it was typed, the images given with it, and the answer."""
 
     question: str
-    pictures: tuple[Picture, ...]
+    images: tuple[LoadedImage, ...]
     answer: str
 
 
@@ -67,7 +67,7 @@ class Asked:
 
 
 class Session:
-    """The state of one conversation. `waiting` are pictures that go with the next question.
+    """The state of one conversation. `waiting` are images that go with the next question.
 
     `template` is the model's own unless one is given, `sampling` is greedy unless it says otherwise. `use_engine=False`
     answers by `model.generate`, for whoever wants to watch the model's own methods.
@@ -93,32 +93,32 @@ class Session:
         self._processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
         self._mark = image_mark(settings)
         self.exchanges: list[Exchange] = []
-        self.waiting: tuple[Picture, ...] = ()
+        self.waiting: tuple[LoadedImage, ...] = ()
 
     def answer(self, question: str, *images: str | Path | Image.Image) -> str:
         """Ask about images (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
-        self.attach([Picture.open(image) for image in images])
+        self.attach([LoadedImage.open(image) for image in images])
         with self.ask(question).stream as stream:
             for _ in stream:
                 pass
         self.record(question, stream.answer)
         return stream.answer.text
 
-    def attach(self, pictures: Sequence[Picture]) -> None:
-        self.refuse_without_tower(pictures)
-        self.waiting = (*self.waiting, *pictures)
+    def attach(self, images: Sequence[LoadedImage]) -> None:
+        self.refuse_without_tower(images)
+        self.waiting = (*self.waiting, *images)
 
-    def refuse_without_tower(self, pictures: Sequence[Picture]) -> None:
-        if pictures and self._loaded.image_processor is None:
+    def refuse_without_tower(self, images: Sequence[LoadedImage]) -> None:
+        if images and self._loaded.image_processor is None:
             raise InputError(
                 f"{self._loaded.info.folder} is a language model without a vision tower; it takes no images"
             )
 
     def ask(self, question: str) -> Asked:
-        """Start answering. The question and the waiting pictures become history with `record`."""
+        """Start answering. The question and the waiting images become history with `record`."""
         conversation = self.conversation(question)
-        pictures = [picture for exchange in self.exchanges for picture in exchange.pictures] + list(self.waiting)
-        images = [picture.image for picture in pictures]
+        given = [*(image for exchange in self.exchanges for image in exchange.images), *self.waiting]
+        images = [image.image for image in given]
         engine = self._engine if self._use_engine else None
         return (
             self._ask_model(conversation, images) if engine is None else self._ask_engine(engine, conversation, images)
@@ -159,7 +159,7 @@ class Session:
         return Engine.from_loaded(self._loaded, EngineConfig(max_running=1))
 
     def record(self, question: str, answer: Answer) -> None:
-        """Keep an answered question, a broken off one too. Without any answer it leaves no trace, and its pictures wait."""
+        """Keep an answered question, a broken off one too. Without any answer it leaves no trace, and its images wait."""
         if answer.text:
             self.exchanges.append(Exchange(question, self.waiting, answer.text))
             self.waiting = ()
@@ -169,18 +169,18 @@ class Session:
         conversation = self._template.copy()
         user, assistant = conversation.roles
         for exchange in self.exchanges:
-            conversation.append_message(user, marked(exchange.question, len(exchange.pictures), self._mark))
+            conversation.append_message(user, marked(exchange.question, len(exchange.images), self._mark))
             conversation.append_message(assistant, exchange.answer)
         conversation.append_message(user, marked(question, len(self.waiting), self._mark))
         conversation.append_message(assistant, None)
         return conversation
 
     def undo(self) -> Exchange:
-        """Take the last exchange back; its pictures wait for the next question again."""
+        """Take the last exchange back; its images wait for the next question again."""
         if not self.exchanges:
             raise InputError("there is no question to take back yet")
         last = self.exchanges.pop()
-        self.waiting = (*last.pictures, *self.waiting)
+        self.waiting = (*last.images, *self.waiting)
         return last
 
     def reset(self) -> None:
@@ -191,7 +191,7 @@ class Session:
     def save(self, path: str) -> None:
         exchanges = [
             {
-                "images": [picture.source for picture in exchange.pictures],
+                "images": [image.source for image in exchange.images],
                 "question": exchange.question,
                 "answer": exchange.answer,
             }
@@ -211,25 +211,27 @@ class Session:
     def load(self, path: str, limits: ImageLimits) -> None:
         """Take up a saved conversation in place of this one; its images are opened again from where they came."""
         exchanges = [
-            Exchange(row["question"], tuple(Picture.open(source, limits) for source in row["images"]), row["answer"])
+            Exchange(
+                row["question"], tuple(LoadedImage.open(source, limits) for source in row["images"]), row["answer"]
+            )
             for row in _read_saved(path)
         ]
-        self.refuse_without_tower([picture for exchange in exchanges for picture in exchange.pictures])
+        self.refuse_without_tower([image for exchange in exchanges for image in exchange.images])
         self.exchanges, self.waiting = exchanges, ()
 
 
-def marked(question: str, num_pictures: int, mark: str) -> str:
-    """A question with a mark for each of its pictures: where it says `<image>`, else each on a line before it."""
-    if check_question(question, num_pictures):
+def marked(question: str, num_images: int, mark: str) -> str:
+    """A question with a mark for each of its images: where it says `<image>`, else each on a line before it."""
+    if check_question(question, num_images):
         return question.replace(DEFAULT_IMAGE_TOKEN, mark)
-    return f"{mark}\n" * num_pictures + question
+    return f"{mark}\n" * num_images + question
 
 
-def check_question(question: str, num_pictures: int) -> bool:
-    """Whether a question says where its pictures go; then it must do so for each of them."""
+def check_question(question: str, num_images: int) -> bool:
+    """Whether a question says where its images go; then it must do so for each of them."""
     num_marks = question.count(DEFAULT_IMAGE_TOKEN)
     if num_marks:
-        check_marks(num_marks, num_pictures)
+        check_marks(num_marks, num_images)
     return num_marks > 0
 
 

@@ -6,7 +6,7 @@
 #              (default: ./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin)
 #   TOWER      vision tower                   (default: openai/clip-vit-large-patch14-336)
 #   DATA       samples                        (default: ./playground/data/llava_v1_5_mix665k.json)
-#   IMAGES     folder of their pictures       (default: ./playground/data)
+#   IMAGES     folder of their images       (default: ./playground/data)
 #   OUT        where the result goes          (default: ./checkpoints/llava-v1.5-7b)
 #   NUM_GPUS, PER_DEVICE (16), SHARD (zero3), ATTENTION, LAUNCHER, PYTHON: see common.sh
 #

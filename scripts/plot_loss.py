@@ -1,6 +1,6 @@
-"""Draw the loss of a training run as an SVG picture, from the trainer_state.json that the run left.
+"""Draw the loss of a training run as an SVG image, from the trainer_state.json that the run left.
 
-In: one or more trainer_state.json files (or the folders that hold them). Out: a picture with the loss of every logged step
+In: one or more trainer_state.json files (or the folders that hold them). Out: an image with the loss of every logged step
 and, where a run had a validation set, its validation loss as dots. Standard library only.
 
     python scripts/plot_loss.py outputs/logos-lora --out loss.svg
@@ -42,7 +42,7 @@ def read_curve(path: Path) -> Curve:
 
 
 def draw(curves: Sequence[Curve]) -> str:
-    """The picture. Axes begin at zero: a loss that fell from 3 to 2 shall not look like one that fell to nothing."""
+    """The image. Axes begin at zero: a loss that fell from 3 to 2 shall not look like one that fell to nothing."""
     points = [point for curve in curves for point in (*curve.training, *curve.validation)]
     last = max(step for step, _ in points)
     top = round_up(max(loss for _, loss in points))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stage 1 of LLaVA-1.5: the projector learns to translate pictures, on 558,000 captions. Global batch 256.
+# Stage 1 of LLaVA-1.5: the projector learns to translate images, on 558,000 captions. Global batch 256.
 #
 #   MODEL   language model             (default: lmsys/vicuna-7b-v1.5)
 #   TOWER   vision tower               (default: openai/clip-vit-large-patch14-336)
 #   DATA    samples                    (default: ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json)
-#   IMAGES  folder of their pictures   (default: ./playground/data/LLaVA-Pretrain/images)
+#   IMAGES  folder of their images   (default: ./playground/data/LLaVA-Pretrain/images)
 #   OUT     where the result goes      (default: ./checkpoints/llava-v1.5-7b-pretrain)
 #   NUM_GPUS, PER_DEVICE (32), SHARD (zero2), ATTENTION, LAUNCHER, PYTHON: see common.sh
 #

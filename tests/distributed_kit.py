@@ -37,7 +37,7 @@ RATE = 0.1
 LINEAR = nn.functional.linear
 # Per rank; a text-only row owns one (black) image, as the data set gives it.
 BATCHES = (batch_of((20, 0), (5, 0), (9, 0), seed=1), batch_of((9, 1), (4, 2), seed=2))
-# Pictures of several tiles, whose rows of features end in a learned newline; a black image is one plain tile.
+# Images of several tiles, whose rows of features end in a learned newline; a black image is one plain tile.
 TILED = (BATCHES[0], batch_of((9, 1), (4, 2), seed=2, tiles=3))
 ANYRES = {
     "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56], [56, 28]]

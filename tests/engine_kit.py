@@ -52,7 +52,7 @@ def loaded(kind: str) -> Any:
     return model
 
 
-def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
+def random_image(seed: int, width: int = 50, height: int = 40) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -67,15 +67,15 @@ def sampled(seed: int | None, **changes: Any) -> SamplingParams:
 
 @cache
 def mixed_requests() -> tuple[Request, ...]:
-    """Text only, one picture, several, the same picture again, long and short; pictures of several shapes."""
-    first = picture(0)
+    """Text only, one image, several, the same image again, long and short; images of several shapes."""
+    first = random_image(0)
     return (
         Request("hello there, how are you?", sampling=greedy(24)),
         Request("<image>\nwhat is it?", [first], greedy(31)),
-        Request("a <image> and b <image>: which one?", [picture(1, 90, 30), picture(2, 30, 90)], greedy(20)),
+        Request("a <image> and b <image>: which one?", [random_image(1, 90, 30), random_image(2, 30, 90)], greedy(20)),
         Request("x", sampling=greedy(40)),
         Request("<image>\nwhat is it? Something else, or the same?", [first], greedy(17)),
-        Request("<image>\nwhat is it?", [picture(3, 64, 64)], greedy(12)),
+        Request("<image>\nwhat is it?", [random_image(3, 64, 64)], greedy(12)),
         Request("a long question without an end, " * 5, sampling=greedy(9)),
     )
 

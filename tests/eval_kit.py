@@ -31,7 +31,7 @@ def answers(file: Path, texts: dict[Any, str], **more: Any) -> Path:
     )
 
 
-def picture(colour: str = "red") -> bytes:
+def png(colour: str = "red") -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
@@ -70,7 +70,7 @@ def mme(data: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         image = data / f"MME/MME_Benchmark_release_version/{category}/{'images/' if below else ''}0001.png"
         image.parent.mkdir(exist_ok=True)
-        image.write_bytes(picture())
+        image.write_bytes(png())
         file.write_text("Is it A?  Please answer yes or no.\tYes\nIs it B? Please answer yes or no.\tNo\n")
         for letter in "AB":
             text = f"Is it {letter}? Please answer yes or no.\nAnswer the question using a single word or phrase."
@@ -86,8 +86,8 @@ def mme(data: Path) -> None:
 
 
 def mmbench(data: Path) -> None:
-    """A question with a hint and three options, and one with four that shares the first one's picture."""
-    cell = base64.b64encode(picture()).decode()
+    """A question with a hint and three options, and one with four that shares the first one's image."""
+    cell = base64.b64encode(png()).decode()
     lines = [
         "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsource\tl2-category\tcomment\tsplit",
         f'1\t"Which ""one""?"\tLook well\tred\tblue\tgreen\t\tA\tcolour\t{cell}\tmade\tseeing\tnan\tdev',

@@ -266,7 +266,7 @@ CHECKPOINT_FAULTS: dict[str, tuple[str, Break, str]] = {
     "another model's template": (TINY, config(conv_mode="chatml_direct"), "template-mismatch"),
     "another chat template": (VICUNA, edit("tokenizer_config.json", chat_template=CHAT_TEMPLATE), "chat-template"),
     "a limit beyond the positions": (TINY, config(tokenizer_model_max_length=4096), "context-positions"),
-    "a context full of picture": (TINY_ANYRES, config(tokenizer_model_max_length=24), "context-short"),
+    "a context full of image": (TINY_ANYRES, config(tokenizer_model_max_length=24), "context-short"),
     "an unknown padding side": (TINY, config(tokenizer_padding_side="middle"), "padding-side"),
     "one layer more": (TINY, config(num_hidden_layers=3), "weights-config"),
     "another width": (TINY, config(intermediate_size=128), "weights-config"),
@@ -337,11 +337,11 @@ def turn(sample: int, number: int, **values: str) -> Change:
 
 
 DATA_FAULTS: dict[str, tuple[Change, str]] = {
-    "a picture that is not there": (lambda s: s[0].update(image="gone.png"), "data-missing-image"),
-    "a picture outside the folder": (lambda s: s[0].update(image="../../secret.png"), "data-missing-image"),
-    "a picture that is text": (lambda s: s[0].update(image="expected.json"), "data-broken-image"),
+    "an image that is not there": (lambda s: s[0].update(image="gone.png"), "data-missing-image"),
+    "an image outside the folder": (lambda s: s[0].update(image="../../secret.png"), "data-missing-image"),
+    "an image that is text": (lambda s: s[0].update(image="expected.json"), "data-broken-image"),
     "no mark": (turn(0, 0, value="What colours do you see?"), "data-marks"),
-    "a mark without a picture": (turn(2, 0, value="<image>\nWhat is it?"), "data-marks"),
+    "a mark without an image": (turn(2, 0, value="<image>\nWhat is it?"), "data-marks"),
     "two questions": (lambda s: s[1]["conversations"].pop(1), "data-turn-order"),
     "an unknown speaker": (turn(1, 1, **{"from": "bing"}), "data-turn-order"),
     "an empty answer": (turn(1, 3, value=" "), "data-empty-answer"),
@@ -401,7 +401,7 @@ RUN_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another template than the model's": ({**GO_ON, "version": "llava_llama_2"}, "run-template"),
     "no data": ({"data_path": "gone.json"}, "data-unreadable"),
     "no image folder": ({"image_folder": "gone"}, "data-missing-image"),
-    "a limit shorter than a picture": ({"model_max_length": 20}, "data-nothing-to-train"),
+    "a limit shorter than an image": ({"model_max_length": 20}, "data-nothing-to-train"),
     "float16 for bfloat16 weights": ({"model_name_or_path": "checkpoints/bf16", "fp16": True}, "run-precision"),
 }
 

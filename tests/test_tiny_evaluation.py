@@ -78,8 +78,8 @@ def verdict(category: str, form: str, answer: str, said: str) -> tuple[bool, boo
         ("photo", "sentence", "The photograph shows a cat.", "It is a cat or a dog.", False, False),
         ("yesno_colour", "sentence", "No, the star is red.", "No, it is red.", True, False),
         ("yesno_colour", "word", "No", "No, the star is red.", False, False),
-        ("unknown", "sentence", "I cannot tell who made it from the picture.", "I do not know: who made it.", True, False),
-        ("unknown", "sentence", "I cannot tell who made it from the picture.", "It is red.", False, False),
+        ("unknown", "sentence", "I cannot tell who made it from the image.", "I do not know: who made it.", True, False),
+        ("unknown", "sentence", "I cannot tell who made it from the image.", "It is red.", False, False),
         ("describe", "free", "A small red star on the left and a large blue ring.",
             "A large blue ring and a small red star on the left.", True, False),
         ("describe", "free", "A small red star on the left.", "A large red star on the left.", False, False),
@@ -111,7 +111,7 @@ def test_yes_no_figures_by_hand() -> None:
 
 def test_false_refusals_are_counted() -> None:
     row = Row("x", "colour", "colour", "sentence", "?", "The star is red.")
-    said = ["I cannot tell what colour it is.", "There is no star in the picture.", "The star is red.", "It is blue."]
+    said = ["I cannot tell what colour it is.", "There is no star in the image.", "The star is red.", "It is blue."]
     report = scoring.summarise([scoring.judge(row, text) for text in said])
     assert report["false_refusals"] == {"n": 4, "share": 0.25}
     assert report["false_denials"] == {"n": 4, "share": 0.25}

@@ -49,7 +49,7 @@ def scene_in(sample: Sample) -> scenes.Scene:
     return sample.paint.args[0]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def blobs(image: Image.Image, *, least: int = 40) -> list[tuple[str, float, float]]:
@@ -139,7 +139,7 @@ def test_every_colour_keeps_its_name_and_its_distance() -> None:
         assert {colour_name(shade) for shade in shades} == {name}
 
 
-def test_texts_fit_their_pictures() -> None:
+def test_texts_fit_their_images() -> None:
     for seed in range(40):
         text = lettering.draw_lettering(random.Random(seed), None, held=False)
         image = np.asarray(lettering.render_lettering(replace(text, texture="plain", plate_rgb=None), 112)).astype(int)
@@ -169,7 +169,7 @@ def the_one(scene: scenes.Scene, words: str) -> scenes.Thing:
 
 
 NAME = r"the ((?:\w+ )?\w+)"
-PLACE = r"(?: in the picture)?"
+PLACE = r"(?: in the image)?"
 
 
 def check_fact(scene: scenes.Scene, question: str, short: str) -> bool:
@@ -198,7 +198,7 @@ def check_fact(scene: scenes.Scene, question: str, short: str) -> bool:
         assert short.lower() == f"the {right}"
         return True
     if found := re.fullmatch(
-        r"(?:is there|do you see|can you see) an? ((?:\w+ )?\w+)(?: in the (?:picture|image))?", question
+        r"(?:is there|do you see|can you see) an? ((?:\w+ )?\w+)(?: in the (?:image|image))?", question
     ):
         assert short == ("Yes" if fitting(scene, found[1]) else "No")
         return True
@@ -247,8 +247,8 @@ def test_equal_seeds_give_equal_samples(kind: str) -> None:
     assert (first.caption, first.questions, first.truth) == (again.caption, again.questions, again.truth)
     assert first.questions != other.questions
     if kind != "talk":
-        pictures = [sample.image for sample in (first, again)]
-        assert pictures[0].tobytes() == pictures[1].tobytes()
+        images = [sample.image for sample in (first, again)]
+        assert images[0].tobytes() == images[1].tobytes()
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------
@@ -311,10 +311,10 @@ def test_what_is_read_is_spelt_and_the_prompt_is_short(tokenizer_folder: Path) -
     assert len(tokenizer(conversation.get_prompt()).input_ids) < 20
 
 
-# --- sample pictures --------------------------------------------------------------------------------------------------
+# --- sample images --------------------------------------------------------------------------------------------------
 
 
-def test_sample_pictures_show_what_they_should() -> None:
+def test_sample_images_show_what_they_should() -> None:
     found = blobs(Image.open(ROOT / "images" / "counting.png"))
     assert [name for name, _, _ in found] == ["red"] * 5
     demo = Image.open(ROOT / "images" / "demo.jpg").convert("RGB")
@@ -328,7 +328,7 @@ def test_sample_pictures_show_what_they_should() -> None:
     assert lettering.is_held_out(draw_images.WORD)
 
 
-def test_sample_pictures_come_from_the_script(tmp_path: Path) -> None:
+def test_sample_images_come_from_the_script(tmp_path: Path) -> None:
     draw_images.main(["--out", str(tmp_path)])
     for path in tmp_path.iterdir():
         committed = np.asarray(Image.open(ROOT / "images" / path.name).convert("RGB")).astype(float)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from repository import ROOT
 
-from llava.session import Picture
+from llava.session import LoadedImage
 
 QUESTION = "What colour is the star?"
 ANSWERING = [
@@ -17,5 +17,5 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def star() -> Picture:
-    return Picture.open(str(ROOT / "images/demo.jpg"))
+def star() -> LoadedImage:
+    return LoadedImage.open(str(ROOT / "images/demo.jpg"))

@@ -136,7 +136,7 @@ def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int
 
 
 class Requests:
-    """Questions nobody has asked before: random words, and a picture of random pixels where the model has a tower."""
+    """Questions nobody has asked before: random words, and an image of random pixels where the model has a tower."""
 
     def __init__(self, engine: Engine) -> None:
         import numpy as np

@@ -1,6 +1,6 @@
-"""`llava chat`: ask a model about pictures, once or in a conversation.
+"""`llava chat`: ask a model about images, once or in a conversation.
 
-In: pictures, a question or typed lines, flags. Out: answers on stdout as they are written, everything else on stderr. The
+In: images, a question or typed lines, flags. Out: answers on stdout as they are written, everything else on stderr. The
 conversation itself is session.py; what a terminal needs is terminal.py; the way to the model is engine/.
 """
 
@@ -26,7 +26,7 @@ from llava.conversation import get_template
 from llava.engine.hf_engine import Answer, Sampling
 from llava.errors import InputError
 from llava.images.io import ImageLimits
-from llava.session import Asked, Picture, Session, check_question
+from llava.session import Asked, LoadedImage, Session, check_question
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava chat",
         usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
-        description="Ask a model about pictures, once or in a conversation.",
+        description="Ask a model about images, once or in a conversation.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -101,9 +101,9 @@ def run(args: Namespace) -> int:
         get_template(args.conv_mode)
     limits = ImageLimits(timeout_s=args.image_timeout, allow_private_hosts=args.allow_private_hosts)
     # What can be refused without torch is refused now.
-    pictures = [Picture.open(source, limits) for source in sources]
+    images = [LoadedImage.open(source, limits) for source in sources]
     if question is not None:
-        check_question(question, len(pictures))
+        check_question(question, len(images))
     args.model_path = find_model(args.model_path)
     terminal = Terminal(quiet=args.quiet)
 
@@ -113,7 +113,7 @@ def run(args: Namespace) -> int:
     loaded = load_model(args)
     template = get_template(args.conv_mode or loaded.conv_mode)
     session = Session(loaded, template.with_system(args.system) if args.system is not None else template, sampling)
-    session.attach(pictures)
+    session.attach(images)
     chat = Chat(session, terminal, args, limits, load_s=time.perf_counter() - started)
     if args.verbose:
         chat.describe(loaded)
@@ -209,7 +209,7 @@ class Chat:
         return COMMANDS[name].run(self, argument.strip())
 
     def answer(self, question: str) -> None:
-        sources = [picture.source for picture in self.session.waiting]
+        sources = [image.source for image in self.session.waiting]
         asked = self.session.ask(question)
         if self.args.verbose:
             self.terminal.note(f"prompt: {asked.prompt!r}")
@@ -258,7 +258,7 @@ def _image(chat: Chat, argument: str) -> bool:
     sources = [argument] if looks_like_image(argument) and Path(argument).is_file() else shlex.split(argument)
     if not sources:
         raise InputError("/image needs the path or URL of at least one image")
-    chat.session.attach([Picture.open(source, chat.limits) for source in sources])
+    chat.session.attach([LoadedImage.open(source, chat.limits) for source in sources])
     num_waiting = len(chat.session.waiting)
     chat.terminal.note(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
     return True

@@ -1,7 +1,7 @@
 """Make a program's first second count: the imports between its start and its first token, cut to what they must be.
 
 In: nothing. Out: the same modules that plain imports give, sooner. `prepare()` is called as early as possible, and works
-on while arguments are parsed and pictures are read; `quick_imports()` wraps the block that imports and loads the model.
+on while arguments are parsed and images are read; `quick_imports()` wraps the block that imports and loads the model.
 Only programs use this, those that answer questions and `llava train`; the package as a library imports as usual.
 
 What it changes, each measured on two cores with torch 2.13 and transformers 5.23, where plain imports take 4.4 s:

@@ -1,8 +1,8 @@
 """A conversation template as the Jinja text that other programs render prompts with.
 
-In: the name of a template and what stands for one picture. Out: Jinja whose result for a list of messages is, to the
+In: the name of a template and what stands for one image. Out: Jinja whose result for a list of messages is, to the
 character, what `Conversation.get_prompt` gives for the same turns. A message's content is a string, or a list of parts of
-type `image` and `text`; pictures stand first, each on a line of its own.
+type `image` and `text`; images stand first, each on a line of its own.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _HEAD = """\
 
 
 def chat_template(conv_mode: str, image_mark: str) -> str:
-    """The Jinja text of a template; `image_mark` is what stands for one picture, usually `<image>`."""
+    """The Jinja text of a template; `image_mark` is what stands for one image, usually `<image>`."""
     conv = get_template(conv_mode)
     if "mmtag" in conv.version:
         raise InputError(
-            f"the template {conv_mode!r} answers a picture before the question, which a chat template cannot express"
+            f"the template {conv_mode!r} answers an image before the question, which a chat template cannot express"
         )
     parts = {**_PARTS[conv.sep_style](conv), "MARK": _text(image_mark + "\n"), "SYSTEM": _text(conv.system)}
     return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _HEAD)

@@ -18,7 +18,7 @@ from llava.conversation import get_model_name_from_path
 from llava.convert.gguf.file import read_gguf_head
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_pictures
+from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_images
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
     PROJECTOR_MARK,
@@ -148,7 +148,7 @@ class _Folder:
             "language model": self._language_model(),
             "vision tower": self._tower(),
             "projector": self._projector(),
-            "pictures": self._pictures(),
+            "images": self._images(),
             "template": self._template() if self.is_multimodal else None,
             "added tokens": self._added_tokens(),
             "context": declared_context_len(self.values),
@@ -220,7 +220,7 @@ class _Folder:
         wide = f"{self.values.get('mm_hidden_size')} to {self.values.get('hidden_size') or self.values.get('d_model')}"
         return f"{self.settings.projector.type}, {wide}"
 
-    def _pictures(self) -> str | None:
+    def _images(self) -> str | None:
         if self.settings is None:
             return None
         image = self.settings.image
@@ -336,7 +336,7 @@ def _in_original_words(info: CheckpointInfo) -> dict[str, Any]:
         "mm_vision_select_feature": select.get(config.get("vision_feature_select_strategy", "default"), "patch"),
         "unfreeze_mm_vision_tower": True,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "anyres" if is_next else "pad" if pads_pictures(info.folder) else "square",
+        "image_aspect_ratio": "anyres" if is_next else "pad" if pads_images(info.folder) else "square",
         "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
         "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
         "vision_config": {"image_size": 336, "patch_size": 14, **vision},

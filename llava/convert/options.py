@@ -58,7 +58,7 @@ def describe(report: Report) -> list[str]:
         lines.append("logits were not compared (--proof tensors, or a layout that is no model by itself)")
     else:
         lines.append(
-            f"compared logits of a sample with a picture in float32: largest difference {logits.largest:.3g} at a magnitude "
+            f"compared logits of a sample with an image in float32: largest difference {logits.largest:.3g} at a magnitude "
             f"of {logits.scale:.3g}, the same likeliest token at {logits.same_token} of {logits.num_positions} positions"
         )
         if logits.pixels is not None:

@@ -1,4 +1,4 @@
-"""Whether a finished target says what its source says: tensor by tensor both ways, then logits for a sample with a picture.
+"""Whether a finished target says what its source says: tensor by tensor both ways, then logits for a sample with an image.
 
 In: a `Source` and the folder of a target that is not in its place yet. Out: a `Proof` with the largest differences; a
 target that differs where it should not is a `ProofFailed`, and is not kept. Neither model is held in memory: tensors are
@@ -128,9 +128,9 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about a drawn picture, as text and as what our models take."""
+    """A question about a drawn image, as text and as what our models take."""
 
-    picture: Image.Image
+    image: Image.Image
     prompt: str
     inputs: ModelInputs
 
@@ -139,12 +139,12 @@ def make_sample(source: Source) -> Sample:
     conversation = get_template(source.conv_mode)
     conversation.append_message(conversation.roles[0], f"{image_mark(source.settings)}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
-    picture = draw_picture(source.policy.tile_size)
+    image = draw_image(source.policy.tile_size)
     processor = Processor(source.tokenizer, source.image_processor, source.settings, policy=source.policy)
-    return Sample(picture, conversation.get_prompt(), processor(conversation, [picture]))
+    return Sample(image, conversation.get_prompt(), processor(conversation, [image]))
 
 
-def draw_picture(side: int) -> Image.Image:
+def draw_image(side: int) -> Image.Image:
     """Colours that change everywhere, in a shape that is not square and a little larger than the tower's view."""
     import numpy as np
     from PIL import Image
@@ -196,7 +196,7 @@ def transformers_logits(written: Skeleton, sample: Sample) -> tuple[Tensor, floa
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
         raise ProofFailed(f"the chat template gives {prompt!r}, and the prompt is {sample.prompt!r}")
-    inputs = processor(text=prompt, images=sample.picture, return_tensors="pt")
+    inputs = processor(text=prompt, images=sample.image, return_tensors="pt")
     config = AutoConfig.from_pretrained(folder)
     ids = inputs["input_ids"][0].tolist()
     if collapsed(ids, config.image_token_index) != sample.inputs.input_ids.tolist():

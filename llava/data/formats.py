@@ -15,7 +15,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
 
 Sample = dict[str, Any]
-ImageSource = str | bytes  # a path inside the image folder or a data: URL; or the bytes of a picture's file
+ImageSource = str | bytes  # a path inside the image folder or a data: URL; or the bytes of an image's file
 
 # The names that OpenAI-style messages and LLaVA's turns have for who speaks; others pass, and text/labels.py refuses them.
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -67,11 +67,11 @@ def _image(entry: Any, key: str) -> ImageSource:
         entry = next((entry[name] for name in ("bytes", "path", "url") if entry.get(name)), None)
     if isinstance(entry, (str, bytes)) and entry:
         return entry.removeprefix("file://") if isinstance(entry, str) else entry
-    raise InputError(f"{key!r} is neither a path nor a list of paths (nor holds the bytes of pictures)")
+    raise InputError(f"{key!r} is neither a path nor a list of paths (nor holds the bytes of images)")
 
 
 def _from_messages(record: Sample) -> Sample:
-    """Turns from messages: a part that is an image becomes a mark, and its picture joins the sample's images."""
+    """Turns from messages: a part that is an image becomes a mark, and its image joins the sample's images."""
     if not record["messages"]:
         raise InputError("it has no turns")
     listed = record.get("images") or record.get("image")
@@ -108,9 +108,9 @@ def _content(content: Any, number: int) -> tuple[str, list[ImageSource]]:
             texts.append(part["text"])
         elif kind in ("image_url", "image"):
             texts.append(DEFAULT_IMAGE_TOKEN)
-            picture = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
-            if picture is not None:  # without one, it is among the record's own images
-                images.append(_image(picture, str(kind)))
+            image = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
+            if image is not None:  # without one, it is among the record's own images
+                images.append(_image(image, str(kind)))
         else:
             raise InputError(f"message {number} has a part of type {kind!r}; known parts are text and image_url")
     return "\n".join(texts), images

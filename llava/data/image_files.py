@@ -1,7 +1,7 @@
-"""The picture that a sample names, and nothing else: files confined to the image folder, or bytes that the sample brings.
+"""The image that a sample names, and nothing else: files confined to the image folder, or bytes that the sample brings.
 
 In: a path, a data: URL or bytes, and the image folder. Out: what `llava.images.io.load_image` takes. Training reads every
-picture in every epoch and on every rank, so addresses on the network are refused here.
+image in every epoch and on every rank, so addresses on the network are refused here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def locate_image(source: ImageSource, image_folder: str | None, *, flag: str = _
     if isinstance(source, bytes) or source.startswith("data:"):
         return source
     if _ADDRESS.match(source):
-        raise InputError(f"image {source!r} is an address; download the pictures of a data set into its image folder")
+        raise InputError(f"image {source!r} is an address; download the images of a data set into its image folder")
     if not image_folder:
         raise InputError(f"image {source!r} cannot be found: say where the images are with {flag}")
     folder = os.path.abspath(image_folder)

@@ -1,4 +1,4 @@
-"""What a model will see of a sample, found without its weights: ids, labels, and the tokens that each picture takes.
+"""What a model will see of a sample, found without its weights: ids, labels, and the tokens that each image takes.
 
 In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that look at
 data (check.py, show.py). Tokens and labels are those of training, since they come from the same functions in text/labels.py.
@@ -58,7 +58,7 @@ class SampleReader:
         return Reading(text, ids, labels, ends)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens that pictures of these sizes become."""
+        """Tokens that images of these sizes become."""
         if not sizes:
             return []
         if self.policy is None:
@@ -90,7 +90,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     settings = LlavaSettings.from_hf(config)
     has_tower = bool(settings.vision.tower)
     limit = max_length or context_len(config)
-    # Longer texts are no fault of the tokenizer's: whether they fit is judged here, with their pictures.
+    # Longer texts are no fault of the tokenizer's: whether they fit is judged here, with their images.
     tokenizer.model_max_length = int(1e9)
     return SampleReader(
         tokenizer=tokenizer,

@@ -196,7 +196,7 @@ def _line_records(path: Path) -> Iterator[Found]:
                 yield Found(begin, len(line), None, f"it is not valid JSON: {error}")
 
 
-# Parquet, pictures inside or beside
+# Parquet, images inside or beside
 
 
 @lru_cache(maxsize=64)
@@ -214,23 +214,23 @@ def _parquet(path: Path) -> Any:
 
 
 def _parquet_records(path: Path) -> Iterator[Found]:
-    """Rows; of pictures stored inside, only that they are there, where the file lets that be seen without reading them."""
+    """Rows; of images stored inside, only that they are there, where the file lets that be seen without reading them."""
     table = _parquet(path)
     leaves = [table.schema.column(index).path for index in range(len(table.schema))]
     unread = {leaf for leaf in leaves if leaf.endswith(".bytes") and leaf.removesuffix("bytes") + "path" in leaves}
     columns = [leaf for leaf in leaves if leaf not in unread]
-    pictures = {leaf.partition(".")[0] for leaf in unread}
+    images = {leaf.partition(".")[0] for leaf in unread}
     for group in range(table.num_row_groups):
         for row, record in enumerate(table.read_row_group(group, columns=columns, use_threads=False).to_pylist()):
-            for name in pictures & record.keys():
+            for name in images & record.keys():
                 record[name] = _as_if_read(record[name])
             yield Found(group, row, record)
 
 
-def _as_if_read(picture: Any) -> Any:
-    if isinstance(picture, list):
-        return [_as_if_read(entry) for entry in picture]
-    return picture and (picture if picture.get("path") else {"bytes": b"unread"})
+def _as_if_read(image: Any) -> Any:
+    if isinstance(image, list):
+        return [_as_if_read(entry) for entry in image]
+    return image and (image if image.get("path") else {"bytes": b"unread"})
 
 
 def _read_parquet_record(path: Path, group: int, row: int) -> Any:

@@ -1,6 +1,6 @@
 """`llava data show FILE --index N`: one sample as a model will see it, with the text that it learns to write marked.
 
-In: a data file, which sample, a model folder (only its tokenizer and config are read). Out: the sample's pictures, its
+In: a data file, which sample, a model folder (only its tokenizer and config are read). Out: the sample's images, its
 tokens in numbers, and the prompt: trained text in colour on a terminal, between [ and ] elsewhere.
 """
 
@@ -84,7 +84,7 @@ def render(samples: Samples, index: int, reader: SampleReader, image_folder: str
 def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) -> str:
     """The prompt, cut where training begins and ends, each token's text on the side that its label says."""
     paint = Paint(colours)
-    pictures = iter(features)
+    images = iter(features)
     pieces = []
     start = 0
     tokens = zip(reading.ids, reading.labels, reading.ends, strict=True)
@@ -95,7 +95,7 @@ def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) ->
         end = max(start, members[-1][2])
         text = reading.text[start:end]
         if is_image:
-            labels = [f"<image: {next(pictures, 0)} tokens>" for _ in members]
+            labels = [f"<image: {next(images, 0)} tokens>" for _ in members]
             text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(paint(label, "dim") for label in labels)
         shown = paint(text, "bold", "green") if colours else f"[{text}]"
         pieces.append(shown if trained else text)

@@ -1,6 +1,6 @@
 """What can be wrong with a training sample, found without training: each fault by its kind and one sentence.
 
-In: a sample and where its pictures are, perhaps a model's way of reading it. Out: its faults, all of them, and its size.
+In: a sample and where its images are, perhaps a model's way of reading it. Out: its faults, all of them, and its size.
 Training itself refuses the same samples one at a time (data.py); counting and printing is check.py's.
 """
 
@@ -86,7 +86,7 @@ class Checker:
         return Finding(index, tuple(faults), len(sources), length)
 
     def _tokens(self, sample: Sample, sizes: list[tuple[int, int]] | None) -> tuple[int | None, list[Fault]]:
-        """Length in tokens, pictures included, and what that shows. Without the sizes of its pictures, no length."""
+        """Length in tokens, images included, and what that shows. Without the sizes of its images, no length."""
         reader = self.reader
         assert reader is not None
         try:
@@ -102,7 +102,7 @@ class Checker:
         length = len(reading.ids) + sum(features) - len(features)
         if length > reader.max_length:
             faults.append(Fault("too-long", f"it has {length} tokens, and the limit is {reader.max_length}"))
-            # Pictures stand before what is said about them, so their features shift every answer.
+            # Images stand before what is said about them, so their features shift every answer.
             room = max(0, reader.max_length - (length - len(reading.ids)))
             if not faults[:-1] and not any(label != IGNORE_INDEX for label in reading.labels[:room]):
                 faults.append(

@@ -138,8 +138,8 @@ def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
 # The items
 
 
-def ask(loaded: LoadedModel, question: str, num_pictures: int, **options: Any) -> tuple[Any, Any]:
-    """A conversation about drawn pictures, and the model's inputs for it."""
+def ask(loaded: LoadedModel, question: str, num_images: int, **options: Any) -> tuple[Any, Any]:
+    """A conversation about drawn images, and the model's inputs for it."""
     from llava.conversation import get_template
     from llava.processor import image_mark
 
@@ -147,10 +147,10 @@ def ask(loaded: LoadedModel, question: str, num_pictures: int, **options: Any) -
     conversation = get_template(loaded.conv_mode)
     conversation.messages = []
     mark = image_mark(loaded.processor.config)
-    conversation.append_message(conversation.roles[0], f"{mark}\n" * num_pictures + question)
+    conversation.append_message(conversation.roles[0], f"{mark}\n" * num_images + question)
     conversation.append_message(conversation.roles[1], None)
-    pictures = [drawing(), drawing(inverted=True).resize((300, 500)), drawing().resize((640, 150))][:num_pictures]
-    return conversation, loaded.processor(conversation, pictures, **options)
+    images = [drawing(), drawing(inverted=True).resize((300, 500)), drawing().resize((640, 150))][:num_images]
+    return conversation, loaded.processor(conversation, images, **options)
 
 
 def spliced(loaded: LoadedModel, inputs: Any) -> Any:
@@ -195,7 +195,7 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
     item.say("embeddings", told(figures(embeds)))
     stop = place + len(features)
     same = bool(torch.equal(embeds[0, place:stop], features.to(embeds)))
-    item.check("picture", same, f"positions {place} to {stop - 1} are the projector's features, number for number")
+    item.check("image", same, f"positions {place} to {stop - 1} are the projector's features, number for number")
     around = torch.cat([embeds[0, :place], embeds[0, stop:]])
     item.check(
         "text", bool(torch.equal(around, text)), f"the other {len(around)} positions are rows of the embedding table"
@@ -221,9 +221,7 @@ def length_by_hand(loaded: LoadedModel) -> Item:
         sizes = ", ".join(f"{width}x{height}" for width, height in inputs.image_sizes) or "none"
         hand = " + ".join(map(str, [text, *features]))
         holds = total == found == attended == inputs.num_tokens
-        item.check(
-            f"{number} pictures", holds, f"{hand} = {total}; embeddings {found}, mask {attended} (sizes {sizes})"
-        )
+        item.check(f"{number} images", holds, f"{hand} = {total}; embeddings {found}, mask {attended} (sizes {sizes})")
     return item
 
 
@@ -281,7 +279,7 @@ def label_mask(loaded: LoadedModel) -> Item:
             holds,
             f"trained is {text.strip()!r}: answer and end mark, no question",
         )
-    item.check("picture", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the picture's mark")
+    item.check("image", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the image's mark")
     padding = int((~mask).sum())
     item.check("padding", not bool(trained[~mask].any()), f"{IGNORE_INDEX} at all {padding} places of padding")
     item.check("labels", bool((labels[trained] == ids[trained]).all()), "every trained label is its own token")
@@ -319,7 +317,7 @@ def odd_output(loaded: LoadedModel) -> Item:
     conversation, inputs = ask(loaded, QUESTION, 1)
     embeds, _ = spliced(loaded, inputs)
     holds = embeds.shape[1] == inputs.num_tokens and conversation.get_prompt().count("<image>") == 1
-    item.check("3 splice", holds, f"one <image> for one picture, {embeds.shape[1]} positions, none of them a mark")
+    item.check("3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none of them a mark")
     reader = AnswerReader(tokenizer, [end])
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()

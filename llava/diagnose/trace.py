@@ -1,6 +1,6 @@
 """`llava trace`: one question, or one training sample, with everything that happens on the way.
 
-In: pictures and a question, or a data file and the number of a sample. Out: every point on stdout, for people or as JSON,
+In: images and a question, or a data file and the number of a sample. Out: every point on stdout, for people or as JSON,
 and with `--html` a page. Exit status: 0 if every check holds, 1 if one does not, 2 for a wrong call.
 """
 
@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   llava trace photo.jpg "What is in this picture?"               every point on the way, in order
   llava trace photo.jpg "Which colour?" --html trace.html        the same as a page: where did each token look?
-  llava trace photo.jpg "Which colour?" --break splice           open the debugger where pictures join the text
+  llava trace photo.jpg "Which colour?" --break splice           open the debugger where images join the text
   llava trace -m ./llava-v1.5-7b photo.jpg "Why?" --json
   llava trace --data train.json --index 3 --image-folder images  a training sample: labels, loss, gradients
   llava trace --data train.json -m ./llava-v1.5-7b -- --mm_projector_lr 2e-5 --freeze_backbone True
@@ -90,15 +90,15 @@ def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
 def _trace_question(args: Namespace) -> int:
     from llava.cli.chat import load_model, split_words
     from llava.cli.find_model import find_model
-    from llava.session import Picture, check_question
+    from llava.session import LoadedImage, check_question
 
     sources, question = split_words(args.words)
     if question is None:
         raise InputError('say what to ask: llava trace photo.jpg "What is in this picture?"')
     if args.conv_mode is not None:
         get_template(args.conv_mode)
-    pictures = [Picture.open(source) for source in sources]
-    check_question(question, len(pictures))
+    images = [LoadedImage.open(source) for source in sources]
+    check_question(question, len(images))
     args.model_path = find_model(args.model_path)
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     args.load_8bit, args.load_4bit, args.verbose = False, False, False
@@ -111,7 +111,7 @@ def _trace_question(args: Namespace) -> int:
     from llava.diagnose.tracer.generation import trace_question
 
     answered = trace_question(
-        loaded, pictures, question, sampling=sampling, conv_mode=args.conv_mode, break_at=args.break_at
+        loaded, images, question, sampling=sampling, conv_mode=args.conv_mode, break_at=args.break_at
     )
     page = None
     if args.html:

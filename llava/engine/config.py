@@ -24,7 +24,7 @@ class EngineConfig:
     num_blocks: int | None = None  # blocks in the pool; None: what the memory has room for
     memory_fraction: float = 0.9  # of the GPU's memory, for everything
     prefix_cache: bool = True  # keep keys and values of finished prompts for those that begin alike
-    feature_cache_bytes: int = 512 * 2**20  # image features kept for pictures that come again; 0 keeps none
+    feature_cache_bytes: int = 512 * 2**20  # image features kept for images that come again; 0 keeps none
     weights: str | None = None  # "int8", "fp8" or "int4": hold the language model's weights in that form
     speculation: int = 0  # tokens guessed ahead from the text so far, for greedy answers; 0 guesses none
     graphs: bool = True  # record decoding steps as CUDA graphs (nothing on a CPU)

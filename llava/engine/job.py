@@ -52,7 +52,7 @@ class Job(ABC):
         return Timings((self.begun or now) - self.submitted, first, now - self.submitted)
 
     def let_go(self) -> None:
-        """It is over. Its sequences know it, a cycle that would keep its pictures until garbage is collected."""
+        """It is over. Its sequences know it, a cycle that would keep its images until garbage is collected."""
         self.sequences, self.later = [], []
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 In: numbers of blocks, and hashes of what is in them. Out: block numbers. The tensors themselves are decoder.py's; nothing
 here imports torch. A block holds the keys and values of `block_size` tokens of one sequence. Full blocks have a hash of
-everything up to their end, text and pictures alike, so a sequence that begins like another one takes its blocks instead
+everything up to their end, text and images alike, so a sequence that begins like another one takes its blocks instead
 of computing them: they are counted, never copied, and written only by whoever filled them.
 """
 
@@ -105,7 +105,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int], image_keys: Sequence[byt
     """The hash of one full block after a beginning with hash `parent`.
 
     A feature's id is -1 minus its place in its image; the keys (content and layout) of the images that the block has part
-    of follow in order, so that pictures with equally many features are never taken for each other.
+    of follow in order, so that images with equally many features are never taken for each other.
     """
     content = hashlib.blake2b(parent, digest_size=16)
     content.update(array("q", token_ids).tobytes())

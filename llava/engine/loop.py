@@ -191,14 +191,14 @@ class Loop:
             return None
 
     def _ready(self, step: Step) -> Step:
-        """A step without requests whose pictures turn out to be unusable."""
+        """A step without requests whose images turn out to be unusable."""
         for work in step.prefill:
             job = work.sequence.owner
             if job.begun is None:
                 self._begin(job)
             try:
                 if not work.sequence.done:
-                    self.runner.read_pictures(work)
+                    self.runner.read_images(work)
             except Exception as error:
                 self._fail(job, error)
         # Another completion of such a request may be anywhere in the step.

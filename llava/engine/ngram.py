@@ -34,8 +34,8 @@ class Lookup:
             found = ends.get(tuple(ids[-length:]))
             if found is not None:
                 following = ids[found : found + count]
-                picture = next((place for place, token in enumerate(following) if token < 0), len(following))
-                return tuple(following[:picture])
+                image = next((place for place, token in enumerate(following) if token < 0), len(following))
+                return tuple(following[:image])
         return ()
 
 

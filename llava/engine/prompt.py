@@ -1,9 +1,9 @@
-"""A request's conversation and pictures, made into the prompt that the engine computes.
+"""A request's conversation and images, made into the prompt that the engine computes.
 
-In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its pictures, known by their content. This
-runs in the thread of whoever asks. Pictures leave it as bytes, a quarter of the size of normalised pixels; normalising is
+In: a `Request`. Out: a `Prompt`, ids with a place for every image feature, and its images, known by their content. This
+runs in the thread of whoever asks. Images leave it as bytes, a quarter of the size of normalised pixels; normalising is
 a look-up on the device. A GPU also scales them and cuts them into tiles (images/gpu_preprocess.py); elsewhere, and for
-very large ones, that happens here, and only for a picture whose features are not known yet or that is too large to be
+very large ones, that happens here, and only for an image whose features are not known yet or that is too large to be
 kept.
 """
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from llava.images.layout import ImageLayout
 
 
-KEPT_PIXELS = 4_000_000  # of a picture kept whole: its features are known, or a device makes its tiles
+KEPT_PIXELS = 4_000_000  # of an image kept whole: its features are known, or a device makes its tiles
 
 
 def prompt_bytes(layout: ImageLayout, tile_size: int) -> int:
-    """What a prompt holds of a picture: its tiles, or a small one itself, to which Pillow gives 4 bytes a pixel."""
+    """What a prompt holds of an image: its tiles, or a small one itself, to which Pillow gives 4 bytes a pixel."""
     pixels = layout.size.width * layout.size.height
     return max(3 * layout.num_tiles * tile_size**2, 4 * pixels if pixels <= KEPT_PIXELS else 0)
 
 
 class PromptImage:
-    """A picture in a prompt, its features at positions `start` to `stop`.
+    """An image in a prompt, its features at positions `start` to `stop`.
 
     `key` names content and layout: the same key, the same features. A layout follows from size, model and number of
     tiles, so these stand for it.
@@ -82,13 +82,13 @@ class PromptImage:
         return self._pixels
 
     def prepare(self) -> None:
-        """Do what can be done on the host; what is wrong with a picture shows here."""
+        """Do what can be done on the host; what is wrong with an image shows here."""
         if self._to_pixels is not None:
             self.pixels()
 
 
 class PromptBuilder:
-    """Makes prompts for one model. `knows` tells whether an image's features are at hand. `on_device` leaves pictures that
+    """Makes prompts for one model. `knows` tells whether an image's features are at hand. `on_device` leaves images that
     are not too large for the device to cut into tiles."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out, as values.
 
-In: a `Request`, a conversation or a finished prompt with its pictures and how to choose tokens. Out: a `Result` when
+In: a `Request`, a conversation or a finished prompt with its images and how to choose tokens. Out: a `Result` when
 all is done, or `Chunk`s as text becomes certain; joined, the chunks of a completion are its text. Nothing here imports
 torch: servers check what a stranger sent by making these values before a model is asked.
 """

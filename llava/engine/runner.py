@@ -108,8 +108,8 @@ class Runner:
         if tile is not None:
             self._encode = TowerGraphs(self._model.encode_images, tile, self._model.get_vision_tower())
 
-    def read_pictures(self, work: Work) -> None:
-        """Make the pixels that this work will need; what is wrong with a picture shows here."""
+    def read_images(self, work: Work) -> None:
+        """Make the pixels that this work will need; what is wrong with an image shows here."""
         for image in _images_in(work):
             if image.key not in self.features:
                 image.prepare()
@@ -169,7 +169,7 @@ class Runner:
             logits = self.decoder.logits(self.decoder.hidden_states(embeds, step.plan(1, self._reach(arrays))))
         return self._choose(logits, work, list(range(len(work))), rows)
 
-    # Prompts: any number of positions, whose tokens and pictures are known here.
+    # Prompts: any number of positions, whose tokens and images are known here.
 
     def _prefill(self, work: list[Work]) -> tuple[_Part, list[tuple[Work, Tensor, Tensor]]]:
         num_tokens = sum(item.count for item in work)
@@ -200,7 +200,7 @@ class Runner:
         return self._choose(logits, chooses, firsts, rows), scores
 
     def _prompt_embeds(self, work: list[Work]) -> Tensor:
-        """Embeddings (T, D) of text and pictures, by the splice that training and `generate` use."""
+        """Embeddings (T, D) of text and images, by the splice that training and `generate` use."""
         ids: list[int] = []
         slices: list[Tensor] = []
         features = self._features([image for item in work for image in _images_in(item)])

@@ -83,10 +83,10 @@ def run(args: Namespace) -> None:
     for name in predictions.keys() - problems.keys():
         faults.add("answers to unknown questions", "they count nowhere", repr(name))
     correct, total = len(groups["correct"]), len(problems)
-    pictured = {name: [row for row in rows if row["is_multimodal"]] for name, rows in groups.items()}
-    num_pictured = sum(map(len, pictured.values()))
-    if num_pictured:
-        image_accuracy = f"{len(pictured['correct']) / num_pictured * 100:.2f}%"
+    with_image = {name: [row for row in rows if row["is_multimodal"]] for name, rows in groups.items()}
+    num_with_image = sum(map(len, with_image.values()))
+    if num_with_image:
+        image_accuracy = f"{len(with_image['correct']) / num_with_image * 100:.2f}%"
     else:
         image_accuracy = "none (no question has an image)"
     print(

@@ -113,7 +113,7 @@ def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -
 
         rows = read_xlsx(path)
     else:
-        csv.field_size_limit(sys.maxsize)  # pictures are cells of some benchmarks' tables
+        csv.field_size_limit(sys.maxsize)  # images are cells of some benchmarks' tables
         source = io.StringIO(read_text(path, what), newline="")
         rows = list(csv.DictReader(source, delimiter="," if path.suffix.lower() == ".csv" else "\t", restval=""))
     if not rows:

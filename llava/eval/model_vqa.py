@@ -1,4 +1,4 @@
-"""Answer questions about pictures at length: LLaVA-Bench, MM-Vet, questions of one's own.
+"""Answer questions about images at length: LLaVA-Bench, MM-Vet, questions of one's own.
 
     python -m llava.eval.model_vqa --model-path llava-v1.5-13b --question-file questions.jsonl --image-folder images \\
         --answers-file answers.jsonl --temperature 0 --conv-mode vicuna_v1
@@ -26,7 +26,7 @@ __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="model_vqa.py", description="Answer questions about pictures at length.")
+    parser = ArgumentParser(prog="model_vqa.py", description="Answer questions about images at length.")
     add_answer_flags(parser)
     add_sampling_flags(parser)
     return parser

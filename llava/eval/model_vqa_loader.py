@@ -1,4 +1,4 @@
-"""Answer short questions about pictures: VQAv2, GQA, VizWiz, TextVQA, POPE, MME, SEED-Bench.
+"""Answer short questions about images: VQAv2, GQA, VizWiz, TextVQA, POPE, MME, SEED-Bench.
 
     python -m llava.eval.model_vqa_loader --model-path llava-v1.5-13b --question-file questions.jsonl \\
         --image-folder images --answers-file answers.jsonl --temperature 0 --conv-mode vicuna_v1
@@ -19,7 +19,7 @@ __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="model_vqa_loader.py", description="Answer questions about pictures.")
+    parser = ArgumentParser(prog="model_vqa_loader.py", description="Answer questions about images.")
     add_answer_flags(parser)
     add_sampling_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most so many per answer (default: 128)")

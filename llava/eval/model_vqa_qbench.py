@@ -27,9 +27,7 @@ def build_parser() -> ArgumentParser:
         "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
     )
     parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
-    parser.add_argument(
-        "--image-folder", type=str, default=f"{FOLDER}/images_llvisionqa", help="folder of the pictures"
-    )
+    parser.add_argument("--image-folder", type=str, default=f"{FOLDER}/images_llvisionqa", help="folder of the images")
     parser.add_argument("--questions-file", type=str, default=f"{FOLDER}/llvisionqa_dev.json", help="the questions")
     parser.add_argument(
         "--answers-file", type=str, default="answer.jsonl", help="the file to write (default: answer.jsonl)"

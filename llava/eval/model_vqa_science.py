@@ -1,4 +1,4 @@
-"""Answer ScienceQA's questions, with and without pictures.
+"""Answer ScienceQA's questions, with and without images.
 
     python -m llava.eval.model_vqa_science --model-path llava-v1.5-13b --question-file llava_test_CQM-A.json \\
         --image-folder images/test --answers-file answers.jsonl --single-pred-prompt --temperature 0 --conv-mode vicuna_v1

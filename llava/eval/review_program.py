@@ -1,6 +1,6 @@
 """What the three GPT-review scripts of the original share: their flags, and the run from files to reviews.
 
-In: a command line and the way to a picture's description. Out: a file of reviews. The judge is any server with OpenAI's API;
+In: a command line and the way to an image's description. Out: a file of reviews. The judge is any server with OpenAI's API;
 prompts and rows are eval/harness/judge.py's.
 """
 
@@ -24,7 +24,7 @@ def review_parser(name: str, *, context: bool) -> ArgumentParser:
     parser = ArgumentParser(prog=name, description="Let a language model compare two answers to each question.")
     parser.add_argument("-q", "--question", required=True, help="the questions, JSON lines")
     if context:
-        parser.add_argument("-c", "--context", required=True, help="the pictures in words, JSON lines")
+        parser.add_argument("-c", "--context", required=True, help="the images in words, JSON lines")
     parser.add_argument("-a", "--answer-list", nargs="+", default=[], help="two files of answers, JSON lines")
     parser.add_argument("-r", "--rule", help="the judge's rules (default: those in the package)")
     parser.add_argument("-o", "--output", required=True, help="the file of reviews; those in it are kept")
@@ -84,7 +84,7 @@ def run_review(
 
 
 def read_contexts(file: str) -> dict[str, dict[str, Any]]:
-    """Descriptions of pictures by picture."""
+    """Descriptions of images by image."""
     return {need(row, "image", file): row for row in read_json_lines(Path(file), "file of descriptions")}
 
 
@@ -92,6 +92,6 @@ def described(contexts: Mapping[str, Mapping[str, Any]], question: Mapping[str, 
     image = str(question.get("image"))
     if image not in contexts:
         raise InputError(
-            f"the picture {image!r} of the question {question['question_id']!r} is not described in --context"
+            f"the image {image!r} of the question {question['question_id']!r} is not described in --context"
         )
     return contexts[image]

@@ -1,8 +1,8 @@
-"""One question about one picture or several, in the original's form: as a program, and as `eval_model(args)`.
+"""One question about one image or several, in the original's form: as a program, and as `eval_model(args)`.
 
     python -m llava.eval.run_llava --model-path llava-v1.5-7b --image-file a.jpg,b.jpg --query "What changed?"
 
-A question says where its pictures go by `<image-placeholder>`; without that, one mark for each comes first.
+A question says where its images go by `<image-placeholder>`; without that, one mark for each comes first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["build_parser", "eval_model", "image_parser", "load_image", "load_ima
 
 
 def image_parser(args: Namespace) -> list[str]:
-    """The names of the pictures."""
+    """The names of the images."""
     return args.image_file.split(args.sep) if isinstance(args.image_file, str) else list(args.image_file)
 
 
@@ -83,14 +83,14 @@ def eval_model(args: Namespace) -> str:
 
 
 def marked(query: str, num_images: int, mark: str) -> str:
-    """A question with the model's marks for its pictures."""
+    """A question with the model's marks for its images."""
     if IMAGE_PLACEHOLDER in query:
         return query.replace(IMAGE_PLACEHOLDER, mark)
     return f"{mark}\n" * num_images + query
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="run_llava.py", description="One question about one picture or several.")
+    parser = ArgumentParser(prog="run_llava.py", description="One question about one image or several.")
     parser.add_argument(
         "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
     )

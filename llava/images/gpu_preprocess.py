@@ -1,11 +1,11 @@
-"""The tiles of a picture, made on the GPU: scaled, padded and cut there, to the same bits as Pillow does it on the host.
+"""The tiles of an image, made on the GPU: scaled, padded and cut there, to the same bits as Pillow does it on the host.
 
-In: a picture's bytes. Out: its tiles as bytes, before normalising. Scaling a photograph takes Pillow several milliseconds,
+In: an image's bytes. Out: its tiles as bytes, before normalising. Scaling a photograph takes Pillow several milliseconds,
 during which a GPU could have read half a prompt. Pillow's arithmetic is whole numbers: weights in units of 2**-22, one
 pass along the rows and one along the columns, each rounded to a byte. A product of matrices in float64 adds such numbers
-without any rounding of its own, so what is looked up, hashed and cached is one picture wherever it was scaled.
+without any rounding of its own, so what is looked up, hashed and cached is one image wherever it was scaled.
 
-    H, W a picture's height and width; colours come first, as the vision tower wants them
+    H, W an image's height and width; colours come first, as the vision tower wants them
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ class DeviceTiler:
         return not processor.do_resize or processor.resample in FILTERS
 
     def __call__(self, rgb: Tensor, num_tiles: int) -> Tensor:
-        """Tiles (num_tiles, 3, side, side) of a picture (H, W, 3), uint8; of several, the overview comes first."""
-        picture = rgb.permute(2, 0, 1)
-        height, width = picture.shape[1:]
+        """Tiles (num_tiles, 3, side, side) of an image (H, W, 3), uint8; of several, the overview comes first."""
+        image = rgb.permute(2, 0, 1)
+        height, width = image.shape[1:]
         if self._policy.mode == "pad" and height != width:
             side = max(height, width)
             corner = (side - width) // 2, (side - height) // 2
-            picture = _pasted(picture, (side, side), corner, mean_colour(self._processor))
+            image = _pasted(image, (side, side), corner, mean_colour(self._processor))
         if self._policy.mode != "anyres":
-            return self._finished(picture)[None]
+            return self._finished(image)[None]
         side = overview_side(self._processor)
-        tiles = [scaled(picture, (side, side), BICUBIC)]
+        tiles = [scaled(image, (side, side), BICUBIC)]
         if num_tiles > 1:
             canvas = select_best_resolution((width, height), self._policy.pinpoints)
             fitted, offset = fit_inside((width, height), canvas)
-            whole = _pasted(scaled(picture, fitted, BICUBIC), canvas, offset, (0, 0, 0))
+            whole = _pasted(scaled(image, fitted, BICUBIC), canvas, offset, (0, 0, 0))
             boxes = tile_boxes(canvas, self._processor.crop_size["height"])
             tiles += [whole[:, top:bottom, left:right] for left, top, right, bottom in boxes]
         return torch.stack([self._finished(tile) for tile in tiles])
@@ -67,7 +67,7 @@ class DeviceTiler:
         if processor.do_center_crop:
             width, height = processor.crop_size["width"], processor.crop_size["height"]
             left, top = (tile.shape[2] - width) // 2, (tile.shape[1] - height) // 2
-            if left < 0 or top < 0:  # outside the picture: black
+            if left < 0 or top < 0:  # outside the image: black
                 canvas = max(width, tile.shape[2]), max(height, tile.shape[1])
                 tile = _pasted(tile, canvas, (max(-left, 0), max(-top, 0)), (0, 0, 0))
                 left, top = max(left, 0), max(top, 0)
@@ -75,37 +75,37 @@ class DeviceTiler:
         return tile
 
 
-def scaled(picture: Tensor, size: tuple[int, int], resample: int) -> Tensor:
-    """A picture (3, H, W) of uint8 as Pillow scales it to `size` (width, height)."""
-    fewer_rows, fewer_columns = picture.shape[1] - size[1], picture.shape[2] - size[0]
+def scaled(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+    """An image (3, H, W) of uint8 as Pillow scales it to `size` (width, height)."""
+    fewer_rows, fewer_columns = image.shape[1] - size[1], image.shape[2] - size[0]
     columns_first = fewer_rows > max(0, 2 * fewer_columns) and _begins_with_columns()
-    return _scaled(picture, size, resample, rows_first=not columns_first)
+    return _scaled(image, size, resample, rows_first=not columns_first)
 
 
-def _scaled(picture: Tensor, size: tuple[int, int], resample: int, *, rows_first: bool) -> Tensor:
+def _scaled(image: Tensor, size: tuple[int, int], resample: int, *, rows_first: bool) -> Tensor:
     for across in (rows_first, not rows_first):
         dim, wanted = (2, size[0]) if across else (1, size[1])
-        if wanted != picture.shape[dim]:
-            matrix = weights(picture.shape[dim], wanted, resample, picture.device)
-            picture = _one_way(picture, matrix.t() if across else matrix, across=across)
-    return picture
+        if wanted != image.shape[dim]:
+            matrix = weights(image.shape[dim], wanted, resample, image.device)
+            image = _one_way(image, matrix.t() if across else matrix, across=across)
+    return image
 
 
 @cache
 def _begins_with_columns() -> bool:
-    """Pillow 13 begins with the columns of a picture that becomes much lower, older ones always with the rows."""
+    """Pillow 13 begins with the columns of an image that becomes much lower, older ones always with the rows."""
     from PIL import Image
 
-    picture = np.random.default_rng(0).integers(0, 256, (32, 8, 3), dtype=np.uint8)
-    expected = torch.from_numpy(np.array(Image.fromarray(picture).resize((6, 12), BICUBIC)))
-    planes = torch.from_numpy(picture).permute(2, 0, 1)
+    image = np.random.default_rng(0).integers(0, 256, (32, 8, 3), dtype=np.uint8)
+    expected = torch.from_numpy(np.array(Image.fromarray(image).resize((6, 12), BICUBIC)))
+    planes = torch.from_numpy(image).permute(2, 0, 1)
     return torch.equal(_scaled(planes, (6, 12), BICUBIC, rows_first=False).permute(1, 2, 0), expected)
 
 
-def _one_way(picture: Tensor, matrix: Tensor, *, across: bool) -> Tensor:
+def _one_way(image: Tensor, matrix: Tensor, *, across: bool) -> Tensor:
     """Weighted sums along the rows or the columns, rounded to bytes; a band of rows, or of columns, at a time."""
     dim = 1 if across else 2
-    bands = picture.split(max(1, BAND // (picture.numel() // picture.shape[dim])), dim)
+    bands = image.split(max(1, BAND // (image.numel() // image.shape[dim])), dim)
     sums = (band.double() @ matrix if across else matrix @ band.double() for band in bands)
     parts = [((total + UNIT // 2) / UNIT).floor_().clamp_(0, 255).to(torch.uint8) for total in sums]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
@@ -135,15 +135,15 @@ def weights(num_in: int, num_out: int, resample: int, device: torch.device) -> T
     return torch.from_numpy(matrix).to(device)
 
 
-def _pasted(picture: Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
-    """The picture on a canvas of `size` (width, height), its corner at `offset` (left, top)."""
+def _pasted(image: Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
+    """The image on a canvas of `size` (width, height), its corner at `offset` (left, top)."""
     (width, height), (left, top) = size, offset
-    if (width, height) == (picture.shape[2], picture.shape[1]):
-        return picture
-    canvas = torch.empty(3, height, width, dtype=picture.dtype, device=picture.device)
+    if (width, height) == (image.shape[2], image.shape[1]):
+        return image
+    canvas = torch.empty(3, height, width, dtype=image.dtype, device=image.device)
     for plane, value in zip(canvas, colour, strict=True):
         plane.fill_(value)
-    canvas[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+    canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
     return canvas
 
 

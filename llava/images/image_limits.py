@@ -1,4 +1,4 @@
-"""What a picture may cost, wherever it comes from: bytes, pixels, time and addresses."""
+"""What an image may cost, wherever it comes from: bytes, pixels, time and addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava.errors import InputError
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost. The defaults suit a program for its own user and a public server alike."""
+    """What an image may cost. The defaults suit a program for its own user and a public server alike."""
 
     max_bytes: int = 50 * 2**20  # of the file, on disk, in a URL or downloaded
     max_pixels: int = 89_478_485  # width x height, checked before decoding; Pillow's own threshold for suspicion

@@ -1,8 +1,8 @@
-"""Pictures to the pixels that a CLIP or SigLIP tower expects.
+"""Images to the pixels that a CLIP or SigLIP tower expects.
 
 In: Pillow images (or uint8 arrays) and a `preprocessor_config.json`. Out: normalised float32 arrays or tensors.
 This is our own code over Pillow and numpy, so that pixels are the same on every machine: transformers picks a backend by
-what is installed, and its backends disagree. Cutting a picture into tiles is mm_utils.py's work, the tower is next door.
+what is installed, and its backends disagree. Cutting an image into tiles is mm_utils.py's work, the tower is next door.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class ClipImageProcessor:
             width, height = self.crop_size["width"], self.crop_size["height"]
             left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
             if (left, top) != (0, 0) or rgb.size != (width, height):
-                rgb = rgb.crop((left, top, left + width, top + height))  # outside the picture: black
+                rgb = rgb.crop((left, top, left + width, top + height))  # outside the image: black
         values = np.asarray(rgb)
         pixels = np.empty((3, rgb.height, rgb.width), dtype=table.dtype)
         for channel in range(3):

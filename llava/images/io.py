@@ -1,4 +1,4 @@
-"""Open a picture wherever it is: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB.
+"""Open an image wherever it is: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB.
 
 Every failure is an `InputError` of one sentence. What comes from outside is distrusted: sizes are checked before anything
 is decoded, only common formats are tried, and downloads (download.py) are limited in size, time and addresses.
@@ -39,7 +39,7 @@ def load_image(
     upright: bool = True,
     reserve: Callable[[int], None] = lambda num_pixels: None,
 ) -> Image.Image:
-    """A picture as Pillow RGB, from a path, bytes, an http(s) or data: URL, or a Pillow image.
+    """An image as Pillow RGB, from a path, bytes, an http(s) or data: URL, or a Pillow image.
 
     Of several frames, the first. `upright` turns a photograph as its EXIF orientation says, which is how every viewer
     shows it and what questions about it mean; the original LLaVA did not, so switch it off to repeat its numbers exactly.
@@ -190,7 +190,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """RGB from any mode, by Pillow's conversion: transparency is dropped, not blended with a background.
 
     Only the deep greys differ: 16 bits are brought to 8 by dropping the low ones, where Pillow would clip nearly all of
-    the picture to white; fractions must lie in 0 to 255.
+    the image to white; fractions must lie in 0 to 255.
     """
     if image.mode == "RGB":
         return image

@@ -1,4 +1,4 @@
-"""Arithmetic of images: which tiles a picture becomes, where its content lies, how many features the model makes of it.
+"""Arithmetic of images: which tiles an image becomes, where its content lies, how many features the model makes of it.
 
 In: sizes in pixels and an `ImagePolicy`. Out: an `ImageLayout`. `plan()` is the one place that counts image features;
 training, serving budgets, the splice and the tracer all ask it. Neither torch nor Pillow is needed here: pixels that
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """The part of a feature grid that shows the picture rather than padding; stops are exclusive."""
+    """The part of a feature grid that shows the image rather than padding; stops are exclusive."""
 
     row_start: int
     row_stop: int
@@ -66,7 +66,7 @@ def image_mode(aspect_ratio: str | None) -> Mode:
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a model wants its pictures cut, and how it joins the features of the pieces."""
+    """How a model wants its images cut, and how it joins the features of the pieces."""
 
     mode: Mode  # "square": centre crop; "pad": padded to a square; "anyres": one overview tile, then tiles of a grid
     tile_size: int  # pixels per side of what the vision tower sees
@@ -105,9 +105,9 @@ class ImagePolicy:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What becomes of one picture: its tiles, the grid of its features, and how many features reach the text."""
+    """What becomes of one image: its tiles, the grid of its features, and how many features reach the text."""
 
-    size: ImageSize  # of the picture as it was given
+    size: ImageSize  # of the image as it was given
     num_tiles: int  # with the overview tile
     tile_grid: Grid | None  # of the tiles after the overview; None where there is a single tile
     feature_grid: Grid  # before the padding is cut away
@@ -117,9 +117,9 @@ class ImageLayout:
 
 
 def plan(size: Sequence[int], policy: ImagePolicy, *, num_tiles: int | None = None) -> ImageLayout:
-    """Lay out one picture of `size`; `num_features` is exactly what the model makes of it.
+    """Lay out one image of `size`; `num_features` is exactly what the model makes of it.
 
-    `num_tiles` is for pixels that somebody else cut: how many tiles they have. One tile under any policy is a picture
+    `num_tiles` is for pixels that somebody else cut: how many tiles they have. One tile under any policy is an image
     alone, which "spatial_unpad" ends with one newline; any other number must be that of the policy, except that "flat"
     joins whatever it is given. Left out, the tiles are those that `mm_utils.process_images` cuts.
     """
@@ -175,10 +175,10 @@ def _plan_tiles(size: ImageSize, policy: ImagePolicy, num_tiles: int | None) -> 
 
 
 def unpad_box(rows: int, cols: int, size: Sequence[int]) -> Crop:
-    """The part of a `rows` x `cols` grid that a picture of `size`, centred on it, covers.
+    """The part of a `rows` x `cols` grid that an image of `size`, centred on it, covers.
 
     Released weights were trained with this float formula, whose truncation now and then differs from exact integers
-    (88x55 on 48x24 keeps 14 rows, not 16), so it stays. Very thin pictures can keep no row or no column at all; a grid
+    (88x55 on 48x24 keeps 14 rows, not 16), so it stays. Very thin images can keep no row or no column at all; a grid
     without columns still has its rows, and so still has its newlines.
     """
     width, height = checked_size(size)
@@ -194,7 +194,7 @@ def unpad_box(rows: int, cols: int, size: Sequence[int]) -> Crop:
 def select_best_resolution(
     original_size: Sequence[int], possible_resolutions: Iterable[Sequence[int]]
 ) -> tuple[int, int]:
-    """The canvas that keeps most of the picture's own pixels and, among equals, wastes least; the first of a tie."""
+    """The canvas that keeps most of the image's own pixels and, among equals, wastes least; the first of a tie."""
     width, height = checked_size(original_size)
     best: tuple[int, int] | None = None
     most_kept, least_wasted = 0, math.inf
@@ -212,7 +212,7 @@ def select_best_resolution(
 def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: str | Iterable[Sequence[int]], patch_size: int
 ) -> tuple[int, int]:
-    """How many tiles of `patch_size` pixels lie (across, down) on the canvas chosen for a picture."""
+    """How many tiles of `patch_size` pixels lie (across, down) on the canvas chosen for an image."""
     width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
@@ -244,7 +244,7 @@ def _bad_pinpoints(value: object) -> InputError:
 
 
 def fit_inside(size: Sequence[int], canvas: Sequence[int]) -> tuple[ImageSize, tuple[int, int]]:
-    """Size of a picture scaled, shape kept, to fill `canvas` one way, and the (left, top) that centres it."""
+    """Size of an image scaled, shape kept, to fill `canvas` one way, and the (left, top) that centres it."""
     width, height = checked_size(size)
     canvas_width, canvas_height = checked_size(canvas)
     scale_x, scale_y = canvas_width / width, canvas_height / height
@@ -272,11 +272,11 @@ def checked_size(size: Sequence[int]) -> ImageSize:
     return ImageSize(int(size[0]), int(size[1]))
 
 
-# Where features lie in the picture
+# Where features lie in the image
 
 
 class Box(NamedTuple):
-    """A rectangle in a picture's own pixels; it may reach beyond the picture, where padding lies."""
+    """A rectangle in an image's own pixels; it may reach beyond the image, where padding lies."""
 
     left: float
     top: float
@@ -285,7 +285,7 @@ class Box(NamedTuple):
 
 
 def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box]:
-    """What each tile of a picture shows of it. `crops`: the image processor cuts a picture that is not square to its
+    """What each tile of an image shows of it. `crops`: the image processor cuts an image that is not square to its
     middle; otherwise it squeezes it."""
     width, height = layout.size
     if layout.tile_grid is not None:
@@ -310,7 +310,7 @@ def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) 
 
 
 def feature_boxes(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box | None]:
-    """For each feature of a picture, in the order of the sequence, what it shows; None for newlines and class features."""
+    """For each feature of an image, in the order of the sequence, what it shows; None for newlines and class features."""
     areas, side = tile_areas(layout, policy, crops=crops), policy.patches_per_side
     head: list[Box | None] = [None] if policy.cls_token else []
     by_tile = [[_cell(area, row, col, side) for row in range(side) for col in range(side)] for area in areas]

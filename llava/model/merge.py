@@ -16,7 +16,7 @@ from llava.images.layout import ImageLayout
 def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
     """Join one image's tiles (tiles, P, D) as its layout says -> (num_features, D).
 
-    The overview comes first. The other tiles are laid side by side as they lie in the picture, read by rows; where the
+    The overview comes first. The other tiles are laid side by side as they lie in the image, read by rows; where the
     layout crops padding away, each row of features ends in the learned newline.
     """
     overview, tiles = features[0], features[1:]
@@ -29,7 +29,7 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
     else:
         rows, cols = layout.tile_grid
         side, width = layout.feature_grid.rows // rows, features.shape[-1]
-        # (rows, cols, side, side, D) -> (rows, side, cols, side, D): features as they lie in the picture
+        # (rows, cols, side, side, D) -> (rows, side, cols, side, D): features as they lie in the image
         grid = tiles.reshape(rows, cols, side, side, width).transpose(1, 2).reshape(*layout.feature_grid, width)
         crop = layout.crop
         grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
@@ -47,7 +47,7 @@ def with_newline_in_graph(features: list[Tensor], newline: Tensor | None) -> lis
     """The same features of plain tiles, from which gradients (of zero) flow to the learned newline, of which they have none.
 
     A batch of them may be all that one rank of a distributed run has, its samples being text alone, while the others'
-    pictures end their rows in newlines and wait for each weight's gradients.
+    images end their rows in newlines and wait for each weight's gradients.
     """
     if newline is None or not (torch.is_grad_enabled() and newline.requires_grad):
         return features

@@ -1,4 +1,4 @@
-"""The web page: a conversation about pictures with the models of a controller.
+"""The web page: a conversation about images with the models of a controller.
 
 In: flags; then a visitor's typing and clicking. Out: a page, made by Gradio. What it asks of servers and writes into its log is
 serve/web/client.py, how it looks serve/web/page.py. `llava serve` shows the same page over its own model.
@@ -43,7 +43,7 @@ def build_parser() -> ArgumentParser:
     page.add_argument("--moderate", action="store_true", help="not offered: nothing is sent to other services")
     page.add_argument("--embed", action="store_true", help="leave the title out, for a frame in another page")
     page.add_argument(
-        "--log-dir", metavar="FOLDER", help="keep conversations, votes and pictures there (default: nowhere)"
+        "--log-dir", metavar="FOLDER", help="keep conversations, votes and images there (default: nowhere)"
     )
     add_server_flags(parser, port=7860)
     return parser

@@ -44,7 +44,7 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
     remote.add_argument(
         "--chat-only",
         action="store_true",
-        help="ask only its chat: finished prompts are taken apart, with pictures or not",
+        help="ask only its chat: finished prompts are taken apart, with images or not",
     )
     add_worker_flags(parser)
     add_server_flags(parser, port=21002)

@@ -1,6 +1,6 @@
-"""One model behind a server: requests are admitted, their pictures opened, handed to the backend, and accounted for.
+"""One model behind a server: requests are admitted, their images opened, handed to the backend, and accounted for.
 
-In: prompts, sampling, picture addresses. Out: an `Asked`, the chunks of the answers and at the end their cost. Both
+In: prompts, sampling, image addresses. Out: an `Asked`, the chunks of the answers and at the end their cost. Both
 protocols of a worker stand on this: serve/openai/routes.py and model_worker.py.
 """
 
@@ -16,7 +16,7 @@ from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backends.base import Answering, Backend, ModelCard, ServerBusyError
-from llava.serve.http.limits import ServeLimits, open_pictures
+from llava.serve.http.limits import ServeLimits, open_images
 from llava.serve.http.memory_budget import Room, Share
 from llava.serve.http.metrics import Metrics
 from llava.serve.openai.replies import Cost
@@ -34,7 +34,7 @@ Opener = Callable[[Sequence[str], ServeLimits, Share], list[Any]]
 class Service:
     """A backend within limits, with its counters. `draining`: what is on its way is finished, nothing new is taken.
 
-    `room` is what the pictures of all requests may hold together, with their bodies.
+    `room` is what the images of all requests may hold together, with their bodies.
     """
 
     def __init__(self, backend: Backend, limits: ServeLimits, room: Room) -> None:
@@ -54,22 +54,22 @@ class Service:
         self,
         prompts: Sequence[Conversation | str],
         sampling: SamplingParams,
-        pictures: Sequence[str] = (),
+        image_sources: Sequence[str] = (),
         *,
         streamed: bool = True,
         details: Sequence[Detail] = (),
-        opener: Opener = open_pictures,
+        opener: Opener = open_images,
     ) -> Asked:
         """Start answering; the caller reads the answers and calls `close`, whatever happens."""
         if self.draining:
             raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
         if self.num_requests >= self.limits.max_requests:
             raise ServerBusyError(f"{self.num_requests} requests are on their way already; try again in a moment")
-        if pictures and not self.card.takes_images:
+        if image_sources and not self.card.takes_images:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
         asked = Asked(self)
         try:
-            images = await asyncio.to_thread(opener, pictures, self.limits, asked.share) if pictures else []
+            images = await asyncio.to_thread(opener, image_sources, self.limits, asked.share) if image_sources else []
             asked.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.hf_engine import PromptTooLongError
 from llava.serve.http.errors import as_api_error
-from llava.serve.http.limits import decode_pictures
+from llava.serve.http.limits import decode_images
 from llava.serve.http.streams import Stream, read_json, while_connected
 from llava.serve.model_worker import generate_stream
 from llava.serve.router.protocol import NO_ROOM, OK, WORKER_FAILED, GenerateBody, encode_chunk, text_field
@@ -76,7 +76,7 @@ class WorkerApi:
     async def _ask(self, body: GenerateBody) -> Asked:
         assert body.sampling is not None
         prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, self._service.card.image_mark)
-        return await self._service.ask([prompt], body.sampling, body.images, opener=decode_pictures)
+        return await self._service.ask([prompt], body.sampling, body.images, opener=decode_images)
 
 
 def one_chunk(text: str, error_code: int = OK, status: int = 200) -> Response:

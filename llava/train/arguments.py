@@ -61,7 +61,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Where the samples are and how their pictures are prepared."""
+    """Where the samples are and how their images are prepared."""
 
     data_path: str | None = _opt(
         None, "Training samples: .json, .jsonl or .parquet; several joined by commas; or a mixture, .yaml."
@@ -73,7 +73,7 @@ class DataArguments:
     lazy_preprocess: bool = _opt(False, "Kept for old scripts; samples are always prepared when they are drawn.")
     is_multimodal: bool = _opt(False, "Set by the program: true as soon as there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
-    image_aspect_ratio: str = _opt("square", "How a picture becomes the tower's square: square (crop), pad, anyres.")
+    image_aspect_ratio: str = _opt("square", "How an image becomes the tower's square: square (crop), pad, anyres.")
     image_grid_pinpoints: str | None = _opt(
         None, "anyres: the tilings to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
     )

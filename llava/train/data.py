@@ -139,7 +139,7 @@ class LazySupervisedDataset(Dataset):
         sources = image_sources(sample)
         if sources and not self.data_args.is_multimodal:
             raise InputError(f"it has an image ({image_label(sources[0])!r}) but the run has no --vision_tower")
-        pictures = [load_image(locate_image(source, image_folder)) for source in sources]
+        images = [load_image(locate_image(source, image_folder)) for source in sources]
 
         tokens = self.tokens(sample, num_images=len(sources))
         input_ids, labels = tokens["input_ids"][0], tokens["labels"][0]
@@ -153,10 +153,10 @@ class LazySupervisedDataset(Dataset):
         item: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if sources:
             pixels = [
-                process_images([picture], self.data_args.image_processor, self.data_args)[0].to(self._pixel_dtype)
-                for picture in pictures
+                process_images([image], self.data_args.image_processor, self.data_args)[0].to(self._pixel_dtype)
+                for image in images
             ]
-            sizes = [picture.size for picture in pictures]
+            sizes = [image.size for image in images]
         elif self.data_args.is_multimodal:
             crop = self.data_args.image_processor.crop_size
             pixels, sizes = (
@@ -166,7 +166,7 @@ class LazySupervisedDataset(Dataset):
         else:
             return item
         item["image"] = pixels if len(pixels) > 1 else pixels[0]
-        if self.data_args.image_aspect_ratio == "anyres":  # the model lays tiles out by the picture's own size
+        if self.data_args.image_aspect_ratio == "anyres":  # the model lays tiles out by the image's own size
             item["image_size"] = sizes if len(sizes) > 1 else sizes[0]
         return item
 

@@ -150,12 +150,12 @@ def out_of_memory(model: nn.Module, args: Any, batch: Mapping[str, Any], *, step
         f"{ids.shape[0]} sequences of up to {ids.shape[1]:,} tokens before images" if isinstance(ids, Tensor) else "?"
     )
     images = batch.get("images")
-    pictures = f" and {len(images)} images" if images is not None else ""
+    image_words = f" and {len(images)} images" if images is not None else ""
     helps = "; ".join(
         f"{remedy.flags} (about {remedy.saved / GIB:.2g} GiB less)" for remedy in remedies(model, args)[:4]
     )
     return (
-        f"out of memory in step {step}: {_memory()}; the batch had {size}{pictures}; with --model_max_length "
+        f"out of memory in step {step}: {_memory()}; the batch had {size}{image_words}; with --model_max_length "
         f"{args.model_max_length} and --per_device_train_batch_size {args.per_device_train_batch_size} this run may need "
         f"{estimate(model, args).line()}; what helps, the most effective first: {helps}"
     )

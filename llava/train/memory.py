@@ -23,8 +23,8 @@ from llava.train.metrics import MATMULS, base_model, language_model, vision_towe
 
 GIB = 2**30
 
-# The share of a packed row's tokens that are pictures', in data like LLaVA's own.
-_PICTURES = 0.6
+# The share of a packed row's tokens that are images', in data like LLaVA's own.
+_IMAGES = 0.6
 
 # Weights that ZeRO-3 holds gathered at a time, where its file does not say it.
 _ZERO3_LIVE = 10**9
@@ -286,10 +286,10 @@ def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float
 
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:
-    """Of a sample with one picture, as many tiles as it may have; of a packed row, as many as are usual."""
+    """Of a sample with one image, as many tiles as it may have; of a packed row, as many as are usual."""
     canvases = policy.pinpoints if policy.mode == "anyres" else ()
     tiles = 1 + max((size.width * size.height // policy.tile_size**2 for size in canvases), default=0)
-    return max(tiles, round(_PICTURES * shape.tokens / policy.features_per_tile)) if packed else tiles
+    return max(tiles, round(_IMAGES * shape.tokens / policy.features_per_tile)) if packed else tiles
 
 
 def sharding(args: Any) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Build the site of docs/: `python scripts/docs/site.py [--serve]`, which `make site` calls. It needs the extra `docs`.
 
-In: docs/, mkdocs.yml, the package. Out: build/site. mkdocs wants every page and picture in one folder, and every link within
+In: docs/, mkdocs.yml, the package. Out: build/site. mkdocs wants every page and image in one folder, and every link within
 it, so docs/ is copied first: a link to a file outside of docs/ becomes a link into the repository where the environment
-variable LLAVA_DOCS_REPOSITORY gives its address, and plain text where it does not; a picture from outside is taken along;
+variable LLAVA_DOCS_REPOSITORY gives its address, and plain text where it does not; an image from outside is taken along;
 the reference is written from the public names of the package; pages that mkdocs.yml names and that are not written yet are
 left out. Then mkdocs builds strictly: a link that leads nowhere is an error.
 """
@@ -36,7 +36,7 @@ TITLES = {
     "llava.session": "Conversations with a model",
     "llava.conversation": "Templates",
     "llava.processor": "Inputs",
-    "llava.images.io": "Pictures",
+    "llava.images.io": "Images",
     "llava.diagnose.tracer.hooks": "Tracing",
     "llava.model.language_model.llava_llama": "Models",
     "llava.errors": "Errors",

@@ -1,4 +1,4 @@
-"""Write training pictures and captions as plain arrays, with all cores, for the small CLIP.
+"""Write training images and captions as plain arrays, with all cores, for the small CLIP.
 
 In: counts per kind, a tokenizer, typefaces. Out: FOLDER/pixels.npy (N, 112, 112, 3) uint8, captions.npy (N, 2, LENGTH)
 uint16 (0 after the end), kinds.npy (N,), truths.json. Photographs are not in here: the trainer varies them on the GPU.

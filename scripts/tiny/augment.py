@@ -1,7 +1,7 @@
-"""Vary pictures on the GPU while training the small CLIP.
+"""Vary images on the GPU while training the small CLIP.
 
-In: uint8 pixels already on the device. Out: float pictures in 0..1, or normalised for the tower.
-Drawn pictures change little (their captions name places and sizes); photographs change a lot.
+In: uint8 pixels already on the device. Out: float images in 0..1, or normalised for the tower.
+Drawn images change little (their captions name places and sizes); photographs change a lot.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def enlarge(images: Tensor, side: int) -> Tensor:
-    """As the image processor enlarges a small picture (Pillow's bicubic)."""
+    """As the image processor enlarges a small image (Pillow's bicubic)."""
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -65,7 +65,7 @@ def vary_photos(images: Tensor) -> Tensor:
 
 
 def vary_colours(images: Tensor, strength: float, share: float) -> Tensor:
-    """Brightness, contrast and saturation for `share` of the pictures; a few in grey."""
+    """Brightness, contrast and saturation for `share` of the images; a few in grey."""
     count, device = len(images), images.device
     on = (torch.rand(count, 1, 1, 1, device=device) < share).float()
     bright, contrast, colour = (
@@ -80,7 +80,7 @@ def vary_colours(images: Tensor, strength: float, share: float) -> Tensor:
 
 
 def punch(images: Tensor, share: float = 0.5, side: int = 10) -> Tensor:
-    """A square of the mean colour over part of some pictures."""
+    """A square of the mean colour over part of some images."""
     count, _, height, width = images.shape
     device = images.device
     top = torch.randint(-side // 2, height - side // 2, (count, 1, 1, 1), device=device)
@@ -93,7 +93,7 @@ def punch(images: Tensor, share: float = 0.5, side: int = 10) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, share: float = 0.6) -> tuple[Tensor, Tensor]:
-    """Blend (half of the time) or paste a box of another picture, for `share` of the batch; labels (B, K) go along."""
+    """Blend (half of the time) or paste a box of another image, for `share` of the batch; labels (B, K) go along."""
     count, _, height, width = images.shape
     device = images.device
     other = torch.randperm(count, device=device)

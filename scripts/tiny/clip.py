@@ -35,7 +35,7 @@ WEIGHTS = {"contrast": 0.5, "photo": 1.0, "kind": 0.5, "caption": 1.0}
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures and captions on the device."""
+    """Images and captions on the device."""
 
     pixels: Tensor
     captions: Tensor
@@ -205,7 +205,7 @@ def captioning(trainer: Trainer, model: SmallClip, held: Drawn, rows: list[int])
 
 
 def save_tower(model: SmallClip, folder: Path) -> None:
-    """The tower alone, with the picture arithmetic users' software expects beside it."""
+    """The tower alone, with the image arithmetic users' software expects beside it."""
     model.tower.float().save_pretrained(folder)
     side = model.tower.config.image_size
     processor = {

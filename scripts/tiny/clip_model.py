@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-# B pictures, P patches, L caption tokens, V vision width, D text width, K kinds of photograph
+# B images, P patches, L caption tokens, V vision width, D text width, K kinds of photograph
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -133,10 +133,10 @@ class SmallClip(nn.Module):
         return self.caption_norm(hidden) @ self.embed.weight.T
 
     def forward(self, pixels: Tensor, ids: Tensor, kind_ids: Tensor, soft: Tensor) -> dict[str, Tensor]:
-        """Losses of one step. The first len(soft) pictures are photographs, the others go with the rows of `ids`.
+        """Losses of one step. The first len(soft) images are photographs, the others go with the rows of `ids`.
 
         soft (B_photo, K): how much each photograph belongs to each kind; kind_ids (K, L'): one caption per kind.
-        Every picture is contrasted with all captions: those of the kinds and those of the drawn pictures.
+        Every image is contrasted with all captions: those of the kinds and those of the drawn images.
         """
         num_photos = len(soft)
         patches, pooled = run_tower(self.tower, pixels)

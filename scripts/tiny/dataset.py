@@ -1,6 +1,6 @@
-"""Write the training data of the two LLaVA stages: standard JSON and a folder of pictures, with all cores.
+"""Write the training data of the two LLaVA stages: standard JSON and a folder of images, with all cores.
 
-In: counts per kind, typefaces, photographs. Out: FOLDER/pretrain.json (picture and caption), FOLDER/finetune.json (picture
+In: counts per kind, typefaces, photographs. Out: FOLDER/pretrain.json (image and caption), FOLDER/finetune.json (image
 and a conversation of several turns), FOLDER/images/. These are the files that `python -m llava.train.train` reads.
 """
 

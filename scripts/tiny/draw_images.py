@@ -1,4 +1,4 @@
-"""Draw the sample pictures in images/, whose right answers are known because everything in them is placed by hand.
+"""Draw the sample images in images/, whose right answers are known because everything in them is placed by hand.
 
 In: nothing, or a typeface. Out: FOLDER/demo.jpg, counting.png, reading.png and wide.png, together under 200 KB. They are
 drawn by the generator's own hand, so that the embedded model is at home in them.

@@ -1,6 +1,6 @@
 """Draw the sample set of docs/finetune.md: the logos of four companies that no model can know.
 
-In: nothing. Out: FOLDER/train.json, test.json and images/, about 60 pictures in 150 KB. Every logo is two drawn shapes, one
+In: nothing. Out: FOLDER/train.json, test.json and images/, about 60 images in 150 KB. Every logo is two drawn shapes, one
 upon the other, in any two colours and on any background; a model that knows shapes has to learn the names.
 
     python scripts/tiny/draw_logos.py --out playground/logos
@@ -44,7 +44,7 @@ def draw_logo(rng: random.Random, company: str) -> Scene:
 
 
 def write_set(folder: Path, name: str, each: int) -> int:
-    """`each` pictures of every logo, and the questions about them."""
+    """`each` images of every logo, and the questions about them."""
     rows: list[dict[str, Any]] = []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for company in LOGOS:

@@ -73,7 +73,7 @@ def build_prompt(loaded: LoadedModel, row: Row, rows: dict[str, Row], answers: d
 def answer_rows(
     loaded: LoadedModel, prompts: Sequence[Prompt], images: Sequence[Image.Image], *, batch: int
 ) -> dict[str, str]:
-    """Greedy answers, in batches of similar length; the next batch's pictures are prepared while one is answered."""
+    """Greedy answers, in batches of similar length; the next batch's images are prepared while one is answered."""
     ordered = sorted(prompts, key=lambda p: (MAX_NEW_TOKENS[p.row.form], len(p.input_ids)))
     batches = [
         part

@@ -1,7 +1,7 @@
-"""Freeze a small part of the held-out suite as files, for `llava eval tiny`: questions as JSON lines, pictures as PNG.
+"""Freeze a small part of the held-out suite as files, for `llava eval tiny`: questions as JSON lines, images as PNG.
 
 In: held-out typefaces, and test photographs if there are any. Out: OUT/scenes.jsonl, reading.jsonl, yes_no.jsonl with their
-pictures in OUT/images, and with --cifar photos.jsonl with its pictures in OUT/photos. Seeds and typefaces are those that
+images in OUT/images, and with --cifar photos.jsonl with its images in OUT/photos. Seeds and typefaces are those that
 training never saw (suite.py); of the questions, those that ask for one word. The photographs are not ours to pass on, so
 their two are for one's own folder and never committed.
 
@@ -30,7 +30,7 @@ CATEGORIES = {"pope_drawn_random": "random", "pope_drawn_near": "near"}
 
 
 def freeze(maker: Maker, groups: dict[str, int], out: Path, name: str, folder: str) -> int:
-    """Write the first questions of each group, and the pictures they are about."""
+    """Write the first questions of each group, and the images they are about."""
     rows = [row for group, number in groups.items() for row in chosen(maker.rows, group)[:number]]
     (out / folder).mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,8 +1,8 @@
-"""Train the small LLaMA-type language model on text alone, before it sees pictures.
+"""Train the small LLaMA-type language model on text alone, before it sees images.
 
-In: the tokenizer; dialogues are made here, each about a picture that is described in words where the picture will be.
+In: the tokenizer; dialogues are made here, each about an image that is described in words where the image will be.
 Out: FOLDER with config.json, model.safetensors and the tokenizer's files, and report.json.
-The tokens around the description are exactly those that LLaVA's v1 template puts around a picture.
+The tokens around the description are exactly those that LLaVA's v1 template puts around an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK = 400
 
 
 def dialogue(seed: int, pieces: sentencepiece.SentencePieceProcessor, source: Source) -> list[int]:
-    """Ids of one conversation about one described picture."""
+    """Ids of one conversation about one described image."""
     rng = random.Random(f"dialogue-{seed}-{source.held}")
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     sample = draw_sample(kind, 10_000_000 + seed, source)

@@ -1,6 +1,6 @@
-"""Short words and numbers, and the pictures that show them.
+"""Short words and numbers, and the images that show them.
 
-In: a random generator, a folder of typefaces (fonts.py), a split. Out: Lettering (all that is drawn) and its picture.
+In: a random generator, a folder of typefaces (fonts.py), a split. Out: Lettering (all that is drawn) and its image.
 Sentences about them are in questions.py; a word inside a drawn scene is placed by scenes.py and drawn from here.
 Two things are held out of training: the typefaces of the "held" folder, and one text in ten (`is_held_out`).
 """
@@ -26,7 +26,7 @@ OVERSAMPLE = 2
 
 @dataclass(frozen=True)
 class Lettering:
-    """A text as it is drawn. Lengths are fractions of the picture's side."""
+    """A text as it is drawn. Lengths are fractions of the image's side."""
 
     text: str
     colour: str
@@ -101,7 +101,7 @@ def load_face(font: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
 
 
 def draw_lettering(rng: random.Random, fonts: Path | None, *, held: bool) -> Lettering:
-    """A text alone in a picture, at a readable size, anywhere it fits."""
+    """A text alone in an image, at a readable size, anywhere it fits."""
     text = draw_text(rng, held=held)
     colour, rgb = palette.draw_colour(rng)
     background = palette.draw_contrast(rng, rgb)
@@ -125,7 +125,7 @@ def draw_lettering(rng: random.Random, fonts: Path | None, *, held: bool) -> Let
 
 
 def width_range(num_letters: int) -> tuple[float, float]:
-    """How wide a text may be drawn, so that a letter is neither below reading size nor higher than the picture."""
+    """How wide a text may be drawn, so that a letter is neither below reading size nor higher than the image."""
     return min(0.86, 0.128 * num_letters + 0.03), min(0.94, 0.26 * num_letters + 0.05)
 
 

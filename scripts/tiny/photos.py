@@ -1,7 +1,7 @@
 """CIFAR-10 photographs: reading every usual layout of the data set, varying them, and questions about them.
 
 In: a zip or a folder of CLASS/NUMBER files, the python pickle batches, or the binary version. Out: Photos (pixels and
-labels as arrays), varied copies as pictures, QA (talk.py).
+labels as arrays), varied copies as images, QA (talk.py).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Suite:
     paints: list[Paint]
 
     def paint(self, *, workers: int = 1) -> list[Image.Image]:
-        """All pictures, in order."""
+        """All images, in order."""
         if workers < 2:
             return [paint() for paint in self.paints]
         with ProcessPoolExecutor(workers) as pool:
@@ -56,7 +56,7 @@ def paint_array(paint: Paint) -> np.ndarray:
 
 
 class Maker:
-    """Collects rows and pictures; ids tell the group and a running number."""
+    """Collects rows and images; ids tell the group and a running number."""
 
     def __init__(self, fonts: Path | None, photos: Photos | None) -> None:
         self.fonts = fonts

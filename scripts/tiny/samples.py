@@ -1,4 +1,4 @@
-"""One sample of each kind: a picture, a caption, questions. The only place that knows all kinds.
+"""One sample of each kind: an image, a caption, questions. The only place that knows all kinds.
 
 In: a seed, a kind, the typefaces, the photographs. Out: Sample. Equal seeds give equal samples on every machine.
 Arrays for the small CLIP, image folders with LLaVA JSON and the held-out suite are all written from here.
@@ -109,9 +109,9 @@ def draw_sample(kind: str, seed: int, source: Source, *, side: int = SIDE) -> Sa
 def reshape(
     image: Image.Image, rng: random.Random, places: Sequence[tuple[float, float]] = (), *, share: float = 0.125
 ) -> Image.Image:
-    """A `share` of pictures on a wider or higher sheet, as users' pictures are; the rest stay square.
+    """A `share` of images on a wider or higher sheet, as users' images are; the rest stay square.
 
-    A picture in which a thing would come to lie in another part ("left", "centre") stays square, too.
+    An image in which a thing would come to lie in another part ("left", "centre") stays square, too.
     """
     if rng.random() >= share:
         return image

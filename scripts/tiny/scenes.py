@@ -1,7 +1,7 @@
-"""Drawn scenes: what is in them, and the picture.
+"""Drawn scenes: what is in them, and the image.
 
 In: a random generator and what kind of scene is wanted. Out: Scene (one to six things, a background, perhaps a word), and
-its picture.
+its image.
 Places are fractions of the side, (0, 0) at the top left. Things keep clear of each other, sizes are clearly small or
 clearly large, and places stay off the borders between regions, so that questions (questions.py) have one right answer.
 """
@@ -47,7 +47,7 @@ class Thing:
 
     @property
     def place(self) -> str | None:
-        """Which ninth of the picture, in words; None near a border between two."""
+        """Which ninth of the image, in words; None near a border between two."""
         return place_name(self.x, self.y)
 
 

@@ -3,7 +3,7 @@
 In: rows of the suite and the model's answers. Out: Verdict per row, a report as plain data (tables, faults, yes/no figures).
 One-word answers must be the expected word. Sentences are right when they are the expected sentence or state the same fact,
 read out of them by the table FACTS; `exact` counts the first kind alone. Only differences of case, of the last full stop and
-between spellings ("color", "colour"; "three", "3") are forgiven, and for text read from a picture not even those.
+between spellings ("color", "colour"; "three", "3") are forgiven, and for text read from an image not even those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPELLINGS = {"color": "colour", "center": "centre", "gray": "grey", "plane": "ai
 NUMBERS = {word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0", "zero": "0"}
 PLACES = ("top left", "top right", "bottom left", "bottom right", "top", "bottom", "left", "right", "centre")
 SINGULAR = {plural(shape): shape for shape in SHAPES}
-READ = ("read", "read_part")  # the answer is text from the picture: its case counts
+READ = ("read", "read_part")  # the answer is text from the image: its case counts
 Fact = Callable[[str], Hashable]
 
 
@@ -36,7 +36,7 @@ class Verdict:
     right: bool
     exact: bool
     any_case: bool  # right if capitals do not count
-    refused: bool  # said that the picture does not tell
+    refused: bool  # said that the image does not tell
     denied: bool  # said that there is no such thing
 
 

@@ -1,7 +1,7 @@
-"""The second round of training: what the first one leaves hard, and short conversations, so that more pictures are seen.
+"""The second round of training: what the first one leaves hard, and short conversations, so that more images are seen.
 
 In: samples as samples.py draws them. Out: harder ones of the same kind, with more questions about them, and their turns.
-Reading and counting get most of it; "is there any text?" is asked where there is none; questions that no picture answers
+Reading and counting get most of it; "is there any text?" is asked where there is none; questions that no image answers
 come in many more wordings (those of talk.HELD_UNKNOWN stay held out).
 """
 
@@ -17,7 +17,7 @@ from samples import Sample
 from scenes import SHAPES
 from talk import HELD_UNKNOWN, QA, UNKNOWN_ANSWERS, UNKNOWN_SHORT, Turn, with_article
 
-RESHAPED = 0.3  # share of pictures on wider or higher sheets
+RESHAPED = 0.3  # share of images on wider or higher sheets
 
 WEIGHTS = talk.WEIGHTS | {
     "read": 9.0, "yesno_read": 3.0, "count": 4.0, "yesno_count": 2.0, "relation": 3.0, "unknown": 1.6, "yesno_any_text": 0.8,

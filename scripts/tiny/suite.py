@@ -1,6 +1,6 @@
-"""The held-out suite: rows of question and right answer, and the pictures they are about.
+"""The held-out suite: rows of question and right answer, and the images they are about.
 
-In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, pictures; rows.py).
+In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, images; rows.py).
 Nothing here was trained on: seeds, typefaces, texts (`lettering.is_held_out`) and the wordings of unanswerable questions are
 held out, and photographs are the data set's test images. Answers are judged in scoring.py and asked for in evaluate.py.
 """
@@ -72,7 +72,7 @@ def rest_label(qa: QA) -> str:
 
 
 def add_pope(maker: Maker, size: int) -> None:
-    """Is there a ...? One yes and one no for each picture; the no is of any colour and shape, or nearly right."""
+    """Is there a ...? One yes and one no for each image; the no is of any colour and shape, or nearly right."""
     for part, wrong in enumerate(("random", "near")):
         group = f"pope_drawn_{wrong}"
         for sample, rng in maker.draw(10 + part, "scene"):
@@ -140,7 +140,7 @@ def add_reading(maker: Maker, size: int) -> None:
 
 
 def add_any_text(maker: Maker, size: int) -> None:
-    """Is there any text? Half of the pictures have some, alone or beside things; the others are scenes and photographs."""
+    """Is there any text? Half of the images have some, alone or beside things; the others are scenes and photographs."""
     with_text = mixed(maker, 25, ("text", "sign"))
     without = mixed(maker, 27, picture_kinds(maker, (("scene", 1), ("photo", 1))))
     for truth, samples in (("Yes", with_text), ("No", without)):
@@ -239,7 +239,7 @@ def mixed(maker: Maker, part: int, kinds: Sequence[str]) -> Iterator[tuple[Sampl
 
 
 def add_conversations(maker: Maker, size: int) -> None:
-    """Five turns on one picture, each after the model's own answers; every turn counts."""
+    """Five turns on one image, each after the model's own answers; every turn counts."""
     kinds = picture_kinds(maker, (("scene", 2), ("sign", 1), ("text", 1), ("photo", 1)))
     samples = mixed(maker, 40, kinds)
     for _ in range(-(-size // 5)):
@@ -259,7 +259,7 @@ def turn_row(turn: Turn, picture: int | None, after: str | None, *, tag: str) ->
 
 
 def add_unknown(maker: Maker, size: int) -> None:
-    """Wordings that training never used, the same about a thing in the picture, and questions about what is not there."""
+    """Wordings that training never used, the same about a thing in the image, and questions about what is not there."""
     kinds = picture_kinds(maker, (("scene", 2), ("text", 1), ("photo", 1)))
     samples = mixed(maker, 50, kinds)
     for _ in range(size):
@@ -299,14 +299,14 @@ def describe_label(qa: QA, *, group: str) -> str | None:
     return group if qa.category == "describe" else None
 
 
-# --- other sizes of picture -----------------------------------------------------------------------------------------
+# --- other sizes of image -----------------------------------------------------------------------------------------
 
 SIZES = {"112": 112, "64": 64, "224": 224, "448": 448, "wide": 224, "high": 224}
 ASKED_AT_SIZES = ("colour", "shape", "count", "read", "relation")  # not places: a wide sheet moves them
 
 
 def add_sizes(maker: Maker, size: int) -> None:
-    """The same scenes and words as square pictures of several sizes, and on a wide and a high sheet."""
+    """The same scenes and words as square images of several sizes, and on a wide and a high sheet."""
     chosen: list[tuple[Sample, QA, random.Random]] = []
     for sample, rng in mixed(maker, 70, ("scene", "scene", "text")):
         asked = [qa for qa in sample.questions if qa.category in ASKED_AT_SIZES]
@@ -324,7 +324,7 @@ def add_sizes(maker: Maker, size: int) -> None:
 
 
 def on_sheet(paint: Paint, *, high: bool) -> Image.Image:
-    """The picture in the middle of a sheet 1.6 times as wide or as high, of the colour of its corner."""
+    """The image in the middle of a sheet 1.6 times as wide or as high, of the colour of its corner."""
     image = paint()
     width, height = image.size
     sheet_size = (width, round(1.6 * height)) if high else (round(1.6 * width), height)

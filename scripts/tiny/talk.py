@@ -1,4 +1,4 @@
-"""What is said about any picture: question-and-answer pairs, how they join into a conversation, and general talk.
+"""What is said about any image: question-and-answer pairs, how they join into a conversation, and general talk.
 
 In: facts found elsewhere (questions.py for scenes and words, photos.py for photographs). Out: QA, turns of a conversation.
 A QA has a full answer and a short one; which is given depends on whether the question ends with SHORT_SUFFIX.
@@ -97,7 +97,7 @@ def spread(rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapp
     return chosen
 
 
-# --- what a picture cannot tell -------------------------------------------------------------------------------------
+# --- what an image cannot tell -------------------------------------------------------------------------------------
 
 UNKNOWN_TOPICS: dict[str, tuple[str, ...]] = {
     "who made it": ("Who drew this?", "Who made this picture?", "Who is the artist?", "Who painted this?",
@@ -135,7 +135,7 @@ UNKNOWN_SHORT = "I cannot tell"
 
 
 def unknown_questions(rng: random.Random, *, held: bool = False, things: Sequence[str] = ()) -> list[QA]:
-    """Questions whose honest answer is that the picture does not say. `things` are names seen in it ("the red star")."""
+    """Questions whose honest answer is that the image does not say. `things` are names seen in it ("the red star")."""
     pairs = []
     for topic, questions in UNKNOWN_TOPICS.items():
         pairs += [(topic, question) for question in questions if (question in HELD_UNKNOWN) == held]
@@ -147,7 +147,7 @@ def unknown_questions(rng: random.Random, *, held: bool = False, things: Sequenc
     return [QA(q, rng.choice(UNKNOWN_ANSWERS).format(topic=topic), UNKNOWN_SHORT, "unknown") for topic, q in pairs]
 
 
-# --- talk without a picture -----------------------------------------------------------------------------------------
+# --- talk without an image -----------------------------------------------------------------------------------------
 
 WHAT_I_DO = (
     "I can answer questions about a picture: the colours, shapes, sizes, places and number of drawn things, "
@@ -190,7 +190,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def small_talk(rng: random.Random) -> list[QA]:
-    """A few lines of talk without any picture."""
+    """A few lines of talk without any image."""
     picked = rng.sample(SMALL_TALK, rng.randint(1, 3))
     return [QA(casual(rng, rng.choice(questions)), answer, None, "talk") for questions, answer in picked]
 

@@ -1,6 +1,6 @@
 """A small convolutional network that learns the photographs first and then teaches the small CLIP.
 
-In: photographs. Out: FILE with its weights. A transformer learns little from 36,000 small pictures alone; a convolutional net
+In: photographs. Out: FILE with its weights. A transformer learns little from 36,000 small images alone; a convolutional net
 learns them in under a minute, and its opinion of every varied and mixed view is a far better target than the bare label.
 The net is thrown away after the CLIP stage.
 """
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Teacher(nn.Module):
-    """pictures (B, 3, 32, 32) in 0..1 -> logits (B, K)."""
+    """images (B, 3, 32, 32) in 0..1 -> logits (B, K)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

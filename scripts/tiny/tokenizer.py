@@ -1,8 +1,8 @@
 """Build the tokenizer: a sentencepiece unigram model whose pieces are whole words, single characters and bytes.
 
 In: sentences that the recipe itself makes. Out: FOLDER/tokenizer.model, tokenizer_config.json, special_tokens_map.json.
-Ids are laid out as LLaMA's: 0 <unk>, 1 <s>, 2 </s>, 3..258 bytes. Words that pictures show are left out on purpose, so that
-what is read from a picture is spelt letter by letter. The system prompt costs two pieces instead of forty.
+Ids are laid out as LLaMA's: 0 <unk>, 1 <s>, 2 </s>, 3..258 bytes. Words that images show are left out on purpose, so that
+what is read from an image is spelt letter by letter. The system prompt costs two pieces instead of forty.
 The file is written directly (three protobuf messages): sentencepiece's trainer cannot be told which pieces to make.
 """
 
@@ -33,10 +33,10 @@ PHRASES = (
     " ASSISTANT:",
     SHORT_SUFFIX.strip(),
 )
-# First words of questions also stand right after the picture's line break, where no space goes before them.
+# First words of questions also stand right after the image's line break, where no space goes before them.
 FIRST_WORDS = "What Which Where Who How When Why Is Are Does Do Can Count Read Describe Tell".split()  # noqa: SIM905
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-SPELT = ("read", "read_part")  # kinds of question whose short answers are characters from the picture
+SPELT = ("read", "read_part")  # kinds of question whose short answers are characters from the image
 
 
 def build_tokenizer(folder: Path, source: Source, *, num_samples: int = 600, size: int = 2048) -> int:
@@ -62,7 +62,7 @@ def build_tokenizer(folder: Path, source: Source, *, num_samples: int = 600, siz
 
 
 def sentences(source: Source, num_samples: int) -> Iterator[str]:
-    """Everything the recipe may ask or say, with texts shown in pictures cut out (they stand in quotes)."""
+    """Everything the recipe may ask or say, with texts shown in images cut out (they stand in quotes)."""
     for kind in DRAW:
         if kind == "photo" and source.photos is None:
             continue

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 of LLaVA-1.6: pictures in tiles of the best shape, and the vision tower learns too, at a fifth of the rate. Stage 1
+# Stage 2 of LLaVA-1.6: images in tiles of the best shape, and the vision tower learns too, at a fifth of the rate. Stage 1
 # is ../pretrain.sh. Variables are ../finetune.sh's; OUT is ./checkpoints/llava-v1.6-7b by default.
 #
 # Five tiles are 2,880 image tokens, so sequences are longer and PER_DEVICE is 4 by default.

@@ -25,7 +25,7 @@ from llava.conversation import get_template
 from llava.engine.hf_engine import PromptSize, Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS
-from llava.session import Picture, Session
+from llava.session import LoadedImage, Session
 from llava.text.detokenizer import AnswerReader, overlap, stream_decoder
 from llava.text.tokenization import load_tokenizer, tokenizer_image_token
 
@@ -215,11 +215,13 @@ def ask(session: Session, question: str) -> tuple[str, str]:
     return asked.prompt, text
 
 
-def test_a_session_remembers_questions_pictures_and_answers(session: Session, tmp_path: Path) -> None:
-    session.attach([Picture.open(IMAGE, DEFAULT_LIMITS)])
+def test_a_session_remembers_questions_images_and_answers(session: Session, tmp_path: Path) -> None:
+    session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
     prompt, first = ask(session, "What is it?")
     assert prompt.endswith("USER: <image>\nWhat is it? ASSISTANT:")
-    session.attach([Picture.open(IMAGE, DEFAULT_LIMITS), Picture.open("images/noise_40x90.png", DEFAULT_LIMITS)])
+    session.attach(
+        [LoadedImage.open(IMAGE, DEFAULT_LIMITS), LoadedImage.open("images/noise_40x90.png", DEFAULT_LIMITS)]
+    )
     prompt, second = ask(session, "And <image> or <image>?")
     assert prompt.endswith(f"USER: <image>\nWhat is it? ASSISTANT: {first}</s>USER: And <image> or <image>? ASSISTANT:")
 
@@ -233,7 +235,7 @@ def test_a_session_remembers_questions_pictures_and_answers(session: Session, tm
     session.undo()
     taken = session.undo()
     assert (taken.question, taken.answer) == ("And <image> or <image>?", second)
-    assert [picture.source for picture in session.waiting] == [IMAGE, "images/noise_40x90.png"]
+    assert [image.source for image in session.waiting] == [IMAGE, "images/noise_40x90.png"]
     assert ask(session, taken.question) == (prompt, second)
     session.reset()
     assert session.conversation("Hi").get_prompt() == get_template("llava_v1").system + " USER: Hi ASSISTANT:"
@@ -243,7 +245,7 @@ def test_a_session_remembers_questions_pictures_and_answers(session: Session, tm
 
 def test_a_broken_off_answer_stays_and_an_empty_one_does_not(session: Session, loaded: Any) -> None:
     session._sampling = Sampling(max_new_tokens=1500)
-    session.attach([Picture.open(IMAGE, DEFAULT_LIMITS)])
+    session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
     asked = session.ask("What is it?")
     with asked.stream as stream:
         next(stream)
@@ -252,7 +254,7 @@ def test_a_broken_off_answer_stays_and_an_empty_one_does_not(session: Session, l
     assert session.exchanges[0].answer == stream.answer.text != ""
     assert session.waiting == ()
 
-    session.attach([Picture.open(IMAGE, DEFAULT_LIMITS)])
+    session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
     asked = session.ask("And?")
     asked.stream.cancel()
     with asked.stream as stream:

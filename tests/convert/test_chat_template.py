@@ -27,7 +27,7 @@ def messages(turns: list[tuple[int, str, str | None]], system: str | None, as_pa
     def content(num_images: int, text: str) -> Any:
         if not as_parts:
             return "<image>\n" * num_images + text
-        # Pictures may stand behind the text: the prompt has them in front all the same.
+        # Images may stand behind the text: the prompt has them in front all the same.
         return [{"type": "text", "text": text}, *({"type": "image"} for _ in range(num_images))]
 
     result = [] if system is None else [{"role": "system", "content": content(0, system)}]
@@ -40,8 +40,8 @@ def messages(turns: list[tuple[int, str, str | None]], system: str | None, as_pa
 
 DIALOGUES: dict[str, list[tuple[int, str, str | None]]] = {
     "one question": [(1, QUESTION, None)],
-    "no picture": [(0, QUESTION, None)],
-    "two pictures": [(2, QUESTION, None)],
+    "no image": [(0, QUESTION, None)],
+    "two images": [(2, QUESTION, None)],
     "a third question": [(1, QUESTION, ANSWER), (0, "and?", "nothing"), (1, "now?", None)],
     "finished": [(1, QUESTION, ANSWER), (0, "and?", "nothing")],
 }
@@ -60,7 +60,7 @@ def test_prompts_are_equal_to_the_character(name: str) -> None:
         assert rendered == [expected]
 
 
-def test_marks_around_pictures() -> None:
+def test_marks_around_images() -> None:
     rendered, _ = render_jinja_template(
         conversations=[messages([(1, "what?", None)], None, True)],
         chat_template=chat_template("llava_v1", "<im_start><image><im_end>"),
@@ -69,6 +69,6 @@ def test_marks_around_pictures() -> None:
     assert rendered[0].endswith(" USER: <im_start><image><im_end>\nwhat? ASSISTANT:")
 
 
-def test_a_template_that_answers_pictures_first() -> None:
+def test_a_template_that_answers_images_first() -> None:
     with pytest.raises(InputError, match="v1_mmtag"):
         chat_template("v1_mmtag", "<image>")

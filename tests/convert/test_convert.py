@@ -32,7 +32,7 @@ from llava.model.checkpoints.weight_files import read_tensor
 ROOT = HERE.parents[1]
 V15, V16 = "checkpoints/llava-v1.5-tiny-vicuna", "checkpoints/llava-v1.6-tiny-vicuna"
 LORA, BASE = "checkpoints/llava-v1.5-tiny-lora", "checkpoints/vicuna-tiny-base"
-PICTURES = ("demo.jpg", "counting.png", "wide.png")
+IMAGES = ("demo.jpg", "counting.png", "wide.png")
 QUESTIONS = ("What do you see in this picture?", "How many shapes are there?")
 
 
@@ -70,16 +70,16 @@ def test_their_class_and_processor_give_our_answers(embedded_in_theirs: tuple[Pa
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load(embedded_model_path(), device="cpu", dtype=torch.float32)
     assert ours.processor is not None
-    for name, question in [(name, question) for name in PICTURES for question in QUESTIONS]:
-        picture = Image.open(ROOT / "images" / name)
+    for name, question in [(name, question) for name in IMAGES for question in QUESTIONS]:
+        image = Image.open(ROOT / "images" / name)
         conversation = get_template(ours.conv_mode)
         conversation.append_message(conversation.roles[0], f"<image>\n{question}")
         conversation.append_message(conversation.roles[1], None)
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         assert prompt == conversation.get_prompt()
-        inputs = processor(text=prompt, images=picture, return_tensors="pt")
-        mine = ours.processor(conversation, [picture])
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        mine = ours.processor(conversation, [image])
         image_token = theirs.config.image_token_id
         assert collapsed(inputs["input_ids"][0].tolist(), image_token) == mine.input_ids.tolist()
         assert torch.equal(inputs["pixel_values"], mine.images)

@@ -262,7 +262,7 @@ def test_what_a_finished_conversion_prints(tmp_path: Path) -> None:
     assert first.startswith(f"wrote {tmp_path / 'theirs'}: transformers layout")
     assert second == "compared 80 tensors both ways: largest difference 0"
     assert third.startswith(
-        "compared logits of a sample with a picture in float32: largest difference 0 at a magnitude of"
+        "compared logits of a sample with an image in float32: largest difference 0 at a magnitude of"
     )
     assert fourth == "compared prompt and ids of the sample: equal; pixels: largest difference 0"
     assert os.listdir(tmp_path) == ["theirs"]

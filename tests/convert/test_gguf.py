@@ -273,8 +273,8 @@ def test_llama_cpp_gives_the_same_answer(tmp_path: Path) -> None:
     """benchmarks/llama_cpp.py asks more; its answers are in benchmarks/results/llama_cpp.md."""
     convert(embedded_model_path(), tmp_path / "pair", to="gguf")
     text, vision = pair_of(tmp_path / "pair")
-    picture = HERE.parents[1] / "images" / "demo.jpg"
-    command = [str(LLAMA), "-m", text, "--mmproj", vision, "--image", picture, "--jinja", "--temp", "0", "-n", "40"]
+    image = HERE.parents[1] / "images" / "demo.jpg"
+    command = [str(LLAMA), "-m", text, "--mmproj", vision, "--image", image, "--jinja", "--temp", "0", "-n", "40"]
     done = subprocess.run(
         [*command, "-p", "<__media__>\nWhat colour is the star?"], capture_output=True, text=True, timeout=120
     )

@@ -36,12 +36,12 @@ def in_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_facts_are_those_of_the_loaded_model(name: str) -> None:
-    layout, kind, template, pictures = CHECKPOINTS[name]
+    layout, kind, template, images = CHECKPOINTS[name]
     found = describe_checkpoint(f"checkpoints/{name}")
     assert found.layout == layout
     assert kind in found.facts["kind"]
     assert found.facts["template"] == template
-    assert found.facts["pictures"].startswith(pictures)
+    assert found.facts["images"].startswith(images)
     assert found.missing == ()
     loaded = load(f"checkpoints/{name}", base="checkpoints/vicuna-tiny-base" if "v1.5-tiny-" in name and layout != "full"
                   else None, device="cpu")  # fmt: skip
@@ -65,7 +65,7 @@ def test_other_layouts(tmp_path: Path) -> None:
         convert(embedded_model_path(), tmp_path / layout, to=layout, options=Options(proof="tensors"))
     theirs = describe_checkpoint(tmp_path / "transformers")
     assert theirs.facts["kind"].startswith("a whole model in the layout of LlavaForConditionalGeneration")
-    for key in ("template", "context", "pictures", "vision tower", "projector"):
+    for key in ("template", "context", "images", "vision tower", "projector"):
         assert theirs.facts[key] == whole.facts[key]
     assert theirs.facts["added tokens"] == ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
     assert (theirs.readers["transformers"], theirs.readers["vLLM"]) == ("yes", "yes")

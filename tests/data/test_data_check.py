@@ -64,12 +64,12 @@ SAMPLES: list[Any] = [
 def folder(tmp_path: Path) -> Path:
     images = tmp_path / "images"
     images.mkdir()
-    picture = io.BytesIO()
-    Image.effect_noise((60, 40), 50).convert("RGB").save(picture, "PNG")
-    (images / "ok.png").write_bytes(picture.getvalue())
-    (images / "cut.png").write_bytes(picture.getvalue()[:2000])
-    (images / "text.png").write_text("no picture")
-    (tmp_path / "ok.png").write_bytes(picture.getvalue())
+    image = io.BytesIO()
+    Image.effect_noise((60, 40), 50).convert("RGB").save(image, "PNG")
+    (images / "ok.png").write_bytes(image.getvalue())
+    (images / "cut.png").write_bytes(image.getvalue()[:2000])
+    (images / "text.png").write_text("no image")
+    (tmp_path / "ok.png").write_bytes(image.getvalue())
     (tmp_path / "data.json").write_text(json.dumps(SAMPLES), encoding="utf-8")
     return tmp_path
 
@@ -221,7 +221,7 @@ def test_bad_samples_stop_a_run_or_are_replaced_and_listed(folder: Path) -> None
         assert "sample 4 (id 'malformed'): turn 0" in report
     for alone, shared in zip(drawn[0], drawn[2], strict=True):
         torch.testing.assert_close(alone, shared)
-    # A picture stands in for a picture, a text for a text.
+    # An image stands in for an image, a text for a text.
     assert drawn[0][5]["image"].any()
     assert drawn[0][5]["input_ids"].tolist() == drawn[0][0]["input_ids"].tolist()
     assert not drawn[0][10]["image"].any()

@@ -171,9 +171,9 @@ def test_malformed_messages(record: dict[str, Any], message: str) -> None:
 def test_parquet_with_embedded_images(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
-    picture = golden("images/gray_50x50.png").read_bytes()
+    image = golden("images/gray_50x50.png").read_bytes()
     rows = [
-        {"id": f"r{number}", "image": {"bytes": picture, "path": None} if number % 2 else None}
+        {"id": f"r{number}", "image": {"bytes": image, "path": None} if number % 2 else None}
         | {"conversations": turns("<image>\nWhat is it?" if number % 2 else "Hi", f"Answer {number}.")}
         for number in range(7)
     ]
@@ -182,12 +182,12 @@ def test_parquet_with_embedded_images(tmp_path: Path) -> None:
     file = DataFile(path)
     assert file.columns.images.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert file.id(5) == "r5"
-    assert image_sources(file[5]) == [picture]
+    assert image_sources(file[5]) == [image]
     assert image_sources(file[6]) == []
     assert file[4]["conversations"] == rows[4]["conversations"]
-    lists = [{"images": [{"bytes": picture, "path": "x.png"}], "messages": [{"role": "user", "content": "<image>"}]}]
+    lists = [{"images": [{"bytes": image, "path": "x.png"}], "messages": [{"role": "user", "content": "<image>"}]}]
     parquet.write_table(arrow.Table.from_pylist(lists), path)
-    assert image_sources(DataFile(path)[0]) == [picture]
+    assert image_sources(DataFile(path)[0]) == [image]
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(InputError, match=r"data\.parquet"):
         DataFile(path)
@@ -225,13 +225,13 @@ def test_files_joined_by_commas(two: Path) -> None:
 
 
 def test_a_mixture_repeats_files_and_knows_their_folders(two: Path) -> None:
-    text = "datasets:\n  - {path: a.json, repeat: 0.5}\n  - {path: sub/b.jsonl, repeat: 2.25, image_folder: pictures}\n"
+    text = "datasets:\n  - {path: a.json, repeat: 0.5}\n  - {path: sub/b.jsonl, repeat: 2.25, image_folder: images}\n"
     samples = open_samples(mixture(two, text))
     drawn = ids(samples)
     assert len(drawn) == 5 + 9
     assert len(set(drawn[:5])) == 5
     assert drawn[5:13] == [f"b{n}" for n in range(4)] * 2
-    assert [part.image_folder for part in samples.parts] == [None, str(two / "pictures")]
+    assert [part.image_folder for part in samples.parts] == [None, str(two / "images")]
     assert samples.column("words").tolist() == [2] * 14
     assert ids(open_samples(mixture(two, text))) == drawn
     assert ids(open_samples(mixture(two, text + "seed: 5\n"))) != drawn

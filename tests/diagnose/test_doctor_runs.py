@@ -175,14 +175,14 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
         if "fails" in self.faults:
             self.answer(500, {"error": {"message": "out of memory"}})
             return
-        has_picture = any(part["type"] == "image_url" for part in body["messages"][0]["content"])
-        text = "" if has_picture and "empty" in self.faults else "A red circle." + "</s>" * ("special" in self.faults)
+        has_image = any(part["type"] == "image_url" for part in body["messages"][0]["content"])
+        text = "" if has_image and "empty" in self.faults else "A red circle." + "</s>" * ("special" in self.faults)
         if body["stream"]:
             pieces = ["A ", "A red ", "A red circle."] if "stream" in self.faults else ["A ", "red ", "circle."]
             events = [f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n" for piece in pieces]
             self.send(200, "".join([*events, "data: [DONE]\n\n"]))
             return
-        tokens = 20 + 64 * (has_picture and "blind" not in self.faults)
+        tokens = 20 + 64 * (has_image and "blind" not in self.faults)
         choices = [{"message": {"content": text}}]
         self.answer(200, {"choices": choices, "usage": {"prompt_tokens": tokens}})
 

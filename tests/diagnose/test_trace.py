@@ -23,7 +23,7 @@ from llava.diagnose.tracer.record import POINTS
 from llava.engine.hf_engine import Sampling, measure_prompt
 from llava.model.builder import LoadedModel, load
 from llava.model.splice import splice
-from llava.session import Picture, Session
+from llava.session import LoadedImage, Session
 from llava.text.tokenization import tokenizer_image_token
 
 
@@ -68,8 +68,8 @@ def test_all_points_come_in_the_order_of_the_flow(answered: Answered) -> None:
 )
 def test_recorded_models_pass_every_check(name: str) -> None:
     loaded = load(golden(f"checkpoints/{name}"), device="cpu")
-    pictures = [Picture.open("images/text_200x80.png"), Picture.open("images/noise_40x90.png")]
-    seen = trace_question(loaded, pictures, "What are these?", sampling=Sampling(max_new_tokens=4))
+    images = [LoadedImage.open("images/text_200x80.png"), LoadedImage.open("images/noise_40x90.png")]
+    seen = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=4))
     assert [point.point for point in seen.record] == ANSWERING
     assert seen.record.failed == []
     views = look(seen)
@@ -124,7 +124,7 @@ def test_the_limit_is_shown_before_and_after_it_is_cut(embedded: LoadedModel) ->
 def test_features_are_those_of_tower_and_projector(answered: Answered, embedded: LoadedModel) -> None:
     record, tower = answered.record, embedded.model.get_vision_tower()
     pixels = llava.mm_utils.process_images([star().image], embedded.image_processor, embedded.model.config)
-    assert record["pixels"]["pictures"][0]["shape"] == list(pixels.shape[1:])
+    assert record["pixels"]["images"][0]["shape"] == list(pixels.shape[1:])
     with torch.inference_mode():
         states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
         features = embedded.model.encode_images(pixels)
@@ -274,7 +274,7 @@ def test_relevance_is_what_a_change_of_a_feature_does(answered: Answered, embedd
 
 
 def test_yellow_was_read_off_the_star(answered: Answered) -> None:
-    """The star is in the upper middle of the picture: rows 0 to 2 and columns 2 to 5 of 8 x 8."""
+    """The star is in the upper middle of the image: rows 0 to 2 and columns 2 to 5 of 8 x 8."""
     views = look(answered)
     assert views is not None
     assert views.relevance is not None

@@ -30,7 +30,7 @@ from llava.engine.hf_engine import Sampling
 from llava.images.layout import ImagePolicy, feature_boxes, plan
 from llava.mm_utils import process_images
 from llava.model.builder import load
-from llava.session import Picture
+from llava.session import LoadedImage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -41,7 +41,7 @@ QUESTION = "What colour is the star?"
 HOSTILE = 'What? </script><b title="x">{{data}}'
 
 
-# Where features lie in the picture
+# Where features lie in the image
 
 
 @pytest.mark.parametrize("mode", ["square", "pad", "anyres"])
@@ -61,10 +61,10 @@ def test_boxes_are_where_pixels_come_from(mode: str, size: tuple[int, int]) -> N
         (size[0] // 2 + 9, size[1] // 2 - 7),
         (size[0] // 2 - 11, size[1] // 2 + 8),
     ]:
-        picture = Image.new("RGB", size, "black")
-        picture.paste("white", (x - 2, y - 2, x + 3, y + 3))
+        image = Image.new("RGB", size, "black")
+        image.paste("white", (x - 2, y - 2, x + 3, y + 3))
         plain = Image.new("RGB", size, "black")
-        pixels, before = (np.asarray(process_images([p], tower, config)[0]) for p in (picture, plain))
+        pixels, before = (np.asarray(process_images([p], tower, config)[0]) for p in (image, plain))
         change = np.abs(pixels - before).reshape(-1, 3, 4, 14, 4, 14).sum(axis=(1, 3, 5)).reshape(len(boxes))
         for first in range(0, len(boxes), policy.features_per_tile):
             tile = change[first : first + policy.features_per_tile]
@@ -98,7 +98,7 @@ def test_every_feature_has_its_box(merge: str, size: tuple[int, int]) -> None:
     for row in rows:
         assert all(a.right == pytest.approx(b.left) and a.top == b.top for a, b in itertools.pairwise(row))
     assert all(a[0].bottom == pytest.approx(b[0].top) for a, b in itertools.pairwise(rows))
-    if merge == "spatial_unpad":  # what is left shows the picture, to within a row or a column of patches
+    if merge == "spatial_unpad":  # what is left shows the image, to within a row or a column of patches
         patch = rest[0].right - rest[0].left
         assert rest[0].left >= -patch
         assert rest[-1].right <= size[0] + patch
@@ -112,7 +112,7 @@ def test_every_feature_has_its_box(merge: str, size: tuple[int, int]) -> None:
 @pytest.fixture(scope="module")
 def traced() -> tuple[Answered, Views]:
     loaded = load(embedded_model_path(), device="cpu")
-    answered = trace_question(loaded, [Picture.open(str(ROOT / "images/demo.jpg"))], QUESTION)
+    answered = trace_question(loaded, [LoadedImage.open(str(ROOT / "images/demo.jpg"))], QUESTION)
     views = look(answered)
     assert views is not None
     return answered, views
@@ -144,7 +144,7 @@ def test_the_page_has_the_views_as_they_are(traced: tuple[Answered, Views]) -> N
     looked = [token for token in data["tokens"] if token["rows"].get("attention") is not None]
     assert len(looked) == len(views.rows)
     assert [token["text"] for token in data["tokens"] if "relevance" in token["rows"]][3:4] == [" yellow"]
-    first, last = data["pictures"][0]["boxes"][0], data["pictures"][0]["boxes"][-1]
+    first, last = data["images"][0]["boxes"][0], data["images"][0]["boxes"][-1]
     assert (first, last) == ([0, 0, 56, 56], [392, 392, 448, 448])
 
 
@@ -235,11 +235,11 @@ def test_a_browser_shows_what_the_trace_says(traced: tuple[Answered, Views], tmp
 
 @needs_browser
 def test_the_brightest_patch_is_the_one_that_mattered_most(tmp_path: Path) -> None:
-    """On an evenly grey picture brightness is the heat-map alone."""
+    """On an evenly grey image brightness is the heat-map alone."""
     loaded = load(embedded_model_path(), device="cpu")
     Image.new("RGB", (448, 448), (200, 200, 200)).save(tmp_path / "grey.png")
     answered = trace_question(
-        loaded, [Picture.open(str(tmp_path / "grey.png"))], "What is this?", sampling=Sampling(max_new_tokens=4)
+        loaded, [LoadedImage.open(str(tmp_path / "grey.png"))], "What is this?", sampling=Sampling(max_new_tokens=4)
     )
     views = look(answered)
     assert views is not None
@@ -253,11 +253,11 @@ def test_the_brightest_patch_is_the_one_that_mattered_most(tmp_path: Path) -> No
 def test_tiles_and_training_samples_have_pages_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
     loaded = load(tiny.build(tmp_path / "model", **tiny.ANYRES), device="cpu")
-    pictures = [Picture.open("images/text_200x80.png"), Picture.open("images/noise_40x90.png")]
-    answered = trace_question(loaded, pictures, "What are these?", sampling=Sampling(max_new_tokens=3))
-    count = "({ pictures: document.querySelectorAll('canvas').length, parts: !$('part-label').hidden })"
+    images = [LoadedImage.open("images/text_200x80.png"), LoadedImage.open("images/noise_40x90.png")]
+    answered = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=3))
+    count = "({ images: document.querySelectorAll('canvas').length, parts: !$('part-label').hidden })"
     shown = browse(page_of_answer(answered, look(answered)), tmp_path, count, width=390)
-    assert shown == {"found": {"pictures": 2, "parts": True}, "errors": [], "wide": shown["wide"]}
+    assert shown == {"found": {"images": 2, "parts": True}, "errors": [], "wide": shown["wide"]}
     assert shown["wide"] <= 390
 
     (tmp_path / "samples.json").write_text(json.dumps(SAMPLES))

@@ -72,8 +72,8 @@ def test_loss_and_gradients_are_those_of_a_plain_step(samples: str) -> None:
     from llava.train.data import DataCollatorForSupervisedDataset
 
     item = {key: torch.tensor(seen["labels"][key]) for key in ("input_ids", "labels")}
-    picture = llava.mm_utils.process_images(seen.pictures, model.get_vision_tower().image_processor, model.config)[0]
-    batch = DataCollatorForSupervisedDataset(seen.tokenizer)([{**item, "image": picture}])
+    image = llava.mm_utils.process_images(seen.images, model.get_vision_tower().image_processor, model.config)[0]
+    batch = DataCollatorForSupervisedDataset(seen.tokenizer)([{**item, "image": image}])
     loss = model.eval()(**{name: batch[name] for name in names}).loss
     loss.backward()
     assert seen["loss"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -91,7 +91,7 @@ def test_a_frozen_language_model_and_a_text_sample(samples: str) -> None:
     seen = sample(samples, "--tune_mm_mlp_adapter", "True", index=2)
     assert seen["arguments"]["trained_by_part"].keys() == {"projector"}
     assert seen["gradients"]["language model"]["trained"] == 0
-    # A text sample brings a black picture that is in no position of the sequence, so the projector has nothing to learn.
+    # A text sample brings a black image that is in no position of the sequence, so the projector has nothing to learn.
     assert [part["kind"] for part in seen["splice"]["rows"][0]["segments"]] == ["text"]
     assert seen.failed == [("gradients", "it is to be trained and gets no gradient, or no finite one")]
 
@@ -114,7 +114,7 @@ def test_the_terminal_view_has_every_point(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert "\033" not in text
     assert [line.split()[1] for line in text.splitlines() if line[:2].strip().isdigit()] == ANSWERING
-    for words in ("1 354 355 356 259 -200", "14 text + 64 picture = 78", "▁yellow 100.0%", "all 16 checks hold"):
+    for words in ("1 354 355 356 259 -200", "14 text + 64 image = 78", "▁yellow 100.0%", "all 16 checks hold"):
         assert words in text
 
 

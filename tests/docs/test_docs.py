@@ -40,7 +40,7 @@ def each(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", paths, ids=name_of)
 
 
-# References: `path.py:name`, links, pictures
+# References: `path.py:name`, links, images
 
 
 @each(PAGES)
@@ -246,7 +246,7 @@ def test_snippets_print_what_stands_under_them(page: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS)
 def test_translations_are_equal_in_substance(english: str, chinese: str) -> None:
-    """The same code and output, headings, functions and pictures, and tables of the same size."""
+    """The same code and output, headings, functions and images, and tables of the same size."""
     first, second = ROOT / english, ROOT / chinese
     assert [(b.kind, without_comments(b)) for b in blocks(first)] == [
         (b.kind, without_comments(b)) for b in blocks(second)
@@ -258,7 +258,7 @@ def test_translations_are_equal_in_substance(english: str, chinese: str) -> None
             "headings": [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)],
             "rows": [row.count(" | ") for row in text.splitlines() if row.startswith("|")],
             "functions": sorted(re.findall(r"`([\w/.-]+\.py:[\w.]+)`", text)),
-            "pictures": re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text),
+            "images": re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text),
         }
 
     assert shape(first) == shape(second)

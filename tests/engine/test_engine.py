@@ -21,7 +21,7 @@ from engine_kit import (
     greedy,
     loaded,
     mixed_requests,
-    picture,
+    random_image,
     sampled,
 )
 
@@ -88,8 +88,10 @@ def test_the_model_goes_on_working_by_itself(engine: Engine, tmp_path: Any) -> N
         assert torch.equal(stored[name], tensor), name
 
 
-def test_pictures_with_equally_many_features_are_not_taken_for_each_other(engine: Engine) -> None:
-    requests = [Request("<image>\nwhat is it, and what is beside it?", [picture(n)], greedy(16)) for n in (7, 8, 7)]
+def test_images_with_equally_many_features_are_not_taken_for_each_other(engine: Engine) -> None:
+    requests = [
+        Request("<image>\nwhat is it, and what is beside it?", [random_image(n)], greedy(16)) for n in (7, 8, 7)
+    ]
     first, second, again = (engine.generate(request) for request in requests)
     assert first.completions[0].token_ids == tuple(generated("llama", requests[0]))
     assert second.completions[0].token_ids == tuple(generated("llama", requests[1]))
@@ -101,9 +103,9 @@ def test_pictures_with_equally_many_features_are_not_taken_for_each_other(engine
 
 
 def test_little_detail_is_the_overview_alone() -> None:
-    """Where pictures are cut into tiles: the tokens of `generate` with one tile of pixels, beside the same one in full."""
+    """Where images are cut into tiles: the tokens of `generate` with one tile of pixels, beside the same one in full."""
     whole = loaded("anyres")
-    prompt, image = "USER: <image>\nWell? ASSISTANT:", picture(1)
+    prompt, image = "USER: <image>\nWell? ASSISTANT:", random_image(1)
     sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
     inputs = whole.processor(prompt, [image])
     assert inputs.pixels[0].dim() == 4
@@ -126,10 +128,10 @@ def test_little_detail_is_the_overview_alone() -> None:
 
 def test_a_follow_up_pays_for_its_new_tokens_only() -> None:
     with Engine.from_loaded(loaded("llama"), EngineConfig(block_size=4)) as engine:
-        first = engine.generate(Request("<image>\nwhat is it?", [picture(4)], greedy(30)))
-        inputs = loaded("llama").processor("<image>\nwhat is it?", [picture(4)])
+        first = engine.generate(Request("<image>\nwhat is it?", [random_image(4)], greedy(30)))
+        inputs = loaded("llama").processor("<image>\nwhat is it?", [random_image(4)])
         ids = [*inputs.input_ids.tolist(), *first.completions[0].token_ids, 5, 6, 7]
-        following = Request(ids, [picture(4)], greedy(5))
+        following = Request(ids, [random_image(4)], greedy(5))
         second = engine.generate(following)
     new = second.usage.num_prompt_tokens - second.usage.num_cached_tokens
     assert new <= 3 + 1 + 4  # the new ones, the answer's last, whose keys nobody needed, and what does not fill a block
@@ -231,19 +233,19 @@ def test_a_fault_reaches_its_request_and_nobody_else(monkeypatch: pytest.MonkeyP
     model = loaded("llama")
     with Engine.from_loaded(model, EngineConfig(feature_cache_bytes=0, prefix_cache=False)) as engine:
         runner = engine._loop.runner
-        launch, read_pictures = runner.launch, runner.read_pictures
-        bad = picture(9, 44, 33)
+        launch, read_images = runner.launch, runner.read_images
+        bad = random_image(9, 44, 33)
 
         def unreadable(work: Any) -> None:
             if any(image.size == bad.size for image in work.sequence.images):
-                raise OSError("the picture is gone")
-            read_pictures(work)
+                raise OSError("the image is gone")
+            read_images(work)
 
-        monkeypatch.setattr(runner, "read_pictures", unreadable)
+        monkeypatch.setattr(runner, "read_images", unreadable)
         good, broken = engine.submit(mixed_requests()[1]), engine.submit(Request("<image>", [bad], greedy(5, n=2)))
-        with pytest.raises(EngineError, match="the picture is gone"):
+        with pytest.raises(EngineError, match="the image is gone"):
             broken.result(30)
-        with pytest.raises(EngineError, match="the picture is gone"):
+        with pytest.raises(EngineError, match="the image is gone"):
             list(broken)
         assert good.result(30).completions[0].token_ids == expected("llama")[1]
 
@@ -308,7 +310,7 @@ def test_rounded_weights_answer_about_the_same(weights: str | None, dtype: str, 
     from llava.model.builder import load
 
     folder = tiny.build(tmp_path / "m")
-    request = ScoreRequest("<image>\nwhat is it?", " a dog", [picture(0)])
+    request = ScoreRequest("<image>\nwhat is it?", " a dog", [random_image(0)])
     with Engine.from_loaded(load(folder, device="cpu")) as engine:
         whole = engine.score(request)
     with Engine.from_loaded(load(folder, device="cpu", dtype=dtype), EngineConfig(weights=weights)) as engine:

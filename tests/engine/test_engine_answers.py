@@ -17,7 +17,7 @@ from engine_kit import (
     greedy,
     loaded,
     mixed_requests,
-    picture,
+    random_image,
     sampled,
 )
 
@@ -38,15 +38,15 @@ def engine() -> Iterator[Engine]:
 
 def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:
     prompt, params = "<image>\nwhat is it?", sampled(11, top_p=0.9, n=3)
-    alone = engine.generate(Request(prompt, [picture(0)], params))
+    alone = engine.generate(Request(prompt, [random_image(0)], params))
     assert len({completion.token_ids for completion in alone.completions}) == 3
     others = [replace(request, sampling=sampled(5)) for request in mixed_requests()]
     for config in (EngineConfig(), EngineConfig(max_step_tokens=5, num_blocks=24), EngineConfig(prefix_cache=False)):
         with Engine.from_loaded(loaded("llama"), config) as fresh:
-            *_, among = fresh.generate([*others, Request(prompt, [picture(0)], params)])
+            *_, among = fresh.generate([*others, Request(prompt, [random_image(0)], params)])
             assert among.completions == alone.completions
             assert among.usage.num_new_tokens == 3 * 24
-    unseeded = [engine.generate(Request(prompt, [picture(0)], replace(params, seed=None))) for _ in range(2)]
+    unseeded = [engine.generate(Request(prompt, [random_image(0)], replace(params, seed=None))) for _ in range(2)]
     assert unseeded[0].completions != unseeded[1].completions
 
 
@@ -193,7 +193,7 @@ def test_answers_obey_a_regular_expression_and_a_schema(engine: Engine) -> None:
 @pytest.mark.parametrize("way", ["as it is", "in pieces", "a tiny pool"])
 def test_scores_are_the_model_s_log_probabilities(way: str) -> None:
     model = loaded("llama")
-    prompts = [("<image>\nwhat is it?", [picture(0)], " a dog, I think"), ("hello", [], [70, 71, 72, 300])]
+    prompts = [("<image>\nwhat is it?", [random_image(0)], " a dog, I think"), ("hello", [], [70, 71, 72, 300])]
     requests = [ScoreRequest(prompt, continuation, images) for prompt, images, continuation in prompts]
     with Engine.from_loaded(model, WAYS[way]) as engine:
         scores = engine.score([*requests, *requests])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import greedy, loaded, mixed_requests, picture
+from engine_kit import greedy, loaded, mixed_requests, random_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ def test_an_engine_ends_every_request(seed: int, num_blocks: int, max_step_token
     with Engine.from_loaded(loaded("llama"), config) as engine:
         handles = []
         for _ in range(chosen.randrange(1, 10)):
-            images = [picture(chosen.randrange(3)) for _ in range(chosen.randrange(3))]
+            images = [random_image(chosen.randrange(3)) for _ in range(chosen.randrange(3))]
             params = SamplingParams(
                 temperature=chosen.choice([0.0, 1.0]),
                 max_new_tokens=chosen.randrange(1, 60),
@@ -205,7 +205,7 @@ def test_running_answers_go_on_while_a_long_prompt_is_computed() -> None:
 
 
 def test_a_request_that_is_over_needs_no_garbage_collector() -> None:
-    """A cycle would keep its pictures until a full collection, which takes a server a third of a second."""
+    """A cycle would keep its images until a full collection, which takes a server a third of a second."""
     requests = mixed_requests()
     with Engine.from_loaded(loaded("llama")) as engine:
         engine.generate(requests)
@@ -246,7 +246,7 @@ def test_a_pool_gives_idle_blocks_out_last_and_the_oldest_first() -> None:
         pool.release([0, 0])
 
 
-def test_a_block_s_hash_is_that_of_all_before_it_and_of_its_pictures() -> None:
+def test_a_block_s_hash_is_that_of_all_before_it_and_of_its_images() -> None:
     ids = [-1, -2, 5, 6]
     keys = {
         block_hash(b"", ids, [b"a" * 32]),
@@ -274,4 +274,4 @@ def test_guesses_are_what_followed_the_last_time() -> None:
     assert lookup.guess([1, 2, 3, 4, 1, 2, 3], 2) == (4, 1)
     assert lookup.guess([1, 2, 3, 4, 1, 2, 3, 9], 2) == ()
     assert lookup.guess([1, 2, 3, 4, 1, 2, 3, 9, 1, 2, 3], 5) == (9, 1, 2, 3)  # the newest place
-    assert Lookup().guess([1, 2, 8, -1, -2, 5, 1, 2], 4) == (8,)  # a picture's features cannot be guessed
+    assert Lookup().guess([1, 2, 8, -1, -2, 5, 1, 2], 4) == (8,)  # an image's features cannot be guessed

@@ -21,7 +21,7 @@ def test_bench_measures_a_model() -> None:
     report = json.loads(done.stdout)
     assert [rate["num_sequences"] for rate in report["rates"]] == [1, 2]
     assert all(rate["tokens_per_s"] > 0 and rate["limit_tokens_per_s"] > 0 for rate in report["rates"])
-    assert report["num_prompt_tokens"] == 58 + 16  # words and the picture's features
+    assert report["num_prompt_tokens"] == 58 + 16  # words and the image's features
     assert report["first_token_s"] > 0
     assert report["weight_bytes"] > 0
 

@@ -27,7 +27,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recorded checkpoints and pictures in it, and questions in each script's form."""
+    """A folder with the recorded checkpoints and images in it, and questions in each script's form."""
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoints", "images"):
         (tmp_path / name).symlink_to(HERE / name)
@@ -39,9 +39,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"id": "9", "image": IMAGES[1], "conversations": [{"from": "human", "value": "With another\n<image>"}]},
     ]
     (tmp_path / "s.json").write_text(json.dumps(samples))
-    picture = base64.b64encode((HERE / "images" / IMAGES[0]).read_bytes()).decode()
+    image = base64.b64encode((HERE / "images" / IMAGES[0]).read_bytes()).decode()
     table = "index\tquestion\thint\tA\tB\tC\tD\timage\n" + "".join(
-        f"{n}\tWhich one?\tA hint here\tred\tblue\tgreen\t\t{picture}\n" for n in (1, 2, 3)
+        f"{n}\tWhich one?\tA hint here\tred\tblue\tgreen\t\t{image}\n" for n in (1, 2, 3)
     )
     (tmp_path / "mb.tsv").write_text(table)
     return tmp_path
@@ -201,14 +201,14 @@ def test_bad_input_is_one_sentence(
     assert named in error
 
 
-def test_a_broken_picture_leaves_the_other_answers(
+def test_a_broken_image_leaves_the_other_answers(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = workplace / "mine"
-    pictures.mkdir()
+    images = workplace / "mine"
+    images.mkdir()
     for name in set(IMAGES):
-        (pictures / name).write_bytes((HERE / "images" / name).read_bytes())
-    (pictures / IMAGES[2]).write_bytes(b"\x89PNG\r\n\x1a\n broken")
+        (images / name).write_bytes((HERE / "images" / name).read_bytes())
+    (images / IMAGES[2]).write_bytes(b"\x89PNG\r\n\x1a\n broken")
     assert run("loader", monkeypatch, "--image-folder", "mine") == 2
     assert "1 of 5 questions could not be asked; the first is 12" in capsys.readouterr().err
     assert [row["question_id"] for row in kit.rows_of(workplace / "o/a.jsonl")] == [10, 11, 13, 14]

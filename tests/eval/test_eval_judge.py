@@ -72,7 +72,7 @@ def test_a_judge_is_asked_once_and_replayed(
     kit.mmvet(data)
     for place in ("llava-bench-in-the-wild/images/1.jpg", "mm-vet/images/i.jpg"):
         (data / place).parent.mkdir(parents=True)
-        (data / place).write_bytes(kit.picture())
+        (data / place).write_bytes(kit.png())
     words = [
         "llava-bench,mmvet",
         "--device",

@@ -79,7 +79,7 @@ def test_pope_for_real(tmp_path: Path) -> None:
     kit.pope(tmp_path)
     (tmp_path / "pope/val2014").mkdir()
     for number in (1, 2):
-        (tmp_path / f"pope/val2014/{number}.jpg").write_bytes(kit.picture())
+        (tmp_path / f"pope/val2014/{number}.jpg").write_bytes(kit.png())
     done = run(
         "pope.sh", PYTHON=sys.executable, MODEL=str(embedded_model_path()), DATA=str(tmp_path), DEVICE="cpu",
         CONV_MODE="v1", OMP_NUM_THREADS="1",

@@ -201,16 +201,16 @@ def test_missing_images_are_named_before_anything_is_loaded(tmp_path: Path, caps
     words = ["seed", "--device", "cpu", "--data-dir", str(data), "--out", str(tmp_path / "out"), "--quiet"]
     assert main(words) == 2
     assert f"SEED-Bench: 1 images are missing, the first is '{data}/seed_bench/i.jpg'" in capsys.readouterr().err
-    (data / "seed_bench/i.jpg").write_bytes(b"no picture")
+    (data / "seed_bench/i.jpg").write_bytes(b"no image")
     assert main(words) == 2
     assert "SEED-Bench: none of its 2 questions could be asked; '100': " in capsys.readouterr().err
 
 
-def test_a_broken_picture_is_counted_and_its_question_is_wrong(
+def test_a_broken_image_is_counted_and_its_question_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "good.png").write_bytes(kit.picture())
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "good.png").write_bytes(kit.png())
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [{"image": f"{name}.png", "question": "Which colour?", "answer": "red"} for name in ("good", "bad", "gone")]
     file = kit.write_lines(tmp_path / "mine.jsonl", rows)
     words = [str(file), *flags(tmp_path / "out"), "--data-dir", str(tmp_path)]

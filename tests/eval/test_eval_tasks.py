@@ -44,7 +44,7 @@ def test_prompts_are_those_of_the_guide(data: Path) -> None:
     assert read_items(TASKS["mmbench-cn"], data)[0].prompt.endswith(f"C. green\n{LETTER_SUFFIX_CN}")
 
 
-def test_mmmu_questions_with_their_pictures() -> None:
+def test_mmmu_questions_with_their_images() -> None:
     from llava.eval.tasks.mmmu import question_item
 
     row = {
@@ -169,9 +169,9 @@ def test_mmbench_in_rounds_and_as_a_submission(data: Path, tmp_path: Path) -> No
     assert list(report.scores.verdicts) == [1, 1, 1, 1, 1, 1, 0]
 
 
-def test_mmbench_rows_share_a_picture(data: Path) -> None:
+def test_mmbench_rows_share_an_image(data: Path) -> None:
     first, second = read_items(TASKS["mmbench"], data)
-    assert first.images == second.images == (kit.picture(),)
+    assert first.images == second.images == (kit.png(),)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiles as a GPU makes them: Pillow's pixels to the bit, whichever way a model cuts its pictures."""
+"""Tiles as a GPU makes them: Pillow's pixels to the bit, whichever way a model cuts its images."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 def test_scaling_gives_pillow_s_bits(
     width: int, height: int, new_width: int, new_height: int, resample: int, extreme: bool
 ) -> None:
-    picture = noise(width, height)
+    image = noise(width, height)
     if extreme:  # black and white: sums overshoot on both sides
-        picture = picture.point(lambda value: 255 * (value > 127))
-    wanted = torch.from_numpy(np.array(picture.resize((new_width, new_height), resample)))
-    planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        image = image.point(lambda value: 255 * (value > 127))
+    wanted = torch.from_numpy(np.array(image.resize((new_width, new_height), resample)))
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(scaled(planes, (new_width, new_height), resample).permute(1, 2, 0), wanted)
 
 
@@ -65,12 +65,12 @@ def test_scaling_gives_pillow_s_bits(
 def test_tiles_are_those_that_the_processor_makes(name: str, mode: Any, size: tuple[int, int]) -> None:
     processor = PROCESSORS[name]
     policy = ImagePolicy(mode, SIDE, 8, PINPOINTS if mode == "anyres" else (), "flat")
-    picture = noise(*size)
+    image = noise(*size)
     config = SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=PINPOINTS)
-    pixels = process_images([picture], processor, config)[0]
+    pixels = process_images([image], processor, config)[0]
     wanted = pixels if mode == "anyres" else pixels[None]
     tiler = DeviceTiler(processor, policy, torch.device("cpu"))
-    colours = torch.from_numpy(np.array(picture))
+    colours = torch.from_numpy(np.array(image))
     layout = plan(size, policy)
     assert torch.equal(tiler(colours, layout.num_tiles), wanted)
     assert torch.equal(tiler(colours, 1), wanted[:1])  # an overview alone, where little detail was asked for

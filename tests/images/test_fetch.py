@@ -98,7 +98,7 @@ def test_download(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (path, headers["Host"]) == ("/a.png", f"127.0.0.1:{server.port}")
 
 
-def test_answers_that_are_no_picture(server: Server) -> None:
+def test_answers_that_are_no_image(server: Server) -> None:
     server.answers["/page"] = lambda handler: reply(handler, b"<html>hello</html>", Content_Type="image/png")
     server.answers["/gone"] = lambda handler: reply(handler, b"gone", 404)
     server.answers["/short"] = lambda handler: reply(handler, PNG[:60], length=len(PNG))

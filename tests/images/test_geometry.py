@@ -104,7 +104,7 @@ def test_float_formula_is_kept() -> None:
     assert int(55 * Fraction(24, 88)) == 15
 
 
-def test_plan_of_ordinary_pictures() -> None:
+def test_plan_of_ordinary_images() -> None:
     square = ImagePolicy("square", 336, 14)
     assert plan((640, 480), square).num_features == 576
     assert plan((640, 480), square).tile_grid is None

@@ -1,4 +1,4 @@
-"""Opening pictures: every source and mode, and every way to be broken. Downloads are in test_fetch.py."""
+"""Opening images: every source and mode, and every way to be broken. Downloads are in test_fetch.py."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ PNG = encoded(gradient())
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_source_gives_the_same_picture(tmp_path: Path) -> None:
-    path = tmp_path / "a picture #1.png"
+def test_every_source_gives_the_same_image(tmp_path: Path) -> None:
+    path = tmp_path / "an image #1.png"
     path.write_bytes(PNG)
     data_url = "data:image/png;base64," + base64.b64encode(PNG).decode()
     quoted = "data:," + "".join(f"%{byte:02X}" for byte in PNG)
@@ -117,7 +117,7 @@ def fails(source: object, *parts: str, limits: ImageLimits = HERE) -> str:
     return message
 
 
-def test_files_that_are_no_picture(tmp_path: Path) -> None:
+def test_files_that_are_no_image(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("dear diary\n" * 50)
     (tmp_path / "empty.png").touch()
@@ -174,7 +174,7 @@ def test_bombs_are_not_decoded(size: tuple[int, int], recwarn: pytest.WarningsRe
 
 
 def test_broken_in_a_thousand_ways(recwarn: pytest.WarningsRecorder) -> None:
-    """Whatever is changed in a file, the answer is a picture or an `InputError`, and nothing else."""
+    """Whatever is changed in a file, the answer is an image or an `InputError`, and nothing else."""
     generator = np.random.default_rng(0)
     refused = 0
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
@@ -207,7 +207,7 @@ def test_limits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_first_picture_of_a_process(kind: str, tmp_path: Path) -> None:
+def test_first_image_of_a_process(kind: str, tmp_path: Path) -> None:
     """Pillow imports its readers step by step; the first image of a program must not depend on earlier ones."""
     path = tmp_path / "a.png"
     path.write_bytes(encoded(gradient(), kind))

@@ -1,4 +1,4 @@
-"""The model that ships in the package: it is there, it is small, and it is right about the sample pictures."""
+"""The model that ships in the package: it is there, it is small, and it is right about the sample images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.assets import embedded_model_path
 IMAGES = Path(__file__).parents[2] / "images"
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 
-# Facts of the pictures as they are drawn (scripts/tiny/draw_images.py).
+# Facts of the images as they are drawn (scripts/tiny/draw_images.py).
 FACTS = [
     ("demo.jpg", "What colour is the star?", "The star is yellow."),
     ("demo.jpg", "What shape is the blue object?" + ONE_WORD, "Square"),
@@ -41,9 +41,9 @@ def test_it_is_a_checkpoint_in_the_original_layout_of_at_most_32_mb():
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 32 * 2**20
 
 
-@pytest.mark.parametrize(("picture", "question", "answer"), FACTS)
-def test_it_is_right_about_the_sample_pictures(loaded, picture, question, answer):
-    assert llava.Session(loaded).answer(question, IMAGES / picture) == answer
+@pytest.mark.parametrize(("image", "question", "answer"), FACTS)
+def test_it_is_right_about_the_sample_images(loaded, image, question, answer):
+    assert llava.Session(loaded).answer(question, IMAGES / image) == answer
 
 
 def test_a_session_keeps_history_and_takes_images_in_memory(loaded):

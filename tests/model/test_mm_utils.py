@@ -30,7 +30,7 @@ MEAN_COLOUR = (122, 116, 104)
 
 
 @cache
-def picture(name: str, rgb: bool = True) -> Image.Image:
+def open_image(name: str, rgb: bool = True) -> Image.Image:
     image = Image.open(golden(f"images/{name}.png"))
     image.load()
     return image.convert("RGB") if rgb else image
@@ -48,11 +48,11 @@ def config(row: dict) -> Namespace:
 )
 def test_recorded_pixels(row: dict) -> None:
     processor = ClipImageProcessor().with_side(row["crop_size"])
-    image = picture(row["image"], row["converted_to_rgb_first"])
+    image = open_image(row["image"], row["converted_to_rgb_first"])
     pixels = mm_utils.process_images([image], processor, config(row))
     if "error" in row:
-        # The original fails on greys that it pads with a colour, and takes thin pictures for grey ones.
-        as_rgb = mm_utils.process_images([picture(row["image"])], processor, config(row))
+        # The original fails on greys that it pads with a colour, and takes thin images for grey ones.
+        as_rgb = mm_utils.process_images([open_image(row["image"])], processor, config(row))
         side = row["crop_size"]
         assert pixels.shape == (1, 3, side, side)
         assert torch.equal(pixels, as_rgb)
@@ -69,7 +69,7 @@ def test_recorded_pixels(row: dict) -> None:
 @pytest.mark.parametrize("row", SEVERAL, ids=lambda row: str(row["image_aspect_ratio"]))
 def test_recorded_batches(row: dict) -> None:
     processor = ClipImageProcessor().with_side(row["crop_size"])
-    images = [picture(name) for name in row["images"]]
+    images = [open_image(name) for name in row["images"]]
     pixels = mm_utils.process_images(images, processor, config(row))
     assert isinstance(pixels, list) == row["is_list"]
     assert [list(item.shape) for item in pixels] == row["shapes"]
@@ -80,7 +80,7 @@ def test_recorded_batches(row: dict) -> None:
 @pytest.mark.parametrize("key", list(UINT8))
 def test_recorded_steps(key: str) -> None:
     name, step, *target = key.split("|")
-    image = picture(name)
+    image = open_image(name)
     if step == "expand2square":
         result = mm_utils.expand2square(image, MEAN_COLOUR)
     elif step == "resize_and_pad":
@@ -117,7 +117,7 @@ def test_tiles_are_those_of_the_plan(size: tuple[int, int]) -> None:
 
 
 def test_tiles_put_together_are_the_canvas() -> None:
-    canvas = mm_utils.resize_and_pad_image(picture("waves_640x480"), (112, 168))
+    canvas = mm_utils.resize_and_pad_image(open_image("waves_640x480"), (112, 168))
     tiles = mm_utils.divide_to_patches(canvas, 56)
     rows = [np.concatenate([np.asarray(tile) for tile in tiles[row : row + 2]], axis=1) for row in (0, 2, 4)]
     assert np.array_equal(np.concatenate(rows), np.asarray(canvas))
@@ -132,7 +132,7 @@ def test_squares_in_every_mode(mode: str) -> None:
     assert square.getpixel((5, 4)) != square.getpixel((5, 9)) == square.getpixel((5, 7))
     grey = mm_utils.expand2square(Image.new("L", (4, 10)), 7)
     assert (grey.mode, grey.getpixel((0, 0)), grey.getpixel((4, 5))) == ("L", 7, 0)
-    assert mm_utils.expand2square(picture("square_56x56"), MEAN_COLOUR) is picture("square_56x56")
+    assert mm_utils.expand2square(open_image("square_56x56"), MEAN_COLOUR) is open_image("square_56x56")
 
 
 def test_config_with_one_attribute_and_other_processors() -> None:
@@ -140,7 +140,7 @@ def test_config_with_one_attribute_and_other_processors() -> None:
 
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     ours = ClipImageProcessor().with_side(28)
-    images = [picture("text_200x80"), picture("grad_64x48")]
+    images = [open_image("text_200x80"), open_image("grad_64x48")]
     for aspect_ratio in (None, "square", "pad"):
         settings = Namespace(image_aspect_ratio=aspect_ratio)
         pixels = mm_utils.process_images(images, ours, settings)
@@ -152,17 +152,17 @@ def test_what_cannot_work() -> None:
     processor = ClipImageProcessor()
     assert mm_utils.process_images([], processor, Namespace(image_aspect_ratio="pad")) == []
     with pytest.raises(InputError, match="'highres'"):
-        mm_utils.process_images([picture("dot_1x1")], processor, Namespace(image_aspect_ratio="highres"))
+        mm_utils.process_images([open_image("dot_1x1")], processor, Namespace(image_aspect_ratio="highres"))
     with pytest.raises(InputError, match="image_grid_pinpoints"):
-        mm_utils.process_images([picture("dot_1x1")], processor, Namespace(image_aspect_ratio="anyres"))
+        mm_utils.process_images([open_image("dot_1x1")], processor, Namespace(image_aspect_ratio="anyres"))
 
 
 def test_base64() -> None:
     data = golden("images/rgba_101x33.png").read_bytes()
     image = mm_utils.load_image_from_base64(base64.b64encode(data).decode())
-    assert image.tobytes() == picture("rgba_101x33").tobytes()
+    assert image.tobytes() == open_image("rgba_101x33").tobytes()
     assert mm_utils.load_image_from_base64(base64.encodebytes(data)).size == (101, 33)
-    for bad in ("", "!!!", base64.b64encode(b"no picture").decode(), base64.b64encode(data[:300]).decode()):
+    for bad in ("", "!!!", base64.b64encode(b"no image").decode(), base64.b64encode(data[:300]).decode()):
         with pytest.raises(InputError):
             mm_utils.load_image_from_base64(bad)
     with pytest.raises(InputError, match="12000x12000"):

@@ -1,4 +1,4 @@
-"""Conversations and pictures to model inputs: marks, labels, layouts, and the room that a prompt takes."""
+"""Conversations and images to model inputs: marks, labels, layouts, and the room that a prompt takes."""
 
 from __future__ import annotations
 

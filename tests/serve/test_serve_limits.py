@@ -114,7 +114,7 @@ def test_pages_of_other_sites_and_tricky_names_are_kept_out(backend: EngineBacke
         assert "access-control-allow-origin" not in httpx.options(address + CHAT, headers=headers).headers
 
 
-def test_logs_hold_no_pictures_questions_or_keys(backend: EngineBackend, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_hold_no_images_questions_or_keys(backend: EngineBackend, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.DEBUG, logger="llava"),
         worker(backend, door=Door(keys=ApiKeys([KEY]))) as (address, _),
@@ -152,7 +152,7 @@ def test_bodies_are_bounded_with_and_without_their_length(backend: EngineBackend
         assert service.num_requests == 0
 
 
-def test_pictures_are_bounded_in_number_bytes_and_pixels(backend: EngineBackend) -> None:
+def test_images_are_bounded_in_number_bytes_and_pixels(backend: EngineBackend) -> None:
     limits = ServeLimits(max_images=3, images=ImageLimits(max_bytes=3_000, max_pixels=10_000))
     with worker(backend, limits) as (address, _):
 
@@ -164,7 +164,7 @@ def test_pictures_are_bounded_in_number_bytes_and_pixels(backend: EngineBackend)
         small = png(50, 50)
         assert "4 images" in told(*[small] * 4)
         assert "more than the 10,000 allowed" in told(png(200, 100))
-        assert told(png(70, 70), png(70, 70), small).startswith("image 3: ")  # all pictures of a request together
+        assert told(png(70, 70), png(70, 70), small).startswith("image 3: ")  # all images of a request together
         assert "bytes are allowed" in told("data:image/png;base64," + base64.b64encode(b"x" * 9000).decode())
         assert httpx.post(address + CHAT, json=showing(small, small, small)).status_code == 200
         chunk = httpx.post(
@@ -201,7 +201,7 @@ def test_a_server_that_is_being_stopped_takes_nothing_new(backend: EngineBackend
 
 
 def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBackend) -> None:
-    """Bodies while they are there, pictures before there is memory for them; all is given back."""
+    """Bodies while they are there, images before there is memory for them; all is given back."""
     room = Room(3_000_000)
     with worker(backend, door=Door(room=room)) as (address, service):
         large = showing(png(900, 900))  # 3.24 million bytes of pixels in a body of a few thousand
@@ -271,7 +271,7 @@ def test_a_client_that_reads_nothing_is_let_go_at_the_deadline(backend: EngineBa
 
 def test_nothing_is_fetched_from_inside(backend: EngineBackend, tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    (tmp_path / "inside/picture.jpg").write_bytes(DEMO.read_bytes())
+    (tmp_path / "inside/image.jpg").write_bytes(DEMO.read_bytes())
     (tmp_path / "secret.jpg").write_bytes(DEMO.read_bytes())
     (tmp_path / "inside/link.jpg").symlink_to(tmp_path / "secret.jpg")
     hidden = tmp_path / "inside"
@@ -295,7 +295,7 @@ def test_nothing_is_fetched_from_inside(backend: EngineBackend, tmp_path: Path) 
             assert "leaves the folder" in told(url), url
         for url in ("ftp://example.org/x", "gopher://x", "/etc/passwd", "javascript:1"):
             assert "must begin with" in told(url), url
-        assert httpx.post(address + CHAT, json=showing(f"file://{hidden}/picture.jpg")).status_code == 200
+        assert httpx.post(address + CHAT, json=showing(f"file://{hidden}/image.jpg")).status_code == 200
     with worker(backend, ServeLimits(allow_urls=False)) as (address, _):
         assert "downloads no images" in message(httpx.post(address + CHAT, json=showing("https://example.org/x.png")))
 

@@ -26,12 +26,12 @@ def test_crowds_kills_and_malformed_requests_lose_nothing() -> None:
 def test_the_cost_of_http_is_measured_and_drawn(tmp_path: Path) -> None:
     """Every way at every level, asked by processes of their own; a request that is not answered in full ends the program."""
     command = [sys.executable, "benchmarks/serve.py", "--device", "cpu", "--only", "overhead", "--shapes", "tiny"]
-    command += ["--levels", "1,3", "--picture-levels", "1", "--least", "1", "--tokens", "3", "--rounds", "1"]
+    command += ["--levels", "1,3", "--image-levels", "1", "--least", "1", "--tokens", "3", "--rounds", "1"]
     command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in (tmp_path / "serve_overhead.md").read_text().splitlines() if line.startswith("| ")][2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 3", "| 1, a new picture each"]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 3", "| 1, a new image each"]
     drawn = ElementTree.parse(tmp_path / "serve_overhead.svg").getroot()
     lines = drawn.findall("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.attrib["points"].split()) for line in lines] == [

@@ -77,7 +77,7 @@ def test_an_answer_is_the_one_of_the_library(client: openai.OpenAI) -> None:
 def test_usage_counts_what_the_model_reads(client: openai.OpenAI, backend: EngineBackend) -> None:
     reply = client.chat.completions.create(model=MODEL, messages=shown(data_url(), data_url(ROOT / "images/wide.png")))
     usage, details = reply.usage, reply.usage.prompt_tokens_details.model_dump()
-    prompt_ids = backend.engine.tokenizer(  # what stands around two pictures
+    prompt_ids = backend.engine.tokenizer(  # what stands around two images
         backend.model.card.template.system + " USER:", add_special_tokens=True
     )["input_ids"]
     assert details["image_tokens"] == 2 * 64
@@ -227,7 +227,7 @@ def test_many_at_once_get_the_answers_that_they_get_alone(address: str) -> None:
     assert asyncio.run(ask_all()) == alone
 
 
-def test_inspection_says_what_became_of_the_pictures(address: str) -> None:
+def test_inspection_says_what_became_of_the_images(address: str) -> None:
     body = {"model": MODEL, "messages": shown(data_url(ROOT / "images/wide.png")), "inspect": True, "max_tokens": 4}
     seen = httpx.post(f"{address}/v1/chat/completions", json=body).json()["inspect"]
     width, height = Image.open(ROOT / "images/wide.png").size
@@ -235,7 +235,7 @@ def test_inspection_says_what_became_of_the_pictures(address: str) -> None:
     assert 0 <= seen["queued_s"] <= seen["first_token_s"] <= seen["total_s"]
 
 
-def test_detail_says_into_how_many_tiles_a_picture_is_cut() -> None:
+def test_detail_says_into_how_many_tiles_an_image_is_cut() -> None:
     backend = EngineBackend(loaded("anyres"), name="tiles")
     with worker(backend) as (address, _):
         for detail, tiles in (("low", 1), ("high", 5), ("auto", 5)):

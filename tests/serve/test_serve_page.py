@@ -25,16 +25,16 @@ WHITE = Image.new("RGB", (60, 40), (255, 255, 255))
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "picture.png"
+def image_file(tmp_path: Path) -> str:
+    path = tmp_path / "image.png"
     WHITE.save(path)
     return str(path)
 
 
 @pytest.mark.parametrize("row", RECORDED["gradio_http_bot"], ids=lambda row: row["model"])
-def test_the_page_posts_what_the_original_s_did(row: dict[str, Any], picture: str) -> None:
+def test_the_page_posts_what_the_original_s_did(row: dict[str, Any], image_file: str) -> None:
     recorded = row["posts"][-1]["json"]
-    turn = Turn("What is it?", (picture,) if recorded["images"] else ())
+    turn = Turn("What is it?", (image_file,) if recorded["images"] else ())
     settings = Settings(row["model"], 0.2, 0.7, 2000)
     body = body_of([turn], settings, get_template(web_conv_mode_for_model_name(row["model"])))
     images = body.pop("images")
@@ -45,12 +45,12 @@ def test_the_page_posts_what_the_original_s_did(row: dict[str, Any], picture: st
         assert Image.open(io.BytesIO(base64.b64decode(image))).size == WHITE.size
 
 
-def test_several_pictures_and_turns(picture: str) -> None:
-    """Each picture has its mark before the question that it came with; failed turns are no part of the conversation."""
+def test_several_images_and_turns(image_file: str) -> None:
+    """Each image has its mark before the question that it came with; failed turns are no part of the conversation."""
     turns = [
-        Turn("One?", (picture, picture), "Two."),
-        Turn("Nobody heard this.", (picture,), "no worker", failed=True),
-        Turn("Now?", (picture,)),
+        Turn("One?", (image_file, image_file), "Two."),
+        Turn("Nobody heard this.", (image_file,), "no worker", failed=True),
+        Turn("Now?", (image_file,)),
     ]
     conversation, images = conversation_of(turns, get_template("v1"), "Pad")
     questions = [text for role, text in conversation.messages if role == "USER"]
@@ -59,10 +59,10 @@ def test_several_pictures_and_turns(picture: str) -> None:
     assert conversation.get_prompt().endswith("ASSISTANT: Two.</s>USER: <image>\nNow? ASSISTANT:")
 
 
-def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, picture: str) -> None:
-    turns, template = [Turn("One?", (picture,), "Two.")], get_template("v1")
+def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, image: str) -> None:
+    turns, template = [Turn("One?", (image,), "Two.")], get_template("v1")
     ConversationLog(None).write("chat", turns, Settings("m"), template)
-    assert list(tmp_path.iterdir()) == [Path(picture)]
+    assert list(tmp_path.iterdir()) == [Path(image)]
     log = ConversationLog(tmp_path)
     for kind in ("chat", "upvote"):
         log.write(kind, turns, Settings("m"), template, ip="127.0.0.1")
@@ -75,7 +75,7 @@ def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, pictur
 
 
 def test_an_answer_breaks_off_when_the_page_lets_go(
-    tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Stop does: the stream is closed, and the worker computes no more. The model ends only after many slow steps."""
     from tiny import build
@@ -97,7 +97,7 @@ def test_an_answer_breaks_off_when_the_page_lets_go(
         servers = Servers(address)
         assert await servers.models() == ["endless-llava-v1"]
         pieces = []
-        stream = servers.answer([Turn("Go on.", (picture,))], Settings("endless-llava-v1", 0.0, 1.0, 1500))
+        stream = servers.answer([Turn("Go on.", (image,))], Settings("endless-llava-v1", 0.0, 1.0, 1500))
         async for piece in stream:
             assert not piece.failed, piece
             pieces.append(piece.answer)

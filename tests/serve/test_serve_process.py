@@ -48,11 +48,11 @@ def backend(runner: asyncio.Runner) -> Iterator[ProcessBackend]:
     assert not psutil.pid_exists(backend.pid)
 
 
-def asking(backend: Backend, text: str, pictures: tuple[Any, ...] = (), **sampling: Any) -> Request:
+def asking(backend: Backend, text: str, images: tuple[Any, ...] = (), **sampling: Any) -> Request:
     conversation = backend.model.card.template.copy()
-    conversation.append_message(conversation.roles[0], "<image>\n" * len(pictures) + text)
+    conversation.append_message(conversation.roles[0], "<image>\n" * len(images) + text)
     conversation.append_message(conversation.roles[1], None)
-    return Request(conversation, pictures, SamplingParams(**{"max_new_tokens": 40, **sampling}))
+    return Request(conversation, images, SamplingParams(**{"max_new_tokens": 40, **sampling}))
 
 
 async def answer(backend: Backend, request: Request, *, streamed: bool) -> tuple[Any, ...]:
@@ -72,16 +72,16 @@ def rounded(chunk: Chunk) -> Chunk:
 def test_it_answers_as_an_engine_in_this_process_does(
     backend: ProcessBackend, runner: asyncio.Runner, streamed: bool
 ) -> None:
-    picture = Image.open(DEMO).convert("RGB")
+    image = Image.open(DEMO).convert("RGB")
 
     def requests(to: Backend) -> list[Request]:
         return [
             asking(to, "Who are you?"),
-            asking(to, "What is in the picture?", (picture,)),
-            asking(to, "Name two colours.", (picture, picture.rotate(90)), logprobs=2),
+            asking(to, "What is in the picture?", (image,)),
+            asking(to, "Name two colours.", (image, image.rotate(90)), logprobs=2),
             asking(to, "Who are you?", temperature=1.0, seed=7, n=3),
             asking(to, "Who are you?", stop=("vision",)),
-            asking(to, "Which shapes are there?", (picture,), regex="[a-z]{3,9}"),
+            asking(to, "Which shapes are there?", (image,), regex="[a-z]{3,9}"),
             replace(asking(to, ""), prompt="USER: Who are you? ASSISTANT:"),
         ]
 
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_refused_before_an_answer_begins(backend: ProcessBac
 
 
 def test_who_goes_away_frees_a_place(backend: ProcessBackend, runner: asyncio.Runner) -> None:
-    """In the middle of an answer, and while a prompt with a picture is being made."""
+    """In the middle of an answer, and while a prompt with an image is being made."""
     large = Image.effect_noise((1500, 1500), 80).convert("RGB")
 
     async def leave() -> None:

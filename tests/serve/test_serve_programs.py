@@ -142,8 +142,8 @@ def answers(page: Any, number: int) -> list[str]:
 
 
 def asked_directly(house: Program, text: str, *names: str) -> str:
-    pictures = [{"type": "image_url", "image_url": {"url": data_url(ROOT / "images" / name)}} for name in names]
-    messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    images = [{"type": "image_url", "image_url": {"url": data_url(ROOT / "images" / name)}} for name in names]
+    messages = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
     body = {"model": MODEL, "messages": messages}
     return httpx.post(house.line("API ") + "/chat/completions", json=body).json()["choices"][0]["message"]["content"]
 
@@ -153,7 +153,7 @@ def test_a_visitor_asks_edits_votes_and_begins_anew(page: Any, house: Program, l
     send(page, "What do you see?", "demo.jpg", "counting.png")
     first = answers(page, 1)
     assert first == [asked_directly(house, "What do you see?", "demo.jpg", "counting.png")]
-    assert "128 of pictures" in page.locator("#inspect").inner_text()
+    assert "128 of images" in page.locator("#inspect").inner_text()
     assert page.locator("#inspect table tbody tr").count() == 2
     send(page, "Who are you?")
     second = answers(page, 2)

@@ -239,8 +239,8 @@ def test_a_worker_in_front_of_another_server_answers_alike(
 
 def test_original_clients_reach_another_server_s_model(remote: str, house: tuple[str, Dispatcher, list[Any]]) -> None:
     conversation = get_template("v1")
-    picture = data_url().partition(",")[2]
-    for text, images in (("<image>\nWhat colour is the star?", [picture]), ("Who are you?", [])):
+    image = data_url().partition(",")[2]
+    for text, images in (("<image>\nWhat colour is the star?", [image]), ("Who are you?", [])):
         conversation.messages = []
         conversation.append_message("USER", text)
         conversation.append_message("ASSISTANT", None)
@@ -251,7 +251,7 @@ def test_original_clients_reach_another_server_s_model(remote: str, house: tuple
         )
         assert far[-1] == own[-1]
         assert len(far[-1]["text"]) > len(body["prompt"])
-    body |= {"prompt": "<image> who knows which template", "images": [picture]}
+    body |= {"prompt": "<image> who knows which template", "images": [image]}
     (chunk,) = read_chunks([httpx.post(f"{remote}/worker_generate_stream", json=body).content])
     assert chunk["error_code"] == 1
     assert "--conv-mode" in chunk["text"]

@@ -1,4 +1,4 @@
-"""Templates against recordings of the original: prompts, stop texts, pictures and names; spans against the prompt."""
+"""Templates against recordings of the original: prompts, stop texts, images and names; spans against the prompt."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_process_image(row):
         assert list(made.getpixel((0, 0))) == row["corner_pixel"]
 
 
-def test_pictures_are_sent_as_png_that_reads_back_equal():
+def test_images_are_sent_as_png_that_reads_back_equal():
     image = Image.open(require_golden("images/grad_64x48.png")).convert("RGB")
     sent = Image.open(BytesIO(base64.b64decode(default_conversation.copy().process_image(image, "Default"))))
     assert sent.format == RECORD["process_image_encoding"]["default_format"]

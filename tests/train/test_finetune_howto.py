@@ -34,7 +34,7 @@ def blocks(kind: str) -> list[str]:
 
 @torch.inference_mode()
 def answers(loaded: LoadedModel) -> dict[str, str]:
-    """What a model says to every picture that was kept apart."""
+    """What a model says to every image that was kept apart."""
     found = {}
     for row in json.loads((LOGOS / "test.json").read_text()):
         conv = conv_templates[loaded.conv_mode].copy()

@@ -225,11 +225,11 @@ class GgufPair:
             )
         if self.source.policy.mode == "anyres":
             notes.append(
-                "llama.cpp lays the tiles of a picture one after another, without cutting padding off and without newlines, "
-                "and gives small pictures no tiles: its answers about pictures differ from those of this model elsewhere"
+                "llama.cpp lays the tiles of an image one after another, without cutting padding off and without newlines, "
+                "and gives small images no tiles: its answers about images differ from those of this model elsewhere"
             )
         elif self.source.policy.mode == "square":
-            notes.append("llama.cpp pads pictures to squares, where this model was trained with their middle cut out")
+            notes.append("llama.cpp pads images to squares, where this model was trained with their middle cut out")
         window = getattr(self.source.model.config, "sliding_window", None)
         if window and window < context_len(self.source.model.config):
             notes.append(f"llama.cpp does not know this model's sliding window: prompts beyond {window} tokens differ")

@@ -216,7 +216,7 @@ class TransformersLayout:
         """What a user should know of a result that is not wrong."""
         notes = [f"the tokenizer decodes {d.text!r} to other text: {d.theirs!r}" for d in self.differences]
         if self.source.settings.image.mode == "pad":
-            notes.append("pictures are padded by LlavaImageProcessor, which transformers has since 4.49")
+            notes.append("images are padded by LlavaImageProcessor, which transformers has since 4.49")
         return notes
 
 

@@ -132,7 +132,7 @@ def _framing(render: Any, tokenizer: Any) -> tuple[str, str, str] | None:
     roles = ["user", "assistant", "user", "assistant"]
     try:
         text = render([{"role": role, "content": word} for role, word in zip(roles, words, strict=True)])
-    except Exception:  # a chat template is a program of its own, which may want pictures, tools or a system text
+    except Exception:  # a chat template is a program of its own, which may want images, tools or a system text
         return None
     places = [text.find(word) for word in words]
     if -1 in places or places != sorted(places):
@@ -285,7 +285,7 @@ def check_vocabulary(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def check_room(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The largest picture and a short question against the context."""
+    """The largest image and a short question against the context."""
     policy = checkpoint.extras["policy"]  # of check_tiles
     tokenizer = checkpoint.extras["tokenizer"]
     prompt = _rendered(get_template(checkpoint.extras["template"]), [{"content": QUESTION}])
@@ -296,7 +296,7 @@ def check_room(checkpoint: Checkpoint) -> Iterator[Finding]:
     if text + features >= room:
         yield found(
             "context-short",
-            f"a picture of {size.width}x{size.height} takes {features} tokens and a short question {text}, which the context "
+            f"an image of {size.width}x{size.height} takes {features} tokens and a short question {text}, which the context "
             f"of {room} does not hold",
             "raise tokenizer_model_max_length to what the model was trained with, or use smaller pinpoints",
             image_tokens=features,

@@ -178,7 +178,7 @@ COPY_PREPROCESSOR = "copy preprocessor_config.json from the tower's own reposito
 
 
 def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What the image processor makes of a black and a white picture: their size, and their range."""
+    """What the image processor makes of a black and a white image: their size, and their range."""
     from PIL import Image
 
     tower = tower_of(checkpoint)
@@ -186,9 +186,9 @@ def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
     name = checkpoint.settings.vision.tower
     file = f"{name}/preprocessor_config.json" if name != OWN_FOLDER else "preprocessor_config.json"
     is_inside = (checkpoint.folder / file).is_file()
-    pictures = [Image.new("RGB", (side, side), colour) for colour in ("black", "white")]
+    images = [Image.new("RGB", (side, side), colour) for colour in ("black", "white")]
     try:
-        pixels = processor.preprocess(pictures, return_tensors="np")["pixel_values"]
+        pixels = processor.preprocess(images, return_tensors="np")["pixel_values"]
     except InputError as error:
         yield found("preprocessor", str(error), COPY_PREPROCESSOR)
         return
@@ -217,7 +217,7 @@ def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def check_tiles(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """How pictures are cut and joined: pinpoints against the tower, and the stored newline against the settings."""
+    """How images are cut and joined: pinpoints against the tower, and the stored newline against the settings."""
     from llava.model.multimodal_encoder.builder import policy_of
 
     tower, image = tower_of(checkpoint), checkpoint.settings.image

@@ -160,7 +160,7 @@ def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
     if projector:
         yield found(
             "projector-dead",
-            f"{projector[0]} is all zero, so every picture gives the same features",
+            f"{projector[0]} is all zero, so every image gives the same features",
             "take the projector of a run that trained it",
             zero=sorted(projector),
         )

@@ -57,7 +57,7 @@ CAUSES: dict[str, Cause] = {
         ("llava/model/checkpoints/loading.py:load_weights",),
     ),
     "load-fails": Cause("loading stops with an error", ("llava/model/builder.py:load",)),
-    # Tower, pictures
+    # Tower, images
     "tower-missing": Cause(
         "the vision tower is not where its name says", ("llava/model/checkpoints/hub.py:resolve_vision_tower",)
     ),
@@ -73,7 +73,7 @@ CAUSES: dict[str, Cause] = {
         ("llava/model/multimodal_encoder/clip_encoder.py:feature_select",),
     ),
     "preprocessor": Cause(
-        "the picture's pixels are not of the size or range that the tower was trained on",
+        "the image's pixels are not of the size or range that the tower was trained on",
         ("llava/images/image_processor.py:ClipImageProcessor", "llava/mm_utils.py:process_images"),
     ),
     "image-mode": Cause(
@@ -84,11 +84,11 @@ CAUSES: dict[str, Cause] = {
         "spatial_unpad needs image_newline, which is not stored", ("llava/model/merge.py:merge_tiles",)
     ),
     "pinpoints": Cause(
-        "image_grid_pinpoints are missing, unreadable or not multiples of the tower's picture size",
+        "image_grid_pinpoints are missing, unreadable or not multiples of the tower's image size",
         ("llava/images/layout.py:ImagePolicy", "llava/images/layout.py:parse_pinpoints"),
     ),
     "context-short": Cause(
-        "pictures and prompt take the whole context, or nearly",
+        "images and prompt take the whole context, or nearly",
         ("llava/engine/hf_engine.py:PromptSize.room", "llava/model/tokenizer_setup.py:context_len"),
     ),
     "context-positions": Cause(
@@ -108,10 +108,10 @@ CAUSES: dict[str, Cause] = {
     "config-width": Cause("mm_hidden_size is neither the tower's nor the projector's width", _PROJECTOR),
     "projector-other-model": Cause("the projector gives features for a language model of another width", _PROJECTOR),
     "projector-dead": Cause(
-        "the projector's weights are all zero: pictures have no influence", ("llava/model/llava_arch.py:encode_images",)
+        "the projector's weights are all zero: images have no influence", ("llava/model/llava_arch.py:encode_images",)
     ),
     "image-ignored": Cause(
-        "the picture makes no difference to the model's output", ("llava/model/llava_arch.py:encode_images", _SPLICE)
+        "the image makes no difference to the model's output", ("llava/model/llava_arch.py:encode_images", _SPLICE)
     ),
     # Tokenizer, vocabulary, template
     "tokenizer-missing": Cause("the folder holds no tokenizer", ("llava/text/tokenization.py:load_tokenizer",)),
@@ -208,7 +208,7 @@ CAUSES: dict[str, Cause] = {
         ("llava/train/model_setup.py:count_trained", "llava/train/model_setup.py:add_vision"),
     ),
     "run-projector-frozen": Cause(
-        "a new projector is frozen: pictures stay noise, and the loss does not learn from them",
+        "a new projector is frozen: images stay noise, and the loss does not learn from them",
         ("llava/train/model_setup.py:add_vision",),
     ),
     "run-template": Cause(
@@ -227,7 +227,7 @@ CAUSES: dict[str, Cause] = {
     "server-fails": Cause("a question gets an error", ("llava/diagnose/checks/server.py:examine_server",)),
     "server-empty": Cause("answers are empty", (_SPLICE, "llava/diagnose/checks/server.py:examine_server")),
     "server-image-ignored": Cause(
-        "a picture adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
+        "an image adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
     ),
     "server-special-token": Cause(
         "special tokens are left in the answers", ("llava/text/detokenizer.py:AnswerReader",)

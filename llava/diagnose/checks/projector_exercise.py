@@ -111,13 +111,13 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
     from llava.train.arguments import parse_train_args
     from llava.train.run import build_trainer
 
-    pictures = scratch / "pictures"
-    pictures.mkdir()
+    images = scratch / "images"
+    images.mkdir()
     records = []
     for colour in COLOURS:
         for shape in SHAPES:
             name = f"{colour}-{shape}.png"
-            _draw(colour, shape).save(pictures / name)
+            _draw(colour, shape).save(images / name)
             turns = [
                 {"from": "human", "value": f"<image>\n{QUESTION}"},
                 {"from": "gpt", "value": f"A {colour} {shape}."},
@@ -134,7 +134,7 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
         "save_strategy": "no",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    argv = run_arguments(str(scratch / "samples.json"), path, str(pictures), words, output_dir=str(scratch / "run"))
+    argv = run_arguments(str(scratch / "samples.json"), path, str(images), words, output_dir=str(scratch / "run"))
     return build_trainer(*parse_train_args(argv))
 
 
@@ -163,9 +163,9 @@ def _loss(model: Any, batch: dict[str, Any]) -> float:
 def _draw(colour: str, shape: str) -> Any:
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", (224, 224), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (224, 224), "white")
+    pen = ImageDraw.Draw(image)
     pen.ellipse((50, 50, 174, 174), fill=colour) if shape == "circle" else pen.rectangle(
         (50, 50, 174, 174), fill=colour
     )
-    return picture
+    return image

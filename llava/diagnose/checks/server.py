@@ -1,7 +1,7 @@
 """`llava doctor URL`: ask a running server what its users will ask, and look at what comes back.
 
 In: the address of an OpenAI-compatible server (`/health`, `/v1/models`, `/v1/chat/completions`) or of an original worker
-(`/worker_get_status`). Out: a `Report`. Four short questions are asked: without a picture, with one, the same again, and
+(`/worker_get_status`). Out: a `Report`. Four short questions are asked: without an image, with one, the same again, and
 streamed.
 """
 
@@ -21,7 +21,7 @@ from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, exam
 
 QUESTION = "What is in this picture?"
 MAX_TOKENS = 32
-# A picture is many tokens; this few more come from the words around it.
+# An image is many tokens; this few more come from the words around it.
 FEWEST_IMAGE_TOKENS = 8
 LEFTOVER = re.compile(
     r"</?s>|<\|im_(?:start|end)\|>|</?im_(?:start|end|patch)>|<image>|<unk>|\[/?INST\]|<\|endoftext\|>"
@@ -55,7 +55,7 @@ class Server:
     def chat(self, *, image: bool, stream: bool = False) -> tuple[int, str]:
         content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION}]
         if image:
-            content.insert(0, {"type": "image_url", "image_url": {"url": picture()}})
+            content.insert(0, {"type": "image_url", "image_url": {"url": image_url()}})
         messages = [{"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
         return self.ask("/v1/chat/completions", body)
@@ -67,8 +67,8 @@ def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.
         Check("address", _check_address),
         Check("models", _check_models, needs=("address",)),
         Check("a question", _check_question, needs=("models",)),
-        Check("a picture", _check_picture, needs=("a question",)),
-        Check("streaming", _check_stream, needs=("a picture",)),
+        Check("an image", _check_image, needs=("a question",)),
+        Check("streaming", _check_stream, needs=("an image",)),
     )
     report = examine(server, checks, Report(url, "server"))
     report.facts = (
@@ -123,18 +123,18 @@ def _check_question(server: Server) -> Iterator[Finding]:
     yield from _answered(server, "text", image=False)
 
 
-def _check_picture(server: Server) -> Iterator[Finding]:
-    faults = list(_answered(server, "picture", image=True))
+def _check_image(server: Server) -> Iterator[Finding]:
+    faults = list(_answered(server, "image", image=True))
     yield from faults
     if faults:
         return
-    with_picture, without = (_prompt_tokens(server.answers[name]) for name in ("picture", "text"))
-    if with_picture is not None and without is not None and with_picture - without < FEWEST_IMAGE_TOKENS:
+    with_image, without = (_prompt_tokens(server.answers[name]) for name in ("image", "text"))
+    if with_image is not None and without is not None and with_image - without < FEWEST_IMAGE_TOKENS:
         yield found(
             "server-image-ignored",
-            f"the prompt takes {without} tokens without a picture and {with_picture} with one: the picture is left out",
-            "serve a model with a vision tower, and see that pictures reach it (llava chat shows what the model itself says)",
-            with_picture=with_picture,
+            f"the prompt takes {without} tokens without an image and {with_image} with one: the image is left out",
+            "serve a model with a vision tower, and see that images reach it (llava chat shows what the model itself says)",
+            with_image=with_image,
             without=without,
         )
 
@@ -142,7 +142,7 @@ def _check_picture(server: Server) -> Iterator[Finding]:
 def _check_stream(server: Server) -> Iterator[Finding]:
     status, body = server.chat(image=True, stream=True)
     pieces = [_delta(line[5:]) for line in body.splitlines() if line.startswith("data:") and "[DONE]" not in line]
-    streamed, whole = "".join(pieces), _text(server.answers["picture"])
+    streamed, whole = "".join(pieces), _text(server.answers["image"])
     if status != 200:
         yield found(
             "server-fails", f"a streamed question gets {status}: {body[:200]}", "read the server's log", status=status
@@ -163,7 +163,7 @@ def _answered(server: Server, name: str, *, image: bool) -> Iterator[Finding]:
     status, body = server.chat(image=image)
     if status != 200 or "choices" not in _json(body):
         yield found(
-            "server-fails", f"a question {'with' if image else 'without'} a picture gets {status}: {body[:200]}",
+            "server-fails", f"a question {'with' if image else 'without'} an image gets {status}: {body[:200]}",
             "read the server's log; give its key with --api-key" if status in (401, 403) else "read the server's log",
             status=status,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def _answered(server: Server, name: str, *, image: bool) -> Iterator[Finding]:
     text = _text(server.answers[name])
     if image and not text.strip():
         yield found(
-            "server-empty", "a question with a picture gets an empty answer",
+            "server-empty", "a question with an image gets an empty answer",
             "examine the model with llava doctor FOLDER, and look at one question with llava trace", characters=0,
         )  # fmt: skip
     left = LEFTOVER.findall(text)
@@ -205,7 +205,7 @@ def _prompt_tokens(answer: dict[str, Any]) -> int | None:
     return (answer.get("usage") or {}).get("prompt_tokens")
 
 
-def picture() -> str:
+def image_url() -> str:
     """The doctor's drawing as a data URL."""
     from llava.diagnose.checks.test_image import drawing
 

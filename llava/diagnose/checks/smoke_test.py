@@ -1,7 +1,7 @@
-"""A loaded model tried out on drawn pictures: what only running shows.
+"""A loaded model tried out on drawn images: what only running shows.
 
 In: a `LoadedModel`. Out: findings. Three questions: do numbers stay finite and within the stored precision, do two
-different pictures give different outputs, and does a row give the same beside a longer one as alone.
+different images give different outputs, and does a row give the same beside a longer one as alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
     if broken is not None:
         yield found(
             "overflow",
-            f"{broken.module} gives NaN or infinity on an ordinary picture",
+            f"{broken.module} gives NaN or infinity on an ordinary image",
             "load the model in bfloat16 or float32 (--dtype bf16); if it stays, the weights are damaged",
             module=broken.module,
         )
@@ -66,7 +66,7 @@ def _try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
     if difference == 0:
         yield found(
             "image-ignored",
-            "a picture and its negative give the same numbers to the last bit: the picture does not reach the output",
+            "an image and its negative give the same numbers to the last bit: the image does not reach the output",
             "look at the projector and at the splice with llava trace",
             largest_difference=difference,
         )
@@ -82,10 +82,10 @@ def _try_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[Finding]:
     for row, inputs in enumerate((short, longer)):
         ids[row, width - len(inputs.input_ids) :] = inputs.input_ids
         mask[row, width - len(inputs.input_ids) :] = 1
-    pictures = [pixels for inputs in (short, longer) for pixels in inputs.pixels]
-    same_shape = len({pixels.shape for pixels in pictures}) == 1 and pictures[0].dim() == 3
+    tiles = [pixels for inputs in (short, longer) for pixels in inputs.pixels]
+    same_shape = len({pixels.shape for pixels in tiles}) == 1 and tiles[0].dim() == 3
     beside = _first_step(
-        loaded, ids, images=torch.stack(pictures) if same_shape else pictures,
+        loaded, ids, images=torch.stack(tiles) if same_shape else tiles,
         image_sizes=short.image_sizes + longer.image_sizes, attention_mask=mask,
     )  # fmt: skip
     alone = _first_step(loaded, short.input_ids[None], images=short.images, image_sizes=short.image_sizes)
@@ -102,7 +102,7 @@ def _try_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[Finding]:
         )
 
 
-def _ask(loaded: LoadedModel, question: str, picture: Image.Image) -> ModelInputs:
+def _ask(loaded: LoadedModel, question: str, image: Image.Image) -> ModelInputs:
     from llava.model.config import LlavaSettings
 
     settings = LlavaSettings.from_hf(loaded.model.config)
@@ -112,7 +112,7 @@ def _ask(loaded: LoadedModel, question: str, picture: Image.Image) -> ModelInput
     mark = f"{image_mark(settings)}\n" if loaded.processor is not None else ""
     conversation.append_message(conversation.roles[0], f"{mark}{question}")
     conversation.append_message(conversation.roles[1], None)
-    return processor(conversation, [picture] if loaded.processor is not None else [])
+    return processor(conversation, [image] if loaded.processor is not None else [])
 
 
 def _last_logits(model: Any, inputs: ModelInputs) -> Tensor:

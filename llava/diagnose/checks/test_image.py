@@ -1,4 +1,4 @@
-"""The picture that checks look at: drawn, so that it needs no file."""
+"""The image that checks look at: drawn, so that it needs no file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def drawing(*, inverted: bool = False) -> Image.Image:
-    """A picture with something in it: coloured shapes on white, or its negative."""
+    """An image with something in it: coloured shapes on white, or its negative."""
     from PIL import Image, ImageChops, ImageDraw
 
-    picture = Image.new("RGB", (320, 240), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (320, 240), "white")
+    pen = ImageDraw.Draw(image)
     pen.ellipse((20, 20, 150, 150), fill="red")
     pen.rectangle((180, 60, 300, 200), fill="blue")
     pen.polygon([(60, 230), (120, 160), (170, 230)], fill="green")
-    return ImageChops.invert(picture) if inverted else picture
+    return ImageChops.invert(image) if inverted else image

@@ -32,7 +32,7 @@ from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
 
 FORMS = "set data_path to a .json, .jsonl or .parquet file of samples, or to a mixture"
-# Samples of each file that are read with their pictures; a run's faults show early.
+# Samples of each file that are read with their images; a run's faults show early.
 SAMPLES = 200
 # What a projector's own config.json says about the features that it was pretrained with.
 SETTINGS = {
@@ -160,7 +160,7 @@ def _check_frozen(run: Run) -> Iterator[Finding]:
 
 
 def _check_tower(run: Run) -> Iterator[Finding]:
-    """The tower that the run names, or the base's own; and how pictures are cut for it."""
+    """The tower that the run names, or the base's own; and how images are cut for it."""
     from llava.model.multimodal_encoder.builder import build_vision_tower
 
     if not run.model.vision_tower:
@@ -207,7 +207,7 @@ def _check_tower(run: Run) -> Iterator[Finding]:
     if stored_projector(run.base.tensors) and not run.model.pretrain_mm_mlp_adapter and image_mode(mode) != own.mode:
         yield found(
             "image-mode",
-            f"the run prepares pictures by {mode!r}, and the model that it goes on from was trained with {own.mode!r}",
+            f"the run prepares images by {mode!r}, and the model that it goes on from was trained with {own.mode!r}",
             f"set image_aspect_ratio to {own.mode}",
             fix=_set_in_yaml("image_aspect_ratio", own.mode),
             run=mode,
@@ -351,7 +351,7 @@ def _check_data(run: Run) -> Iterator[Finding]:
         yield found("data-unreadable", str(error), FORMS, data_path=run.data.data_path)
         return
     tokenizer = run.base.extras["tokenizer"]
-    tokenizer.model_max_length = int(1e9)  # whether samples fit is judged with their pictures
+    tokenizer.model_max_length = int(1e9)  # whether samples fit is judged with their images
     reader = SampleReader(
         tokenizer=tokenizer,
         policy=_policy(run),

@@ -1,11 +1,11 @@
-"""Which parts of a picture each token of a traced question looked at, and which mattered for what was answered.
+"""Which parts of an image each token of a traced question looked at, and which mattered for what was answered.
 
-In: an answered question. Out: `Views`: per token, a share for each feature of the pictures. The answer is gone through once
+In: an answered question. Out: `Views`: per token, a share for each feature of the images. The answer is gone through once
 more, all tokens at once, with attention that hands out its weights; `agreement` says how far its logits are from those of
 the run, so that it is known to be the same computation. Attention says where information was read from; the gradient of a
 token's log-probability times the features says what would have changed it. Neither is proof of why.
 
-    T positions after the splice, F features of all pictures, R tokens looked at
+    T positions after the splice, F features of all images, R tokens looked at
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Views:
 
 
 def look(answered: Answered, *, gradients: bool = True) -> Views | None:
-    """None where there is no picture or no answer to look at."""
+    """None where there is no image or no answer to look at."""
     answer = answered.answer
     if answer is None or not answer.token_ids or not answered.record.layouts:
         return None
@@ -119,7 +119,7 @@ def _weights_of_attention(model: Any) -> Iterator[list[Tensor]]:
 def _relevance(
     model: Any, ids: Tensor, images: Any, sizes: Any, steps: list[int], token_ids: tuple[int, ...], places: Tensor
 ) -> Tensor:
-    """|gradient x feature| of each picture feature, for the log-probability of each token of the answer."""
+    """|gradient x feature| of each image feature, for the log-probability of each token of the answer."""
     with torch.no_grad():
         batch = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images, sizes)
         embeds = batch[4]

@@ -1,6 +1,6 @@
 """One question, answered on the true path and watched: `trace_question`.
 
-In: a loaded model, pictures, a question. Out: `Answered`: the trace with all points of answering, the answer, and what the
+In: a loaded model, images, a question. Out: `Answered`: the trace with all points of answering, the answer, and what the
 page needs to draw. The conversation is `llava chat`'s own (Session), answered by `model.generate`, whose steps the road map
 names; the engine gives the same tokens (tests/engine/test_engine.py).
 """
@@ -20,7 +20,7 @@ from llava.diagnose.tracer.record import Observation, figures, told
 from llava.engine.hf_engine import Answer, PromptSize, Sampling
 from llava.images.layout import ImageLayout, ImagePolicy
 from llava.model.builder import LoadedModel
-from llava.session import Picture, Session
+from llava.session import LoadedImage, Session
 
 MARKS = (
     DEFAULT_IM_START_TOKEN,
@@ -35,12 +35,12 @@ SHOWN_IDS = 20
 
 @dataclass
 class Answered:
-    """A traced question. `ids` are the prompt's, -200 for each picture."""
+    """A traced question. `ids` are the prompt's, -200 for each image."""
 
     record: Trace
     loaded: LoadedModel
     question: str
-    pictures: Sequence[Picture]
+    images: Sequence[LoadedImage]
     ids: list[int] = field(default_factory=list)
     pixels: Any = None
     answer: Answer | None = None
@@ -48,7 +48,7 @@ class Answered:
 
 def trace_question(
     loaded: LoadedModel,
-    pictures: Sequence[Picture],
+    images: Sequence[LoadedImage],
     question: str,
     *,
     sampling: Sampling | None = None,
@@ -59,12 +59,12 @@ def trace_question(
     """Ask as `llava chat` does, and watch. `record` may have begun earlier, to time loading too."""
     record = record or Trace(loaded.model, loaded.tokenizer, break_at=break_at)
     record.model, record.tokenizer = loaded.model, loaded.tokenizer
-    seen = Answered(record, loaded, question, pictures)
+    seen = Answered(record, loaded, question, images)
     template = get_template(conv_mode or loaded.conv_mode)
     with watching(record), _watching_inputs(seen):
         record.note(seen_arguments(loaded, conv_mode), loaded=loaded)
         session = Session(loaded, template, sampling, use_engine=False)
-        session.attach(pictures)
+        session.attach(images)
         _note_template(record, template, conv_mode or loaded.conv_mode)
         asked = session.ask(question)
         with asked.stream as stream:
@@ -102,7 +102,7 @@ def seen_arguments(loaded: LoadedModel, conv_mode: str | None) -> Observation:
     seen.say("model", f"{type(model).__name__}, {number:,} parameters in {seen['dtype']} on {model.device}")
     seen.say("attention", f"{config._attn_implementation}; context {loaded.context_len}, positions {positions}")
     seen.say("tower", f"{vision.get('mm_vision_tower')}, layer {vision.get('mm_vision_select_layer')}")
-    seen.say("pictures", f"{vision.get('image_aspect_ratio')}, merged {vision.get('mm_patch_merge_type', 'flat')}")
+    seen.say("images", f"{vision.get('image_aspect_ratio')}, merged {vision.get('mm_patch_merge_type', 'flat')}")
     return seen
 
 
@@ -133,9 +133,9 @@ def _watching_inputs(answered: Answered) -> Iterator[None]:
         note_prompt(record, spans)
         note_ids(record, ids, tokenizer)
 
-    def see_pixels(pixels: Any, pictures: Any, image_processor: Any, config: Any) -> None:
+    def see_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
         answered.pixels = pixels
-        if len(pictures):
+        if len(images):
             note_pixels(record, pixels, config.image_aspect_ratio, answered.loaded.image_processor)
 
     def see_layout(layout: ImageLayout, size: Any, policy: Any, **_: Any) -> None:
@@ -152,7 +152,7 @@ def _watching_inputs(answered: Answered) -> Iterator[None]:
             "wanted": wanted,
             "allowed": left,
         }
-        seen.say("prompt", f"{prompt.num_text_tokens} text + {prompt.num_image_tokens} picture = {prompt.total} tokens")
+        seen.say("prompt", f"{prompt.num_text_tokens} text + {prompt.num_image_tokens} image = {prompt.total} tokens")
         seen.say("context", f"{context_len} - {prompt.total} = {context_len - prompt.total} tokens of room")
         seen.say("max_new_tokens", f"{wanted} wanted, {left} allowed" + (" (cut to the room)" if left < wanted else ""))
         seen.check("room", left > 0, f"{left} new tokens fit")
@@ -199,28 +199,28 @@ def note_ids(record: Trace, ids: Sequence[int], tokenizer: Any) -> None:
 
 def note_pixels(record: Trace, pixels: Any, mode: str, image_processor: Any) -> None:
     seen = Observation("pixels")
-    each = [figures(picture) for picture in pixels]
+    each = [figures(image) for image in pixels]
     is_list = isinstance(pixels, list)
-    seen.facts = {"mode": mode, "is_list": is_list, "pictures": each}
+    seen.facts = {"mode": mode, "is_list": is_list, "images": each}
     seen.say("form", f"{'a list' if is_list else 'one tensor'} of {len(each)}; image_aspect_ratio {mode}")
     for number, facts in enumerate(each):
-        seen.say(f"picture {number + 1}", told(facts))
+        seen.say(f"image {number + 1}", told(facts))
     side = image_processor.crop_size["height"]
     fits = all(facts["shape"][-2:] == [side, side] for facts in each)
     seen.check("size", fits, f"{side} x {side} pixels, as the image processor says")
     tiles = mode == "anyres"
     shaped = all(len(facts["shape"]) == 3 + tiles for facts in each)
-    seen.check("tiles", shaped, "an overview and tiles for each picture" if tiles else "one tile for each picture")
+    seen.check("tiles", shaped, "an overview and tiles for each image" if tiles else "one tile for each image")
     record.note(seen, pixels=pixels, image_processor=image_processor)
 
 
 def note_layouts(record: Trace, layouts: Sequence[ImageLayout], policy: Any) -> None:
     seen = Observation("image")
-    seen.facts = {"policy": {"mode": policy.mode, "merge": policy.merge, "tile_size": policy.tile_size}, "pictures": []}
+    seen.facts = {"policy": {"mode": policy.mode, "merge": policy.merge, "tile_size": policy.tile_size}, "images": []}
     for number, layout in enumerate(layouts):
         grid = list(layout.tile_grid) if layout.tile_grid else None
         kept = [layout.crop.rows, layout.crop.cols]
-        seen.facts["pictures"].append(
+        seen.facts["images"].append(
             {
                 "size": list(layout.size),
                 "tiles": layout.num_tiles,
@@ -232,13 +232,13 @@ def note_layouts(record: Trace, layouts: Sequence[ImageLayout], policy: Any) -> 
             }
         )
         how = f"{grid[0]} x {grid[1]} tiles and an overview" if grid else "one tile"
-        seen.say(f"picture {number + 1}", f"{layout.size[0]} x {layout.size[1]} pixels, {how}")
+        seen.say(f"image {number + 1}", f"{layout.size[0]} x {layout.size[1]} pixels, {how}")
         seen.say("features", f"{_sum_of_features(layout, policy)} = {layout.num_features}")
     record.note(seen, layouts=layouts, policy=policy)
 
 
 def _sum_of_features(layout: ImageLayout, policy: ImagePolicy) -> str:
-    """The sum that gives a picture's number of features, as one would write it down."""
+    """The sum that gives an image's number of features, as one would write it down."""
     if policy.merge == "flat" or layout.tile_grid is None:
         side = policy.patches_per_side
         each = f"{side} x {side}" + (" + 1 class feature" if policy.cls_token else "")

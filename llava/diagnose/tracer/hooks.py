@@ -37,7 +37,7 @@ class Trace:
         self.observations: dict[str, Observation] = {}
         self.stages: list[Stage] = []
         self.feature_lengths: list[int] = []
-        self.pictures: list[Any] = []
+        self.images: list[Any] = []
         self.layouts: list[ImageLayout] = []
         self.began = time.perf_counter()
 

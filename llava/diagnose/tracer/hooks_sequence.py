@@ -25,21 +25,21 @@ FIRST_TOKENS = 8
 
 
 def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]:
-    """A row's stretches of text and pictures, with their positions before and after the splice."""
+    """A row's stretches of text and images, with their positions before and after the splice."""
     found: list[dict[str, Any]] = []
-    position, picture = 0, 0
+    position, image = 0, 0
     for place, token in enumerate(ids):
         is_image = token == IMAGE_TOKEN_INDEX
-        length = feature_lengths[picture] if is_image else 1
+        length = feature_lengths[image] if is_image else 1
         if found and found[-1]["kind"] == "text" and not is_image:
             found[-1]["ids"].append(token)
             found[-1]["stop"] += 1
         else:
             entry: dict[str, Any] = {"kind": "image" if is_image else "text", "from_id": place, "start": position}
             entry["stop"] = position + length
-            entry |= {"image": picture} if is_image else {"ids": [token]}
+            entry |= {"image": image} if is_image else {"ids": [token]}
             found.append(entry)
-        picture += is_image
+        image += is_image
         position += length
     return found
 
@@ -56,7 +56,7 @@ def see_splice(record: Trace) -> Callable[..., None]:
             ids = valid.tolist()
             own = [next(lengths, 0) for token in ids if token == IMAGE_TOKEN_INDEX]
             if not own:
-                next(lengths, None)  # the black picture that a text-only row of a training batch brings
+                next(lengths, None)  # the black image that a text-only row of a training batch brings
             rows.append(_row_of_splice(seen, number, ids, own, batch, labels is not None, len(input_ids)))
         seen.facts = {
             "side": how["side"],
@@ -80,13 +80,13 @@ def see_splice(record: Trace) -> Callable[..., None]:
 def _row_of_splice(
     seen: Observation, number: int, ids: list[int], lengths: list[int], batch: Any, labelled: bool, num_rows: int
 ) -> dict[str, Any]:
-    """One row: its stretches, the sum done by hand beside what is there, positions, and labels at pictures."""
+    """One row: its stretches, the sum done by hand beside what is there, positions, and labels at images."""
     name = f"row {number + 1} " if num_rows > 1 else ""
     mask = batch.mask[number]
     stretches = segments(ids, lengths)
     text, found = len(ids) - len(lengths), int(mask.sum())
     total = text + sum(lengths)
-    by_hand = " + ".join([f"{text} text", *(f"{length} picture" for length in lengths)])
+    by_hand = " + ".join([f"{text} text", *(f"{length} image" for length in lengths)])
     seen.say(f"{name}order", " ".join(f"{part['kind']} {part['start']}-{part['stop'] - 1}" for part in stretches))
     cut = found < total
     seen.check(
@@ -105,14 +105,14 @@ def _row_of_splice(
     if labelled and batch.labels is not None:
         own = batch.labels[number][mask]
         trained = int((own != IGNORE_INDEX).sum())
-        at_pictures = [own[part["start"] : part["stop"]] for part in stretches if part["kind"] == "image"]
-        untrained = all(bool((part == IGNORE_INDEX).all()) for part in at_pictures)
+        at_images = [own[part["start"] : part["stop"]] for part in stretches if part["kind"] == "image"]
+        untrained = all(bool((part == IGNORE_INDEX).all()) for part in at_images)
         facts |= {"trained": trained, "labels": own.tolist()}
         seen.say(f"{name}labels", f"{trained} of {found} positions are trained")
         seen.check(
-            f"{name}pictures",
+            f"{name}images",
             untrained,
-            f"labels at pictures are all {IGNORE_INDEX}" if untrained else "pictures are trained",
+            f"labels at images are all {IGNORE_INDEX}" if untrained else "images are trained",
         )
     return facts
 

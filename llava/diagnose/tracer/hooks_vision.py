@@ -1,4 +1,4 @@
-"""What a trace sees of pictures: pixels at the tower, its layers, the projector, the features of each picture.
+"""What a trace sees of images: pixels at the tower, its layers, the projector, the features of each image.
 
 In: a `Trace` and the modules. Out: functions for hooks.py to hook up. What follows in the sequence is hooks_sequence.py's.
 
@@ -117,7 +117,7 @@ def see_image_features(record: Trace) -> Callable[..., None]:
         seen = Observation("image_features", facts={"lengths": lengths, "images": [figures(f) for f in features]})
         policy = record.model.image_policy()
         for number, feature in enumerate(features):
-            seen.say(f"picture {number + 1}", told(seen.facts["images"][number]))
+            seen.say(f"image {number + 1}", told(seen.facts["images"][number]))
             if image_sizes is not None:
                 tiles = 1 if images[number].ndim == 3 else len(images[number])
                 is_plain = isinstance(images, Tensor) and images.ndim == 4

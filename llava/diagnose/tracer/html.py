@@ -1,6 +1,6 @@
-"""A trace as one page of HTML that needs nothing else: pictures, tokens and what they looked at, time, every point.
+"""A trace as one page of HTML that needs nothing else: images, tokens and what they looked at, time, every point.
 
-In: a trace, with the views of attention.py or a training sample's pictures. Out: text of a page. Its form is in page/
+In: a trace, with the views of attention.py or a training sample's images. Out: text of a page. Its form is in page/
 (page.html, page.css, page.js); this file puts the data together.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llava.diagnose.tracer.attention import Views
     from llava.diagnose.tracer.generation import Answered
 
-# Larger pictures are shown smaller; boxes keep the picture's own pixels.
+# Larger images are shown smaller; boxes keep the image's own pixels.
 SHOWN_SIDE = 1024
 # More numbers than this (layers x tokens x features), and only the mean over layers is kept.
 MOST_NUMBERS = 1_500_000
@@ -35,7 +35,7 @@ PIECES = {"▁": " ", "Ġ": " ", "Ċ": "⏎", "<0x0A>": "⏎"}
 def page_of_answer(answered: Answered, views: Views | None) -> str:
     """The page of a traced question."""
     record, answer = answered.record, answered.answer
-    shown = [picture.image for picture in answered.pictures]
+    shown = [image.image for image in answered.images]
     tokens = _prompt_tokens(record, [layout.num_features for layout in answered.record.layouts])
     first_answer = len(tokens)
     for step, token in enumerate(answer.token_ids if answer is not None else ()):
@@ -55,12 +55,12 @@ def page_of_answer(answered: Answered, views: Views | None) -> str:
         record,
         question=answered.question,
         answer=answer.text if answer is not None else "",
-        pictures=_pictures(record, shown, answered.record.layouts, answered.loaded.image_processor),
+        images=_images(record, shown, answered.record.layouts, answered.loaded.image_processor),
         tokens=tokens,
         views=data_views,
         candidates=_candidates(found["steps"]) if found is not None else [],
         first=first_answer + _strongest(views) if views is not None and data_views else None,
-        hint="Point at a token, or tap it, to see where in the picture it looked. The answer is in the warm colour."
+        hint="Point at a token, or tap it, to see where in the image it looked. The answer is in the warm colour."
         if data_views
         else "",
     )
@@ -81,7 +81,7 @@ def page_of_sample(record: Trace) -> str:
         record,
         question=f"Training sample {record['sample']['index']}",
         answer=f"loss {record['loss']['loss']:.4f}",
-        pictures=_pictures(record, record.pictures, record.layouts, processor),
+        images=_images(record, record.images, record.layouts, processor),
         tokens=tokens,
         views=[],
         candidates=[],
@@ -104,7 +104,7 @@ def _page(record: Trace, **content: Any) -> str:
     ]
     data = {
         **content,
-        "features": sum(len(picture["boxes"]) for picture in content["pictures"]),
+        "features": sum(len(image["boxes"]) for image in content["images"]),
         "verdict": {"text": verdict, "failed": bool(failed)},
         "stages": [{"name": stage.name, "start": stage.start, "seconds": stage.seconds} for stage in record.stages],
         "points": points,
@@ -123,10 +123,10 @@ def _file(name: str) -> str:
     return (resources.files("llava.diagnose.tracer") / "page" / name).read_text(encoding="utf-8")
 
 
-# Pictures
+# Images
 
 
-def _pictures(record: Trace, pictures: Any, layouts: Any, processor: Any) -> list[dict[str, Any]]:
+def _images(record: Trace, images: Any, layouts: Any, processor: Any) -> list[dict[str, Any]]:
     if not layouts:
         return []
     policy = record.model.image_policy()
@@ -134,12 +134,12 @@ def _pictures(record: Trace, pictures: Any, layouts: Any, processor: Any) -> lis
     starts = [part["start"] for part in record["splice"]["rows"][0]["segments"] if part["kind"] == "image"]
     shown: list[dict[str, Any]] = []
     first = 0
-    for picture, layout, start in zip(pictures, layouts, starts, strict=True):
+    for image, layout, start in zip(images, layouts, starts, strict=True):
         boxes = feature_boxes(layout, policy, crops=crops)
         areas = tile_areas(layout, policy, crops=crops)
         shown.append(
             {
-                "source": _data_url(picture),
+                "source": _data_url(image),
                 "width": layout.size.width,
                 "height": layout.size.height,
                 "caption": f"{layout.size.width} x {layout.size.height} pixels, {layout.num_tiles} "
@@ -160,8 +160,8 @@ def _rounded(box: Any) -> list[float]:
     return [round(side, 2) for side in box]
 
 
-def _data_url(picture: Image.Image) -> str:
-    small = picture.convert("RGB")
+def _data_url(image: Image.Image) -> str:
+    small = image.convert("RGB")
     small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG" if max(small.size) <= 512 else "JPEG", quality=88)
@@ -209,7 +209,7 @@ def _candidates(steps: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]
 
 
 def _strongest(views: Views) -> int:
-    """The token of the answer for which the picture mattered most."""
+    """The token of the answer for which the image mattered most."""
     if views.relevance is None:
         return 0
     return int(views.relevance.sum(-1).argmax())

@@ -32,7 +32,7 @@ POINTS: dict[str, Point] = {
         "another template than in training: --conv-mode",
     ),
     "image": Point(
-        "picture and layout", "llava/images/layout.py:plan", "image_aspect_ratio or pinpoints of another model"
+        "image and layout", "llava/images/layout.py:plan", "image_aspect_ratio or pinpoints of another model"
     ),
     "pixels": Point(
         "pixels", "llava/mm_utils.py:process_images", "shape or range: image_aspect_ratio, the preprocessor"
@@ -61,10 +61,10 @@ POINTS: dict[str, Point] = {
         "projector", "llava/model/llava_arch.py:encode_images", "weights of another tower or model, or never trained"
     ),
     "image_features": Point(
-        "features of each picture", "llava/model/merge.py:merge_tiles", "another number than the layout says"
+        "features of each image", "llava/model/merge.py:merge_tiles", "another number than the layout says"
     ),
     "splice": Point(
-        "text and pictures in one sequence",
+        "text and images in one sequence",
         "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
         "length, mask, positions or labels that do not match",
     ),

@@ -125,11 +125,11 @@ def _watching_data(record: Trace, trainer: Any) -> Iterator[None]:
         note_prompt(record, spans)
         note_ids(record, result[0], tokenizer)
 
-    def see_pixels(pixels: Any, pictures: Any, image_processor: Any, config: Any) -> None:
+    def see_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
         note_pixels(record, pixels, config.image_aspect_ratio, image_processor)
-        record.pictures += pictures
+        record.images += images
         policy = record.model.image_policy()
-        record.layouts += [plan(picture.size, policy) for picture in pictures]
+        record.layouts += [plan(image.size, policy) for image in images]
         note_layouts(record, record.layouts, policy)
 
     with ExitStack() as stack:
@@ -188,10 +188,10 @@ def _note_sample(record: Trace, dataset: Any, index: int) -> None:
     }
     seen.say("which", f"{samples.describe(index)} of {len(samples):,}; fields {', '.join(sorted(sample))}")
     for source in sources:
-        seen.say("picture", image_label(source))
+        seen.say("image", image_label(source))
     for turn in sample["conversations"]:
         seen.say(turn["from"], turn["value"], "text")
-    seen.check("<image>", marks == len(sources), f"{marks} in the text, for {len(sources)} pictures")
+    seen.check("<image>", marks == len(sources), f"{marks} in the text, for {len(sources)} images")
     record.note(seen, sample=sample)
 
 
@@ -205,10 +205,8 @@ def _note_labels(record: Trace, item: dict[str, Any]) -> None:
     seen.check("something", trained > 0, "there is something to learn" if trained else "every label is -100")
     agree = all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
     seen.check("labels", agree, "a label is its token, or -100" if agree else "labels are not those of their tokens")
-    pictures = all(
-        label == IGNORE_INDEX for token, label in zip(ids, labels, strict=True) if token == IMAGE_TOKEN_INDEX
-    )
-    seen.check("pictures", pictures, "-100 at every picture" if pictures else "a picture's mark is trained")
+    images = all(label == IGNORE_INDEX for token, label in zip(ids, labels, strict=True) if token == IMAGE_TOKEN_INDEX)
+    seen.check("images", images, "-100 at every image" if images else "an image's mark is trained")
     record.note(seen, item=item)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
 
 THREADS_ON_GPU, THREADS_ON_CPU = 320, 48  # somewhat more than the engine computes together, so that it never waits
-NUM_IMAGES_KEPT = 64  # decoded pictures; the next question is often about the same one
+NUM_IMAGES_KEPT = 64  # decoded images; the next question is often about the same one
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Asker:
         self.conv_mode = conv_mode or loaded.conv_mode
         self.sampling = sampling
         self.seed = seed
-        self._images = _ImageCache()
+        self._image_cache = _ImageCache()
         self._mark = mark_of(loaded)
         self._engine = None if sampling.num_beams > 1 else _engine_of(loaded)
 
@@ -92,7 +92,7 @@ class Asker:
             self._engine.close()
 
     def conversation(self, item: Item) -> Conversation:
-        """A question in the template's words, its pictures marked where it says so, else before it."""
+        """A question in the template's words, its images marked where it says so, else before it."""
         return ask(self.conv_mode, item.prompt, len(item.images), self._mark)
 
     def ask(self, items: Sequence[tuple[int, Item]], done: Done, *, max_new_tokens: int) -> None:
@@ -120,21 +120,21 @@ class Asker:
     def _num_prompts_kept(self, items: Sequence[tuple[int, Item]]) -> int:
         """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
         processor = self.loaded.processor
-        if processor is None or self._engine is None:  # no pictures, nothing to share
+        if processor is None or self._engine is None:  # no images, nothing to share
             return 1
         stats = self._engine.stats()
         for _, item in items:
             try:
                 ids = processor.encode_ids(self.conversation(item), len(item.images))
-                layouts = processor.plan([picture.size for picture in self._pictures(item)])
-            except InputError:  # a broken picture: the next one may do
+                layouts = processor.plan([image.size for image in self._images(item)])
+            except InputError:  # a broken image: the next one may do
                 continue
             size = len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 
     def _guarded(self, answer: Callable[[Item, int], str], item: Item, max_new_tokens: int) -> str | Failure:
-        """What is wrong with one question (a broken picture, a prompt too long) must not end the others."""
+        """What is wrong with one question (a broken image, a prompt too long) must not end the others."""
         try:
             return answer(item, max_new_tokens)
         except InputError as error:
@@ -150,7 +150,7 @@ class Asker:
             max_new_tokens=max_new_tokens,
             seed=None if self.sampling.temperature == 0 else item_seed(self.seed, item),
         )
-        return self._engine.generate(Request(self.conversation(item), self._pictures(item), params)).text
+        return self._engine.generate(Request(self.conversation(item), self._images(item), params)).text
 
     def _generate(self, item: Item, max_new_tokens: int) -> str:
         """One by one by the model's own `generate`: for beam search, and for models that the engine cannot run."""
@@ -162,7 +162,7 @@ class Asker:
                 f"{self.loaded.info.folder} is a language model without a vision tower; it takes no images"
             )
         conversation = self.conversation(item)
-        inputs = processor(conversation, self._pictures(item))
+        inputs = processor(conversation, self._images(item))
         size = PromptSize(inputs.num_tokens - inputs.num_image_tokens, inputs.num_image_tokens)
         sampling = Sampling(
             self.sampling.temperature, self.sampling.top_p, self.sampling.num_beams, max_new_tokens
@@ -179,14 +179,14 @@ class Asker:
         )
         return stream.answer.text
 
-    def _pictures(self, item: Item) -> list[Image.Image]:
-        return [self._images.get(source) for source in item.images]
+    def _images(self, item: Item) -> list[Image.Image]:
+        return [self._image_cache.get(source) for source in item.images]
 
 
 def in_rounds(items: Sequence[tuple[int, Item]], width: int) -> list[tuple[int, Item]]:
-    """The same items, so that questions about one picture follow each other at a distance of `width` pictures.
+    """The same items, so that questions about one image follow each other at a distance of `width` images.
 
-    Asked at the same time, each would compute the picture's keys and values for itself; asked one after the other, the
+    Asked at the same time, each would compute the image's keys and values for itself; asked one after the other, the
     later ones find them in the cache. Only neighbours are brought together, so the order is the benchmark's but for that.
     """
     groups = [list(group) for _, group in groupby(items, key=lambda numbered: numbered[1].images or numbered[0])]
@@ -236,7 +236,7 @@ def item_seed(seed: int, item: Item) -> int:
 
 
 class _ImageCache:
-    """The last decoded pictures, by file. Threads that ask for one at the same time decode it once."""
+    """The last decoded images, by file. Threads that ask for one at the same time decode it once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -262,7 +262,7 @@ class _ImageCache:
 
 
 def missing_images(items: Iterable[Item]) -> list[Path]:
-    """Pictures that are not there, each once, in the order of the questions."""
+    """Images that are not there, each once, in the order of the questions."""
     known: dict[Path, bool] = {}
     for item in items:
         for source in item.images:

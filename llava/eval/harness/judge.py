@@ -124,7 +124,7 @@ def read_rules(file: Path = RULES) -> dict[str, dict[str, str]]:
 
 
 def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], context: str | None = None) -> str:
-    """What the judge reads: the picture in words, the question, both answers, and what it shall do."""
+    """What the judge reads: the image in words, the question, both answers, and what it shall do."""
     role = rule["role"]
     parts = [f"[Context]\n{context}\n\n"] if context is not None else []
     parts.append(f"[Question]\n{question}\n\n")

@@ -42,7 +42,7 @@ def model_hash(folder: Path) -> str:
 
 
 def prompts_hash(items: Sequence[Item]) -> str:
-    """A hash of the questions as they are put, with the names of their pictures."""
+    """A hash of the questions as they are put, with the names of their images."""
     digest = hashlib.sha256()
     for item in items:
         images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in item.images]

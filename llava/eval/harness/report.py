@@ -1,7 +1,7 @@
-"""One HTML file that shows a run: scores beside published ones, a radar plot, bars, and answers with their pictures.
+"""One HTML file that shows a run: scores beside published ones, a radar plot, bars, and answers with their images.
 
 In: a run's folder. Out: report.html, which needs no other file and no network. The page itself is webpage/report.html, the
-charts are charts.py's; here the figures are put into it, and pictures are made small.
+charts are charts.py's; here the figures are put into it, and images are made small.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _spread(rows: Sequence[Any], count: int) -> list[Any]:
 
 
 class _Thumbnails:
-    """Small copies of pictures as data: URLs, each once."""
+    """Small copies of images as data: URLs, each once."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []
@@ -214,7 +214,7 @@ def _thumbnail(file: Path) -> str | None:
     try:
         image = load_image(file)
     except InputError:
-        return None  # the card says that there is no picture; the run counted it where it mattered
+        return None  # the card says that there is no image; the run counted it where it mattered
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=72)

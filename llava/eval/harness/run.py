@@ -95,7 +95,7 @@ class Plan:
     items: list[Item]
     folder: Path
     faults: Faults
-    left_out: frozenset[int]  # questions whose picture is missing
+    left_out: frozenset[int]  # questions whose image is missing
 
 
 def run(args: Namespace) -> None:
@@ -141,7 +141,7 @@ def run(args: Namespace) -> None:
 
 
 def plan(task: Task, args: Namespace, out: Path) -> Plan:
-    """Read a task's questions, and see before a model is loaded that their pictures are there."""
+    """Read a task's questions, and see before a model is loaded that their images are there."""
     items = read_items(task, args.data_dir)[: args.limit]
     faults = Faults()
     missing = set(missing_images(items))

@@ -133,7 +133,7 @@ def _ask_all(asker: Asker, jobs: Sequence[Job], missing: Sequence[Any], model_id
 
 
 def share(numbered: Sequence[tuple[int, Item]], index: int, count: int) -> list[tuple[int, Item]]:
-    """One of `count` parts of the questions, neighbours together since they are often about one picture; none is lost."""
+    """One of `count` parts of the questions, neighbours together since they are often about one image; none is lost."""
     start, stop = (len(numbered) * edge // count for edge in (index, index + 1))
     return list(numbered[start:stop])
 

@@ -1,4 +1,4 @@
-"""A benchmark of one's own: JSON lines with questions, pictures and answers, and the name of a metric.
+"""A benchmark of one's own: JSON lines with questions, images and answers, and the name of a metric.
 
 A row has `image` (or `images`), `question` (or `text`) and `answer` (or `answers`), and may have `question_id`, `category`
 and `options`. `llava eval mine.jsonl` runs it as it is; `mine.yaml` says what differs from the defaults; in Python,
@@ -99,8 +99,8 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item
     items = []
     for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):
         where = f"{path}, row {number}"
-        pictures = row.get("images", row.get("image", []))
-        pictures = [pictures] if isinstance(pictures, str) else pictures or []
+        names = row.get("images", row.get("image", []))
+        names = [names] if isinstance(names, str) else names or []
         question = str(row["question"] if "question" in row else need(row, "text", where))
         answers = row["answers"] if "answers" in row else need(row, "answer", where)
         answers = [answers] if isinstance(answers, (str, int, float)) else answers
@@ -108,7 +108,7 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         prompt = f"{question}{lines}" + (f"\n{suffix}" if suffix else "")
         items.append(
-            Item(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in pictures),
+            Item(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in names),
                  str(row.get("category", "")), [str(answer) for answer in answers], options,
                  extra={"question": question})
         )  # fmt: skip

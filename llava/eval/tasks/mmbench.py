@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: multiple choice, with pictures inside a table, perhaps with the options in every order.
+"""MMBench and MMBench-CN: multiple choice, with images inside a table, perhaps with the options in every order.
 
 Reads `mmbench_dev_20230712.tsv` or its Chinese counterpart (columns index, question, hint, A to D, answer, category, image in
 base64). A question counts as right when all its rounds are, whether they are rounds of ours (`round_id`) or rows of a
@@ -48,14 +48,14 @@ def table_items(
 ) -> list[Item]:
     """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone.
 
-    Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's picture.
+    Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's image.
     """
-    pictures = {row["index"]: row["image"] for row in whole or rows}
+    images = {row["index"]: row["image"] for row in whole or rows}
     items = []
     for row in rows:
         options = options_of(row)
         letters = LETTERS[: len(options)]
-        image = _image(row, pictures)
+        image = _image(row, images)
         question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         for number in range(len(options) if all_rounds else 1):
             turned = options[number:] + options[:number]
@@ -103,11 +103,11 @@ def _number(index: str) -> int | str:
         return index
 
 
-def _image(row: Mapping[str, str], pictures: Mapping[str, str]) -> bytes:
-    """A row's picture; a short cell names the row that has it."""
+def _image(row: Mapping[str, str], images: Mapping[str, str]) -> bytes:
+    """A row's image; a short cell names the row that has it."""
     cell = row["image"]
-    if cell in pictures and len(cell) < 64:
-        cell = pictures[cell]
+    if cell in images and len(cell) < 64:
+        cell = images[cell]
     try:
         return base64.b64decode(cell, validate=True)
     except (binascii.Error, ValueError):
@@ -149,7 +149,7 @@ def _question(item: Item) -> int | str:
 
 
 def write(answered: Sequence[Answered], home: Path, folder: Path, *, name: str) -> Path:
-    """The table that the server takes: without pictures and with predictions; of several rounds, the first."""
+    """The table that the server takes: without images and with predictions; of several rounds, the first."""
     given = {one.item.id: one for one in reversed(answered)}
     rows = [given[name].item.extra["row"] for name in dict.fromkeys(one.item.id for one in answered)]
     columns, lines = submission(rows, {str(name): one.text or "" for name, one in given.items()})

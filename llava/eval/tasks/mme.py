@@ -31,18 +31,18 @@ def read(folder: Path) -> list[Item]:
     file = find_optional(folder, ("llava_mme.jsonl",))
     items = []
     for name, prompt, image in _asked(file, release) if file is not None else _release_questions(truths, release):
-        category, _, picture = name.partition("/")
+        category, _, file_name = name.partition("/")
         question = plain_question(prompt)
-        answer = truths.get((category, Path(picture).stem, question))
+        answer = truths.get((category, Path(file_name).stem, question))
         if answer is None:
             raise InputError(f"MME's question {question!r} about {name!r} has no answer in {str(release)!r}")
-        extra = {"question": question, "file": f"{Path(picture).stem}.txt"}
+        extra = {"question": question, "file": f"{Path(file_name).stem}.txt"}
         items.append(Item(name, prompt, (image,), category, answer, extra=extra))
     return items
 
 
 def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
-    """Id, prompt and picture of each question in LLaVA's file."""
+    """Id, prompt and image of each question in LLaVA's file."""
     for row in read_json_lines(file):
         name, prompt, image = (
             str(need(row, key, f"a question of {str(file)!r}")) for key in ("question_id", "text", "image")

@@ -1,4 +1,4 @@
-"""MMMU: college questions of thirty subjects, multiple choice and open, with one or more pictures.
+"""MMMU: college questions of thirty subjects, multiple choice and open, with one or more images.
 
 Reads the data set's own parquet files, `SUBJECT/validation-*.parquet`, or for scoring alone the official
 `answer_dict_val.json`. Scores answers, the official file of parsed answers (`{"validation_Art_1": "B", ...}`), and the
@@ -61,12 +61,12 @@ def _parquet_items(file: Path) -> list[Item]:
 
 
 def question_item(row: Mapping[str, Any]) -> Item:
-    """A question with its choices as MMMU asked LLaVA-1.5: pictures first, marks such as `<image 1>` left in the text."""
+    """A question with its choices as MMMU asked LLaVA-1.5: images first, marks such as `<image 1>` left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
     images = tuple(
-        picture["bytes"]
+        image["bytes"]
         for number in range(1, NUM_IMAGES + 1)
-        if (picture := row.get(f"image_{number}")) is not None and picture.get("bytes")
+        if (image := row.get(f"image_{number}")) is not None and image.get("bytes")
     )
     if row["question_type"] == CHOICE:
         lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))

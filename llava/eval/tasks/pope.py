@@ -1,4 +1,4 @@
-"""POPE: is there a thing in the picture? Three splits that differ in which absent things are asked for.
+"""POPE: is there a thing in the image? Three splits that differ in which absent things are asked for.
 
 Reads `llava_pope_test.jsonl` (questions with their split as `category`) and `coco/coco_pope_SPLIT.json` (labels, in the same
 order), or the latter alone. Scored here, by the official rule for yes and no.

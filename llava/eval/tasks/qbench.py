@@ -1,8 +1,8 @@
-"""Q-Bench, English and Chinese: questions about how good a picture is, and scores of its quality from two logits.
+"""Q-Bench, English and Chinese: questions about how good an image is, and scores of its quality from two logits.
 
 Reads `llvisionqa_SPLIT.json` or its Chinese counterpart and `images_llvisionqa/`. Answers of ours and official responses are
 both scored; the test split's answers are not public. Files of logits (`gt_score`, `logit_good`, `logit_poor` for
-each picture) are scored by rank and linear correlation with people's opinion.
+each image) are scored by rank and linear correlation with people's opinion.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def _correlations(name: str, rows: Sequence[Mapping[str, Any]], faults: Faults) 
     for row in rows:
         if row not in usable:
             faults.add(
-                "pictures without logits", "a line needs both logits and gt_score; it is left out", f"{name}: {row}"
+                "images without logits", "a line needs both logits and gt_score; it is left out", f"{name}: {row}"
             )
     parts = [usable[:CGI_PART], usable[CGI_PART:]] if name == "cgi" and len(usable) > CGI_PART else [usable]
-    found: dict[str, float | int] = {"pictures": len(usable)}
+    found: dict[str, float | int] = {"images": len(usable)}
     for measure, function in (("spearman", spearman), ("pearson", pearson)):
         values = []
         for part in parts:

@@ -1,4 +1,4 @@
-"""ScienceQA: school questions with options, half of them with a picture.
+"""ScienceQA: school questions with options, half of them with an image.
 
 Reads `llava_test_CQM-A.json` (conversations), `problems.json` and `pid_splits.json`, or the latter two alone, from which the
 former is made. Scored here, from answers or from the official result file with `outputs` and `results`.
@@ -120,15 +120,15 @@ def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
 
 def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Item]:
-    """Questions out of training samples: the first thing that the human says, the picture before it."""
+    """Questions out of training samples: the first thing that the human says, the image before it."""
     items = []
     for number, row in enumerate(rows, start=1):
         where = f"question {number} of the ScienceQA file"
         question = str(need(row, "conversations", where)[0]["value"]).replace(IMAGE_MARK, "").strip()
-        pictures = (images / str(row["image"]),) if "image" in row else ()
+        sources = (images / str(row["image"]),) if "image" in row else ()
         prompt = f"{question}\n{LETTER_SUFFIX}" if letter else question
-        shown = f"{IMAGE_MARK}\n{prompt}" if pictures else prompt
-        items.append(Item(need(row, "id", where), prompt, pictures, shown_prompt=shown))
+        shown = f"{IMAGE_MARK}\n{prompt}" if sources else prompt
+        items.append(Item(need(row, "id", where), prompt, sources, shown_prompt=shown))
     return items
 
 
@@ -139,13 +139,13 @@ def score(answered: Sequence[Answered]) -> Scores:
         letter = None if one.text is None else science_qa_letter(one.text, OPTIONS)
         unread += letter is None and one.text is not None
         verdicts.append(float(letter is not None and LETTERS.index(letter) == one.item.answer))
-    pictured = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.item.images]
+    with_image = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.item.images]
     total = percent(verdicts)
     figures: dict[str, float | int] = {"accuracy": total, "correct": int(sum(verdicts)), "count": len(verdicts)}
-    if pictured:
-        figures["image_accuracy"] = percent(pictured)
+    if with_image:
+        figures["image_accuracy"] = percent(with_image)
     notes = [f"{unread} answers name no letter and count as wrong"] if unread else []
-    notes += [] if pictured else ["no question has an image, so there is no image accuracy"]
+    notes += [] if with_image else ["no question has an image, so there is no image accuracy"]
     return Scores(
         figures,
         by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),

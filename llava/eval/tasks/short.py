@@ -1,4 +1,4 @@
-"""VQAv2, GQA, VizWiz, TextVQA: a few words about a picture.
+"""VQAv2, GQA, VizWiz, TextVQA: a few words about an image.
 
 VQAv2 and VizWiz are scored by their servers, for which `write` makes the upload; where a split's official annotations are in
 the folder, they are scored here too. GQA and TextVQA are scored here.
@@ -35,9 +35,9 @@ def questions(file: Path, images: Path) -> list[Item]:
     for number, row in enumerate(rows, start=1):
         where = f"{file}, question {number}"
         image = row.get("image")
-        pictures = () if image is None else (images / str(image),)
+        sources = () if image is None else (images / str(image),)
         name, text = need(row, "question_id", where), str(need(row, "text", where))
-        items.append(Item(name, text, pictures, str(row.get("category", "")), extra=row))
+        items.append(Item(name, text, sources, str(row.get("category", "")), extra=row))
     return items
 
 
@@ -176,7 +176,7 @@ def write_gqa(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
 
 
 def read_textvqa(folder: Path) -> list[Item]:
-    """The original's questions name text that a reader found in the picture; without its file they do not."""
+    """The original's questions name text that a reader found in the image; without its file they do not."""
     truths = textvqa_annotations(find_file(folder, ("TextVQA_0.5.1_val.json",), "file of TextVQA's answers"))
     file = find_optional(folder, ("llava_textvqa_val_v051_ocr.jsonl",))
     images = folder / "train_images"

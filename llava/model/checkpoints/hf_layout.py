@@ -59,7 +59,7 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
     """The config in the original layout: the text part's keys at the top.
 
     The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
-    Whether pictures are padded to squares is told by the folder's image processor.
+    Whether images are padded to squares is told by the folder's image processor.
     """
     source = folder / "config.json"
     full = _with_defaults(config)
@@ -107,7 +107,7 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
             "image_grid_pinpoints": [[width, height] for height, width in full["image_grid_pinpoints"]],
         }
     else:
-        mode = "pad" if pads_pictures(folder) else "square"
+        mode = "pad" if pads_images(folder) else "square"
         values |= {"image_aspect_ratio": mode, "mm_patch_merge_type": "flat"}
     for key in OWN_KEYS:
         if config.get(key) is not None:
@@ -119,7 +119,7 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
     return values | ({"dtype": dtype} if dtype else {})
 
 
-def pads_pictures(folder: Path) -> bool:
+def pads_images(folder: Path) -> bool:
     """The image processor's file is of its own, or inside the whole processor's."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if (folder / name).is_file():

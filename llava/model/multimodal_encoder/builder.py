@@ -56,7 +56,7 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
 
 
 def policy_of(tower: CLIPVisionTower, image: ImageSettings) -> ImagePolicy:
-    """How a model with this tower cuts pictures and joins their features; the tower's weights are not needed."""
+    """How a model with this tower cuts images and joins their features; the tower's weights are not needed."""
     return ImagePolicy(
         mode=image.mode,
         tile_size=tower.tile_size,

@@ -25,7 +25,7 @@ class ModelCard:
     template: Conversation
     conv_mode: str
     context_len: int | None  # None: only the server elsewhere knows
-    image_mark: str  # what stands for one picture in a prompt
+    image_mark: str  # what stands for one image in a prompt
     takes_images: bool = True
 
 
@@ -73,10 +73,10 @@ class ServedModel(Protocol):
     def card(self) -> ModelCard: ...
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
-        """What pictures of these sizes become; empty where only the server elsewhere knows."""
+        """What images of these sizes become; empty where only the server elsewhere knows."""
 
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
-        """What is held of planned pictures until the answer's end."""
+        """What is held of planned images until the answer's end."""
 
     def token_text(self, token_id: int) -> str: ...
 

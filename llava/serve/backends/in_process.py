@@ -1,6 +1,6 @@
 """The engine in this process as a server's backend.
 
-In: requests from an event loop. Out: chunks for it. What blocks, making a prompt of text and pictures, is done in threads.
+In: requests from an event loop. Out: chunks for it. What blocks, making a prompt of text and images, is done in threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A server elsewhere that speaks the OpenAI API, as a backend: SGLang, vLLM, llama.cpp, transformers, or one of ours.
 
 In: `engine.Request`s. Out: chunks, as they come from there. A prompt that is only text goes to its completions as it is; one
-with pictures goes to its chat, turn by turn, since only that server knows how its model wants them.
+with images goes to its chat, turn by turn, since only that server knows how its model wants them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DistantModel:
 
 class RemoteBackend:
     """`model` is the name of the model over there, `card` what we tell about it here. With `chat_only` finished prompts without
-    pictures are taken apart too, for servers whose completions are not for models that see.
+    images are taken apart too, for servers whose completions are not for models that see.
     """
 
     def __init__(

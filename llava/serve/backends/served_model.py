@@ -1,4 +1,4 @@
-"""What a server knows of a model whose files are on this machine: its card, how it cuts pictures, how its tokens read.
+"""What a server knows of a model whose files are on this machine: its card, how it cuts images, how its tokens read.
 
 In: a loaded model. Out: a `ServedModel`, without the weights, so that it can go from one process to another.
 """

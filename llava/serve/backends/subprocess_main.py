@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llava.serve")
 
-PICTURE_THREADS = 4  # make prompts with pictures; text is made by the thread that reads the line
+IMAGE_THREADS = 4  # make prompts with images; text is made by the thread that reads the line
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Host:
         self._engine = engine
         self._line = line
         self._events: deque[Taken | Said | Ended] = deque()
-        self._pool = ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="llava-prompt")
+        self._pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="llava-prompt")
         self._telling, self._lock = threading.Lock(), threading.Lock()
-        self._being_made: dict[int, bool] = {}  # prompts with pictures, and whether they are wanted no more
+        self._being_made: dict[int, bool] = {}  # prompts with images, and whether they are wanted no more
 
     def serve(self) -> None:
         for word in self._line:

@@ -68,7 +68,7 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
         type=float,
         metavar="MB",
         default=4096.0,
-        help="bodies and pictures of all requests together; more get status 429 (default: 4096)",
+        help="bodies and images of all requests together; more get status 429 (default: 4096)",
     )
 
 

@@ -1,6 +1,6 @@
 """What a server grants to strangers: sizes, counts, time, addresses, and who may ask at all.
 
-In: limits, and what came with a request: an Authorization header, picture addresses. Out: yes or no, and opened pictures, or
+In: limits, and what came with a request: an Authorization header, image addresses. Out: yes or no, and opened images, or
 an `InputError`. Bytes of the body and the door itself are middleware.py; downloads obey images/download.py.
 """
 
@@ -31,12 +31,12 @@ MIN_KEY_LENGTH = 8
 class ServeLimits:
     """What one server allows. The defaults suit a server that is reached by others."""
 
-    max_body_bytes: int = 64 * 2**20  # of a request, pictures in base64 included
+    max_body_bytes: int = 64 * 2**20  # of a request, images in base64 included
     max_images: int = 16  # of one request
     max_requests: int = 2048  # on their way at once, waiting ones included; one more gets 429
     deadline_s: float = 600.0  # from the first byte of a request to the last of its answer
     images: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=20 * 2**20, timeout_s=10.0))
-    allow_urls: bool = True  # download pictures from http and https addresses
+    allow_urls: bool = True  # download images from http and https addresses
     image_folder: Path | None = None  # file:// addresses are read in this folder; None: nowhere
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class ServeLimits:
 Source = str | bytes | Path
 
 
-def open_pictures(addresses: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
-    """Pictures from data:, http(s): and file: URLs; all of them together have no more pixels than one may have."""
+def open_images(addresses: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
+    """Images from data:, http(s): and file: URLs; all of them together have no more pixels than one may have."""
     return _open_all(addresses, lambda url, allowed: _source_of(url, limits), limits, share)
 
 
-def decode_pictures(texts: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
-    """Pictures of the original protocol: base64, with or without the head of a data: URL."""
+def decode_images(texts: Sequence[str], limits: ServeLimits, share: Share) -> list[Image.Image]:
+    """Images of the original protocol: base64, with or without the head of a data: URL."""
 
     def source(text: str, allowed: ImageLimits) -> Source:
         return text if text.startswith("data:") else decode_base64(text, "an image", allowed)
@@ -74,7 +74,7 @@ def _open_all(
     given: Sequence[str], source_of: Callable[[str, ImageLimits], Source], limits: ServeLimits, share: Share
 ) -> list[Image.Image]:
     limits.check_count(len(given))
-    pictures, left = [], limits.images.max_pixels
+    images, left = [], limits.images.max_pixels
     for number, one in enumerate(given, start=1):
         if left <= 0:
             raise InputError(
@@ -83,12 +83,12 @@ def _open_all(
         allowed = replace(limits.images, max_pixels=left)
         try:
             source = source_of(one, allowed)
-            picture = load_image(source, limits=allowed, reserve=lambda count: share.take(BYTES_PER_PIXEL * count))
+            image = load_image(source, limits=allowed, reserve=lambda count: share.take(BYTES_PER_PIXEL * count))
         except InputError as error:
             raise InputError(f"image {number}: {error}") from error
-        left -= picture.width * picture.height
-        pictures.append(picture)
-    return pictures
+        left -= image.width * image.height
+        images.append(image)
+    return images
 
 
 def _source_of(url: str, limits: ServeLimits) -> Source:

@@ -1,4 +1,4 @@
-"""The memory that all requests of a server may hold together: bodies as they come in, and pictures.
+"""The memory that all requests of a server may hold together: bodies as they come in, and images.
 
 In: how many bytes a request takes and gives back. Out: nothing, or `NoRoomError`, which a client is told as a full server. One
 request alone is bounded by limits.py; this bounds many that wait together.
@@ -12,7 +12,7 @@ from llava.errors import InputError
 from llava.serve.backends.base import ServerBusyError
 
 BODY_COPIES = 2  # the bytes, and what is parsed of them
-BYTES_PER_PIXEL = 4  # of an opened picture
+BYTES_PER_PIXEL = 4  # of an opened image
 DEFAULT_ROOM = 4096 * 2**20
 
 

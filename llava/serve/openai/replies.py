@@ -202,7 +202,7 @@ def usage_of(usage: Usage) -> schema.Usage:
 def inspection_of(cost: Cost) -> schema.Inspection:
     return schema.Inspection(
         images=[
-            schema.PictureSeen(
+            schema.SeenImage(
                 width=layout.size.width,
                 height=layout.size.height,
                 tiles=layout.num_tiles,

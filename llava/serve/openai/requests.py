@@ -1,7 +1,7 @@
-"""What a body of the OpenAI-compatible API asks of the engine. Pure functions: no HTTP, no model, no pictures opened.
+"""What a body of the OpenAI-compatible API asks of the engine. Pure functions: no HTTP, no model, no images opened.
 
-In: a checked body and the `ModelCard`. Out: a `Draft`: prompts, the addresses of their pictures, and the sampling. It becomes
-`engine.Request`s when the pictures are open (serve/service.py). Answers are put together in replies.py.
+In: a checked body and the `ModelCard`. Out: a `Draft`: prompts, the addresses of their images, and the sampling. It becomes
+`engine.Request`s when the images are open (serve/service.py). Answers are put together in replies.py.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class Draft:
-    """What becomes requests to the engine, one for each prompt, when the pictures are open."""
+    """What becomes requests to the engine, one for each prompt, when the images are open."""
 
     prompts: tuple[Conversation | str, ...]
-    pictures: tuple[ImageURL, ...]
+    images: tuple[ImageURL, ...]
     sampling: SamplingParams
 
 
 @dataclass(frozen=True)
 class Said:
-    """One turn: who, what, and with which pictures."""
+    """One turn: who, what, and with which images."""
 
     role: str
     text: str
-    pictures: tuple[ImageURL, ...] = ()
+    images: tuple[ImageURL, ...] = ()
 
 
 def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
@@ -77,19 +77,19 @@ def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         json_schema=json_schema,
     )
-    return Draft((conversation,), tuple(picture for turn in turns for picture in turn.pictures), sampling)
+    return Draft((conversation,), tuple(image for turn in turns for image in turn.images), sampling)
 
 
 def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
     """The prompts of a completion request, taken as they are."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    pictures = tuple(body.images or ())
-    if pictures and len(prompts) > 1:
+    images = tuple(body.images or ())
+    if images and len(prompts) > 1:
         raise InputError("images go with a single prompt; send a request for each prompt that has images")
     for prompt in prompts:
-        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(pictures))
+        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
     sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
-    return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), pictures, sampling)
+    return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), images, sampling)
 
 
 def sampling_of(
@@ -125,24 +125,24 @@ def _turn(message: SystemMessage | UserMessage | AssistantMessage, place: int) -
     role = "system" if isinstance(message, SystemMessage) else message.role
     if isinstance(message.content, str):
         text = message.content
-        pictures: tuple[ImageURL, ...] = ()
+        images: tuple[ImageURL, ...] = ()
     else:
         texts = [part.text for part in message.content if not isinstance(part, ImagePart)]
-        pictures = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
+        images = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
         text = "\n".join(texts)
-    return checked_text(Said(role, text, pictures), f"messages[{place}]")
+    return checked_text(Said(role, text, images), f"messages[{place}]")
 
 
 def checked_text(turn: Said, place: str) -> Said:
     if turn.role != "user" and DEFAULT_IMAGE_TOKEN in turn.text:
-        raise InputError(f"{place}: {DEFAULT_IMAGE_TOKEN} stands for a picture, and only the user shows pictures")
-    if turn.role == "user" and not turn.text.strip() and not turn.pictures:
-        raise InputError(f"{place}: the content is empty; ask something or show a picture")
+        raise InputError(f"{place}: {DEFAULT_IMAGE_TOKEN} stands for an image, and only the user shows images")
+    if turn.role == "user" and not turn.text.strip() and not turn.images:
+        raise InputError(f"{place}: the content is empty; ask something or show an image")
     return turn
 
 
 def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
-    """Turns in the model's template. Pictures come before the text of their turn, as in training, unless it says where.
+    """Turns in the model's template. Images come before the text of their turn, as in training, unless it says where.
 
     Several turns of one speaker in a row become one.
     """
@@ -158,9 +158,7 @@ def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
         raise InputError("the last message must be the user's: the next one is the model's answer")
     conversation = card.template.with_system("\n".join(system)) if system else card.template.copy()
     for role, run in groupby(spoken, key=lambda turn: turn.role):
-        texts = [
-            marked(turn.text, len(turn.pictures), card.image_mark) if role == "user" else turn.text for turn in run
-        ]
+        texts = [marked(turn.text, len(turn.images), card.image_mark) if role == "user" else turn.text for turn in run]
         conversation.append_message(conversation.roles[role == "assistant"], "\n".join(texts))
     conversation.append_message(conversation.roles[1], None)
     return conversation

@@ -169,21 +169,21 @@ def responses_draft(body: ResponsesRequest, card: ModelCard) -> Draft:
     if isinstance(form, PlainFormat) and form.type == "json_object":
         json_schema = ANY_OBJECT
     sampling = sampling_of(body, max_new_tokens=body.max_output_tokens, json_schema=json_schema)
-    pictures = tuple(picture for turn in turns for picture in turn.pictures)
-    return Draft((as_conversation(turns, card),), pictures, sampling)
+    images = tuple(image for turn in turns for image in turn.images)
+    return Draft((as_conversation(turns, card),), images, sampling)
 
 
 def _turn(message: InputMessage, place: int) -> Said:
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return checked_text(Said(role, message.content), f"input[{place}]")
-    pictures = tuple(
+    images = tuple(
         ImageURL(url=part.image_url, detail=part.detail) for part in message.content if isinstance(part, InputImage)
     )
-    if pictures and role != "user":
-        raise InputError(f"input[{place}]: only the user shows pictures")
+    if images and role != "user":
+        raise InputError(f"input[{place}]: only the user shows images")
     text = "\n".join(part.text for part in message.content if not isinstance(part, InputImage))
-    return checked_text(Said(role, text, pictures), f"input[{place}]")
+    return checked_text(Said(role, text, images), f"input[{place}]")
 
 
 class ResponsesWriter(Writer):

@@ -117,8 +117,8 @@ class ModelApi:
     ) -> Response | Stream:
         service = self._service
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
-        urls = [picture.url for picture in draft.pictures]
-        details: list[Detail] = ["low" if picture.detail == "low" else "auto" for picture in draft.pictures]
+        urls = [image.url for image in draft.images]
+        details: list[Detail] = ["low" if image.detail == "low" else "auto" for image in draft.images]
         asking = service.ask(draft.prompts, draft.sampling, urls, details=details, streamed=bool(body.stream))
         if not body.stream:
             return await while_connected(request, _whole(asking, writer, deadline))
@@ -199,7 +199,7 @@ def openai_routes(api: Api) -> APIRouter:
 
     @router.post("/v1/chat/completions", **_described(schema.ChatRequest, schema.ChatReply, schema.ChatChunk))
     async def chat_completions(request: Request) -> Any:
-        """Answer a conversation, which may show pictures."""
+        """Answer a conversation, which may show images."""
         return await api.chat(request)
 
     @router.post("/v1/completions", **_described(schema.CompletionRequest, schema.TextReply, schema.TextReply))

@@ -129,7 +129,7 @@ class Choosing(Body):
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
     regex: str | None = Field(None, description="the answer matches this expression as a whole", max_length=10_000)
-    inspect: bool = Field(False, description="say in `inspect` what the pictures became and how long each part took")
+    inspect: bool = Field(False, description="say in `inspect` what the images became and how long each part took")
     # Accepted, and nothing follows from them.
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
@@ -193,8 +193,8 @@ class Usage(Reply):
     prompt_tokens_details: PromptDetails
 
 
-class PictureSeen(Reply):
-    """What one picture became."""
+class SeenImage(Reply):
+    """What one image became."""
 
     width: int
     height: int
@@ -204,7 +204,7 @@ class PictureSeen(Reply):
 
 
 class Inspection(Reply):
-    images: list[PictureSeen]
+    images: list[SeenImage]
     queued_s: float
     first_token_s: float | None
     total_s: float

@@ -74,7 +74,7 @@ class GenerateBody:
             raise InputError("the body needs a 'prompt', a string")
         images = body.get("images") or []
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise InputError("'images' must be a list of pictures in base64")
+            raise InputError("'images' must be a list of images in base64")
         check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
         num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, int)
         temperature = _number(body, "temperature", 1.0, float)

@@ -1,6 +1,6 @@
 """What the web page says to servers: prompts of its conversations, requests to workers, and what it writes down.
 
-In: turns with pictures, the template of a model, addresses. Out: the bodies that the original's page posts, and chunks as they
+In: turns with images, the template of a model, addresses. Out: the bodies that the original's page posts, and chunks as they
 stream back. How it looks is serve/gradio_web_server.py.
 """
 
@@ -30,10 +30,10 @@ CONNECT_S = 10.0
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its pictures (files of the page's own), and as much of the answer as there is."""
+    """A question with its images (files of the page's own), and as much of the answer as there is."""
 
     question: str
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     answer: str | None = None
     failed: bool = False  # the answer is a sentence about what went wrong
 
@@ -51,32 +51,32 @@ class Settings:
 
 
 def conversation_of(turns: Sequence[Turn], template: Conversation, image_mode: str) -> tuple[Conversation, list[str]]:
-    """The turns in a template, and their pictures as base64, in the order of their marks.
+    """The turns in a template, and their images as base64, in the order of their marks.
 
     Failed turns are left out: they were no part of the conversation.
     """
     conversation = template.copy()
     kept = [turn for turn in turns[:-1] if not turn.failed and turn.answer] + list(turns[-1:])
-    pictures = [load_image(Path(path)) for turn in kept for path in turn.pictures]
-    if len(pictures) == 1 and kept[0].pictures:  # the template knows where a lone picture goes
+    images = [load_image(Path(path)) for turn in kept for path in turn.images]
+    if len(images) == 1 and kept[0].images:  # the template knows where a lone image goes
         question = kept[0].question
         text = question if "<image>" in question else f"{question}\n<image>"
-        conversation.append_message(conversation.roles[0], (text, pictures[0], image_mode))
+        conversation.append_message(conversation.roles[0], (text, images[0], image_mode))
         conversation.append_message(conversation.roles[1], None)
         rest = kept[1:]
         conversation.messages[-1][1] = kept[0].answer if rest else None
     else:
         rest = kept
     for turn in rest:
-        conversation.append_message(conversation.roles[0], marked(turn.question, len(turn.pictures), "<image>"))
+        conversation.append_message(conversation.roles[0], marked(turn.question, len(turn.images), "<image>"))
         conversation.append_message(conversation.roles[1], turn.answer)
     conversation.messages[-1][1] = None
-    return conversation, [conversation.process_image(picture, image_mode) for picture in pictures]
+    return conversation, [conversation.process_image(image, image_mode) for image in images]
 
 
 def body_of(turns: Sequence[Turn], settings: Settings, template: Conversation) -> dict[str, Any]:
     """The body that the original's page posts to a worker."""
-    conversation, pictures = conversation_of(turns, template, settings.image_mode)
+    conversation, images = conversation_of(turns, template, settings.image_mode)
     return {
         "model": settings.model,
         "prompt": conversation.get_prompt(),
@@ -84,7 +84,7 @@ def body_of(turns: Sequence[Turn], settings: Settings, template: Conversation) -
         "top_p": float(settings.top_p),
         "max_new_tokens": min(int(settings.max_new_tokens), MAX_NEW_TOKENS),
         "stop": web_stop_string(conversation),
-        "images": pictures,
+        "images": images,
     }
 
 
@@ -171,7 +171,7 @@ async def _pieces(response: httpx.Response, prompt: str) -> AsyncIterator[Piece]
 
 
 class ConversationLog:
-    """Conversations and votes as lines of JSON in `<day>-conv.json`, and pictures once each, as the original keeps them.
+    """Conversations and votes as lines of JSON in `<day>-conv.json`, and images once each, as the original keeps them.
 
     Without a folder nothing is written.
     """
@@ -186,15 +186,15 @@ class ConversationLog:
         conversation, _ = conversation_of(turns, template, settings.image_mode)
         conversation.messages[-1][1] = turns[-1].answer
         state = conversation.dict() | {"model_name": settings.model}
-        pictures = [self._keep(path) for turn in turns for path in turn.pictures]
+        images = [self._keep(path) for turn in turns for path in turn.images]
         now = datetime.datetime.now()
         row = {"tstamp": round(now.timestamp(), 4), "type": kind, "model": settings.model, "state": state}
-        line = json.dumps(row | {"images": pictures} | more, ensure_ascii=False)
+        line = json.dumps(row | {"images": images} | more, ensure_ascii=False)
         with self._lock, (self._folder / f"{now:%Y-%m-%d}-conv.json").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def _keep(self, path: str) -> str:
-        """The name of a picture by its content; the file is written once."""
+        """The name of an image by its content; the file is written once."""
         assert self._folder is not None
         data = Path(path).read_bytes()
         name = hashlib.md5(data, usedforsecurity=False).hexdigest()

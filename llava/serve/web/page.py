@@ -39,9 +39,9 @@ footer {display: none !important}
   #chat {height: 62vh !important}
 }
 """
-KEPT_S = (3600, 86_400)  # every hour, visitors' pictures that are a day old are deleted
+KEPT_S = (3600, 86_400)  # every hour, visitors' images that are a day old are deleted
 NOTHING_SEEN = "Nothing yet."
-INTRODUCTION = "Ask about pictures: drop or paste one or several into the box, write a question, press Enter."
+INTRODUCTION = "Ask about images: drop or paste one or several into the box, write a question, press Enter."
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
                     label="Conversation",
                     height="58vh",
                     editable="user",
-                    group_consecutive_messages=False,  # Gradio cannot edit a question that is grouped with its picture
+                    group_consecutive_messages=False,  # Gradio cannot edit a question that is grouped with its image
                     buttons=["copy"],
                     feedback_options=["Like", "Dislike", "Report"],
                     placeholder="Your conversation will be here.",
@@ -102,7 +102,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
                     file_types=["image"],
                     file_count="multiple",
                     sources=["upload"],
-                    placeholder="Ask, and add pictures",
+                    placeholder="Ask, and add images",
                     show_label=False,
                     autofocus=not embed,
                 )
@@ -124,7 +124,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
                     )
                     top_p = gr.Slider(0.05, 1.0, value=0.7, step=0.05, label="Top P")
                     max_new_tokens = gr.Slider(16, 1536, value=512, step=16, label="Max output tokens")
-                    image_mode = gr.Radio(IMAGE_MODES, value="Default", label="Pictures that are not square")
+                    image_mode = gr.Radio(IMAGE_MODES, value="Default", label="Images that are not square")
                     key = gr.Textbox(label="API key", type="password", info="only where the server wants one", value="")
                 with gr.Accordion("What the model saw", open=True, elem_id="inspect-panel"):
                     inspect = gr.Markdown(NOTHING_SEEN, elem_id="inspect")
@@ -135,7 +135,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
         async def ask(request: gr.Request, message: dict[str, Any], past: list[Turn], *values: Any) -> Any:
             text, files = (message["text"] or "").strip(), tuple(message["files"] or ())
             if not text and not files:
-                gr.Info("Write a question, or drop a picture.")
+                gr.Info("Write a question, or drop an image.")
                 yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
                 return
             async for state in _answer(page, [*past, Turn(text, files)], _settings(values), request):
@@ -231,7 +231,7 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """The conversation as Gradio shows it."""
     rows: list[dict[str, Any]] = []
     for turn in turns:
-        rows += [{"role": "user", "content": {"path": path}} for path in turn.pictures]
+        rows += [{"role": "user", "content": {"path": path}} for path in turn.images]
         if turn.question:
             rows.append({"role": "user", "content": _without_tags(turn.question)})
         if turn.answer is not None:
@@ -241,7 +241,7 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _without_tags(text: str) -> str:
-    """Markdown in which a < is a character and begins no tag: `<image>` would be taken for a picture. Code is left alone."""
+    """Markdown in which a < is a character and begins no tag: `<image>` would be taken for an image. Code is left alone."""
     parts = re.split(r"(```.*?(?:```|$)|`[^`\n]*`)", text, flags=re.DOTALL)
     return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
 
@@ -260,19 +260,19 @@ def _address(request: Any) -> str | None:
 
 
 def describe(cost: dict[str, Any]) -> str:
-    """What an answer cost, as a table of its pictures and a few lines."""
+    """What an answer cost, as a table of its images and a few lines."""
     usage, seen = cost["usage"], cost["inspect"]
     details = usage["prompt_tokens_details"]
     lines = []
     if seen["images"]:
-        lines = ["| picture | tiles | tokens |", "| --- | --- | ---: |"]
+        lines = ["| image | tiles | tokens |", "| --- | --- | ---: |"]
         for image in seen["images"]:
             grid = f"1 + {image['grid'][0]} × {image['grid'][1]}" if image["grid"] else str(image["tiles"])
             lines.append(f"| {image['width']} × {image['height']} | {grid} | {image['tokens']} |")
         lines.append("")
     first, total = seen["first_token_s"], seen["total_s"]
     read = (
-        f"{usage['prompt_tokens']} tokens read: {details['text_tokens']} of text, {details['image_tokens']} of pictures"
+        f"{usage['prompt_tokens']} tokens read: {details['text_tokens']} of text, {details['image_tokens']} of images"
     )
     lines.append(f"- {read}; {details['cached_tokens']} were in the cache")
     lines.append(f"- {usage['completion_tokens']} tokens written in {total:.2f} s")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ScienceQA: answers, and accuracy with and without pictures.
+# ScienceQA: answers, and accuracy with and without images.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ANSWERS=$DATA/scienceqa/answers
 

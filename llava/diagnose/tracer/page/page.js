@@ -19,26 +19,26 @@ $("verdict").textContent = trace.verdict.text;
 $("verdict").classList.toggle("bad", trace.verdict.failed);
 
 // Pictures: each drawn on a canvas that also holds the padding around it.
-const pictures = trace.pictures.map((picture, index) => {
-  const all = picture.boxes.filter(Boolean).concat([[0, 0, picture.width, picture.height]]);
+const images = trace.images.map((image, index) => {
+  const all = image.boxes.filter(Boolean).concat([[0, 0, image.width, image.height]]);
   const left = Math.min(...all.map((box) => box[0])), top = Math.min(...all.map((box) => box[1]));
   const right = Math.max(...all.map((box) => box[2])), bottom = Math.max(...all.map((box) => box[3]));
   const scale = 720 / Math.max(right - left, bottom - top);
-  const figure = make("figure", "picture"), canvas = make("canvas");
+  const figure = make("figure", "image"), canvas = make("canvas");
   canvas.width = Math.round((right - left) * scale);
   canvas.height = Math.round((bottom - top) * scale);
-  const name = trace.pictures.length > 1 ? `picture ${index + 1}: ` : "";
-  figure.append(canvas, make("figcaption", "", name + picture.caption));
-  $("pictures").append(figure);
-  const image = new Image();
-  const shown = { ...picture, canvas, image, left, top, scale };
-  image.onload = draw;
-  image.src = picture.source;
+  const name = trace.images.length > 1 ? `image ${index + 1}: ` : "";
+  figure.append(canvas, make("figcaption", "", name + image.caption));
+  $("images").append(figure);
+  const bitmap = new Image();
+  const shown = { ...image, canvas, bitmap, left, top, scale };
+  bitmap.onload = draw;
+  bitmap.src = image.source;
   canvas.addEventListener("pointermove", (event) => pointAt(shown, event));
   return shown;
 });
-$("look").hidden = !pictures.length;
-if (!pictures.length) document.querySelector("main").style.gridTemplateColumns = "minmax(0, 1fr)";
+$("look").hidden = !images.length;
+if (!images.length) document.querySelector("main").style.gridTemplateColumns = "minmax(0, 1fr)";
 
 function option(select, value, text) {
   const entry = make("option", "", text);
@@ -47,7 +47,7 @@ function option(select, value, text) {
 }
 views.forEach((view, index) => option($("view"), index, view.name));
 option($("view"), "tiles", "tiles");
-const tiled = pictures.some((picture) => picture.tiles.length > 1);
+const tiled = images.some((image) => image.tiles.length > 1);
 $("part-label").hidden = !tiled;
 ["all", "overview", "tiles"].forEach((name) => option($("part"), name, name));
 const currentView = () => views[$("view").value];
@@ -73,34 +73,34 @@ function shares() {
 
 function draw() {
   const values = shares(), part = $("part").value;
-  for (const picture of pictures) {
-    const { canvas, image, left, top, scale } = picture, pen = canvas.getContext("2d");
+  for (const image of images) {
+    const { canvas, bitmap, left, top, scale } = image, pen = canvas.getContext("2d");
     const place = ([x0, y0, x1, y1]) => [(x0 - left) * scale, (y0 - top) * scale, (x1 - x0) * scale, (y1 - y0) * scale];
     pen.clearRect(0, 0, canvas.width, canvas.height);
     pen.fillStyle = "#8886";
     pen.fillRect(0, 0, canvas.width, canvas.height);
-    if (!image.complete) continue;
-    pen.drawImage(image, ...place([0, 0, picture.width, picture.height]));
-    const wanted = (index) => part === "all" || (part === "overview") === (index < picture.overview);
+    if (!bitmap.complete) continue;
+    pen.drawImage(bitmap, ...place([0, 0, image.width, image.height]));
+    const wanted = (index) => part === "all" || (part === "overview") === (index < image.overview);
     if (values) {
       pen.fillStyle = "#0b1220a8";
       pen.fillRect(0, 0, canvas.width, canvas.height);
-      picture.boxes.forEach((box, index) => {
+      image.boxes.forEach((box, index) => {
         if (!box || !wanted(index)) return;
-        const heat = values[picture.first + index] / 255;
+        const heat = values[image.first + index] / 255;
         pen.save();
         pen.beginPath();
         pen.rect(...place(box));
         pen.clip();
         pen.globalAlpha = Math.pow(heat, 0.7) * (tiled && part === "all" ? 0.7 : 1);
-        pen.drawImage(image, ...place([0, 0, picture.width, picture.height]));
+        pen.drawImage(bitmap, ...place([0, 0, image.width, image.height]));
         pen.fillStyle = "hsl(24 100% 50% / 0.28)";
         pen.fillRect(...place(box));
         pen.restore();
       });
     }
-    if ($("grid").checked) outline(pen, picture.boxes.filter((box, index) => box && wanted(index)).map(place), "#ffffffb0", 1);
-    if ($("view").value === "tiles" || $("grid").checked) outline(pen, picture.tiles.map(place), "#e8541a", 3);
+    if ($("grid").checked) outline(pen, image.boxes.filter((box, index) => box && wanted(index)).map(place), "#ffffffb0", 1);
+    if ($("view").value === "tiles" || $("grid").checked) outline(pen, image.tiles.map(place), "#e8541a", 3);
   }
 }
 
@@ -110,16 +110,16 @@ function outline(pen, boxes, colour, width) {
   for (const box of boxes) pen.strokeRect(...box);
 }
 
-function pointAt(picture, event) {
-  const area = picture.canvas.getBoundingClientRect();
-  const x = (event.clientX - area.left) / area.width * picture.canvas.width / picture.scale + picture.left;
-  const y = (event.clientY - area.top) / area.height * picture.canvas.height / picture.scale + picture.top;
-  const hits = picture.boxes.map((box, index) => [box, index])
+function pointAt(image, event) {
+  const area = image.canvas.getBoundingClientRect();
+  const x = (event.clientX - area.left) / area.width * image.canvas.width / image.scale + image.left;
+  const y = (event.clientY - area.top) / area.height * image.canvas.height / image.scale + image.top;
+  const hits = image.boxes.map((box, index) => [box, index])
     .filter(([box]) => box && x >= box[0] && x < box[2] && y >= box[1] && y < box[3]).map(([, index]) => index);
   if (!hits.length) return;
   const index = hits[hits.length - 1], values = shares();
-  const heat = values ? `, ${Math.round(values[picture.first + index] / 2.55)} % of the largest share` : "";
-  $("caption").textContent = `feature ${index + 1} of ${picture.boxes.length}, position ${picture.position + index} of the sequence${heat}`;
+  const heat = values ? `, ${Math.round(values[image.first + index] / 2.55)} % of the largest share` : "";
+  $("caption").textContent = `feature ${index + 1} of ${image.boxes.length}, position ${image.position + index} of the sequence${heat}`;
 }
 
 // Tokens
@@ -143,7 +143,7 @@ function choose(index) {
   chosen = index;
   chips[index].classList.add("on");
   const token = trace.tokens[index], view = currentView();
-  const share = view && token.share !== undefined && view.key === "attention" ? `, ${percent(token.share)} of its attention is on pictures` : "";
+  const share = view && token.share !== undefined && view.key === "attention" ? `, ${percent(token.share)} of its attention is on images` : "";
   $("caption").textContent = (view ? `${view.caption} ${JSON.stringify(token.text)}${share}.` : token.title);
   draw();
 }

@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/ from traces of the embedded model: `python scripts/docs/pictures.py`.
+"""Draw the images of docs/ from traces of the embedded model: `python scripts/docs/images.py`.
 
-In: images/ and the embedded model. Out: docs/pictures/*.png: what each word of an answer looked at, how a wide picture is cut
+In: images/ and the embedded model. Out: docs/images/*.png: what each word of an answer looked at, how a wide image is cut
 into tiles and patches, and, where Chromium is installed, the page of `llava trace --html`.
 """
 
@@ -20,12 +20,12 @@ from llava.diagnose.tracer.generation import Answered, trace_question
 from llava.diagnose.tracer.html import page_of_answer
 from llava.images.layout import ImagePolicy, feature_boxes, plan, tile_areas
 from llava.model.builder import load
-from llava.session import Picture
+from llava.session import LoadedImage
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = ROOT / "docs/pictures"
+TARGET = ROOT / "docs/images"
 SIDE, GAP, LABEL = 200, 12, 26
-PLAIN_WORDS = ("The", "the", "a", "at", "on", "and", "is", "with", "large", "picture", "shows")
+PLAIN_WORDS = ("The", "the", "a", "at", "on", "and", "is", "with", "large", "image", "shows")
 BROWSER_FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --window-size=1280,860"
@@ -35,7 +35,9 @@ BROWSER_FLAGS = (
 def main() -> None:
     TARGET.mkdir(exist_ok=True)
     loaded = load(embedded_model_path(), device="cpu")
-    answered = trace_question(loaded, [Picture.open(str(ROOT / "images/demo.jpg"))], "What do you see in this picture?")
+    answered = trace_question(
+        loaded, [LoadedImage.open(str(ROOT / "images/demo.jpg"))], "What do you see in this picture?"
+    )
     views = look(answered)
     assert views is not None
     words_and_places(answered, views).save(TARGET / "looked-at.png", optimize=True)
@@ -44,7 +46,7 @@ def main() -> None:
 
 
 def words_and_places(answered: Answered, views: Views) -> Image.Image:
-    """The picture once for every word of the answer, lit where the gradient says that it mattered."""
+    """The image once for every word of the answer, lit where the gradient says that it mattered."""
     assert answered.answer is not None
     assert views.relevance is not None
     tokenizer = answered.loaded.tokenizer
@@ -52,7 +54,7 @@ def words_and_places(answered: Answered, views: Views) -> Image.Image:
     shown = [index for index, word in enumerate(words) if word.isalpha() and word not in PLAIN_WORDS][:8]
     policy, layout = answered.loaded.model.image_policy(), answered.record.layouts[0]
     boxes = feature_boxes(layout, policy)
-    picture = answered.pictures[0].image.resize((SIDE, SIDE))
+    image = answered.images[0].image.resize((SIDE, SIDE))
     scale = SIDE / layout.size.width
     cols = 4
     rows = -(-len(shown) // cols)
@@ -60,34 +62,34 @@ def words_and_places(answered: Answered, views: Views) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for number, index in enumerate(shown):
         left, top = GAP + number % cols * (SIDE + GAP), GAP + number // cols * (SIDE + LABEL + GAP)
-        sheet.paste(lit(picture, boxes, views.relevance[index], scale), (left, top + LABEL))
+        sheet.paste(lit(image, boxes, views.relevance[index], scale), (left, top + LABEL))
         pen.text((left, top), words[index], fill="black", font_size=18)
     return sheet
 
 
-def lit(picture: Image.Image, boxes: Any, shares: Any, scale: float) -> Image.Image:
-    dark = ImageEnhance.Brightness(picture).enhance(0.35)
-    mask = Image.new("L", picture.size, 0)
+def lit(image: Image.Image, boxes: Any, shares: Any, scale: float) -> Image.Image:
+    dark = ImageEnhance.Brightness(image).enhance(0.35)
+    mask = Image.new("L", image.size, 0)
     pen = ImageDraw.Draw(mask)
     for box, share in zip(boxes, (shares / shares.max()).tolist(), strict=True):
         if box is not None:
             pen.rectangle([side * scale for side in box], fill=int(255 * share**0.7))
-    return Image.composite(picture, dark, mask)
+    return Image.composite(image, dark, mask)
 
 
 def tiles(file: Path) -> Image.Image:
-    """A wide picture on the canvas that "anyres" picks for a 336-pixel tower: its tiles, their patches, the padding."""
-    picture = Image.open(file).convert("RGB")
+    """A wide image on the canvas that "anyres" picks for a 336-pixel tower: its tiles, their patches, the padding."""
+    image = Image.open(file).convert("RGB")
     pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     policy = ImagePolicy("anyres", tile_size=336, patch_size=14, pinpoints=pinpoints, merge="spatial_unpad")
-    layout = plan(picture.size, policy)
+    layout = plan(image.size, policy)
     areas, boxes = tile_areas(layout, policy)[1:], feature_boxes(layout, policy)[policy.features_per_tile :]
     left, top = min(area.left for area in areas), min(area.top for area in areas)
     right, bottom = max(area.right for area in areas), max(area.bottom for area in areas)
     scale = 560 / (right - left)
     sheet = Image.new("RGB", (round((right - left) * scale), round((bottom - top) * scale)), (210, 210, 210))
     sheet.paste(
-        picture.resize((round(picture.width * scale), round(picture.height * scale))),
+        image.resize((round(image.width * scale), round(image.height * scale))),
         (round(-left * scale), round(-top * scale)),
     )
     pen = ImageDraw.Draw(sheet)
@@ -112,8 +114,8 @@ def screenshot(page: str, target: Path) -> None:
         file.write_text(page, encoding="utf-8")
         flags = [*BROWSER_FLAGS.split(), f"--user-data-dir={scratch}/profile", f"--screenshot={target}"]
         subprocess.run([browser, *flags, f"file://{file}"], check=True, capture_output=True, timeout=90)
-    picture = Image.open(target).convert("RGB")
-    picture.quantize(128).save(target, optimize=True)
+    image = Image.open(target).convert("RGB")
+    image.quantize(128).save(target, optimize=True)
 
 
 if __name__ == "__main__":
