@@ -232,7 +232,7 @@ def test_the_parser_takes_words_and_flags_in_any_order(capsys: pytest.CaptureFix
 
 def test_an_interrupt_while_starting_is_quiet() -> None:
     code = (
-        "import sys\nfrom llava.serve import chat\n"
+        "import sys\nfrom llava.cli import chat\n"
         f"def stop(args): raise KeyboardInterrupt\nchat.load_model = stop\nsys.exit(chat.main(['-m', {CHECKPOINT!r}, 'hi']))"
     )
     done = run_python("-c", code)

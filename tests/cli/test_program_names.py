@@ -174,5 +174,5 @@ def test_in_a_process_of_its_own(program: str, flags: list[str], words: str) -> 
 
 def test_a_program_of_someone_else_that_calls_ours(tmp_path: Path) -> None:
     """Its own name would be a riddle: the flags are ours."""
-    (tmp_path / "study.py").write_text("from llava.serve import bench\nbench.main(['--nonsense'])\n", encoding="utf-8")
+    (tmp_path / "study.py").write_text("from llava.cli import bench\nbench.main(['--nonsense'])\n", encoding="utf-8")
     assert run_python("study.py", cwd=tmp_path).stderr.startswith("llava bench: error: unknown flag")

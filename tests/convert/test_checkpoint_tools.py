@@ -175,7 +175,7 @@ def test_the_projector_alone(model: str, tmp_path: Path) -> None:
 
 
 def test_the_script(tmp_path: Path) -> None:
-    script = str(HERE.parents[1] / "scripts" / "scripts/extract_mm_projector.py")
+    script = str(HERE.parents[1] / "scripts" / "extract_mm_projector.py")
     done = run_python(script, "--model-path", V16, "--output", str(tmp_path / "p.bin"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"wrote {tmp_path / 'p.bin'}: 5 tensors")

@@ -223,5 +223,5 @@ def test_a_wrong_call_is_one_sentence(words: list[str], sentence: str, capsys: p
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from llava.diagnose import doctor, trace_program; sys.exit('torch' in sys.modules)"
+    code = "import sys; from llava.diagnose import doctor, trace; sys.exit('torch' in sys.modules)"
     assert run_python("-c", code).returncode == 0

@@ -87,7 +87,7 @@ def test_shares_lose_nothing(count: int) -> None:
 
 KILLED = """\
 import os, signal, sys
-from llava.eval import answer_log
+from llava.eval.harness import answer_log
 from llava.eval.harness.main import main
 
 write, written = answer_log.PartWriter.write, []

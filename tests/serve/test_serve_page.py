@@ -59,10 +59,10 @@ def test_several_images_and_turns(image_file: str) -> None:
     assert conversation.get_prompt().endswith("ASSISTANT: Two.</s>USER: <image>\nNow? ASSISTANT:")
 
 
-def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, image: str) -> None:
-    turns, template = [Turn("One?", (image,), "Two.")], get_template("v1")
+def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, image_file: str) -> None:
+    turns, template = [Turn("One?", (image_file,), "Two.")], get_template("v1")
     ConversationLog(None).write("chat", turns, Settings("m"), template)
-    assert list(tmp_path.iterdir()) == [Path(image)]
+    assert list(tmp_path.iterdir()) == [Path(image_file)]
     log = ConversationLog(tmp_path)
     for kind in ("chat", "upvote"):
         log.write(kind, turns, Settings("m"), template, ip="127.0.0.1")
@@ -75,7 +75,7 @@ def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, image:
 
 
 def test_an_answer_breaks_off_when_the_page_lets_go(
-    tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Stop does: the stream is closed, and the worker computes no more. The model ends only after many slow steps."""
     from tiny import build
@@ -97,7 +97,7 @@ def test_an_answer_breaks_off_when_the_page_lets_go(
         servers = Servers(address)
         assert await servers.models() == ["endless-llava-v1"]
         pieces = []
-        stream = servers.answer([Turn("Go on.", (image,))], Settings("endless-llava-v1", 0.0, 1.0, 1500))
+        stream = servers.answer([Turn("Go on.", (image_file,))], Settings("endless-llava-v1", 0.0, 1.0, 1500))
         async for piece in stream:
             assert not piece.failed, piece
             pieces.append(piece.answer)

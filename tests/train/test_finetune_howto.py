@@ -82,7 +82,7 @@ def test_the_commands_teach_the_model(
     assert len(validation) == 6
     assert validation[-1] < 0.3 < validation[0]
 
-    plot = [sys.executable, str(ROOT / "scripts" / "scripts/plot_loss.py"), "outputs/logos-lora", "--out", "loss.svg"]
+    plot = [sys.executable, str(ROOT / "scripts" / "plot_loss.py"), "outputs/logos-lora", "--out", "loss.svg"]
     subprocess.run(plot, check=True)
     drawn, shown = (file.read_text() for file in (tmp_path / "loss.svg", ROOT / "docs" / "finetune-loss.svg"))
     for mark in ("<circle", "<polyline", "<text"):
@@ -99,7 +99,7 @@ def test_the_excerpts_are_parts_of_the_files() -> None:
 
 
 def test_the_sample_set_is_drawn_by_its_program(tmp_path: Path) -> None:
-    program = [sys.executable, str(ROOT / "scripts" / "tiny" / "scripts/tiny/draw_logos.py"), "--out", str(tmp_path)]
+    program = [sys.executable, str(ROOT / "scripts" / "tiny" / "draw_logos.py"), "--out", str(tmp_path)]
     subprocess.run(program, check=True, capture_output=True)
     for name in ("train.json", "test.json"):
         rows = json.loads((LOGOS / name).read_text())
@@ -115,7 +115,7 @@ def test_a_plot_needs_losses(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
     plot = [
         sys.executable,
-        str(ROOT / "scripts" / "scripts/plot_loss.py"),
+        str(ROOT / "scripts" / "plot_loss.py"),
         str(tmp_path),
         "--out",
         str(tmp_path / "x.svg"),

@@ -147,7 +147,7 @@ def test_a_trained_adapter_loads_and_merges(flags: dict[str, Any], model: str, t
 
 def test_the_recorded_merge(tmp_path: Path) -> None:
     """The script as users call it, against what the original's wrote."""
-    command = [sys.executable, str(ROOT / "scripts" / "scripts/merge_lora_weights.py")]
+    command = [sys.executable, str(ROOT / "scripts" / "merge_lora_weights.py")]
     command += ["--model-path", "checkpoints/llava-v1.5-tiny-lora", "--model-base", BASE]
     done = subprocess.run(
         [*command, "--save-model-path", str(tmp_path / "merged"), "--dtype", "fp16"],
