@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, answer_end, get_template
-from llava.engine.hf_engine import Answer, AnswerStream, PromptSize, Sampling, check_marks, stream_answer
+from llava.engine.hf_engine import Answer, AnswerStream, Sampling, stream_answer
+from llava.engine.request import PromptSize, check_image_tokens
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS, ImageLimits, load_image
 
@@ -150,9 +151,9 @@ class Session:
     @cached_property
     def _engine(self) -> Engine | None:
         """One for the whole conversation, made at its first question; None where it cannot run the model."""
-        from llava.engine.engine import Engine, EngineConfig, obstacle
+        from llava.engine.engine import Engine, EngineConfig, unsupported_reason
 
-        reason = obstacle(self._loaded.model)
+        reason = unsupported_reason(self._loaded.model)
         if reason is not None:
             logger.info("answering by model.generate: %s", reason)
             return None
@@ -231,7 +232,7 @@ def check_question(question: str, num_images: int) -> bool:
     """Whether a question says where its images go; then it must do so for each of them."""
     num_marks = question.count(DEFAULT_IMAGE_TOKEN)
     if num_marks:
-        check_marks(num_marks, num_images)
+        check_image_tokens(num_marks, num_images)
     return num_marks > 0
 
 

@@ -294,13 +294,13 @@ def odd_output(loaded: LoadedModel) -> Item:
             "llava/text/detokenizer.py:stream_decoder",
             "llava/conversation.py:answer_end",
             "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal",
-            "llava/text/detokenizer.py:AnswerReader",
+            "llava/text/detokenizer.py:IncrementalDetokenizer",
         ),
     )
     from llava.conversation import answer_end, get_template
     from llava.engine.hf_engine import Sampling
     from llava.session import Session
-    from llava.text.detokenizer import AnswerReader
+    from llava.text.detokenizer import IncrementalDetokenizer
 
     tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
     vocabulary = tokenizer.get_vocab()
@@ -318,7 +318,7 @@ def odd_output(loaded: LoadedModel) -> Item:
     embeds, _ = spliced(loaded, inputs)
     holds = embeds.shape[1] == inputs.num_tokens and conversation.get_prompt().count("<image>") == 1
     item.check("3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none of them a mark")
-    reader = AnswerReader(tokenizer, [end])
+    reader = IncrementalDetokenizer(tokenizer, [end])
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()
     item.check("4 stop text", reader.stopped and end not in text, f"after {end!r} nothing is shown: {text.strip()!r}")

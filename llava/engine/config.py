@@ -1,4 +1,4 @@
-"""How an engine is set up. One dataclass, checked when it is made; no torch.
+"""How an engine is set up, and what it raises beside `InputError`. No torch.
 
 Numbers left at None are chosen when the engine is built, from the device and its free memory.
 """
@@ -47,3 +47,23 @@ class EngineConfig:
             raise InputError(f"weights is {self.weights!r}; known: {', '.join(WEIGHTS)}")
         if not 0 <= self.speculation <= 32:
             raise InputError(f"speculation is {self.speculation}; give 0 (none) to 32 tokens")
+
+
+class EngineError(RuntimeError):
+    """The engine could not finish a request; the message says what happened."""
+
+
+class QueueFull(EngineError):
+    """So many requests wait that no more is taken; a server answers 429, a program waits and asks again."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed before the request was finished, or before it was handed in."""
+
+
+class Cancelled(EngineError):
+    """A request without a partial answer to return was aborted."""
+
+
+class UnsupportedModelError(InputError):
+    """The engine has no arithmetic for this model; `model.generate` has."""

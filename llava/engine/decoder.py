@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llava.engine.errors import UnsupportedModelError
+from llava.engine.config import UnsupportedModelError
 from llava.engine.kernels.base import AttentionPlan, Kernels, Weight
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
@@ -74,7 +74,7 @@ class Decoder:
     """A language model over a paged cache. `caches` are keys and values (B, b, K, d) of each layer."""
 
     def __init__(self, model: Any, kernels: Kernels, *, weights: str | None = None, max_positions: int) -> None:
-        reason = obstacle(model)
+        reason = unsupported_reason(model)
         if reason is not None:
             raise UnsupportedModelError(reason)
         read = READERS[language_model_type(model.config.to_dict())]
@@ -149,7 +149,7 @@ class Decoder:
         return kernels.add_layer_norm_(update, residual, norm.weight, norm.bias, norm.eps)
 
 
-def obstacle(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Why the engine cannot run this model, as a sentence; None where it can."""
     kind = language_model_type(model.config.to_dict())
     if kind not in READERS:

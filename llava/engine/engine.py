@@ -19,13 +19,11 @@ from typing import Any, overload
 import torch
 
 from llava.conversation import Conversation, answer_end
-from llava.engine.config import EngineConfig
-from llava.engine.decoder import Decoder, obstacle
-from llava.engine.encoder_cache import FeatureCache
-from llava.engine.errors import EngineClosed, EngineError, QueueFull, UnsupportedModelError
+from llava.engine.config import EngineClosed, EngineConfig, EngineError, QueueFull, UnsupportedModelError
+from llava.engine.decoder import Decoder, unsupported_reason
+from llava.engine.encoder_cache import EncoderCache
 from llava.engine.grammar import GrammarMaker
 from llava.engine.handle import RequestHandle
-from llava.engine.hf_engine import PromptSize
 from llava.engine.job import AnswerJob, Job, ScoreJob
 from llava.engine.kernels import pick_kernels
 from llava.engine.kv_cache import BlockPool
@@ -33,7 +31,7 @@ from llava.engine.loop import Loop
 from llava.engine.memory import num_blocks_for
 from llava.engine.ngram import guess
 from llava.engine.prompt import PromptBuilder
-from llava.engine.request import Request, Result, SamplingParams, Score, ScoreRequest
+from llava.engine.request import PromptSize, Request, Result, SamplingParams, Score, ScoreRequest
 from llava.engine.runner import Runner
 from llava.engine.sampler import Choice, Sampler
 from llava.engine.scheduler import Scheduler
@@ -44,7 +42,7 @@ from llava.images.gpu_preprocess import DeviceTiler
 from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
-from llava.text.detokenizer import AnswerReader
+from llava.text.detokenizer import IncrementalDetokenizer
 
 __all__ = [
     "Engine",
@@ -54,7 +52,7 @@ __all__ = [
     "EngineStats",
     "QueueFull",
     "UnsupportedModelError",
-    "obstacle",
+    "unsupported_reason",
 ]
 
 
@@ -107,7 +105,7 @@ class Engine:
         self._limit = min(self.context_len, num_blocks * block_size)
         vocab_size = decoder.embedding.shape[0]
         self._pool = BlockPool(num_blocks, caching=config.prefix_cache)
-        self._features = FeatureCache(config.feature_cache_bytes)
+        self._features = EncoderCache(config.feature_cache_bytes)
         tiler = _tiler(processor, decoder.device) if on_gpu else None
         runner = Runner(
             model,
@@ -239,7 +237,7 @@ class Engine:
         handle = self._handle(request.request_id, prompt, params.max_new_tokens, make_handle)
         ends, stop = self._ends_of(request)
         readers = [
-            AnswerReader(
+            IncrementalDetokenizer(
                 self.tokenizer, stop, end_ids=ends, min_tokens=params.min_new_tokens,
                 keep_space=params.json_schema is not None or params.regex is not None,
             )

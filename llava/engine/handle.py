@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from llava.engine.hf_engine import PromptSize
-from llava.engine.request import Chunk
+from llava.engine.request import Chunk, PromptSize
 
 
 class Wakeups:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.engine.request import PromptSize, check_image_tokens
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
-from llava.text.detokenizer import AnswerReader
+from llava.text.detokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,51 +60,14 @@ class Sampling:
         }
 
 
-class PromptTooLongError(InputError):
-    """A prompt leaves no room for even one new token."""
-
-
-@dataclass(frozen=True)
-class PromptSize:
-    """How many positions of the context a prompt takes."""
-
-    num_text_tokens: int
-    num_image_tokens: int
-
-    @property
-    def total(self) -> int:
-        return self.num_text_tokens + self.num_image_tokens
-
-    def room(self, context_len: int, wanted: int) -> int:
-        """How many of `wanted` new tokens fit after the prompt; an error when not even one does."""
-        if self.total >= context_len:
-            raise PromptTooLongError(
-                f"the prompt is too long: {self.num_text_tokens} text tokens and {self.num_image_tokens} image tokens "
-                f"make {self.total}, and the model's context holds {context_len} with at least one new token; "
-                "shorten the question, start a new conversation or give fewer images"
-            )
-        return min(wanted, context_len - self.total)
-
-
 def measure_prompt(
     input_ids: Sequence[int], image_sizes: Sequence[Sequence[int]], policy: ImagePolicy | None
 ) -> PromptSize:
     """Count a prompt's positions before anything is computed, and its image marks against its images."""
     num_marks = sum(1 for token in input_ids if token == IMAGE_TOKEN_INDEX)
-    check_marks(num_marks, len(image_sizes))
+    check_image_tokens(num_marks, len(image_sizes))
     num_image_tokens = sum(plan(size, policy).num_features for size in image_sizes) if policy else 0
     return PromptSize(len(input_ids) - num_marks, num_image_tokens)
-
-
-def check_marks(num_marks: int, num_images: int) -> None:
-    """As many `<image>` marks as images, or one sentence with both numbers."""
-    if num_marks != num_images:
-        marks = f"{num_marks} <image> mark{'s' * (num_marks != 1)}"
-        images = f"{num_images} image{'s' * (num_images != 1)}"
-        remedy = (
-            "give as many images as marks" if num_marks > num_images else "give a mark for each image, or none at all"
-        )
-        raise InputError(f"the prompt has {marks} for {images}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +119,7 @@ class AnswerStream:
         self._started = time.perf_counter()
         self._first_token_s: float | None = None
         self._answer: Answer | None = None
-        self._reader = AnswerReader(tokenizer, stop)
+        self._reader = IncrementalDetokenizer(tokenizer, stop)
         arguments = sampling.generate_arguments()
         self._num_prompt = 0
         if hasattr(model, "image_policy"):

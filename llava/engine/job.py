@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
 
-from llava.engine.errors import Cancelled
+from llava.engine.config import Cancelled
 from llava.engine.handle import RequestHandle
 from llava.engine.request import (
     Chunk,
@@ -23,7 +23,7 @@ from llava.engine.request import (
     Usage,
 )
 from llava.engine.sequence import Prompt, Sequence
-from llava.text.detokenizer import AnswerReader
+from llava.text.detokenizer import IncrementalDetokenizer
 
 
 class Job(ABC):
@@ -67,7 +67,7 @@ class Job(ABC):
 class Partial:
     """A completion that is being written."""
 
-    def __init__(self, reader: AnswerReader) -> None:
+    def __init__(self, reader: IncrementalDetokenizer) -> None:
         self.reader = reader
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -81,7 +81,7 @@ class AnswerJob(Job):
         self,
         handle: RequestHandle,
         prompt: Prompt,
-        readers: Items[AnswerReader],
+        readers: Items[IncrementalDetokenizer],
         *,
         streamed: bool,
     ) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llava.engine.errors import EngineClosed, EngineError, QueueFull
+from llava.engine.config import EngineClosed, EngineError, QueueFull
 from llava.engine.handle import Wakeups
 from llava.engine.job import Job, ScoreJob
 from llava.engine.runner import Launched, Outcome, Runner

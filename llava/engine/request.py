@@ -89,6 +89,43 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise InputError(f"{name} is {value!r}; allowed is {allowed}")
 
 
+class PromptTooLongError(InputError):
+    """A prompt leaves no room for even one new token."""
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """How many positions of the context a prompt takes."""
+
+    num_text_tokens: int
+    num_image_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.num_text_tokens + self.num_image_tokens
+
+    def room(self, context_len: int, wanted: int) -> int:
+        """How many of `wanted` new tokens fit after the prompt; an error when not even one does."""
+        if self.total >= context_len:
+            raise PromptTooLongError(
+                f"the prompt is too long: {self.num_text_tokens} text tokens and {self.num_image_tokens} image tokens "
+                f"make {self.total}, and the model's context holds {context_len} with at least one new token; "
+                "shorten the question, start a new conversation or give fewer images"
+            )
+        return min(wanted, context_len - self.total)
+
+
+def check_image_tokens(num_marks: int, num_images: int) -> None:
+    """As many `<image>` marks as images, or one sentence with both numbers."""
+    if num_marks != num_images:
+        marks = f"{num_marks} <image> mark{'s' * (num_marks != 1)}"
+        images = f"{num_images} image{'s' * (num_images != 1)}"
+        remedy = (
+            "give as many images as marks" if num_marks > num_images else "give a mark for each image, or none at all"
+        )
+        raise InputError(f"the prompt has {marks} for {images}; {remedy}")
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt and how to answer it.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.decoder import Decoder
-from llava.engine.encoder_cache import FeatureCache
+from llava.engine.encoder_cache import EncoderCache
 from llava.engine.input_batch import StepArrays, sent
 from llava.engine.prompt import PromptImage
 from llava.engine.request import TokenLogprob
@@ -74,7 +74,7 @@ class Runner:
         model: Any,
         decoder: Decoder,
         sampler: Sampler,
-        features: FeatureCache,
+        features: EncoderCache,
         *,
         block_size: int,
         max_running: int,

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine.hf_engine import PromptTooLongError
+from llava.engine.request import PromptTooLongError
 from llava.serve.http.errors import as_api_error
 from llava.serve.http.limits import decode_images
 from llava.serve.http.streams import Stream, read_json, while_connected

@@ -14,7 +14,7 @@ from llava.text.piece_decoder import REPLACEMENT, PieceDecoder
 CONTEXT = 12  # tokens that are decoded again with each new one, at most; few are needed, and moving on costs a decoding
 
 
-class AnswerReader:
+class IncrementalDetokenizer:
     """Token ids in, text out. Blank space around the answer is left out, unless `keep_space`.
 
     The answer ends with a stop string or one of `end_ids` (left out: the tokenizer's end token), but not within its first

@@ -22,11 +22,12 @@ from PIL import Image
 
 from llava.cli.chat import build_parser, split_words
 from llava.conversation import get_template
-from llava.engine.hf_engine import PromptSize, Sampling, measure_prompt, stream_answer
+from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
+from llava.engine.request import PromptSize
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS
 from llava.session import LoadedImage, Session
-from llava.text.detokenizer import AnswerReader, overlap, stream_decoder
+from llava.text.detokenizer import IncrementalDetokenizer, overlap, stream_decoder
 from llava.text.tokenization import load_tokenizer, tokenizer_image_token
 
 SHORT = ["-m", CHECKPOINT, "--max-new-tokens", "8"]
@@ -68,8 +69,8 @@ class SpelledOut:
         return 2 if text == self.special else 1
 
 
-def read(pieces: list[str], stop: list[str]) -> tuple[list[str], AnswerReader]:
-    reader = AnswerReader(SpelledOut(pieces), stop)
+def read(pieces: list[str], stop: list[str]) -> tuple[list[str], IncrementalDetokenizer]:
+    reader = IncrementalDetokenizer(SpelledOut(pieces), stop)
     shown = []
     for token in range(3, 3 + len(pieces)):
         shown.append(reader.read([token]))
@@ -101,7 +102,7 @@ def test_text_shows_as_soon_as_it_is_certain() -> None:
 
 
 def test_a_stop_string_that_is_one_special_token_ends_by_its_id() -> None:
-    reader = AnswerReader(SpelledOut(["a", "b"], special="<|end|>"), ["<|end|>"])
+    reader = IncrementalDetokenizer(SpelledOut(["a", "b"], special="<|end|>"), ["<|end|>"])
     assert (reader.read([3]), reader.stopped) == ("a", False)
     assert (reader.read([2]), reader.stopped) == ("", True)
 

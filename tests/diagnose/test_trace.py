@@ -208,7 +208,7 @@ def traces_left(model: Any) -> tuple[int, set[str]]:
 
 def test_hooks_and_wrappers_are_taken_away(embedded: LoadedModel) -> None:
     import llava.processor as processor
-    from llava.engine.hf_engine import PromptSize
+    from llava.engine.request import PromptSize
 
     functions = processor.encode_spans, processor.process_images, processor.plan, PromptSize.room
     before = traces_left(embedded.model)

@@ -14,7 +14,7 @@ from engine_kit import greedy, loaded, mixed_requests, random_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.engine.encoder_cache import FeatureCache
+from llava.engine.encoder_cache import EncoderCache
 from llava.engine.engine import Engine, EngineConfig
 from llava.engine.job import AnswerJob
 from llava.engine.kv_cache import BlockPool, block_hash
@@ -259,7 +259,7 @@ def test_a_block_s_hash_is_that_of_all_before_it_and_of_its_images() -> None:
 
 
 def test_features_are_bounded_in_bytes_and_the_oldest_go_first() -> None:
-    cache = FeatureCache(100)
+    cache = EncoderCache(100)
     for name in (b"a", b"b"):
         cache.put(name, torch.zeros(10))
     assert cache.get(b"a") is not None

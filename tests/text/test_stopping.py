@@ -93,12 +93,12 @@ def test_generate_takes_it(mini):
 
 def test_an_end_mark_that_only_the_vocabulary_calls_special_ends_an_answer():
     """MPT's `<|im_end|>` is special in tokenizer.json and not among all_special_ids; decoding hides it all the same."""
-    from llava.engine.hf_engine import AnswerReader
+    from llava.engine.hf_engine import IncrementalDetokenizer
 
     tokenizer = load_tokenizer(golden("checkpoints/llava-tiny-mpt"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end not in tokenizer.all_special_ids
     word = tokenizer("yellow").input_ids
-    reader = AnswerReader(tokenizer, ["<|im_end|>"])
+    reader = IncrementalDetokenizer(tokenizer, ["<|im_end|>"])
     assert reader.read([*word, end, *word]) + reader.finish() == "yellow"
     assert reader.stopped

@@ -89,7 +89,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "context-short": Cause(
         "images and prompt take the whole context, or nearly",
-        ("llava/engine/hf_engine.py:PromptSize.room", "llava/model/tokenizer_setup.py:context_len"),
+        ("llava/engine/request.py:PromptSize.room", "llava/model/tokenizer_setup.py:context_len"),
     ),
     "context-positions": Cause(
         "the length limit is beyond the positions that the language model has",
@@ -131,7 +131,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "end-token": Cause(
         "generation does not stop at the token that ends an answer",
-        ("llava/model/tokenizer_setup.py:read_generation_config", "llava/text/detokenizer.py:AnswerReader"),
+        ("llava/model/tokenizer_setup.py:read_generation_config", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
     "pad-token": Cause(
         "the padding token is an ordinary one: the attention mask hides text",
@@ -139,7 +139,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "special-token": Cause(
         "an end mark or marker token is not special: it stays in the output",
-        ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:AnswerReader"),
+        ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
     "template-mismatch": Cause("the template does not fit the model: its end mark is no token here", _TEMPLATE),
@@ -230,7 +230,7 @@ CAUSES: dict[str, Cause] = {
         "an image adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
     ),
     "server-special-token": Cause(
-        "special tokens are left in the answers", ("llava/text/detokenizer.py:AnswerReader",)
+        "special tokens are left in the answers", ("llava/text/detokenizer.py:IncrementalDetokenizer",)
     ),
     "server-stream": Cause("streamed answers differ from whole ones", ("llava/text/detokenizer.py:stream_decoder",)),
 }

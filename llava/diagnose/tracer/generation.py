@@ -17,7 +17,8 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Conversation, answer_end, get_template
 from llava.diagnose.tracer.hooks import Trace, watching, wrap
 from llava.diagnose.tracer.record import Observation, figures, told
-from llava.engine.hf_engine import Answer, PromptSize, Sampling
+from llava.engine.hf_engine import Answer, Sampling
+from llava.engine.request import PromptSize
 from llava.images.layout import ImageLayout, ImagePolicy
 from llava.model.builder import LoadedModel
 from llava.session import LoadedImage, Session

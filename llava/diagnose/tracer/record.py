@@ -49,9 +49,7 @@ POINTS: dict[str, Point] = {
     "batch": Point(
         "batch", "llava/train/data.py:DataCollatorForSupervisedDataset", "padding that is trained, cut answers"
     ),
-    "limit": Point(
-        "room for new tokens", "llava/engine/hf_engine.py:PromptSize.room", "a prompt that fills the context"
-    ),
+    "limit": Point("room for new tokens", "llava/engine/request.py:PromptSize.room", "a prompt that fills the context"),
     "tower": Point(
         "vision tower",
         "llava/model/multimodal_encoder/clip_encoder.py:CLIPVisionTower.forward_feature",
@@ -77,7 +75,7 @@ POINTS: dict[str, Point] = {
         "first new tokens", "llava/model/llava_arch.py:generate", "flat or certain from the start: weights or template"
     ),
     "text": Point(
-        "text", "llava/text/detokenizer.py:AnswerReader", "special tokens left over, an end that never comes"
+        "text", "llava/text/detokenizer.py:IncrementalDetokenizer", "special tokens left over, an end that never comes"
     ),
     "loss": Point(
         "loss by token", "llava/train/llava_trainer.py:LLaVATrainer.compute_loss", "NaN: no trained token, or overflow"

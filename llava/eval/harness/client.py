@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, answer_end, get_template
-from llava.engine.hf_engine import PromptSize, Sampling, stream_answer
+from llava.engine.hf_engine import Sampling, stream_answer
+from llava.engine.request import PromptSize
 from llava.errors import InputError
 from llava.eval.types import Item
 from llava.images.io import load_image
@@ -218,9 +219,9 @@ def mark_of(loaded: LoadedModel) -> str:
 
 def _engine_of(loaded: LoadedModel) -> Any:
     """The engine around a model, or None where it cannot run this one."""
-    from llava.engine.engine import Engine, obstacle
+    from llava.engine.engine import Engine, unsupported_reason
 
-    return Engine.from_loaded(loaded) if obstacle(loaded.model) is None else None
+    return Engine.from_loaded(loaded) if unsupported_reason(loaded.model) is None else None
 
 
 def _hand_over(waiting: dict[Future[str | Failure], int], done: Done) -> None:

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llava.engine.config import EngineError, QueueFull
 from llava.engine.engine import Engine, EngineStats
-from llava.engine.errors import EngineError, QueueFull
 from llava.engine.request import Chunk, Request, Result, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError

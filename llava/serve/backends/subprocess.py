@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llava.engine.errors import EngineClosed
+from llava.engine.config import EngineClosed
 from llava.engine.handle import PendingAnswer, Wakeups
 from llava.engine.request import Chunk, Request
 from llava.serve.backends.base import BackendError

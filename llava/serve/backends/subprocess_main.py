@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava.engine.config import EngineError, QueueFull
 from llava.engine.engine import Engine, EngineStats
-from llava.engine.errors import EngineError, QueueFull
 from llava.engine.handle import RequestHandle
 from llava.engine.request import Chunk, Request
 from llava.errors import InputError

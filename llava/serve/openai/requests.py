@@ -13,8 +13,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
-from llava.engine.hf_engine import check_marks
-from llava.engine.request import SamplingParams
+from llava.engine.request import SamplingParams, check_image_tokens
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.openai.schema import (
@@ -87,7 +86,7 @@ def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
     if images and len(prompts) > 1:
         raise InputError("images go with a single prompt; send a request for each prompt that has images")
     for prompt in prompts:
-        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
+        check_image_tokens(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
     sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
     return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), images, sampling)
 

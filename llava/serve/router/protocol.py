@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine.hf_engine import check_marks
-from llava.engine.request import SamplingParams
+from llava.engine.request import SamplingParams, check_image_tokens
 from llava.errors import InputError
 
 # Error codes of a chunk. With any but OK the text is a sentence for the user and nothing follows.
@@ -75,7 +74,7 @@ class GenerateBody:
         images = body.get("images") or []
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise InputError("'images' must be a list of images in base64")
-        check_marks(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
+        check_image_tokens(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
         num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, int)
         temperature = _number(body, "temperature", 1.0, float)
         stop = body.get("stop") or ""
