@@ -37,7 +37,7 @@ from llava.engine.hf_engine import Sampling
 from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import Asker, Failure, ask
 from llava.eval.tasks.task import WORD_SUFFIX
-from llava.eval.types import Item
+from llava.eval.types import Question
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import LoadedModel, load
 from llava.model.checkpoints.hf_layout import published_name
@@ -68,7 +68,7 @@ def random_weights(size: str) -> Setting:
     return Setting(f"random weights of LLaVA-1.5-{size}'s shapes", in_memory(size), 2, True)
 
 
-def make_items(count: int, folder: Path, *, drawn: bool) -> list[Item]:
+def make_items(count: int, folder: Path, *, drawn: bool) -> list[Question]:
     """Questions, three about each image: the suite's drawings, or noise of a photograph's size."""
     chance = random.Random(0)
     drawings = sorted(IMAGES.glob("*.png"))
@@ -84,7 +84,7 @@ def make_items(count: int, folder: Path, *, drawn: bool) -> list[Item]:
                 image = Image.frombytes("RGB", (64, 48), chance.randbytes(64 * 48 * 3)).resize((640, 480))
             image.save(file)
         question = f"Is there a {chance.choice(COLOURS)} {chance.choice(SHAPES)} in the image?\n{WORD_SUFFIX}"
-        items.append(Item(number, question, (file,)))
+        items.append(Question(number, question, (file,)))
     return items
 
 
@@ -105,7 +105,7 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def run_ours(setting: Setting, items: Sequence[Item], folder: Path) -> tuple[Timing, list[str]]:
+def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple[Timing, list[str]]:
     """The runner's way: the engine, and every answer on disk."""
     sampling = Sampling()
     texts = [""] * len(items)
@@ -148,14 +148,14 @@ def stock_model(loaded: LoadedModel) -> Any:
     return stock
 
 
-def run_stock(setting: Setting, items: Sequence[Item]) -> tuple[Timing, list[str]]:
+def run_stock(setting: Setting, items: Sequence[Question]) -> tuple[Timing, list[str]]:
     """The original's loop: for each question its own prefill of image and text, then a token at a time."""
     loaded = setting.loaded
     stock = stock_model(loaded)
     tokenizer, device, dtype = loaded.tokenizer, loaded.model.device, loaded.model.dtype
     num_features = loaded.model.get_vision_tower().num_patches
 
-    def prepare(item: Item) -> tuple[list[int], Any]:
+    def prepare(item: Question) -> tuple[list[int], Any]:
         ids = tokenizer_image_token(ask("v1", item.prompt, 1, "<image>").get_prompt(), tokenizer)
         spread = [token for one in ids for token in ([IMAGE_TOKEN] * num_features if one == -200 else [one])]
         image = Image.open(item.images[0]).convert("RGB")

@@ -19,7 +19,7 @@ from llava.errors import InputError
 
 
 @dataclass
-class Fault:
+class FaultCount:
     """One kind of fault: what it means, how often it was met, and where first."""
 
     meaning: str
@@ -31,10 +31,10 @@ class Fault:
 class Faults:
     """Counts faults by kind. `kinds` keeps the order in which they were met."""
 
-    kinds: dict[str, Fault] = field(default_factory=dict)
+    kinds: dict[str, FaultCount] = field(default_factory=dict)
 
     def add(self, kind: str, meaning: str, where: str) -> None:
-        known = self.kinds.setdefault(kind, Fault(meaning, 0, where))
+        known = self.kinds.setdefault(kind, FaultCount(meaning, 0, where))
         known.count += 1
 
     def sentences(self) -> list[str]:

@@ -16,7 +16,7 @@ from llava.eval.files import need, read_json_lines
 from llava.eval.harness.answer_log import answer_id, cut_half_line, whole_lines
 from llava.eval.harness.judge import Judge
 from llava.eval.review_program import add_judge_flags
-from llava.eval.types import Item
+from llava.eval.types import Question
 
 SYSTEM = "You are a helpful assistant."
 
@@ -45,7 +45,7 @@ def run(args: Namespace) -> None:
                 continue
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
             answer = judge.reply(messages, max_tokens=args.max_tokens, temperature=0.2)
-            identity = answer_id(Item(name, text), answer, args.judge_model)
+            identity = answer_id(Question(name, text), answer, args.judge_model)
             line = {"answer_id": identity, "question_id": name, "text": answer, "model_id": args.judge_model}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
             out.flush()

@@ -15,7 +15,7 @@ from typing import Any
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import need, read_json_lines
-from llava.eval.harness.judge import KEY_VARIABLE, Case, Judge, comparison, comparison_case, read_rules, review
+from llava.eval.harness.judge import KEY_VARIABLE, Judge, JudgeRequest, comparison, comparison_case, read_rules, review
 
 OPENAI = "https://api.openai.com/v1"
 
@@ -59,7 +59,7 @@ def run_review(
     for name, rows in zip(args.answer_list, answers, strict=True):
         if len(rows) != len(questions):
             raise InputError(f"{name!r} has {len(rows)} answers for {len(questions)} questions; they go by order")
-    cases: list[Case] = []
+    cases: list[JudgeRequest] = []
     for number, (question, first, second) in enumerate(zip(questions, *answers, strict=True), start=1):
         name = need(question, "question_id", f"question {number}")
         for file, row in zip(args.answer_list, (first, second), strict=True):

@@ -1,6 +1,6 @@
 """What evaluation is about, as values: a question, an answer given to it, and the scores of many.
 
-In and out: nothing is read or computed here, and nothing heavy imported. Readers (tasks/) make `Item`s,
+In and out: nothing is read or computed here, and nothing heavy imported. Readers (tasks/) make `Question`s,
 eval/tasks/answers.py pairs them with answers, metrics/ and tasks/ turn pairs into `Scores`, eval/harness/runner.py
 asks a model, eval/harness/report.py shows.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ItemId = str | int
+QuestionId = str | int
 
 
-class Key(NamedTuple):
+class QuestionKey(NamedTuple):
     """What tells the questions of a task apart. Some benchmarks use an id for several; then the prompt tells, or the round."""
 
     id: str
@@ -24,10 +24,10 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """One question of a benchmark."""
 
-    id: ItemId
+    id: QuestionId
     prompt: str  # put to the model; with `<image>` marks only where images do not simply come first
     images: tuple[Path | bytes, ...] = ()  # files, or their content where the benchmark's file holds it
     category: str = ""
@@ -43,10 +43,10 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredQuestion:
     """A question with the text that answers it; None when there is no answer, which always counts as wrong."""
 
-    item: Item
+    item: Question
     text: str | None
 
 

@@ -19,8 +19,8 @@ from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
 from llava.eval.harness.answer_log import answer_row
 from llava.eval.harness.client import Asker, Failure, ModelChoice, missing_images
-from llava.eval.harness.progress import Progress
-from llava.eval.types import Item
+from llava.eval.harness.progress import ProgressBar
+from llava.eval.types import Question
 
 T = TypeVar("T")
 FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
@@ -73,7 +73,7 @@ def get_chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
     return split_list(items, num_chunks)[index]
 
 
-def answer_file(args: Namespace, items: Sequence[Item], *, max_new_tokens: int) -> None:
+def answer_file(args: Namespace, items: Sequence[Question], *, max_new_tokens: int) -> None:
     """Answer the questions of a chunk into the answers file."""
     from llava.cli.find_model import find_model
 
@@ -86,7 +86,7 @@ def answer_file(args: Namespace, items: Sequence[Item], *, max_new_tokens: int) 
     model_id = get_model_name_from_path(path)
     file = Path(args.answers_file).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
-    bar = Progress(file.name, len(items))
+    bar = ProgressBar(file.name, len(items))
     failures: dict[int, str] = {}
     with file.open("w", encoding="utf-8") as out:
         lines = _InOrder(out)

@@ -10,7 +10,7 @@ import eval_kit as kit
 import pytest
 
 from llava.errors import InputError
-from llava.eval.harness.scoring import Report, read_items, score_file
+from llava.eval.harness.scoring import TaskReport, read_items, score_file
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 
@@ -20,11 +20,11 @@ def data(tmp_path: Path) -> Path:
     return kit.write_all(tmp_path / "data")
 
 
-def scored(task: str, path: Path, data: Path) -> Report:
+def scored(task: str, path: Path, data: Path) -> TaskReport:
     return score_file(TASKS[task], path, data)
 
 
-def kinds(report: Report) -> dict[str, int]:
+def kinds(report: TaskReport) -> dict[str, int]:
     return {kind: fault.count for kind, fault in report.faults.kinds.items()}
 
 

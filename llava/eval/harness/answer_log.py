@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava.eval.tasks.answers import keys_of
-from llava.eval.types import Item, Key
+from llava.eval.types import Question, QuestionKey
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _ID_LENGTH = 22
 _NAMESPACE = uuid.UUID("6c6c6176-6120-6576-616c-75617469006e")
 
 
-def answer_row(item: Item, text: str, model_id: str) -> dict[str, Any]:
+def answer_row(item: Question, text: str, model_id: str) -> dict[str, Any]:
     """An answer as the original writes it, with rounds and options where the task has them."""
     row: dict[str, Any] = {"question_id": item.id}
     if "option_char" in item.extra:
@@ -31,7 +31,7 @@ def answer_row(item: Item, text: str, model_id: str) -> dict[str, Any]:
     return row | {"answer_id": answer_id(item, text, model_id), "model_id": model_id, "metadata": {}}
 
 
-def answer_id(item: Item, text: str, model_id: str) -> str:
+def answer_id(item: Question, text: str, model_id: str) -> str:
     """22 letters and digits as the original's, but the same for the same answer, so that runs can be compared as files."""
     number = uuid.uuid5(_NAMESPACE, f"{model_id}\0{item.id}\0{item.round}\0{item.row_prompt}\0{text}").int
     letters = []
@@ -41,16 +41,16 @@ def answer_id(item: Item, text: str, model_id: str) -> str:
     return "".join(reversed(letters))
 
 
-def row_key(row: dict[str, Any], shared: frozenset[str]) -> Key:
+def row_key(row: dict[str, Any], shared: frozenset[str]) -> QuestionKey:
     """Which question a row answers; `shared` are the ids that several questions have."""
     name = str(row["question_id"])
-    return Key(name, row["prompt"] if name in shared else "", row.get("round_id", 0))
+    return QuestionKey(name, row["prompt"] if name in shared else "", row.get("round_id", 0))
 
 
 class AnswerLog:
     """The answers of one task in a folder: `answers.jsonl` when all are there, `parts/` until then."""
 
-    def __init__(self, folder: Path, items: Sequence[Item], model_id: str) -> None:
+    def __init__(self, folder: Path, items: Sequence[Question], model_id: str) -> None:
         self.folder = folder
         self._items = items
         self._keys = keys_of(items)
@@ -59,10 +59,10 @@ class AnswerLog:
         self.file = folder / "answers.jsonl"
         self._parts = folder / "parts"
 
-    def answered(self) -> dict[Key, dict[str, Any]]:
+    def answered(self) -> dict[QuestionKey, dict[str, Any]]:
         """The rows of all answers that are there, whoever wrote them."""
         known = set(self._keys)
-        found: dict[Key, dict[str, Any]] = {}
+        found: dict[QuestionKey, dict[str, Any]] = {}
         for file in [self.file, *sorted(self._parts.glob("*.jsonl"))]:
             for row in whole_lines(file):
                 key = row_key(row, self._shared)
@@ -70,7 +70,7 @@ class AnswerLog:
                     found.setdefault(key, row)
         return found
 
-    def missing(self) -> list[tuple[int, Item]]:
+    def missing(self) -> list[tuple[int, Question]]:
         """The questions without an answer, each with its number."""
         there = self.answered()
         return [(number, item) for number, item in enumerate(self._items) if self._keys[number] not in there]
@@ -99,7 +99,7 @@ class AnswerLog:
 class PartWriter:
     """Appends answers to one file, a line each, handed to the system at once."""
 
-    def __init__(self, file: Path, items: Sequence[Item], model_id: str) -> None:
+    def __init__(self, file: Path, items: Sequence[Question], model_id: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(file)
         self._items = items

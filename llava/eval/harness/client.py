@@ -23,7 +23,7 @@ from llava.conversation import Conversation, answer_end, get_template
 from llava.engine.hf_engine import Sampling, stream_answer
 from llava.engine.request import PromptSize
 from llava.errors import InputError
-from llava.eval.types import Item
+from llava.eval.types import Question
 from llava.images.io import load_image
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class Asker:
         if self._engine is not None:
             self._engine.close()
 
-    def conversation(self, item: Item) -> Conversation:
+    def conversation(self, item: Question) -> Conversation:
         """A question in the template's words, its images marked where it says so, else before it."""
         return ask(self.conv_mode, item.prompt, len(item.images), self._mark)
 
-    def ask(self, items: Sequence[tuple[int, Item]], done: Done, *, max_new_tokens: int) -> None:
+    def ask(self, items: Sequence[tuple[int, Question]], done: Done, *, max_new_tokens: int) -> None:
         """Answer numbered items and call `done` with each number and text, in this thread."""
         if self._engine is None:
             for number, item in items:
@@ -118,7 +118,7 @@ class Asker:
                 self._engine.close()
                 raise
 
-    def _num_prompts_kept(self, items: Sequence[tuple[int, Item]]) -> int:
+    def _num_prompts_kept(self, items: Sequence[tuple[int, Question]]) -> int:
         """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
         processor = self.loaded.processor
         if processor is None or self._engine is None:  # no images, nothing to share
@@ -134,14 +134,14 @@ class Asker:
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 
-    def _guarded(self, answer: Callable[[Item, int], str], item: Item, max_new_tokens: int) -> str | Failure:
+    def _guarded(self, answer: Callable[[Question, int], str], item: Question, max_new_tokens: int) -> str | Failure:
         """What is wrong with one question (a broken image, a prompt too long) must not end the others."""
         try:
             return answer(item, max_new_tokens)
         except InputError as error:
             return Failure(str(error))
 
-    def _request(self, item: Item, max_new_tokens: int) -> str:
+    def _request(self, item: Question, max_new_tokens: int) -> str:
         from llava.engine.request import Request, SamplingParams
 
         assert self._engine is not None
@@ -153,7 +153,7 @@ class Asker:
         )
         return self._engine.generate(Request(self.conversation(item), self._images(item), params)).text
 
-    def _generate(self, item: Item, max_new_tokens: int) -> str:
+    def _generate(self, item: Question, max_new_tokens: int) -> str:
         """One by one by the model's own `generate`: for beam search, and for models that the engine cannot run."""
         import torch
 
@@ -180,11 +180,11 @@ class Asker:
         )
         return stream.answer.text
 
-    def _images(self, item: Item) -> list[Image.Image]:
+    def _images(self, item: Question) -> list[Image.Image]:
         return [self._image_cache.get(source) for source in item.images]
 
 
-def in_rounds(items: Sequence[tuple[int, Item]], width: int) -> list[tuple[int, Item]]:
+def in_rounds(items: Sequence[tuple[int, Question]], width: int) -> list[tuple[int, Question]]:
     """The same items, so that questions about one image follow each other at a distance of `width` images.
 
     Asked at the same time, each would compute the image's keys and values for itself; asked one after the other, the
@@ -230,7 +230,7 @@ def _hand_over(waiting: dict[Future[str | Failure], int], done: Done) -> None:
         done(waiting.pop(future), future.result())
 
 
-def item_seed(seed: int, item: Item) -> int:
+def item_seed(seed: int, item: Question) -> int:
     """A question's own seed: the same whichever shard asks it, and in whatever order."""
     text = f"{seed}\0{item.id}\0{item.round}\0{item.prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -262,7 +262,7 @@ class _ImageCache:
         return future.result()
 
 
-def missing_images(items: Iterable[Item]) -> list[Path]:
+def missing_images(items: Iterable[Question]) -> list[Path]:
     """Images that are not there, each once, in the order of the questions."""
     known: dict[Path, bool] = {}
     for item in items:

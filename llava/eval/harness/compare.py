@@ -24,7 +24,7 @@ NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TaskComparison:
     """Two runs on one task. Means are of the questions that both answered, in percent."""
 
     task: str
@@ -79,7 +79,7 @@ def run(args: Namespace) -> None:
                 print(f"  {sign} {name}")
 
 
-def compare_task(task: str, first: Path, second: Path) -> Comparison:
+def compare_task(task: str, first: Path, second: Path) -> TaskComparison:
     a, b = (_by_question(read_verdicts(folder, task)) for folder in (first, second))
     shared = [key for key in a if key in b and a[key]["score"] is not None and b[key]["score"] is not None]
     if not shared:
@@ -90,7 +90,7 @@ def compare_task(task: str, first: Path, second: Path) -> Comparison:
     binary = all(score in (0.0, 1.0) for pair in scores for score in pair)
     gained = [key for key, step in zip(shared, steps, strict=True) if step > 0]
     lost = [key for key, step in zip(shared, steps, strict=True) if step < 0]
-    return Comparison(
+    return TaskComparison(
         task,
         len(shared),
         len(a.keys() ^ b.keys()),

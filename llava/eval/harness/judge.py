@@ -23,7 +23,7 @@ from llava.eval.files import Faults, find_file, read_json_object
 from llava.eval.harness.answer_log import cut_half_line, whole_lines
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
 from llava.eval.tasks.judged import mmvet_name, summarise_grades, summarise_reviews
-from llava.eval.types import Answered, Scores
+from llava.eval.types import AnsweredQuestion, Scores
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULES = Path(__file__).resolve().parents[1] / "table" / "rule.json"
@@ -78,7 +78,7 @@ def prompt_hash(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
+class JudgeRequest:
     """One thing to judge: the row so far, what the judge is asked, and how its reply becomes fields of the row."""
 
     row: dict[str, Any]
@@ -88,7 +88,7 @@ class Case:
     temperature: float = 0.2
 
 
-def review(cases: Sequence[Case], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
+def review(cases: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
     """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
     there = whole_lines(file)
     known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
@@ -134,12 +134,12 @@ def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], c
     return "".join([*parts, f"[System]\n{rule['prompt']}\n\n"])
 
 
-def comparison_case(row: dict[str, Any], content: str, max_tokens: int = 1024) -> Case:
+def comparison_case(row: dict[str, Any], content: str, max_tokens: int = 1024) -> JudgeRequest:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-    return Case(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
+    return JudgeRequest(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
 
 
-def llava_bench_cases(answered: Sequence[Answered], faults: Faults) -> list[Case]:
+def llava_bench_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
     rules = read_rules()
     cases = []
     for number, one in enumerate(answered, start=1):
@@ -162,7 +162,7 @@ def llava_bench_cases(answered: Sequence[Answered], faults: Faults) -> list[Case
 # --- grades, as MM-Vet has them -------------------------------------------------------------------------------------
 
 
-def mmvet_cases(answered: Sequence[Answered], faults: Faults) -> list[Case]:
+def mmvet_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
     instructions = MMVET_PROMPT.read_text(encoding="utf-8")
     cases = []
     for one in answered:
@@ -175,7 +175,9 @@ def mmvet_cases(answered: Sequence[Answered], faults: Faults) -> list[Case]:
         content = instructions + "\n" + " | ".join([one.item.extra["question"], truth, one.text, ""])
         messages = [{"role": "user", "content": content}]
         row = {"question_id": mmvet_name(one.item.id)}
-        cases.append(Case(row, messages, lambda reply: {"grade": parse_grade(reply)}, max_tokens=3, temperature=0.0))
+        cases.append(
+            JudgeRequest(row, messages, lambda reply: {"grade": parse_grade(reply)}, max_tokens=3, temperature=0.0)
+        )
     return cases
 
 
@@ -191,7 +193,7 @@ def parse_grade(reply: str) -> float | None:
 
 
 def judge_answers(
-    kind: str, answered: Sequence[Answered], home: Path, judge: Judge | None, file: Path, faults: Faults
+    kind: str, answered: Sequence[AnsweredQuestion], home: Path, judge: Judge | None, file: Path, faults: Faults
 ) -> Scores:
     """Judge the answers of a task and score the verdicts; a question's verdict is its grade, or a tenth of its score."""
     if kind == "llava-bench":

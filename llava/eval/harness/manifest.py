@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llava.eval.types import Item
+from llava.eval.types import Question
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "tokenizers")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
@@ -41,7 +41,7 @@ def model_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def prompts_hash(items: Sequence[Item]) -> str:
+def prompts_hash(items: Sequence[Question]) -> str:
     """A hash of the questions as they are put, with the names of their images."""
     digest = hashlib.sha256()
     for item in items:

@@ -13,7 +13,7 @@ EVERY_S = 0.2
 EVERY_S_IN_A_FILE = 30.0
 
 
-class Progress:
+class ProgressBar:
     """`total` questions, of which `done` were answered before this run."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, quiet: bool = False) -> None:

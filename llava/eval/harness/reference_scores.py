@@ -34,7 +34,7 @@ _TABLE: Mapping[str, tuple[float | None, ...]] = {
 }
 
 
-def published(task: str) -> dict[str, float]:
+def reference_scores(task: str) -> dict[str, float]:
     """The figures of a task by model; none for tasks that the papers do not have."""
     row = _TABLE.get(task, ())
     return {model: value for model, value in zip(MODELS, row, strict=False) if value is not None}

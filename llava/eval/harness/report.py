@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.harness.charts import bars, radar
-from llava.eval.harness.reference_scores import SOURCES, published
+from llava.eval.harness.reference_scores import SOURCES, reference_scores
 from llava.eval.harness.results import read_results, read_verdicts
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
@@ -70,12 +70,12 @@ def about(manifest: Mapping[str, Any]) -> str:
 
 def summary(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
     """The headline figures beside published ones."""
-    has_published = any(published(task["task"]) for task in tasks)
+    has_published = any(reference_scores(task["task"]) for task in tasks)
     others = COMPARED if has_published else ()
     head = "".join(f"<th>LLaVA-{escape(name)}</th>" for name in others)
     rows = []
     for task in tasks:
-        headline, known = task["headline"], published(task["task"])
+        headline, known = task["headline"], reference_scores(task["task"])
         own = "see below" if headline["value"] is None else f"{headline['value']:.2f}"
         cells = "".join(f"<td>{known[name]:g}</td>" if name in known else "<td></td>" for name in others)
         what = escape(f"{headline['name']}, {headline['unit']}")
@@ -100,7 +100,7 @@ def overview(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
         )
     series: dict[str, list[float | None]] = {model: [_share(task, highest) for task in scored]}
     for name in COMPARED:
-        values = [published(task["task"]).get(name) for task in scored]
+        values = [reference_scores(task["task"]).get(name) for task in scored]
         if sum(value is not None for value in values) >= 3:
             pairs = zip(values, scored, strict=True)
             series[f"LLaVA-{name}"] = [

@@ -11,14 +11,14 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import read_json_lines, read_json_object, write_json, write_json_lines
-from llava.eval.harness.reference_scores import MODELS, SOURCES, published
-from llava.eval.harness.scoring import Report, shown
-from llava.eval.types import Answered
+from llava.eval.harness.reference_scores import MODELS, SOURCES, reference_scores
+from llava.eval.harness.scoring import TaskReport, shown
+from llava.eval.types import AnsweredQuestion
 
 RESULTS, MANIFEST, TABLE, VERDICTS = "results.json", "manifest.json", "results.md", "verdicts.jsonl"
 
 
-def write_results(folder: Path, reports: Sequence[Report], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def write_results(folder: Path, reports: Sequence[TaskReport], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json and results.md, and with every task its verdicts; give what results.json holds."""
     results = {"model": manifest["settings"]["model"]["name"], "tasks": [report.as_dict() for report in reports]}
     write_json(folder / RESULTS, results | {"manifest": dict(manifest)})
@@ -31,7 +31,7 @@ def write_results(folder: Path, reports: Sequence[Report], manifest: Mapping[str
     return results
 
 
-def verdict_row(one: Answered, score: float | None) -> dict[str, Any]:
+def verdict_row(one: AnsweredQuestion, score: float | None) -> dict[str, Any]:
     """A question with its answer and verdict, with all that a comparison or the gallery shows."""
     item = one.item
     images = [str(image.resolve()) if isinstance(image, Path) else None for image in item.images]
@@ -52,7 +52,7 @@ def markdown(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
     """Headline figures beside the published ones, then each task's categories."""
     lines = [f"| task | figure | {model} | {' | '.join(MODELS)} |", "|---|---|---:" + "|---:" * len(MODELS) + "|"]
     for task in tasks:
-        others = published(task["task"])
+        others = reference_scores(task["task"])
         headline = task["headline"]
         own = "see notes" if headline["value"] is None else f"{headline['value']:.2f}"
         cells = [task["title"], f"{headline['name']}, {headline['unit']}", own]

@@ -28,12 +28,12 @@ from llava.eval.harness.judge import Judge, judge_answers
 from llava.eval.harness.main import EXAMPLES, add_data_dir
 from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
 from llava.eval.harness.results import MANIFEST, TABLE, write_results
-from llava.eval.harness.runner import NOT_ASKED, AskSettings, Job, answer_jobs, num_shards
-from llava.eval.harness.scoring import Report, read_items, score_items, table
+from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jobs, num_shards
+from llava.eval.harness.scoring import TaskReport, read_items, score_items, table
 from llava.eval.review_program import add_judge_flags
 from llava.eval.tasks import find_tasks
 from llava.eval.tasks.task import Task
-from llava.eval.types import Item
+from llava.eval.types import Question
 from llava.model.checkpoints.hub import resolve_checkpoint
 
 
@@ -88,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """A task with its questions, before anything is asked."""
 
     task: Task
-    items: list[Item]
+    items: list[Question]
     folder: Path
     faults: Faults
     left_out: frozenset[int]  # questions whose image is missing
@@ -117,7 +117,7 @@ def run(args: Namespace) -> None:
         manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
         prepare_folder(out, plans, manifest, fresh=args.fresh)
         jobs = [
-            Job(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
+            TaskJob(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
             for p in plans
         ]
         outcome = answer_jobs(jobs, settings)
@@ -140,7 +140,7 @@ def run(args: Namespace) -> None:
     print(f"\nwritten: {page}, {out / TABLE}, {out / 'results.json'}")
 
 
-def plan(task: Task, args: Namespace, out: Path) -> Plan:
+def plan(task: Task, args: Namespace, out: Path) -> TaskPlan:
     """Read a task's questions, and see before a model is loaded that their images are there."""
     items = read_items(task, args.data_dir)[: args.limit]
     faults = Faults()
@@ -154,10 +154,10 @@ def plan(task: Task, args: Namespace, out: Path) -> Plan:
     left_out = frozenset(number for number, item in enumerate(items) if missing & set(item.images))
     for number in sorted(left_out):
         faults.add("questions without their image", "they are not asked and count as wrong", repr(items[number].id))
-    return Plan(task, items, out / task.name, faults, left_out)
+    return TaskPlan(task, items, out / task.name, faults, left_out)
 
 
-def run_settings(args: Namespace, plans: Sequence[Plan], choice: ModelChoice, name: str) -> dict[str, Any]:
+def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> dict[str, Any]:
     """What decides the answers."""
     return {
         "model": {
@@ -180,7 +180,7 @@ def run_settings(args: Namespace, plans: Sequence[Plan], choice: ModelChoice, na
     }
 
 
-def prepare_folder(out: Path, plans: Sequence[Plan], manifest: dict[str, Any], *, fresh: bool) -> None:
+def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: dict[str, Any], *, fresh: bool) -> None:
     """Go on with a run only if it is the same one; else say what differs."""
     file = out / MANIFEST
     if fresh:
@@ -206,13 +206,13 @@ def prepare_folder(out: Path, plans: Sequence[Plan], manifest: dict[str, Any], *
     write_json(file, manifest)
 
 
-def score_plan(p: Plan, data_dir: Path, judge: Judge | None) -> Report:
+def score_plan(p: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
     """Score a task's answers as if they had come from a file, which they have."""
     report = score_items(p.task, p.items, p.folder / "answers.jsonl", p.faults)
     if p.task.judge is not None and (judge is not None or (p.folder / "reviews.jsonl").is_file()):
         home = p.task.home(data_dir)
         scores = judge_answers(p.task.judge, report.answered, home, judge, p.folder / "reviews.jsonl", p.faults)
-        report = Report(p.task, scores, p.faults, report.answered)
+        report = TaskReport(p.task, scores, p.faults, report.answered)
     if p.task.write is not None:
         try:
             p.task.write(report.answered, p.task.home(data_dir), p.folder / "submission")

@@ -19,18 +19,18 @@ from llava.errors import InputError
 from llava.eval.files import Faults
 from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import Asker, Failure, ModelChoice
-from llava.eval.harness.progress import Progress
-from llava.eval.types import Item
+from llava.eval.harness.progress import ProgressBar
+from llava.eval.types import Question
 
 NOT_ASKED = "questions that could not be asked"
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskJob:
     """One task's questions, and where their answers go."""
 
     title: str
-    items: Sequence[Item]
+    items: Sequence[Question]
     folder: Path
     max_new_tokens: int
     left_out: frozenset[int] = frozenset()  # numbers of questions that are not to be asked
@@ -49,14 +49,14 @@ class AskSettings:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AskOutcome:
     """What could not be asked, for each job, and the template that was used; None if nothing had to be asked."""
 
     faults: list[Faults]
     template: str | None
 
 
-def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
+def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
     """Answer what is missing of every job."""
     logs = [AnswerLog(job.folder, job.items, settings.model_id) for job in jobs]
     missing = [
@@ -67,7 +67,7 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
     template = None
     if any(missing):
         bars = [
-            Progress(job.title, len(job.items), len(job.items) - len(found), quiet=settings.quiet)
+            ProgressBar(job.title, len(job.items), len(job.items) - len(found), quiet=settings.quiet)
             for job, found in zip(jobs, missing, strict=True)
         ]
         watcher = _Watcher(bars)
@@ -85,13 +85,13 @@ def answer_jobs(jobs: Sequence[Job], settings: AskSettings) -> Outcome:
             faults[place].add(NOT_ASKED, "they count as wrong", f"{name}: {reason}")
     for log in logs:
         log.merge()
-    return Outcome(faults, template)
+    return AskOutcome(faults, template)
 
 
 class _Watcher:
     """Counts answers and failures as they come, from this process or another."""
 
-    def __init__(self, bars: Sequence[Progress]) -> None:
+    def __init__(self, bars: Sequence[ProgressBar]) -> None:
         self._bars = bars
         self.failures: dict[tuple[int, int], str] = {}
         self._current: int | None = None
@@ -113,7 +113,9 @@ class _Watcher:
             self._current = None
 
 
-def _ask_all(asker: Asker, jobs: Sequence[Job], missing: Sequence[Any], model_id: str, part: str, seen: Any) -> None:
+def _ask_all(
+    asker: Asker, jobs: Sequence[TaskJob], missing: Sequence[Any], model_id: str, part: str, seen: Any
+) -> None:
     for place, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
         if not numbered:
             continue
@@ -132,13 +134,13 @@ def _ask_all(asker: Asker, jobs: Sequence[Job], missing: Sequence[Any], model_id
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def share(numbered: Sequence[tuple[int, Item]], index: int, count: int) -> list[tuple[int, Item]]:
+def share(numbered: Sequence[tuple[int, Question]], index: int, count: int) -> list[tuple[int, Question]]:
     """One of `count` parts of the questions, neighbours together since they are often about one image; none is lost."""
     start, stop = (len(numbered) * edge // count for edge in (index, index + 1))
     return list(numbered[start:stop])
 
 
-def _ask_in_shards(jobs: Sequence[Job], missing: Sequence[Any], settings: AskSettings, watcher: _Watcher) -> None:
+def _ask_in_shards(jobs: Sequence[TaskJob], missing: Sequence[Any], settings: AskSettings, watcher: _Watcher) -> None:
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
     workers = []
@@ -181,7 +183,7 @@ def _ask_in_shards(jobs: Sequence[Job], missing: Sequence[Any], settings: AskSet
         raise InputError(problem)
 
 
-def _shard(index: int, jobs: Sequence[Job], missing: Sequence[Any], settings: AskSettings, news: Any) -> None:
+def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Any], settings: AskSettings, news: Any) -> None:
     import torch
 
     try:

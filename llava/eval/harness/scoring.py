@@ -1,6 +1,6 @@
 """Score answers that are there already, with no model and no torch.
 
-In: a task, a file or folder of answers, the data folder. Out: a `Report` of one task: figures at full precision, what was
+In: a task, a file or folder of answers, the data folder. Out: a `TaskReport`: figures at full precision, what was
 wrong with the answers, and with each question its verdict. `llava eval` uses the same function after asking a model.
 """
 
@@ -15,17 +15,17 @@ from llava.errors import InputError
 from llava.eval.files import Faults
 from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.task import Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 
 @dataclass(frozen=True)
-class Report:
+class TaskReport:
     """A task's scores and the answers that they come from (none, where a result file was scored by itself)."""
 
     task: Task
     scores: Scores
     faults: Faults
-    answered: Sequence[Answered] = field(default_factory=list)
+    answered: Sequence[AnsweredQuestion] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         headline = {"name": self.task.headline, "value": self.scores.headline, "unit": self.task.unit}
@@ -40,7 +40,7 @@ class Report:
         }
 
 
-def score_file(task: Task, answers: Path, data_dir: Path) -> Report:
+def score_file(task: Task, answers: Path, data_dir: Path) -> TaskReport:
     """Score a file or folder of answers, in our form or in the benchmark's own."""
     if not answers.exists():
         raise InputError(f"there are no answers at {str(answers)!r}")
@@ -49,20 +49,20 @@ def score_file(task: Task, answers: Path, data_dir: Path) -> Report:
     if task.score_results is not None:
         scores = task.score_results(answers, home, faults)
         if scores is not None:
-            return Report(task, scores, faults)
+            return TaskReport(task, scores, faults)
     return score_items(task, read_items(task, data_dir), answers, faults)
 
 
-def score_items(task: Task, items: Sequence[Item], path: Path, faults: Faults) -> Report:
+def score_items(task: Task, items: Sequence[Question], path: Path, faults: Faults) -> TaskReport:
     """The same for questions that are read already."""
     answers = read_answers(path, faults)
     if task.fit_answers is not None:
         answers = task.fit_answers(answers, items)
     answered = pair(items, answers, faults, source=repr(str(path)))
-    return Report(task, task.score(answered), faults, answered)
+    return TaskReport(task, task.score(answered), faults, answered)
 
 
-def read_items(task: Task, data_dir: Path) -> list[Item]:
+def read_items(task: Task, data_dir: Path) -> list[Question]:
     """The task's questions, or one sentence about what is missing."""
     if not data_dir.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}; give the one with the benchmarks' folders in it")
@@ -72,7 +72,7 @@ def read_items(task: Task, data_dir: Path) -> list[Item]:
     return items
 
 
-def table(report: Report) -> str:
+def table(report: TaskReport) -> str:
     """A report as text for a terminal: the headline, the categories, and what to know about them."""
     scores = report.scores
     lines = [report.task.title]

@@ -15,14 +15,14 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json, read_json_lines, read_table, read_text
-from llava.eval.types import Answered, Item, Key
+from llava.eval.types import AnsweredQuestion, Question, QuestionKey
 
 TEXT_FIELDS = ("text", "answer", "response", "prediction", "pred_answer", "output")
 ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerRecord:
     """One line of an answers file. `id` is None where the format goes by the order of the questions alone."""
 
     id: Any
@@ -38,15 +38,16 @@ class Answer:
         return f"{self.file}, answer {self.number}"
 
 
-def keys_of(items: Sequence[Item]) -> list[Key]:
+def keys_of(items: Sequence[Question]) -> list[QuestionKey]:
     """A key for each item: the id alone where it is unique, with the prompt where several share it."""
     times: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
         times[str(item.id), item.round] += 1
     keys = [
-        Key(str(item.id), item.row_prompt if times[str(item.id), item.round] > 1 else "", item.round) for item in items
+        QuestionKey(str(item.id), item.row_prompt if times[str(item.id), item.round] > 1 else "", item.round)
+        for item in items
     ]
-    seen: set[Key] = set()
+    seen: set[QuestionKey] = set()
     for key, item in zip(keys, items, strict=True):
         if key in seen:
             raise InputError(
@@ -56,7 +57,7 @@ def keys_of(items: Sequence[Item]) -> list[Key]:
     return keys
 
 
-def read_answers(path: Path, faults: Faults) -> list[Answer]:
+def read_answers(path: Path, faults: Faults) -> list[AnswerRecord]:
     """Answers of a file, or of all files in a folder: JSON lines, a JSON list or object, or a table with predictions."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".xlsx", ".tsv", ".csv"))
@@ -82,7 +83,7 @@ def _rows(path: Path, faults: Faults) -> list[dict[str, Any]]:
     return read_json_lines(path, "answers file", faults=faults)
 
 
-def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iterable[Answer]:
+def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iterable[AnswerRecord]:
     for number, row in enumerate(rows, start=1):
         text = next((row[name] for name in TEXT_FIELDS if name in row), None)
         if not isinstance(text, str):
@@ -95,10 +96,14 @@ def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iter
         name = next((row[name] for name in ID_FIELDS if name in row), None)
         prompt = row.get("prompt", row.get("question"))
         prompt = prompt if isinstance(prompt, str) else None
-        yield Answer(name, text, prompt, int(row.get("round_id", 0)), str(row.get("category", "")), str(path), number)
+        yield AnswerRecord(
+            name, text, prompt, int(row.get("round_id", 0)), str(row.get("category", "")), str(path), number
+        )
 
 
-def pair(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, *, source: str) -> list[Answered]:
+def pair(
+    items: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, *, source: str
+) -> list[AnsweredQuestion]:
     """Every item with its answer's text."""
     keys = keys_of(items)
     if answers and all(answer.id is None for answer in answers):
@@ -108,7 +113,7 @@ def pair(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, *, so
     texts: list[str | None] = [None] * len(items)
     for answer in answers:
         name = str(answer.id)
-        key = Key(name, answer.prompt or "" if name in shared else "", answer.round)
+        key = QuestionKey(name, answer.prompt or "" if name in shared else "", answer.round)
         place = places.get(key)
         if place is None and name in shared:
             place = _place_by_question(items, name, answer)
@@ -129,7 +134,7 @@ def pair(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, *, so
     return _with_missing_counted(items, texts, faults)
 
 
-def _place_by_question(items: Sequence[Item], name: str, answer: Answer) -> int | None:
+def _place_by_question(items: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
     """Where ids are shared and prompts differ: the only question of that id whose text the answer's prompt holds."""
     fitting = [
         place
@@ -144,7 +149,9 @@ def _bare(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _pair_in_order(items: Sequence[Item], answers: Sequence[Answer], faults: Faults, source: str) -> list[Answered]:
+def _pair_in_order(
+    items: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, source: str
+) -> list[AnsweredQuestion]:
     """For formats without ids: line by line, with the questions compared where the answers repeat them."""
     if len(answers) > len(items):
         raise InputError(f"{source} has {len(answers)} answers without ids, for {len(items)} questions")
@@ -160,8 +167,10 @@ def _pair_in_order(items: Sequence[Item], answers: Sequence[Answer], faults: Fau
     return _with_missing_counted(items, texts, faults)
 
 
-def _with_missing_counted(items: Sequence[Item], texts: Sequence[str | None], faults: Faults) -> list[Answered]:
+def _with_missing_counted(
+    items: Sequence[Question], texts: Sequence[str | None], faults: Faults
+) -> list[AnsweredQuestion]:
     for item, text in zip(items, texts, strict=True):
         if text is None:
             faults.add("missing answers", "they count as wrong", repr(item.id))
-    return [Answered(item, text) for item, text in zip(items, texts, strict=True)]
+    return [AnsweredQuestion(item, text) for item, text in zip(items, texts, strict=True)]

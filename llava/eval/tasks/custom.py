@@ -19,7 +19,7 @@ from llava.eval.metrics.vqa import anls, exact_accuracy, soft_accuracy
 from llava.eval.metrics.yes_no import pope_answer
 from llava.eval.tasks.short import accuracy
 from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 KEYS = {"name", "title", "file", "images", "metric", "suffix", "max_new_tokens"}
 
@@ -93,7 +93,7 @@ def task_from_file(path: Path) -> Task:
     return custom_task(name, folder / str(file), images=folder / str(images), **values)
 
 
-def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item]:
+def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Question]:
     """The questions of a file of rows."""
     path = find_file(folder, (file,), "file of the task's rows")
     items = []
@@ -108,7 +108,7 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         prompt = f"{question}{lines}" + (f"\n{suffix}" if suffix else "")
         items.append(
-            Item(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in names),
+            Question(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in names),
                  str(row.get("category", "")), [str(answer) for answer in answers], options,
                  extra={"question": question})
         )  # fmt: skip
@@ -117,7 +117,7 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Item
     return items
 
 
-def _score(answered: Sequence[Answered], *, metric: str) -> Scores:
+def _score(answered: Sequence[AnsweredQuestion], *, metric: str) -> Scores:
     judge: Any = METRICS[metric]
     verdicts = [
         0.0 if one.text is None else float(judge(one.text, one.item.answer, one.item.options)) for one in answered

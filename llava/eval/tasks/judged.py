@@ -26,14 +26,14 @@ from llava.eval.files import (
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, relative_scores
 from llava.eval.tasks.short import questions
 from llava.eval.tasks.task import Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 ASK_A_JUDGE = (
     "these answers need a judge: give --judge-url and --judge-model, or a file of reviews in place of the answers"
 )
 
 
-def unjudged(answered: Sequence[Answered]) -> Scores:
+def unjudged(answered: Sequence[AnsweredQuestion]) -> Scores:
     given = sum(one.text is not None for one in answered)
     return Scores({"answers": given}, {}, [None] * len(answered), notes=(ASK_A_JUDGE,))
 
@@ -41,14 +41,14 @@ def unjudged(answered: Sequence[Answered]) -> Scores:
 # --- LLaVA-Bench ----------------------------------------------------------------------------------------------------
 
 
-def read_llava_bench(folder: Path) -> list[Item]:
+def read_llava_bench(folder: Path) -> list[Question]:
     items = questions(find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions"), folder / "images")
     contexts = find_optional(folder, ("context.jsonl",))
     references = find_optional(folder, ("answers_gpt4.jsonl",))
     captions = {row["image"]: row["caption"] for row in read_json_lines(contexts)} if contexts else {}
     texts = {str(row["question_id"]): row["text"] for row in read_json_lines(references)} if references else {}
     return [
-        Item(item.id, item.prompt, item.images, item.category, texts.get(str(item.id)),
+        Question(item.id, item.prompt, item.images, item.category, texts.get(str(item.id)),
              extra={**item.extra, "question": item.prompt, "caption": captions.get(item.extra.get("image"))})
         for item in items
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def summarise_reviews(rows: Sequence[Mapping[str, Any]], faults: Faults) -> Scor
 # --- MM-Vet ---------------------------------------------------------------------------------------------------------
 
 
-def read_mmvet(folder: Path) -> list[Item]:
+def read_mmvet(folder: Path) -> list[Question]:
     data = find_optional(folder, ("mm-vet.json", "mm-vet/mm-vet.json"))
     truths = read_json_object(data) if data else {}
     file = find_optional(folder, ("llava-mm-vet.jsonl",))
@@ -98,14 +98,14 @@ def read_mmvet(folder: Path) -> list[Item]:
         raise InputError(f"MM-Vet is missing: neither llava-mm-vet.jsonl nor mm-vet.json in {str(folder)!r}")
     images = find_optional(folder, ("images", "mm-vet/images")) or folder / "images"
     if file is None:
-        asked = [Item(name, row["question"], (images / row["imagename"],)) for name, row in truths.items()]
+        asked = [Question(name, row["question"], (images / row["imagename"],)) for name, row in truths.items()]
     else:
         asked = questions(file, images)
     found = []
     for item in asked:
         row = truths.get(mmvet_name(item.id), {})
         extra = {**item.extra, "question": row.get("question", item.prompt), "capability": row.get("capability", [])}
-        found.append(Item(item.id, item.prompt, item.images, "", row.get("answer"), extra=extra))
+        found.append(Question(item.id, item.prompt, item.images, "", row.get("answer"), extra=extra))
     return found
 
 
@@ -114,7 +114,7 @@ def mmvet_name(question_id: Any) -> str:
     return str(question_id) if str(question_id).startswith("v1_") else f"v1_{question_id}"
 
 
-def write_mmvet(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write_mmvet(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     file = folder / "mm-vet.json"
     write_json(file, {mmvet_name(one.item.id): one.text or "" for one in answered})
     return file

@@ -19,7 +19,7 @@ from llava.eval.files import find_file, read_table
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 from llava.eval.xlsx import write_xlsx
 
 FILES = {
@@ -32,7 +32,7 @@ CIRCULAR_STEP = 1_000_000
 LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
-def read(folder: Path, *, lang: str, circular: bool) -> list[Item]:
+def read(folder: Path, *, lang: str, circular: bool) -> list[Question]:
     rows = read_table(
         find_file(folder, FILES[lang], "MMBench's table"), "MMBench's table", needed=("index", "question", "image")
     )
@@ -45,7 +45,7 @@ def table_items(
     suffix: str | None,
     all_rounds: bool,
     whole: Sequence[Mapping[str, str]] | None = None,
-) -> list[Item]:
+) -> list[Question]:
     """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone.
 
     Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's image.
@@ -65,7 +65,7 @@ def table_items(
             )
             answer = row.get("answer", "")
             items.append(
-                Item(
+                Question(
                     _number(row["index"]),
                     shown if suffix is None else f"{shown}\n{suffix}",
                     (image,),
@@ -114,7 +114,7 @@ def _image(row: Mapping[str, str], images: Mapping[str, str]) -> bytes:
         raise InputError(f"the image of MMBench's question {row['index']!r} is not base64") from None
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(given.item.answer is None for given in answered):
         note = "the answers are not public: hand the submission in at opencompass.org.cn (MMBench)"
         return Scores(
@@ -144,11 +144,11 @@ def score(answered: Sequence[Answered]) -> Scores:
     )
 
 
-def _question(item: Item) -> int | str:
+def _question(item: Question) -> int | str:
     return item.id % CIRCULAR_STEP if isinstance(item.id, int) else item.id
 
 
-def write(answered: Sequence[Answered], home: Path, folder: Path, *, name: str) -> Path:
+def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path, *, name: str) -> Path:
     """The table that the server takes: without images and with predictions; of several rounds, the first."""
     given = {one.item.id: one for one in reversed(answered)}
     rows = [given[name].item.extra["row"] for name in dict.fromkeys(one.item.id for one in answered)]

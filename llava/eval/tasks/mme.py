@@ -14,7 +14,7 @@ from llava.errors import InputError
 from llava.eval.files import Faults, find_optional, need, read_json_lines, read_text
 from llava.eval.metrics.yes_no import mme_answer, mme_figures
 from llava.eval.tasks.task import WORD_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -24,7 +24,7 @@ GROUPS = {"perception": PERCEPTION, "cognition": COGNITION}
 YES_NO_SUFFIX = "Please answer yes or no."
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path) -> list[Question]:
     places = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version")
     release = find_optional(folder, places) or folder / places[-1]
     truths = read_truths(release)
@@ -37,7 +37,7 @@ def read(folder: Path) -> list[Item]:
         if answer is None:
             raise InputError(f"MME's question {question!r} about {name!r} has no answer in {str(release)!r}")
         extra = {"question": question, "file": f"{Path(file_name).stem}.txt"}
-        items.append(Item(name, prompt, (image,), category, answer, extra=extra))
+        items.append(Question(name, prompt, (image,), category, answer, extra=extra))
     return items
 
 
@@ -87,7 +87,7 @@ def plain_question(prompt: str) -> str:
     return question if YES_NO_SUFFIX in question else f"{question} {YES_NO_SUFFIX}"
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     said = [mme_answer(given.text or "") for given in answered]
     images: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for given, answer in zip(answered, said, strict=True):
@@ -148,7 +148,7 @@ def _result_rows(file: Path, faults: Faults) -> list[tuple[str, str, str]]:
     return rows
 
 
-def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """The official results folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from llava.errors import InputError, require
 from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, write_json
 from llava.eval.metrics.choices import LETTERS, Guesser, mmmu_letter, mmmu_open_right
 from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores, ratio
+from llava.eval.types import AnsweredQuestion, Question, Scores, ratio
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -37,7 +37,7 @@ CHOICE = "multiple-choice"
 NUM_IMAGES = 7
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path) -> list[Question]:
     files = {
         subject: found[0]
         for subject in SUBJECTS
@@ -55,12 +55,12 @@ def read(folder: Path) -> list[Item]:
     return [_answer_item(name, row) for name, row in read_json_object(answers).items()]
 
 
-def _parquet_items(file: Path) -> list[Item]:
+def _parquet_items(file: Path) -> list[Question]:
     table = require("pyarrow.parquet", extra="eval").read_table(file)
     return [question_item(row) for row in table.to_pylist()]
 
 
-def question_item(row: Mapping[str, Any]) -> Item:
+def question_item(row: Mapping[str, Any]) -> Question:
     """A question with its choices as MMMU asked LLaVA-1.5: images first, marks such as `<image 1>` left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
     images = tuple(
@@ -76,27 +76,29 @@ def question_item(row: Mapping[str, Any]) -> Item:
     return _item(str(row["id"]), row["question_type"], row["answer"], options, prompt, images)
 
 
-def _answer_item(name: str, row: Mapping[str, Any]) -> Item:
+def _answer_item(name: str, row: Mapping[str, Any]) -> Question:
     """What is known of a question from the file of answers alone: enough to score it."""
     return _item(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
 
 
-def _item(name: str, kind: str, answer: Any, options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]) -> Item:
+def _item(
+    name: str, kind: str, answer: Any, options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]
+) -> Question:
     if isinstance(answer, str) and answer.startswith("["):  # several right answers, written as a list
         answer = ast.literal_eval(answer)
-    return Item(name, prompt, images, subject_of(name), answer, options, extra={"kind": kind, "question": prompt})
+    return Question(name, prompt, images, subject_of(name), answer, options, extra={"kind": kind, "question": prompt})
 
 
 def subject_of(name: str) -> str:
     return "_".join(name.split("_")[1:-1])
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     guesser = Guesser()
     return summarise([(one.item.category, judge(one, guesser)) for one in answered], guesser)
 
 
-def judge(one: Answered, guesser: Guesser) -> float:
+def judge(one: AnsweredQuestion, guesser: Guesser) -> float:
     if one.text is None:
         return 0.0
     truth = one.item.answer
@@ -158,11 +160,11 @@ def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
         name = str(need(row, "id", "a row of MMMU's output"))
         options = tuple(row.get("index2ans", {}).values())
         item = _item(name, row["question_type"], need(row, "answer", name), options, "", ())
-        judged.append((item.category, judge(Answered(item, str(need(row, "response", name))), guesser)))
+        judged.append((item.category, judge(AnsweredQuestion(item, str(need(row, "response", name))), guesser)))
     return summarise(judged, guesser)
 
 
-def _score_parsed(texts: Mapping[str, Any], items: Mapping[str, Item], faults: Faults) -> Scores:
+def _score_parsed(texts: Mapping[str, Any], items: Mapping[str, Question], faults: Faults) -> Scores:
     """The official file of answers already parsed: a choice must be the letter itself."""
     for name in texts:
         if name not in items:
@@ -183,7 +185,7 @@ def _score_parsed(texts: Mapping[str, Any], items: Mapping[str, Item], faults: F
     return summarise(judged, Guesser())
 
 
-def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """The file of parsed answers that the test split's server takes."""
     guesser = Guesser()
     parsed = {}

@@ -14,21 +14,21 @@ from typing import Any
 from llava.errors import InputError
 from llava.eval.files import find_optional, need, read_json_lines
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
-from llava.eval.tasks.answers import Answer
+from llava.eval.tasks.answers import AnswerRecord
 from llava.eval.tasks.task import WORD_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 SPLITS = ("random", "popular", "adversarial")
 IMAGES = ("val2014", "coco/val2014", "images")
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path) -> list[Question]:
     labels = read_labels(folder)
     images = find_optional(folder, IMAGES) or folder / IMAGES[0]
     questions = find_optional(folder, ("llava_pope_test.jsonl",))
     if questions is None:
         return [
-            Item(
+            Question(
                 f"{split}/{row['question_id']}", f"{row['text']}\n{WORD_SUFFIX}", (images / row["image"],), split,
                 row["label"], extra={"question": row["text"]},
             )
@@ -57,7 +57,7 @@ def read_labels(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def label_questions(
     questions: Sequence[dict[str, Any]], labels: dict[str, list[dict[str, Any]]], images: Path
-) -> list[Item]:
+) -> list[Question]:
     """Questions with their labels: the two files go by order within a split, since their ids differ."""
     items = []
     taken = dict.fromkeys(labels, 0)
@@ -74,7 +74,7 @@ def label_questions(
             raise InputError(
                 f"{where} asks {row['text']!r} where the label's file asks {label['text']!r}; they must be in one order"
             )
-        items.append(Item(need(row, "question_id", where), need(row, "text", where), (images / need(row, "image", where),),
+        items.append(Question(need(row, "question_id", where), need(row, "text", where), (images / need(row, "image", where),),
                           split, need(label, "label", f"a label of {split!r}")))  # fmt: skip
     short = [split for split, number in taken.items() if number < len(labels[split])]
     if short:
@@ -84,7 +84,7 @@ def label_questions(
     return items
 
 
-def fit_answers(answers: Sequence[Answer], items: Sequence[Item]) -> list[Answer]:
+def fit_answers(answers: Sequence[AnswerRecord], items: Sequence[Question]) -> list[AnswerRecord]:
     """Where only the official files are there, whose three splits count from 1 each, find an answer's split.
 
     Its row says it, or its file's name does; POPE's own result files have no ids at all and go by order within a split.
@@ -102,7 +102,7 @@ def fit_answers(answers: Sequence[Answer], items: Sequence[Item]) -> list[Answer
     return fitted
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     said = [None if given.text is None else pope_answer(given.text) for given in answered]
     truths = [given.item.answer for given in answered]
     splits = list(dict.fromkeys(given.item.category for given in answered))

@@ -18,9 +18,9 @@ from llava.eval.files import Faults, find_file, find_optional, need, read_json_r
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
-from llava.eval.tasks.answers import Answer
+from llava.eval.tasks.answers import AnswerRecord
 from llava.eval.tasks.task import Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 FILES = {
     "en": ("llvisionqa_dev.json", "llvisionqa_test.json"),
@@ -33,13 +33,13 @@ LOGITS = (("logit_good", "logit_poor"), ("logit_high", "logit_low"), ("logit_exc
 CGI_PART = 3000  # CGIQA-6K is two sets of so many, whose correlations are averaged, as in the paper
 
 
-def read(folder: Path, *, lang: str) -> list[Item]:
+def read(folder: Path, *, lang: str) -> list[Question]:
     file = find_file(folder, FILES[lang], "file of Q-Bench's questions")
     rows = read_json_rows(file, "file of Q-Bench's questions")
     return question_items(rows, find_optional(folder, IMAGES) or folder / IMAGES[0], lang=lang)
 
 
-def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Item]:
+def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Question]:
     items = []
     for number, row in enumerate(rows):
         where = f"Q-Bench's question {number}"
@@ -50,19 +50,19 @@ def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str
             raise InputError(f"{where} has the right answer {correct!r}, which is none of its candidates")
         question = str(need(row, "question", where))
         items.append(
-            Item(number, f"{question}{ASKS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
+            Question(number, f"{question}{ASKS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
                  str(row.get("type", "")), None if correct is None else options.index(correct), options,
                  extra={"row": dict(row), "question": question})
         )  # fmt: skip
     return items
 
 
-def fit_answers(answers: Sequence[Answer], items: Sequence[Item]) -> list[Answer]:
+def fit_answers(answers: Sequence[AnswerRecord], items: Sequence[Question]) -> list[AnswerRecord]:
     """Official responses have no ids and go by order; ids of ours are the number of the question."""
-    return [Answer(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
+    return [AnswerRecord(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(one.item.answer is None for one in answered):
         note = "the answers of this split are not public: hand the submission in as Q-Bench's page says"
         return Scores(
@@ -150,7 +150,7 @@ def _correlations(name: str, rows: Sequence[Mapping[str, Any]], faults: Faults) 
     return found
 
 
-def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """Each question with its response: the form in which Q-Bench takes answers."""
     file = folder / "qbench_answers.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from llava.eval.files import find_file, find_optional, need, read_json_object, r
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, science_qa_letter
 from llava.eval.tasks.task import LETTER_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 OPTIONS = tuple("ABCDE")
 IMAGE_MARK = "<image>"
@@ -83,7 +83,7 @@ def conversation(name: str, problem: Mapping[str, Any], prompt_format: str) -> d
     return {"id": name, "image": f"{name}/{problem['image']}", "conversations": turns}
 
 
-def read(folder: Path, *, images_only: bool) -> list[Item]:
+def read(folder: Path, *, images_only: bool) -> list[Question]:
     problems = read_split(folder, "test")
     file = find_optional(folder, ("llava_test_CQM-A.json",))
     if file is not None:
@@ -100,7 +100,7 @@ def read(folder: Path, *, images_only: bool) -> list[Item]:
             continue
         choices = tuple(problem["choices"])
         found.append(
-            Item(item.id, item.prompt, item.images, problem.get("subject", ""), problem["answer"], choices, 0,
+            Question(item.id, item.prompt, item.images, problem.get("subject", ""), problem["answer"], choices, 0,
                  item.shown_prompt, {"question": problem["question"]})
         )  # fmt: skip
     return found
@@ -119,7 +119,7 @@ def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     return {name: problems[name] for name in names}
 
 
-def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Item]:
+def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Question]:
     """Questions out of training samples: the first thing that the human says, the image before it."""
     items = []
     for number, row in enumerate(rows, start=1):
@@ -128,11 +128,11 @@ def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: boo
         sources = (images / str(row["image"]),) if "image" in row else ()
         prompt = f"{question}\n{LETTER_SUFFIX}" if letter else question
         shown = f"{IMAGE_MARK}\n{prompt}" if sources else prompt
-        items.append(Item(need(row, "id", where), prompt, sources, shown_prompt=shown))
+        items.append(Question(need(row, "id", where), prompt, sources, shown_prompt=shown))
     return items
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     verdicts = []
     unread = 0
     for one in answered:

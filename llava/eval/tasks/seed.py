@@ -15,10 +15,10 @@ from llava.eval.files import find_file, find_optional, need, read_json_object, w
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.tasks.short import questions
 from llava.eval.tasks.task import LETTER_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path) -> list[Question]:
     truths = read_truths(find_file(folder, ("SEED-Bench.json",), "file of SEED-Bench's answers"))
     file = find_optional(folder, ("llava-seed-bench.jsonl",))
     asked = [_question(folder, row) for row in truths.values()] if file is None else questions(file, folder)
@@ -28,17 +28,17 @@ def read(folder: Path) -> list[Item]:
         if row is None:
             raise InputError(f"SEED-Bench's question {item.id!r} is not in SEED-Bench.json")
         extra = {"kind": row["data_type"], "question_id": row["question_id"]}
-        items.append(Item(item.id, item.prompt, item.images, row["type"], row["answer"], extra=extra))
+        items.append(Question(item.id, item.prompt, item.images, row["type"], row["answer"], extra=extra))
     return items
 
 
-def _question(folder: Path, row: Mapping[str, Any]) -> Item:
+def _question(folder: Path, row: Mapping[str, Any]) -> Question:
     """A question from SEED-Bench.json itself, in the words of LLaVA's file."""
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcd" if (key := f"choice_{letter}") in row]
     prompt = "\n".join([str(row.get("question", "")), *options, LETTER_SUFFIX])
     if row["data_type"] == "image":
-        return Item(row["question_id"], prompt, (folder / "SEED-Bench-image" / str(row.get("data_id", "")),))
-    return Item(row["question_id"], prompt, (folder / "SEED-Bench-video-image" / f"{row['question_id']}.png",))
+        return Question(row["question_id"], prompt, (folder / "SEED-Bench-image" / str(row.get("data_id", "")),))
+    return Question(row["question_id"], prompt, (folder / "SEED-Bench-video-image" / f"{row['question_id']}.png",))
 
 
 def read_truths(file: Path) -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def type_order(truths: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for _, name in sorted({(row["question_type_id"], row["type"]) for row in truths.values()})]
 
 
-def score(answered: Sequence[Answered]) -> Scores:
+def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     verdicts = [float(one.text == one.item.answer) for one in answered]
     total = percent(verdicts)
     figures: dict[str, float | int] = {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts)}
@@ -70,7 +70,7 @@ def score(answered: Sequence[Answered]) -> Scores:
     )
 
 
-def write(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     missing = [one.item.id for one in answered if one.text is None]
     if missing:
         raise InputError(

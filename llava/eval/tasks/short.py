@@ -23,11 +23,11 @@ from llava.eval.files import (
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
 from llava.eval.tasks.task import WORD_SUFFIX, Task
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 
-def questions(file: Path, images: Path) -> list[Item]:
-    """Items of a LLaVA question file: JSON lines with question_id, image, text, and perhaps category."""
+def questions(file: Path, images: Path) -> list[Question]:
+    """Questions of a LLaVA question file: JSON lines with question_id, image, text, and perhaps category."""
     rows = read_json_lines(file, "file of questions")
     if not rows:
         raise InputError(f"the file of questions {str(file)!r} is empty")
@@ -37,11 +37,11 @@ def questions(file: Path, images: Path) -> list[Item]:
         image = row.get("image")
         sources = () if image is None else (images / str(image),)
         name, text = need(row, "question_id", where), str(need(row, "text", where))
-        items.append(Item(name, text, sources, str(row.get("category", "")), extra=row))
+        items.append(Question(name, text, sources, str(row.get("category", "")), extra=row))
     return items
 
 
-def accuracy(answered: Sequence[Answered], verdicts: Sequence[float]) -> Scores:
+def accuracy(answered: Sequence[AnsweredQuestion], verdicts: Sequence[float]) -> Scores:
     """Percent right, in all and in each category."""
     total, right = percent(verdicts), float(sum(verdicts))
     return Scores(
@@ -52,7 +52,7 @@ def accuracy(answered: Sequence[Answered], verdicts: Sequence[float]) -> Scores:
     )
 
 
-def by_server(answered: Sequence[Answered], where: str) -> Scores:
+def by_server(answered: Sequence[AnsweredQuestion], where: str) -> Scores:
     """No figure: the truth is on a server."""
     given = sum(one.text is not None for one in answered)
     note = f"the answers are not public: hand the submission in at {where}"
@@ -62,7 +62,7 @@ def by_server(answered: Sequence[Answered], where: str) -> Scores:
 # --- VQAv2 ----------------------------------------------------------------------------------------------------------
 
 
-def read_vqav2(folder: Path) -> list[Item]:
+def read_vqav2(folder: Path) -> list[Question]:
     files = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_val2014.jsonl")
     file = find_file(folder, files, "file of VQAv2's questions")
     images = folder / ("val2014" if "val2014" in file.name else "test2015")
@@ -74,15 +74,15 @@ def read_vqav2(folder: Path) -> list[Item]:
     return [_with_people(item, rows.get(str(item.id)), "answer_type") for item in items]
 
 
-def _with_people(item: Item, row: dict[str, Any] | None, kind: str) -> Item:
+def _with_people(item: Question, row: dict[str, Any] | None, kind: str) -> Question:
     """A question with the answers that people gave, as its annotation has them."""
     if row is None:
         raise InputError(f"the question {item.id!r} has no annotation; give the annotations of the same split")
     people = [one["answer"] if isinstance(one, dict) else one for one in row["answers"]]
-    return Item(item.id, item.prompt, item.images, str(row.get(kind, "")), people, extra=item.extra)
+    return Question(item.id, item.prompt, item.images, str(row.get(kind, "")), people, extra=item.extra)
 
 
-def score_people(answered: Sequence[Answered], server: str) -> Scores:
+def score_people(answered: Sequence[AnsweredQuestion], server: str) -> Scores:
     if not answered or answered[0].item.answer is None:
         return by_server(answered, server)
     return accuracy(
@@ -91,11 +91,11 @@ def score_people(answered: Sequence[Answered], server: str) -> Scores:
     )
 
 
-def score_vqav2(answered: Sequence[Answered]) -> Scores:
+def score_vqav2(answered: Sequence[AnsweredQuestion]) -> Scores:
     return score_people(answered, "eval.ai, challenge 830 (VQAv2)")
 
 
-def write_vqav2(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write_vqav2(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """The upload; the server wants every question of test2015, with empty answers to those outside of test-dev."""
     texts = {one.item.id: one.text or "" for one in answered}
     whole = find_optional(home, ("llava_vqav2_mscoco_test2015.jsonl",))
@@ -108,7 +108,7 @@ def write_vqav2(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
 # --- VizWiz ---------------------------------------------------------------------------------------------------------
 
 
-def read_vizwiz(folder: Path) -> list[Item]:
+def read_vizwiz(folder: Path) -> list[Question]:
     file = find_file(folder, ("llava_test.jsonl", "llava_val.jsonl"), "file of VizWiz's questions")
     split = "val" if "val" in file.name else "test"
     items = questions(file, folder / split)
@@ -119,11 +119,11 @@ def read_vizwiz(folder: Path) -> list[Item]:
     return [_with_people(item, rows.get(str(item.extra.get("image"))), "answer_type") for item in items]
 
 
-def score_vizwiz(answered: Sequence[Answered]) -> Scores:
+def score_vizwiz(answered: Sequence[AnsweredQuestion]) -> Scores:
     return score_people(answered, "eval.ai, challenge 1911 (VizWiz)")
 
 
-def write_vizwiz(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write_vizwiz(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     missing = [one.item.id for one in answered if one.text is None]
     if missing:
         raise InputError(f"VizWiz wants every question answered; {len(missing)} are not, the first is {missing[0]!r}")
@@ -135,14 +135,14 @@ def write_vizwiz(answered: Sequence[Answered], home: Path, folder: Path) -> Path
 # --- GQA ------------------------------------------------------------------------------------------------------------
 
 
-def read_gqa(folder: Path) -> list[Item]:
+def read_gqa(folder: Path) -> list[Question]:
     images = find_optional(folder, ("data/images", "images")) or folder / "data/images"
     places = ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
     truths = read_json_object(find_file(folder, places, "file of GQA's answers"))
     file = find_optional(folder, ("llava_gqa_testdev_balanced.jsonl",))
     if file is None:
         asked = [
-            Item(name, f"{row['question']}\n{WORD_SUFFIX}", (images / f"{row['imageId']}.jpg",))
+            Question(name, f"{row['question']}\n{WORD_SUFFIX}", (images / f"{row['imageId']}.jpg",))
             for name, row in truths.items()
         ]
     else:
@@ -153,7 +153,7 @@ def read_gqa(folder: Path) -> list[Item]:
             raise InputError(f"GQA's question {item.id!r} is not in {places[0]}; both files must be of one split")
         row = truths[str(item.id)]
         kind = str(row.get("types", {}).get("structural", ""))
-        found.append(Item(item.id, item.prompt, item.images, kind, row["answer"], extra=item.extra))
+        found.append(Question(item.id, item.prompt, item.images, kind, row["answer"], extra=item.extra))
     return found
 
 
@@ -162,11 +162,11 @@ def gqa_answer(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def score_gqa(answered: Sequence[Answered]) -> Scores:
+def score_gqa(answered: Sequence[AnsweredQuestion]) -> Scores:
     return accuracy(answered, [float(gqa_answer(one.text or "") == one.item.answer) for one in answered])
 
 
-def write_gqa(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
+def write_gqa(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     file = folder / "testdev_balanced_predictions.json"
     write_json(file, [{"questionId": str(one.item.id), "prediction": gqa_answer(one.text or "")} for one in answered])
     return file
@@ -175,13 +175,13 @@ def write_gqa(answered: Sequence[Answered], home: Path, folder: Path) -> Path:
 # --- TextVQA --------------------------------------------------------------------------------------------------------
 
 
-def read_textvqa(folder: Path) -> list[Item]:
+def read_textvqa(folder: Path) -> list[Question]:
     """The original's questions name text that a reader found in the image; without its file they do not."""
     truths = textvqa_annotations(find_file(folder, ("TextVQA_0.5.1_val.json",), "file of TextVQA's answers"))
     file = find_optional(folder, ("llava_textvqa_val_v051_ocr.jsonl",))
     images = folder / "train_images"
     if file is None:
-        asked = [Item(name, f"{question}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, question in truths]
+        asked = [Question(name, f"{question}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, question in truths]
     else:
         asked = questions(file, images)
     items = []
@@ -190,7 +190,7 @@ def read_textvqa(folder: Path) -> list[Item]:
         people = truths.get((str(item.id), question))
         if people is None:
             raise InputError(f"TextVQA's question {question!r} about {item.id!r} has no annotation")
-        items.append(Item(item.id, item.prompt, item.images, "", people, extra={"question": question}))
+        items.append(Question(item.id, item.prompt, item.images, "", people, extra={"question": question}))
     return items
 
 
@@ -214,7 +214,7 @@ def textvqa_question(prompt: str) -> str:
     raise InputError(f"{prompt!r} is not one of the forms of TextVQA's prompts, so its question cannot be told")
 
 
-def score_textvqa(answered: Sequence[Answered]) -> Scores:
+def score_textvqa(answered: Sequence[AnsweredQuestion]) -> Scores:
     return accuracy(
         answered, [0.0 if one.text is None else soft_accuracy(one.text, one.item.answer) for one in answered]
     )

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.eval.files import Faults
-from llava.eval.tasks.answers import Answer
-from llava.eval.types import Answered, Item, Scores
+from llava.eval.tasks.answers import AnswerRecord
+from llava.eval.types import AnsweredQuestion, Question, Scores
 
 WORD_SUFFIX = "Answer the question using a single word or phrase."
 LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
 LETTER_SUFFIX_CN = "请直接回答选项字母。"
 
-Reader = Callable[[Path], list[Item]]
-Scorer = Callable[[Sequence[Answered]], Scores]
-Writer = Callable[[Sequence[Answered], Path, Path], Path]  # answers, the task's folder, where to write
+Reader = Callable[[Path], list[Question]]
+Scorer = Callable[[Sequence[AnsweredQuestion]], Scores]
+Writer = Callable[[Sequence[AnsweredQuestion], Path, Path], Path]  # answers, the task's folder, where to write
 ResultScorer = Callable[[Path, Path, Faults], Scores | None]
 
 
@@ -43,7 +43,7 @@ class Task:
     highest: float = 100.0  # of the headline figure, for the radar plot
     max_new_tokens: int = 128
     write: Writer | None = None
-    fit_answers: Callable[[Sequence[Answer], Sequence[Item]], list[Answer]] | None = None
+    fit_answers: Callable[[Sequence[AnswerRecord], Sequence[Question]], list[AnswerRecord]] | None = None
     score_results: ResultScorer | None = None
     judge: str | None = None  # the kind of judge that its answers need, by its name in eval/harness/judge.py
 

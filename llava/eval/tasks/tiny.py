@@ -13,7 +13,7 @@ from llava.errors import InputError
 from llava.eval.tasks import pope
 from llava.eval.tasks.custom import custom_task, read_rows
 from llava.eval.tasks.task import Task
-from llava.eval.types import Item
+from llava.eval.types import Question
 
 PHOTOS_HINT = "python scripts/tiny/freeze.py --cifar CIFAR --out playground/data/eval/tiny"
 
@@ -24,12 +24,12 @@ def _part(name: str, title: str, metric: str) -> Task:
     )
 
 
-def read_yes_no(folder: Path) -> list[Item]:
+def read_yes_no(folder: Path) -> list[Question]:
     items = read_rows(folder, file="yes_no.jsonl", images="", suffix="")
     return [replace(item, answer=item.answer[0].lower()) for item in items]
 
 
-def read_photos(folder: Path) -> list[Item]:
+def read_photos(folder: Path) -> list[Question]:
     if not has_photos(folder):
         raise InputError(f"there are no photographs in {str(folder)!r}; make them with: {PHOTOS_HINT}")
     return read_rows(folder, file="photos.jsonl", images="", suffix="")
