@@ -174,7 +174,7 @@ def compare(program: str, family: str, scratch: Path) -> str:
     with serving(program, pair) as url:
         for question in QUESTIONS:
             conversation = get_template(ours.conv_mode)
-            conversation.append_message(conversation.roles[0], f"{ours.processor.image_mark}\n{question}")
+            conversation.append_message(conversation.roles[0], f"{ours.processor.image_placeholder}\n{question}")
             conversation.append_message(conversation.roles[1], None)
             inputs = ours.processor(conversation, [Image.open(image)])
             output = ours.model.generate(

@@ -152,9 +152,9 @@ class Clients:
 
 def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency: int, *, num_tokens: int) -> Rate:
     """Threads that each wait for a whole answer and ask for the next: the engine has as many to work on as over HTTP."""
+    from llava.conversation import with_image_placeholders
     from llava.engine.request import Request, SamplingParams
     from llava.images.io import load_image
-    from llava.session import marked
 
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
     waiting, firsts, begin = deque(questions), [], threading.Barrier(concurrency + 1)
@@ -169,7 +169,9 @@ def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency:
             started = time.perf_counter()
             images = () if question.image is None else (load_image(question.image),)
             conversation = card.template.copy()
-            conversation.append_message(conversation.roles[0], marked(question.text, len(images), card.image_mark))
+            conversation.append_message(
+                conversation.roles[0], with_image_placeholders(question.text, len(images), card.image_placeholder)
+            )
             conversation.append_message(conversation.roles[1], None)
             handle = engine.submit(Request(conversation, images, sampling), streamed=False)
             handed_in = time.perf_counter()

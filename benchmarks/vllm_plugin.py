@@ -73,7 +73,7 @@ def ask_ours(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
     answers = []
     for image, question in cases():
         conversation = get_template(loaded.conv_mode)
-        conversation.append_message(conversation.roles[0], f"{loaded.processor.image_mark}\n{question}")
+        conversation.append_message(conversation.roles[0], f"{loaded.processor.image_placeholder}\n{question}")
         conversation.append_message(conversation.roles[1], None)
         inputs = loaded.processor(conversation, [Image.open(image)])
         output = loaded.model.generate(

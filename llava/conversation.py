@@ -17,10 +17,10 @@ from enum import IntEnum
 from io import BytesIO
 from typing import Any, NamedTuple
 
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation_templates import DEFAULT_NAME, NAMES, TEMPLATES
 from llava.errors import InputError
 
-_IMAGE_MARK = "<image>"
 _Record = dict[str, Any]
 _PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training images
 
@@ -90,13 +90,13 @@ class Conversation:
         messages = [(role, message) for role, message in self.messages]
         if messages and isinstance(messages[0][1], tuple):
             role, (text, *_) = messages[0]
-            text = text.replace(_IMAGE_MARK, "").strip()
+            text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
             if "mmtag" in self.version:
                 messages[0] = (role, text)
-                messages.insert(0, (self.roles[0], f"<Image>{_IMAGE_MARK}</Image>"))
+                messages.insert(0, (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"))
                 messages.insert(1, (self.roles[1], "Received."))
             else:
-                messages[0] = (role, f"{_IMAGE_MARK}\n{text}")
+                messages[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
         same_roles = self.roles[0] == self.roles[1]
         return [
             Turn(role, _text_of(message), index % 2 == 1 if same_roles else role == self.roles[1])
@@ -153,7 +153,7 @@ class Conversation:
                 text, image, _ = message
                 jpeg = self.process_image(image, "Default", image_format="JPEG")
                 tag = f'<img src="data:image/jpeg;base64,{jpeg}" alt="user upload image" />'
-                message = tag + text.replace(_IMAGE_MARK, "").strip()
+                message = tag + text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
             rows.append([message, None])
         return rows
 
@@ -282,6 +282,52 @@ def web_stop_string(conv: Conversation) -> str | None:
 def answer_end(conv: Conversation) -> str:
     """The text that ends an answer in this template, never empty: what a decoder should stop at."""
     return getattr(conv, _STYLES[conv.sep_style].answer_end)
+
+
+# Image placeholders
+
+
+def image_placeholder(use_im_start_end: bool) -> str:
+    """The text that stands for one image in a prompt: `<image>`, between its start and end tokens where a model has them."""
+    if use_im_start_end:
+        return f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
+    return DEFAULT_IMAGE_TOKEN
+
+
+def with_image_placeholders(question: str, num_images: int, placeholder: str = DEFAULT_IMAGE_TOKEN) -> str:
+    """Put one placeholder per image into a question: where it says `<image>`, else each on a line before it.
+
+    Args:
+        question: the user's text.
+        num_images: how many images come with it.
+        placeholder: the model's `image_placeholder`.
+
+    Raises:
+        InputError: the question says `<image>`, but not once for each image.
+    """
+    check_question(question, num_images)
+    if DEFAULT_IMAGE_TOKEN in question:
+        return question.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+    return f"{placeholder}\n" * num_images + question
+
+
+def check_question(question: str, num_images: int) -> None:
+    """Raise where a question says `<image>`, but not once for each image."""
+    if DEFAULT_IMAGE_TOKEN in question:
+        check_placeholders(question.count(DEFAULT_IMAGE_TOKEN), num_images)
+
+
+def check_placeholders(num_placeholders: int, num_images: int) -> None:
+    """Raise where a prompt has more or fewer image placeholders than images."""
+    if num_placeholders != num_images:
+        placeholders = f"{num_placeholders} <image> placeholder{'s' * (num_placeholders != 1)}"
+        images = f"{num_images} image{'s' * (num_images != 1)}"
+        remedy = (
+            "give as many images as placeholders"
+            if num_placeholders > num_images
+            else "give a placeholder for each image, or none at all"
+        )
+        raise InputError(f"the prompt has {placeholders} for {images}; {remedy}")
 
 
 # Images

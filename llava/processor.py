@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, Span
+from llava.conversation import Conversation, Span, check_placeholders, image_placeholder
 from llava.errors import InputError
 from llava.images.io import to_rgb
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.mm_utils import process_images
-from llava.text.labels import encode_spans, wrapped_mark
+from llava.text.labels import encode_spans
 from llava.text.tokenization import tokenizer_image_token
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class Processor:
         self.policy = policy
 
     @property
-    def image_mark(self) -> str:
-        return image_mark(self.config)
+    def image_placeholder(self) -> str:
+        """The text that stands for one image in a prompt of this model."""
+        return image_placeholder(self.config.tokens.use_im_start_end)
 
     def __call__(
         self, conversation: Conversation | str, images: Sequence[Image.Image] = (), *, with_labels: bool = False
@@ -109,12 +110,7 @@ class Processor:
 
     def _spans(self, conversation: Conversation | str, num_images: int) -> list[Span]:
         spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
-        num_marks = sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans)
-        if num_marks != num_images:
-            raise InputError(
-                f"the prompt has {num_marks} {DEFAULT_IMAGE_TOKEN} marks but {num_images} images were given; "
-                "put one mark for each image."
-            )
+        check_placeholders(sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans), num_images)
         return spans
 
     def pixels(self, rgb: Sequence[Image.Image]) -> list[torch.Tensor]:
@@ -142,8 +138,3 @@ class Processor:
     def _image_config(self) -> SimpleNamespace:
         image = self.config.image
         return SimpleNamespace(image_aspect_ratio=image.mode, image_grid_pinpoints=list(image.pinpoints))
-
-
-def image_mark(settings: LlavaSettings) -> str:
-    """What stands for one image in a prompt of this model."""
-    return wrapped_mark(settings.tokens.use_im_start_end)

@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, answer_end, get_template
+from llava.conversation import Conversation, answer_end, get_template, with_image_placeholders
 from llava.engine.hf_engine import Answer, AnswerStream, Sampling, stream_answer
-from llava.engine.request import PromptSize, check_image_tokens
+from llava.engine.request import PromptSize
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS, ImageLimits, load_image
 
@@ -83,7 +82,7 @@ class Session:
         use_engine: bool = True,
     ) -> None:
         from llava.model.config import LlavaSettings
-        from llava.processor import Processor, image_mark
+        from llava.processor import Processor
 
         settings = LlavaSettings.from_hf(loaded.model.config)
         self._loaded = loaded
@@ -92,7 +91,6 @@ class Session:
         self._use_engine = use_engine and self._sampling.num_beams == 1
         # A language model without a vision tower comes without a processor; its prompts need only the tokenizer.
         self._processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
-        self._mark = image_mark(settings)
         self.exchanges: list[Exchange] = []
         self.waiting: tuple[LoadedImage, ...] = ()
 
@@ -169,10 +167,13 @@ class Session:
         """The history and a question not answered yet, in the template's words."""
         conversation = self._template.copy()
         user, assistant = conversation.roles
+        placeholder = self._processor.image_placeholder
         for exchange in self.exchanges:
-            conversation.append_message(user, marked(exchange.question, len(exchange.images), self._mark))
+            conversation.append_message(
+                user, with_image_placeholders(exchange.question, len(exchange.images), placeholder)
+            )
             conversation.append_message(assistant, exchange.answer)
-        conversation.append_message(user, marked(question, len(self.waiting), self._mark))
+        conversation.append_message(user, with_image_placeholders(question, len(self.waiting), placeholder))
         conversation.append_message(assistant, None)
         return conversation
 
@@ -219,21 +220,6 @@ class Session:
         ]
         self.refuse_without_tower([image for exchange in exchanges for image in exchange.images])
         self.exchanges, self.waiting = exchanges, ()
-
-
-def marked(question: str, num_images: int, mark: str) -> str:
-    """A question with a mark for each of its images: where it says `<image>`, else each on a line before it."""
-    if check_question(question, num_images):
-        return question.replace(DEFAULT_IMAGE_TOKEN, mark)
-    return f"{mark}\n" * num_images + question
-
-
-def check_question(question: str, num_images: int) -> bool:
-    """Whether a question says where its images go; then it must do so for each of them."""
-    num_marks = question.count(DEFAULT_IMAGE_TOKEN)
-    if num_marks:
-        check_image_tokens(num_marks, num_images)
-    return num_marks > 0
 
 
 def _read_saved(path: str) -> list[dict[str, Any]]:

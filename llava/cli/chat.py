@@ -22,11 +22,11 @@ from llava.cli.model_flags import add_model_flags, quantization_from
 from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, closest
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
-from llava.conversation import get_template
+from llava.conversation import check_question, get_template
 from llava.engine.hf_engine import Answer, Sampling
 from llava.errors import InputError
 from llava.images.io import ImageLimits
-from llava.session import Asked, LoadedImage, Session, check_question
+from llava.session import Asked, LoadedImage, Session
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel

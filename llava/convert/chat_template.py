@@ -34,7 +34,7 @@ _HEAD = """\
 {{- message['content'] -}}
 {%- else -%}
 {%- for content in message['content'] -%}
-{%- if content['type'] != 'text' -%}{{- MARK -}}{%- endif -%}
+{%- if content['type'] != 'text' -%}{{- PLACEHOLDER -}}{%- endif -%}
 {%- endfor -%}
 {%- for content in message['content'] -%}
 {%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
@@ -46,14 +46,18 @@ _HEAD = """\
 """
 
 
-def chat_template(conv_mode: str, image_mark: str) -> str:
-    """The Jinja text of a template; `image_mark` is what stands for one image, usually `<image>`."""
+def chat_template(conv_mode: str, image_placeholder: str) -> str:
+    """The Jinja text of a template; `image_placeholder` is what stands for one image, usually `<image>`."""
     conv = get_template(conv_mode)
     if "mmtag" in conv.version:
         raise InputError(
             f"the template {conv_mode!r} answers an image before the question, which a chat template cannot express"
         )
-    parts = {**_PARTS[conv.sep_style](conv), "MARK": _text(image_mark + "\n"), "SYSTEM": _text(conv.system)}
+    parts = {
+        **_PARTS[conv.sep_style](conv),
+        "PLACEHOLDER": _text(image_placeholder + "\n"),
+        "SYSTEM": _text(conv.system),
+    }
     return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _HEAD)
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import get_template
+from llava.conversation import get_template, with_image_placeholders
 from llava.convert.source import Source
 from llava.convert.writer import Progress, pieces
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import published_name
 from llava.model.checkpoints.meta_model import Skeleton, build_without_memory, plan_model, weights_read_on_the_way
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
-from llava.processor import ModelInputs, Processor, image_mark
+from llava.processor import ModelInputs, Processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,10 +137,11 @@ class Sample:
 
 def make_sample(source: Source) -> Sample:
     conversation = get_template(source.conv_mode)
-    conversation.append_message(conversation.roles[0], f"{image_mark(source.settings)}\n{QUESTION}")
-    conversation.append_message(conversation.roles[1], None)
     image = draw_image(source.policy.tile_size)
     processor = Processor(source.tokenizer, source.image_processor, source.settings, policy=source.policy)
+    question = with_image_placeholders(QUESTION, 1, processor.image_placeholder)
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
     return Sample(image, conversation.get_prompt(), processor(conversation, [image]))
 
 

@@ -140,14 +140,13 @@ def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
 
 def ask(loaded: LoadedModel, question: str, num_images: int, **options: Any) -> tuple[Any, Any]:
     """A conversation about drawn images, and the model's inputs for it."""
-    from llava.conversation import get_template
-    from llava.processor import image_mark
+    from llava.conversation import get_template, with_image_placeholders
 
     assert loaded.processor is not None
     conversation = get_template(loaded.conv_mode)
     conversation.messages = []
-    mark = image_mark(loaded.processor.config)
-    conversation.append_message(conversation.roles[0], f"{mark}\n" * num_images + question)
+    question = with_image_placeholders(question, num_images, loaded.processor.image_placeholder)
+    conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
     images = [drawing(), drawing(inverted=True).resize((300, 500)), drawing().resize((640, 150))][:num_images]
     return conversation, loaded.processor(conversation, images, **options)

@@ -18,7 +18,7 @@ from typing import Any
 from llava.cli.colors import Paint, shows_blocks, wants_colours
 from llava.cli.model_flags import add_model_flags
 from llava.cli.program import ArgumentParser
-from llava.conversation import get_template
+from llava.conversation import check_question, get_template
 from llava.diagnose.tracer.record import POINTS
 from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
@@ -90,7 +90,7 @@ def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
 def _trace_question(args: Namespace) -> int:
     from llava.cli.chat import load_model, split_words
     from llava.cli.find_model import find_model
-    from llava.session import LoadedImage, check_question
+    from llava.session import LoadedImage
 
     sources, question = split_words(args.words)
     if question is None:

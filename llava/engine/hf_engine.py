@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.engine.request import PromptSize, check_image_tokens
+from llava.conversation import check_placeholders
+from llava.engine.request import PromptSize
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
 from llava.text.detokenizer import IncrementalDetokenizer
@@ -63,11 +64,11 @@ class Sampling:
 def measure_prompt(
     input_ids: Sequence[int], image_sizes: Sequence[Sequence[int]], policy: ImagePolicy | None
 ) -> PromptSize:
-    """Count a prompt's positions before anything is computed, and its image marks against its images."""
-    num_marks = sum(1 for token in input_ids if token == IMAGE_TOKEN_INDEX)
-    check_image_tokens(num_marks, len(image_sizes))
+    """Count a prompt's positions before anything is computed, and its image placeholders against its images."""
+    num_placeholders = sum(1 for token in input_ids if token == IMAGE_TOKEN_INDEX)
+    check_placeholders(num_placeholders, len(image_sizes))
     num_image_tokens = sum(plan(size, policy).num_features for size in image_sizes) if policy else 0
-    return PromptSize(len(input_ids) - num_marks, num_image_tokens)
+    return PromptSize(len(input_ids) - num_placeholders, num_image_tokens)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation
-from llava.engine.request import Request, ScoreRequest, check_image_tokens
+from llava.conversation import Conversation, check_placeholders
+from llava.engine.request import Request, ScoreRequest
 from llava.engine.sequence import Prompt
 from llava.errors import InputError
 from llava.images.io import to_rgb
@@ -152,7 +152,7 @@ class PromptBuilder:
                 ids = self._processor.encode_ids(prompt, num_images)
         else:
             ids = self._checked([int(token) for token in prompt], marks=True)
-            check_image_tokens(ids.count(IMAGE_TOKEN_INDEX), num_images)
+            check_placeholders(ids.count(IMAGE_TOKEN_INDEX), num_images)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         return ids

@@ -115,17 +115,6 @@ class PromptSize:
         return min(wanted, context_len - self.total)
 
 
-def check_image_tokens(num_marks: int, num_images: int) -> None:
-    """As many `<image>` marks as images, or one sentence with both numbers."""
-    if num_marks != num_images:
-        marks = f"{num_marks} <image> mark{'s' * (num_marks != 1)}"
-        images = f"{num_images} image{'s' * (num_images != 1)}"
-        remedy = (
-            "give as many images as marks" if num_marks > num_images else "give a mark for each image, or none at all"
-        )
-        raise InputError(f"the prompt has {marks} for {images}; {remedy}")
-
-
 @dataclass(frozen=True)
 class Request:
     """One prompt and how to answer it.

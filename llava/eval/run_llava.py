@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING
 from llava.cli.find_model import find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import quick_imports
-from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
-from llava.conversation import answer_end, get_model_name_from_path, get_template
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava.conversation import (
+    answer_end,
+    get_model_name_from_path,
+    get_template,
+    image_placeholder,
+    with_image_placeholders,
+)
 from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
 from llava.images.io import load_image
-from llava.serve.cli import choose_conv_mode, mark_of
+from llava.serve.cli import choose_conv_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,7 +69,9 @@ def eval_model(args: Namespace) -> str:
     if image_processor is None:
         raise InputError(f"{path!r} is a language model without a vision tower, so it cannot look at an image")
     conv = get_template(choose_conv_mode(args.conv_mode, conv_mode(model.config.to_dict(), tokenizer, name)))
-    conv.append_message(conv.roles[0], marked(args.query, len(images), mark_of(model.config)))
+    placeholder = image_placeholder(getattr(model.config, "mm_use_im_start_end", False))
+    query = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    conv.append_message(conv.roles[0], with_image_placeholders(query, len(images), placeholder))
     conv.append_message(conv.roles[1], None)
     prompt = conv.get_prompt()
     input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
@@ -80,13 +88,6 @@ def eval_model(args: Namespace) -> str:
     )
     print(stream.answer.text)
     return stream.answer.text
-
-
-def marked(query: str, num_images: int, mark: str) -> str:
-    """A question with the model's marks for its images."""
-    if IMAGE_PLACEHOLDER in query:
-        return query.replace(IMAGE_PLACEHOLDER, mark)
-    return f"{mark}\n" * num_images + query
 
 
 def build_parser() -> ArgumentParser:

@@ -193,8 +193,8 @@ def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:
             position += max(1, marks)
         return used
     raise InputError(
-        f"the prompt has {num_marks} <image> mark{'s' * (num_marks != 1)} but {num_images} "
-        f"image{'s' * (num_images != 1)} came with it; give one image for each mark"
+        f"the prompt has {num_marks} <image> placeholder{'s' * (num_marks != 1)} but {num_images} "
+        f"image{'s' * (num_images != 1)} came with it; give one image for each placeholder"
     )
 
 

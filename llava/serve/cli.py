@@ -10,19 +10,21 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 from llava.cli.find_model import find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import quiet_libraries, show
 from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import answer_end, get_model_name_from_path, get_template
+from llava.conversation import (
+    answer_end,
+    get_model_name_from_path,
+    get_template,
+    image_placeholder,
+    with_image_placeholders,
+)
 from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
 from llava.images.io import load_image
@@ -82,7 +84,7 @@ def run(args: Namespace) -> None:
     conv = get_template(choose_conv_mode(args.conv_mode, conv_mode(model.config.to_dict(), tokenizer, model_name)))
     roles = ("user", "assistant") if conv.version == "mpt" else conv.roles
     image_tensor = process_images([image], image_processor, model.config)
-    image_mark: str | None = mark_of(model.config)
+    placeholder: str | None = image_placeholder(getattr(model.config, "mm_use_im_start_end", False))
 
     while True:
         try:
@@ -93,8 +95,8 @@ def run(args: Namespace) -> None:
             print("exit...")
             return
         print(f"{roles[1]}: ", end="", flush=True)
-        if image_mark is not None:  # the image belongs to the first question; later ones find it in the history
-            question, image_mark = f"{image_mark}\n{question}", None
+        if placeholder is not None:  # the image belongs to the first question; later ones find it in the history
+            question, placeholder = with_image_placeholders(question, 1, placeholder), None
         conv.append_message(conv.roles[0], question)
         conv.append_message(conv.roles[1], None)
         prompt = conv.get_prompt()
@@ -124,13 +126,6 @@ def choose_conv_mode(given: str | None, inferred: str) -> str:
             f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
         )
     return given or inferred
-
-
-def mark_of(config: Any) -> str:
-    """What stands for an image in a prompt of this model."""
-    if getattr(config, "mm_use_im_start_end", False):
-        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-    return DEFAULT_IMAGE_TOKEN
 
 
 def _write(text: str) -> None:

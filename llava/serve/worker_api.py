@@ -75,7 +75,7 @@ class WorkerApi:
 
     async def _ask(self, body: GenerateBody) -> Asked:
         assert body.sampling is not None
-        prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, self._service.card.image_mark)
+        prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, self._service.card.image_placeholder)
         return await self._service.ask([prompt], body.sampling, body.images, opener=decode_images)
 
 

@@ -14,14 +14,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llava import conversation as conversation_lib
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import Conversation, SeparatorStyle, Span
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, SeparatorStyle, Span, image_placeholder
 from llava.errors import InputError
 from llava.text.legacy_labels import labels_by_rounds
 from llava.text.tokenization import encode_with_places
@@ -74,26 +68,19 @@ def preprocess_multimodal(
     """
     if not data_args.is_multimodal:
         return [[dict(turn) for turn in source] for source in sources]
-    mark = wrapped_mark(data_args.mm_use_im_start_end)
+    placeholder = image_placeholder(data_args.mm_use_im_start_end)
     if "mmtag" in (conv or conversation_lib.default_conversation).version:
-        mark = f"<Image>{mark}</Image>"
+        placeholder = f"<Image>{placeholder}</Image>"
 
     def placed(text: str) -> str:
         if DEFAULT_IMAGE_TOKEN in text and move_marks:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-        return text.replace(DEFAULT_IMAGE_TOKEN, mark)
+        return text.replace(DEFAULT_IMAGE_TOKEN, placeholder)
 
     return [
         [{**turn, "value": placed(_read_turn(turn, index)[1])} for index, turn in enumerate(source)]
         for source in sources
     ]
-
-
-def wrapped_mark(use_im_start_end: bool) -> str:
-    """What stands for one image in a prompt: the bare mark, or the mark between its start and end tokens."""
-    if use_im_start_end:
-        return f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
-    return DEFAULT_IMAGE_TOKEN
 
 
 def preprocess(

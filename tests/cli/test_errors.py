@@ -129,12 +129,12 @@ def test_a_prompt_too_long_for_the_context() -> None:
 
 def test_more_marks_than_images_and_fewer() -> None:
     said = refused(*CHAT, IMAGE, "<image> and <image>")
-    assert "2 <image> marks for 1 image" in said
-    assert "1 <image> mark for 0 images" in refused(*CHAT, "what is <image>")
-    assert "1 <image> mark for 2 images" in refused(*CHAT, IMAGE, IMAGE, "what is <image>")
+    assert "2 <image> placeholders for 1 image" in said
+    assert "1 <image> placeholder for 0 images" in refused(*CHAT, "what is <image>")
+    assert "1 <image> placeholder for 2 images" in refused(*CHAT, IMAGE, IMAGE, "what is <image>")
     done = run_llava(*CLI, IMAGE, stdin="<image>\n")
     assert done.returncode == 2
-    assert "2 <image> marks for 1 image" in done.stderr
+    assert "2 <image> placeholders for 1 image" in done.stderr
 
 
 def test_an_unknown_conversation_mode() -> None:

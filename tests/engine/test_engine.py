@@ -210,10 +210,10 @@ def test_a_full_queue_is_refused_and_waited_for() -> None:
 
 def test_wrong_requests_are_refused_where_they_are_made(engine: Engine) -> None:
     wrong = [
-        (Request("<image> what?"), "marks"),
+        (Request("<image> what?"), "placeholder"),
         (Request([1, 5000]), "token id 5000"),
         (Request([]), "empty"),
-        (Request([1, -200]), "1 <image> mark for 0 images"),
+        (Request([1, -200]), "1 <image> placeholder for 0 images"),
         (Request("x", sampling=SamplingParams(logit_bias={320: 1.0})), "logit_bias names token 320"),
         (Request("x", sampling=SamplingParams(stop_token_ids=(999,))), "stop_token_ids names token 999"),
         (Request("word " * 1000), "too long"),

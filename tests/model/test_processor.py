@@ -14,7 +14,7 @@ from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy, ImageSize
 from llava.mm_utils import tokenizer_image_token
 from llava.model.config import ImageSettings, LlavaSettings, ProjectorSettings, TokenSettings, VisionSettings
-from llava.processor import Processor, image_mark
+from llava.processor import Processor
 from llava.text.tokenization import load_tokenizer
 
 PINPOINTS = tuple(ImageSize(*size) for size in ((28, 56), (56, 28), (56, 56)))
@@ -29,8 +29,8 @@ def settings(mode: str, *, use_im_start_end: bool = False) -> LlavaSettings:
     )
 
 
-def processor(mode: str) -> Processor:
-    config = settings(mode)
+def processor(mode: str, **tokens: bool) -> Processor:
+    config = settings(mode, **tokens)
     policy = ImagePolicy(mode, 28, 14, pinpoints=PINPOINTS, merge=config.image.merge)
     pixels = ClipImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return Processor(load_tokenizer(golden("tokenizers/llama-mini1k-legacy")), pixels, config, policy=policy)
@@ -81,7 +81,7 @@ def test_text_alone_has_no_images():
 
 @pytest.mark.parametrize(("prompt", "num_images"), [("<image> and <image>", 1), ("none", 2), ("<image>", 0)])
 def test_marks_and_images_must_match(prompt, num_images):
-    with pytest.raises(InputError, match=f"{prompt.count('<image>')} <image> marks but {num_images} images"):
+    with pytest.raises(InputError, match=f"{prompt.count('<image>')} <image> placeholders? for {num_images} image"):
         processor("pad")(prompt, [Image.new("RGB", (9, 9))] * num_images)
 
 
@@ -102,6 +102,6 @@ def test_a_processor_without_policy_says_so():
         bare("<image>", [Image.new("RGB", (9, 9))])
 
 
-def test_mark_of_an_image():
-    assert image_mark(settings("pad")) == "<image>" == processor("pad").image_mark
-    assert image_mark(settings("pad", use_im_start_end=True)) == "<im_start><image><im_end>"
+def test_image_placeholder():
+    assert processor("pad").image_placeholder == "<image>"
+    assert processor("pad", use_im_start_end=True).image_placeholder == "<im_start><image><im_end>"

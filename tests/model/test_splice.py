@@ -93,5 +93,5 @@ def test_an_image_of_a_row_without_marks_stays_in_the_gradient_graph():
 @pytest.mark.parametrize("num_images", [0, 1, 4])
 def test_a_wrong_number_of_images_is_an_error_with_both_numbers(num_images):
     ids = torch.tensor([[1, -200, 2, -200]])
-    with pytest.raises(InputError, match=rf"2 <image> marks but {num_images} image"):
+    with pytest.raises(InputError, match=rf"2 <image> placeholders but {num_images} image"):
         splice(ids, torch.ones_like(ids).bool(), [torch.zeros(1, WIDTH)] * num_images, lambda t: TABLE[t])

@@ -262,7 +262,7 @@ BAD = [
     ({"messages": shown("data:image/png;base64,!!!")}, "base64"),
     ({"messages": shown("data:image/png;base64,aGVsbG8=")}, "not an image"),
     ({"messages": shown(*["data:,"] * 17)}, "17 images, and this server takes at most 16"),
-    ({"messages": shown(data_url(), text="<image> and <image>")}, "2 <image> marks for 1 image"),
+    ({"messages": shown(data_url(), text="<image> and <image>")}, "2 <image> placeholders for 1 image"),
     ({"messages": []}, "messages"),
     ({"messages": said("")}, "the content is empty"),
     ({"messages": [*said("hi"), {"role": "assistant", "content": "yes"}]}, "the last message must be the user's"),

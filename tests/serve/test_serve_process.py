@@ -105,8 +105,11 @@ def test_it_answers_as_an_engine_in_this_process_does(
 
 def test_what_cannot_work_is_refused_before_an_answer_begins(backend: ProcessBackend, runner: asyncio.Runner) -> None:
     for request, words in (
-        (replace(asking(backend, "What is that?"), images=(Image.new("RGB", (8, 8)),)), "0 <image> marks but 1 images"),
-        (asking(backend, "<image>\nWhat is that?"), "1 <image> marks but 0 images"),
+        (
+            replace(asking(backend, "What is that?"), images=(Image.new("RGB", (8, 8)),)),
+            "0 <image> placeholders for 1 image",
+        ),
+        (asking(backend, "<image>\nWhat is that?"), "1 <image> placeholder for 0 images"),
         (asking(backend, "Who are you?", logit_bias={10**6: 1.0}), "token 1000000"),
     ):
         with pytest.raises(InputError, match=words):

@@ -190,7 +190,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 def test_what_goes_wrong_is_told_in_words(page: Any) -> None:
     send(page, "Where is the <image>?")
     (told,) = answers(page, 1)
-    assert "1 <image> mark for 0 images" in told
+    assert "1 <image> placeholder for 0 images" in told
     send(page, "word " * 1500)
     assert "Please start a new conversation" in answers(page, 2)[1]
 

@@ -212,7 +212,7 @@ def test_a_client_s_leaving_reaches_the_worker(
 def remote(house: tuple[str, Dispatcher, list[Any]]) -> Iterator[str]:
     """A worker whose model is our own API behind the controller."""
     template = get_template("v1")
-    card = ModelCard("far-away", template, "v1", context_len=None, image_mark="<image>")
+    card = ModelCard("far-away", template, "v1", context_len=None, image_placeholder="<image>")
     with worker(RemoteBackend(house[0], model=MODEL, card=card)) as (address, _):
         yield address
 
@@ -266,7 +266,7 @@ def test_what_the_other_server_says_is_passed_on(remote: str) -> None:
         response = httpx.post(remote + CHAT, json={"model": "far-away", "messages": SHOW} | body)
         assert response.status_code == 400
         assert "another server" in response.json()["error"]["message"]
-    card = ModelCard("gone", get_template("v1"), "v1", context_len=None, image_mark="<image>")
+    card = ModelCard("gone", get_template("v1"), "v1", context_len=None, image_placeholder="<image>")
     with worker(RemoteBackend("http://127.0.0.1:9", model="x", card=card)) as (address, _):
         response = httpx.post(address + CHAT, json={"model": "gone", "messages": SHOW})
         assert response.status_code == 503
@@ -275,7 +275,7 @@ def test_what_the_other_server_says_is_passed_on(remote: str) -> None:
 
 
 def test_a_worker_whose_server_is_gone_is_passed_over(backend: EngineBackend) -> None:
-    card = ModelCard(MODEL, get_template("v1"), "v1", context_len=None, image_mark="<image>")
+    card = ModelCard(MODEL, get_template("v1"), "v1", context_len=None, image_placeholder="<image>")
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     with (
         controller() as (address, dispatcher),
@@ -318,7 +318,7 @@ def test_answers_of_other_servers_look_like_ours() -> None:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    card = ModelCard("far-away", get_template("v1"), "v1", context_len=None, image_mark="<image>")
+    card = ModelCard("far-away", get_template("v1"), "v1", context_len=None, image_placeholder="<image>")
     with running(app) as far, worker(RemoteBackend(far, model="x", card=card)) as (address, _):
         reply = httpx.post(address + CHAT, json={"model": "far-away", "messages": SHOW, "n": 2}).json()
         assert [choice["message"]["content"] for choice in reply["choices"]] == ["A cat sits."] * 2

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.sentencepiece_file import (
     BPE,
@@ -25,7 +26,6 @@ from llava.convert.sentencepiece_file import (
 )
 from llava.convert.source import Source
 from llava.errors import InputError
-from llava.text.labels import wrapped_mark
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 
 # The kind of splitting that a byte-level tokenizer of a language model does, by llama.cpp's word for it.
@@ -57,7 +57,9 @@ def add_tokenizer(gguf: Any, writer: Any, source: Source) -> None:
     ):
         if (index := getattr(tokenizer, token, None)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_chat_template(chat_template(source.conv_mode, wrapped_mark(source.settings.tokens.use_im_start_end)))
+    writer.add_chat_template(
+        chat_template(source.conv_mode, image_placeholder(source.settings.tokens.use_im_start_end))
+    )
 
 
 def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_rows: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.source import KEPT, VERBATIM, Source, copy_files, stored_dtype
 from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
@@ -25,7 +26,6 @@ from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import SELECT_FEATURES
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.tokenizer_setup import context_len
-from llava.text.labels import wrapped_mark
 
 VOCABULARY_MULTIPLE = 64
 
@@ -189,7 +189,7 @@ class TransformersLayout:
         write_json(folder / "config.json", self.config())
 
     def chat_template(self) -> str:
-        return chat_template(self.source.conv_mode, wrapped_mark(self.source.settings.tokens.use_im_start_end))
+        return chat_template(self.source.conv_mode, image_placeholder(self.source.settings.tokens.use_im_start_end))
 
     def processor(self) -> dict[str, Any]:
         tower = self.source.model.get_vision_tower()

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava.conversation import get_template
+from llava.conversation import get_template, with_image_placeholders
 from llava.diagnose.checks.findings import Finding, found
 from llava.diagnose.checks.test_image import drawing
-from llava.processor import ModelInputs, Processor, image_mark
+from llava.processor import ModelInputs, Processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,10 +109,11 @@ def _ask(loaded: LoadedModel, question: str, image: Image.Image) -> ModelInputs:
     processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
     conversation = get_template(loaded.conv_mode)
     conversation.messages = []
-    mark = f"{image_mark(settings)}\n" if loaded.processor is not None else ""
-    conversation.append_message(conversation.roles[0], f"{mark}{question}")
+    images = [image] if loaded.processor is not None else []
+    question = with_image_placeholders(question, len(images), processor.image_placeholder)
+    conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
-    return processor(conversation, [image] if loaded.processor is not None else [])
+    return processor(conversation, images)
 
 
 def _last_logits(model: Any, inputs: ModelInputs) -> Tensor:

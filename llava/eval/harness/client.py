@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, answer_end, get_template
+from llava.conversation import Conversation, answer_end, get_template, with_image_placeholders
 from llava.engine.hf_engine import Sampling, stream_answer
 from llava.engine.request import PromptSize
 from llava.errors import InputError
@@ -66,7 +66,7 @@ class Asker:
         self.sampling = sampling
         self.seed = seed
         self._image_cache = _ImageCache()
-        self._mark = mark_of(loaded)
+        self._placeholder = loaded.processor.image_placeholder if loaded.processor is not None else DEFAULT_IMAGE_TOKEN
         self._engine = None if sampling.num_beams > 1 else _engine_of(loaded)
 
     @classmethod
@@ -94,7 +94,7 @@ class Asker:
 
     def conversation(self, item: Question) -> Conversation:
         """A question in the template's words, its images marked where it says so, else before it."""
-        return ask(self.conv_mode, item.prompt, len(item.images), self._mark)
+        return ask(self.conv_mode, item.prompt, len(item.images), self._placeholder)
 
     def ask(self, items: Sequence[tuple[int, Question]], done: Done, *, max_new_tokens: int) -> None:
         """Answer numbered items and call `done` with each number and text, in this thread."""
@@ -198,23 +198,12 @@ def in_rounds(items: Sequence[tuple[int, Question]], width: int) -> list[tuple[i
     return ordered
 
 
-def ask(conv_mode: str, question: str, num_images: int, mark: str) -> Conversation:
+def ask(conv_mode: str, question: str, num_images: int, placeholder: str) -> Conversation:
     """A conversation of one question not answered yet."""
     conversation = get_template(conv_mode).copy()
-    if DEFAULT_IMAGE_TOKEN in question:
-        question = question.replace(DEFAULT_IMAGE_TOKEN, mark)
-    else:
-        question = f"{mark}\n" * num_images + question
-    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[0], with_image_placeholders(question, num_images, placeholder))
     conversation.append_message(conversation.roles[1], None)
     return conversation
-
-
-def mark_of(loaded: LoadedModel) -> str:
-    from llava.model.config import LlavaSettings
-    from llava.processor import image_mark
-
-    return image_mark(LlavaSettings.from_hf(loaded.model.config))
 
 
 def _engine_of(loaded: LoadedModel) -> Any:

@@ -25,7 +25,7 @@ class ModelCard:
     template: Conversation
     conv_mode: str
     context_len: int | None  # None: only the server elsewhere knows
-    image_mark: str  # what stands for one image in a prompt
+    image_placeholder: str  # what stands for one image in a prompt
     takes_images: bool = True
 
 

@@ -131,7 +131,7 @@ def messages_of(
             if text is not None:
                 messages.append({"role": "assistant", "content": text})
             continue
-        before, *after = text.split(card.image_mark)
+        before, *after = text.split(card.image_placeholder)
         parts: list[dict[str, Any]] = [_text(before)]
         for piece in after:
             image, detail = left.pop(0)

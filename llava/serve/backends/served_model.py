@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llava.conversation import get_template
+from llava.conversation import get_template, image_placeholder
 from llava.engine.prompt import prompt_bytes
 from llava.engine.request import Detail
 from llava.model.config import LlavaSettings
-from llava.processor import Processor, image_mark
+from llava.processor import Processor
 from llava.serve.backends.base import ModelCard
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class KnownModel:
             template=get_template(conv_mode),
             conv_mode=conv_mode,
             context_len=context_len,
-            image_mark=image_mark(LlavaSettings.from_hf(loaded.model.config)),
+            image_placeholder=image_placeholder(LlavaSettings.from_hf(loaded.model.config).tokens.use_im_start_end),
             takes_images=loaded.processor is not None,
         )
         side = 0 if loaded.processor is None else loaded.model.image_policy().tile_size

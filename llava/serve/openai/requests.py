@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation
-from llava.engine.request import SamplingParams, check_image_tokens
+from llava.conversation import Conversation, check_placeholders, with_image_placeholders
+from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.openai.schema import (
@@ -28,7 +28,6 @@ from llava.serve.openai.schema import (
     SystemMessage,
     UserMessage,
 )
-from llava.session import marked
 
 DEFAULT_NEW_TOKENS = 512
 # Fields that the engine calls by the same name.
@@ -86,9 +85,11 @@ def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
     if images and len(prompts) > 1:
         raise InputError("images go with a single prompt; send a request for each prompt that has images")
     for prompt in prompts:
-        check_image_tokens(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
+        check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
     sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
-    return Draft(tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_mark) for prompt in prompts), images, sampling)
+    return Draft(
+        tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_placeholder) for prompt in prompts), images, sampling
+    )
 
 
 def sampling_of(
@@ -157,7 +158,12 @@ def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
         raise InputError("the last message must be the user's: the next one is the model's answer")
     conversation = card.template.with_system("\n".join(system)) if system else card.template.copy()
     for role, run in groupby(spoken, key=lambda turn: turn.role):
-        texts = [marked(turn.text, len(turn.images), card.image_mark) if role == "user" else turn.text for turn in run]
+        texts = [
+            with_image_placeholders(turn.text, len(turn.images), card.image_placeholder)
+            if role == "user"
+            else turn.text
+            for turn in run
+        ]
         conversation.append_message(conversation.roles[role == "assistant"], "\n".join(texts))
     conversation.append_message(conversation.roles[1], None)
     return conversation

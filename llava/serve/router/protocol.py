@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine.request import SamplingParams, check_image_tokens
+from llava.conversation import check_placeholders
+from llava.engine.request import SamplingParams
 from llava.errors import InputError
 
 # Error codes of a chunk. With any but OK the text is a sentence for the user and nothing follows.
@@ -74,7 +75,7 @@ class GenerateBody:
         images = body.get("images") or []
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise InputError("'images' must be a list of images in base64")
-        check_image_tokens(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
+        check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
         num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, int)
         temperature = _number(body, "temperature", 1.0, float)
         stop = body.get("stop") or ""

@@ -17,11 +17,16 @@ from typing import Any
 
 import httpx
 
-from llava.conversation import Conversation, get_template, web_conv_mode_for_model_name, web_stop_string
+from llava.conversation import (
+    Conversation,
+    get_template,
+    web_conv_mode_for_model_name,
+    web_stop_string,
+    with_image_placeholders,
+)
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.serve.router.protocol import OK, ChunkReader
-from llava.session import marked
 
 HEADERS = {"User-Agent": "LLaVA Client"}
 MAX_NEW_TOKENS = 1536  # as the original's page asks at most
@@ -68,7 +73,7 @@ def conversation_of(turns: Sequence[Turn], template: Conversation, image_mode: s
     else:
         rest = kept
     for turn in rest:
-        conversation.append_message(conversation.roles[0], marked(turn.question, len(turn.images), "<image>"))
+        conversation.append_message(conversation.roles[0], with_image_placeholders(turn.question, len(turn.images)))
         conversation.append_message(conversation.roles[1], turn.answer)
     conversation.messages[-1][1] = None
     return conversation, [conversation.process_image(image, image_mode) for image in images]
