@@ -1,17 +1,19 @@
-"""Files and folders that appear whole or not at all, and what to say when a disk is full.
+"""Atomic folders, errors of a full disk, and JSON files.
 
-In: a folder to be written. Out: the same folder under its name once every byte has reached the disk. Nothing half
-written ever goes by a name that somebody may take for the finished thing. What is in the folder is the callers' matter.
+In: a folder to be written. Out: the same folder under its name once every byte has reached the disk, so that no half-written
+folder goes by the final name. What is in the folder is the caller's matter. `read_json` reads one JSON object.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llava.errors import InputError
 
@@ -88,3 +90,14 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object; anything else is an `InputError` that names the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} must hold a JSON object, found {type(values).__name__}")
+    return values

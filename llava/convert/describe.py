@@ -17,6 +17,7 @@ from typing import Any
 from llava.conversation import get_model_name_from_path
 from llava.convert.gguf.file import read_gguf_head
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_images
 from llava.model.checkpoints.hub import find_vision_tower
@@ -27,7 +28,6 @@ from llava.model.checkpoints.inspect import (
     inspect,
     tower_headers,
 )
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.template_defaults import CHATML_MARK, declared_context_len, template_name

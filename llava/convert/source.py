@@ -20,10 +20,10 @@ from torch import Tensor
 from llava.conversation import get_model_name_from_path
 from llava.convert.writer import Planned
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import CheckpointInfo
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.meta_model import Skeleton, plan_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, TensorHeader
 from llava.model.config import LlavaSettings

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.io import to_rgb
-from llava.model.checkpoints.json_file import read_json
 
 if TYPE_CHECKING:
     import numpy as np

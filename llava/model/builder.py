@@ -21,9 +21,9 @@ import torch
 
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
+from llava.files import read_json
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
 from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.device import is_present, pick_device, pick_dtype, pick_placement

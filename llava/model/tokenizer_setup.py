@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo
-from llava.model.checkpoints.json_file import read_json
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.template_defaults import CHATML_MARK, CONTEXT_KEYS, declared_context_len, template_name
 from llava.text import tokenization

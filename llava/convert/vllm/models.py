@@ -28,7 +28,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.tokenizers.hf import CachedHfTokenizer
 
 from llava.convert.vllm.plugin import companion, converted_tensors, is_original
-from llava.model.checkpoints.json_file import read_json
+from llava.files import read_json
 
 
 class CompanionTokenizer(CachedHfTokenizer):

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava.diagnose.checks.findings import Finding, found
 from llava.errors import InputError
+from llava.files import read_json
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
@@ -29,7 +30,6 @@ from llava.model.checkpoints.inspect import (
     inspect,
     read_config,
 )
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import LlavaSettings
 

@@ -14,9 +14,9 @@ from typing import Any
 from llava.diagnose.checks.checkpoint_files import Checkpoint, set_in_json
 from llava.diagnose.checks.findings import Finding, Skipped, found
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.layout import image_mode, parse_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER
 from llava.model.multimodal_projector.builder import MLP_NAME, PROJECTORS

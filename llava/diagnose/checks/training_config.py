@@ -25,9 +25,9 @@ from llava.diagnose.checks.checkpoint_vision import judge_projector, stored_proj
 from llava.diagnose.checks.dataset import by_cause
 from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, examine, found
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.layout import ImagePolicy, image_mode, parse_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.model.checkpoints.json_file import read_json
+from llava.files import read_json
 from llava.model.config import OWN_FOLDER
 
 MODEL_TYPES = ("llava", "llava_next")

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.files import read_json
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
-from llava.model.checkpoints.json_file import read_json
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import is_multimodal, language_model_type
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hub import resolve_vision_tower
-from llava.model.checkpoints.json_file import read_json
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
