@@ -1,47 +1,51 @@
-# Three commands for a fresh machine with Python >= 3.11 and make:
-#   make demo       set up, and ask the embedded model about an image
-#   make demo-eval  set up, and measure the embedded model on its held-out questions
-#   make test       set up, and run the tests
-# And one for the site of docs/, written to build/site:
-#   make site
-# Set-up happens once, in .venv; PYTHON=python3.12 picks another interpreter.
+# Set-up happens once, in .venv, on a machine with Python >= 3.11 and make; PYTHON=python3.12 picks another interpreter.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-eval test lint format site clean help
+.PHONY: help demo demo-eval test test-all lint format docs-tree site clean
 
-help:
-	@sed -n '2,6s/^# *//p' Makefile
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 QUESTION := What do you see in this picture?
 
-demo: $(VENV)/.core
+demo: $(VENV)/.core ## set up, and ask the embedded model about an image
 	@echo '$$ llava chat images/demo.jpg "$(QUESTION)"'
 	@$(BIN)/python -m llava chat images/demo.jpg "$(QUESTION)"
 
-demo-eval: $(VENV)/.core
+demo-eval: $(VENV)/.core ## set up, and measure the embedded model on its held-out questions
 	@echo '$$ llava eval tiny'
 	@$(BIN)/python -m llava eval tiny
 
-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/.dev
+test: $(VENV)/.dev ## set up, and run the tests but the slow ones
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.dev ## run all tests, as CI does
+	$(PYTEST)
+
+lint: $(VENV)/.dev ## check style, types and translations
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/docs/translations.py
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-site: $(VENV)/.docs
+docs-tree: ## print every file of the package with its first line
+	@$(PYTHON) scripts/docs/tree.py
+
+site: $(VENV)/.docs ## build the pages of docs/ as a site, in build/site
 	$(BIN)/python scripts/docs/site.py
 
-clean:
+clean: ## remove the environment and what was built
 	rm -rf $(VENV) build llava.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:

@@ -1,10 +1,10 @@
 """Build the site of docs/: `python scripts/docs/site.py [--serve]`, which `make site` calls. It needs the extra `docs`.
 
 In: docs/, mkdocs.yml, the package. Out: build/site. mkdocs wants every page and image in one folder, and every link within
-it, so docs/ is copied first: a link to a file outside of docs/ becomes a link into the repository where the environment
-variable LLAVA_DOCS_REPOSITORY gives its address, and plain text where it does not; an image from outside is taken along;
-the reference is written from the public names of the package; pages that mkdocs.yml names and that are not written yet are
-left out. Then mkdocs builds strictly: a link that leads nowhere is an error.
+it, so docs/ is copied first. A link to a file outside of docs/ becomes a link into the repository where the environment
+variable LLAVA_DOCS_REPOSITORY gives its address, and plain text where it does not; an image from outside is copied. The
+reference is written from the public names of the package, and architecture.md gets the tree of all files (tree.py). Pages
+that mkdocs.yml names and that do not exist are left out. mkdocs builds strictly: a link that leads nowhere is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tree import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 # Anchors of Chinese headings; a Python object that YAML can name and not hold.
@@ -66,6 +67,8 @@ def prepare(build: Path) -> Path:
         page.write_text(within(text, source, pages), encoding="utf-8")
         page.rename(page.with_name(page.name.replace(".zh-CN.", ".zh.")))  # as the plug-in and the theme spell it
     (pages / "reference.md").write_text(reference(), encoding="utf-8")
+    with (pages / "architecture.md").open("a", encoding="utf-8") as page:
+        page.write(f"\n## Every file\n\n```text\n{draw(ROOT / 'llava')}\n```\n")
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     config |= {"docs_dir": str(pages), "site_dir": str(build / "site")}
     config["nav"] = [entry for entry in (written(entry, pages) for entry in config["nav"]) if entry]

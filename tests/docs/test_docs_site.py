@@ -15,6 +15,7 @@ from repository import ROOT
 
 import llava
 
+sys.path.append(str(ROOT / "scripts/docs"))  # its programs import each other by name
 # Loaded by its path: the standard library has a module of this name.
 SITE = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts/docs/site.py")
 assert SITE is not None
@@ -71,6 +72,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert {"index", "tour", "trace", "doctor", "debug", "extend", "reference", "roadmap"} <= pages
     chinese = (tmp_path / "site/zh/trace.html").read_text(encoding="utf-8")
     assert "观察点" in chinese
+    tree = (tmp_path / "site/architecture.html").read_text(encoding="utf-8")
+    assert all(path.name in tree for path in (ROOT / "llava").rglob("[!_]*.py"))
     reference = (tmp_path / "site/reference.html").read_text(encoding="utf-8")
     assert "Load a model folder or hub repository for answering." in reference
 
