@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from llava.cli.program import closest, complain, run_program
+from llava.cli.program import closest, print_error, run_program
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         kind = "flag" if name.startswith("-") else "command"
         known = f"{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
-        return complain(f"unknown {kind} {name!r}{known}", name="llava")
+        return print_error(f"unknown {kind} {name!r}{known}", name="llava")
     return run_program(start, name, rest, name=f"llava {name}")
 
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava.cli.find_model import find_model
-from llava.cli.model_flags import add_loading_flags, add_path_flag
+from llava.cli.model_flags import add_loading_flags, add_path_flag, find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare
 from llava.errors import InputError

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.cli.find_model import find_model
-from llava.cli.model_flags import add_model_flags, quantization_from
+from llava.cli.model_flags import add_model_flags, find_model, quantization_from
 from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, closest
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
@@ -109,7 +108,7 @@ def run(args: Namespace) -> int:
 
     started = time.perf_counter()
     if question is None and terminal.interactive:
-        terminal.note("loading the model ...")
+        terminal.info("loading the model ...")
     loaded = load_model(args)
     template = get_template(args.conv_mode or loaded.conv_mode)
     session = Session(loaded, template.with_system(args.system) if args.system is not None else template, sampling)
@@ -177,7 +176,7 @@ class Chat:
         """Every line a question or a command, until the input ends. A line that cannot work is told and passed over."""
         if self.terminal.interactive:
             num_images = len(self.session.waiting)
-            self.terminal.note(
+            self.terminal.info(
                 f"{num_images} image{'s' * (num_images != 1)}; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
             )
         status = 0
@@ -186,12 +185,12 @@ class Chat:
                 if not self.obey(line.strip()):
                     break
             except InputError as error:
-                self.terminal.complain(error)
+                self.terminal.error(error)
                 status = 0 if self.terminal.interactive else EXIT_BAD_INPUT
             except KeyboardInterrupt:  # outside of an answer: a slow download, say
                 if not self.terminal.interactive:
                     raise
-                self.terminal.note("stopped")
+                self.terminal.info("stopped")
         return status
 
     def obey(self, line: str) -> bool:
@@ -212,8 +211,8 @@ class Chat:
         sources = [image.source for image in self.session.waiting]
         asked = self.session.ask(question)
         if self.args.verbose:
-            self.terminal.note(f"prompt: {asked.prompt!r}")
-            self.terminal.note(
+            self.terminal.info(f"prompt: {asked.prompt!r}")
+            self.terminal.info(
                 f"{asked.size.num_text_tokens} text and {asked.size.num_image_tokens} image tokens; "
                 f"at most {asked.num_new_tokens} new ones"
                 + (" (all that the context holds)" if asked.num_new_tokens < self.args.max_new_tokens else "")
@@ -224,7 +223,7 @@ class Chat:
         if self.args.verbose:
             speed = len(answer.token_ids) / max(answer.total_s, 1e-9)
             first = f"first after {answer.first_token_s:.2f} s, " if answer.first_token_s is not None else ""
-            self.terminal.note(f"{len(answer.token_ids)} tokens, {first}{speed:.1f} per second; {answer.finish_reason}")
+            self.terminal.info(f"{len(answer.token_ids)} tokens, {first}{speed:.1f} per second; {answer.finish_reason}")
 
     def as_json(self, question: str, sources: list[str], asked: Asked, answer: Answer) -> str:
         row: dict[str, Any] = {
@@ -245,7 +244,7 @@ class Chat:
 
     def describe(self, loaded: LoadedModel) -> None:
         model = loaded.model
-        self.terminal.note(
+        self.terminal.info(
             f"{loaded.info.folder}: {type(model).__name__} on {model.device} in {str(model.dtype).removeprefix('torch.')}, "
             f"template {self.args.conv_mode or loaded.conv_mode}, context {loaded.context_len}, loaded in {self.load_s:.2f} s"
         )
@@ -260,18 +259,18 @@ def _image(chat: Chat, argument: str) -> bool:
         raise InputError("/image needs the path or URL of at least one image")
     chat.session.attach([LoadedImage.open(source, chat.limits) for source in sources])
     num_waiting = len(chat.session.waiting)
-    chat.terminal.note(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
+    chat.terminal.info(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
     return True
 
 
 def _reset(chat: Chat, argument: str) -> bool:
     chat.session.reset()
-    chat.terminal.note("a new conversation, without images")
+    chat.terminal.info("a new conversation, without images")
     return True
 
 
 def _undo(chat: Chat, argument: str) -> bool:
-    chat.terminal.note(f"taken back: {chat.session.undo().question}")
+    chat.terminal.info(f"taken back: {chat.session.undo().question}")
     return True
 
 
@@ -284,7 +283,7 @@ def _save(chat: Chat, argument: str) -> bool:
     if not argument:
         raise InputError("/save needs the name of a file to write")
     chat.session.save(argument)
-    chat.terminal.note(f"saved in {argument}")
+    chat.terminal.info(f"saved in {argument}")
     return True
 
 
@@ -292,14 +291,14 @@ def _load(chat: Chat, argument: str) -> bool:
     if not argument:
         raise InputError("/load needs the name of a file that /save wrote")
     chat.session.load(argument, chat.limits)
-    chat.terminal.note(f"{len(chat.session.exchanges)} questions and answers taken up")
+    chat.terminal.info(f"{len(chat.session.exchanges)} questions and answers taken up")
     return True
 
 
 def _help(chat: Chat, argument: str) -> bool:
     width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
-        chat.terminal.note(f"{f'{name} {command.argument}':<{width}}  {command.help}")
+        chat.terminal.info(f"{f'{name} {command.argument}':<{width}}  {command.help}")
     return True
 
 

@@ -1,15 +1,22 @@
-"""The flags by which a program is told its model, the same for all of them.
+"""The flags that choose a model, the same in all programs, and the path that they mean.
 
-In: a parser, or a group of its flags. Out: flags, and what the two for rounded weights mean. Nothing here imports torch.
+In: a parser, or a group of its flags; what was parsed. Out: flags; the path to load; the quantization. Nothing here
+imports torch. Loading itself is model/builder.py.
 """
 
 from __future__ import annotations
 
+import argparse
 from argparse import Namespace
-from typing import Any
+from pathlib import Path
+
+from llava.model.checkpoints.hub import looks_like_repository
+from llava.model.checkpoints.inspect import inspect
+
+Flags = argparse._ActionsContainer  # a parser or a group of one
 
 
-def add_path_flag(flags: Any) -> None:
+def add_path_flag(flags: Flags) -> None:
     flags.add_argument(
         "--model-path",
         "-m",
@@ -18,14 +25,14 @@ def add_path_flag(flags: Any) -> None:
     )
 
 
-def add_loading_flags(flags: Any) -> None:
+def add_loading_flags(flags: Flags) -> None:
     """--model-base, --device and --dtype."""
     flags.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
     flags.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     flags.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
 
 
-def add_model_flags(flags: Any, *, bits: bool = True) -> None:
+def add_model_flags(flags: Flags, *, bits: bool = True) -> None:
     """All of the above, --conv-mode and, with `bits`, --load-8bit and --load-4bit."""
     add_path_flag(flags)
     add_loading_flags(flags)
@@ -39,5 +46,23 @@ def add_model_flags(flags: Any, *, bits: bool = True) -> None:
 
 
 def quantization_from(args: Namespace) -> str | None:
-    """What `llava.load` calls the chosen bits."""
+    """Translate --load-8bit and --load-4bit to the `quantization` argument of `llava.load`."""
     return "8bit" if args.load_8bit else "4bit" if args.load_4bit else None
+
+
+def find_model(path: str | None) -> str:
+    """Return the folder or hub repository to load, after a check that needs no torch.
+
+    Args:
+        path: folder or hub repository; None for the model in the package.
+
+    Raises:
+        InputError: the folder's files show that it cannot be loaded.
+    """
+    if path is None:
+        from llava.assets import embedded_model_path
+
+        return str(embedded_model_path())
+    if Path(path).expanduser().exists() or not looks_like_repository(path):
+        inspect(path)
+    return path

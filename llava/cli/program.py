@@ -44,7 +44,7 @@ def run_program(function: Callable[..., int | None], *args: Any, name: str) -> i
         sys.stdout.flush()  # here, where a closed pipe can still be met quietly
         return status
     except InputError as error:
-        return complain(str(error), name=name)
+        return print_error(str(error), name=name)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -53,7 +53,7 @@ def run_program(function: Callable[..., int | None], *args: Any, name: str) -> i
         return EXIT_BROKEN_PIPE
 
 
-def complain(sentence: str, *, name: str) -> int:
+def print_error(sentence: str, *, name: str) -> int:
     """Write the one line that a user reads about what they gave, whatever line breaks it came with."""
     print(f"{name}: error: {' '.join(sentence.split())}", file=sys.stderr)
     return EXIT_BAD_INPUT
@@ -121,4 +121,4 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sentence = " ".join(message.split()).rstrip(".")
-        self.exit(complain(f"{sentence} (all flags: {self.prog} --help)", name=self.prog))
+        self.exit(print_error(f"{sentence} (all flags: {self.prog} --help)", name=self.prog))

@@ -1,7 +1,7 @@
-"""A terminal as a person or a pipe sees it: prompts, colours, history of lines, and answers that appear as they are written.
+"""Input and output of an interactive program: prompts, colors, line history, streamed answers.
 
-In: what to show. Out: characters on stdout (answers) and stderr (notes and complaints), and the lines that were typed.
-Without a terminal at both ends there are no prompts and no colours: only answers reach stdout, so that pipes work.
+In: what to show. Out: text on stdout (answers) and stderr (messages and errors), and the lines that were typed.
+Without a terminal at both ends there are no prompts and no colors: only answers reach stdout, so that pipes work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.cli.colors import PLAIN, Paint, begin, wants_colours
+from llava.cli.colors import RESET, Colors, style_code, wants_colors
 from llava.engine.hf_engine import Answer, AnswerStream
 from llava.errors import InputError
 
@@ -23,34 +23,37 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """What the programs print with. `interactive`: a person types and reads; else a pipe or a file is at one end."""
+    """Where a program reads lines and writes answers and messages.
+
+    `interactive` is true where stdin and stdout are both terminals.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.quiet = quiet
-        self.colours = self.interactive and wants_colours(sys.stdout)
+        self.use_colors = self.interactive and wants_colors(sys.stdout)
 
     def write(self, text: str) -> None:
-        """A piece of an answer, shown at once."""
+        """Write part of an answer to stdout, and flush."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def note(self, text: str) -> None:
-        """Something beside the answers."""
+    def info(self, text: str) -> None:
+        """Write a message to stderr, unless the program is quiet."""
         if not self.quiet:
-            print(self._painted("dim", text), file=sys.stderr, flush=True)
+            print(self._styled("dim", text), file=sys.stderr, flush=True)
 
-    def complain(self, error: InputError) -> None:
-        """What was wrong with one line, where the program goes on."""
-        print(self._painted("red", f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+    def error(self, error: InputError) -> None:
+        """Write an error to stderr; the program goes on."""
+        print(self._styled("red", f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
 
     def lines(self, prompt: str = "> ") -> Iterator[str]:
-        """Lines until the end of input. At a prompt, Ctrl-C drops the line and a second one in a row ends as Ctrl-D does."""
+        """Yield lines until the end of input. At a prompt, Ctrl-C drops the line; a second one in a row ends the input."""
         if not self.interactive:
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
-        # The marks around colours tell readline that they take no room.
-        shown = f"\001{begin('bold')}\002{prompt}\001{PLAIN}\002" if self.colours else prompt
+        # \001 and \002 tell readline that what is between them has no width.
+        shown = f"\001{style_code('bold')}\002{prompt}\001{RESET}\002" if self.use_colors else prompt
         interrupted = False
         with _line_history():
             while True:
@@ -64,30 +67,30 @@ class Terminal:
                     if interrupted:
                         return
                     interrupted = True
-                    self.note("Ctrl-C again, Ctrl-D or /exit leaves")
+                    self.info("Ctrl-C again, Ctrl-D or /exit leaves")
                     continue
                 interrupted = False
                 yield line
 
-    def _painted(self, style: str, text: str) -> str:
-        return Paint(self.colours and sys.stderr.isatty())(text, style)
+    def _styled(self, style: str, text: str) -> str:
+        return Colors(self.use_colors and sys.stderr.isatty())(text, style)
 
 
 def show(stream: AnswerStream | EngineStream, write: Callable[[str], None]) -> Answer:
-    """Write an answer as it comes. Ctrl-C ends the answer, after the token being computed, and not the program."""
+    """Write an answer as it is generated, and return it. Ctrl-C ends the answer after the current token."""
     with stream:
         try:
             for piece in stream:
                 write(piece)
         except KeyboardInterrupt:
             stream.cancel()
-            for piece in stream:  # what had come before the stop
+            for piece in stream:  # text generated before the stop
                 write(piece)
         return stream.answer
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' advice to programmers off a user's terminal; our own warnings still show."""
+    """Hide warnings and progress bars of libraries; log messages of this package still show."""
     warnings.simplefilter("ignore")
     from transformers.utils import logging as transformers_logging
 
@@ -96,7 +99,7 @@ def quiet_libraries() -> None:
 
 
 class _line_history:
-    """Editing and recalling of typed lines, kept between sessions where the system has readline."""
+    """Line editing and history, kept between sessions where the system has readline."""
 
     def __init__(self) -> None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -110,13 +113,13 @@ class _line_history:
             return
         self._readline = readline
         readline.set_history_length(1000)
-        with suppress(OSError):  # the first session, or a home that cannot be read: recalling starts empty
+        with suppress(OSError):  # the first session, or an unreadable file: the history starts empty
             readline.read_history_file(self._file)
 
     def __exit__(self, *exception: object) -> None:
         if self._readline is None:
             return
-        with suppress(OSError):  # a home that cannot be written: nothing to recall next time
+        with suppress(OSError):  # an unwritable folder: no history next time
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._readline.write_history_file(self._file)
             self._file.chmod(0o600)

@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.cli.colors import shows_blocks
+from llava.cli.colors import shows_unicode
 from llava.cli.program import ArgumentParser, called_as, run_program
 from llava.data.samples import Samples, open_samples
 from llava.data.validate import KINDS, Checker, Fault, Finding
@@ -241,7 +241,7 @@ def _repeated_id(samples: Samples, index: int, seen: set[str]) -> list[Fault]:
 
 def _bars(title: str, rows: Sequence[tuple[str, int]]) -> list[str]:
     """A histogram in text, with blocks where the terminal can show them."""
-    block = "█" if shows_blocks(sys.stdout) else "#"
+    block = "█" if shows_unicode(sys.stdout) else "#"
     width = max((len(name) for name, _ in rows), default=0)
     digits = max((len(f"{count:,}") for _, count in rows), default=0)
     room = max(10, min(BAR_WIDTH, shutil.get_terminal_size().columns - width - digits - 6))

@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.colors import Paint, wants_colours
+from llava.cli.colors import Colors, wants_colors
 from llava.cli.program import ArgumentParser, closest
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
@@ -32,7 +32,7 @@ def run(options: Namespace) -> None:
     reader = read_model(
         options.model_path or embedded_model_path(), conv_mode=options.conv_mode, max_length=options.max_length
     )
-    print(render(samples, index, reader, options.image_folder, colours=wants_colours(sys.stdout)))
+    print(render(samples, index, reader, options.image_folder, use_colors=wants_colors(sys.stdout)))
 
 
 def build_parser() -> ArgumentParser:
@@ -59,7 +59,7 @@ def _index_of(samples: Samples, wanted: str) -> int:
     return found
 
 
-def render(samples: Samples, index: int, reader: SampleReader, image_folder: str | None, *, colours: bool) -> str:
+def render(samples: Samples, index: int, reader: SampleReader, image_folder: str | None, *, use_colors: bool) -> str:
     """The whole page about one sample."""
     part, _ = samples.locate(index)
     try:
@@ -78,12 +78,12 @@ def render(samples: Samples, index: int, reader: SampleReader, image_folder: str
         lines.append(f"image {image_label(source)}: {width}x{height} pixels, {count} tokens")
     over = f", over the limit of {reader.max_length}: the end is cut off" if num_tokens > reader.max_length else ""
     lines.append(f"{num_tokens} tokens, {num_trained} of them trained ({num_trained / num_tokens:.0%}){over}")
-    return "\n".join([*lines, "", mark_trained(reading, features, colours=colours)])
+    return "\n".join([*lines, "", mark_trained(reading, features, use_colors=use_colors)])
 
 
-def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) -> str:
+def mark_trained(reading: Reading, features: Sequence[int], *, use_colors: bool) -> str:
     """The prompt, cut where training begins and ends, each token's text on the side that its label says."""
-    paint = Paint(colours)
+    colors = Colors(use_colors)
     images = iter(features)
     pieces = []
     start = 0
@@ -96,8 +96,8 @@ def mark_trained(reading: Reading, features: Sequence[int], *, colours: bool) ->
         text = reading.text[start:end]
         if is_image:
             labels = [f"<image: {next(images, 0)} tokens>" for _ in members]
-            text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(paint(label, "dim") for label in labels)
-        shown = paint(text, "bold", "green") if colours else f"[{text}]"
+            text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(colors(label, "dim") for label in labels)
+        shown = colors(text, "bold", "green") if use_colors else f"[{text}]"
         pieces.append(shown if trained else text)
         start = end
     return "".join([*pieces, reading.text[start:]])

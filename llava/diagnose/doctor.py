@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.cli.colors import Paint, wants_colours
+from llava.cli.colors import Colors, wants_colors
 from llava.cli.program import ArgumentParser
 from llava.diagnose.checks.findings import CAUSES, Finding, Report
 from llava.errors import InputError
@@ -102,7 +102,7 @@ def run(args: Namespace) -> int:
             content["fix"] = {"copy": args.fix, "done": done, "left": after.as_json()["findings"]}
         print(json.dumps(content, indent=2, ensure_ascii=False))
     else:
-        print(as_text(report, Paint(wants_colours(sys.stdout)), verbose=args.verbose))
+        print(as_text(report, Colors(wants_colors(sys.stdout)), verbose=args.verbose))
         if args.fix:
             print(_told(args.fix, done, after))
     return EXIT_FOUND if report.findings else 0
@@ -178,11 +178,14 @@ def _quiet() -> Iterator[None]:
 # For people
 
 
-def as_text(report: Report, paint: Paint, *, verbose: bool = False) -> str:
+def as_text(report: Report, colors: Colors, *, verbose: bool = False) -> str:
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.facts.items() if value is not None)
-    lines = [paint(report.subject, "bold") + (f"  {paint(facts, 'dim')}" if facts else "")]
+    lines = [colors(report.subject, "bold") + (f"  {colors(facts, 'dim')}" if facts else "")]
     for finding in report.findings:
-        lines += ["", f"{paint('found', 'red', 'bold')}  {paint(finding.code, 'bold')}: {CAUSES[finding.code].meaning}"]
+        lines += [
+            "",
+            f"{colors('found', 'red', 'bold')}  {colors(finding.code, 'bold')}: {CAUSES[finding.code].meaning}",
+        ]
         on_a_copy = " (--fix does it, on a copy)" if finding.fix and "--fix" not in finding.remedy else ""
         for name, text in (
             ("what", finding.what),
@@ -191,25 +194,25 @@ def as_text(report: Report, paint: Paint, *, verbose: bool = False) -> str:
             ("remedy", finding.remedy + on_a_copy),
         ):
             if text:
-                lines += _wrapped(name, text, paint)
+                lines += _wrapped(name, text, colors)
     if verbose and report.looked:
-        lines += ["", *_wrapped("looked at", ", ".join(report.looked), paint)]
+        lines += ["", *_wrapped("looked at", ", ".join(report.looked), colors)]
     if verbose or report.findings:
         reasons: dict[str, list[str]] = {}
         for check, why in report.skipped:
             reasons.setdefault(why, []).append(check)
         for why, checks in reasons.items():
-            lines += _wrapped("not looked at", f"{', '.join(checks)}: {why}", paint)
+            lines += _wrapped("not looked at", f"{', '.join(checks)}: {why}", colors)
     count = len(report.findings)
     if count:
         return "\n".join([*lines, "", f"{count} finding{'s' * (count > 1)}"])
-    return "\n".join([*lines, paint("nothing found", "green") + f" in {len(report.looked)} checks"])
+    return "\n".join([*lines, colors("nothing found", "green") + f" in {len(report.looked)} checks"])
 
 
-def _wrapped(name: str, text: str, paint: Paint) -> list[str]:
+def _wrapped(name: str, text: str, colors: Colors) -> list[str]:
     head = f"  {name:>7}  "
     body = textwrap.wrap(text, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
-    return [paint(head, "dim") + body[0], *(" " * len(head) + line for line in body[1:])]
+    return [colors(head, "dim") + body[0], *(" " * len(head) + line for line in body[1:])]
 
 
 def _told(copy: str, done: Sequence[str], after: Report | None) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llava.cli.colors import Paint, shows_blocks, wants_colours
+from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_loading_flags
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    from llava.cli.find_model import find_model
+    from llava.cli.model_flags import find_model
     from llava.cli.terminal import quiet_libraries
 
     if args.steps < 1:
@@ -334,16 +334,16 @@ def odd_output(loaded: LoadedModel) -> Item:
 def as_text(path: str, items: Sequence[Item]) -> str:
     from llava.diagnose.tracer.text import show_rows, text_width
 
-    paint, blocks, width = Paint(wants_colours(sys.stdout)), shows_blocks(sys.stdout), text_width()
-    lines = [paint(path, "bold")]
+    colors, blocks, width = Colors(wants_colors(sys.stdout)), shows_unicode(sys.stdout), text_width()
+    lines = [colors(path, "bold")]
     for number, item in enumerate(items, 1):
         state = ("skipped", "yellow") if item.skipped else ("passed", "green") if item.passed else ("FAILED", "red")
         lines += [
             "",
-            f"{paint(f'{number} {item.title}', 'bold', 'cyan')}  {paint(state[0], state[1], 'bold')}  {item.seconds:.1f} s",
+            f"{colors(f'{number} {item.title}', 'bold', 'cyan')}  {colors(state[0], state[1], 'bold')}  {item.seconds:.1f} s",
         ]
-        lines.append(paint("  " + " -> ".join(item.where), "dim"))
-        lines += show_rows(item.rows, paint, blocks, width)
+        lines.append(colors("  " + " -> ".join(item.where), "dim"))
+        lines += show_rows(item.rows, colors, blocks, width)
         if item.skipped:
             lines.append(f"  {item.skipped}")
     passed = sum(item.passed for item in items)

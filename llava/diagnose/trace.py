@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.cli.colors import Paint, shows_blocks, wants_colours
+from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_model_flags
 from llava.cli.program import ArgumentParser
 from llava.conversation import check_question, get_template
@@ -89,7 +89,7 @@ def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
 
 def _trace_question(args: Namespace) -> int:
     from llava.cli.chat import load_model, split_words
-    from llava.cli.find_model import find_model
+    from llava.cli.model_flags import find_model
     from llava.session import LoadedImage
 
     sources, question = split_words(args.words)
@@ -124,7 +124,7 @@ def _trace_question(args: Namespace) -> int:
 
 
 def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
-    from llava.cli.find_model import find_model
+    from llava.cli.model_flags import find_model
     from llava.cli.terminal import quiet_libraries
 
     quiet_libraries()
@@ -157,7 +157,7 @@ def _show(args: Namespace, record: Any, head: dict[str, Any], page: str | None) 
     if args.json:
         print(json.dumps({**head, **record.as_json()}, ensure_ascii=False, indent=2))
     else:
-        print(as_text(record, Paint(wants_colours(sys.stdout)), blocks=shows_blocks(sys.stdout)))
+        print(as_text(record, Colors(wants_colors(sys.stdout)), blocks=shows_unicode(sys.stdout)))
         if page is not None:
             print(f"page: {args.html}")
     return EXIT_FAILED if record.failed else 0

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.cli.find_model import find_model
+from llava.cli.model_flags import find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX

@@ -75,7 +75,7 @@ def get_chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 def answer_file(args: Namespace, items: Sequence[Question], *, max_new_tokens: int) -> None:
     """Answer the questions of a chunk into the answers file."""
-    from llava.cli.find_model import find_model
+    from llava.cli.model_flags import find_model
 
     missing = missing_images(items)
     if missing:

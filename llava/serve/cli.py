@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.find_model import find_model
+from llava.cli.model_flags import find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import quiet_libraries, show

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llava.cli import model_flags
-from llava.cli.find_model import find_model
+from llava.cli.model_flags import find_model
 from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig

@@ -156,17 +156,17 @@ def test_show_marks_exactly_what_is_trained(folder: Path, capsys: pytest.Capture
 
 
 def test_colours_are_for_terminals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava.cli.colors import wants_colours
+    from llava.cli.colors import wants_colors
 
     terminal = Namespace(isatty=lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert wants_colours(terminal)  # type: ignore[arg-type]
+    assert wants_colors(terminal)  # type: ignore[arg-type]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colours(terminal)  # type: ignore[arg-type]
-    assert not wants_colours(io.StringIO())
+    assert not wants_colors(terminal)  # type: ignore[arg-type]
+    assert not wants_colors(io.StringIO())
     reading = read_model(MODEL).read(SAMPLES[1])
-    assert mark_trained(reading, [], colours=True).endswith("ASSISTANT:\033[1;32m Hello.</s>\033[0m")
+    assert mark_trained(reading, [], use_colors=True).endswith("ASSISTANT:\033[1;32m Hello.</s>\033[0m")
 
 
 @pytest.mark.parametrize("conv_mode", ["v1", "llava_llama_2", "plain", "v0"])
@@ -181,7 +181,7 @@ def test_readings_are_those_of_training(conv_mode: str) -> None:
         assert reading.ids == item["input_ids"].tolist()
         assert reading.labels == item["labels"].tolist()
         assert reading.ends == sorted(reading.ends)
-        unmarked = mark_trained(reading, [0], colours=False).replace("<image: 0 tokens>", "<image>")
+        unmarked = mark_trained(reading, [0], use_colors=False).replace("<image: 0 tokens>", "<image>")
         if not {"[", "]"} & set(reading.text):
             assert unmarked.replace("[", "").replace("]", "") == reading.text
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 
-from llava.cli.colors import Paint
+from llava.cli.colors import Colors
 from llava.diagnose.tracer.hooks import Trace
 from llava.diagnose.tracer.record import Observation, Row, Stage
 
@@ -17,19 +17,19 @@ LONGEST = 1500  # characters of one row; the page and --json have all
 BAR = 36
 
 
-def as_text(record: Trace, paint: Paint, *, blocks: bool = True, width: int | None = None) -> str:
+def as_text(record: Trace, colors: Colors, *, blocks: bool = True, width: int | None = None) -> str:
     width = width or text_width()
     lines: list[str] = []
     for number, seen in enumerate(record, 1):
-        lines += ["", *_point(number, seen, record.stages, paint, blocks=blocks, width=width)]
+        lines += ["", *_point(number, seen, record.stages, colors, blocks=blocks, width=width)]
     failed = record.failed
     checks = sum(row.tone in ("good", "bad") for seen in record for row in seen.rows)
     lines.append("")
     if failed:
-        lines.append(paint(f"{len(failed)} of {checks} checks do not hold:", "red", "bold"))
+        lines.append(colors(f"{len(failed)} of {checks} checks do not hold:", "red", "bold"))
         lines += [f"  {point}: {text}" for point, text in failed]
     else:
-        lines.append(paint(f"all {checks} checks hold", "green"))
+        lines.append(colors(f"all {checks} checks hold", "green"))
     return "\n".join(lines[1:])
 
 
@@ -37,16 +37,18 @@ def text_width() -> int:
     return min(shutil.get_terminal_size().columns, 120)
 
 
-def _point(number: int, seen: Observation, stages: list[Stage], paint: Paint, *, blocks: bool, width: int) -> list[str]:
-    lines = [f"{paint(f'{number:>2} {seen.point}', 'bold', 'cyan')}  {seen.title}  {paint(seen.where, 'dim')}"]
+def _point(
+    number: int, seen: Observation, stages: list[Stage], colors: Colors, *, blocks: bool, width: int
+) -> list[str]:
+    lines = [f"{colors(f'{number:>2} {seen.point}', 'bold', 'cyan')}  {seen.title}  {colors(seen.where, 'dim')}"]
     rows = seen.rows
     if seen.point == "cost":
-        lines += _waterfall(stages, paint, blocks=blocks)
+        lines += _waterfall(stages, colors, blocks=blocks)
         rows = [row for row in rows if row.label == "memory"]
-    return lines + show_rows(rows, paint, blocks, width)
+    return lines + show_rows(rows, colors, blocks, width)
 
 
-def show_rows(rows: list[Row], paint: Paint, blocks: bool, width: int) -> list[str]:
+def show_rows(rows: list[Row], colors: Colors, blocks: bool, width: int) -> list[str]:
     """Lines about one thing, labels on the left, checks marked."""
     lines = []
     for row in rows:
@@ -55,17 +57,17 @@ def show_rows(rows: list[Row], paint: Paint, blocks: bool, width: int) -> list[s
             mark = ("✓" if blocks else "ok") if row.tone == "good" else ("✗" if blocks else "NOT")
             colour = "green" if row.tone == "good" else "red"
             lines.append(
-                paint(head, "dim") + paint(f"{mark} ", colour) + paint(row.text, *[colour] * (row.tone == "bad"))
+                colors(head, "dim") + colors(f"{mark} ", colour) + colors(row.text, *[colour] * (row.tone == "bad"))
             )
             continue
         text = row.text if len(row.text) <= LONGEST else row.text[:LONGEST] + " ..."
-        if row.spans and paint.colours:
-            text = "".join(paint(part, "bold", "green") if marked else part for part, marked in row.spans)
-            lines.append(paint(head, "dim") + text)
+        if row.spans and colors.enabled:
+            text = "".join(colors(part, "bold", "green") if marked else part for part, marked in row.spans)
+            lines.append(colors(head, "dim") + text)
             continue
         # Lines of a prompt stay lines; each is wrapped by itself.
         wrapped = [piece for line in text.split("\n") for piece in _wrap(line, width - len(head))]
-        lines.append(paint(head, "dim") + wrapped[0])
+        lines.append(colors(head, "dim") + wrapped[0])
         lines += [" " * len(head) + piece for piece in wrapped[1:]]
     return lines
 
@@ -74,7 +76,7 @@ def _wrap(line: str, width: int) -> list[str]:
     return textwrap.wrap(line, max(width, 40), break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def _waterfall(stages: list[Stage], paint: Paint, *, blocks: bool) -> list[str]:
+def _waterfall(stages: list[Stage], colors: Colors, *, blocks: bool) -> list[str]:
     """A bar for each stage, beginning where it began."""
     if not stages:
         return []
@@ -95,5 +97,5 @@ def _waterfall(stages: list[Stage], paint: Paint, *, blocks: bool) -> list[str]:
                 cells[cell] = block
         count = f" ({len(own)})" if len(own) > 1 else ""
         seconds = sum(stage.seconds for stage in own)
-        lines.append(f"  {name + count:>{width}}  {paint(''.join(cells), 'yellow')}  {seconds * 1000:9.1f} ms")
+        lines.append(f"  {name + count:>{width}}  {colors(''.join(cells), 'yellow')}  {seconds * 1000:9.1f} ms")
     return lines

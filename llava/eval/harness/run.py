@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.cli.find_model import find_model
-from llava.cli.model_flags import add_model_flags, quantization_from
+from llava.cli.model_flags import add_model_flags, find_model, quantization_from
 from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.hf_engine import Sampling
