@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llava.errors import InputError
 from llava.files import read_json
@@ -64,6 +64,30 @@ class PixelBatch(dict):
     def to(self, *args: Any, **kwargs: Any) -> PixelBatch:
         """The same batch with its tensors moved or cast."""
         return PixelBatch({key: value.to(*args, **kwargs) for key, value in self.items()})
+
+
+class ImageProcessor(Protocol):
+    """What the package asks of any image processor, its own or one of transformers."""
+
+    @property
+    def size(self) -> Mapping[str, int]: ...
+
+    @property
+    def crop_size(self) -> Mapping[str, int]: ...
+
+    @property
+    def image_mean(self) -> Sequence[float]: ...
+
+    @property
+    def image_std(self) -> Sequence[float]: ...
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> Mapping[str, Any]: ...
+
+    def preprocess(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> Mapping[str, Any]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def save_pretrained(self, folder: str | Path) -> list[str]: ...
 
 
 @dataclass(frozen=True)

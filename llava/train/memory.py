@@ -282,7 +282,7 @@ def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float
     else:
         casts = 2 * config.hidden_size * compute if compute < tower.dtype.itemsize else 0  # for keys and values anew
         per_token = 2 * layer_input + products + casts + compute * config.intermediate_size  # in the gate's function
-    return num_tiles * (tower.num_patches + 1) * len(tower.layers_read()) * per_token
+    return num_tiles * (tower.num_patches + 1) * len(tower.layers_used()) * per_token
 
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:

@@ -45,7 +45,7 @@ class Throughput:
         inner, tower = language_model(self.model), vision_tower(self.model)
         handles = [inner.register_forward_pre_hook(self._see_sequences, with_kwargs=True)]
         if tower is not None:
-            handles.append(tower.before_layers()[0].register_forward_pre_hook(self._see_tiles))
+            handles.append(tower.input_modules()[0].register_forward_pre_hook(self._see_tiles))
         return handles
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class FlopsOf:
         """Counted from a model's weights and from what of it is trained."""
         tower = vision_tower(model)
         in_tower = set(tower.modules()) if tower is not None else set()
-        run = [module for part in tower.parts_run() for module in part.modules()] if tower is not None else []
+        run = [module for part in tower.modules_used() for module in part.modules()] if tower is not None else []
         per_token = per_patch = 0.0
         for name, module in model.named_modules():
             if not isinstance(module, MATMULS) or module in in_tower:

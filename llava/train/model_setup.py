@@ -160,7 +160,7 @@ def unfreeze_tower(tower: Any) -> None:
     A trained parameter without a gradient would stop a distributed run, which waits for the gradients of all.
     """
     tower.requires_grad_(False)
-    for part in tower.parts_run():
+    for part in tower.modules_used():
         part.requires_grad_(True)
 
 

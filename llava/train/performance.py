@@ -62,7 +62,7 @@ def compile_layers(
     tower = vision_tower(model)
     # Layers that ZeRO-3 does not fetch whole have hooks inside.
     learns = tower is not None and tower.trainable and (tower.passes_once or not within_hooks)
-    for layer in [*language_model(model).layers, *(tower.layers_read() if learns else [])]:
+    for layer in [*language_model(model).layers, *(tower.layers_used() if learns else [])]:
         if within_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:
@@ -173,4 +173,4 @@ def _parts_of_tower(tower: Any) -> list[nn.Module]:
         return []
     if not tower.trainable:
         return [tower]
-    return tower.layers_read() if tower.passes_once else []
+    return tower.layers_used() if tower.passes_once else []

@@ -290,7 +290,7 @@ class GgufPair:
 
 def feature_layer(source: Source) -> int:
     """The layer whose output is taken, counted from the embeddings as 0."""
-    return source.model.get_vision_tower().state_read
+    return source.model.get_vision_tower().hidden_state_index
 
 
 def interleave(rows: Tensor, num_heads: int) -> Tensor:

@@ -45,7 +45,7 @@ def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
     def see(module: nn.Module, args: Any, features: Any) -> None:
         output = tower.vision_tower(pixels[0], output_hidden_states=True)
         states = output.hidden_states
-        chosen = tower.state_read
+        chosen = tower.hidden_state_index
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
         selected = tower.feature_select(output)
         facts = figures(selected)
@@ -72,7 +72,7 @@ def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
         check_finite(seen, facts)
         record.note(seen, hidden_states=states, features=selected, tower=tower)
 
-    hook(tower.before_layers()[0].register_forward_pre_hook(see_pass))
+    hook(tower.input_modules()[0].register_forward_pre_hook(see_pass))
     hook(tower.register_forward_hook(see))
 
 

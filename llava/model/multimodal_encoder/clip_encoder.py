@@ -94,7 +94,7 @@ class CLIPVisionTower(nn.Module):
     def read_image_processor(self, name: str) -> ClipImageProcessor:
         return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
 
-    def before_layers(self) -> list[nn.Module]:
+    def input_modules(self) -> list[nn.Module]:
         """What makes the first hidden state of pixels, in order."""
         vision_model = self._vision_model()
         return [vision_model.embeddings, vision_model.pre_layrnorm]
@@ -129,7 +129,7 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.vision_model
 
     @property
-    def state_read(self) -> int:
+    def hidden_state_index(self) -> int:
         """Number of the hidden state that the projector reads, counted from 0, which no layer has seen."""
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= self.select_layer < num_states:
@@ -139,17 +139,17 @@ class CLIPVisionTower(nn.Module):
             )
         return self.select_layer % num_states
 
-    def layers_read(self) -> list[nn.Module]:
+    def layers_used(self) -> list[nn.Module]:
         """The layers before the hidden state that is read."""
-        return list(islice(self._vision_model().encoder.layers, self.state_read))
+        return list(islice(self._vision_model().encoder.layers, self.hidden_state_index))
 
-    def parts_run(self) -> list[nn.Module]:
+    def modules_used(self) -> list[nn.Module]:
         """What makes features of pixels, in order; the layers behind the one that is read do not."""
-        return [*self.before_layers(), *self.layers_read()]
+        return [*self.input_modules(), *self.layers_used()]
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
         """The features among what the whole model gives where it is called with `output_hidden_states=True`."""
-        return self._without_class_feature(image_forward_outs.hidden_states[self.state_read])
+        return self._without_class_feature(image_forward_outs.hidden_states[self.hidden_state_index])
 
     def _without_class_feature(self, features: Tensor) -> Tensor:
         """(N, 1 + P, V), or (N, P, V) from a family without a class feature; unless `cls_patch` asks for it."""
@@ -167,9 +167,9 @@ class CLIPVisionTower(nn.Module):
         forward pass would compute all of them and keep them until its end.
         """
         states = images.to(device=self.device, dtype=self.dtype)
-        for module in self.before_layers():
+        for module in self.input_modules():
             states = module(states)
-        for layer in self.layers_read():
+        for layer in self.layers_used():
             states = layer(states, None)  # no attention mask
         return self._without_class_feature(states)
 

@@ -24,5 +24,5 @@ class SigLipVisionTower(CLIPVisionTower):
 
         return SiglipVisionModel
 
-    def before_layers(self) -> list[nn.Module]:
+    def input_modules(self) -> list[nn.Module]:
         return [self._vision_model().embeddings]
