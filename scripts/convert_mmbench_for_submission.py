@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from llava.cli.program import ArgumentParser
-from llava.eval.files import read_json_lines, read_table
+from llava.eval.files import read_json_lines, read_table, write_xlsx
 from llava.eval.tasks.mmbench import submission
-from llava.eval.xlsx import write_xlsx
 
 
 def build_parser() -> ArgumentParser:

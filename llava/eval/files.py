@@ -9,13 +9,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.errors import InputError
+from llava.errors import InputError, require
+
+_FORBIDDEN_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 @dataclass
@@ -109,8 +113,6 @@ def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = No
 def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -> list[dict[str, str]]:
     """Rows of a table with a header: .tsv, .csv or .xlsx. Missing cells are empty strings."""
     if path.suffix.lower() == ".xlsx":
-        from llava.eval.xlsx import read_xlsx
-
         rows = read_xlsx(path)
     else:
         csv.field_size_limit(sys.maxsize)  # images are cells of some benchmarks' tables
@@ -124,6 +126,33 @@ def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -
                 f"the {what} {str(path)!r} has no column {column!r}; its columns: {', '.join(map(str, rows[0]))}"
             )
     return rows
+
+
+def read_xlsx(path: Path) -> list[dict[str, str]]:
+    """Read the first sheet's rows by the names in its first row; empty cells are empty strings."""
+    openpyxl = require("openpyxl", extra="eval")
+    try:
+        sheet = openpyxl.load_workbook(path, data_only=True).worksheets[0]
+    except FileNotFoundError:
+        raise InputError(f"there is no table {str(path)!r}") from None
+    except (zipfile.BadZipFile, KeyError, ValueError, SyntaxError, IndexError) as error:  # what broken files raise
+        raise InputError(f"{str(path)!r} is not an .xlsx table that can be read: {error}") from error
+    header, *lines = [["" if cell is None else str(cell) for cell in row] for row in sheet.values] or [[]]
+    return [{name: cell for name, cell in zip(header, line, strict=True) if name} for line in lines]
+
+
+def write_xlsx(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write one sheet with a header. Text stays text, whatever a spreadsheet would make of it (a formula, an error)."""
+    book = require("openpyxl", extra="eval").Workbook()
+    for number, line in enumerate([columns, *([row.get(name, "") for name in columns] for row in rows)], start=1):
+        for place, value in enumerate(line, start=1):
+            if isinstance(value, str):
+                value = _FORBIDDEN_IN_XML.sub("", value)
+            cell = book.active.cell(number, place, value)
+            if isinstance(value, str):
+                cell.data_type = "s"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    book.save(path)
 
 
 def need(row: Mapping[str, Any], field_name: str, where: str) -> Any:

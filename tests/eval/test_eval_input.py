@@ -168,7 +168,7 @@ CELLS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_character
 def test_xlsx_round_trip(rows: list[tuple[str, str]]) -> None:
     import tempfile
 
-    from llava.eval.xlsx import read_xlsx, write_xlsx
+    from llava.eval.files import read_xlsx, write_xlsx
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.xlsx"
@@ -177,19 +177,30 @@ def test_xlsx_round_trip(rows: list[tuple[str, str]]) -> None:
     assert [(row["a"], row["b"]) for row in found] == rows
 
 
-def test_xlsx_is_what_openpyxl_reads(tmp_path: Path) -> None:
+def test_xlsx_keeps_numbers_and_text_apart(tmp_path: Path) -> None:
     import openpyxl
 
-    from llava.eval.xlsx import read_xlsx, write_xlsx
+    from llava.eval.files import read_xlsx, write_xlsx
 
-    write_xlsx(tmp_path / "t.xlsx", [{"index": 7, "prediction": "A & <B>"}], ["index", "prediction"])
-    sheet = openpyxl.load_workbook(tmp_path / "t.xlsx").active
-    assert [[cell.value for cell in row] for row in sheet] == [["index", "prediction"], [7, "A & <B>"]]
+    write_xlsx(tmp_path / "t.xlsx", [{"index": 7, "prediction": "=A & <B>\x00"}], ["index", "prediction"])
+    cells = list(openpyxl.load_workbook(tmp_path / "t.xlsx").active)[1]
+    assert [(cell.value, cell.data_type) for cell in cells] == [(7, "n"), ("=A & <B>", "s")]
     book = openpyxl.Workbook()
     book.active.append(["index", "gap", "prediction"])
     book.active.append([7, None, "B"])
     book.save(tmp_path / "o.xlsx")
     assert read_xlsx(tmp_path / "o.xlsx") == [{"index": "7", "gap": "", "prediction": "B"}]
+    (tmp_path / "bad.xlsx").write_text("no zip archive")
+    with pytest.raises(InputError, match=r"bad\.xlsx' is not an \.xlsx table"):
+        read_xlsx(tmp_path / "bad.xlsx")
+
+
+def test_xlsx_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava.eval.files import write_xlsx
+
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(InputError, match=r"pip install 'llava\[eval\]'"):
+        write_xlsx(tmp_path / "t.xlsx", [{"a": "x"}], ["a"])
 
 
 def test_faults_keep_their_first() -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.files import find_file, read_table
+from llava.eval.files import find_file, read_table, write_xlsx
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
 from llava.eval.types import AnsweredQuestion, Question, Scores
-from llava.eval.xlsx import write_xlsx
 
 FILES = {
     "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "mmbench_test_20230712.tsv"),
