@@ -4,7 +4,7 @@ In: a size and a folder. Out: a checkpoint in the original layout, in several sh
 reads: LLaVA-1.5's shapes, the tower inside, the embedded model's tokenizer. The numbers are drawn once and repeated.
 `in_memory` gives such a model as `llava.load` would, its numbers drawn where it runs, with a tokenizer that knows every id.
 
-    python benchmarks/random_checkpoint.py /tmp/random-7b --size 7b
+    python -m benchmarks.random_checkpoint /tmp/random-7b --size 7b
 """
 
 from __future__ import annotations

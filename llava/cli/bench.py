@@ -2,7 +2,7 @@
 
 In: a model folder. Out: the time to a first token, and tokens per second for some numbers of sequences answered together,
 each with the rate at which the memory could feed them: a step reads all weights once, and each sequence's keys and values.
-The full comparison with other software is benchmarks/engine.py and benchmarks/engine_cpu.py, which measure by this code.
+The full comparison with other software is benchmarks/engine/gpu.py and benchmarks/engine/cpu.py, which measure by this code.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ LLAMA = os.environ.get("LLAMA_MTMD_CLI")
 
 @pytest.mark.skipif(LLAMA is None, reason="set LLAMA_MTMD_CLI to llama.cpp's program llama-mtmd-cli")
 def test_llama_cpp_gives_the_same_answer(tmp_path: Path) -> None:
-    """benchmarks/llama_cpp.py asks more; its answers are in benchmarks/results/llama_cpp.md."""
+    """benchmarks/convert/llama_cpp.py asks more; its answers are in benchmarks/results/llama_cpp.md."""
     convert(embedded_model_path(), tmp_path / "pair", to="gguf")
     text, vision = pair_of(tmp_path / "pair")
     image = HERE.parents[1] / "images" / "demo.jpg"

@@ -1,6 +1,6 @@
 """What vLLM is given for a checkpoint in the original layout, as far as it can be looked at without vLLM.
 
-That vLLM then gives our tokens is measured by benchmarks/vllm_plugin.py, on a GPU.
+That vLLM then gives our tokens is measured by benchmarks/convert/vllm_plugin.py, on a GPU.
 """
 
 from __future__ import annotations

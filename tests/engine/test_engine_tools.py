@@ -38,7 +38,7 @@ def test_bench_refuses_what_it_cannot_measure() -> None:
 
 def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", "--tiny", *arguments],
+        [sys.executable, "-m", f"benchmarks.engine.{name}", "--tiny", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str
 
 def test_the_gpu_benchmark_runs_on_small_shapes(tmp_path: Path) -> None:
     done = run_benchmark(
-        "engine", "--only", "correct,first,followup,decode,mixed,anyres,rounded,many", "--out", str(tmp_path)
+        "gpu", "--only", "correct,first,followup,decode,mixed,anyres,rounded,many", "--out", str(tmp_path)
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -67,7 +67,7 @@ def test_the_gpu_benchmark_runs_on_small_shapes(tmp_path: Path) -> None:
 
 
 def test_the_cpu_benchmark_runs() -> None:
-    done = run_benchmark("engine_cpu", "--forms", "float32")
+    done = run_benchmark("cpu", "--forms", "float32")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| float32")]
     assert [line.split(" | ")[1] for line in lines] == ["1", "2"]

@@ -16,7 +16,7 @@ LLAMA_SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
 
 @pytest.mark.skipif(LLAMA_SERVER is None, reason="set LLAMA_SERVER to llama.cpp's program llama-server")
 def test_every_client_gets_what_llama_cpp_says_and_its_end_in_words() -> None:
-    command = [sys.executable, "benchmarks/serve_llama_cpp.py", str(LLAMA_SERVER)]
+    command = [sys.executable, "-m", "benchmarks.serve.llama_cpp", str(LLAMA_SERVER)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("15 of 15") == 3

@@ -1,4 +1,4 @@
-"""The proof under load in small: `benchmarks/serve.py` with few clients, which fails where a promise is broken."""
+"""The proof under load in small: `benchmarks/serve/load.py` with few clients, which fails where a promise is broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from serve_kit import ROOT
 def test_crowds_kills_and_malformed_requests_lose_nothing() -> None:
     """A controller and two workers as processes: none lost or mixed up, each killed once with -9, no server fault."""
     parts = ["crowd", "kill", "controller", "malformed"]
-    command = [sys.executable, "benchmarks/serve.py", "--device", "cpu", "--clients", "10", "--malformed", "150"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serve.load",
+        "--device",
+        "cpu",
+        "--clients",
+        "10",
+        "--malformed",
+        "150",
+    ]
     command += [word for part in parts for word in ("--only", part)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,7 +35,17 @@ def test_crowds_kills_and_malformed_requests_lose_nothing() -> None:
 
 def test_the_cost_of_http_is_measured_and_drawn(tmp_path: Path) -> None:
     """Every way at every level, asked by processes of their own; a request that is not answered in full ends the program."""
-    command = [sys.executable, "benchmarks/serve.py", "--device", "cpu", "--only", "overhead", "--shapes", "tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serve.load",
+        "--device",
+        "cpu",
+        "--only",
+        "overhead",
+        "--shapes",
+        "tiny",
+    ]
     command += ["--levels", "1,3", "--image-levels", "1", "--least", "1", "--tokens", "3", "--rounds", "1"]
     command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=200)

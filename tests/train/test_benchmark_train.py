@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from golden_data import HERE
 from train_kit import argv
 
+from benchmarks.train import profile_steps, single_gpu
 from llava.train.arguments import TrainingArguments, parse_train_args
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return loaded("train", monkeypatch)
-
-
-def test_every_measurement_has_a_figure_of_each_side(benchmark: Any, capsys: pytest.CaptureFixture) -> None:
-    benchmark.main(["--tiny", "--eager", "--steps", "1"])
+def test_every_measurement_has_a_figure_of_each_side(capsys: pytest.CaptureFixture) -> None:
+    single_gpu.main(["--tiny", "--eager", "--steps", "1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert not [line for line in lines if "error" in line]
     figures = {(line["what"], line["side"]): line for line in lines if "side" in line}
@@ -44,28 +26,29 @@ def test_every_measurement_has_a_figure_of_each_side(benchmark: Any, capsys: pyt
     assert set(figures) == {(what, side) for what in measured for side in ("stock", "ours")}
 
 
-def test_the_same_work_is_counted_on_both_sides(benchmark: Any) -> None:
+def test_the_same_work_is_counted_on_both_sides() -> None:
     device = torch.device("cpu")
-    bench = benchmark.Bench(benchmark.TINY, device, keeps=[0.3], keeps_frozen=[1.0], steps=1)
-    samples = benchmark.realistic(benchmark.TINY)
+    bench = single_gpu.Bench(single_gpu.TINY, device, keeps=[0.3], keeps_frozen=[1.0], steps=1)
+    samples = single_gpu.realistic(single_gpu.TINY)
     stock, ours = (
-        bench.flops(side(benchmark.TINY, device), samples, per_weight=6) for side in benchmark.SIDES.values()
+        bench.flops(side(single_gpu.TINY, device), samples, per_weight=6) for side in single_gpu.SIDES.values()
     )
     assert stock == ours > 0
 
 
-def test_realistic_lengths_fill_packed_rows(benchmark: Any) -> None:
-    samples = benchmark.realistic(benchmark.FULL)
-    lengths = [s.text + s.image * benchmark.FULL.image_tokens for s in samples]
+def test_realistic_lengths_fill_packed_rows() -> None:
+    samples = single_gpu.realistic(single_gpu.FULL)
+    lengths = [s.text + s.image * single_gpu.FULL.image_tokens for s in samples]
     assert min(s.text for s in samples) >= 20
     assert max(s.text for s in samples) <= 2048
     assert sum(not s.image for s in samples) == round(0.06 * len(samples))
-    rows = benchmark.plan_rows(lengths, benchmark.FULL.row, seed=0)
-    assert sum(lengths) > 0.8 * len(rows) * benchmark.FULL.row
+    rows = single_gpu.plan_rows(lengths, single_gpu.FULL.row, seed=0)
+    assert sum(lengths) > 0.8 * len(rows) * single_gpu.FULL.row
 
 
 def test_the_recipe_s_benchmark_counts_what_follows_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = loaded("tiny_recipe", monkeypatch)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    bench = importlib.import_module("benchmarks.train.tiny_recipe")
     runs: list[TrainingArguments] = []
 
     def run(command: list[str]) -> float:
@@ -97,8 +80,7 @@ def test_single_steps_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(HERE)
-    steps = loaded("train_steps", monkeypatch)
-    steps.main(
+    profile_steps.main(
         ["--at", "2", "--steps", "1", "--out", str(tmp_path / "out"), "--", *argv(tmp_path / "run", max_steps=4)]
     )
     times, figures = (json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:])
@@ -110,10 +92,9 @@ def test_single_steps_are_looked_at(
     assert sum("backward" in event.get("name", "").lower() for event in json.loads(trace)["traceEvents"]) > 20
     assert not list((tmp_path / "run").glob("*.safetensors"))
     with pytest.raises(SystemExit, match="the run ended after 4 steps"):
-        steps.main(["--at", "9", "--", *argv(tmp_path / "run", max_steps=4)])
+        profile_steps.main(["--at", "9", "--", *argv(tmp_path / "run", max_steps=4)])
 
 
-def test_time_in_which_a_gpu_is_busy_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = loaded("train_steps", monkeypatch)
-    assert steps.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
-    assert steps.covered([]) == 0
+def test_time_in_which_a_gpu_is_busy_counts_once() -> None:
+    assert profile_steps.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert profile_steps.covered([]) == 0

@@ -1,0 +1,119 @@
+"""A controller and its workers as processes of their own, for benchmarks/serve/load.py.
+
+In: flags of workers. Out: addresses, what the processes hold in memory, and what they count.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks import ROOT
+
+
+class Process:
+    """A `llava` command, or a module of llava.serve, and the address that it prints after `word`."""
+
+    def __init__(self, word: str, *arguments: str, module: str | None = None) -> None:
+        program = ["llava", word] if module is None else [f"llava.serve.{module}"]
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", *program, "--log-level", "warning", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self.address = ""
+        found = threading.Event()
+
+        def read() -> None:
+            for line in iter(self.popen.stdout.readline, ""):  # type: ignore[union-attr]
+                match = re.match(rf"{word} +(http\S+)", line)
+                if match:
+                    self.address = match[1]
+                    found.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        if not found.wait(180):
+            self.stop(signal.SIGKILL)
+            raise SystemExit(f"llava {word} did not start")
+
+    @property
+    def resident_mb(self) -> float:
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        try:
+            self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+
+
+@dataclass
+class House:
+    """A controller and its workers."""
+
+    controller: Process
+    workers: list[Process]
+    arguments: list[str]
+    model: str = ""
+
+    @classmethod
+    def start(cls, arguments: list[str], *, num_workers: int = 2) -> House:
+        controller = Process("controller", "--port", "0", "--deadline", "300")
+        house = cls(controller, [], arguments)
+        for _ in range(num_workers):
+            house.add_worker()
+        house.model = httpx.get(f"{controller.address}/v1/models", timeout=30).json()["data"][0]["id"]
+        return house
+
+    def add_worker(self) -> Process:
+        worker = Process("worker", "--port", "0", "--controller-address", self.controller.address, *self.arguments)
+        self.workers.append(worker)
+        wait_until(lambda: worker.address in self.registered(), "a worker to register")
+        return worker
+
+    def registered(self) -> set[str]:
+        """The workers that the controller knows, dead ones included until it notices."""
+        page = httpx.get(f"{self.controller.address}/metrics", timeout=30).text
+        return set(re.findall(r'^llava_worker_queue_length{worker="([^"]+)"}', page, flags=re.MULTILINE))
+
+    def stop(self) -> None:
+        for process in (*self.workers, self.controller):
+            process.stop()
+
+
+def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> float:
+    started = time.monotonic()
+    while True:
+        try:
+            if holds():
+                return time.monotonic() - started
+        except httpx.HTTPError:
+            pass
+        if time.monotonic() - started > seconds:
+            raise SystemExit(f"waited in vain for {what}")
+        time.sleep(0.05)
+
+
+def gauge(process: Process, name: str) -> float | None:
+    """A number of the metrics page; None where the process has no such number."""
+    page = httpx.get(f"{process.address}/metrics", timeout=30).text
+    found = re.search(rf"^{name} (\S+)", page, flags=re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def requests_finished(worker: Process) -> int:
+    return int(gauge(worker, r'llava_requests_total\{end="finished"\}') or 0)
