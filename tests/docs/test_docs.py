@@ -25,7 +25,7 @@ from llava.__main__ import COMMANDS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
-SNIPPET_PAGES = ("checkpoints", "engine", "extend", "roadmap", "trace")
+SNIPPET_PAGES = ("checkpoints", "differences", "engine", "extend", "roadmap", "trace")
 TRANSLATED = (
     "index", "tour", "roadmap", "trace", "debug", "doctor", "checkpoints", "convert", "serving", "engine", "kernels",
     "evaluate", "finetune", "training", "data", "extend", "differences",
@@ -155,10 +155,23 @@ def test_commands_parse(page: Path) -> None:
         elif words[:2] == ["serve", "run"]:  # Ray's program
             module, _, name = words[2].partition(":")
             assert name in defined_in(ROOT / f"{module.replace('.', '/')}.py"), command
+        elif words[0].endswith("python") and words[1:3] == ["-m", "pytest"]:
+            assert all((ROOT / word).exists() for word in words[3:]), command
+        elif words[0] == "pre-commit":
+            assert (ROOT / ".pre-commit-config.yaml").is_file(), command
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file(), command
         else:
             raise AssertionError(f"no rule says how to check {command!r}")
+
+
+def test_one_test_file_runs_as_contributors_are_told() -> None:
+    told = next(c for c in all_commands(ROOT / "CONTRIBUTING.md") if " -m pytest " in c and c.endswith(".py"))
+    words = shlex.split(told)
+    assert words[0] == ".venv/bin/python"  # which make test sets up; here the tests' own
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ passed", done.stdout)
 
 
 @pytest.fixture(scope="module")
