@@ -3,7 +3,7 @@
 In: turns (role, text), a text possibly with an image. Out: the prompt as one string (`get_prompt`), or the same text
 cut into spans that say which characters a model is trained to produce (`spans`). Joined, the spans are the prompt.
 
-The templates are data in conversation_templates.py; turning spans into ids and labels is processor.py's work. This file
+The templates are data in conversation_templates.py; turning spans into ids and labels is the work of text/labels.py. This file
 imports neither torch nor an image library: images are touched only by the methods that a web page needs.
 """
 

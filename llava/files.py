@@ -19,6 +19,17 @@ from llava.errors import InputError
 
 STAGING, TRASH = "incomplete-", "deleted-"  # what is being written or deleted goes by such a name
 
+# A folder with none of these has no tokenizer; transformers would make an empty one without a warning.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
+    "sentencepiece.bpe.model",
+)
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
 
@@ -97,7 +108,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from error
+        raise InputError(f"{file} is not valid JSON ({error}); write or fetch it again") from error
     if not isinstance(values, dict):
         raise InputError(f"{file} must hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

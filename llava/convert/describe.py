@@ -17,7 +17,7 @@ from typing import Any
 from llava.conversation import get_model_name_from_path
 from llava.convert.gguf.file import read_gguf_head
 from llava.errors import InputError
-from llava.files import read_json
+from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_images
 from llava.model.checkpoints.hub import find_vision_tower
@@ -32,7 +32,6 @@ from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.template_defaults import CHATML_MARK, declared_context_len, template_name
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
 PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # language models whose layers all programs below know
 
@@ -242,7 +241,7 @@ class _Folder:
 
     def _tokenizer_folder(self) -> Path | None:
         homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
-        return next((home for home in homes if any((home / name).is_file() for name in TOKENIZER_FILES)), None)
+        return next((home for home in homes if holds_tokenizer(home)), None)
 
     def _speaks_chatml(self) -> bool:
         home = self._tokenizer_folder()

@@ -20,14 +20,14 @@ from torch import Tensor
 from llava.conversation import get_model_name_from_path
 from llava.convert.writer import Planned
 from llava.errors import InputError
-from llava.files import read_json
+from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.checkpoints.meta_model import Skeleton, plan_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, TensorHeader
 from llava.model.config import LlavaSettings
-from llava.model.tokenizer_setup import conv_mode, holds_tokenizer, read_tokenizer
+from llava.model.tokenizer_setup import conv_mode, read_tokenizer
 
 # The words of the command line for what weight files call otherwise.
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}

@@ -18,7 +18,7 @@ from llava.data.formats import Sample, image_sources
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
 from llava.text.labels import encode_spans, preprocess_multimodal, sample_spans
-from llava.text.tokenization import encode_with_places
+from llava.text.tokenization import encode_with_offsets
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class SampleReader:
         turns: Any = [sample["conversations"]]
         if images:
             settings = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=self.use_im_start_end)
-            turns = preprocess_multimodal(turns, settings, conv=self.conv, move_marks=len(images) == 1)
+            turns = preprocess_multimodal(turns, settings, conv=self.conv, move_placeholders=len(images) == 1)
         spans = sample_spans(turns[0], self.conv)
         text = "".join(span.text for span in spans)
         mark = IMAGE_TOKEN_INDEX if images else None
         ids, labels = encode_spans(spans, self.tokenizer, image_token_index=mark)
-        _, places = encode_with_places(text, self.tokenizer, mark)
+        _, places = encode_with_offsets(text, self.tokenizer, mark)
         ends = [0] * len(places)
         for index, place in enumerate(places):
             ends[index] = place + 1 if place >= 0 else (ends[index - 1] if index else 0)

@@ -21,7 +21,7 @@ import torch
 
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
-from llava.files import read_json
+from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
 from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
@@ -32,7 +32,6 @@ from llava.model.tokenizer_setup import (
     context_len,
     conv_mode,
     fit_vocabulary,
-    holds_tokenizer,
     read_generation_config,
     read_tokenizer,
 )

@@ -22,12 +22,6 @@ from llava.text import tokenization
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-
-
-def holds_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
 
 class MappingView:
     """A config.json's keys as attributes, for `LlavaSettings.from_hf`."""

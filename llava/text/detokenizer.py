@@ -1,29 +1,42 @@
-"""Token ids one after another to text: as much of it as is certain to stay.
+"""Incremental detokenization: token ids one after another to text, with stop strings.
 
-In: ids as a model chooses them. Out: pieces of text. Everything that must hold for streamed text is here: no half
-characters, no stop strings, and where the answer ends. Both ways to an answer use it, the engine and engine/hf_engine.py.
+In: ids as a model chooses them. Out: text that later ids cannot change: no half characters, no part of a stop string.
+`IncrementalDetokenizer` also finds where the answer ends. Both engines use it. Below it are two decoders without stop
+strings: one for vocabularies in which every token stands for a text of its own, one for any tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+import codecs
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from llava.text.piece_decoder import REPLACEMENT, PieceDecoder
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
-CONTEXT = 12  # tokens that are decoded again with each new one, at most; few are needed, and moving on costs a decoding
+    from llava.text.sentencepiece_tokenizer import TokenText
+    from llava.text.tokenization import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character, or an incomplete one
+MAX_CONTEXT = (
+    12  # tokens that are decoded again with each new one; a few are enough, and a new context costs a decoding
+)
 
 
 class IncrementalDetokenizer:
-    """Token ids in, text out. Blank space around the answer is left out, unless `keep_space`.
+    """Turn token ids into the text of an answer, up to its end.
 
-    The answer ends with a stop string or one of `end_ids` (left out: the tokenizer's end token), but not within its first
-    `min_tokens` tokens.
+    Args:
+        tokenizer: the model's.
+        stop: strings that end the answer and are left out of it.
+        end_ids: token ids that end the answer; None means the tokenizer's end token.
+        min_tokens: number of tokens within which nothing ends the answer.
+        keep_space: keep blank space around the answer.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop: Sequence[str],
         *,
         end_ids: Collection[int] | None = None,
@@ -32,8 +45,8 @@ class IncrementalDetokenizer:
     ) -> None:
         self._decoder = stream_decoder(tokenizer)
         self._stop = [text for text in stop if text]
-        # A stop string that is one special token never shows in the text; its id does. Not every vocabulary counts such
-        # tokens among all_special_ids, so decoding is asked.
+        # A stop string that is one special token never appears in the text, so its id is looked for. Some vocabularies
+        # leave such tokens out of all_special_ids; decoding tells.
         known = {tokenizer.convert_tokens_to_ids(text) for text in self._stop} - {None, tokenizer.unk_token_id}
         self.end_ids = {token for token in known if not tokenizer.decode([token], skip_special_tokens=True)}
         if end_ids is not None:
@@ -53,13 +66,16 @@ class IncrementalDetokenizer:
         return bool(self._stop)
 
     def read(self, token_ids: Sequence[int]) -> str:
-        """The text that became certain with these ids. Without stop strings, many are decoded as quickly as one."""
+        """Take further ids and return the text that they make certain; "" after the end.
+
+        Without stop strings, many ids at once cost as much as one.
+        """
         if self._stop and len(token_ids) > 1:
             return "".join([self._read([token]) for token in token_ids])
         return self._read(token_ids)
 
     def _read(self, token_ids: Sequence[int]) -> str:
-        if self.stopped:  # several beams: what follows the end is padding
+        if self.stopped:  # with several beams, padding follows the end
             return ""
         has_ended = False
         for number, token in enumerate(token_ids):
@@ -67,27 +83,27 @@ class IncrementalDetokenizer:
                 token_ids, has_ended = token_ids[: number + 1], True
                 break
         self.token_ids += token_ids
-        piece = self._let_through(self._decoder.push(token_ids))
+        delta = self._emit(self._decoder.push(token_ids))
         self.stopped = self.stopped or has_ended
-        return piece
+        return delta
 
     def is_end(self, token: int, num_before: int) -> bool:
-        """Whether this token ends an answer of so many tokens."""
+        """Whether this token ends an answer that has `num_before` tokens before it."""
         return token in self.end_ids and num_before >= self._min_tokens
 
     def finish(self) -> str:
-        """The last of the text: what was held back and turned out to be no stop string."""
-        piece = "" if self._is_cut else self._let_through(self._decoder.finish())
+        """Return the last of the text: what was held back and did not become a stop string."""
+        delta = "" if self._is_cut else self._emit(self._decoder.finish())
         rest, self._held = self._trimmed(self._held), ""
         self.text += rest
-        return piece + rest
+        return delta + rest
 
-    def _let_through(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         if not (text or self._held):
             return ""
         self._held += text if self.text or self._held or self._keep_space else text.lstrip()
         stop = self._stop if len(self.token_ids) > self._min_tokens else []
-        ends = [place for word in stop if (place := self._held.find(word)) >= 0]
+        ends = [position for word in stop if (position := self._held.find(word)) >= 0]
         if ends:
             self.stopped = self._is_cut = True
             ready, self._held = self._trimmed(self._held[: min(ends)]), ""
@@ -103,46 +119,47 @@ class IncrementalDetokenizer:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """Count the characters at the end of `text` that may begin `stop`."""
     if text[-1:] not in stop[:-1]:  # most of the time
         return 0
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def stream_decoder(tokenizer: Any) -> StreamDecoder | PieceDecoder:
-    """What decodes ids as they come; the pieces joined are what decoding all of them together gives."""
-    return tokenizer.piece_decoder() if hasattr(tokenizer, "piece_decoder") else StreamDecoder(tokenizer)
+def stream_decoder(tokenizer: Tokenizer) -> ContextDecoder | TableDecoder:
+    """Make a decoder of ids that come one after another; the texts joined equal decoding all ids together."""
+    token_texts = getattr(tokenizer, "token_texts", None)  # of a LlamaSentencePieceTokenizer
+    return TableDecoder(*token_texts()) if token_texts is not None else ContextDecoder(tokenizer)
 
 
-class StreamDecoder:
-    """For any tokenizer.
+class ContextDecoder:
+    """Decodes the ids of any tokenizer.
 
-    A token's text depends on those before it (spaces, bytes of one character), so new ones are decoded after some that
-    were handed out, whose own text is then taken away. Text that ends in a broken character waits for the rest of it.
+    A token's text depends on the tokens before it (spaces, bytes of one character), so new tokens are decoded after some
+    earlier ones, whose own text is then cut off. Text that ends in a broken character waits for the rest of it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # tokens handed out last, with more than blank space among them
+        self._context: list[int] = []  # tokens emitted last, with more than blank space among them
         self._known = ""  # their text
-        self._pending: list[int] = []  # tokens whose text is not handed out yet
+        self._pending: list[int] = []  # tokens whose text is not emitted yet
 
     def push(self, token_ids: Sequence[int]) -> str:
         self._pending += token_ids
         text = self._decode(self._context + self._pending)
         if len(text) <= len(self._known) or text.endswith(REPLACEMENT):
             return ""
-        return self._hand_out(text)
+        return self._emit(text)
 
     def finish(self) -> str:
-        return self._hand_out(self._decode(self._context + self._pending))
+        return self._emit(self._decode(self._context + self._pending))
 
-    def _hand_out(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         new = text[len(self._known) :]
         self._context, self._known = self._context + self._pending, text
-        # Spaces at the beginning are lost in decoding, so blank tokens are no context by themselves.
-        if len(self._context) > CONTEXT and new.strip():
+        # Decoding drops spaces at the beginning, so blank tokens are no context by themselves.
+        if len(self._context) > MAX_CONTEXT and new.strip():
             self._context = self._pending
             self._known = self._decode(self._context)
         self._pending = []
@@ -152,3 +169,89 @@ class StreamDecoder:
         if not token_ids:
             return ""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class TableDecoder:
+    """Decodes ids by a table of what each token stands for, each id once.
+
+    Args:
+        texts: what a token stands for inside a text.
+        opening: gives the text of the first tokens of a run between tokens that are written apart. It differs from the
+            table's, since spaces are lost there; while it is empty, more tokens are waited for.
+    """
+
+    def __init__(self, texts: Mapping[int, TokenText], opening: Callable[[list[int]], str]) -> None:
+        self._texts = texts
+        self._opening_text = opening
+        self._opening: list[int] | None = []  # the first tokens of a run that has no text yet
+        self._bytes = _Utf8(_EACH_BYTE)
+        self._gap = ""  # what comes before the text of this run, if it has any
+        self._has_text = False
+        self._ready = ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that these make certain; what ends in a broken character waits for the rest of it."""
+        for token in token_ids:
+            text = self._texts[token]
+            if type(text) is str and self._opening is None and not self._bytes.buffer:
+                self._ready += text
+            elif text is not None:
+                self._add(token, text)
+        ready = self._ready
+        if not ready or ready[-1] == REPLACEMENT or self._bytes.buffer:
+            return ""
+        self._ready = ""
+        return ready
+
+    def finish(self) -> str:
+        self._end_bytes()
+        text, self._ready = self._ready, ""
+        return text
+
+    def _add(self, token: int, text: str | bytes) -> None:
+        if isinstance(text, bytes):
+            self._open_run()
+            self._ready += self._bytes.decode(text)
+            return
+        self._end_bytes()
+        if type(text) is not str:  # SeparateText
+            self._ready += (" " if self._has_text else "") + text
+            self._opening, self._gap, self._has_text = [], " ", True
+        elif self._opening is None:
+            self._ready += text
+        else:
+            self._opening.append(token)
+            opening = self._opening_text(self._opening)
+            if opening:
+                self._open_run()
+                self._ready += opening
+
+    def _open_run(self) -> None:
+        """Note that this run has text from here on."""
+        if self._opening is not None:
+            self._ready += self._gap
+            self._opening, self._gap, self._has_text = None, "", True
+
+    def _end_bytes(self) -> None:
+        """Emit incomplete bytes as they are: what comes next is no byte that would complete them."""
+        if self._bytes.buffer:
+            self._ready += self._bytes.decode(b"", True)
+
+
+class _Utf8(codecs.BufferedIncrementalDecoder):
+    """Python's incremental decoder, whose `buffer` holds the bytes of a character that is not complete."""
+
+    buffer: bytes
+
+    def _buffer_decode(self, data: ReadableBuffer, errors: str, final: bool) -> tuple[str, int]:
+        return codecs.utf_8_decode(data, errors, final)
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Show every byte that belongs to no character, as sentencepiece does."""
+    assert isinstance(error, UnicodeDecodeError)
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+_EACH_BYTE = "llava-each-byte"
+codecs.register_error(_EACH_BYTE, _each_byte)

@@ -1,8 +1,8 @@
-"""Training samples as ids and labels: one tokenization, and a label wherever a span is to be learned.
+"""Turn training samples into ids and labels, by one tokenization of the whole prompt.
 
 In: the turns of a sample ({"from": ..., "value": ...}), a template, a tokenizer. Out: input ids (-200 for each image)
 and labels (-100 where nothing is learned). A token is trained when its last character lies in a trained span; the space
-after `ASSISTANT:` belongs to the answer. Templates are in conversation.py, ids and places in tokenization.py.
+after `ASSISTANT:` belongs to the answer. Templates are in ../conversation.py, ids and offsets in tokenization.py.
 """
 
 from __future__ import annotations
@@ -11,60 +11,82 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, Span, image_placeholder
 from llava.errors import InputError
-from llava.text.legacy_labels import labels_by_rounds
-from llava.text.tokenization import encode_with_places
+from llava.text.tokenization import Tokenizer, encode_with_offsets
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-Turn = Mapping[str, Any]  # {"from": "human" | "gpt" | ..., "value": text}
-Source = Sequence[Turn]  # the turns of one sample
+SampleTurn = Mapping[str, object]  # {"from": "human" | "gpt" | ..., "value": text}
+Source = Sequence[SampleTurn]  # the turns of one sample
+
+
+class PlaceholderOptions(Protocol):
+    """What `preprocess_multimodal` asks of DataArguments."""
+
+    is_multimodal: bool
+    mm_use_im_start_end: bool
+
+
+class LabelledSamples(TypedDict):
+    """Ids and labels of samples: padded tensors (N, T), or lists of tensors (T,), as `preprocess` says."""
+
+    input_ids: torch.Tensor | list[torch.Tensor]
+    labels: torch.Tensor | list[torch.Tensor]
+    num_truncated: int
+
 
 # Who speaks, by the names that data files use.
 _QUESTION, _ANSWER, _SYSTEM = "question", "answer", "system"
 _SPEAKERS = {"human": _QUESTION, "user": _QUESTION, "gpt": _ANSWER, "assistant": _ANSWER, "system": _SYSTEM}
 
 
-def speaker_of(name: Any) -> str | None:
-    """Who a turn's "from" means: "question", "answer", "system"; None for a name that is not known."""
+def speaker_of(name: object) -> str | None:
+    """What a turn's "from" means: "question", "answer", "system"; None for an unknown name."""
     return _SPEAKERS.get(str(name).lower())
 
 
 def sample_spans(source: Source, conv: Conversation, *, keep_empty_answers: bool = True) -> list[Span]:
-    """What a template makes of a sample's turns, as training has it: the text, and which of it is trained on."""
+    """Render a sample's turns as training does: the text, and which of it is trained."""
     return _FORMS.get(conv.sep_style, _DIALOGUE).spans(source, conv, keep_empty_answers)
 
 
 def encode_spans(
-    spans: Sequence[Span], tokenizer: Any, *, image_token_index: int | None = IMAGE_TOKEN_INDEX
+    spans: Sequence[Span], tokenizer: Tokenizer, *, image_token_index: int | None = IMAGE_TOKEN_INDEX
 ) -> tuple[list[int], list[int]]:
-    """Ids of the spans' joined text and their labels; with image_token_index None, `<image>` is ordinary text."""
+    """Encode the spans' joined text: ids and labels. With image_token_index None, `<image>` is ordinary text."""
     text = "".join(span.text for span in spans)
-    ids, places = encode_with_places(text, tokenizer, image_token_index)
+    ids, offsets = encode_with_offsets(text, tokenizer, image_token_index)
     trained = b"".join((b"\1" if span.trained else b"\0") * len(span.text) for span in spans)
     last = len(text) - 1
     return ids, [
-        token if place >= 0 and trained[min(place, last)] else IGNORE_INDEX
-        for token, place in zip(ids, places, strict=True)
+        token if offset >= 0 and trained[min(offset, last)] else IGNORE_INDEX
+        for token, offset in zip(ids, offsets, strict=True)
     ]
 
 
 def preprocess_multimodal(
-    sources: Sequence[Source], data_args: Any, *, conv: Conversation | None = None, move_marks: bool = True
-) -> list[list[dict[str, Any]]]:
-    """Copies of the samples with their image marks in the form that the model was set up for.
+    sources: Sequence[Source],
+    data_args: PlaceholderOptions,
+    *,
+    conv: Conversation | None = None,
+    move_placeholders: bool = True,
+) -> list[list[dict[str, object]]]:
+    """Copy samples with their image placeholders in the form that the model was set up for.
 
-    `data_args` says whether samples have images at all (is_multimodal) and whether marks are wrapped in
-    <im_start>/<im_end> (mm_use_im_start_end). A turn's mark moves to a first line of its own; that leaves one mark
-    however many there were, so a turn with several images needs `move_marks=False`, which leaves them in place.
+    Args:
+        sources: the turns of each sample.
+        data_args: whether samples have images at all, and whether a placeholder has <im_start> and <im_end> around it.
+        conv: the template; without it, `llava.conversation.default_conversation`.
+        move_placeholders: move a turn's placeholder to a first line of its own. That leaves one of them however many
+            there were, so samples with several images need False.
     """
     if not data_args.is_multimodal:
         return [[dict(turn) for turn in source] for source in sources]
@@ -73,7 +95,7 @@ def preprocess_multimodal(
         placeholder = f"<Image>{placeholder}</Image>"
 
     def placed(text: str) -> str:
-        if DEFAULT_IMAGE_TOKEN in text and move_marks:
+        if DEFAULT_IMAGE_TOKEN in text and move_placeholders:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
         return text.replace(DEFAULT_IMAGE_TOKEN, placeholder)
 
@@ -85,38 +107,41 @@ def preprocess_multimodal(
 
 def preprocess(
     sources: Sequence[Source],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     has_image: bool = False,
     conv: Conversation | None = None,
     *,
     keep_empty_answers: bool = False,
-    label_rule: str = "spans",
-) -> dict[str, Any]:
-    """Samples as {"input_ids", "labels", "num_truncated"}: a padded tensor, or a list of tensors where the template's
-    samples were always handed out one by one (captions, and the oldest dialogues).
+) -> LabelledSamples:
+    """Encode samples and their labels.
 
-    `conv` is the template; without it, `llava.conversation.default_conversation` is read at this call. Samples without
-    images are cut to the tokenizer's model_max_length; those with images are cut once their features are known.
-    `keep_empty_answers` gives an answer of "" its end mark instead of leaving the turn open. `label_rule="rounds"`
-    makes the labels of older software, its dropped samples included, for exact comparison with old runs.
+    Args:
+        sources: the turns of each sample.
+        tokenizer: the model's. Samples without images are cut to its model_max_length; those with images are cut later,
+            when the number of their features is known.
+        has_image: read `<image>` as an image rather than as text.
+        conv: the template; without it, `llava.conversation.default_conversation` is read at this call.
+        keep_empty_answers: give an answer of "" its end token instead of leaving the turn open.
+
+    Returns:
+        Padded tensors, or lists of tensors for the templates of captions and of the oldest dialogues.
+
+    Raises:
+        InputError: a sample's turns do not fit the template.
     """
     conv = conv or conversation_lib.default_conversation
-    if label_rule not in ("spans", "rounds"):
-        raise InputError(f"unknown label rule {label_rule!r}; known rules are 'spans' and 'rounds'.")
     form = _FORMS.get(conv.sep_style, _DIALOGUE)
-    marks_are_images = has_image or form.always_with_image
-    max_length = None if marks_are_images else tokenizer.model_max_length
+    reads_images = has_image or form.always_with_image
+    max_length = None if reads_images else tokenizer.model_max_length
     rows: list[tuple[list[int], list[int]]] = []
     num_truncated = 0
     for source in sources:
         spans = form.spans(source, conv, keep_empty_answers)
-        index = IMAGE_TOKEN_INDEX if marks_are_images else None
+        index = IMAGE_TOKEN_INDEX if reads_images else None
         ids, labels = encode_spans(spans, tokenizer, image_token_index=index)
         if max_length is not None and len(ids) > max_length:
             num_truncated += 1
             ids, labels = ids[:max_length], labels[:max_length]
-        if label_rule == "rounds" and form.has_rounds:
-            labels = labels_by_rounds("".join(span.text for span in spans), ids, conv, tokenizer, has_image=has_image)
         rows.append((ids, labels))
     if num_truncated:
         _warn_truncated(max_length)
@@ -131,7 +156,9 @@ def preprocess(
 
 @cache
 def _warn_truncated(max_length: int | None) -> None:
-    logger.warning("samples longer than model_max_length=%s tokens are cut to it; this is said once", max_length)
+    logger.warning(
+        "samples longer than model_max_length=%s tokens are cut to it; further ones are not reported", max_length
+    )
 
 
 def _pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
@@ -155,7 +182,7 @@ def _list(rows: list[list[int]], value: int | None) -> list[torch.Tensor]:
 
 
 def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
-    """The template rendered with the sample's turns; a first turn from "system" replaces the template's system text."""
+    """Render a template with a sample's turns; a first turn from "system" replaces the template's system text."""
     turns = [_read_turn(turn, index) for index, turn in enumerate(source)]
     conv = conv.copy()
     first = 0
@@ -182,13 +209,13 @@ def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
 
 @cache
 def _warn_answer_first() -> None:
-    logger.warning("samples that begin with an answer lose it, since nothing was asked; this is said once")
+    logger.warning("samples that begin with an answer lose it, since nothing was asked; further ones are not reported")
 
 
 def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
-    """Turns as the oldest models were trained on them: "### Speaker: text" lines after the system text.
+    """Render turns as the oldest models were trained on them: "### Speaker: text" lines after the system text.
 
-    The models write the mark of the next turn, too, so that mark is trained even before a question.
+    These models also write the "###" of the next turn, so it is trained even before a question.
     """
     names = {_QUESTION: conv.roles[0], _ANSWER: conv.roles[1]}
     spans = [Span(f"{conv.system}\n\n", False)]
@@ -200,7 +227,7 @@ def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool =
 
 
 def _caption_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
-    """An image mark and its caption; whatever else the question says is left out."""
+    """Render an image placeholder and its caption; any other text of the question is left out."""
     if len(source) != 2:
         raise InputError(
             f"the sample has {len(source)} turns where the plain template pairs one image with one caption; use a "
@@ -209,59 +236,59 @@ def _caption_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
     question, caption = (_read_turn(turn, index)[1] for index, turn in enumerate(source))
     if DEFAULT_IMAGE_TOKEN not in question:
         raise InputError(
-            f"the first turn of the sample, {question[:60]!r}, has no {DEFAULT_IMAGE_TOKEN} mark, which the plain "
+            f"the first turn of the sample, {question[:60]!r}, has no {DEFAULT_IMAGE_TOKEN} placeholder, which the plain "
             "template needs; use a dialogue template for it."
         )
     return [Span(DEFAULT_IMAGE_TOKEN, False), Span(caption + conv.sep, True)]
 
 
-def _read_turn(turn: Turn, index: int, any_speaker: bool = False) -> tuple[str, str]:
-    """Who speaks (_QUESTION, _ANSWER, _SYSTEM) and what; "unknown" only where a template has a name for that."""
+def _read_turn(turn: SampleTurn, index: int, any_speaker: bool = False) -> tuple[str, str]:
+    """Check a turn and return its speaker (_QUESTION, _ANSWER, _SYSTEM; "unknown" where any_speaker allows it) and text."""
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
         raise InputError(
             f"turn {index + 1} of the sample is {str(turn)[:60]!r}; a turn needs the keys 'from' and 'value'."
         )
-    if not isinstance(turn["value"], str):
-        raise InputError(f"turn {index + 1} of the sample has {turn['value']!r} where its text is expected.")
+    text = turn["value"]
+    if not isinstance(text, str):
+        raise InputError(f"turn {index + 1} of the sample has {text!r} where its text is expected.")
     speaker = speaker_of(turn["from"])
     if speaker is None and not any_speaker:
         raise InputError(
             f"turn {index + 1} of the sample is from {turn['from']!r}; known speakers are {', '.join(_SPEAKERS)}."
         )
-    return speaker or "unknown", turn["value"]
+    return speaker or "unknown", text
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What samples of a template become."""
+    """How samples of a template are rendered and returned."""
 
     spans: Callable[[Source, Conversation, bool], list[Span]]
     as_batch: bool
     always_with_image: bool = False
-    has_rounds: bool = False
 
 
-_DIALOGUE = _Form(dialogue_spans, as_batch=True, has_rounds=True)
+_DIALOGUE = _Form(dialogue_spans, as_batch=True)
 _FORMS = {
     SeparatorStyle.SINGLE: _Form(_signal_spans, as_batch=False),
     SeparatorStyle.PLAIN: _Form(_caption_spans, as_batch=False, always_with_image=True),
 }
 
 
-# Names that outside code imports: each serves the templates of its kind, whichever is the default at the call.
+# Names that outside code imports. Each takes the template that is the default at the call.
 
 
-def preprocess_v1(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+def preprocess_v1(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
     return preprocess(sources, tokenizer, has_image)
 
 
-def preprocess_llama_2(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+def preprocess_llama_2(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
     return preprocess(sources, tokenizer, has_image)
 
 
-def preprocess_mpt(sources: Sequence[Source], tokenizer: Any, has_image: bool = False) -> dict[str, Any]:
+def preprocess_mpt(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
     return preprocess(sources, tokenizer, has_image)
 
 
-def preprocess_plain(sources: Sequence[Source], tokenizer: Any) -> dict[str, Any]:
+def preprocess_plain(sources: Sequence[Source], tokenizer: Tokenizer) -> LabelledSamples:
     return preprocess(sources, tokenizer, True)

@@ -1,9 +1,9 @@
 """The tokenizer of LLaMA-type checkpoints that hold a bare `tokenizer.model`, over the sentencepiece library.
 
-In: the model file, a text. Out: ids and text exactly as the library and the rules written down here give them, since
-that is what those checkpoints were trained with; and for each token its place in the text, from which labels are made.
-The tokenizer that transformers 5 builds from the same file gives other ids (no <s>, other pieces around spaces and
-after special tokens). Choosing and loading a tokenizer is in tokenization.py.
+In: the model file, a text. Out: ids and text exactly as the library and the rules below give them, since those
+checkpoints were trained with them; and for each token its offsets in the text, from which labels are made. The
+tokenizer that transformers 5 builds from the same file gives other ids (no <s>, other pieces around spaces and after
+special tokens). Choosing and loading a tokenizer is in tokenization.py.
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 
 import sentencepiece
 from transformers.tokenization_python import AddedToken, PreTrainedTokenizer
 
 from llava.errors import InputError
-from llava.text.piece_decoder import Alone, Entry, PieceDecoder
 
 _UNDERLINE = "▁"  # how sentencepiece writes a space
 # Appended to a serialized model, this sets normalizer_spec.add_dummy_prefix to false: of a field that occurs twice, the
 # later one wins. It spares a dependency on protobuf.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# What a copy in another process makes anew from the model's bytes.
-_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_widths_by_id", "_ids", "_entries")
-_ANY_WORD = "a"  # behind it, a token has the text that it has within a text
+# Attributes that a copy in another process rebuilds from the model's bytes.
+_REBUILT = ("sp_model", "_pieces", "_byte_values", "_widths", "_widths_by_id", "_ids", "_token_texts")
+_ANY_WORD = "a"  # decoded after it, a token has the text that it has inside a text
 
 
-class Piece(NamedTuple):
-    """One token and the stretch of text that it stands for; an added space stands for an empty stretch."""
+class SeparateText(str):
+    """The text of a token that is written with spaces around it, whatever is beside it."""
+
+
+# What a token stands for: characters, bytes of a character, or None where decoding leaves it out.
+TokenText = str | bytes | SeparateText | None
+
+
+class SentencePiece(NamedTuple):
+    """One token and the characters `start` to `end` of the text that it stands for; none of them for an added space."""
 
     token: str
     start: int
@@ -89,7 +96,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model, **self.sp_model_kwargs)
         except RuntimeError as error:
             raise InputError(
-                f"{self.vocab_file} is not a sentencepiece model (damaged, or the placeholder of an unfinished "
+                f"{self.vocab_file} is not a sentencepiece model (damaged, or the pointer file of an unfinished "
                 "download); fetch the file again."
             ) from error
         ids = range(self.sp_model.get_piece_size())
@@ -101,7 +108,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         self._widths = {piece: 1 if piece in self._byte_values else _num_bytes(piece) for piece in self._pieces}
         self._widths_by_id = [self._widths[piece] for piece in self._pieces]
         self._ids = {piece: self.sp_model.piece_to_id(piece) for piece in self._pieces}
-        self._entries = _Entries(self, set(), {})
+        self._token_texts = _TokenTexts(self, set(), {})
 
     # The library's object is rebuilt from the model's bytes, so that data-loader workers and copies get their own.
 
@@ -125,20 +132,20 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [piece.token for piece in self.pieces(text, split_special_tokens=kwargs.get("split_special_tokens"))]
 
-    def pieces(self, text: str, *, split_special_tokens: bool | None = None) -> list[Piece]:
-        """The tokens of a text (without <s> and </s> around it) and where each lies in it."""
-        pieces: list[Piece] = []
+    def pieces(self, text: str, *, split_special_tokens: bool | None = None) -> list[SentencePiece]:
+        """Cut a text into tokens (without <s> and </s> around it), each with its offsets."""
+        pieces: list[SentencePiece] = []
         for stretch, start, leading, is_added in self._stretches(text, split_special_tokens):
             if is_added:
                 if leading:
-                    pieces.append(Piece(leading, 0, 0))
-                pieces.append(Piece(stretch, start, start + len(stretch)))
+                    pieces.append(SentencePiece(leading, 0, 0))
+                pieces.append(SentencePiece(stretch, start, start + len(stretch)))
             else:
                 pieces += self._pieces_of(stretch, start, leading)
         return pieces
 
-    def ids_of(self, text: str) -> list[int]:
-        """The ids that calling this gives, where nothing else is asked for."""
+    def encode_ids(self, text: str) -> list[int]:
+        """Encode a text to the ids that calling the tokenizer without options gives, in less time."""
         inner: list[int] = []
         for stretch, _, leading, is_added in self._stretches(text, None):
             if is_added:
@@ -146,7 +153,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
                 inner += self._ids_of_tokens(tokens)
             else:
                 ids: list[int] = self.sp_model.encode(leading + stretch) if leading or stretch else []
-                # Where a token does not stand for a known text, or all of them not for this one, pieces know better.
+                # An unknown token, or a text that was rewritten: take the way that checks every token.
                 num_added = sum([self._widths_by_id[index] for index in ids]) - _num_bytes(stretch)
                 if num_added not in (0, 1) or self.sp_model.unk_id() in ids:
                     ids = self._ids_of_tokens([piece.token for piece in self._pieces_of(stretch, 0, leading)])
@@ -154,8 +161,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         return self.build_inputs_with_special_tokens(inner)
 
     def _stretches(self, text: str, split_special_tokens: bool | None) -> Iterator[tuple[str, int, str, bool]]:
-        """The text cut at its added tokens: each stretch, where it starts, the space put before it, and whether it is
-        such a token."""
+        """Cut a text at its added tokens: each stretch, its offset, the space put before it, whether it is such a token."""
         _check_unicode(text)
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
@@ -175,13 +181,13 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             leading = ""
 
     def _segments(self, text: str) -> list[str]:
-        """The text cut at its added tokens, which are segments of their own; of several that fit, the longest."""
+        """Cut a text at its added tokens, which are segments of their own; of several that fit, the longest counts."""
         added = tuple(self._added_tokens_encoder)
         segments = _any_of(added).split(text) if added else [text]
         return [segment for segment in segments if segment] or [text]
 
     def _strip(self, segments: list[str], index: int, added: dict[str, int]) -> tuple[int, int]:
-        """Where a segment begins and ends once the added tokens beside it have eaten the spaces they ask for."""
+        """Where a segment begins and ends without the spaces that the added tokens beside it strip."""
         segment = segments[index]
         left, right = 0, len(segment)
         before = segments[index - 1] if index else ""
@@ -192,12 +198,12 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             right = max(left, len(segment.rstrip()))
         return left, right
 
-    def _pieces_of(self, text: str, start: int, leading: str) -> list[Piece]:
-        """Tokens of a text without special tokens. `leading` is a space put before it that is not in the text."""
+    def _pieces_of(self, text: str, start: int, leading: str) -> list[SentencePiece]:
+        """Cut a text without special tokens. `leading` is a space put before it that is not in the text."""
         if not text and not leading:
             return []
         tokens = self.sp_model.encode(leading + text, out_type=str)
-        # Places in bytes: a character without a piece of its own is written as the pieces of its UTF-8 bytes.
+        # Offsets in bytes: a character without a piece of its own is written as the pieces of its UTF-8 bytes.
         widths = [self._width(token) for token in tokens]
         # What the pieces hold beyond the text is the space put before it: ours, or the model's own.
         added = sum(widths) - _num_bytes(text)
@@ -210,7 +216,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
             widths[0] -= added
         ends = list(accumulate(widths))
         begins = [0, *ends[:-1]]
-        if not text.isascii():  # to places in characters: a piece covers every character of which it holds a byte
+        if not text.isascii():  # to offsets in characters: a piece covers every character of which it holds a byte
             plain = text.replace(_UNDERLINE, " ")
             char_at = [at for at, char in enumerate(plain) for _ in range(1 if char < "\x80" else len(char.encode()))]
             char_at.append(len(text))
@@ -218,13 +224,19 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
                 char_at[end - 1] + 1 if end > begin else char_at[begin] for begin, end in zip(begins, ends, strict=True)
             ]
             begins = [char_at[begin] for begin in begins]
-        # As Piece(...), for many at once.
-        make = partial(tuple.__new__, Piece)
+        # Equal to SentencePiece(...) for each, in less time.
+        make = partial(tuple.__new__, SentencePiece)
         return list(map(make, zip(tokens, [start + at for at in begins], [start + at for at in ends], strict=True)))
 
     def _width(self, token: str) -> int:
-        """How many bytes of text a token stands for; one without a piece is the unknown characters themselves."""
+        """Bytes of text that a token stands for; a token that is no piece is the unknown characters themselves."""
         return self._widths[token] if token in self._widths else _num_bytes(token)
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
         if not isinstance(tokens, list):
@@ -268,7 +280,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         return self._pieces[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of tokens: special tokens verbatim, what lies between them decoded by the library."""
+        """Join tokens to text: special tokens verbatim, those between them decoded by the library."""
         special = set(self.all_special_tokens)
         if tokens and tokens[0].startswith(_UNDERLINE):
             tokens = [tokens[0][1:], *tokens[1:]]  # the space that encoding put in front
@@ -294,14 +306,14 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         spaces_between_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str:
-        """Text of ids. Tokens added to the vocabulary stand alone between spaces, as they always did here."""
+        """Decode ids. Tokens added to the vocabulary are written with spaces around them, as version 4 did."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         tokens = self.convert_ids_to_tokens(list(ids), skip_special_tokens=skip_special_tokens)
-        alone = self._tokens_standing_alone()
+        separate = self._separate_tokens()
         texts: list[str] = []
         run: list[str] = []
         for token in tokens:
-            if token not in alone:
+            if token not in separate:
                 run.append(token)
                 continue
             if run:
@@ -316,18 +328,22 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         )
         return self.clean_up_tokenization(text) if clean else text
 
-    def piece_decoder(self) -> PieceDecoder:
-        """What decodes ids that come one after another, without special tokens, as `decode` does all of them."""
-        skipped = set(self.all_special_ids)
-        alone = {index: token for token, index in self._added_tokens_encoder.items() if index not in skipped}
-        if (skipped, alone) != (self._entries.skipped, self._entries.alone):
-            self._entries = _Entries(self, skipped, alone)
-        return PieceDecoder(self._entries, self._opening)
+    def token_texts(self) -> tuple[Mapping[int, TokenText], Callable[[list[int]], str]]:
+        """What detokenizer.py's `TableDecoder` needs to decode without special tokens.
 
-    def _opening(self, ids: list[int]) -> str:
+        Returns:
+            What each token stands for inside a text, and a function that decodes the tokens at the start of a text.
+        """
+        skipped = set(self.all_special_ids)
+        separate = {index: token for token, index in self._added_tokens_encoder.items() if index not in skipped}
+        if (skipped, separate) != (self._token_texts.skipped, self._token_texts.separate):
+            self._token_texts = _TokenTexts(self, skipped, separate)
+        return self._token_texts, self._opening_text
+
+    def _opening_text(self, ids: list[int]) -> str:
         return self.convert_tokens_to_string([self._pieces[index] for index in ids])
 
-    def _tokens_standing_alone(self) -> set[str]:
+    def _separate_tokens(self) -> set[str]:
         """Added tokens, except the named ones (<s>, </s>, <unk>, ...) and pieces that were only marked as special."""
         special, named = set(self.all_special_tokens), set(self.special_tokens_map.values())
         return {
@@ -371,34 +387,34 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         return (*files, str(map_file))
 
 
-class _Entries(dict[int, Entry]):
-    """What each token stands for within a text, found out when it is first met."""
+class _TokenTexts(dict[int, TokenText]):
+    """What each token stands for inside a text; filled when a token is first met."""
 
-    def __init__(self, tokenizer: LlamaSentencePieceTokenizer, skipped: set[int], alone: dict[int, str]) -> None:
-        super().__init__(dict.fromkeys(skipped) | {index: Alone(token) for index, token in alone.items()})
+    def __init__(self, tokenizer: LlamaSentencePieceTokenizer, skipped: set[int], separate: dict[int, str]) -> None:
+        super().__init__(dict.fromkeys(skipped) | {index: SeparateText(token) for index, token in separate.items()})
         self._tokenizer = tokenizer
-        self.skipped, self.alone = skipped, alone
+        self.skipped, self.separate = skipped, separate
 
-    def __missing__(self, index: int) -> Entry:
+    def __missing__(self, index: int) -> TokenText:
         tokenizer = self._tokenizer
         piece = tokenizer._convert_id_to_token(index)
-        entry: Entry
+        text: TokenText
         if piece in tokenizer._byte_values:
-            entry = bytes([tokenizer._byte_values[piece]])
+            text = bytes([tokenizer._byte_values[piece]])
         else:
-            entry = tokenizer.sp_model.decode([_ANY_WORD, piece]).removeprefix(_ANY_WORD)
-        self[index] = entry
-        return entry
+            text = tokenizer.sp_model.decode([_ANY_WORD, piece]).removeprefix(_ANY_WORD)
+        self[index] = text
+        return text
 
 
 def _num_bytes(text: str) -> int:
-    """In UTF-8, with a sign for a space counted as one."""
+    """Bytes in UTF-8, a sign for a space counted as one."""
     return len(text) if text.isascii() else len(text.replace(_UNDERLINE, " ").encode())
 
 
 @lru_cache(maxsize=16)
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Several times as fast as the trie that transformers keeps for this."""
+    """A pattern for any of these tokens; several times as fast as the trie of transformers."""
     return re.compile(f"({'|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))})")
 
 

@@ -1,16 +1,18 @@
-"""Stopping a generation at a keyword.
+"""A stopping criterion for transformers' `generate`: stop at a keyword.
 
 In: the keywords, the tokenizer and the prompt's ids, then at every step the ids so far. Out: for each row whether it is
-done, which is what transformers' `generate` asks of a stopping criterion. Which texts end an answer of a template is in
-conversation.py (`stop_string`, `answer_end`).
+done. Which texts end an answer of a template is in ../conversation.py (`stop_string`, `answer_end`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from llava.text.tokenization import Tokenizer
 
 
 class KeywordsStoppingCriteria:
@@ -20,7 +22,7 @@ class KeywordsStoppingCriteria:
     embeddings). A batch is done when all of its rows are.
     """
 
-    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
+    def __init__(self, keywords: Sequence[str], tokenizer: Tokenizer, input_ids: torch.Tensor) -> None:
         self.keywords = [keyword for keyword in keywords if keyword]  # an empty text would stop at once
         self.tokenizer = tokenizer
         self.keyword_ids = [torch.tensor(self._ids_of(keyword)) for keyword in self.keywords]
@@ -32,7 +34,7 @@ class KeywordsStoppingCriteria:
         ids = self.tokenizer(keyword).input_ids
         return ids[1:] if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id else ids
 
-    def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, output_ids: torch.Tensor, scores: object = None, **kwargs: object) -> torch.Tensor:
         num_new = output_ids.shape[1] - (self.start_len if self._repeats_prompt(output_ids) else 0)
         done = [self._is_done(row, num_new) for row in output_ids]
         return torch.tensor(done, dtype=torch.bool, device=output_ids.device)

@@ -1,59 +1,102 @@
-"""Loading the tokenizer of a checkpoint, and turning prompts with `<image>` marks into ids.
+"""Load the tokenizer of a checkpoint, and turn prompts with `<image>` placeholders into token ids.
 
-In: a folder, a prompt. Out: a transformers tokenizer; ids with -200 for each image; and for each id the place in the
-prompt that decides whose token it is (`encode_with_places`), from which labels.py makes labels. The sentencepiece
+In: a folder, a prompt. Out: a `Tokenizer`; ids with -200 for each image; and for each id the character of the prompt
+that decides which span it belongs to (`encode_with_offsets`), from which labels.py makes labels. The sentencepiece
 tokenizer itself is in sentencepiece_tokenizer.py. Torch is imported only where a tensor is asked for.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, overload
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
+from llava.files import holds_tokenizer, read_json
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 
-__all__ = [
-    "LlamaSentencePieceTokenizer",
-    "encode_with_places",
-    "load_tokenizer",
-    "tokenizer_image_token",
-]
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding
 
-# Vocabularies of other tokenizers. Without any of these, transformers would make an empty one and not say so.
-_OTHER_FILES = (
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "tiktoken.model",
-    "sentencepiece.bpe.model",
-)
 # Class names under which sentencepiece LLaMA tokenizers were saved; None: the folder has no tokenizer_config.json.
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "LlamaSentencePieceTokenizer")
 
 
+class Tokenizer(Protocol):
+    """What this package asks of a tokenizer: a part of transformers' `PreTrainedTokenizerBase`."""
+
+    name_or_path: str
+    is_fast: bool
+    model_max_length: int
+    padding_side: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    unk_token_id: int | None
+    all_special_ids: list[int]
+    all_special_tokens: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, **options: object) -> BatchEncoding: ...
+
+    def decode(
+        self, token_ids: int | Sequence[int] | torch.Tensor, skip_special_tokens: bool = False, **options: object
+    ) -> str: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def add_tokens(self, new_tokens: list[str], special_tokens: bool = False) -> int: ...
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, str]) -> int: ...
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]: ...
+
+
 def load_tokenizer(
     path: str | os.PathLike[str], *, model_max_length: int | None = None, padding_side: str = "right"
-) -> Any:
-    """The tokenizer that lies in a folder, of the class that its files call for.
+) -> Tokenizer:
+    """Load the tokenizer of a folder, of the class that its files call for.
 
-    `tokenizer.model` of a LLaMA-type model is read by the sentencepiece library, also where a `tokenizer.json` lies
-    beside it (a conversion of it). Otherwise `tokenizer.json` is taken literally; other files go to transformers.
+    `tokenizer.model` of a LLaMA-type model is read by the sentencepiece library, even where a `tokenizer.json` (a
+    conversion of it) lies beside it. Otherwise `tokenizer.json` is taken literally; other files go to transformers.
+
+    Args:
+        path: the folder.
+        model_max_length: tokens; None keeps what the folder says.
+        padding_side: "right" or "left".
+
+    Raises:
+        InputError: the folder is absent or has no tokenizer, or a file of it is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(
             f"there is no tokenizer folder {str(path)!r}; give the folder that holds tokenizer.model or tokenizer.json."
         )
-    config = _read_json(folder / "tokenizer_config.json")
-    options: dict[str, Any] = {"padding_side": padding_side}
+    options: dict[str, object] = {"padding_side": padding_side}
     if model_max_length is not None:
         options["model_max_length"] = model_max_length
-    load = _choose_loader(folder, config)
+    load = _choose_loader(folder)
     try:
         return load(str(folder), **options)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -65,18 +108,19 @@ def load_tokenizer(
 
 
 def _input_error_behind(error: BaseException | None) -> InputError | None:
-    """Our own sentence, where loading by transformers turned it into another error."""
+    """Our own error, where loading by transformers turned it into another one."""
     while error is not None and not isinstance(error, InputError):
         error = error.__context__
     return error
 
 
-def _choose_loader(folder: Path, config: dict[str, Any]) -> Any:
-    if (folder / "tokenizer.model").is_file() and config.get("tokenizer_class") in _LLAMA_CLASSES:
+def _choose_loader(folder: Path) -> Callable[..., Tokenizer]:
+    tokenizer_class = _tokenizer_config(folder).get("tokenizer_class")
+    if (folder / "tokenizer.model").is_file() and tokenizer_class in _LLAMA_CLASSES:
         return LlamaSentencePieceTokenizer.from_pretrained
     if (folder / "tokenizer.json").is_file():
         return _load_tokenizer_json
-    if any((folder / name).is_file() for name in _OTHER_FILES):
+    if holds_tokenizer(folder):
         return _load_by_transformers
     raise InputError(
         f"{folder} holds no tokenizer: none of tokenizer.model, tokenizer.json, vocab.json is there; copy these files "
@@ -84,44 +128,46 @@ def _choose_loader(folder: Path, config: dict[str, Any]) -> Any:
     )
 
 
-def _load_tokenizer_json(folder: str, **options: Any) -> Any:
+def _load_tokenizer_json(folder: str, **options: object) -> Tokenizer:
     from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-    # A file that asks for its spaces to be cleaned up gets what it asks for: its outputs have always looked that way.
-    if _read_json(Path(folder) / "tokenizer_config.json").get("clean_up_tokenization_spaces"):
+    # Version 5 ignores this setting of a file unless asked not to; earlier versions obeyed it.
+    if _tokenizer_config(Path(folder)).get("clean_up_tokenization_spaces"):
         options["clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"] = True
     return PreTrainedTokenizerFast.from_pretrained(folder, **options)
 
 
-def _load_by_transformers(folder: str, **options: Any) -> Any:
+def _load_by_transformers(folder: str, **options: object) -> Tokenizer:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, **options)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds a {type(content).__name__} where a JSON object is expected; fetch the file again."
-        )
-    return content
+def _tokenizer_config(folder: Path) -> Mapping[str, object]:
+    file = folder / "tokenizer_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
-# Prompts with image marks
+# Prompts with image placeholders
+
+
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., return_tensors: None = None
+) -> list[int]: ...
+
+
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., *, return_tensors: str
+) -> torch.Tensor: ...
 
 
 def tokenizer_image_token(
-    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
-) -> Any:
-    """Ids of a prompt, with `image_token_index` for every `<image>`: a list, or a tensor if return_tensors is "pt"."""
-    ids_of = getattr(tokenizer, "ids_of", lambda text: list(tokenizer(text).input_ids))
-    chunks = [ids_of(chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    prompt: str, tokenizer: Tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | torch.Tensor:
+    """Encode a prompt, with `image_token_index` for every `<image>`: a list, or a tensor (T,) if return_tensors is "pt"."""
+    chunks = [_encode_ids(chunk, tokenizer) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
     skip = _num_repeated(chunks, tokenizer)
     ids = chunks[0]
     for chunk in chunks[1:]:
@@ -135,54 +181,69 @@ def tokenizer_image_token(
     return torch.tensor(ids, dtype=torch.long)
 
 
-def encode_with_places(
-    text: str, tokenizer: Any, image_token_index: int | None = IMAGE_TOKEN_INDEX
+def encode_with_offsets(
+    text: str, tokenizer: Tokenizer, image_token_index: int | None = IMAGE_TOKEN_INDEX
 ) -> tuple[list[int], list[int]]:
-    """The ids of `tokenizer_image_token` and, for each, the place in the text that decides whose token it is.
+    """Encode a text, and say for each token which character decides the span that it belongs to.
 
-    That place is a token's last character; for a token without text of its own (an added space), the character after
-    it; for an image, the last character of its mark; -1 for tokens that open or close the sequence. Where
-    image_token_index is None, `<image>` is text like any other.
+    Args:
+        text: a prompt.
+        tokenizer: one that knows where its tokens lie in the text.
+        image_token_index: the id of an image; None reads `<image>` as text like any other.
+
+    Returns:
+        The ids of `tokenizer_image_token`, and as many offsets into `text`: a token's last character; for a token
+        without text of its own (an added space), the character after it; for an image, the last character of its
+        placeholder; -1 for tokens that open or close the sequence.
+
+    Raises:
+        InputError: the tokenizer does not say where its tokens lie.
     """
     parts = [text] if image_token_index is None else text.split(DEFAULT_IMAGE_TOKEN)
     encoded = [_encode_part(part, tokenizer) for part in parts]
     skip = _num_repeated([ids for ids, _ in encoded], tokenizer)
     all_ids: list[int] = []
-    all_places: list[int] = []
+    all_offsets: list[int] = []
     start = 0
-    for index, (part, (ids, places)) in enumerate(zip(parts, encoded, strict=True)):
+    for index, (part, (ids, offsets)) in enumerate(zip(parts, encoded, strict=True)):
         if index and image_token_index is not None:
             all_ids.append(image_token_index)
-            all_places.append(start + len(DEFAULT_IMAGE_TOKEN) - 1)
+            all_offsets.append(start + len(DEFAULT_IMAGE_TOKEN) - 1)
             start += len(DEFAULT_IMAGE_TOKEN)
         first = skip if index else 0
         all_ids += ids[first:]
-        all_places += [place if place < 0 else start + place for place in places[first:]]
+        all_offsets += [offset if offset < 0 else start + offset for offset in offsets[first:]]
         start += len(part)
-    return all_ids, all_places
+    return all_ids, all_offsets
 
 
-def _num_repeated(chunks: list[list[int]], tokenizer: Any) -> int:
+def _num_repeated(chunks: list[list[int]], tokenizer: Tokenizer) -> int:
     """1 where the tokenizer opens every chunk with its begin token, which only the first may keep."""
     return int(all(chunk[:1] == [tokenizer.bos_token_id] for chunk in chunks))
 
 
-def _encode_part(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    if hasattr(tokenizer, "pieces"):
+def _encode_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(tokenizer, LlamaSentencePieceTokenizer):
+        return tokenizer.encode_ids(text)  # the same ids, in less time
+    return list(tokenizer(text).input_ids)
+
+
+def _encode_part(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    if isinstance(tokenizer, LlamaSentencePieceTokenizer):
         pieces = tokenizer.pieces(text)
         inner = tokenizer.convert_tokens_to_ids([token for token, _, _ in pieces])
         ids = tokenizer.build_inputs_with_special_tokens(inner)
         before, after = int(tokenizer.add_bos_token), int(tokenizer.add_eos_token)
-        return ids, [-1] * before + [_place(start, end) for _, start, end in pieces] + [-1] * after
+        return ids, [-1] * before + [_offset(start, end) for _, start, end in pieces] + [-1] * after
     if not tokenizer.is_fast:
         raise InputError(
             f"a tokenizer of class {type(tokenizer).__name__} does not say where its tokens lie in the text, which "
             "labels need; use one with a tokenizer.json."
         )
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    marks = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
-    return list(encoded["input_ids"]), [-1 if added else _place(*span) for span, added in marks]
+    spans = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    return list(encoded["input_ids"]), [-1 if is_added else _offset(*span) for span, is_added in spans]
 
 
-def _place(start: int, end: int) -> int:
+def _offset(start: int, end: int) -> int:
     return end - 1 if end > start else start

@@ -25,7 +25,7 @@ from llava.data.skipped_samples import BadSamples, CutSamples
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.mm_utils import process_images
-from llava.text.labels import preprocess, preprocess_multimodal, speaker_of
+from llava.text.labels import LabelledSamples, preprocess, preprocess_multimodal, speaker_of
 
 # Words that one image counts for where samples are grouped by length; published runs counted so.
 WORDS_PER_IMAGE = 128
@@ -128,11 +128,11 @@ class LazySupervisedDataset(Dataset):
         except InputError as error:
             raise InputError(f"{samples.describe(index)}: {error}") from error
 
-    def tokens(self, sample: Sample, *, num_images: int) -> dict[str, Any]:
+    def tokens(self, sample: Sample, *, num_images: int) -> LabelledSamples:
         """A sample's ids and labels, its images still marks: what `preprocess` gives for one sample."""
         turns: Any = [sample["conversations"]]
         if num_images:  # a mark moves to the front of its turn, unless there are several to be kept in order
-            turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_marks=num_images == 1)
+            turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
         return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)
 
     def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from llava.errors import InputError
 from llava.text.detokenizer import stream_decoder
 from llava.text.tokenization import (
     LlamaSentencePieceTokenizer,
-    encode_with_places,
+    encode_with_offsets,
     load_tokenizer,
     tokenizer_image_token,
 )
@@ -101,20 +101,20 @@ def test_return_tensors(mini):
 @pytest.mark.parametrize("name", [*MINI, "neox2k-chatml"])
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
-def test_places_point_at_the_text_of_each_token(name, text):
+def test_offsets_point_at_the_text_of_each_token(name, text):
     tokenizer = load(name)
-    ids, places = encode_with_places(text, tokenizer)
+    ids, offsets = encode_with_offsets(text, tokenizer)
     assert ids == tokenizer_image_token(text, tokenizer)
-    assert encode_with_places(text, tokenizer, None)[0] == tokenizer(text).input_ids
-    inner = [place for place in places if place >= 0]
+    assert encode_with_offsets(text, tokenizer, None)[0] == tokenizer(text).input_ids
+    inner = [offset for offset in offsets if offset >= 0]
     assert inner == sorted(inner)
-    assert all(place <= len(text) for place in inner)
-    # Cutting the text after a token's place and decoding the ids up to there gives that part of the text again.
-    for token, place in zip(ids, places, strict=True):
+    assert all(offset <= len(text) for offset in inner)
+    # Cutting the text after a token's offset and decoding the ids up to there gives that part of the text again.
+    for token, offset in zip(ids, offsets, strict=True):
         if token == -200:
-            assert text[: place + 1].endswith("<image>")
-        elif token in tokenizer.all_special_ids and place >= 0 and "llama" in name:
-            assert text[: place + 1].endswith(tokenizer.convert_ids_to_tokens(token))
+            assert text[: offset + 1].endswith("<image>")
+        elif token in tokenizer.all_special_ids and offset >= 0 and "llama" in name:
+            assert text[: offset + 1].endswith(tokenizer.convert_ids_to_tokens(token))
 
 
 @pytest.mark.parametrize("name", MINI)
@@ -256,8 +256,8 @@ def test_streamed_parts_join_to_the_decoded_text(name, text, indented):
 def test_ids_alone_are_those_of_a_call(name, parts, text):
     tokenizer = WITH_ADDED[name]
     text = text.join(parts)
-    assert tokenizer.ids_of(text) == tokenizer(text).input_ids
-    ids, _ = encode_with_places(text, tokenizer)
+    assert tokenizer.encode_ids(text) == tokenizer(text).input_ids
+    ids, _ = encode_with_offsets(text, tokenizer)
     assert tokenizer_image_token(text, tokenizer) == ids
 
 
@@ -314,8 +314,8 @@ def test_half_a_character_is_held_back_until_the_end(mini):
 
 def test_ends_of_sequences_can_be_asked_for(mini):
     mini.add_eos_token = True
-    ids, places = encode_with_places("hello", mini)
-    assert (ids[0], ids[-1], places[0], places[-1]) == (1, 2, -1, -1)
+    ids, offsets = encode_with_offsets("hello", mini)
+    assert (ids[0], ids[-1], offsets[0], offsets[-1]) == (1, 2, -1, -1)
     assert mini.get_special_tokens_mask(ids[1:-1]) == [1, *[0] * (len(ids) - 2), 1]
 
 
@@ -337,7 +337,7 @@ def test_ends_of_sequences_can_be_asked_for(mini):
             lambda folder: (folder / "tokenizer_config.json").write_text('{"tok'),
             "tokenizer_config.json is not valid JSON",
         ),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "where a JSON object is expected"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
 def test_bad_folders_are_answered_by_one_sentence(tmp_path, make, message):

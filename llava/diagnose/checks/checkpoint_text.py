@@ -15,6 +15,7 @@ from llava.conversation import Conversation, answer_end, conv_templates, get_tem
 from llava.diagnose.checks.checkpoint_files import Checkpoint, set_in_json
 from llava.diagnose.checks.findings import Finding, Skipped, found
 from llava.errors import InputError
+from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
 from llava.model import tokenizer_setup as belongings
 
@@ -29,13 +30,13 @@ LEAST_SHARE = 0.5
 
 def tokenizer_folder(checkpoint: Checkpoint) -> Path:
     own = checkpoint.folder
-    return own if belongings.holds_tokenizer(own) or checkpoint.base is None else checkpoint.base.folder
+    return own if holds_tokenizer(own) or checkpoint.base is None else checkpoint.base.folder
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Loads, knows where it ends, and gives text back as it was."""
     folder = tokenizer_folder(checkpoint)
-    if not belongings.holds_tokenizer(folder):
+    if not holds_tokenizer(folder):
         yield found(
             "tokenizer-missing",
             f"{folder} holds no tokenizer",
@@ -64,7 +65,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-TOKENIZERS = ", ".join(belongings.TOKENIZER_FILES)
+TOKENIZERS = ", ".join(TOKENIZER_FILES)
 
 
 def check_template(checkpoint: Checkpoint) -> Iterator[Finding]:
