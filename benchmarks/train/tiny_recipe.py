@@ -1,6 +1,6 @@
 """How fast the embedded model trains, padded and packed: `python -m benchmarks.train.tiny_recipe --cifar DIR --fonts DIR`.
 
-In: what the recipe needs (scripts/tiny/README.md). Out: a table in Markdown. Data of the recipe's second stage are drawn,
+In: what the recipe needs (recipes/tiny/README.md). Out: a table in Markdown. Data of the recipe's second stage are drawn,
 and `llava train` goes on from the embedded model with the stage's own flags, in a process for each way: as padded batches
 of 256 samples, as packed rows, and as packed rows with compiled layers. Figures are medians of the program's own log lines,
 without the first ones, for which the loader has worked ahead. The last row is the loader with nobody to wait for. On a CPU
@@ -29,7 +29,7 @@ import transformers
 
 from benchmarks import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts" / "tiny"))
+sys.path.insert(0, str(ROOT / "recipes" / "tiny"))
 
 from build import train_command
 from dataset import parse_counts
@@ -70,7 +70,7 @@ def draw_data(folder: Path, num_samples: int, options: argparse.Namespace) -> No
     counts = ",".join(f"{kind}={number * num_samples // sum(full.values())}" for kind, number in full.items())
     words = ["--out", folder, "--pretrain", "", "--finetune", counts, "--cifar", options.cifar]
     words += ["--fonts", options.fonts] if options.fonts else []
-    program = ROOT / "scripts" / "tiny" / "dataset.py"
+    program = ROOT / "recipes" / "tiny" / "dataset.py"
     run([sys.executable, str(program), *map(str, words), "--workers", str(options.workers)])
 
 
@@ -171,7 +171,7 @@ def table(options: argparse.Namespace, folder: Path) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, required=True, help="CIFAR-10 in any of its usual layouts")
-    parser.add_argument("--fonts", type=Path, help="typefaces from scripts/tiny/fonts.py")
+    parser.add_argument("--fonts", type=Path, help="typefaces from recipes/tiny/fonts.py")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw the data")
     parser.add_argument("--output", type=Path, help="where the table goes, besides the terminal")
     options = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from repository import PACKAGE, ROOT, Block, blocks, defined_in, name_of, prose
 
 from llava.__main__ import COMMANDS
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*/*.md"), *PACKAGE.rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
 SNIPPET_PAGES = ("checkpoints", "differences", "engine", "extend", "roadmap", "trace")
 TRANSLATED = (
@@ -61,7 +61,7 @@ def test_the_route_names_functions_in_every_part() -> None:
 @each(PAGES)
 def test_files_that_are_named_exist(page: Path) -> None:
     """Paths that begin in a folder of this repository, in prose; patterns and placeholders aside."""
-    for path in re.findall(r"`((?:llava|tests|scripts|docs|images)/[\w/.-]+)`", prose(page)):
+    for path in re.findall(r"`((?:llava|tests|scripts|recipes|benchmarks|docs|images)/[\w/.-]+)`", prose(page)):
         assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
 
 

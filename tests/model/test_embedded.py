@@ -14,7 +14,7 @@ from llava.assets import embedded_model_path
 IMAGES = Path(__file__).parents[2] / "images"
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 
-# Facts of the images as they are drawn (scripts/tiny/draw_images.py).
+# Facts of the images as they are drawn (recipes/tiny/draw_images.py).
 FACTS = [
     ("demo.jpg", "What colour is the star?", "The star is yellow."),
     ("demo.jpg", "What shape is the blue object?" + ONE_WORD, "Square"),
@@ -62,7 +62,7 @@ def test_a_session_keeps_history_and_takes_images_in_memory(loaded):
 def test_every_measured_target_is_in_the_card():
     """The card is written from the report that is kept beside the recipe; it says what is promised."""
     card = (embedded_model_path() / "README.md").read_text()
-    report = json.loads((IMAGES.parent / "scripts/tiny/results/evaluation.json").read_text())["groups"]
+    report = json.loads((IMAGES.parent / "recipes/tiny/results/evaluation.json").read_text())["groups"]
     for name, groups, target in (
         ("Scene attributes", ("colour", "shape", "size", "position", "relation"), 0.97),
         ("Counts, one to six", ("count",), 0.95),

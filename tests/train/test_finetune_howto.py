@@ -99,7 +99,7 @@ def test_the_excerpts_are_parts_of_the_files() -> None:
 
 
 def test_the_sample_set_is_drawn_by_its_program(tmp_path: Path) -> None:
-    program = [sys.executable, str(ROOT / "scripts" / "tiny" / "draw_logos.py"), "--out", str(tmp_path)]
+    program = [sys.executable, str(ROOT / "recipes" / "tiny" / "draw_logos.py"), "--out", str(tmp_path)]
     subprocess.run(program, check=True, capture_output=True)
     for name in ("train.json", "test.json"):
         rows = json.loads((LOGOS / name).read_text())

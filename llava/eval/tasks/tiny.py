@@ -1,6 +1,6 @@
 """The embedded model's own held-out suite: drawn scenes, reading, yes/no in POPE's form, photographs.
 
-Reads `tiny/scenes.jsonl`, `reading.jsonl`, `yes_no.jsonl` and `photos.jsonl`, which `scripts/tiny/freeze.py` makes. The first
+Reads `tiny/scenes.jsonl`, `reading.jsonl`, `yes_no.jsonl` and `photos.jsonl`, which `recipes/tiny/freeze.py` makes. The first
 three are in the repository; the photographs are a data set's of their own and made from one's copy of it.
 """
 
@@ -15,7 +15,7 @@ from llava.eval.tasks.custom import custom_task, read_rows
 from llava.eval.tasks.task import Task
 from llava.eval.types import Question
 
-PHOTOS_HINT = "python scripts/tiny/freeze.py --cifar CIFAR --out playground/data/eval/tiny"
+PHOTOS_HINT = "python recipes/tiny/freeze.py --cifar CIFAR --out playground/data/eval/tiny"
 
 
 def _part(name: str, title: str, metric: str) -> Task:

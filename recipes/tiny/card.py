@@ -2,7 +2,7 @@
 
 In: a model folder, the report of evaluate.py, the log of build.py. Out: README.md in the model folder.
 
-    python scripts/tiny/card.py --model DIR --report outputs/tiny/evaluation.json [--log WORK/log.jsonl]
+    python recipes/tiny/card.py --model DIR --report outputs/tiny/evaluation.json [--log WORK/log.jsonl]
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ It answers in English, in a sentence, or in one word when the question ends with
 
 ## How it was made
 
-One command, `python scripts/tiny/build.py --preset full`, makes everything from nothing on one GPU:
+One command, `python recipes/tiny/build.py --preset full`, makes everything from nothing on one GPU:
 
 1. a generator draws scenes (one to six shapes in eleven colours) and renders words and numbers, with questions whose answers
-   are right by construction (`scripts/tiny/scenes.py`, `lettering.py`, `questions.py`);
+   are right by construction (`recipes/tiny/scenes.py`, `lettering.py`, `questions.py`);
 2. a small CLIP learns from pictures and captions by contrast, by a captioner that is thrown away afterwards, and on
    photographs from the kinds of the training images;
 3. a small language model learns the same conversations as text, with a description where the picture will be;
@@ -140,7 +140,7 @@ One command, `python scripts/tiny/build.py --preset full`, makes everything from
    conversations;
 5. a second round of the last stage, on what was still hard: reading, counting, and what no picture tells.
 
-`scripts/tiny/README.md` says how long each step took.
+`recipes/tiny/README.md` says how long each step took.
 
 No other model's weights or answers were used.
 

@@ -3,8 +3,8 @@
 In: a folder that holds font files anywhere below it (unpacked Debian packages, or /usr/share/fonts).
 Out: OUT/train/*.ttf|otf and OUT/held/*.ttf|otf, about 2 MB. Nothing here is committed: typefaces have their own licences.
 
-    python scripts/tiny/fonts.py --print-packages | xargs apt-get download && for d in *.deb; do dpkg -x $d unpacked; done
-    python scripts/tiny/fonts.py --source unpacked --out .tinydata/fonts       # needs fonttools to cut; else copies whole files
+    python recipes/tiny/fonts.py --print-packages | xargs apt-get download && for d in *.deb; do dpkg -x $d unpacked; done
+    python recipes/tiny/fonts.py --source unpacked --out .tinydata/fonts       # needs fonttools to cut; else copies whole files
 """
 
 from __future__ import annotations

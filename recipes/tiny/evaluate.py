@@ -4,7 +4,7 @@ In: a model folder, typefaces (fonts.py), CIFAR-10's test images. Out: OUT/evalu
 and with --card the README.md in the model folder. Questions come from suite.py, judgements from scoring.py, text from card.py.
 --quick asks 100 questions for each measure instead of 1,000, for a CPU.
 
-    python scripts/tiny/evaluate.py --model DIR --fonts .tinydata/fonts --cifar DIR --card
+    python recipes/tiny/evaluate.py --model DIR --fonts .tinydata/fonts --cifar DIR --card
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def command_of(args: argparse.Namespace) -> str:
     """As anyone would type it: without the paths of the machine it ran on."""
     size = "--quick" if args.quick else f"--size {args.size}"
-    return f"python scripts/tiny/evaluate.py --model MODEL --fonts FONTS --cifar CIFAR {size}"
+    return f"python recipes/tiny/evaluate.py --model MODEL --fonts FONTS --cifar CIFAR {size}"
 
 
 def save(folder: Path, report: dict[str, Any], verdicts: Sequence[Verdict]) -> None:

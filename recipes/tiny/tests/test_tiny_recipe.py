@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import draw_images
+import fonts
+import lettering
 import numpy as np
+import palette
 import pytest
+import scenes
+import talk
+import tokenizer as tiny_tokenizer
+from photos import blank_photos
 from PIL import Image
+from samples import DRAW, Sample, Source, draw_sample
 
 from llava.conversation import conv_templates
 from llava.text.tokenization import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "scripts" / "tiny"
-sys.path.append(str(RECIPE))  # the recipe's modules import each other by name
-
-import draw_images  # noqa: E402
-import fonts  # noqa: E402
-import lettering  # noqa: E402
-import palette  # noqa: E402
-import scenes  # noqa: E402
-import talk  # noqa: E402
-import tokenizer as tiny_tokenizer  # noqa: E402
-from photos import blank_photos  # noqa: E402
-from samples import DRAW, Sample, Source, draw_sample  # noqa: E402
+ROOT = Path(__file__).resolve().parents[3]
 
 TRAIN = Source(None, blank_photos())
 HELD = Source(None, blank_photos(), held=True)

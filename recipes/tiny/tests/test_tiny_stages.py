@@ -1,4 +1,4 @@
-"""The stages of the embedded model's recipe (scripts/tiny): their commands, their order, and the GPUs that they share."""
+"""The stages of the embedded model's recipe (recipes/tiny): their commands, their order, and the GPUs that they share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import build
+import dataset
+import photos
+import presets
 import pytest
 from PIL import Image
 
@@ -22,15 +26,6 @@ from llava.text.tokenization import load_tokenizer
 from llava.train.arguments import parse_train_args
 from llava.train.data import LazySupervisedDataset
 from llava.train.packing import measured_lengths
-
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "scripts" / "tiny"
-sys.path.append(str(RECIPE))  # the recipe's modules import each other by name
-
-import build  # noqa: E402
-import dataset  # noqa: E402
-import photos  # noqa: E402
-import presets  # noqa: E402
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -6,20 +6,16 @@ No photographs and no typefaces are needed: letters are in Pillow's own face. Th
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-
-import pytest
-import tiny
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts" / "tiny"))  # the recipe's modules import each other by name
 
 import evaluate
 import lettering
 import pack
+import pytest
 import scoring
 import suite
+import tiny
 import tokenizer as tiny_tokenizer
 from photos import blank_photos
 from rows import FIRST_SEED, Row, Suite

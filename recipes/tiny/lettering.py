@@ -91,7 +91,7 @@ def typefaces(folder: Path | None, split: str) -> tuple[str, ...]:
         return ("",)
     files = tuple(str(p) for p in sorted((folder / split).glob("*.[ot]tf")))
     if not files:
-        raise ValueError(f"no typefaces in {folder / split}; make them with scripts/tiny/fonts.py")
+        raise ValueError(f"no typefaces in {folder / split}; make them with recipes/tiny/fonts.py")
     return files
 
 

@@ -3,7 +3,7 @@
 In: nothing, or a typeface. Out: FOLDER/demo.jpg, counting.png, reading.png and wide.png, together under 200 KB. They are
 drawn by the generator's own hand, so that the embedded model is at home in them.
 
-    python scripts/tiny/draw_images.py --out images
+    python recipes/tiny/draw_images.py --out images
 """
 
 from __future__ import annotations

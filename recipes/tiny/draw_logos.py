@@ -3,7 +3,7 @@
 In: nothing. Out: FOLDER/train.json, test.json and images/, about 60 images in 150 KB. Every logo is two drawn shapes, one
 upon the other, in any two colours and on any background; a model that knows shapes has to learn the names.
 
-    python scripts/tiny/draw_logos.py --out playground/logos
+    python recipes/tiny/draw_logos.py --out playground/logos
 """
 
 from __future__ import annotations

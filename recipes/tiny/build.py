@@ -6,8 +6,8 @@ A stage whose result is there already is skipped, so that a broken run goes on w
 be had in pieces (--until). Stages start as soon as what they need is there: those that make data ("side") on the CPU beside
 the others, the others as GPUs are free. The stages of LLaVA take all of them (--gpus), a part of each batch on each.
 
-    python scripts/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR --gpus 2
-    python scripts/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
+    python recipes/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR --gpus 2
+    python recipes/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ images in OUT/images, and with --cifar photos.jsonl with its images in OUT/photo
 training never saw (suite.py); of the questions, those that ask for one word. The photographs are not ours to pass on, so
 their two are for one's own folder and never committed.
 
-    python scripts/tiny/freeze.py --fonts .tinydata/fonts --out playground/data/eval/tiny
+    python recipes/tiny/freeze.py --fonts .tinydata/fonts --out playground/data/eval/tiny
 """
 
 from __future__ import annotations
