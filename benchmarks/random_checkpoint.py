@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from llava.assets import embedded_model_path
-from llava.convert.writer import Planned, write_json, write_shards
+from llava.convert.writer import PlannedTensor, write_json, write_shards
 from llava.files import written_whole
 from llava.model.builder import LoadedModel
-from llava.model.checkpoints.meta_model import build_without_memory
+from llava.model.checkpoints.meta_model import build_empty_model
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -84,14 +84,16 @@ def make(
         _write_description(begun, size, values)
         config = config_class(**values)
         config.name_or_path = str(begun)
-        model = build_without_memory(lambda: model_class(config))
+        model = build_empty_model(lambda: model_class(config))
         generator = torch.Generator().manual_seed(0)
         block = (torch.randn(BLOCK, generator=generator) * STD).to(getattr(torch, dtype))
         largest = max(value.numel() for value in model.state_dict().values())
         drawn = block.repeat(-(-largest // BLOCK) + 1)
         label = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
         tensors = [
-            Planned(name, label, tuple(value.shape), lambda n=number, v=value, k=name: _numbers(drawn, n, v.shape, k))
+            PlannedTensor(
+                name, label, tuple(value.shape), lambda n=number, v=value, k=name: _numbers(drawn, n, v.shape, k)
+            )
             for number, (name, value) in enumerate(model.state_dict().items())
         ]
         write_shards(begun, tensors, shard_bytes=shard_bytes)

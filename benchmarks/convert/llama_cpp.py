@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks import ROOT
 from llava.assets import embedded_model_path
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.engine.hf_engine import Sampling
 from llava.mm_utils import expand2square
 from llava.model.builder import load
@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for precision in ("f16", "q8_0"):
             pair = Path(scratch) / precision
-            convert(embedded_model_path(), pair, to="gguf", options=Options(precision=precision))
+            convert(embedded_model_path(), pair, to="gguf", options=ConversionOptions(precision=precision))
             for name, prepared in (("as they are", False), (f"{side} x {side}", True)):
                 equal = 0
                 for image in IMAGES:

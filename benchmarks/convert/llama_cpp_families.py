@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import ROOT
 from llava.conversation import get_template
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.convert.gguf.tokenizer import QWEN_SPLITTER
 from llava.model.builder import load
 
@@ -163,7 +163,7 @@ def ask_llama(url: str, prompt: str, image: Path) -> tuple[int, list[int], dict[
 def compare(program: str, family: str, scratch: Path) -> str:
     model = make(scratch, family)
     pair = scratch / "pair"
-    convert(model, pair, to="gguf", options=Options(precision="f32"))
+    convert(model, pair, to="gguf", options=ConversionOptions(precision="f32"))
     ours = load(model, device="cpu", dtype=torch.float32)
     assert ours.processor is not None
     side = ours.model.image_policy().tile_size

@@ -38,9 +38,9 @@ WAYS = ("OpenAI API, whole", "OpenAI API, streamed", "original protocol")
 
 def converted(folder: Path) -> Path:
     from llava.assets import embedded_model_path
-    from llava.convert.convert import Options, convert
+    from llava.convert.convert import ConversionOptions, convert
 
-    convert(embedded_model_path(), folder, to="gguf", options=Options(precision="f16"))
+    convert(embedded_model_path(), folder, to="gguf", options=ConversionOptions(precision="f16"))
     return folder
 
 

@@ -1,7 +1,7 @@
-"""What a checkpoint is, read from headers and small files: no weight is loaded and no torch imported.
+"""Describe a checkpoint from headers and small files, without loading weights or importing torch.
 
-In: a model folder in any layout, or a GGUF file. Out: `Description`, which info.py prints. What is not here although the
-model needs it is listed, not an error; a folder that is no checkpoint is one.
+In: a model folder in any layout, or a GGUF file. Out: `CheckpointDescription`, which info.py prints. Parts that the model
+needs and this disk lacks are listed as missing; a folder that is no checkpoint is an error.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_images
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
-    PROJECTOR_MARK,
-    TOWER_MARK,
+    PROJECTOR_INFIX,
+    TOWER_INFIX,
     CheckpointInfo,
     inspect,
     tower_headers,
 )
 from llava.model.checkpoints.weight_files import TensorHeader
-from llava.model.config import OWN_FOLDER, LlavaSettings
-from llava.model.template_defaults import CHATML_MARK, declared_context_len, template_name
+from llava.model.config import OWN_FOLDER, PLAIN_DECODERS, LlavaSettings
+from llava.model.template_defaults import CHATML_START, declared_context_len, template_name
 
 BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
-PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # language models whose layers all programs below know
 
 
 @dataclass(frozen=True)
-class Description:
+class CheckpointDescription:
     """Facts by the names under which they are shown; `missing` and `notes` are sentences."""
 
     path: str
@@ -50,7 +49,7 @@ class Description:
     readers: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe_checkpoint(path: str | Path) -> Description:
+def describe_checkpoint(path: str | Path) -> CheckpointDescription:
     place = Path(path).expanduser()
     if place.is_file() and place.suffix == ".gguf":
         return _describe_gguf(place, [place])
@@ -109,12 +108,12 @@ class _Folder:
 
     def parameters(self) -> dict[str, int]:
         headers = self.headers()
-        stored_tower = [h for name, h in headers.items() if TOWER_MARK in name]
+        stored_tower = [h for name, h in headers.items() if TOWER_INFIX in name]
         tower = _count(stored_tower)
         if not self.info.tower_in_checkpoint and self.tower_folder is not None and _holds_weights(self.tower_folder):
             tower = _count(tower_headers(self.tower_folder).values())
         parts = {
-            "language model": _count(h for n, h in headers.items() if TOWER_MARK not in n and not _is_added(n)),
+            "language model": _count(h for n, h in headers.items() if TOWER_INFIX not in n and not _is_added(n)),
             "projector": _count(h for n, h in headers.items() if _is_added(n)),
             "vision tower": tower,
             "adapter": _count(self.info.adapter.values()),
@@ -141,7 +140,7 @@ class _Folder:
 
     # Facts
 
-    def describe(self) -> Description:
+    def describe(self) -> CheckpointDescription:
         facts = {
             "kind": self._kind(),
             "language model": self._language_model(),
@@ -153,7 +152,7 @@ class _Folder:
             "context": declared_context_len(self.values),
             "adapter": self._adapter(),
         }
-        return Description(
+        return CheckpointDescription(
             path=str(self.folder),
             layout=self.info.kind,
             facts={key: value for key, value in facts.items() if value},
@@ -178,7 +177,7 @@ class _Folder:
     def _generation(self) -> str:
         """Which published models are built like this one; a name says nothing here."""
         assert self.settings is not None
-        if self.info.is_old_config and self.info.config.get("mm_projector_type") is None:
+        if self.info.has_legacy_config and self.info.config.get("mm_projector_type") is None:
             return "as LLaVA v0 and v1"
         if self.settings.image.mode == "anyres":
             return "as LLaVA-1.6 (NeXT)"
@@ -237,17 +236,17 @@ class _Folder:
 
     def _template(self) -> str:
         name = get_model_name_from_path(str(self.folder.absolute()))
-        return template_name(self.values, name, speaks_chatml=self._speaks_chatml())
+        return template_name(self.values, name, uses_chatml=self._uses_chatml())
 
     def _tokenizer_folder(self) -> Path | None:
         homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
         return next((home for home in homes if holds_tokenizer(home)), None)
 
-    def _speaks_chatml(self) -> bool:
+    def _uses_chatml(self) -> bool:
         home = self._tokenizer_folder()
         names = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja")
         files = [home / name for name in names] if home is not None else []
-        return any(CHATML_MARK in file.read_text(encoding="utf-8") for file in files if file.is_file())
+        return any(CHATML_START in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
     def _added_tokens(self) -> list[str]:
         tokens: dict[int, str] = {}
@@ -285,7 +284,7 @@ class _Folder:
             return {"llava": "text only"}
         assert self.settings is not None
         is_theirs = self.info.kind == "transformers"
-        plain = self.info.language_model in PLAIN_TYPES and self.settings.projector.type == "mlp2x_gelu"
+        plain = self.info.language_model in PLAIN_DECODERS and self.settings.projector.type == "mlp2x_gelu"
         whole = not self.info.needs_base
         convert = "after llava convert --to transformers" if plain else "no"
         in_vllm = is_theirs or (plain and whole and self.info.language_model != "qwen3")
@@ -360,20 +359,20 @@ def _count(headers: Iterable[TensorHeader]) -> int:
 
 
 def _is_added(name: str) -> bool:
-    return PROJECTOR_MARK in name or name.endswith("image_newline")
+    return PROJECTOR_INFIX in name or name.endswith("image_newline")
 
 
 def _is_quantized(name: str, header: TensorHeader) -> bool:
     """Whether 4 and 8 bits would take hold of a tensor: matrices of the language model's layers."""
     table = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
-    return len(header.shape) == 2 and TOWER_MARK not in name and not _is_added(name) and not table
+    return len(header.shape) == 2 and TOWER_INFIX not in name and not _is_added(name) and not table
 
 
 def _holds_weights(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
 
-def _describe_gguf(path: Path, files: list[Path]) -> Description:
+def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
     """One GGUF file, or a folder of them."""
     heads = {file.name: read_gguf_head(file) for file in files}
     facts: dict[str, Any] = {}
@@ -399,10 +398,10 @@ def _describe_gguf(path: Path, files: list[Path]) -> Description:
     missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
     command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image PICTURE -p QUESTION"
     readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}
-    return Description(str(path), "gguf", facts, parameters, dict(stored), {}, missing, readers)
+    return CheckpointDescription(str(path), "gguf", facts, parameters, dict(stored), {}, missing, readers)
 
 
-def as_json(description: Description) -> str:
+def as_json(description: CheckpointDescription) -> str:
     return json.dumps(
         {
             "path": description.path,

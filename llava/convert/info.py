@@ -10,7 +10,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
-from llava.convert.describe import Description, as_json, describe_checkpoint
+from llava.convert.describe import CheckpointDescription, as_json, describe_checkpoint
 from llava.convert.options import size_text
 
 EXAMPLES = """\
@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     print(as_json(description) if args.json else "\n".join(lines(description)))
 
 
-def lines(description: Description) -> list[str]:
+def lines(description: CheckpointDescription) -> list[str]:
     rows: list[tuple[str, str]] = [("path", description.path)]
     rows += [(key, _text(value)) for key, value in description.facts.items()]
     rows += [

@@ -22,7 +22,7 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dt
 
     Without `dtype` the result is stored in the precision of the base's own files.
     """
-    from llava.convert.convert import Options, convert
+    from llava.convert.convert import ConversionOptions, convert
     from llava.model.checkpoints.inspect import inspect
 
     info = inspect(model_path)
@@ -30,7 +30,9 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dt
         raise InputError(
             f"{model_path} holds no LoRA adapter, so there is nothing to merge (it is of kind {info.kind!r})"
         )
-    report = convert(model_path, save_model_path, to="original", base=model_base, options=Options(dtype=dtype))
+    report = convert(
+        model_path, save_model_path, to="original", base=model_base, options=ConversionOptions(dtype=dtype)
+    )
     for line in describe(report):
         print(line)
     return report.target

@@ -1,7 +1,5 @@
-"""The words of `llava convert`: layouts and options by name, sizes as people write them, and what a report says.
-
-In: text of a command line, or a finished `Report`. Out: values, or lines of text. Nothing here imports torch, so that a
-misspelt flag is refused at once.
+"""Option values of `llava convert`: layouts, precisions, sizes. Nothing here imports torch, so that a misspelt flag is
+refused at once.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 from llava.errors import InputError
 
 if TYPE_CHECKING:
-    from llava.convert.convert import Report
+    from llava.convert.convert import ConversionReport
 
 LAYOUTS = {
     "original": "config.json with mm_* keys and published tensor names; adapters are merged into their base",
@@ -27,7 +25,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 TOWER_PLACES = ("keep", "in", "out")
 NAME_VERSIONS = ("4.36", "4.52", "5")
 PRECISIONS = ("f16", "q8_0", "bf16", "f32")
-PROOFS = ("full", "tensors")
+VERIFICATIONS = ("full", "tensors")
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -45,7 +43,7 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def describe(report: Report) -> list[str]:
+def describe(report: ConversionReport) -> list[str]:
     """What was written and how far it was proved, a line each."""
     rate = report.num_bytes / 1e6 / max(report.write_s, 1e-9)
     lines = [

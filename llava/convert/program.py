@@ -19,8 +19,8 @@ from llava.convert.options import (
     NAME_VERSIONS,
     NEEDS_BASE,
     PRECISIONS,
-    PROOFS,
     TOWER_PLACES,
+    VERIFICATIONS,
     describe,
     parse_size,
 )
@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     width = max(map(len, LAYOUTS))
     parser = ArgumentParser(
         prog="llava convert",
-        description="Write a checkpoint in another layout, tensor by tensor, and prove that it says the same.",
+        description="Write a checkpoint in another layout, tensor by tensor, and verify that it says the same.",
         epilog=EXAMPLES + "\n".join(f"  {name:<{width}}  {what}" for name, what in LAYOUTS.items()),
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -73,7 +73,10 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: of matrices (f16)")
     parser.add_argument(
-        "--proof", choices=PROOFS, default=PROOFS[0], help="compare tensors and logits, or tensors alone (full)"
+        "--proof",
+        choices=VERIFICATIONS,
+        default=VERIFICATIONS[0],
+        help="compare tensors and logits, or tensors alone (full)",
     )
     return parser
 
@@ -88,16 +91,16 @@ def run(args: Namespace) -> None:
     if args.to in NEEDS_BASE and args.base is None:
         raise InputError(f"--to {args.to} needs the base model's folder; give it with --base")
     inspect(args.source)  # whatever headers tell is told before libraries are loaded
-    from llava.convert.convert import Options, convert
+    from llava.convert.convert import ConversionOptions, convert
 
     _give_large_blocks_back()
-    options = Options(
+    options = ConversionOptions(
         dtype=args.dtype,
         shard_bytes=shard_bytes,
         tower=args.tower,
         names=args.key_names,
         precision=args.precision,
-        proof=args.proof,
+        verification=args.proof,
     )
     report = convert(args.source, args.target, to=args.to, base=args.base, options=options)
     for line in describe(report):

@@ -18,13 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from llava.conversation import get_model_name_from_path
-from llava.convert.writer import Planned
+from llava.convert.writer import PlannedTensor
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import CheckpointInfo
-from llava.model.checkpoints.meta_model import Skeleton, plan_model
+from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, TensorHeader
 from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import conv_mode, read_tokenizer
@@ -51,7 +51,7 @@ VERBATIM = (
 class Source:
     """What is converted. `config` is in the original layout, whatever layout the files are in."""
 
-    skeleton: Skeleton
+    meta_model: MetaModel
     config: Mapping[str, Any]
     dtype: str | None  # the precision of the target; None: each tensor keeps its own
     name: str  # as its folder is called, from which a template may be told
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def info(self) -> CheckpointInfo:
-        return self.skeleton.info
+        return self.meta_model.info
 
     @property
     def folder(self) -> Path:
@@ -67,7 +67,7 @@ class Source:
 
     @property
     def model(self) -> Any:
-        return self.skeleton.model
+        return self.meta_model.model
 
     @property
     def prefix(self) -> str:
@@ -87,34 +87,34 @@ class Source:
     @cached_property
     def names(self) -> list[str]:
         """All stored tensors in the order in which they lie in their files, so that these are read from front to back."""
-        found = self.skeleton.found
+        found = self.meta_model.found
         return sorted(found, key=lambda name: (str(found[name].file), found[name].start or 0))
 
     def is_tower(self, name: str) -> bool:
         return name.startswith(self.prefix + TOWER_PREFIX)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.skeleton.shapes[name]
+        shape = self.meta_model.shapes[name]
         return (self.cut_rows, *shape[1:]) if self.cut_rows is not None and self.is_vocabulary(name) else shape
 
     def is_vocabulary(self, name: str) -> bool:
         return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
 
     def dtype_of(self, name: str) -> str:
-        stored = self.skeleton.found[name].dtype
+        stored = self.meta_model.found[name].dtype
         return self.dtype if self.dtype is not None and stored in FLOATS else stored
 
     def read(self, name: str) -> Tensor:
-        tensor = self.skeleton.read(name)
+        tensor = self.meta_model.read(name)
         return tensor[: self.cut_rows] if self.cut_rows is not None and self.is_vocabulary(name) else tensor
 
-    def planned(self, name: str, target_name: str) -> Planned:
+    def planned(self, name: str, target_name: str) -> PlannedTensor:
         """A tensor that only changes its name, and its precision where that is asked for."""
-        header, dtype, shape = self.skeleton.found[name], self.dtype_of(name), self.shape(name)
+        header, dtype, shape = self.meta_model.found[name], self.dtype_of(name), self.shape(name)
         # The first rows of a table lie in front: cutting the rest off is copying less.
-        as_is = self.skeleton.is_stored_as_is(name) and dtype == header.dtype
+        as_is = self.meta_model.is_stored_as_is(name) and dtype == header.dtype
         stored = _first_rows(header, shape) if as_is else None
-        return Planned(target_name, dtype, shape, lambda: self.read(name), stored)
+        return PlannedTensor(target_name, dtype, shape, lambda: self.read(name), stored)
 
     # What belongs to the weights
 
@@ -130,7 +130,7 @@ class Source:
     @cached_property
     def tokenizer_folder(self) -> Path:
         folders = [self.folder / KEPT, self.folder] if self.is_restored else [self.folder]
-        folders += [self.skeleton.base.folder] if self.skeleton.base is not None else []
+        folders += [self.meta_model.base.folder] if self.meta_model.base is not None else []
         found = next((folder for folder in folders if holds_tokenizer(folder)), None)
         if found is None:
             raise InputError(
@@ -159,7 +159,7 @@ class Source:
             self.tokenizer.save_pretrained(target)
 
     def copy_generation_config(self, target: Path) -> None:
-        folders = [self.folder] + ([self.skeleton.base.folder] if self.skeleton.base is not None else [])
+        folders = [self.folder] + ([self.meta_model.base.folder] if self.meta_model.base is not None else [])
         for folder in folders:
             if (folder / "generation_config.json").is_file():
                 shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
@@ -168,8 +168,8 @@ class Source:
 
 def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str | None = None) -> Source:
     """Look at everything that is to be converted and refuse what does not fit together; `dtype` is a word of `DTYPES`."""
-    skeleton = plan_model(path, base)
-    info = skeleton.info
+    meta_model = open_meta_model(path, base)
+    info = meta_model.info
     config = dict(info.config)
     cut_rows = None
     if info.kind == "transformers":
@@ -183,11 +183,11 @@ def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str 
     if dtype is not None:
         chosen: str | None = DTYPES[dtype]
     elif info.needs_base:  # parts of two checkpoints become one, in the precision of the larger
-        chosen = stored_dtype(skeleton.base or info)
+        chosen = stored_dtype(meta_model.base or info)
     else:
         chosen = None
     name = get_model_name_from_path(str(path))
-    return Source(skeleton, config, chosen, name, cut_rows)
+    return Source(meta_model, config, chosen, name, cut_rows)
 
 
 def _is_still_true(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

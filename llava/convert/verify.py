@@ -1,7 +1,7 @@
 """Whether a finished target says what its source says: tensor by tensor both ways, then logits for a sample with an image.
 
 In: a `Source` and the folder of a target that is not in its place yet. Out: a `Proof` with the largest differences; a
-target that differs where it should not is a `ProofFailed`, and is not kept. Neither model is held in memory: tensors are
+target that differs where it should not is a `VerificationError`, and is not kept. Neither model is held in memory: tensors are
 compared one by one, and logits are computed in float32 with weights that are read when their layer begins.
 """
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import get_template, with_image_placeholders
 from llava.convert.source import Source
-from llava.convert.writer import Progress, pieces
+from llava.convert.writer import ByteProgress, pieces
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import published_name
-from llava.model.checkpoints.meta_model import Skeleton, build_without_memory, plan_model, weights_read_on_the_way
+from llava.model.checkpoints.meta_model import MetaModel, build_empty_model, open_meta_model, stream_weights
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.processor import ModelInputs, Processor
 
@@ -34,12 +34,12 @@ QUESTION = "What is in this picture?"
 PART = 2**22  # numbers compared at once
 
 
-class ProofFailed(Exception):
+class VerificationError(Exception):
     """A conversion changed what it should have kept: our own fault."""
 
 
 @dataclass(frozen=True)
-class TensorProof:
+class TensorComparison:
     """Every tensor of the source compared with the target's, and every one of the target's accounted for."""
 
     num_tensors: int
@@ -52,7 +52,7 @@ class TensorProof:
 
 
 @dataclass(frozen=True)
-class LogitProof:
+class LogitComparison:
     """The same sample in both models, in float32."""
 
     num_positions: int
@@ -62,44 +62,44 @@ class LogitProof:
     pixels: float | None = None  # largest difference between the two programs' pixels; None where there is one program
 
 
-def prove_folder(source: Source, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+def verify_folder(source: Source, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
     """Both proofs of a target that our loader reads."""
-    tensors = prove_tensors(source, folder)
-    return tensors, prove_logits(source, folder, exact=tensors.is_exact) if logits else None
+    tensors = verify_tensors(source, folder)
+    return tensors, verify_logits(source, folder, exact=tensors.is_exact) if logits else None
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def prove_tensors(source: Source, target: Path) -> TensorProof:
+def verify_tensors(source: Source, target: Path) -> TensorComparison:
     """Read a target as any checkpoint is read, and compare it with the source under published names."""
-    written = plan_model(target)
+    written = open_meta_model(target)
     require_same_names(source.names, written.found)
     total = sum(written.found[name].num_bytes for name in source.names)
     largest = 0.0
-    with Progress("comparing", total) as progress:
+    with ByteProgress("comparing", total) as progress:
         for name in source.names:
             largest = max(largest, _difference(source, written, name))
             progress.add(written.found[name].num_bytes)
-    return TensorProof(len(source.names), total, largest)
+    return TensorComparison(len(source.names), total, largest)
 
 
 def require_same_names(ours: Iterable[str], theirs: Iterable[str]) -> None:
     ours, theirs = set(ours), set(theirs)
     for one, other, where in ((ours, theirs, "is missing in the target"), (theirs, ours, "is not in the source")):
         if one - other:
-            raise ProofFailed(f"tensor {min(one - other)!r} {where}, with {len(one - other) - 1} more")
+            raise VerificationError(f"tensor {min(one - other)!r} {where}, with {len(one - other) - 1} more")
 
 
-def _difference(source: Source, written: Skeleton, name: str) -> float:
+def _difference(source: Source, written: MetaModel, name: str) -> float:
     """Zero where the bytes are equal; else the target must be the source rounded to its precision."""
-    before, after = source.skeleton.found[name], written.found[name]
-    if before == after and source.skeleton.is_stored_as_is(name):
+    before, after = source.meta_model.found[name], written.found[name]
+    if before == after and source.meta_model.is_stored_as_is(name):
         return 0.0  # a tower that both refer to
-    as_is = source.skeleton.is_stored_as_is(name) and written.is_stored_as_is(name)
+    as_is = source.meta_model.is_stored_as_is(name) and written.is_stored_as_is(name)
     if as_is and (before.dtype, before.shape) == (after.dtype, after.shape) and None not in (before.start, after.start):
         if any(a != b for a, b in zip(pieces(before), pieces(after), strict=True)):
-            raise ProofFailed(f"tensor {name!r} of {after.file} has other bytes than the source's")
+            raise VerificationError(f"tensor {name!r} of {after.file} has other bytes than the source's")
         return 0.0
     numbers = source.read(name)
     found = written.read(name)[: numbers.shape[0]] if source.is_vocabulary(name) else written.read(name)
@@ -110,7 +110,7 @@ def rounding(name: str, numbers: Tensor, found: Tensor, dtype: torch.dtype) -> f
     """How far rounding to `dtype` moved a tensor's numbers; any other change is an error."""
     parts = zip(numbers.reshape(-1).split(PART), found.reshape(-1).split(PART), strict=True)
     if not all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in parts):
-        raise ProofFailed(f"tensor {name!r} is not the source's, rounded to {dtype}")
+        raise VerificationError(f"tensor {name!r} is not the source's, rounded to {dtype}")
     return largest_difference(numbers, found)
 
 
@@ -158,16 +158,16 @@ def draw_image(side: int) -> Image.Image:
 
 def own_logits(model: Any, read: Callable[[str], Tensor], inputs: ModelInputs) -> Tensor:
     """Logits (T, vocabulary) of one of our models, image features included."""
-    with torch.no_grad(), weights_read_on_the_way(model, read):
+    with torch.no_grad(), stream_weights(model, read):
         output = model(inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, use_cache=False)
     return output.logits[0]
 
 
-def prove_logits(source: Source, target: Path, *, exact: bool) -> LogitProof:
+def verify_logits(source: Source, target: Path, *, exact: bool) -> LogitComparison:
     """Compare a target in one of our own layouts, or in that of transformers' classes, with its source."""
     sample = make_sample(source)
-    ours = own_logits(source.model, source.skeleton.read, sample.inputs)
-    written = plan_model(target)
+    ours = own_logits(source.model, source.meta_model.read, sample.inputs)
+    written = open_meta_model(target)
     if written.info.kind == "transformers":
         theirs, pixels = transformers_logits(written, sample)
     else:
@@ -175,19 +175,19 @@ def prove_logits(source: Source, target: Path, *, exact: bool) -> LogitProof:
     return compare_logits(ours, theirs, exact=exact, pixels=pixels)
 
 
-def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float | None = None) -> LogitProof:
+def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float | None = None) -> LogitComparison:
     rows = min(ours.shape[-1], theirs.shape[-1])  # those for new tokens are nobody's
     if len(ours) != len(theirs):
-        raise ProofFailed(f"the sample has {len(ours)} positions in the source and {len(theirs)} in the target")
+        raise VerificationError(f"the sample has {len(ours)} positions in the source and {len(theirs)} in the target")
     largest = (ours[:, :rows] - theirs[:, :rows]).abs().max().item()
     scale = ours.abs().max().item()
     if exact and not largest <= TOLERANCE * max(1.0, scale):  # NaN fails too
-        raise ProofFailed(f"logits differ by {largest:.3g} at a magnitude of {scale:.3g}")
+        raise VerificationError(f"logits differ by {largest:.3g} at a magnitude of {scale:.3g}")
     same = int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
-    return LogitProof(len(ours), largest, scale, same, pixels)
+    return LogitComparison(len(ours), largest, scale, same, pixels)
 
 
-def transformers_logits(written: Skeleton, sample: Sample) -> tuple[Tensor, float]:
+def transformers_logits(written: MetaModel, sample: Sample) -> tuple[Tensor, float]:
     """Logits of transformers' own class, prompt and ids from the target's own processor; and how its pixels differ."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -196,21 +196,21 @@ def transformers_logits(written: Skeleton, sample: Sample) -> tuple[Tensor, floa
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
-        raise ProofFailed(f"the chat template gives {prompt!r}, and the prompt is {sample.prompt!r}")
+        raise VerificationError(f"the chat template gives {prompt!r}, and the prompt is {sample.prompt!r}")
     inputs = processor(text=prompt, images=sample.image, return_tensors="pt")
     config = AutoConfig.from_pretrained(folder)
     ids = inputs["input_ids"][0].tolist()
     if collapsed(ids, config.image_token_index) != sample.inputs.input_ids.tolist():
-        raise ProofFailed("the target's processor gives other ids than ours")
+        raise VerificationError("the target's processor gives other ids than ours")
 
     ours = sample.inputs.images
     assert ours is not None
     # Ours in their shape: it is the model that is compared, and pixels are reported on their own.
     given = ours if isinstance(ours, Tensor) else torch.stack(list(ours))
     pixels = (inputs["pixel_values"] - given).abs().max().item()
-    model = build_without_memory(lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+    model = build_empty_model(lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
     stored = {published_name(header.name): name for name, header in written.found.items()}
-    with torch.no_grad(), weights_read_on_the_way(model, lambda name: written.read(stored[published_name(name)])):
+    with torch.no_grad(), stream_weights(model, lambda name: written.read(stored[published_name(name)])):
         output = model(**{**inputs, "pixel_values": given}, use_cache=False)
     return output.logits[0], pixels
 

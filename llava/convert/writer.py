@@ -1,6 +1,6 @@
 """Tensors into safetensors shards, one at a time: a file's header is known before its first number is read.
 
-In: `Planned` tensors, in the order in which they are to be written. Out: `model.safetensors`, or numbered shards with an
+In: `PlannedTensor` tensors, in the order in which they are to be written. Out: `model.safetensors`, or numbered shards with an
 index. A tensor whose numbers stay as they are goes from file to file in pieces, without a library between.
 """
 
@@ -24,7 +24,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of a target. `stored` is the tensor of the source whose bytes it has, if it has; `make` computes it."""
 
     name: str
@@ -41,7 +41,7 @@ class Planned:
         return size
 
 
-class Progress:
+class ByteProgress:
     """A bar over bytes on a terminal, nothing elsewhere."""
 
     def __init__(self, what: str, total: int) -> None:
@@ -52,7 +52,7 @@ class Progress:
     def add(self, num_bytes: int) -> None:
         self._bar.update(num_bytes)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,7 +60,11 @@ class Progress:
 
 
 def write_shards(
-    folder: Path, tensors: Sequence[Planned], *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+    folder: Path,
+    tensors: Sequence[PlannedTensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write a model's weights as transformers names them: one file, or several with an index."""
     shards = split(tensors, shard_bytes)
@@ -79,11 +83,11 @@ def write_shards(
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+def split(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
     """Tensors into files of at most so many bytes; a tensor larger than that has a file of its own."""
     if shard_bytes < 1:
         raise InputError(f"the size of a shard is {shard_bytes} bytes; give 1 or more")
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for planned in tensors:
         if shards[-1] and size + planned.num_bytes > shard_bytes:
@@ -94,7 +98,7 @@ def split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
     return shards
 
 
-def write_safetensors(file: Path, tensors: Sequence[Planned], *, progress: Progress | None = None) -> None:
+def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], *, progress: ByteProgress | None = None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for planned in tensors:
@@ -112,12 +116,12 @@ def write_safetensors(file: Path, tensors: Sequence[Planned], *, progress: Progr
             if planned.stored is not None and planned.stored.start is not None:
                 _copy(planned.stored, stream, progress)
             else:
-                write_bytes(stream, numbers_of(planned))
+                write_bytes(stream, tensor_bytes(planned))
                 if progress is not None:
                     progress.add(planned.num_bytes)
 
 
-def numbers_of(planned: Planned) -> memoryview:
+def tensor_bytes(planned: PlannedTensor) -> memoryview:
     """A planned tensor's bytes as they are stored."""
     import torch
 
@@ -145,7 +149,7 @@ def pieces(header: TensorHeader) -> Iterable[bytes]:
             yield piece
 
 
-def _copy(header: TensorHeader, stream: IO[bytes], progress: Progress | None) -> None:
+def _copy(header: TensorHeader, stream: IO[bytes], progress: ByteProgress | None) -> None:
     for piece in pieces(header):
         write_bytes(stream, memoryview(piece))
         if progress is not None:

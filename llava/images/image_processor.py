@@ -44,7 +44,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _EXACT | {"resample": BILINEAR},
 }
 # Which flavour suits a vision config that came without a processor file.
-TOWERS = {
+TOWER_IMAGE_PROCESSORS = {
     "clip": "CLIPImageProcessor",
     "clip_vision_model": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
@@ -152,11 +152,11 @@ class ClipImageProcessor:
         values = values.get("vision_config") or values
         if "image_size" not in values:
             raise InputError("a vision config without image_size does not say how large its images are.")
-        kind = TOWERS.get(values.get("model_type", "clip"))
+        kind = TOWER_IMAGE_PROCESSORS.get(values.get("model_type", "clip"))
         if kind is None:
             raise InputError(
                 f"there is no preprocessor_config.json, and no usual one for model_type {values['model_type']!r}; "
-                f"known: {', '.join(TOWERS)}."
+                f"known: {', '.join(TOWER_IMAGE_PROCESSORS)}."
             )
         side = values["image_size"]
         return cls.from_dict({"image_processor_type": kind, "size": side, "crop_size": side})

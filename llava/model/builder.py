@@ -23,12 +23,13 @@ from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.hf_layout import translate_config
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect, resolve_checkpoint, resolve_vision_tower
-from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
+from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
 from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
 from llava.model.tokenizer_setup import (
-    MappingView,
+    ConfigView,
     context_len,
     conv_mode,
     fit_vocabulary,
@@ -145,7 +146,7 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Any:
     holder = folder
     if not holds_tokenizer(folder):
         holder = resolve_checkpoint(base or _base_of(inspect(folder)), what="base model")
-    return read_tokenizer(holder, MappingView(config))
+    return read_tokenizer(holder, ConfigView(config))
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -302,12 +303,12 @@ def _build_multimodal(
 
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-    with tower_within_reach(config, info, base_info, stored=sources.stores_tower):
+    with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
         if info.stores_quantized:  # its tensors are packed in ways that only the library which packed them knows
             place = loader_options.get("device_map", {"": str(device)})
             model = model_class.from_pretrained(info.folder, config=config, dtype=dtype, device_map=place)
         elif loader_options:
-            model = build_by_transformers(model_class, config, sources, dtype, loader_options)
+            model = build_with_transformers(model_class, config, sources, dtype, loader_options)
         else:
             with _default_dtype(dtype), device, no_init_weights():
                 model = model_class(copy.deepcopy(config))
@@ -316,7 +317,7 @@ def _build_multimodal(
         if not tower.is_loaded:
             with _default_dtype(dtype), device, no_init_weights():
                 tower.load_model()
-    restore_names(model.config, config)
+    restore_config(model.config, config)
     return model
 
 
@@ -344,7 +345,7 @@ def _build_language_model(
 
 
 @contextmanager
-def tower_within_reach(
+def resolved_tower_path(
     config: Any, info: CheckpointInfo, base_info: CheckpointInfo | None, *, stored: bool
 ) -> Iterator[None]:
     """While a model is built, let its config name the tower by an absolute path, and say where its weights really are.
@@ -366,7 +367,7 @@ def tower_within_reach(
             del config.unfreeze_mm_vision_tower
 
 
-def restore_names(built: Any, config: Any) -> None:
+def restore_config(built: Any, config: Any) -> None:
     """Give a built model's config, a copy, the names that its file had."""
     built.name_or_path = config.name_or_path
     for key in ("mm_vision_tower", "unfreeze_mm_vision_tower"):

@@ -24,6 +24,11 @@ PREFIX = "llava_"
 # The name of a tower whose config (`vision_config`) and weights are the checkpoint's own.
 OWN_FOLDER = "."
 
+# Language models (by transformers' name) with LLaMA's structure: attention keeps packed samples apart when positions begin
+# anew, and logits are the output layer's product with the last hidden states. Other language models take no packed rows,
+# compute their own loss, and are read by no other program after a conversion.
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
 # Published model types that the prefix rule does not explain.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
 

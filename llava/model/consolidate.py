@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.model.utils import auto_upgrade
 
 
@@ -18,7 +18,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     """Write the checkpoint at `src_path` anew, as one file in the original layout."""
     print("Loading model")
     auto_upgrade(src_path)
-    convert(src_path, dst_path, to="original", options=Options(shard_bytes=10**15))
+    convert(src_path, dst_path, to="original", options=ConversionOptions(shard_bytes=10**15))
 
 
 def build_parser() -> ArgumentParser:

@@ -25,18 +25,14 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
 from llava.model.attention import packed_arguments
-from llava.model.config import LlavaSettings, language_model_type
+from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
 from llava.model.merge import merge_tiles, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.multimodal_projector.pretrained import load_marker_rows, load_projector
-from llava.model.splice import PackedRow, PaddedBatch, Spliced, heed_limit, on_device, pack, pad, splice
-
-# Language models (by transformers' name) whose attention keeps packed samples apart when positions begin anew, and whose
-# logits are the output layer's product with the last hidden states. Others take no packed rows and make their own loss.
-PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
+from llava.model.splice import PackedRow, PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
 
 if TYPE_CHECKING:  # what the two mixins below are mixed into
     from transformers import PreTrainedModel as CausalLanguageModel
@@ -265,7 +261,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         self.check_packable()
         settings = LlavaSettings.from_hf(self.config)
         if images is None:
-            self._refuse_marks_without_images(input_ids)
+            self._refuse_image_tokens_without_images(input_ids)
             images = []
         spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
         return pack(spliced, max_length=settings.max_length)
@@ -291,7 +287,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self._embed, labels=labels)
-        heed_limit(spliced.lengths, settings.max_length, is_prompt=labels is None)
+        check_max_length(spliced.lengths, settings.max_length, is_prompt=labels is None)
         return spliced
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -335,7 +331,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
             kwargs |= boundaries
         elif inputs_embeds is None and input_ids is not None:
             if images is None and input_ids.shape[1] > 1:
-                self._refuse_marks_without_images(input_ids)
+                self._refuse_image_tokens_without_images(input_ids)
             (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
@@ -401,7 +397,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         if attention_mask is None:
             attention_mask = self._mask_of_padding(input_ids, kwargs)
         if images is None:
-            self._refuse_marks_without_images(input_ids)
+            self._refuse_image_tokens_without_images(input_ids)
             images = []
         settings = LlavaSettings.from_hf(self.config)
         batch = self._splice_batch(
@@ -419,7 +415,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
             return torch.ones_like(input_ids)
         return input_ids.ne(pad_id).long()
 
-    def _refuse_marks_without_images(self, input_ids: Tensor) -> None:
+    def _refuse_image_tokens_without_images(self, input_ids: Tensor) -> None:
         lowest = int(input_ids.min()) if input_ids.numel() else 0
         if lowest < 0:
             raise InputError(f"the prompt has an <image> mark (id {lowest}), but no images were given")
@@ -444,7 +440,9 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
                 self.get_input_embeddings().requires_grad_(True)
                 self.get_output_embeddings().requires_grad_(False)
             if model_args.pretrain_mm_mlp_adapter and num_new:
-                load_marker_rows(self.get_input_embeddings().weight, model_args.pretrain_mm_mlp_adapter, num_new)
+                load_new_token_embeddings(
+                    self.get_input_embeddings().weight, model_args.pretrain_mm_mlp_adapter, num_new
+                )
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)

@@ -83,7 +83,7 @@ def splice(
     return Spliced(embeds, spliced_labels, lengths)
 
 
-def heed_limit(lengths: Sequence[int], limit: int | None, *, is_prompt: bool) -> None:
+def check_max_length(lengths: Sequence[int], limit: int | None, *, is_prompt: bool) -> None:
     """Say which training rows will be cut, and refuse a prompt that would be: its end is the question."""
     longest = max(lengths)
     if limit is None or longest <= limit:

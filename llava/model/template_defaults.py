@@ -13,7 +13,7 @@ from llava.model.config import language_model_type
 
 DEFAULT_CONTEXT_LEN = 2048  # where no file says how much text a model takes
 CONTEXT_KEYS = ("max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len")
-CHATML_MARK = "<|im_start|>"
+CHATML_START = "<|im_start|>"
 
 # The conversation template that a language model's type tells, where its name says nothing better.
 CONV_MODES = {
@@ -36,10 +36,10 @@ def declared_context_len(config: Mapping[str, Any]) -> int:
     return int(min(trained, positions or trained))
 
 
-def template_name(config: Mapping[str, Any], name: str, *, speaks_chatml: bool) -> str:
+def template_name(config: Mapping[str, Any], name: str, *, uses_chatml: bool) -> str:
     """The conversation template: what the config says, then what the language model tells, then the model's name.
 
-    `speaks_chatml` says whether the vocabulary or the chat template knows ChatML's marks.
+    `uses_chatml` says whether the vocabulary or the chat template knows ChatML's marks.
     """
     declared = config.get("conv_mode")
     if declared in conv_templates:
@@ -48,7 +48,7 @@ def template_name(config: Mapping[str, Any], name: str, *, speaks_chatml: bool) 
     by_model = CONV_MODES.get(language_model_type(config))
     if by_model is not None:
         return by_model
-    if speaks_chatml:
+    if uses_chatml:
         return "chatml_direct"
     # `llava_v0` is what the rule answers to any name it does not know: believe it only where the name says so.
     if by_name in LLAMA_CONV_MODES and (by_name != "llava_v0" or "v0" in name.lower()):

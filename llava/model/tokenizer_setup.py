@@ -17,13 +17,13 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.config import LlavaSettings, is_multimodal
-from llava.model.template_defaults import CHATML_MARK, CONTEXT_KEYS, declared_context_len, template_name
+from llava.model.template_defaults import CHATML_START, CONTEXT_KEYS, declared_context_len, template_name
 from llava.text import tokenization
 
 logger = logging.getLogger(__name__)
 
 
-class MappingView:
+class ConfigView:
     """A config.json's keys as attributes, for `LlavaSettings.from_hf`."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ class MappingView:
 def read_tokenizer(folder: Path, config: Any) -> Any:
     """The folder's tokenizer, with the marker tokens that the config asks for."""
     tokenizer = tokenization.load_tokenizer(folder)
-    if is_multimodal(vars(config) if isinstance(config, MappingView) else config.to_dict()):
+    if is_multimodal(vars(config) if isinstance(config, ConfigView) else config.to_dict()):
         tokens = LlavaSettings.from_hf(config).tokens
         if tokens.use_im_patch:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
@@ -74,5 +74,5 @@ def context_len(config: Any) -> int:
 def conv_mode(config: Mapping[str, Any], tokenizer: Any, name: str) -> str:
     """The conversation template of a loaded model."""
     template = getattr(tokenizer, "chat_template", None)
-    marks = CHATML_MARK in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_MARK in template)
-    return template_name(config, name, speaks_chatml=marks)
+    marks = CHATML_START in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_START in template)
+    return template_name(config, name, uses_chatml=marks)

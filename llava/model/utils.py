@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from llava.files import STAGING
-from llava.model.checkpoints.inspect import is_old, read_config
+from llava.model.checkpoints.inspect import is_legacy_config, read_config
 
 EXPLANATION = (
     "You are using newer LLaVA code base, while the checkpoint of v0 is from older code base.\n"
@@ -28,7 +28,7 @@ def auto_upgrade(config: str | Path) -> None:
     """
     folder = Path(config)
     values = read_config(folder)
-    if not is_old(values) or "llava" in str(values.get("model_type")):
+    if not is_legacy_config(values) or "llava" in str(values.get("model_type")):
         return
     print(EXPLANATION)
     if input(QUESTION).lower() not in ("y", "yes"):

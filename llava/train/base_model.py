@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from llava.errors import InputError
 from llava.model.builder import load, load_tokenizer
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
-from llava.model.checkpoints.loading import build_by_transformers, load_weights, plan_sources
+from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
 from llava.model.language_model.registry import llava_classes
 from llava.model.quantization import quantization_config
 from llava.train.arguments import ModelArguments, TrainingArguments
@@ -124,7 +124,7 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
         config._attn_implementation = plan.attn_implementation
     sources = plan_sources(info, None, prefix=model_class.base_model_prefix)
     if plan.quantization is not None:
-        model = build_by_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
+        model = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(plan.dtype)

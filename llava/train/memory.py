@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from llava.images.layout import ImagePolicy
-from llava.model.config import language_model_type
-from llava.model.llava_arch import PLAIN_DECODERS, LlavaMetaForCausalLM
+from llava.model.config import PLAIN_DECODERS, language_model_type
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loss import CHUNK_VALUES, can_fuse
 from llava.train.metrics import MATMULS, base_model, language_model, vision_tower
 

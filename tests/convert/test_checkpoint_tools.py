@@ -13,7 +13,7 @@ import torch
 from cli_kit import run_python
 from golden_data import HERE, golden
 
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.convert.layouts.projector import extract_mm_projector
 from llava.errors import InputError
 from llava.model.apply_delta import apply_delta
@@ -69,8 +69,8 @@ def test_a_delta_by_the_recorded_rules(model: str, tmp_path: Path) -> None:
 
 
 def test_a_delta_in_single_precision_rounds_less(tmp_path: Path) -> None:
-    report = convert(V15, tmp_path / "delta", to="delta", base=BASE, options=Options(dtype="fp32"))
-    convert(tmp_path / "delta", tmp_path / "again", to="from-delta", base=BASE, options=Options(dtype="fp32"))
+    report = convert(V15, tmp_path / "delta", to="delta", base=BASE, options=ConversionOptions(dtype="fp32"))
+    convert(tmp_path / "delta", tmp_path / "again", to="from-delta", base=BASE, options=ConversionOptions(dtype="fp32"))
     worst = max(
         (tensors_of(tmp_path / "again")[name] - tensor.float()).abs().max().item()
         for name, tensor in tensors_of(V15).items()

@@ -19,10 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.convert import writer
-from llava.convert.convert import Options, Report, convert
+from llava.convert.convert import ConversionOptions, ConversionReport, convert
 from llava.convert.layouts.transformers import NAMES, TransformersLayout
 from llava.convert.source import open_source
-from llava.convert.verify import ProofFailed, collapsed
+from llava.convert.verify import VerificationError, collapsed
 from llava.errors import InputError
 from llava.model.builder import load
 from llava.model.checkpoints.hf_layout import published_name
@@ -53,7 +53,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def embedded_in_theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def embedded_in_theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ConversionReport]:
     folder = tmp_path_factory.mktemp("theirs") / "llava-v1.5-tiny-hf"
     return folder, convert(embedded_model_path(), folder, to="transformers")
 
@@ -61,7 +61,7 @@ def embedded_in_theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 # To transformers
 
 
-def test_their_class_and_processor_give_our_answers(embedded_in_theirs: tuple[Path, Report]) -> None:
+def test_their_class_and_processor_give_our_answers(embedded_in_theirs: tuple[Path, ConversionReport]) -> None:
     """Loaded by transformers alone, as a user would: the same prompts, ids, pixels, logits and answers."""
     folder, report = embedded_in_theirs
     assert report.logits is not None
@@ -99,7 +99,7 @@ def test_their_class_and_processor_give_our_answers(embedded_in_theirs: tuple[Pa
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("checkpoint", [V15, V16])
 def test_every_kind_of_names_is_loaded_by_transformers(checkpoint: str, names: str, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "theirs", to="transformers", options=Options(names=names))
+    convert(checkpoint, tmp_path / "theirs", to="transformers", options=ConversionOptions(names=names))
     model, loading = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "theirs", dtype=torch.float32, output_loading_info=True
     )
@@ -112,7 +112,9 @@ def test_every_kind_of_names_is_loaded_by_transformers(checkpoint: str, names: s
             assert torch.equal(tensor, expected[published_name(name)].float()), name
 
 
-def test_what_today_s_version_saves_is_read_again(embedded_in_theirs: tuple[Path, Report], tmp_path: Path) -> None:
+def test_what_today_s_version_saves_is_read_again(
+    embedded_in_theirs: tuple[Path, ConversionReport], tmp_path: Path
+) -> None:
     """Loaded by transformers, saved by it, converted back: the tensors of the beginning."""
     folder, _ = embedded_in_theirs
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -154,7 +156,7 @@ def test_round_trips_are_exact(checkpoint: str, names: str, tmp_path: Path) -> N
         source = build(tmp_path / "source", language_model, conv_mode="chatml_direct", **ANYRES, vocab_size=259)
     else:
         source = embedded_model_path() if checkpoint == "embedded" else Path(checkpoint)
-    convert(source, tmp_path / "theirs", to="transformers", options=Options(names=names, shard_bytes=10**5))
+    convert(source, tmp_path / "theirs", to="transformers", options=ConversionOptions(names=names, shard_bytes=10**5))
     report = convert(tmp_path / "theirs", tmp_path / "ours", to="original")
     assert report.tensors.largest == 0
     found, expected = tensors_of(tmp_path / "ours"), tensors_of(source)
@@ -198,7 +200,7 @@ def test_their_checkpoints_to_ours_and_back(kind: str, generation: str, tmp_path
 
 
 def test_an_adapter_is_merged_on_the_way(tmp_path: Path) -> None:
-    convert(LORA, tmp_path / "merged", to="original", base=BASE, options=Options(tower="in"))
+    convert(LORA, tmp_path / "merged", to="original", base=BASE, options=ConversionOptions(tower="in"))
     convert(LORA, tmp_path / "theirs", to="transformers", base=BASE)
     merged = tensors_of(tmp_path / "merged")
     recorded = load_file(golden("checkpoint_outputs/lora_merged_fp16.safetensors"))
@@ -211,17 +213,17 @@ def test_an_adapter_is_merged_on_the_way(tmp_path: Path) -> None:
 
 def test_the_tower_out_and_in_again(tmp_path: Path) -> None:
     source = embedded_model_path()
-    convert(source, tmp_path / "out", to="original", options=Options(tower="out"))
+    convert(source, tmp_path / "out", to="original", options=ConversionOptions(tower="out"))
     assert not [name for name in tensors_of(tmp_path / "out") if "vision_tower" in name]
     assert (tmp_path / "out" / "vision_tower" / "model.safetensors").is_file()
     convert(tmp_path / "out", tmp_path / "kept", to="original")
     assert_same(tensors_of(tmp_path / "kept" / "vision_tower"), tensors_of(tmp_path / "out" / "vision_tower"))
-    convert(tmp_path / "kept", tmp_path / "in", to="original", options=Options(tower="in"))
+    convert(tmp_path / "kept", tmp_path / "in", to="original", options=ConversionOptions(tower="in"))
     assert_same(tensors_of(tmp_path / "in"), tensors_of(source))
 
 
 def test_shards_and_precision(tmp_path: Path) -> None:
-    convert(V15, tmp_path / "small", to="original", options=Options(shard_bytes=50_000, dtype="bf16"))
+    convert(V15, tmp_path / "small", to="original", options=ConversionOptions(shard_bytes=50_000, dtype="bf16"))
     files = sorted(file.name for file in (tmp_path / "small").glob("*.safetensors"))
     assert len(files) > 5
     assert all((tmp_path / "small" / name).stat().st_size < 200_000 for name in files)
@@ -235,7 +237,7 @@ def test_shards_and_precision(tmp_path: Path) -> None:
 
 
 def test_a_proof_that_was_left_out_is_recorded(tmp_path: Path) -> None:
-    report = convert(V15, tmp_path / "x", to="transformers", options=Options(proof="tensors"))
+    report = convert(V15, tmp_path / "x", to="transformers", options=ConversionOptions(verification="tensors"))
     assert report.logits is None
     assert json.loads((tmp_path / "x" / "conversion.json").read_text())["logits"] == "not compared"
 
@@ -253,7 +255,7 @@ PIECES = writer.pieces
 
 def test_a_changed_byte_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "pieces", broken_pieces)
-    with pytest.raises(ProofFailed, match=r"model\.norm\.weight"):
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight"):
         convert(V16, tmp_path / "x", to="original")
     assert list(tmp_path.iterdir()) == []
 
@@ -262,14 +264,14 @@ def test_a_swapped_projector_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     swapped = tuple((p, r.replace("linear_1", "linear_9").replace("linear_2", "linear_1")) for p, r in NAMES["4.36"])
     swapped = tuple((p, r.replace("linear_9", "linear_2")) for p, r in swapped)
     monkeypatch.setitem(NAMES, "4.36", swapped)
-    with pytest.raises((ProofFailed, InputError)):
+    with pytest.raises((VerificationError, InputError)):
         convert(V15, tmp_path / "x", to="transformers")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_chat_template_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransformersLayout, "chat_template", lambda self: "USER: {{ messages[0]['content'] }}")
-    with pytest.raises(ProofFailed, match="chat template"):
+    with pytest.raises(VerificationError, match="chat template"):
         convert(V15, tmp_path / "x", to="transformers")
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from llava.assets import embedded_model_path
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.model.builder import load
 from llava.model.checkpoints.inspect import inspect
 
@@ -229,9 +229,9 @@ def test_killed_in_the_middle(moment: str, tmp_path: Path) -> None:
     words = ["convert", str(embedded_model_path()), str(target), "--to", "original", "--proof", "tensors"]
     die = f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
     patches = {
-        "writing": f"import os, llava.convert.writer as w\nold = w.Progress.add\ndef add(self, n):\n    old(self, n)\n"
-        f"    self.seen = getattr(self, 'seen', 0) + n\n    if self.seen > 10**7: {die}\nw.Progress.add = add\n",
-        "proving": f"import os, llava.convert.layouts.original as o\no.prove_folder = lambda *a, **k: {die}\n",
+        "writing": f"import os, llava.convert.writer as w\nold = w.ByteProgress.add\ndef add(self, n):\n    old(self, n)\n"
+        f"    self.seen = getattr(self, 'seen', 0) + n\n    if self.seen > 10**7: {die}\nw.ByteProgress.add = add\n",
+        "proving": f"import os, llava.convert.layouts.original as o\no.verify_folder = lambda *a, **k: {die}\n",
     }
     done = child(patches[moment] + PROGRAM.format(words=words))
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -242,14 +242,14 @@ def test_killed_in_the_middle(moment: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"config\.json"):
             inspect(left)
     with contextlib.chdir(HERE):  # the next conversion clears it away
-        convert(embedded_model_path(), target, to="original", options=Options(proof="tensors"))
+        convert(embedded_model_path(), target, to="original", options=ConversionOptions(verification="tensors"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
     assert load(target, device="cpu").conv_mode == "v1"
 
 
 def test_a_keyboard_interrupt(tmp_path: Path) -> None:
     words = ["convert", str(embedded_model_path()), str(tmp_path / "target"), "--to", "original"]
-    patch = "import llava.convert.writer as w\ndef stop(self, n): raise KeyboardInterrupt\nw.Progress.add = stop\n"
+    patch = "import llava.convert.writer as w\ndef stop(self, n): raise KeyboardInterrupt\nw.ByteProgress.add = stop\n"
     done = child(patch + PROGRAM.format(words=words))
     assert (done.returncode, done.stderr) == (130, "")
     assert list(tmp_path.iterdir()) == []

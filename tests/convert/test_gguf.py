@@ -16,7 +16,7 @@ from tiny import build
 
 from llava.assets import embedded_model_path
 from llava.convert.chat_template import chat_template
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.convert.gguf import blocks as gguf_blocks
 from llava.convert.gguf.blocks import pack, unpack
 from llava.convert.gguf.file import read_gguf_head
@@ -55,7 +55,9 @@ def fields(file: Path) -> dict[str, object]:
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0"])
 def test_every_tensor_is_the_checkpoint_s(precision: str, tmp_path: Path) -> None:
     """Put together by hand, with llama.cpp's names written out here, from what our loader gives."""
-    report = convert(embedded_model_path(), tmp_path / "pair", to="gguf", options=Options(precision=precision))
+    report = convert(
+        embedded_model_path(), tmp_path / "pair", to="gguf", options=ConversionOptions(precision=precision)
+    )
     text, vision = pair_of(tmp_path / "pair")
     found = {**stored(text), **stored(vision)}
     state = {name: tensor.numpy() for name, tensor in
@@ -241,7 +243,7 @@ def test_names_of_real_sizes() -> None:
 def test_qwen_with_tied_embeddings(tmp_path: Path) -> None:
     """One table serves as both; the model computes twice, with the source's numbers and with the file's."""
     source = build(tmp_path / "source", "qwen2", conv_mode="chatml_direct", tie_word_embeddings=True, vocab_size=259)
-    report = convert(source, tmp_path / "pair", to="gguf", options=Options(precision="f32"))
+    report = convert(source, tmp_path / "pair", to="gguf", options=ConversionOptions(precision="f32"))
     text = pair_of(tmp_path / "pair")[0]
     assert "output.weight" not in stored(text)
     assert {"blk.0.attn_q.bias", "blk.1.attn_v.bias"} <= stored(text).keys()

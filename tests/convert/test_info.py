@@ -13,7 +13,7 @@ from golden_data import HERE, golden
 from tiny import ANYRES, build
 
 from llava.assets import embedded_model_path
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.convert.describe import as_json, describe_checkpoint
 from llava.convert.info import lines
 from llava.errors import InputError
@@ -62,7 +62,7 @@ def test_facts_are_those_of_the_loaded_model(name: str) -> None:
 def test_other_layouts(tmp_path: Path) -> None:
     whole = describe_checkpoint(embedded_model_path())
     for layout in ("transformers", "gguf"):
-        convert(embedded_model_path(), tmp_path / layout, to=layout, options=Options(proof="tensors"))
+        convert(embedded_model_path(), tmp_path / layout, to=layout, options=ConversionOptions(verification="tensors"))
     theirs = describe_checkpoint(tmp_path / "transformers")
     assert theirs.facts["kind"].startswith("a whole model in the layout of LlavaForConditionalGeneration")
     for key in ("template", "context", "images", "vision tower", "projector"):
@@ -86,7 +86,9 @@ def test_who_reads_what_is_what_conversions_say(tmp_path: Path) -> None:
         folder = build(tmp_path / name, **changes)
         answer = describe_checkpoint(folder).readers["transformers"]
         try:
-            convert(folder, tmp_path / f"{name}-hf", to="transformers", options=Options(proof="tensors"))
+            convert(
+                folder, tmp_path / f"{name}-hf", to="transformers", options=ConversionOptions(verification="tensors")
+            )
         except InputError:
             assert answer == "no"
         else:

@@ -19,12 +19,12 @@ from golden_data import HERE
 from tiny import ANYRES, build
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from llava.convert.convert import Options, convert
+from llava.convert.convert import ConversionOptions, convert
 from llava.convert.vllm import plugin as vllm_plugin
 from llava.convert.vllm.plugin import ARCHITECTURES, companion, converted_tensors, is_original
 from llava.model.checkpoints.hf_layout import published_name
 from llava.model.checkpoints.inspect import stored_tensors
-from llava.model.checkpoints.meta_model import build_without_memory
+from llava.model.checkpoints.meta_model import build_empty_model
 from llava.model.checkpoints.weight_files import read_tensor
 
 ROOT = HERE.parents[1]
@@ -81,7 +81,7 @@ def test_configs_are_those_of_a_conversion(tmp_path: Path) -> None:
     targets = []
     for number, source in enumerate(sources):
         targets.append(str(tmp_path / f"theirs{number}"))
-        convert(source, targets[-1], to="transformers", options=Options(proof="tensors"))
+        convert(source, targets[-1], to="transformers", options=ConversionOptions(verification="tensors"))
     done = run_python("-c", CONFIGS, *sources, *targets)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.rsplit("RESULTS", 1)[1])
@@ -99,14 +99,14 @@ def test_configs_are_those_of_a_conversion(tmp_path: Path) -> None:
 def test_tensors_are_those_of_a_conversion_and_fill_the_model(checkpoint: str, tmp_path: Path) -> None:
     tied = checkpoint == "qwen2"
     source = build(tmp_path / "source", "qwen2", tie_word_embeddings=True) if tied else Path(checkpoint)
-    convert(source, tmp_path / "theirs", to="transformers", options=Options(proof="tensors"))
+    convert(source, tmp_path / "theirs", to="transformers", options=ConversionOptions(verification="tensors"))
     given = dict(converted_tensors(source))
     written = {name: read_tensor(header) for name, header in stored_tensors(tmp_path / "theirs").items()}
     assert given.keys() == written.keys()
     assert all(torch.equal(given[name], written[name]) for name in written)
     # Bijective onto the parameters of the class that vLLM's is modelled on; tied ones are one.
     config = AutoConfig.from_pretrained(tmp_path / "theirs")
-    model = build_without_memory(lambda: AutoModelForImageTextToText.from_config(config))
+    model = build_empty_model(lambda: AutoModelForImageTextToText.from_config(config))
     expected = {published_name(name) for name, _ in model.named_parameters()}
     named = [published_name(name) for name in given if "post_layernorm" not in name]
     assert len(named) == len(set(named))

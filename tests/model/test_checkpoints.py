@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import InputError
 from llava.model.builder import load
-from llava.model.checkpoints.inspect import inspect, resolve_vision_tower
+from llava.model.checkpoints.hub import resolve_vision_tower
+from llava.model.checkpoints.inspect import inspect
 from llava.model.checkpoints.lora import load_adapter, merge_into
 from llava.model.checkpoints.weight_files import open_tensors, read_headers
 from llava.model.language_model.registry import llava_classes
@@ -88,7 +89,7 @@ def test_old_configs_are_upgraded_in_memory_only(tmp_path: Path, monkeypatch: py
     before = (tmp_path / "v0" / "config.json").read_bytes()
     monkeypatch.chdir(golden("checkpoints").parent)
     old, new = load(tmp_path / "v0", device="cpu"), load(golden("checkpoints/llava-v1-tiny-linear"), device="cpu")
-    assert old.info.is_old_config
+    assert old.info.has_legacy_config
     assert type(old.model).__name__ == "LlavaLlamaForCausalLM"
     assert old.model.config.model_type == "llava_llama"
     assert (tmp_path / "v0" / "config.json").read_bytes() == before

@@ -18,8 +18,8 @@ from train_kit import argv, trainer_for
 from llava.errors import InputError
 from llava.model import attention, loss
 from llava.model.builder import load
+from llava.model.config import PLAIN_DECODERS
 from llava.model.language_model.registry import llava_classes
-from llava.model.llava_arch import PLAIN_DECODERS
 from llava.train.arguments import parse_train_args
 from llava.train.packing import PackedDataset, measured_lengths, plan_rows
 from llava.train.performance import compile_layers

@@ -22,16 +22,16 @@ from llava.convert.gguf.blocks import BLOCK, pack, unpack
 from llava.convert.gguf.tokenizer import add_tokenizer, tokenizer_notes
 from llava.convert.source import Source
 from llava.convert.verify import (
-    LogitProof,
-    ProofFailed,
-    TensorProof,
+    LogitComparison,
+    TensorComparison,
+    VerificationError,
     compare_logits,
     largest_difference,
     make_sample,
     own_logits,
     require_same_names,
 )
-from llava.convert.writer import Progress
+from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
 from llava.model.tokenizer_setup import context_len
 
@@ -74,7 +74,7 @@ UNUSED = re.compile(TOWER + r"(post_layernorm|head)\.")
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedGgufTensor:
     """One tensor of a GGUF file and the published name of the tensor that it holds."""
 
     name: str
@@ -96,11 +96,11 @@ class GgufPair:
         self.text = [self._entry(name) for name in kept if not is_vision(name)]
         self.vision = [self._entry(name) for name in kept if is_vision(name)]
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> PlannedGgufTensor:
         target, shape = gguf_name(name), self.source.shape(name)
         if target is None:
             raise InputError(f"GGUF has no name for tensor {name!r} of {self.source.folder}")
-        return Entry(target, name, shape, self._kind(target, shape))
+        return PlannedGgufTensor(target, name, shape, self._kind(target, shape))
 
     def _kind(self, target: str, shape: tuple[int, ...]) -> Any:
         """Matrices have the precision asked for. Vectors and tables of positions stay in single precision, and the
@@ -118,7 +118,7 @@ class GgufPair:
     def num_bytes(self) -> int:
         return sum(self._size(entry) for entry in (*self.text, *self.vision))
 
-    def _size(self, entry: Entry) -> int:
+    def _size(self, entry: PlannedGgufTensor) -> int:
         block, size = self.gguf.constants.GGML_QUANT_SIZES[entry.kind]
         return math.prod(entry.shape) // block * size
 
@@ -128,13 +128,18 @@ class GgufPair:
 
     # Writing
 
-    def write(self, folder: Path, progress: Progress) -> None:
+    def write(self, folder: Path, progress: ByteProgress) -> None:
         text, vision = self.file_names()
         self._write(folder / text, self.architecture, self.text, self._describe_text, progress)
         self._write(folder / vision, "clip", self.vision, self._describe_vision, progress)
 
     def _write(
-        self, file: Path, architecture: str, entries: list[Entry], describe: Callable[[Any], None], progress: Progress
+        self,
+        file: Path,
+        architecture: str,
+        entries: list[PlannedGgufTensor],
+        describe: Callable[[Any], None],
+        progress: ByteProgress,
     ) -> None:
         writer = self.gguf.GGUFWriter(file, architecture)
         writer.add_name(self.source.name)
@@ -153,11 +158,11 @@ class GgufPair:
             progress.add(data.nbytes)
         writer.close()
 
-    def _reordered(self, entry: Entry, tensor: Tensor) -> Tensor:
+    def _reordered(self, entry: PlannedGgufTensor, tensor: Tensor) -> Tensor:
         heads = self._heads(entry)
         return tensor if heads is None else interleave(tensor, heads)
 
-    def _heads(self, entry: Entry) -> int | None:
+    def _heads(self, entry: PlannedGgufTensor) -> int | None:
         """How many heads' rows are to be reordered for the position encoding; None: not this tensor."""
         match = re.search(r"\.attn_([qk])\.", entry.name)
         if match is None or entry.name.startswith("v.") or self.architecture not in INTERLEAVED:
@@ -237,7 +242,7 @@ class GgufPair:
 
     # Proof
 
-    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
         """Read the files back, put every tensor in its place, and compare; logits are of our model with the files' numbers."""
         stored = self._read_back(folder)
         kept = [name for name in self.source.names if not UNUSED.match(name)]
@@ -245,17 +250,17 @@ class GgufPair:
         largest = 0.0
         for name in kept:
             largest = max(largest, largest_difference(self.source.read(name), stored[name]()))
-        proof = TensorProof(len(kept), self.num_bytes, largest)
+        proof = TensorComparison(len(kept), self.num_bytes, largest)
         if not math.isfinite(largest):
             raise InputError(
                 f"some numbers of {self.source.folder} are beyond the range of {self.precision}; use --precision bf16"
             )
         if self.precision == "f32" and largest:
-            raise ProofFailed(f"tensors differ by {largest:.3g} in single precision")
+            raise VerificationError(f"tensors differ by {largest:.3g} in single precision")
         if not logits:
             return proof, None
         sample = make_sample(self.source)
-        ours = own_logits(self.source.model, self.source.skeleton.read, sample.inputs)
+        ours = own_logits(self.source.model, self.source.meta_model.read, sample.inputs)
 
         def read(name: str) -> Tensor:
             return stored[name]() if name in stored else self.source.read(name)
@@ -274,13 +279,13 @@ class GgufPair:
                     or tuple(reversed(item.shape.tolist())) != entry.shape
                     or item.tensor_type != entry.kind
                 ):
-                    raise ProofFailed(
+                    raise VerificationError(
                         f"{file} holds {item.name!r} of shape {item.shape.tolist()}, which was not planned"
                     )
                 readers[entry.source] = partial(self._unpacked, folder / file, int(item.data_offset), entry)
         return readers
 
-    def _unpacked(self, file: Path, offset: int, entry: Entry) -> Tensor:
+    def _unpacked(self, file: Path, offset: int, entry: PlannedGgufTensor) -> Tensor:
         size = self._size(entry)
         data = np.fromfile(file, dtype=np.uint8, count=size, offset=offset)
         numbers = unpack(self.gguf, data, entry.kind.name, entry.shape)

@@ -13,11 +13,18 @@ from torch import Tensor
 
 from llava.convert.layouts.original import OriginalLayout
 from llava.convert.source import Source
-from llava.convert.verify import LogitProof, ProofFailed, TensorProof, largest_difference, require_same_names
-from llava.convert.writer import SHARD_BYTES, Planned
+from llava.convert.verify import (
+    LogitComparison,
+    TensorComparison,
+    VerificationError,
+    largest_difference,
+    require_same_names,
+)
+from llava.convert.writer import SHARD_BYTES, PlannedTensor
 from llava.errors import InputError
-from llava.model.checkpoints.inspect import inspect, resolve_checkpoint
-from llava.model.checkpoints.meta_model import plan_model
+from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.inspect import inspect
+from llava.model.checkpoints.meta_model import open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, read_tensor
 
 # What a language model does not have; any other tensor without a partner means another base.
@@ -48,12 +55,12 @@ class DeltaLayout(OriginalLayout):
         grown = self.source.is_vocabulary(name) and ours[1:] == theirs[1:] and ours[0] >= theirs[0]
         return ours == theirs or grown
 
-    def tensors(self) -> list[Planned]:
+    def tensors(self) -> list[PlannedTensor]:
         return [self._changed(planned) if planned.name in self.base else planned for planned in super().tensors()]
 
-    def _changed(self, planned: Planned) -> Planned:
+    def _changed(self, planned: PlannedTensor) -> PlannedTensor:
         make = lambda: self._sum(planned.name, planned.dtype, self.sign)  # noqa: E731
-        return Planned(planned.name, planned.dtype, planned.shape, make)
+        return PlannedTensor(planned.name, planned.dtype, planned.shape, make)
 
     def _sum(self, name: str, dtype: str, sign: int, start: Tensor | None = None) -> Tensor:
         """In the precision of the target, as published differences were made."""
@@ -63,9 +70,9 @@ class DeltaLayout(OriginalLayout):
         numbers[: len(other)] += sign * other
         return numbers
 
-    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
+    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
         """The target holds the planned numbers; and taking the step back gives the source, but for rounding."""
-        written = plan_model(folder)
+        written = open_meta_model(folder)
         planned = {item.name: item for item in super().tensors()}
         require_same_names(
             planned, [name for name in written.found if name in planned or not self.source.is_tower(name)]
@@ -75,11 +82,11 @@ class DeltaLayout(OriginalLayout):
             found, expected = written.read(name), item.make()
             if name in self.base:
                 if not torch.equal(found, self._sum(name, item.dtype, self.sign)):
-                    raise ProofFailed(f"tensor {name!r} is not the planned difference")
+                    raise VerificationError(f"tensor {name!r} is not the planned difference")
                 found = self._sum(name, item.dtype, -self.sign, found)
             largest = max(largest, largest_difference(found, expected))
             num_bytes += item.num_bytes
-        return TensorProof(len(planned), num_bytes, largest), None
+        return TensorComparison(len(planned), num_bytes, largest), None
 
     def notes(self) -> list[str]:
         return ["the difference above is of the source and the step taken back: sums round; --dtype fp32 rounds less"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.convert.source import Source, config_for
-from llava.convert.verify import LogitProof, TensorProof, prove_folder
-from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_safetensors, write_shards
-from llava.images.image_processor import TOWERS, ClipImageProcessor
+from llava.convert.verify import LogitComparison, TensorComparison, verify_folder
+from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_safetensors, write_shards
+from llava.images.image_processor import TOWER_IMAGE_PROCESSORS, ClipImageProcessor
 from llava.model.config import OWN_FOLDER
 
 TOWER_FOLDER = "vision_tower"
@@ -34,11 +34,11 @@ class OriginalLayout:
         """`in` the checkpoint's own weights, `out` in a folder of its own, or `named`: where the config says."""
         if wanted != "keep":
             return wanted
-        if self.source.skeleton.tower_folder is not None:
+        if self.source.meta_model.tower_folder is not None:
             return "named"
         return "in"
 
-    def tensors(self) -> list[Planned]:
+    def tensors(self) -> list[PlannedTensor]:
         source = self.source
         return [source.planned(name, name) for name in source.names if self.place == "in" or not source.is_tower(name)]
 
@@ -64,7 +64,7 @@ class OriginalLayout:
         beside = self.tower_tensors() if self.place == "out" else []
         return sum(planned.num_bytes for planned in [*self.tensors(), *beside])
 
-    def write(self, folder: Path, progress: Progress) -> None:
+    def write(self, folder: Path, progress: ByteProgress) -> None:
         """All files, config.json last: without it nobody takes a folder for a model."""
         write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
         if self.place == "out":
@@ -72,8 +72,8 @@ class OriginalLayout:
             write_safetensors(folder / TOWER_FOLDER / "model.safetensors", self.tower_tensors(), progress=progress)
         self._write_small_files(folder)
 
-    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
-        return prove_folder(self.source, folder, logits=logits)
+    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
+        return verify_folder(self.source, folder, logits=logits)
 
     def notes(self) -> list[str]:
         return []
@@ -89,7 +89,7 @@ class OriginalLayout:
             self._describe_tower(folder / values["mm_vision_tower"])
         write_json(folder / "config.json", values)
 
-    def tower_tensors(self) -> list[Planned]:
+    def tower_tensors(self) -> list[PlannedTensor]:
         """The tower's own weights, under the names that CLIP and SigLIP checkpoints have."""
         source = self.source
         level = source.prefix + "vision_tower.vision_tower."
@@ -106,12 +106,14 @@ class OriginalLayout:
         if "Llava" not in processor.image_processor_type:
             return processor
         extra = {key: value for key, value in processor.extra.items() if key not in THEIR_KEYS}
-        return replace(processor, image_processor_type=TOWERS[self.source.tower_config["model_type"]], extra=extra)
+        return replace(
+            processor, image_processor_type=TOWER_IMAGE_PROCESSORS[self.source.tower_config["model_type"]], extra=extra
+        )
 
     def _take_tower_along(self, folder: Path) -> None:
         """A tower that its name finds only beside the source is copied; other names find it from anywhere."""
-        name, place = str(self.source.config.get("mm_vision_tower")), self.source.skeleton.tower_folder
-        beside = [info.folder for info in (self.source.info, self.source.skeleton.base) if info is not None]
+        name, place = str(self.source.config.get("mm_vision_tower")), self.source.meta_model.tower_folder
+        beside = [info.folder for info in (self.source.info, self.source.meta_model.base) if info is not None]
         if place is None or Path(name).is_absolute() or ".." in Path(name).parts:
             return
         if any((home / name).absolute() == place.absolute() for home in beside):

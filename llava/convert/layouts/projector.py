@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llava.convert.source import Source, config_for, open_source
-from llava.convert.verify import LogitProof, ProofFailed, TensorProof, require_same_names, rounding
-from llava.convert.writer import Planned, Progress, write_json
+from llava.convert.verify import LogitComparison, TensorComparison, VerificationError, require_same_names, rounding
+from llava.convert.writer import ByteProgress, PlannedTensor, write_json
 from llava.errors import InputError
 from llava.files import STAGING, flush, refuse_existing
-from llava.model.checkpoints.inspect import PROJECTOR_FILES, PROJECTOR_MARK
+from llava.model.checkpoints.inspect import PROJECTOR_FILES, PROJECTOR_INFIX
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, load_pickled_tensors
 
 PROJECTOR_FILE = PROJECTOR_FILES[1]
@@ -27,24 +27,24 @@ class ProjectorLayout:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.names = [name for name in source.names if PROJECTOR_MARK in name or name.endswith("image_newline")]
-        if not any(PROJECTOR_MARK in name for name in self.names):
+        self.names = [name for name in source.names if PROJECTOR_INFIX in name or name.endswith("image_newline")]
+        if not any(PROJECTOR_INFIX in name for name in self.names):
             raise InputError(f"{source.folder} has a projector without weights (mm_projector_type identity)")
 
-    def tensors(self) -> list[Planned]:
+    def tensors(self) -> list[PlannedTensor]:
         return [self.source.planned(name, name) for name in self.names]
 
     @property
     def num_bytes(self) -> int:
         return sum(planned.num_bytes for planned in self.tensors())
 
-    def write(self, folder: Path, progress: Progress) -> None:
+    def write(self, folder: Path, progress: ByteProgress) -> None:
         save(self.tensors(), folder / PROJECTOR_FILE)
         progress.add(self.num_bytes)
         write_json(folder / "config.json", config_for(self.source, {"tune_mm_mlp_adapter": True}))
 
-    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
-        return prove_file(self.source, self.tensors(), folder / PROJECTOR_FILE), None
+    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
+        return verify_projector_file(self.source, self.tensors(), folder / PROJECTOR_FILE), None
 
     def notes(self) -> list[str]:
         return [
@@ -52,26 +52,26 @@ class ProjectorLayout:
         ]
 
 
-def save(tensors: list[Planned], file: Path) -> None:
+def save(tensors: list[PlannedTensor], file: Path) -> None:
     table: dict[str, Tensor] = {}
     for planned in tensors:
         table[planned.name] = planned.make().to(getattr(torch, TORCH_DTYPES[planned.dtype])).clone()
     torch.save(table, file)
 
 
-def prove_file(source: Source, tensors: list[Planned], file: Path) -> TensorProof:
+def verify_projector_file(source: Source, tensors: list[PlannedTensor], file: Path) -> TensorComparison:
     stored = load_pickled_tensors(file)
     require_same_names([planned.name for planned in tensors], stored)
     largest = 0.0
     for planned in tensors:
         found = stored[planned.name]
         if tuple(found.shape) != planned.shape:
-            raise ProofFailed(f"tensor {planned.name!r} was written with shape {list(found.shape)}")
+            raise VerificationError(f"tensor {planned.name!r} was written with shape {list(found.shape)}")
         largest = max(largest, rounding(planned.name, source.read(planned.name), found, found.dtype))
-    return TensorProof(len(tensors), sum(planned.num_bytes for planned in tensors), largest)
+    return TensorComparison(len(tensors), sum(planned.num_bytes for planned in tensors), largest)
 
 
-def extract_mm_projector(model_path: str, output: str) -> TensorProof:
+def extract_mm_projector(model_path: str, output: str) -> TensorComparison:
     """Write the projector's tensors of a model folder, however that stores them, into one new file."""
     file = Path(output)
     refuse_existing(file)
@@ -81,7 +81,7 @@ def extract_mm_projector(model_path: str, output: str) -> TensorProof:
     begun = file.with_name(f"{STAGING}{file.name}")
     try:
         save(tensors, begun)
-        proof = prove_file(source, tensors, begun)
+        proof = verify_projector_file(source, tensors, begun)
         flush(begun)
         os.rename(begun, file)
     finally:

@@ -20,8 +20,8 @@ from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.source import KEPT, VERBATIM, Source, copy_files, stored_dtype
 from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
-from llava.convert.verify import LogitProof, TensorProof, prove_folder
-from llava.convert.writer import SHARD_BYTES, Planned, Progress, write_json, write_shards
+from llava.convert.verify import LogitComparison, TensorComparison, verify_folder
+from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_shards
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import SELECT_FEATURES
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
@@ -81,7 +81,7 @@ class TransformersLayout:
 
     # Tensors
 
-    def tensors(self) -> list[Planned]:
+    def tensors(self) -> list[PlannedTensor]:
         return [self._with_more_rows(name) for name in self.source.names]
 
     def target_name(self, name: str) -> str:
@@ -90,13 +90,13 @@ class TransformersLayout:
                 return re.sub(pattern, replacement, name, count=1)
         raise AssertionError(name)
 
-    def _with_more_rows(self, name: str) -> Planned:
+    def _with_more_rows(self, name: str) -> PlannedTensor:
         source = self.source
         plain = source.planned(name, self.target_name(name))
         if not source.is_vocabulary(name) or plain.shape[0] >= self.num_rows:
             return plain
         shape = (self.num_rows, *plain.shape[1:])
-        return Planned(plain.name, plain.dtype, shape, lambda: pad_rows(source.read(name), self.num_rows))
+        return PlannedTensor(plain.name, plain.dtype, shape, lambda: pad_rows(source.read(name), self.num_rows))
 
     @property
     def num_rows(self) -> int:
@@ -165,12 +165,12 @@ class TransformersLayout:
     def num_bytes(self) -> int:
         return sum(planned.num_bytes for planned in self.tensors())
 
-    def write(self, folder: Path, progress: Progress) -> None:
+    def write(self, folder: Path, progress: ByteProgress) -> None:
         write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
         self.write_small_files(folder)
 
-    def prove(self, folder: Path, *, logits: bool) -> tuple[TensorProof, LogitProof | None]:
-        return prove_folder(self.source, folder, logits=logits)
+    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
+        return verify_folder(self.source, folder, logits=logits)
 
     def write_small_files(self, folder: Path) -> None:
         source = self.source

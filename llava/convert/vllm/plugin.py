@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import InputError
 from llava.files import read_json, written_whole
 from llava.model.checkpoints.hf_layout import is_transformers_layout
-from llava.model.checkpoints.inspect import read_config, resolve_checkpoint
+from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.inspect import read_config
 from llava.model.config import is_multimodal
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
     try:
         bare = tokenization.load_tokenizer(folder)
         # As loading does it, with the marker tokens that the config asks for.
-        tokenizer = belongings.read_tokenizer(folder, belongings.MappingView(checkpoint.values))
+        tokenizer = belongings.read_tokenizer(folder, belongings.ConfigView(checkpoint.values))
     except InputError as error:
         yield found("tokenizer-unreadable", str(error), "copy the tokenizer's files again", folder=str(folder))
         return

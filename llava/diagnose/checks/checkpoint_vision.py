@@ -121,14 +121,14 @@ def _tower_folder(checkpoint: Checkpoint) -> str:
 
 def _tower_parts(checkpoint: Checkpoint, view: Any, described: dict[str, Any]) -> Iterator[Finding]:
     from llava.images.image_processor import ClipImageProcessor
-    from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
+    from llava.model.multimodal_encoder.builder import TOWER_CLASSES, build_vision_tower
 
     kind = str(described.get("model_type"))
-    if kind not in TOWERS:
+    if kind not in TOWER_CLASSES:
         yield found(
             "tower-type",
-            f"the vision tower is of type {kind!r}; known: {', '.join(TOWERS)}",
-            "name another tower in mm_vision_tower, or add its kind to TOWERS",
+            f"the vision tower is of type {kind!r}; known: {', '.join(TOWER_CLASSES)}",
+            "name another tower in mm_vision_tower, or add its kind to TOWER_CLASSES",
             model_type=kind,
         )
         return

@@ -15,7 +15,7 @@ from typing import Any
 from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, Checkpoint
 from llava.diagnose.checks.findings import Finding, Skipped, found
 from llava.errors import InputError
-from llava.model.checkpoints.inspect import PROJECTOR_MARK, TOWER_MARK
+from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX
 from llava.model.checkpoints.lora import ADAPTER_NAME
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
 
@@ -98,7 +98,7 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
     import torch
     from transformers.initialization import no_init_weights
 
-    from llava.model.builder import build_config, tower_within_reach
+    from llava.model.builder import build_config, resolved_tower_path
     from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources
     from llava.model.language_model.registry import llava_classes
 
@@ -107,11 +107,11 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
         config = build_config(info, base_info)
         _, model_class = llava_classes(info.language_model)
         sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-        with tower_within_reach(config, info, base_info, stored=sources.stores_tower):
+        with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
             with torch.device("meta"), no_init_weights():
-                skeleton = model_class(copy.deepcopy(config))
-            skeleton.tie_weights()
-            match_names(expected_tensors(skeleton), sources)
+                meta_model = model_class(copy.deepcopy(config))
+            meta_model.tie_weights()
+            match_names(expected_tensors(meta_model), sources)
     except InputError as error:
         yield found(
             "weights-config",
@@ -128,7 +128,7 @@ def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
     by_file: dict[Any, list[TensorHeader]] = {}
     tensors = {**checkpoint.tensors, **checkpoint.info.adapter}
     if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading leaves aside
-        tensors = {name: header for name, header in tensors.items() if TOWER_MARK not in name}
+        tensors = {name: header for name, header in tensors.items() if TOWER_INFIX not in name}
     for header in tensors.values():
         by_file.setdefault(header.file, []).append(header)
     damaged: list[tuple[TensorHeader, int]] = []
@@ -156,7 +156,7 @@ def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
             file=str(header.file),
             numbers=bad,
         )
-    projector = [name for name in zero if PROJECTOR_MARK in name and name.endswith("weight")]
+    projector = [name for name in zero if PROJECTOR_INFIX in name and name.endswith("weight")]
     if projector:
         yield found(
             "projector-dead",

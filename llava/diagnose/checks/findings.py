@@ -62,7 +62,7 @@ CAUSES: dict[str, Cause] = {
         "the vision tower is not where its name says", ("llava/model/checkpoints/hub.py:resolve_vision_tower",)
     ),
     "tower-type": Cause(
-        "the vision tower is of a kind that is not known", ("llava/model/multimodal_encoder/builder.py:TOWERS",)
+        "the vision tower is of a kind that is not known", ("llava/model/multimodal_encoder/builder.py:TOWER_CLASSES",)
     ),
     "tower-weights": Cause(
         "the tower's weights are neither in the checkpoint nor in its folder",
@@ -197,7 +197,7 @@ CAUSES: dict[str, Cause] = {
     "run-base": Cause("the model to start from cannot be used", ("llava/train/base_model.py:load_base",)),
     "run-adapter": Cause(
         "pretrain_mm_mlp_adapter is not a projector file",
-        ("llava/model/multimodal_projector/pretrained.py:read_adapter",),
+        ("llava/model/multimodal_projector/pretrained.py:read_projector_weights",),
     ),
     "run-adapter-settings": Cause(
         "the run's vision settings are not those that its projector was pretrained with",

@@ -23,19 +23,9 @@ from typing import Any
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
-from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import is_multimodal, language_model_type
-
-__all__ = [
-    "CheckpointInfo",
-    "inspect",
-    "read_config",
-    "resolve_checkpoint",
-    "resolve_vision_tower",
-    "stored_tensors",
-    "tower_headers",
-]
 
 # The forms in which a whole model's weights are saved, best first: an index of shards, or a single file.
 WEIGHT_FORMS = (
@@ -51,8 +41,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 
-TOWER_MARK = ".vision_tower.vision_tower."
-PROJECTOR_MARK = "mm_projector."
+TOWER_INFIX = ".vision_tower.vision_tower."
+PROJECTOR_INFIX = "mm_projector."
 
 # What a folder of a whole image-and-text model holds beside the image encoder.
 TOWER_PREFIX = "vision_tower."
@@ -72,7 +62,7 @@ class CheckpointInfo:
     adapter: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
     adapter_config: Mapping[str, Any] | None = None
     base_hint: str | None = None  # the base model that the folder's own files name
-    is_old_config: bool = False  # written before model_type said llava; read as llava_llama
+    has_legacy_config: bool = False  # written before model_type said llava; read as llava_llama
 
     @property
     def needs_base(self) -> bool:
@@ -84,7 +74,7 @@ class CheckpointInfo:
 
     @property
     def stores_tower(self) -> bool:
-        return any(TOWER_MARK in name for name in (*self.tensors, *self.extras))
+        return any(TOWER_INFIX in name for name in (*self.tensors, *self.extras))
 
     @property
     def stores_quantized(self) -> bool:
@@ -137,7 +127,9 @@ def inspect(path: str | Path) -> CheckpointInfo:
     extras: dict[str, TensorHeader] = {}
     if kind == "lora" and non_lora is not None:
         extras = {_without_peft_prefix(name): header for name, header in read_headers(non_lora).items()}
-    elif projector is not None and kind in ("full", "projector") and not any(PROJECTOR_MARK in name for name in stored):
+    elif (
+        projector is not None and kind in ("full", "projector") and not any(PROJECTOR_INFIX in name for name in stored)
+    ):
         extras = read_headers(projector)
 
     return CheckpointInfo(
@@ -150,7 +142,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
         adapter=_adapter_tensors(folder) if kind == "lora" else {},
         adapter_config=adapter_config if kind == "lora" else None,
         base_hint=_base_hint(config, adapter_config),
-        is_old_config=is_old(config),
+        has_legacy_config=is_legacy_config(config),
     )
 
 
@@ -236,7 +228,7 @@ def _without_peft_prefix(name: str) -> str:
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-def is_old(config: Mapping[str, Any]) -> bool:
+def is_legacy_config(config: Mapping[str, Any]) -> bool:
     """The first released checkpoints call themselves what their language model is, and later ones plain `llava`."""
     model_type = str(config.get("model_type", ""))
     return is_multimodal(config) and not is_transformers_layout(config) and not model_type.startswith("llava_")
@@ -245,7 +237,7 @@ def is_old(config: Mapping[str, Any]) -> bool:
 def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with a model type that says LLaVA, as today's checkpoints have it; the file stays as it is."""
     values = dict(config)
-    if is_old(config):
+    if is_legacy_config(config):
         values["model_type"] = f"llava_{language_model_type(config)}"
         values.pop("architectures", None)
     return values

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.checkpoints.inspect import PROJECTOR_MARK, TOWER_MARK, CheckpointInfo, tower_headers
+from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
 
@@ -42,7 +42,7 @@ VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
-class Sources:
+class WeightSources:
     """Where each tensor of a model comes from, by published name, and the adapter to merge on the way."""
 
     headers: Mapping[str, TensorHeader] = field(repr=False)
@@ -52,19 +52,19 @@ class Sources:
     may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds marker tokens to it
 
 
-def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: str) -> Sources:
+def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: str) -> WeightSources:
     """Lay a checkpoint's tensors over its base model's; `prefix` is what the language model calls its inner model."""
     own = dict(info.tensors)
     for name, header in info.extras.items():
         match = ADDED_PART.fullmatch(name)
         own[f"{prefix}.{match[1]}" if match else name] = header
     headers = {**base.tensors, **base.extras, **own} if base is not None else own
-    towers = [name for name in headers if TOWER_MARK in name]
+    towers = [name for name in headers if TOWER_INFIX in name]
     if towers and not info.declares_tower:
         tower_name = info.config.get("mm_vision_tower")
         logger.info("ignoring %d stored vision tower tensors: %s uses its own folder's", len(towers), tower_name)
-        headers = {name: header for name, header in headers.items() if TOWER_MARK not in name}
-    return Sources(
+        headers = {name: header for name, header in headers.items() if TOWER_INFIX not in name}
+    return WeightSources(
         headers=headers,
         folder=str(info.folder) if base is None else f"{info.folder} with the base {base.folder}",
         merge=load_adapter(_adapter_of_language_model(info), info.adapter_config or {}) if info.adapter else None,
@@ -79,18 +79,18 @@ def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
     return {
         name: header
         for name, header in info.adapter.items()
-        if "lora_" in name or not any(mark in name for mark in (TOWER_MARK, PROJECTOR_MARK))
+        if "lora_" in name or not any(mark in name for mark in (TOWER_INFIX, PROJECTOR_INFIX))
     }
 
 
-def match_names(expected: Mapping[str, Tensor], sources: Sources) -> dict[str, TensorHeader]:
+def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[str, TensorHeader]:
     """Find the stored tensor for every name that a model expects, or say what does not fit.
 
     `expected` may hold one tensor under several names (tied weights); one stored name is enough for them.
     """
     own_names = {_key(name): name for name in expected}
     found = {own_names[_key(name)]: header for name, header in sources.headers.items() if _key(name) in own_names}
-    _refuse_strangers([name for name in sources.headers if _key(name) not in own_names], sources)
+    _report_unexpected_keys([name for name in sources.headers if _key(name) not in own_names], sources)
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -117,7 +117,7 @@ def match_names(expected: Mapping[str, Tensor], sources: Sources) -> dict[str, T
 
 
 def read_tensors(
-    found: Mapping[str, TensorHeader], expected: Mapping[str, Tensor], sources: Sources
+    found: Mapping[str, TensorHeader], expected: Mapping[str, Tensor], sources: WeightSources
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) file by file, merged and with its full number of rows; each file is open only meanwhile."""
     by_file: dict[Any, list[str]] = {}
@@ -129,10 +129,10 @@ def read_tensors(
                 tensor = tensors.get_tensor(found[name].name)
                 if sources.merge is not None:
                     tensor = sources.merge.apply(name, tensor)
-                yield name, with_rows(name, tensor, expected[name].shape)
+                yield name, grow_vocabulary(name, tensor, expected[name].shape)
 
 
-def load_weights(model: nn.Module, sources: Sources) -> None:
+def load_weights(model: nn.Module, sources: WeightSources) -> None:
     """Fill a model that stands on its device, in its dtype; tensors are copied, so files can be overwritten later."""
     if hasattr(model, "tie_weights"):  # a model built without initial weights is not tied yet
         model.tie_weights()
@@ -144,12 +144,12 @@ def load_weights(model: nn.Module, sources: Sources) -> None:
 
 def load_tower_weights(tower: nn.Module, folder: Path) -> None:
     """Fill a built vision tower from its own folder, which may hold a whole CLIP or SigLIP model with a text part."""
-    load_weights(tower, Sources(tower_headers(folder), str(folder)))
+    load_weights(tower, WeightSources(tower_headers(folder), str(folder)))
 
 
-def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors at once under the model's own names, for transformers' loader; `skeleton` may be on the meta device."""
-    expected = expected_tensors(skeleton)
+def read_state_dict(meta_model: nn.Module, sources: WeightSources, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors at once under the model's own names, for transformers' loader; `meta_model` may be on the meta device."""
+    expected = expected_tensors(meta_model)
     found = match_names(expected, sources)
     return {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -157,13 +157,13 @@ def read_state(skeleton: nn.Module, sources: Sources, dtype: torch.dtype) -> dic
     }
 
 
-def build_by_transformers(
-    model_class: Any, config: Any, sources: Sources, dtype: torch.dtype, options: Mapping[str, Any]
+def build_with_transformers(
+    model_class: Any, config: Any, sources: WeightSources, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> Any:
     """The way for weights that get quantized or spread over devices: transformers and accelerate place them."""
     with torch.device("meta"):
-        skeleton = model_class(copy.deepcopy(config))
-    state = read_state(skeleton, sources, dtype)
+        meta_model = model_class(copy.deepcopy(config))
+    state = read_state_dict(meta_model, sources, dtype)
     name = config.name_or_path
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model.name_or_path = model.config.name_or_path = name  # "None" now, which adapters would give as their base
@@ -180,7 +180,7 @@ def _key(name: str) -> str:
     return VISION_MODEL_LEVEL.sub(r"\1", name)
 
 
-def _refuse_strangers(names: list[str], sources: Sources) -> None:
+def _report_unexpected_keys(names: list[str], sources: WeightSources) -> None:
     strangers = [name for name in names if not COMPUTED.search(name)]
     structural = [name for name in strangers if STRUCTURAL.search(name)]
     if structural:
@@ -199,10 +199,10 @@ def _refuse_strangers(names: list[str], sources: Sources) -> None:
 
 
 def _advice(name: str) -> str:
-    return "compare mm_projector_type with it" if PROJECTOR_MARK in name else "compare the number of layers with it"
+    return "compare mm_projector_type with it" if PROJECTOR_INFIX in name else "compare the number of layers with it"
 
 
-def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sources: Sources) -> bool:
+def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sources: WeightSources) -> bool:
     return (
         sources.may_grow_vocabulary
         and VOCABULARY.search(name) is not None
@@ -212,7 +212,7 @@ def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sour
     )
 
 
-def with_rows(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+def grow_vocabulary(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """New vocabulary rows begin as the mean of the old ones, as they do when training adds marker tokens."""
     if VOCABULARY.search(name) is None or tensor.shape[0] >= shape[0]:
         return tensor

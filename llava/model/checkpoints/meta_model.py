@@ -1,7 +1,7 @@
 """A model without memory for its weights: what it needs from where, and running it while weights are read one by one.
 
-In: a model folder (and its base). Out: `Skeleton`, a model module whose parameters take no memory, with the stored tensor
-for each of its names, the tower's included wherever that lies. `weights_read_on_the_way` lets such a module compute: each
+In: a model folder (and its base). Out: `MetaModel`, a model module whose parameters take no memory, with the stored tensor
+for each of its names, the tower's included wherever that lies. `stream_weights` lets such a module compute: each
 weight is in memory only while its layer works, so a model of any size runs in that of its largest layer.
 """
 
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.builder import build_config, find_base, restore_names, tower_within_reach
+from llava.model.builder import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect, tower_headers
-from llava.model.checkpoints.loading import Sources, expected_tensors, match_names, plan_sources, with_rows
+from llava.model.checkpoints.loading import WeightSources, expected_tensors, grow_vocabulary, match_names, plan_sources
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """A multimodal model that takes no memory. `found` holds the stored tensor for each name that is stored."""
 
     model: Any
     info: CheckpointInfo
     base: CheckpointInfo | None
-    sources: Sources
+    sources: WeightSources
     found: Mapping[str, TensorHeader]
     shapes: Mapping[str, tuple[int, ...]]
     tower_folder: Path | None  # where the tower's own weights are; None: in the checkpoint or its base
@@ -41,7 +41,7 @@ class Skeleton:
         tensor = read_tensor(self.found[name])
         if self.sources.merge is not None:
             tensor = self.sources.merge.apply(name, tensor)
-        return with_rows(name, tensor, torch.Size(self.shapes[name]))
+        return grow_vocabulary(name, tensor, torch.Size(self.shapes[name]))
 
     def is_stored_as_is(self, name: str) -> bool:
         """Whether `read` gives just what the file holds."""
@@ -49,7 +49,7 @@ class Skeleton:
         return self.found[name].shape == self.shapes[name] and (merge is None or name not in merge.targets)
 
 
-def plan_model(path: str | Path, base: str | Path | None = None) -> Skeleton:
+def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaModel:
     """Match a checkpoint's files with the model that they describe; whatever does not fit is an `InputError`."""
     from llava.model.language_model.registry import llava_classes
 
@@ -68,10 +68,10 @@ def plan_model(path: str | Path, base: str | Path | None = None) -> Skeleton:
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     # As if the tower were always stored, so that it is built and its tensors are asked for too.
-    with tower_within_reach(config, info, base_info, stored=True):
+    with resolved_tower_path(config, info, base_info, stored=True):
         tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
-        model = build_without_memory(lambda: model_class(copy.deepcopy(config)))
-    restore_names(model.config, config)
+        model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
+    restore_config(model.config, config)
     if tower_folder is not None:
         inner = f"{model_class.base_model_prefix}.vision_tower."
         towers = {inner + name: header for name, header in tower_headers(tower_folder).items()}
@@ -79,10 +79,10 @@ def plan_model(path: str | Path, base: str | Path | None = None) -> Skeleton:
     expected = expected_tensors(model)
     found = match_names(expected, sources)
     shapes = {name: tuple(expected[name].shape) for name in found}
-    return Skeleton(model, info, base_info, sources, found, shapes, tower_folder)
+    return MetaModel(model, info, base_info, sources, found, shapes, tower_folder)
 
 
-def build_without_memory(build: Callable[[], Any]) -> Any:
+def build_empty_model(build: Callable[[], Any]) -> Any:
     """A module whose parameters take no memory: each is one number seen as many, and that number is NaN, so that a weight
     which was never read shows. Buffers are computed as usual."""
     from transformers.initialization import no_init_weights
@@ -109,7 +109,7 @@ def build_without_memory(build: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def weights_read_on_the_way(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
+def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
     """Within the block the model computes in float32 with weights that `read(name)` brings when a layer begins.
 
     Parameters that stand beside other modules are used by these as they please: they are read at once and stay until the end.

@@ -19,7 +19,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVis
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 
 # model_type in the tower's config.json -> (one scale, several scales)
-TOWERS: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | None]] = {
+TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | None]] = {
     "clip": (CLIPVisionTower, CLIPVisionTowerS2),
     "clip_vision_model": (CLIPVisionTower, CLIPVisionTowerS2),
     "siglip": (SigLipVisionTower, None),
@@ -46,9 +46,11 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
     else:
         folder = Path(resolve_vision_tower(vision.tower, checkpoint_folder=folder))
     model_type = str((described or read_json(folder / "config.json")).get("model_type"))
-    if model_type not in TOWERS:
-        raise InputError(f"the vision tower {vision.tower!r} is of type {model_type!r}; known: {', '.join(TOWERS)}")
-    one_scale, many_scales = TOWERS[model_type]
+    if model_type not in TOWER_CLASSES:
+        raise InputError(
+            f"the vision tower {vision.tower!r} is of type {model_type!r}; known: {', '.join(TOWER_CLASSES)}"
+        )
+    one_scale, many_scales = TOWER_CLASSES[model_type]
     tower_class = many_scales if vision.s2_scales else one_scale
     if tower_class is None:
         raise InputError(f"s2 (several scales) is not known for a vision tower of type {model_type!r}, only for CLIP")

@@ -20,7 +20,7 @@ def load_projector(model: Any, path: str) -> None:
     """Fill `model.mm_projector` and, where the file has it, `model.image_newline`; every tensor must fit."""
     wanted = {f"mm_projector.{name}": tensor for name, tensor in model.mm_projector.named_parameters()}
     newline = getattr(model, "image_newline", None)
-    saved = read_adapter(path)
+    saved = read_projector_weights(path)
     if newline is not None and any(name.endswith("image_newline") for name in saved):
         wanted["image_newline"] = newline
     for name, tensor in wanted.items():
@@ -34,9 +34,11 @@ def load_projector(model: Any, path: str) -> None:
             tensor.copy_(found)
 
 
-def load_marker_rows(table: Tensor, path: str, num_new: int) -> None:
+def load_new_token_embeddings(table: Tensor, path: str, num_new: int) -> None:
     """Take the last `num_new` rows of the embedding `table` from a projector file that holds them or the whole table."""
-    saved = next((rows for name, rows in read_adapter(path).items() if name.endswith("embed_tokens.weight")), None)
+    saved = next(
+        (rows for name, rows in read_projector_weights(path).items() if name.endswith("embed_tokens.weight")), None
+    )
     if saved is None:
         raise InputError(f"{path!r} has no embed_tokens.weight, which mm_use_im_start_end takes its new rows from")
     if saved.shape not in (table.shape, (num_new, table.shape[1])):
@@ -47,7 +49,7 @@ def load_marker_rows(table: Tensor, path: str, num_new: int) -> None:
     table.data[-num_new:] = saved[-num_new:].to(table)
 
 
-def read_adapter(path: str) -> dict[str, Tensor]:
+def read_projector_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a projector file."""
     file = Path(path)
     if not file.is_file():
