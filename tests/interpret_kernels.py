@@ -9,13 +9,13 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor
 
-from llava.engine.kernels.base import AttentionPlan, SamplingRows
+from llava.engine.kernels.base import AttentionPlan, SamplingTensors
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.reference import ReferenceKernels
 from llava.engine.kernels.triton.kernels import TritonKernels
 
 Pair = tuple[str, Tensor, Tensor]
-PLAIN, TRITON = PlainKernels(), TritonKernels(torch.device("cpu"))
+PLAIN, TRITON = ReferenceKernels(), TritonKernels(torch.device("cpu"))
 STEPS = [[(1, 300)], [(1, 1), (1, 150), (1, 0), (1, 300)], [(1, 1), (3, 3), (70, 200), (1, 150), (1, 0), (2, 65)]]
 
 
@@ -74,7 +74,7 @@ def a_plan(lengths: list[tuple[int, int]], block: int) -> tuple[AttentionPlan, i
 
 
 def sampling() -> Iterator[Pair]:
-    chosen = SamplingRows(
+    chosen = SamplingTensors(
         temperature=torch.tensor([0, 1.0, 0.7, 1, 1, 0.5] * 2),
         top_k=torch.tensor([0, 5, 0, 50, 0, 3] * 2, dtype=torch.int32),
         top_p=torch.tensor([1, 1, 0.9, 0.8, 1, 0.5] * 2),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingRows, Weight
+from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors, Weight
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.reference import ReferenceKernels
 
 KINDS = ("bf16", "int8", "fp8", "int4")
 BLOCKS = (16, 64)  # tokens of a cache block: fewer than a kernel takes at a time, and as many
@@ -71,7 +71,7 @@ def all_cases(kernels: Kernels) -> Iterator[Case]:
 
 
 def row_cases(kernels: Kernels, rows: int, width: int) -> Iterator[Case]:
-    plain, what = PlainKernels(), f"{rows} x {width}"
+    plain, what = ReferenceKernels(), f"{rows} x {width}"
     x, residual, weight = random(rows, width), random(rows, width), random(width)
     yield Case("rms_norm", what, kernels.rms_norm(x, weight, 1e-5), norm64(x, weight))
     total = residual.clone()
@@ -93,7 +93,7 @@ def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str)
     yield Case(f"linear, {kind}", what, kernels.linear(x, held), x.double() @ dense.T)
     yield Case(f"linear, {kind}", f"{what}, bias", kernels.linear(x, held, bias), x.double() @ dense.T + bias.double())
     if shape[0] % 2 == 0:
-        gated = PlainKernels().silu_mul(x.double() @ dense.T)
+        gated = ReferenceKernels().silu_mul(x.double() @ dense.T)
         yield Case(f"gated_linear, {kind}", what, kernels.gated_linear(x, held), gated)
 
 
@@ -111,7 +111,7 @@ def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, blo
         what = f"{heads} heads of {width} over {kv_heads}, {len(lengths)} sequences"
         ours, wanted = [c.clone() for c in caches], [c.double() for c in caches]
         q = kernels.rope_store_(qkv, angles.cos(), angles.sin(), plan, *ours, heads, kv_heads, **norms)
-        q64 = PlainKernels().rope_store_(
+        q64 = ReferenceKernels().rope_store_(
             qkv.double(), angles.double().cos(), angles.double().sin(), plan, *wanted, heads, kv_heads,
             **{name: norm.double() for name, norm in norms.items()},
         )  # fmt: skip
@@ -121,7 +121,9 @@ def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, blo
             for alibi in (None, torch.rand(heads, device=DEVICE) * 0.2):
                 options = {"window": window, "alibi": alibi}
                 got = kernels.attend(q, *ours, plan, width**-0.5, **options)
-                expected = PlainKernels().attend(q.double(), *[c.double() for c in ours], plan, width**-0.5, **options)
+                expected = ReferenceKernels().attend(
+                    q.double(), *[c.double() for c in ours], plan, width**-0.5, **options
+                )
                 yield Case(
                     "attend", f"{what}, window {window}, {'ALiBi' if alibi is not None else 'none'}", got, expected
                 )
@@ -157,18 +159,18 @@ def same_tokens(kernels: Kernels) -> tuple[int, int]:
             rows = sampling_rows(256)
             logits = (torch.randn(256, vocabulary, device=DEVICE) * 3).to(dtype)
             tokens, logprobs = kernels.sample(logits, rows)
-            wanted, wanted_logprobs = PlainKernels().sample(logits, rows)
+            wanted, wanted_logprobs = ReferenceKernels().sample(logits, rows)
             same = tokens == wanted
             assert (logprobs - wanted_logprobs)[same].abs().max() < 1e-4
             agreed, drawn = agreed + int(same.sum()), drawn + len(tokens)
     return agreed, drawn
 
 
-def sampling_rows(count: int) -> SamplingRows:
+def sampling_rows(count: int) -> SamplingTensors:
     def pick(*values: float) -> Tensor:
         return torch.tensor(values, device=DEVICE)[torch.randint(len(values), (count,), device=DEVICE)]
 
-    return SamplingRows(
+    return SamplingTensors(
         temperature=pick(0.0, 0.2, 0.7, 1.0, 1.5),
         top_k=pick(0, 1, 5, 50).int(),
         top_p=pick(1.0, 0.95, 0.7, 0.01),

@@ -1,6 +1,6 @@
 """The engine's kernels on one GPU, checked and timed: `python -m benchmarks.engine.kernels > benchmarks/results/kernels.md`.
 
-First every kernel of `TritonKernels` is compared with `PlainKernels` in float64 (kernel_checks.py); where one is off, the
+First every kernel of `TritonKernels` is compared with `ReferenceKernels` in float64 (kernel_checks.py); where one is off, the
 run ends with status 1. Then each is timed beside the library's operator, in CUDA graphs whose launches rotate among enough
 tensors that nothing comes from the GPU's cache. Shapes are those of LLaVA-1.5-7B. Beside the times stand bytes or
 operations per second, to be read against what a simple operator and a large product reach on the same card.
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.engine.kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_rows
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingRows, Weight
+from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors, Weight
 from llava.engine.kernels.quantized import QuantizedWeight
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.reference import ReferenceKernels
 from llava.engine.kernels.triton.kernels import TritonKernels
 
 WIDTH, INNER, VOCABULARY, LAYERS, HEADS, HEAD = 4096, 11008, 32064, 32, 32, 128
@@ -248,7 +248,7 @@ def prefill_table(kernels: Kernels) -> None:
     print()
 
 
-class Gathered(PlainKernels):
+class Gathered(ReferenceKernels):
     """Keys and values copied out of the cache, then the library's attention; whole prompts of equal lengths only."""
 
     def attend(self, q, k_cache, v_cache, plan, scale, *, window=None, alibi=None):  # type: ignore[no-untyped-def]
@@ -304,7 +304,7 @@ def prefill_rivals() -> dict[str, Callable[[int, int, int], float]]:
 def rows_table(kernels: Kernels) -> None:
     print("## Rows and sampling\n\nMicroseconds of one launch among 32 in a graph, ours and PyTorch's operators.\n")
     print("| kernel | 1 row | | 64 rows | | 640 rows | |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    plain = PlainKernels()
+    plain = ReferenceKernels()
     times: dict[str, list[float]] = {}
     for count in (1, 64, 640):
         plan, num_blocks = random_plan([(1, 32)] * count, BLOCK)
@@ -370,7 +370,7 @@ def decode_step(kernels: Kernels, model: Model, paged: Paged) -> Tensor:
         hidden = kernels.linear(kernels.gated_linear(normed, layer["gate_up"]), layer["down"])
     logits = kernels.linear(kernels.add_rms_norm_(hidden, residual, model.norm, 1e-5), model.head)
     zeros, longs = torch.zeros(count, device=DEVICE), torch.zeros(count, dtype=torch.int64, device=DEVICE)
-    return kernels.sample(logits, SamplingRows(zeros, zeros.int(), zeros, zeros, longs, longs, all_greedy=True))[0]
+    return kernels.sample(logits, SamplingTensors(zeros, zeros.int(), zeros, zeros, longs, longs, all_greedy=True))[0]
 
 
 TABLES: dict[str, Callable[[Kernels], None]] = {

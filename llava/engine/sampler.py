@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.input_batch import sent
-from llava.engine.kernels.base import Kernels, SamplingRows
+from llava.engine.kernels.base import Kernels, SamplingTensors
 from llava.engine.request import MAX_SEED, SamplingParams
 from llava.engine.sequence import Sequence
 
@@ -120,16 +120,16 @@ class Sampler:
         own = raw.gather(1, tokens[asked_index][:, None]).squeeze(1)
         return Chosen(tokens, asked, own, top.indices, top.values)
 
-    def _sampling_rows(self, rows: Rows[int], num_new: Rows[int]) -> SamplingRows:
+    def _sampling_rows(self, rows: Rows[int], num_new: Rows[int]) -> SamplingTensors:
         floats, ints = self._floats[rows], self._ints[rows]
         all_greedy = not floats[:, 0].any()
         unlimited = not ints[:, 0].any() and bool((floats[:, 1] == 1).all()) and not floats[:, 2].any()
         if all_greedy:  # nobody reads the numbers
             empty = torch.empty(0, device=self.device)
-            return SamplingRows(empty, empty, empty, empty, empty, empty, all_greedy=True, unlimited=True)
+            return SamplingTensors(empty, empty, empty, empty, empty, empty, all_greedy=True, unlimited=True)
         temperature, top_p, min_p = self._send(floats.T)
         top_k, seeds, positions = self._send(np.vstack([ints.T, np.asarray(num_new, dtype=np.int64)]))
-        return SamplingRows(
+        return SamplingTensors(
             temperature, top_k.int(), top_p, min_p, seeds, positions, all_greedy=False, unlimited=unlimited
         )
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.engine.kernels import pick_kernels
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingRows
+from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors
 from llava.engine.kernels.cpu import build as native_build
 from llava.engine.kernels.cpu.kernels import CpuKernels, packs
 from llava.engine.kernels.cpu.native import NativeKernels
 from llava.engine.kernels.philox import uniform
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.reference import ReferenceKernels
 from llava.errors import InputError
 
 BLOCK = 16
@@ -45,7 +45,7 @@ def compiled() -> Kernels:
     return NativeKernels(functions)
 
 
-@pytest.fixture(params=[PlainKernels, CpuKernels, compiled])
+@pytest.fixture(params=[ReferenceKernels, CpuKernels, compiled])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
     return request.param()
@@ -290,7 +290,7 @@ def test_the_gate_of_the_mlp(kernels: Kernels) -> None:
 # Sampling
 
 
-def rows_of(count: int, **changes: Any) -> SamplingRows:
+def rows_of(count: int, **changes: Any) -> SamplingTensors:
     """Rows of temperature 1 without limits, seeded 0, 1, 2, ..."""
     values: dict[str, Any] = {
         "temperature": torch.ones(count),
@@ -300,7 +300,7 @@ def rows_of(count: int, **changes: Any) -> SamplingRows:
         "seeds": torch.arange(count),
         "positions": torch.zeros(count, dtype=torch.int64),
     }
-    return SamplingRows(**values | changes)
+    return SamplingTensors(**values | changes)
 
 
 def test_random_numbers_are_philox_s() -> None:
@@ -363,7 +363,7 @@ def test_a_row_s_token_does_not_depend_on_its_neighbours(kernels: Kernels) -> No
     tokens, logprobs = kernels.sample(logits, rows)
     assert torch.equal(tokens[::4], logits[::4].argmax(dim=1))
     order = torch.randperm(12)[:5]
-    some = SamplingRows(*(getattr(rows, name)[order] for name in list(vars(rows))[:6]))
+    some = SamplingTensors(*(getattr(rows, name)[order] for name in list(vars(rows))[:6]))
     again, logprobs_again = kernels.sample(logits[order], some)
     assert torch.equal(again, tokens[order])
     torch.testing.assert_close(logprobs_again, logprobs[order])
@@ -385,7 +385,7 @@ def test_a_cpu_gets_its_own_kernels_and_full_precision_the_plain_ones(monkeypatc
     assert isinstance(pick_kernels(torch.device("cpu"), torch.bfloat16), CpuKernels)
     monkeypatch.setattr(native_build, "load", lambda: None)
     assert type(pick_kernels(torch.device("cpu"), torch.bfloat16)) is CpuKernels
-    assert type(pick_kernels(torch.device("cuda"), torch.float32)) is PlainKernels
+    assert type(pick_kernels(torch.device("cuda"), torch.float32)) is ReferenceKernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -397,7 +397,7 @@ def test_a_packed_weight_multiplies_as_it_did(kernels: Kernels, rows: int, dtype
         want = F.linear(x.double(), weight.double(), None if given is None else given.double())
         error = (kernels.linear(x, packed, given).double() - want).norm() / want.norm()
         assert error < (1e-6 if dtype == torch.float32 else 8e-3)
-    repacked = {PlainKernels: False, CpuKernels: packs(dtype), NativeKernels: True}
+    repacked = {ReferenceKernels: False, CpuKernels: packs(dtype), NativeKernels: True}
     assert (packed is not weight) == repacked[type(kernels)]
 
 
@@ -412,7 +412,7 @@ def test_a_sequence_s_keys_are_read_where_they_lie_or_gathered() -> None:
         context = torch.tensor([11], dtype=torch.int32)
         plan = AttentionPlan(one, context, table, torch.tensor([0]), torch.tensor([10]), 1, 11)
         results.append(kernels.attend(q, cache, values, plan, 0.3))
-        torch.testing.assert_close(results[-1], PlainKernels().attend(q, cache, values, plan, 0.3))
+        torch.testing.assert_close(results[-1], ReferenceKernels().attend(q, cache, values, plan, 0.3))
     assert not torch.equal(*results)
 
 

@@ -21,7 +21,7 @@ from llava.engine.kernels.cpu import build as native_build
 from llava.engine.kernels.cpu.kernels import CpuKernels
 from llava.engine.kernels.cpu.native import NativeKernels
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.reference import ReferenceKernels
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_layer_is_that_of_pytorch_s_operators(
     keys, values = torch.randn(2, 25, 16, kv_heads, width).to(dtype)
     slopes = torch.rand(heads)
     results = []
-    for kernels in (native, PlainKernels()):
+    for kernels in (native, ReferenceKernels()):
         k_cache, v_cache = keys.clone(), values.clone()
         q = kernels.rope_store_(qkv, cos, sin, plan, k_cache, v_cache, heads, kv_heads, **norms)
         out = kernels.attend(q, k_cache, v_cache, plan, 0.2)

@@ -22,7 +22,7 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """
     import torch
 
-    from llava.engine.kernels.reference import PlainKernels
+    from llava.engine.kernels.reference import ReferenceKernels
 
     if device.type == "cpu":
         from llava.engine.kernels.cpu import build as native_build
@@ -33,10 +33,10 @@ def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         return CpuKernels() if functions is None else NativeKernels(functions)
 
     if device.type != "cuda" or dtype == torch.float32 or find_spec("triton") is None:
-        return PlainKernels()
+        return ReferenceKernels()
     generation, _ = torch.cuda.get_device_capability(device)
     if generation < 8:
-        return PlainKernels()
+        return ReferenceKernels()
     from llava.engine.kernels.triton.kernels import TritonKernels
 
     return TritonKernels(device, overlap=generation >= 9)

@@ -38,7 +38,7 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
-class SamplingRows:
+class SamplingTensors:
     """How each row's token is chosen: first temperature, then top_k, top_p and min_p, each over what is left.
 
     A random number depends on the row's seed and position alone, so a row's token does not depend on its neighbours.
@@ -119,5 +119,5 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x (T, in) times the transposed weight (out, in)."""
 
-    def sample(self, logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
         """Tokens (S,) int64 and their log probabilities (S,) float32 under the softmax of `logits` (S, V) as given."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.engine.kernels.base import AttentionPlan, SamplingRows, Weight
+from llava.engine.kernels.base import AttentionPlan, SamplingTensors, Weight
 from llava.engine.kernels.philox import uniform
 from llava.engine.kernels.quantized import QuantizedWeight
 
 CACHED_WEIGHTS = 1 << 20  # so many weights at a time are expanded on a CPU: they stay in its cache until they are used
 
 
-class PlainKernels:
+class ReferenceKernels:
     """`Kernels` by PyTorch operators."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,7 +107,7 @@ class PlainKernels:
         out = _linear_int8(x, weight) if weight.kind == "int8" else F.linear(x, weight.dequantize(x.dtype))
         return out if bias is None else out + bias
 
-    def sample(self, logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
         logits = logits.float()
         tokens = logits.argmax(dim=-1)
         if not rows.all_greedy:
@@ -218,7 +218,7 @@ def _linear_int8(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return torch.cat(parts, dim=1) * scales
 
 
-def _draw(logits: Tensor, rows: SamplingRows) -> Tensor:
+def _draw(logits: Tensor, rows: SamplingTensors) -> Tensor:
     """One token for each row of (S, V), by inverting the cumulative distribution at the row's random number."""
     warm = torch.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
     scaled = logits / warm
@@ -230,7 +230,7 @@ def _draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _lowest_kept(scaled: Tensor, rows: SamplingRows) -> Tensor:
+def _lowest_kept(scaled: Tensor, rows: SamplingTensors) -> Tensor:
     """The smallest value (S, 1) that top_k, top_p and min_p all keep. Equal values are kept or dropped together."""
     ordered = scaled.sort(dim=-1, descending=True).values
     num_tokens = scaled.shape[1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.kernels.base import AttentionPlan, Weight
-from llava.engine.kernels.reference import PlainKernels, attend_rows, attend_sequence, decoding_mask, store_
+from llava.engine.kernels.reference import ReferenceKernels, attend_rows, attend_sequence, decoding_mask, store_
 
 
 @dataclass
@@ -36,7 +36,7 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class CpuKernels(PlainKernels):
+class CpuKernels(ReferenceKernels):
     """One object serves one thread at a time."""
 
     def __init__(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.engine.kernels.base import AttentionPlan, SamplingRows, Weight
-from llava.engine.kernels.reference import PlainKernels
+from llava.engine.kernels.base import AttentionPlan, SamplingTensors, Weight
+from llava.engine.kernels.reference import ReferenceKernels
 from llava.engine.kernels.triton import attention as triton_attention
 from llava.engine.kernels.triton import linear as triton_linear
 from llava.engine.kernels.triton import norm_rope as triton_rows
@@ -16,7 +16,7 @@ from llava.engine.kernels.triton.launch import INTERPRETED
 NUM_COUNTERS = 1 << 16  # more than a launch has tiles of output, or sequences times key heads
 
 
-class TritonKernels(PlainKernels):
+class TritonKernels(ReferenceKernels):
     """One object serves one stream at a time: kernels that split their work share its counters.
 
     `overlap` lets a kernel start while the one before it ends; it needs a Hopper GPU or a newer one.
@@ -89,5 +89,5 @@ class TritonKernels(PlainKernels):
             return triton_linear.gemv(x, weight, bias, overlap=self._overlap)
         return triton_linear.skinny(x, weight, bias, self._counters, overlap=self._overlap)
 
-    def sample(self, logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
         return triton_sampling.sample(logits, rows)

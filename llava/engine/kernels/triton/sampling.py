@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llava.engine.kernels.base import SamplingRows
+from llava.engine.kernels.base import SamplingTensors
 
 BLOCK = 4096
 LOWEST = tl.constexpr(-(2**31))  # below every number's integer
 
 
-def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
     num_rows, num_tokens = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
