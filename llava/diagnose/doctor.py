@@ -1,9 +1,8 @@
 """`llava doctor PATH`: find the cause of what goes wrong with a checkpoint, a data set, a training run or a server.
 
-In: a command line. Out: findings on stdout, for people or as JSON, and an exit status: 0 healthy, 1 if something was found,
-2 for a wrong call. What can be found is in diagnose/checks/findings.py; the checks are in
-diagnose/checks/checkpoint.py, diagnose/checks/dataset.py, diagnose/checks/training_config.py and
-diagnose/checks/server.py. With `--fix`, a copy is repaired and examined again.
+In: a command line. Out: findings on stdout, as text or JSON, and an exit status: 0 healthy, 1 if something was found, 2 for
+a wrong call. The causes are in checks/findings.py; the checks are in checks/checkpoint.py, checks/dataset.py,
+checks/training_config.py and checks/server.py. With `--fix`, a copy is repaired and examined again.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ import shutil
 import sys
 import textwrap
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from llava.cli.colors import Colors, wants_colors
 from llava.cli.program import ArgumentParser
-from llava.diagnose.checks.findings import CAUSES, Finding, Report
+from llava.diagnose.checks.findings import CAUSES, DoctorFinding, DoctorReport
 from llava.errors import InputError
 
 EXIT_FOUND = 1
@@ -104,24 +102,24 @@ def run(args: Namespace) -> int:
     else:
         print(as_text(report, Colors(wants_colors(sys.stdout)), verbose=args.verbose))
         if args.fix:
-            print(_told(args.fix, done, after))
+            print(_repair_text(args.fix, done, after))
     return EXIT_FOUND if report.findings else 0
 
 
 def kind_of(path: str) -> str:
-    """What a path is, by its form and its files."""
+    """Tell from a path's form and its files which of `KINDS` it is."""
     if re.match(r"https?://", path):
         return "server"
-    place = Path(path)
-    if place.is_dir() or not place.exists():
-        return "checkpoint"  # which may be a hub repository
-    if place.suffix.lower() in (".yaml", ".yml"):
-        text = place.read_text(encoding="utf-8", errors="replace")
+    file = Path(path)
+    if file.is_dir() or not file.exists():
+        return "checkpoint"  # or a hub repository
+    if file.suffix.lower() in (".yaml", ".yml"):
+        text = file.read_text(encoding="utf-8", errors="replace")
         return "data" if re.search(r"^datasets\s*:", text, flags=re.MULTILINE) else "config"
     return "data"
 
 
-def examine_path(kind: str, path: str, args: Namespace) -> Report:
+def examine_path(kind: str, path: str, args: Namespace) -> DoctorReport:
     if kind == "checkpoint":
         from llava.diagnose.checks.checkpoint import examine_checkpoint
 
@@ -145,15 +143,15 @@ def examine_path(kind: str, path: str, args: Namespace) -> Report:
     return examine_server(path, api_key=args.api_key, timeout=args.timeout)
 
 
-def repair(path: str, findings: Sequence[Finding], copy: Path) -> list[str]:
-    """Copy the input and make every repair that is known, each once; says what was done."""
+def repair(path: str, findings: Sequence[DoctorFinding], copy: Path) -> list[str]:
+    """Copy the input and apply every fix once; return what each of them changed."""
     source = Path(path)
     if source.is_dir():
         shutil.copytree(source, copy)
     else:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, copy)
-    fixes: list[Any] = []
+    fixes: list[Callable[[Path], str]] = []
     for finding in findings:
         if finding.fix is not None and finding.fix not in fixes:
             fixes.append(finding.fix)
@@ -162,7 +160,7 @@ def repair(path: str, findings: Sequence[Finding], copy: Path) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Findings say it; libraries and our own log need not say it as well."""
+    """Silence libraries and our own log within the block; findings report the same."""
     from llava.cli.terminal import quiet_libraries
 
     quiet_libraries()
@@ -175,10 +173,10 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-# For people
+# Text output
 
 
-def as_text(report: Report, colors: Colors, *, verbose: bool = False) -> str:
+def as_text(report: DoctorReport, colors: Colors, *, verbose: bool = False) -> str:
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.facts.items() if value is not None)
     lines = [colors(report.subject, "bold") + (f"  {colors(facts, 'dim')}" if facts else "")]
     for finding in report.findings:
@@ -195,8 +193,8 @@ def as_text(report: Report, colors: Colors, *, verbose: bool = False) -> str:
         ):
             if text:
                 lines += _wrapped(name, text, colors)
-    if verbose and report.looked:
-        lines += ["", *_wrapped("looked at", ", ".join(report.looked), colors)]
+    if verbose and report.checked:
+        lines += ["", *_wrapped("looked at", ", ".join(report.checked), colors)]
     if verbose or report.findings:
         reasons: dict[str, list[str]] = {}
         for check, why in report.skipped:
@@ -206,7 +204,7 @@ def as_text(report: Report, colors: Colors, *, verbose: bool = False) -> str:
     count = len(report.findings)
     if count:
         return "\n".join([*lines, "", f"{count} finding{'s' * (count > 1)}"])
-    return "\n".join([*lines, colors("nothing found", "green") + f" in {len(report.looked)} checks"])
+    return "\n".join([*lines, colors("nothing found", "green") + f" in {len(report.checked)} checks"])
 
 
 def _wrapped(name: str, text: str, colors: Colors) -> list[str]:
@@ -215,7 +213,7 @@ def _wrapped(name: str, text: str, colors: Colors) -> list[str]:
     return [colors(head, "dim") + body[0], *(" " * len(head) + line for line in body[1:])]
 
 
-def _told(copy: str, done: Sequence[str], after: Report | None) -> str:
+def _repair_text(copy: str, done: Sequence[str], after: DoctorReport | None) -> str:
     if after is None:
         return "nothing here can be repaired safely; no copy was written"
     left = f"left: {', '.join(after.codes)}" if after.findings else "examined again: nothing found"

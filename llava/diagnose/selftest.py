@@ -1,9 +1,8 @@
-"""`llava selftest`: the five things that whoever works on a LLaVA should be able to show, shown on a model.
+"""`llava selftest`: the five items of the road map's check list, run on a model.
 
-In: a model folder. Out: for each item what was done, with numbers, and whether it holds. The items are those of the road
-map's check list: from <image> to embeddings, the length by hand, the label mask, another projector trained and run (in
-diagnose/checks/projector_exercise.py), and an odd output traced to its cause. Exit status: 0 if all hold, 1 if one does
-not, 2 for a wrong call.
+In: a model folder. Out: for each item what was done, with numbers, and whether it holds: from <image> to embeddings, the
+length of a sequence by hand, the label mask, another projector trained and run (checks/projector_exercise.py), and an odd
+output traced to its cause. Exit status: 0 if all hold, 1 if one does not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import tempfile
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,12 +23,16 @@ from llava.cli.model_flags import add_loading_flags
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.checks.test_image import drawing
-from llava.diagnose.tracer.record import Notes, figures, told
+from llava.diagnose.checks.sample_image import QUESTION, prepare_question, sample_image
+from llava.diagnose.tracer.record import SelfTestItem, describe_stats, tensor_stats
 from llava.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.conversation import Conversation
     from llava.model.builder import LoadedModel
+    from llava.processor import ModelInputs
 
 EXIT_FAILED = 1
 EXAMPLES = """\
@@ -39,36 +41,7 @@ examples:
   llava selftest ./llava-v1.5-7b --skip-training   without the projector exercise, which needs a training step's memory
   llava selftest ./llava-v1.5-7b-lora --model-base ./vicuna-7b-v1.5 --json
 """
-QUESTION = "What is in this picture?"
 ANSWERS = ("A red circle and a blue square.", "Rome.")
-
-
-@dataclass
-class Item(Notes):
-    """One item of the list; `where` are the functions that it goes through, in their order."""
-
-    title: str
-    where: tuple[str, ...]
-    skipped: str = ""
-    seconds: float = field(default=0.0, init=False)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed and any(row.tone == "good" for row in self.rows)
-
-    def as_json(self) -> dict[str, Any]:
-        told = [(row.tone, {"label": row.label, "text": row.text}) for row in self.rows]
-        checks = [{**line, "holds": tone == "good"} for tone, line in told if tone in ("good", "bad")]
-        notes = [line for tone, line in told if tone not in ("good", "bad")]
-        state = "skipped" if self.skipped else "passed" if self.passed else "failed"
-        return {
-            "title": self.title,
-            "where": list(self.where),
-            "state": state,
-            "because": self.skipped or None,
-            "checks": checks,
-            "notes": notes,
-        }
 
 
 def build_parser() -> ArgumentParser:
@@ -115,21 +88,21 @@ def run(args: Namespace) -> int:
     return EXIT_FAILED if any(not item.passed and not item.skipped for item in items) else 0
 
 
-def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
-    """The five items in order; with `steps` 0 the projector exercise is left out."""
-    from llava.diagnose.checks.projector_exercise import try_another_projector
+def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[SelfTestItem]:
+    """Run the five items in order; with `steps` 0 the projector exercise is skipped."""
+    from llava.diagnose.checks.projector_exercise import exercise_projector
 
-    looks: list[Callable[[], Item]] = [
-        lambda: from_mark_to_embeddings(loaded),
-        lambda: length_by_hand(loaded),
-        lambda: label_mask(loaded),
-        lambda: try_another_projector(loaded, path, steps=steps),
-        lambda: odd_output(loaded),
+    checks: list[Callable[[], SelfTestItem]] = [
+        lambda: check_embeddings(loaded),
+        lambda: check_length(loaded),
+        lambda: check_label_mask(loaded),
+        lambda: exercise_projector(loaded, path, steps=steps),
+        lambda: check_odd_output(loaded),
     ]
     items = []
-    for look in looks:
+    for check in checks:
         started = time.perf_counter()
-        item = look()
+        item = check()
         item.seconds = time.perf_counter() - started
         items.append(item)
     return items
@@ -138,22 +111,14 @@ def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[Item]:
 # The items
 
 
-def ask(loaded: LoadedModel, question: str, num_images: int, **options: Any) -> tuple[Any, Any]:
-    """A conversation about drawn images, and the model's inputs for it."""
-    from llava.conversation import get_template, with_image_placeholders
-
-    assert loaded.processor is not None
-    conversation = get_template(loaded.conv_mode)
-    conversation.messages = []
-    question = with_image_placeholders(question, num_images, loaded.processor.image_placeholder)
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    images = [drawing(), drawing(inverted=True).resize((300, 500)), drawing().resize((640, 150))][:num_images]
-    return conversation, loaded.processor(conversation, images, **options)
+def ask(loaded: LoadedModel, num_images: int = 1) -> tuple[Conversation, ModelInputs]:
+    """Build a conversation about drawn images of different sizes, and the model's inputs for it."""
+    images = [sample_image(), sample_image(inverted=True).resize((300, 500)), sample_image().resize((640, 150))]
+    return prepare_question(loaded, QUESTION, images[:num_images])
 
 
-def spliced(loaded: LoadedModel, inputs: Any) -> Any:
-    """What `prepare_inputs_labels_for_multimodal` makes of inputs: embeddings and mask."""
+def splice_inputs(loaded: LoadedModel, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    """Run `prepare_inputs_labels_for_multimodal`; return embeddings (1, T, D) and mask (1, T)."""
     import torch
 
     ids = inputs.input_ids[None].to(loaded.model.device)
@@ -164,10 +129,10 @@ def spliced(loaded: LoadedModel, inputs: Any) -> Any:
     return embeds, mask
 
 
-def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
+def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
     import torch
 
-    item = Item(
+    item = SelfTestItem(
         "from <image> to embeddings",
         (
             "llava/text/tokenization.py:tokenizer_image_token",
@@ -178,20 +143,22 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
     )
     from llava.text.tokenization import tokenizer_image_token
 
-    conversation, inputs = ask(loaded, QUESTION, 1)
+    conversation, inputs = ask(loaded)
     ids = tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer)
     place = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else -1
-    item.say("prompt", conversation.get_prompt(), "text")
+    item.add("prompt", conversation.get_prompt(), "text")
     item.check(
-        "mark", ids.count(IMAGE_TOKEN_INDEX) == 1, f"one of {len(ids)} ids is {IMAGE_TOKEN_INDEX}, at place {place}"
+        "image token",
+        ids.count(IMAGE_TOKEN_INDEX) == 1,
+        f"one of {len(ids)} ids is {IMAGE_TOKEN_INDEX}, at index {place}",
     )
     item.check("processor", inputs.input_ids.tolist() == ids, "the processor's ids are those of tokenizer_image_token")
-    embeds, _ = spliced(loaded, inputs)
+    embeds, _ = splice_inputs(loaded, inputs)
     with torch.inference_mode():
         features = loaded.model.image_features(inputs.images, inputs.image_sizes)[0]
         text = loaded.model.get_input_embeddings()(torch.tensor([t for t in ids if t >= 0], device=loaded.model.device))
-    item.say("features", told(figures(features)))
-    item.say("embeddings", told(figures(embeds)))
+    item.add("features", describe_stats(tensor_stats(features)))
+    item.add("embeddings", describe_stats(tensor_stats(embeds)))
     stop = place + len(features)
     same = bool(torch.equal(embeds[0, place:stop], features.to(embeds)))
     item.check("image", same, f"positions {place} to {stop - 1} are the projector's features, number for number")
@@ -202,18 +169,18 @@ def from_mark_to_embeddings(loaded: LoadedModel) -> Item:
     return item
 
 
-def length_by_hand(loaded: LoadedModel) -> Item:
-    item = Item(
+def check_length(loaded: LoadedModel) -> SelfTestItem:
+    item = SelfTestItem(
         "the length of a sequence, by hand",
         ("llava/images/layout.py:plan", "llava/engine/hf_engine.py:measure_prompt", "llava/model/splice.py:pad"),
     )
     for number in range(4):
-        _, inputs = ask(loaded, QUESTION, number)
+        _, inputs = ask(loaded, number)
         text = sum(token >= 0 for token in inputs.input_ids.tolist())
         features = [layout.num_features for layout in inputs.layouts]
         total = text + sum(features)
         if number:
-            embeds, mask = spliced(loaded, inputs)
+            embeds, mask = splice_inputs(loaded, inputs)
             found, attended = embeds.shape[1], int(mask.sum())
         else:
             found = attended = len(inputs.input_ids)
@@ -224,8 +191,8 @@ def length_by_hand(loaded: LoadedModel) -> Item:
     return item
 
 
-def label_mask(loaded: LoadedModel) -> Item:
-    item = Item(
+def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
+    item = SelfTestItem(
         "the label mask of a batch",
         (
             "llava/conversation.py:Conversation.spans",
@@ -234,14 +201,14 @@ def label_mask(loaded: LoadedModel) -> Item:
         ),
     )
     from llava.conversation import answer_end, get_template
-    from llava.diagnose.tracer.training import marked_text
+    from llava.diagnose.tracer.training import trained_spans
     from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
     from llava.train.model_setup import prepare_tokenizer
 
     tokenizer, template = copy.deepcopy(loaded.tokenizer), get_template(loaded.conv_mode)
-    prepare_tokenizer(tokenizer, loaded.model, "v1")  # which gives it something to pad with
+    prepare_tokenizer(tokenizer, loaded.model, "v1")  # sets the padding token
     with tempfile.TemporaryDirectory() as scratch:
-        drawing().save(Path(scratch) / "drawing.png")
+        sample_image().save(Path(scratch) / "drawing.png")
         questions = (f"<image>\n{QUESTION}", "Where is the Pantheon?")
         records: list[dict[str, Any]] = [
             {"id": question, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
@@ -264,30 +231,30 @@ def label_mask(loaded: LoadedModel) -> Item:
         batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
     trained = labels != IGNORE_INDEX
-    item.say("batch", f"ids {list(ids.shape)}, labels {list(labels.shape)}, {int(trained.sum())} labels are trained")
+    item.add("batch", f"ids {list(ids.shape)}, labels {list(labels.shape)}, {int(trained.sum())} labels are trained")
     end = answer_end(template)
     for row, answer in enumerate(ANSWERS):
         text = tokenizer.decode([token for token in labels[row][trained[row]].tolist() if token >= 0])
-        item.mark(
-            f"row {row + 1}", marked_text(ids[row][mask[row]].tolist(), labels[row][mask[row]].tolist(), tokenizer)
+        item.add_spans(
+            f"row {row + 1}", trained_spans(ids[row][mask[row]].tolist(), labels[row][mask[row]].tolist(), tokenizer)
         )
         wanted = answer + end
         holds = "".join(text.split()) == "".join(wanted.split())
         item.check(
             f"row {row + 1}",
             holds,
-            f"trained is {text.strip()!r}: answer and end mark, no question",
+            f"trained is {text.strip()!r}: answer and end token, no question",
         )
-    item.check("image", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the image's mark")
+    item.check("image", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the image token")
     padding = int((~mask).sum())
-    item.check("padding", not bool(trained[~mask].any()), f"{IGNORE_INDEX} at all {padding} places of padding")
+    item.check("padding", not bool(trained[~mask].any()), f"{IGNORE_INDEX} at all {padding} positions of padding")
     item.check("labels", bool((labels[trained] == ids[trained]).all()), "every trained label is its own token")
     return item
 
 
-def odd_output(loaded: LoadedModel) -> Item:
-    """Leftover marks in an answer, looked for in the order: decoding, template, splice, stop text."""
-    item = Item(
+def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
+    """Look for special tokens left in an answer, in the order: decoding, template, splice, stop text."""
+    item = SelfTestItem(
         "an odd output, traced to its cause",
         (
             "llava/text/detokenizer.py:stream_decoder",
@@ -303,35 +270,41 @@ def odd_output(loaded: LoadedModel) -> Item:
 
     tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
     vocabulary = tokenizer.get_vocab()
-    marks = [mark for mark in ("<im_start>", "<im_end>", "<im_patch>", end, tokenizer.eos_token) if mark in vocabulary]
+    special = [
+        token for token in ("<im_start>", "<im_end>", "<im_patch>", end, tokenizer.eos_token) if token in vocabulary
+    ]
     word = tokenizer("yellow", add_special_tokens=False).input_ids
-    odd = [*word, *(vocabulary[mark] for mark in marks), *word]
+    odd = [*word, *(vocabulary[token] for token in special), *word]
     raw, clean = tokenizer.decode(odd), tokenizer.decode(odd, skip_special_tokens=True)
-    item.say("provoked", f"{len(odd)} ids with {', '.join(dict.fromkeys(marks))} among them, decoded: {raw!r}")
-    item.check("1 decoding", not any(mark in clean for mark in marks), f"skip_special_tokens leaves {clean!r}")
+    item.add("provoked", f"{len(odd)} ids with {', '.join(dict.fromkeys(special))} among them, decoded: {raw!r}")
+    item.check("1 decoding", not any(token in clean for token in special), f"skip_special_tokens leaves {clean!r}")
     looks_like_token = end.startswith("<") and end.endswith(">")
     size = len(tokenizer(end, add_special_tokens=False).input_ids)
     ends = f"{loaded.conv_mode} ends answers with {end!r}, {size} token{'s' * (size > 1)} here"
     item.check("2 template", size == 1 or not looks_like_token, ends)
-    conversation, inputs = ask(loaded, QUESTION, 1)
-    embeds, _ = spliced(loaded, inputs)
+    conversation, inputs = ask(loaded)
+    embeds, _ = splice_inputs(loaded, inputs)
     holds = embeds.shape[1] == inputs.num_tokens and conversation.get_prompt().count("<image>") == 1
-    item.check("3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none of them a mark")
+    item.check(
+        "3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none of them an image token"
+    )
     reader = IncrementalDetokenizer(tokenizer, [end])
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()
     item.check("4 stop text", reader.stopped and end not in text, f"after {end!r} nothing is shown: {text.strip()!r}")
-    answer = Session(loaded, sampling=Sampling(max_new_tokens=32), use_engine=False).answer(QUESTION, drawing())
-    item.say("answer", answer, "text")
-    left = [mark for mark in {*marks, "<image>"} if mark in answer]
-    item.check("answer", not left, "no mark is left in a real answer" if not left else f"left over: {', '.join(left)}")
+    answer = Session(loaded, sampling=Sampling(max_new_tokens=32), use_engine=False).answer(QUESTION, sample_image())
+    item.add("answer", answer, "text")
+    left = [token for token in {*special, "<image>"} if token in answer]
+    item.check(
+        "answer", not left, "no special token is left in a real answer" if not left else f"left over: {', '.join(left)}"
+    )
     return item
 
 
-# For people
+# Text output
 
 
-def as_text(path: str, items: Sequence[Item]) -> str:
+def as_text(path: str, items: Sequence[SelfTestItem]) -> str:
     from llava.diagnose.tracer.text import show_rows, text_width
 
     colors, blocks, width = Colors(wants_colors(sys.stdout)), shows_unicode(sys.stdout), text_width()

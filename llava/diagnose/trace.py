@@ -1,7 +1,7 @@
-"""`llava trace`: one question, or one training sample, with everything that happens on the way.
+"""`llava trace`: show every step between a question and its answer, or of a training step on one sample.
 
-In: images and a question, or a data file and the number of a sample. Out: every point on stdout, for people or as JSON,
-and with `--html` a page. Exit status: 0 if every check holds, 1 if one does not, 2 for a wrong call.
+In: images and a question, or a data file and the number of a sample. Out: every point on stdout, as text or JSON, and with
+`--html` a page. Exit status: 0 if every check holds, 1 if one does not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_model_flags
 from llava.cli.program import ArgumentParser
 from llava.conversation import check_question, get_template
-from llava.diagnose.tracer.record import POINTS
+from llava.diagnose.tracer.record import POINTS, Trace
 from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
 
@@ -46,9 +45,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
     add_model_flags(parser, bits=False)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
     )
@@ -110,17 +107,21 @@ def _trace_question(args: Namespace) -> int:
         )
     from llava.diagnose.tracer.generation import trace_question
 
-    answered = trace_question(
+    traced = trace_question(
         loaded, images, question, sampling=sampling, conv_mode=args.conv_mode, break_at=args.break_at
     )
     page = None
     if args.html:
-        from llava.diagnose.tracer.attention import look
+        from llava.diagnose.tracer.attention import compute_views
         from llava.diagnose.tracer.html import page_of_answer
 
-        page = page_of_answer(answered, look(answered, gradients=not args.no_gradients))
-    head = {"question": question, "images": sources, "answer": answered.answer.text if answered.answer else None}
-    return _show(args, answered.record, head, page)
+        page = page_of_answer(traced, compute_views(traced, gradients=not args.no_gradients))
+    head: dict[str, object] = {
+        "question": question,
+        "images": sources,
+        "answer": traced.answer.text if traced.answer else None,
+    }
+    return _show(args, traced.record, head, page)
 
 
 def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
@@ -146,7 +147,7 @@ def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
     return _show(args, record, {"data": args.data, "index": args.index}, page)
 
 
-def _show(args: Namespace, record: Any, head: dict[str, Any], page: str | None) -> int:
+def _show(args: Namespace, record: Trace, head: dict[str, object], page: str | None) -> int:
     from llava.diagnose.tracer.text import as_text
 
     if page is not None:

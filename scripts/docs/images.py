@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageEnhance
 
 from llava.assets import embedded_model_path
-from llava.diagnose.tracer.attention import Views, look
-from llava.diagnose.tracer.generation import Answered, trace_question
+from llava.diagnose.tracer.attention import AttentionViews, compute_views
+from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.html import page_of_answer
 from llava.images.layout import ImagePolicy, feature_boxes, plan, tile_areas
 from llava.model.builder import load
@@ -38,14 +38,14 @@ def main() -> None:
     answered = trace_question(
         loaded, [LoadedImage.open(str(ROOT / "images/demo.jpg"))], "What do you see in this picture?"
     )
-    views = look(answered)
+    views = compute_views(answered)
     assert views is not None
     words_and_places(answered, views).save(TARGET / "looked-at.png", optimize=True)
     tiles(ROOT / "images/wide.png").save(TARGET / "tiles.png", optimize=True)
     screenshot(page_of_answer(answered, views), TARGET / "trace-page.png")
 
 
-def words_and_places(answered: Answered, views: Views) -> Image.Image:
+def words_and_places(answered: TracedAnswer, views: AttentionViews) -> Image.Image:
     """The image once for every word of the answer, lit where the gradient says that it mattered."""
     assert answered.answer is not None
     assert views.relevance is not None

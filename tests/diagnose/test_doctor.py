@@ -39,8 +39,8 @@ def among_the_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_checkpoints_are_healthy(name: str) -> None:
     report = examine_checkpoint(golden(f"checkpoints/{name}"))
     assert report.codes == [], report.findings
-    assert "numbers" in report.looked
-    assert "trial run" in report.looked
+    assert "numbers" in report.checked
+    assert "smoke test" in report.checked
 
 
 def test_the_embedded_model_is_healthy() -> None:
@@ -54,7 +54,7 @@ def test_the_embedded_model_is_healthy() -> None:
 def test_built_models_are_healthy(language_model: str, settings: dict[str, object], tmp_path: Path) -> None:
     report = examine_checkpoint(tiny.build(tmp_path / "model", language_model, conv_mode="llava_v1", **settings))
     assert report.codes == [], report.findings
-    assert "trial run" in report.looked
+    assert "smoke test" in report.checked
 
 
 # Broken
@@ -110,7 +110,7 @@ def test_a_model_too_large_for_this_machine_is_not_run(tmp_path: Path, monkeypat
     monkeypatch.setattr("llava.diagnose.checks.checkpoint_weights.free_memory", lambda: 1000)
     report = examine_checkpoint(tiny.build(tmp_path / "model"))
     assert report.codes == []
-    assert [check for check, _ in report.skipped] == ["trial run"]
+    assert [check for check, _ in report.skipped] == ["smoke test"]
 
 
 def test_every_cause_is_met_by_a_test() -> None:

@@ -20,7 +20,7 @@ from golden_data import HERE, golden
 from llava.data.reader import read_model
 from llava.diagnose import doctor as program
 from llava.diagnose.checks.dataset import examine_data
-from llava.diagnose.checks.findings import Report
+from llava.diagnose.checks.findings import DoctorReport
 from llava.diagnose.checks.server import examine_server
 from llava.diagnose.checks.training_config import examine_training
 
@@ -38,7 +38,7 @@ def write_samples(file: Path, change: faults.Change = lambda samples: None) -> P
     return file
 
 
-def examine_samples(file: Path) -> Report:
+def examine_samples(file: Path) -> DoctorReport:
     return examine_data(file, image_folder="images", reader=read_model(golden(f"checkpoints/{faults.VICUNA}")))
 
 

@@ -104,7 +104,7 @@ def test_questions_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_projector_that_learns_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(exercise, "_exchange_projector", lambda model: None)
+    monkeypatch.setattr(exercise, "_replace_projector", lambda model: None)
     assert states(tiny.build(tmp_path / "model"), steps=2)[3] is False
 
 

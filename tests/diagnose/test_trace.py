@@ -15,8 +15,8 @@ from trace_kit import ANSWERING, QUESTION, star
 
 import llava
 from llava.assets import embedded_model_path
-from llava.diagnose.tracer.attention import look
-from llava.diagnose.tracer.generation import Answered, trace_question
+from llava.diagnose.tracer.attention import compute_views
+from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.hooks import trace
 from llava.diagnose.tracer.hooks_sequence import segments
 from llava.diagnose.tracer.record import POINTS
@@ -38,7 +38,7 @@ def embedded() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def answered(embedded: LoadedModel) -> Answered:
+def answered(embedded: LoadedModel) -> TracedAnswer:
     return trace_question(embedded, [star()], QUESTION)
 
 
@@ -51,7 +51,7 @@ def test_every_point_names_a_function_that_exists() -> None:
         assert name in defined_in(ROOT / path), point.where
 
 
-def test_all_points_come_in_the_order_of_the_flow(answered: Answered) -> None:
+def test_all_points_come_in_the_order_of_the_flow(answered: TracedAnswer) -> None:
     assert [seen.point for seen in answered.record] == ANSWERING
     assert answered.record.failed == []
 
@@ -72,7 +72,7 @@ def test_recorded_models_pass_every_check(name: str) -> None:
     seen = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=4))
     assert [point.point for point in seen.record] == ANSWERING
     assert seen.record.failed == []
-    views = look(seen)
+    views = compute_views(seen)
     assert views is not None
     assert views.agreement is not None
     assert views.agreement < 1e-4
@@ -86,20 +86,20 @@ def test_built_models_pass_every_check(language_model: str, settings: dict[str, 
     seen = trace_question(loaded, [star()], QUESTION, sampling=Sampling(max_new_tokens=3))
     assert seen.record.failed == []
     assert len(seen.record["layers"]["layers"]) == 2
-    assert look(seen) is not None
+    assert compute_views(seen) is not None
 
 
 # What it shows is what happens
 
 
-def test_the_answer_is_that_of_an_untraced_run(answered: Answered, embedded: LoadedModel) -> None:
+def test_the_answer_is_that_of_an_untraced_run(answered: TracedAnswer, embedded: LoadedModel) -> None:
     assert answered.answer is not None
     assert answered.answer.text == Session(embedded).answer(QUESTION, star().image) == "The star is yellow."
     assert answered.record["text"]["raw"] == " The star is yellow.</s>"
     assert answered.record["text"]["leftover"] == []
 
 
-def test_ids_and_lengths_are_those_of_the_functions(answered: Answered, embedded: LoadedModel) -> None:
+def test_ids_and_lengths_are_those_of_the_functions(answered: TracedAnswer, embedded: LoadedModel) -> None:
     record = answered.record
     ids = tokenizer_image_token(record["prompt"]["text"], embedded.tokenizer)
     assert record["input_ids"]["ids"] == ids
@@ -121,7 +121,7 @@ def test_the_limit_is_shown_before_and_after_it_is_cut(embedded: LoadedModel) ->
     )
 
 
-def test_features_are_those_of_tower_and_projector(answered: Answered, embedded: LoadedModel) -> None:
+def test_features_are_those_of_tower_and_projector(answered: TracedAnswer, embedded: LoadedModel) -> None:
     record, tower = answered.record, embedded.model.get_vision_tower()
     pixels = llava.mm_utils.process_images([star().image], embedded.image_processor, embedded.model.config)
     assert record["pixels"]["images"][0]["shape"] == list(pixels.shape[1:])
@@ -134,7 +134,7 @@ def test_features_are_those_of_tower_and_projector(answered: Answered, embedded:
     assert {name: facts["shape"] for name, facts in record["projector"]["weights"].items()} == weights
 
 
-def test_candidates_are_the_models_own(answered: Answered, embedded: LoadedModel) -> None:
+def test_candidates_are_the_models_own(answered: TracedAnswer, embedded: LoadedModel) -> None:
     ids = torch.tensor([answered.ids])
     with torch.inference_mode():
         logits = embedded.model(input_ids=ids, images=answered.pixels, image_sizes=[(448, 448)]).logits[0, -1]
@@ -163,7 +163,7 @@ def test_segments_are_where_the_splice_puts_things() -> None:
     assert drawn == found
 
 
-def test_batches_are_watched_row_by_row(embedded: LoadedModel, answered: Answered) -> None:
+def test_batches_are_watched_row_by_row(embedded: LoadedModel, answered: TracedAnswer) -> None:
     ids = torch.tensor([answered.ids, [0] * 4 + answered.ids[4:]])
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -221,9 +221,9 @@ def test_hooks_and_wrappers_are_taken_away(embedded: LoadedModel) -> None:
     assert functions == (processor.encode_spans, processor.process_images, processor.plan, PromptSize.room)
 
 
-def test_looking_at_attention_leaves_the_model_as_it_was(answered: Answered, embedded: LoadedModel) -> None:
+def test_looking_at_attention_leaves_the_model_as_it_was(answered: TracedAnswer, embedded: LoadedModel) -> None:
     before = traces_left(embedded.model), embedded.model.config._attn_implementation
-    look(answered)
+    compute_views(answered)
     assert (traces_left(embedded.model), embedded.model.config._attn_implementation) == before
     assert all(parameter.grad is None for parameter in embedded.model.parameters())
 
@@ -231,9 +231,9 @@ def test_looking_at_attention_leaves_the_model_as_it_was(answered: Answered, emb
 # Attention and relevance
 
 
-def test_attention_is_that_of_the_language_model(answered: Answered) -> None:
+def test_attention_is_that_of_the_language_model(answered: TracedAnswer) -> None:
     """Against transformers' own way of handing attention out, in a model that was loaded for it."""
-    views = look(answered, gradients=False)
+    views = compute_views(answered, gradients=False)
     assert views is not None
     assert views.attention is not None
     assert answered.answer is not None
@@ -246,9 +246,9 @@ def test_attention_is_that_of_the_language_model(answered: Answered) -> None:
     torch.testing.assert_close(views.attention, expected[:, positions][:, :, 5:69], atol=1e-6, rtol=1e-4)
 
 
-def test_relevance_is_what_a_change_of_a_feature_does(answered: Answered, embedded: LoadedModel) -> None:
+def test_relevance_is_what_a_change_of_a_feature_does(answered: TracedAnswer, embedded: LoadedModel) -> None:
     """Each feature made a little larger, and the change of the log-probability of "yellow"."""
-    views = look(answered)
+    views = compute_views(answered)
     assert views is not None
     assert views.relevance is not None
     assert answered.answer is not None
@@ -273,9 +273,9 @@ def test_relevance_is_what_a_change_of_a_feature_does(answered: Answered, embedd
             assert float(views.relevance[step, feature]) == pytest.approx(change, rel=0.02, abs=1e-6)
 
 
-def test_yellow_was_read_off_the_star(answered: Answered) -> None:
+def test_yellow_was_read_off_the_star(answered: TracedAnswer) -> None:
     """The star is in the upper middle of the image: rows 0 to 2 and columns 2 to 5 of 8 x 8."""
-    views = look(answered)
+    views = compute_views(answered)
     assert views is not None
     assert views.relevance is not None
     grid = views.relevance[3].reshape(8, 8)

@@ -22,8 +22,8 @@ from PIL import Image
 from repository import ROOT
 
 from llava.assets import embedded_model_path
-from llava.diagnose.tracer.attention import Views, look
-from llava.diagnose.tracer.generation import Answered, trace_question
+from llava.diagnose.tracer.attention import AttentionViews, compute_views
+from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.html import page_of_answer, page_of_sample
 from llava.diagnose.tracer.training import trace_sample
 from llava.engine.hf_engine import Sampling
@@ -110,10 +110,10 @@ def test_every_feature_has_its_box(merge: str, size: tuple[int, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def traced() -> tuple[Answered, Views]:
+def traced() -> tuple[TracedAnswer, AttentionViews]:
     loaded = load(embedded_model_path(), device="cpu")
     answered = trace_question(loaded, [LoadedImage.open(str(ROOT / "images/demo.jpg"))], QUESTION)
-    views = look(answered)
+    views = compute_views(answered)
     assert views is not None
     return answered, views
 
@@ -124,7 +124,7 @@ def data_of(page: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_the_page_needs_nothing_else(traced: tuple[Answered, Views]) -> None:
+def test_the_page_needs_nothing_else(traced: tuple[TracedAnswer, AttentionViews]) -> None:
     answered, views = traced
     page = page_of_answer(dataclasses.replace(answered, question=HOSTILE), views)
     assert page.count("</script>") == 2
@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_else(traced: tuple[Answered, Views]) -> None:
     assert data_of(page)["question"] == HOSTILE
 
 
-def test_the_page_has_the_views_as_they_are(traced: tuple[Answered, Views]) -> None:
+def test_the_page_has_the_views_as_they_are(traced: tuple[TracedAnswer, AttentionViews]) -> None:
     _, views = traced
     data = data_of(page_of_answer(*traced))
     by_key = {view["key"]: view for view in data["views"]}
@@ -214,7 +214,9 @@ SCRIPT = """(() => {
 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_what_the_trace_says(traced: tuple[Answered, Views], tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_what_the_trace_says(
+    traced: tuple[TracedAnswer, AttentionViews], tmp_path: Path, width: int
+) -> None:
     answered, views = traced
     shown = browse(page_of_answer(answered, views), tmp_path, SCRIPT, width=width)
     assert shown["errors"] == []
@@ -241,7 +243,7 @@ def test_the_brightest_patch_is_the_one_that_mattered_most(tmp_path: Path) -> No
     answered = trace_question(
         loaded, [LoadedImage.open(str(tmp_path / "grey.png"))], "What is this?", sampling=Sampling(max_new_tokens=4)
     )
-    views = look(answered)
+    views = compute_views(answered)
     assert views is not None
     assert views.relevance is not None
     found = browse(page_of_answer(answered, views), tmp_path, SCRIPT)["found"]
@@ -256,7 +258,7 @@ def test_tiles_and_training_samples_have_pages_too(tmp_path: Path, monkeypatch: 
     images = [LoadedImage.open("images/text_200x80.png"), LoadedImage.open("images/noise_40x90.png")]
     answered = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=3))
     count = "({ images: document.querySelectorAll('canvas').length, parts: !$('part-label').hidden })"
-    shown = browse(page_of_answer(answered, look(answered)), tmp_path, count, width=390)
+    shown = browse(page_of_answer(answered, compute_views(answered)), tmp_path, count, width=390)
     assert shown == {"found": {"images": 2, "parts": True}, "errors": [], "wide": shown["wide"]}
     assert shown["wide"] <= 390
 

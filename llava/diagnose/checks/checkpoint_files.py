@@ -1,7 +1,8 @@
-"""A checkpoint's files, each read by itself, so that one damaged file does not hide another.
+"""Checks of a checkpoint's files, each read by itself, so that one damaged file does not hide another.
 
-In: a model folder, perhaps its base. Out: `Checkpoint`, what could be read of it, and the faults of its files. Headers
-only, no torch: how the pieces fit together is checkpoint_vision.py's, checkpoint_text.py's and checkpoint_weights.py's.
+In: a model folder, perhaps its base. Out: `ExaminedCheckpoint`, its parts as far as they can be read, and findings. Only
+headers are read, without torch. Whether the parts fit together is checked in checkpoint_vision.py, checkpoint_text.py and
+checkpoint_weights.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava.diagnose.checks.findings import Finding, found
+from llava.diagnose.checks.findings import DoctorFinding, Fix, found
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.hf_layout import translate_config
@@ -37,17 +38,17 @@ COPY_AGAIN = "copy or download the file again, and compare its size with the ori
 
 
 @dataclass
-class Checkpoint:
-    """A model folder under examination. What is not annotated as optional is there once the checks before it passed."""
+class ExaminedCheckpoint:
+    """A model folder under examination. A property can be read once the checks before it have passed."""
 
     folder: Path
-    base: Checkpoint | None = None
-    base_named: str | None = None  # the base that was asked for, or that the folder's own files name
-    extras: dict[str, Any] = field(default_factory=dict)  # what checks leave for later ones: tower, tokenizer
+    base: ExaminedCheckpoint | None = None
+    base_named: str | None = None  # the base that was given, or that the folder's own files name
+    extras: dict[str, Any] = field(default_factory=dict)  # results of checks for later ones: tower, tokenizer
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json as it stands; empty for an adapter that has none."""
+        """config.json as stored; empty for an adapter without one."""
         return read_config(self.folder, required=not (self.folder / ADAPTER_CONFIG).is_file())
 
     @cached_property
@@ -56,7 +57,7 @@ class Checkpoint:
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
-        """The config in the original layout; an adapter without one has its base's."""
+        """The config in the original layout; for an adapter without one, its base's."""
         values = self.info.config
         if self.info.kind == "transformers":
             return translate_config(values, folder=self.folder)
@@ -73,28 +74,31 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
-        """Every stored tensor by published name, the base's beneath the folder's own."""
+        """Every stored tensor by its published name; the folder's own override the base's."""
         below = self.base.tensors if self.base is not None else {}
         return {**below, **self.info.tensors, **self.info.extras}
 
     def named(self, ending: str) -> TensorHeader | None:
-        """The stored tensor whose name ends so."""
+        """Return the stored tensor whose name ends with `ending`."""
         return next((h for name, h in self.tensors.items() if name == ending or name.endswith("." + ending)), None)
 
 
-def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """A folder to examine. Its base is looked for where loading would look, and is not there if that is nowhere."""
+def open_checkpoint(path: str | Path, base: str | Path | None = None) -> ExaminedCheckpoint:
+    """Open a folder to examine. Without `base`, `check_base` looks for the base where loading would."""
     folder = resolve_checkpoint(path)
-    checkpoint = Checkpoint(folder)
+    checkpoint = ExaminedCheckpoint(folder)
     if base is not None:
-        checkpoint.base, checkpoint.base_named = Checkpoint(resolve_checkpoint(base, what="base model")), str(base)
+        checkpoint.base, checkpoint.base_named = (
+            ExaminedCheckpoint(resolve_checkpoint(base, what="base model")),
+            str(base),
+        )
     return checkpoint
 
 
 # Checks
 
 
-def check_config(checkpoint: Checkpoint) -> Iterator[Finding]:
+def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     try:
         checkpoint.config  # noqa: B018  # read once, kept for the checks that follow
     except InputError as error:
@@ -116,8 +120,8 @@ def check_config(checkpoint: Checkpoint) -> Iterator[Finding]:
             )
 
 
-def check_weight_files(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Every weight file by itself: there, whole, and with the tensors that the index places in it."""
+def check_weight_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check that every weight file exists, is whole, and holds the tensors that the index places in it."""
     folder = checkpoint.folder
     form = next(((name, indexed) for name, indexed in WEIGHT_FORMS if (folder / name).is_file()), None)
     if form is not None and form[1]:
@@ -131,14 +135,14 @@ def check_weight_files(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield from _readable(folder / name)
 
 
-def _readable(file: Path) -> Iterator[Finding]:
+def _readable(file: Path) -> Iterator[DoctorFinding]:
     try:
         read_headers(file)
     except InputError as error:
         yield found("shard-corrupt", str(error), COPY_AGAIN, file=str(file), bytes=file.stat().st_size)
 
 
-def _indexed(index: Path) -> Iterator[Finding]:
+def _indexed(index: Path) -> Iterator[DoctorFinding]:
     try:
         weight_map = read_json(index).get("weight_map")
     except InputError as error:
@@ -185,8 +189,8 @@ def _indexed(index: Path) -> Iterator[Finding]:
         )
 
 
-def _numbered(folder: Path) -> Iterator[Finding]:
-    """Shards without an index, or no weights of a model at all."""
+def _numbered(folder: Path) -> Iterator[DoctorFinding]:
+    """Check shards without an index, and folders without a model's weights."""
     shards = {int(match[1]): match for file in sorted(folder.iterdir()) if (match := SHARD.fullmatch(file.name))}
     if shards:
         total = max(int(match[2]) for match in shards.values())
@@ -213,11 +217,11 @@ def _numbered(folder: Path) -> Iterator[Finding]:
         )
 
 
-def check_base(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A projector or an adapter stands on a base model."""
+def check_base(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Find the base model of a projector or an adapter."""
     try:
         info = checkpoint.info
-    except InputError as error:  # what a whole folder looks like, when each of its files is readable
+    except InputError as error:  # each file is readable, but together they are no checkpoint
         yield found("weights-config", str(error), "compare the folder with the one that it was copied from")
         return
     if not info.needs_base or checkpoint.base is not None:
@@ -236,19 +240,19 @@ def check_base(checkpoint: Checkpoint) -> Iterator[Finding]:
             base=hint,
         )
         return
-    checkpoint.base, checkpoint.base_named = Checkpoint(place), hint
+    checkpoint.base, checkpoint.base_named = ExaminedCheckpoint(place), hint
 
 
-def check_base_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+def check_base_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     if checkpoint.base is not None:
         yield from check_config(checkpoint.base)
         yield from check_weight_files(checkpoint.base)
 
 
-# Repairs, on a copy of the folder
+# Fixes, applied to a copy of the folder
 
 
-def _delete(name: str) -> Any:
+def _delete(name: str) -> Fix:
     def fix(folder: Path) -> str:
         (folder / name).unlink()
         return f"deleted {name}"
@@ -256,8 +260,8 @@ def _delete(name: str) -> Any:
     return fix
 
 
-def set_in_json(name: str, **values: Any) -> Any:
-    """A repair that sets keys of a JSON file of the folder; None takes a key away."""
+def set_in_json(name: str, **values: object) -> Fix:
+    """Make a fix that sets keys of a JSON file in the folder; None removes a key."""
 
     def fix(folder: Path) -> str:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -273,8 +277,8 @@ def set_in_json(name: str, **values: Any) -> Any:
     return fix
 
 
-def _rebuild_index(name: str) -> Any:
-    """A repair that writes the index anew from what the shards hold."""
+def _rebuild_index(name: str) -> Fix:
+    """Make a fix that rebuilds the index from the headers of the shards."""
 
     def fix(folder: Path) -> str:
         suffix = ".safetensors" if "safetensors" in name else ".bin"

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's words fit together: tokenizer, special tokens, vocabulary rows, template, room in the context.
+"""Checks of a checkpoint's text side: tokenizer, special tokens, embedding rows, template, context length.
 
-In: a `Checkpoint` whose files can be read. Out: findings. The tokenizer is loaded as loading loads it; of the weights only
-headers are looked at.
+In: an `ExaminedCheckpoint` whose files can be read. Out: findings. The tokenizer is loaded as `llava.load` loads it; of the
+weights only headers are read.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from llava.conversation import Conversation, answer_end, conv_templates, get_template
-from llava.diagnose.checks.checkpoint_files import Checkpoint, set_in_json
-from llava.diagnose.checks.findings import Finding, Skipped, found
+from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
 from llava.errors import InputError
 from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
-from llava.model import tokenizer_setup as belongings
+from llava.model import tokenizer_setup
 
 SAMPLE = "The star is yellow."
 QUESTION, ANSWER = "What colour is the star?", "It is yellow."
-# Templates whose models were trained on LLaMA's tokens, begin token included.
+# Templates whose models were trained with LLaMA's begin token.
 LLAMA_TEMPLATES = ("llava_v1", "vicuna_v1", "v1", "llava_llama_2", "llava_v0", "v0")
 MARKERS = ("<im_patch>", "<im_start>", "<im_end>")
-# Fewer tokens than this share of the rows, and the tokenizer is another model's (rows are padded, but not doubled).
+# A tokenizer with a smaller share of the embedding rows is another model's (rows are padded, but not doubled).
 LEAST_SHARE = 0.5
 
 
-def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+def tokenizer_folder(checkpoint: ExaminedCheckpoint) -> Path:
     own = checkpoint.folder
     return own if holds_tokenizer(own) or checkpoint.base is None else checkpoint.base.folder
 
 
-def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Loads, knows where it ends, and gives text back as it was."""
+def check_tokenizer(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check that the tokenizer loads and decodes what it encoded."""
     folder = tokenizer_folder(checkpoint)
     if not holds_tokenizer(folder):
         yield found(
@@ -48,8 +48,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
     try:
         bare = tokenization.load_tokenizer(folder)
-        # As loading does it, with the marker tokens that the config asks for.
-        tokenizer = belongings.read_tokenizer(folder, belongings.ConfigView(checkpoint.values))
+        # As loading does, with the marker tokens that the config asks for.
+        tokenizer = tokenizer_setup.read_tokenizer(folder, tokenizer_setup.ConfigView(checkpoint.values))
     except InputError as error:
         yield found("tokenizer-unreadable", str(error), "copy the tokenizer's files again", folder=str(folder))
         return
@@ -68,11 +68,11 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 TOKENIZERS = ", ".join(TOKENIZER_FILES)
 
 
-def check_template(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The template that will be used, against the vocabulary and against the tokenizer's own chat template."""
+def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check the conversation template against the vocabulary and the tokenizer's chat template."""
     declared = checkpoint.values.get("conv_mode")
     tokenizer = checkpoint.extras["tokenizer"]
-    name = belongings.conv_mode(checkpoint.values, tokenizer, checkpoint.folder.name)
+    name = tokenizer_setup.conv_mode(checkpoint.values, tokenizer, checkpoint.folder.name)
     checkpoint.extras["template"] = name
     if declared is not None and declared not in conv_templates:
         yield found(
@@ -86,8 +86,8 @@ def check_template(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from judge_template(tokenizer, get_template(name), name)
 
 
-def judge_template(tokenizer: Any, template: Conversation, name: str) -> Iterator[Finding]:
-    """A template against a tokenizer: its end mark has to be a token, and chat templates have to frame turns alike."""
+def judge_template(tokenizer: Any, template: Conversation, name: str) -> Iterator[DoctorFinding]:
+    """Check a template against a tokenizer: its end text is a token, and the chat template frames turns alike."""
     end = answer_end(template)
     looks_like_token = end.startswith("<") and end.endswith(">")
     known = tokenizer.convert_tokens_to_ids(end) if looks_like_token else None
@@ -126,14 +126,14 @@ def _rendered(template: Conversation, turns: list[dict[str, str]]) -> str:
 
 
 def _framing(render: Any, tokenizer: Any) -> tuple[str, str, str] | None:
-    """What stands between the turns of a dialogue: before a later question, between question and answer, and at the end."""
+    """Return the text before a later question, between question and answer, and at the end of a dialogue."""
     if not tokenizer.chat_template:
         return None
     words = ["first question", "first answer", "second question", "second answer"]
     roles = ["user", "assistant", "user", "assistant"]
     try:
         text = render([{"role": role, "content": word} for role, word in zip(roles, words, strict=True)])
-    except Exception:  # a chat template is a program of its own, which may want images, tools or a system text
+    except Exception:  # a chat template is a program, which may require images, tools or a system text
         return None
     places = [text.find(word) for word in words]
     if -1 in places or places != sorted(places):
@@ -143,8 +143,8 @@ def _framing(render: Any, tokenizer: Any) -> tuple[str, str, str] | None:
     return before_question, text[ends[2] : places[3]].strip(), text[ends[3] :].strip()
 
 
-def check_special_tokens(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What opens a prompt, what stops an answer, what a mask hides, and what decoding leaves out."""
+def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check the begin token, the end tokens, the padding token, and the tokens that decoding leaves out."""
     tokenizer, name = checkpoint.extras["tokenizer"], checkpoint.extras["template"]
     template = get_template(name)
     prompt = _rendered(template, [{"content": QUESTION}, {"content": ANSWER}])
@@ -182,11 +182,11 @@ def check_special_tokens(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _holds_own_tokenizer(checkpoint: Checkpoint) -> bool:
+def _holds_own_tokenizer(checkpoint: ExaminedCheckpoint) -> bool:
     return tokenizer_folder(checkpoint) == checkpoint.folder
 
 
-def _end_token(checkpoint: Checkpoint, tokenizer: Any, end: str) -> Iterator[Finding]:
+def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> Iterator[DoctorFinding]:
     stops = set(_as_list(checkpoint.values.get("eos_token_id")))
     file = checkpoint.folder / "generation_config.json"
     if file.is_file():
@@ -209,7 +209,7 @@ def _end_token(checkpoint: Checkpoint, tokenizer: Any, end: str) -> Iterator[Fin
         )
 
 
-def _special_marks(checkpoint: Checkpoint, tokenizer: Any, end: str) -> Iterator[Finding]:
+def _special_marks(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> Iterator[DoctorFinding]:
     vocabulary = tokenizer.get_vocab()
     left = {
         mark: text
@@ -230,11 +230,11 @@ def _as_list(value: Any) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-def check_vocabulary(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Embedding rows, output rows, vocab_size and the tokenizer's tokens, as four numbers that have to agree."""
+def check_vocabulary(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check that embedding rows, output rows, vocab_size and the tokenizer's size agree."""
     table = checkpoint.named("embed_tokens.weight") or checkpoint.named("wte.weight")
     if table is None or len(table.shape) != 2:
-        raise Skipped("no embedding table is stored under a known name")
+        raise CheckSkipped("no embedding table is stored under a known name")
     rows, tokens = table.shape[0], len(checkpoint.extras["tokenizer"])
     without_markers = checkpoint.extras["size_without_markers"]
     size = checkpoint.values.get("vocab_size")
@@ -285,15 +285,15 @@ def check_vocabulary(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_room(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The largest image and a short question against the context."""
+def check_context(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check that the largest image and a short question fit into the context."""
     policy = checkpoint.extras["policy"]  # of check_tiles
     tokenizer = checkpoint.extras["tokenizer"]
     prompt = _rendered(get_template(checkpoint.extras["template"]), [{"content": QUESTION}])
     text = len(tokenizer(prompt).input_ids)
     sizes = policy.pinpoints if policy.mode == "anyres" else (ImageSize(policy.tile_size, policy.tile_size),)
     size, features = max(((size, plan(size, policy).num_features) for size in sizes), key=lambda pair: pair[1])
-    room = belongings.context_len(checkpoint.view)
+    room = tokenizer_setup.context_len(checkpoint.view)
     if text + features >= room:
         yield found(
             "context-short",

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's eyes fit together: settings, tower, pixels, tiles, projector, by headers and configs alone.
+"""Checks of a checkpoint's vision side: settings, tower, pixels, tiles, projector, from headers and configs alone.
 
-In: a `Checkpoint` whose files can be read. Out: findings. Three widths have to agree: the tower's features, what
-mm_hidden_size says, and what the stored projector takes; which two of them do tells which one is wrong.
+In: an `ExaminedCheckpoint` whose files can be read. Out: findings. Three widths have to agree: that of the tower's features,
+mm_hidden_size, and the input width of the stored projector. The one that differs from the other two is reported as wrong.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava.diagnose.checks.checkpoint_files import Checkpoint, set_in_json
-from llava.diagnose.checks.findings import Finding, Skipped, found
+from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import image_mode, parse_pinpoints
@@ -24,14 +24,14 @@ from llava.model.multimodal_projector.builder import MLP_NAME, PROJECTORS
 PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
 
 
-def check_settings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Values of config.json that decide something here, each by itself."""
+def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check the values of config.json that this package reads, each by itself."""
     values = checkpoint.values
     readings: tuple[tuple[str, str, Any], ...] = (
         ("image-mode", "image_aspect_ratio", image_mode),
         ("pinpoints", "image_grid_pinpoints", parse_pinpoints),
     )
-    faults: list[Finding] = []
+    faults: list[DoctorFinding] = []
     for code, key, read in readings:
         try:
             read(values.get(key))
@@ -67,12 +67,12 @@ def check_settings(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_model_type(checkpoint: Checkpoint) -> Iterator[Finding]:
+def check_model_type(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     from llava.model.language_model.registry import llava_classes
 
     kind = checkpoint.info.language_model
     if not kind and not checkpoint.config:
-        raise Skipped("the folder has no config.json; its base's is used")
+        raise CheckSkipped("the folder has no config.json; its base's is used")
     try:
         llava_classes(kind)
     except InputError as error:
@@ -81,8 +81,8 @@ def check_model_type(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_tower(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The tower's description: there, of a known kind, with the layer that is asked for. Its folder is kept for later."""
+def check_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check that the tower exists, is of a known kind, and has the selected layer; keep it for later checks."""
     vision = checkpoint.settings.vision
     if vision.tower is None:
         return
@@ -92,7 +92,7 @@ def check_tower(checkpoint: Checkpoint) -> Iterator[Finding]:
             folder = _tower_folder(checkpoint)
         except InputError as error:
             if looks_like_repository(vision.tower):
-                raise Skipped(f"the tower {vision.tower} is a hub repository and not on this disk") from error
+                raise CheckSkipped(f"the tower {vision.tower} is a hub repository and not on this disk") from error
             yield found(
                 "tower-missing",
                 str(error),
@@ -111,15 +111,15 @@ def check_tower(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _tower_parts(checkpoint, view, described)
 
 
-def _tower_folder(checkpoint: Checkpoint) -> str:
-    """Where loading would look for it (an adapter's config is a copy of its base's), without the network."""
+def _tower_folder(checkpoint: ExaminedCheckpoint) -> str:
+    """Find the folder where loading would (an adapter's config is a copy of its base's), without the network."""
     name = str(checkpoint.settings.vision.tower)
     folders = [checkpoint.folder] + ([checkpoint.base.folder] if checkpoint.base is not None else [])
     beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), folders[0])
     return resolve_vision_tower(name, checkpoint_folder=beside, download=False)
 
 
-def _tower_parts(checkpoint: Checkpoint, view: Any, described: dict[str, Any]) -> Iterator[Finding]:
+def _tower_parts(checkpoint: ExaminedCheckpoint, view: Any, described: dict[str, Any]) -> Iterator[DoctorFinding]:
     from llava.images.image_processor import ClipImageProcessor
     from llava.model.multimodal_encoder.builder import TOWER_CLASSES, build_vision_tower
 
@@ -167,18 +167,18 @@ def _tower_parts(checkpoint: Checkpoint, view: Any, described: dict[str, Any]) -
             )
 
 
-def tower_of(checkpoint: Checkpoint) -> Any:
-    """The tower that `check_tower` found, without its weights."""
+def tower_of(checkpoint: ExaminedCheckpoint) -> Any:
+    """Return the tower that `check_tower` built, without weights."""
     if "tower" not in checkpoint.extras:
-        raise Skipped("it is a language model without a vision tower")
+        raise CheckSkipped("it is a language model without a vision tower")
     return checkpoint.extras["tower"]
 
 
 COPY_PREPROCESSOR = "copy preprocessor_config.json from the tower's own repository"
 
 
-def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What the image processor makes of a black and a white image: their size, and their range."""
+def check_pixels(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check the size and the range of the pixels that the image processor makes of a black and a white image."""
     from PIL import Image
 
     tower = tower_of(checkpoint)
@@ -216,8 +216,8 @@ def check_pixels(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_tiles(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """How images are cut and joined: pinpoints against the tower, and the stored newline against the settings."""
+def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check the pinpoints against the tower, and the stored newline against the settings."""
     from llava.model.multimodal_encoder.builder import policy_of
 
     tower, image = tower_of(checkpoint), checkpoint.settings.image
@@ -257,18 +257,18 @@ def check_tiles(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def stored_projector(tensors: dict[str, TensorHeader]) -> dict[int, TensorHeader]:
-    """Weights of the projector's linear layers by their place; a single linear layer is at 0."""
+    """Return the weights of the projector's linear layers by index; a single linear layer has index 0."""
     found_at = {name: PROJECTOR_TENSOR.fullmatch(name) for name in tensors}
     return {int(match[1] or 0): tensors[name] for name, match in sorted(found_at.items()) if match}
 
 
-def check_projector(checkpoint: Checkpoint) -> Iterator[Finding]:
+def check_projector(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     settings = checkpoint.settings
     tower = checkpoint.extras.get("tower")
     if settings.vision.tower is None:
-        raise Skipped("it is a language model without a vision tower")
+        raise CheckSkipped("it is a language model without a vision tower")
     if settings.projector.type == "identity":
-        raise Skipped("an identity projector has no weights")
+        raise CheckSkipped("an identity projector has no weights")
     yield from judge_projector(
         stored_projector(checkpoint.tensors),
         kind=settings.projector.type,
@@ -287,8 +287,17 @@ def judge_projector(
     tower_width: int | None,
     text_width: int | None,
     place: str,
-) -> Iterator[Finding]:
-    """A projector's stored layers against what the config, the tower and the language model say."""
+) -> Iterator[DoctorFinding]:
+    """Check a projector's stored layers against config, tower and language model.
+
+    Args:
+        layers: Headers of the linear layers' weights by index.
+        kind: mm_projector_type.
+        config_width: mm_hidden_size.
+        tower_width: Width of the tower's features, None if there is no tower to compare with.
+        text_width: Width of the language model.
+        place: Where the layers are stored, for messages.
+    """
     if not layers:
         yield found(
             "projector-missing",
@@ -336,7 +345,7 @@ def judge_projector(
         )
 
 
-def _judge_widths(takes: int, config_width: int | None, tower_width: int | None) -> Iterator[Finding]:
+def _judge_widths(takes: int, config_width: int | None, tower_width: int | None) -> Iterator[DoctorFinding]:
     numbers: dict[str, Any] = {"projector_in": takes, "mm_hidden_size": config_width, "tower_width": tower_width}
     if tower_width in (None, takes):
         if config_width != takes:
@@ -358,6 +367,6 @@ def _judge_widths(takes: int, config_width: int | None, tower_width: int | None)
 
 
 def _kind_of(layers: dict[int, TensorHeader]) -> str:
-    """How mm_projector_type spells the stored layers."""
+    """Return the mm_projector_type of the stored layers."""
     named_alone = any(not PROJECTOR_TENSOR.fullmatch(header.name)[1] for header in layers.values())  # type: ignore[index]
     return "linear" if named_alone else f"mlp{len(layers)}x_gelu"

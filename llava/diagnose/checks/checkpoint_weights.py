@@ -1,7 +1,7 @@
-"""A checkpoint's weights: the adapter against its base, names and shapes against the config, numbers, and a trial run.
+"""Checks of a checkpoint's weights: adapter against base, names and shapes against the config, numbers, the smoke test.
 
-In: a `Checkpoint` that earlier checks found whole. Out: findings. Numbers are read tensor by tensor, so a large model needs
-time and not memory; the trial run loads the model as answering does.
+In: an `ExaminedCheckpoint` that passed the earlier checks. Out: findings. Numbers are read tensor by tensor, so that a large
+model needs no more memory than its largest tensor; the smoke test loads the model with `llava.load`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, Checkpoint
-from llava.diagnose.checks.findings import Finding, Skipped, found
+from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, ExaminedCheckpoint
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
 from llava.errors import InputError
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX
 from llava.model.checkpoints.lora import ADAPTER_NAME
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
 
-# Trained weights stay far below this; a flipped bit in an exponent does not.
+# Far above any trained weight; a flipped bit in an exponent exceeds it.
 IMPOSSIBLE = 1e6
 
 
-def check_adapter(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A LoRA adapter's matrices against adapter_config.json and against the base's tensors."""
+def check_adapter(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check a LoRA adapter's matrices against adapter_config.json and the base's tensors."""
     info = checkpoint.info
     if not info.adapter or checkpoint.base is None:
         return
@@ -80,8 +80,8 @@ def check_adapter(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Every stored name and shape against the model that the config describes, without reading a number."""
+def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check every stored name and shape against the model that the config describes, without reading numbers."""
     info = checkpoint.info
     empty = [name for name, header in checkpoint.tensors.items() if header.num_elements == 0]
     if empty:
@@ -94,7 +94,7 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
         return
     if not info.is_multimodal or info.stores_quantized:
-        raise Skipped("transformers itself loads a plain or quantized language model")
+        raise CheckSkipped("transformers itself loads a plain or quantized language model")
     import torch
     from transformers.initialization import no_init_weights
 
@@ -121,13 +121,13 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """NaN, infinity, numbers that no training gives, and parts that are all zero."""
+def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Check for NaN, infinity, impossibly large numbers, and parts that are all zero."""
     import torch
 
     by_file: dict[Any, list[TensorHeader]] = {}
     tensors = {**checkpoint.tensors, **checkpoint.info.adapter}
-    if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading leaves aside
+    if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading ignores
         tensors = {name: header for name, header in tensors.items() if TOWER_INFIX not in name}
     for header in tensors.values():
         by_file.setdefault(header.file, []).append(header)
@@ -174,31 +174,31 @@ def check_numbers(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def check_run(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Load it and let it look at pictures: does it run, do pictures matter, does padding not matter, do numbers stay small?"""
-    from llava.diagnose.checks.smoke_test import try_model
+def check_smoke_test(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Load the model and run the smoke test."""
+    from llava.diagnose.checks.smoke_test import run_smoke_test
     from llava.model.builder import load
     from llava.model.device import pick_device
 
     device = pick_device("auto")
     needed = 4 * sum(header.num_elements for header in checkpoint.tensors.values())
     if device.type == "cpu" and (free := free_memory()) is not None and needed > free:
-        raise Skipped(
+        raise CheckSkipped(
             f"in float32 the model needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
         )
     base = checkpoint.base.folder if checkpoint.base is not None else None
     try:
-        # Formats with float32's range, so that numbers too large for float16 can be seen.
+        # Dtypes with float32's range, so that activations too large for float16 can be measured.
         loaded = load(checkpoint.folder, base=base, dtype="fp32" if device.type == "cpu" else "bf16", device=device)
     except InputError as error:
         yield found("load-fails", str(error), "do what the sentence says", folder=str(checkpoint.folder))
         return
     stored = {header.dtype for header in checkpoint.tensors.values()}
-    yield from try_model(loaded, half="F16" in stored and "BF16" not in stored)
+    yield from run_smoke_test(loaded, half="F16" in stored and "BF16" not in stored)
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that are free, where the system tells."""
+    """Return the free main memory in bytes, None where the system does not report it."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows, macOS

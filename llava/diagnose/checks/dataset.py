@@ -1,8 +1,8 @@
-"""`llava doctor FILE`: what is wrong with training data, by cause rather than by sample.
+"""Checks of `llava doctor FILE`: faults of training data, by cause rather than by sample.
 
-In: a data file or a mixture, perhaps a model to read it with. Out: a `Report` with one finding for each kind of fault, the
-number of samples that have it, and the first of them. Looking at samples is llava/data/validate.py's work, and
-`llava data check` lists every one.
+In: a data file or a mixture, perhaps a model to read it with. Out: a `DoctorReport` with one finding for each kind of fault,
+the number of samples that have it, and the first of them. Samples are validated by data/validate.py; `llava data check`
+lists every faulty one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava.data.formats import image_sources
 from llava.data.reader import SampleReader
 from llava.data.samples import Samples, open_samples
 from llava.data.validate import Checker, Fault
-from llava.diagnose.checks.findings import CAUSES, Finding, Report, found
+from llava.diagnose.checks.findings import CAUSES, DoctorFinding, DoctorReport, Fix, found
 from llava.errors import InputError
 
 REMEDIES = {
@@ -38,8 +38,8 @@ LISTED = 5
 
 def examine_data(
     path: str | Path, *, image_folder: str | None = None, reader: SampleReader | None = None, workers: int = 1
-) -> Report:
-    report = Report(str(path), "data")
+) -> DoctorReport:
+    report = DoctorReport(str(path), "data")
     try:
         samples = open_samples(str(path)).distinct()
     except InputError as error:
@@ -48,7 +48,7 @@ def examine_data(
         )
         return report
     faults = collect(Checker(samples, image_folder, reader), workers=workers)
-    report.looked += ["samples", "images", "turns"] + (["labels", "lengths"] if reader is not None else [])
+    report.checked += ["samples", "images", "turns"] + (["labels", "lengths"] if reader is not None else [])
     if reader is None:
         report.skipped += [(name, "--model-path names no model to read with") for name in ("labels", "lengths")]
     report.facts = {"samples": len(samples), "bad_samples": faults.num_bad}
@@ -58,15 +58,15 @@ def examine_data(
     return report
 
 
-def by_cause(faults: Faults, *, repair: bool = False) -> list[Finding]:
-    """One finding for each kind of fault, in the order of the table of kinds."""
+def by_cause(faults: Faults, *, repair: bool = False) -> list[DoctorFinding]:
+    """Make one finding for each kind of fault, in the order of `REMEDIES`."""
     samples = faults.samples
     fix = _repair(samples, faults.faults) if repair else None
     findings = []
     untrained = {index for index, fault in faults.faults if fault.kind == "nothing-to-train"}
     for kind, remedy in REMEDIES.items():
         hits = [(index, fault) for index, fault in faults.faults if fault.kind == kind]
-        if kind == "too-long":  # where that leaves nothing to train, it has been said
+        if kind == "too-long":  # not if nothing is left to train, which has been reported
             hits = [(index, fault) for index, fault in hits if index not in untrained]
         if hits:
             index, fault = hits[0]
@@ -85,8 +85,8 @@ def by_cause(faults: Faults, *, repair: bool = False) -> list[Finding]:
     return findings
 
 
-def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Any:
-    """A repair of the whole file at once: marks put in, ids made different, what cannot be used left out."""
+def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Fix:
+    """Make a fix of the whole file: add image placeholders, make ids unique, drop unusable samples."""
     kinds: dict[int, set[str]] = {}
     for index, fault in faults:
         if fault.kind != "too-long":
@@ -102,26 +102,26 @@ def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Any:
             if "duplicate-id" in found_kinds:
                 record["id"], renamed = f"{record['id']}-{row}", renamed + 1
             found_kinds = found_kinds - {"duplicate-id"}
-            if found_kinds == {"marks"} and _insert_marks(record):
+            if found_kinds == {"marks"} and _insert_placeholders(record):
                 found_kinds, marked = set(), marked + 1
             if not found_kinds:
                 kept.append(record)
         lines = json.dumps(kept, ensure_ascii=False, indent=1) if is_list else "\n".join(map(_line, kept))
         file.write_text(lines + "\n", encoding="utf-8")
         return (
-            f"{file.name}: marks put into {marked} samples, {renamed} ids made different, "
-            f"{len(records) - len(kept)} samples left out, {len(kept)} kept"
+            f"{file.name}: image placeholders added to {marked} samples, {renamed} ids made unique, "
+            f"{len(records) - len(kept)} samples dropped, {len(kept)} kept"
         )
 
     return fix
 
 
-def _line(record: Any) -> str:
+def _line(record: object) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def _insert_marks(record: dict[str, Any]) -> bool:
-    """Put a mark for each image before the first question, where there is none at all."""
+def _insert_placeholders(record: dict[str, Any]) -> bool:
+    """Put a placeholder for each image before the first question; False if the sample has placeholders already."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or any(DEFAULT_IMAGE_TOKEN in str(turn.get("value")) for turn in turns):
         return False

@@ -1,8 +1,8 @@
-"""What the doctor can find: every cause by its code, with what it means and the function where it shows.
+"""The causes that `llava doctor` can find, and the types of its results.
 
-In: nothing. Out: `CAUSES`, and the values that checks hand on: a `Finding` is a cause met in one input, with numbers and a
-remedy; a `Report` is all that was found in it, and what could not be looked at. The checks are in checkpoint_*.py,
-dataset.py, training_config.py and server.py; printing is diagnose/doctor.py's. Nothing here imports torch.
+In: nothing. Out: `CAUSES`, every cause by its code; `DoctorFinding`, a cause found in one input, with evidence and a remedy;
+`DoctorReport`, all findings of one input and the checks that were skipped; `run_checks`. The checks are in checkpoint_*.py,
+dataset.py, training_config.py and server.py; diagnose/doctor.py prints. Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cause:
-    """`meaning`: what is wrong and what one sees of it. `where`: the functions (file:name) that meet it."""
+    """`meaning`: what is wrong and what it looks like. `where`: the functions (file:name) in which it shows."""
 
     meaning: str
     where: tuple[str, ...]
@@ -236,21 +236,25 @@ CAUSES: dict[str, Cause] = {
 }
 
 
+# Repairs a copy of an input and returns what it changed.
+Fix = Callable[[Path], str]
+
+
 @dataclass(frozen=True)
-class Finding:
-    """A cause met in one input. `fix` changes a copy of that input (a folder or a file) and says what it did."""
+class DoctorFinding:
+    """A cause found in one input. `fix` repairs a copy of that input (a folder or a file) and returns what it changed."""
 
     code: str
     what: str  # one sentence
-    evidence: Mapping[str, Any]
+    evidence: Mapping[str, object]
     remedy: str
-    fix: Callable[[Path], str] | None = field(default=None, repr=False, compare=False)
+    fix: Fix | None = field(default=None, repr=False, compare=False)
 
     @property
     def where(self) -> tuple[str, ...]:
         return CAUSES[self.code].where
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {
             "code": self.code,
             "what": self.what,
@@ -262,54 +266,56 @@ class Finding:
 
 
 @dataclass
-class Report:
-    """What came of looking at one input. `looked`: the checks that were done; `skipped`: (check, why not)."""
+class DoctorReport:
+    """The result for one input. `checked`: names of the checks that ran; `skipped`: (check, reason)."""
 
     subject: str
     kind: str
-    findings: list[Finding] = field(default_factory=list)
-    looked: list[str] = field(default_factory=list)
+    findings: list[DoctorFinding] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
 
     @property
     def codes(self) -> list[str]:
         return [finding.code for finding in self.findings]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {
             "subject": self.subject,
             "kind": self.kind,
             "facts": self.facts,
             "findings": [finding.as_json() for finding in self.findings],
-            "looked_at": self.looked,
+            "looked_at": self.checked,
             "not_looked_at": [{"check": check, "because": why} for check, why in self.skipped],
         }
 
 
 @dataclass(frozen=True)
-class Check:
-    """One look at an input, made only when the checks it `needs` were made and found nothing: a second fault in what is
-    broken anyway would not be news. `last`: only when nothing at all was found."""
+class DoctorCheck:
+    """A check of an input. It is skipped if a check that it `needs` was skipped or found something.
+
+    With `last`, it is skipped if any check before it found something.
+    """
 
     name: str
-    look: Callable[[Any], Iterator[Finding]]
+    run: Callable[[Any], Iterator[DoctorFinding]]
     needs: tuple[str, ...] = ()
     last: bool = False
 
 
-class Skipped(Exception):
-    """Raised inside a check that cannot be made here; the message says why."""
+class CheckSkipped(Exception):
+    """Raised by a check that cannot run here; the message is the reason."""
 
 
-def found(code: str, what: str, remedy: str, *, fix: Callable[[Path], str] | None = None, **evidence: Any) -> Finding:
-    """A finding whose code is in the table."""
+def found(code: str, what: str, remedy: str, *, fix: Fix | None = None, **evidence: Any) -> DoctorFinding:
+    """Make a finding; its code is a key of `CAUSES`."""
     assert code in CAUSES, code
-    return Finding(code, what, evidence, remedy, fix)
+    return DoctorFinding(code, what, evidence, remedy, fix)
 
 
-def examine(view: Any, checks: tuple[Check, ...], report: Report) -> Report:
-    """Make the checks in order and write down what they find, and which of them could not be made."""
+def run_checks(subject: object, checks: tuple[DoctorCheck, ...], report: DoctorReport) -> DoctorReport:
+    """Run the checks in order and add to the report what they find, and which of them are skipped."""
     stopped: dict[str, str] = {}
     for check in checks:
         reason = next((stopped[name] for name in check.needs if name in stopped), None)
@@ -317,14 +323,14 @@ def examine(view: Any, checks: tuple[Check, ...], report: Report) -> Report:
             reason = f"{report.findings[0].code} was found"
         if reason is None:
             try:
-                findings = list(check.look(view))
-            except Skipped as skipped:
+                findings = list(check.run(subject))
+            except CheckSkipped as skipped:
                 reason = str(skipped)
         if reason is not None:
             stopped[check.name] = reason
             report.skipped.append((check.name, reason))
             continue
-        report.looked.append(check.name)
+        report.checked.append(check.name)
         report.findings += findings
         if findings:
             stopped[check.name] = f"{findings[0].code} was found"

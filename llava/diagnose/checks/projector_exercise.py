@@ -1,8 +1,8 @@
-"""The projector exercise: another mm_projector_type, trained a little, saved, loaded and run.
+"""The projector exercise of the self-test: another mm_projector_type, trained for some steps, saved, loaded and run.
 
-In: a loaded model and its folder. Out: an item of the self-test. What a user does with `--mm_projector_type mlp3x_gelu` and
-a language model happens here to a copy of a LLaVA: its projector is exchanged for a new one of three layers, LLaVATrainer
-trains that alone on drawn shapes, and the resulting mm_projector.bin is loaded over the model as over any base.
+In: a loaded model and its folder. Out: a `SelfTestItem`. The steps are those of a user who trains a language model with
+`--mm_projector_type mlp3x_gelu`: in a copy of the model the projector is replaced by a new one of three layers,
+LLaVATrainer trains only that on drawn shapes, and the resulting mm_projector.bin is loaded with the model as its base.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.diagnose.selftest import QUESTION, Item
+from llava.diagnose.checks.sample_image import QUESTION
+from llava.diagnose.tracer.record import SelfTestItem
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llava.model.builder import LoadedModel
 
 TYPE = "mlp3x_gelu"
@@ -25,8 +28,9 @@ SHAPES = ("circle", "square")
 BATCH = 4
 
 
-def try_another_projector(loaded: LoadedModel, path: str, *, steps: int) -> Item:
-    item = Item(
+def exercise_projector(loaded: LoadedModel, path: str, *, steps: int) -> SelfTestItem:
+    """Train, save, load and run another projector; with `steps` 0 the item is skipped."""
+    item = SelfTestItem(
         f"another projector: {TYPE}",
         (
             "llava/train/arguments.py:ModelArguments",
@@ -43,24 +47,25 @@ def try_another_projector(loaded: LoadedModel, path: str, *, steps: int) -> Item
         item.skipped = "the folder stands on a base, and a projector's base has to be a whole model"
         return item
     with tempfile.TemporaryDirectory() as scratch:
-        _exercise(item, path, Path(scratch), steps=steps)
+        _run_exercise(item, path, Path(scratch), steps=steps)
     return item
 
 
-def _exercise(item: Item, path: str, scratch: Path, *, steps: int) -> None:
+def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -> None:
     import torch
 
+    from llava.engine.hf_engine import Sampling
     from llava.model.builder import load
     from llava.model.multimodal_encoder.builder import save_tower
     from llava.session import Session
     from llava.train.save import safe_save_model_for_hf_trainer
 
-    # A training run prints; here its numbers are told by the item.
+    # A training run prints; its numbers are in the item instead.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         trainer = _trainer(path, scratch, steps=steps)
         model = trainer.model
         old = _shapes(model)
-        _exchange_projector(model)
+        _replace_projector(model)
         new = _shapes(model)
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
         before = _loss(model, batch)
@@ -69,8 +74,8 @@ def _exercise(item: Item, path: str, scratch: Path, *, steps: int) -> None:
         folder = scratch / "run"
         safe_save_model_for_hf_trainer(trainer, str(folder))
         save_tower(model.get_vision_tower(), model.config, folder)
-    item.say("files", f"{TYPE} is a value of mm_projector_type, in config.json and as a flag; no code changes")
-    item.say("before", ", ".join(f"{name} {shape}" for name, shape in old.items()))
+    item.add("files", f"{TYPE} is a value of mm_projector_type, in config.json and as a flag; no code changes")
+    item.add("before", ", ".join(f"{name} {shape}" for name, shape in old.items()))
     item.check("exchanged", len(new) == 3, ", ".join(f"{name} {shape}" for name, shape in new.items()))
     number = sum(parameter.numel() for parameter in model.get_model().mm_projector.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -95,18 +100,12 @@ def _exercise(item: Item, path: str, scratch: Path, *, steps: int) -> None:
     item.check(
         "loaded", same and again.model.config.mm_projector_type == TYPE, "loaded over its base, number for number"
     )
-    answer = Session(again, sampling=_short()).answer(QUESTION, _draw("red", "circle"))
+    answer = Session(again, sampling=Sampling(max_new_tokens=16)).answer(QUESTION, _draw("red", "circle"))
     item.check("run", bool(answer.strip()), f"asked {QUESTION!r} about a red circle, it says {answer!r}")
 
 
-def _short() -> Any:
-    from llava.engine.hf_engine import Sampling
-
-    return Sampling(max_new_tokens=16)
-
-
 def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
-    """A projector run on drawn shapes, as `llava train` would build it."""
+    """Build the trainer of a projector run on drawn shapes, as `llava train` does."""
     from llava.diagnose.tracer.training import run_arguments
     from llava.train.arguments import parse_train_args
     from llava.train.run import build_trainer
@@ -138,8 +137,8 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
     return build_trainer(*parse_train_args(argv))
 
 
-def _exchange_projector(model: Any) -> None:
-    """What a run that begins with a language model does for `--mm_projector_type`."""
+def _replace_projector(model: Any) -> None:
+    """Replace the projector as a run that starts from a language model does for `--mm_projector_type`."""
     from llava.model.multimodal_projector.builder import build_vision_projector
 
     old = next(model.get_model().mm_projector.parameters())
@@ -160,7 +159,7 @@ def _loss(model: Any, batch: dict[str, Any]) -> float:
         return float(model(**move).loss)
 
 
-def _draw(colour: str, shape: str) -> Any:
+def _draw(colour: str, shape: str) -> Image.Image:
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (224, 224), "white")

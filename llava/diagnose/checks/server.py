@@ -1,7 +1,7 @@
-"""`llava doctor URL`: ask a running server what its users will ask, and look at what comes back.
+"""Checks of `llava doctor URL`: send requests to a running server and examine its answers.
 
 In: the address of an OpenAI-compatible server (`/health`, `/v1/models`, `/v1/chat/completions`) or of an original worker
-(`/worker_get_status`). Out: a `Report`. Four short questions are asked: without an image, with one, the same again, and
+(`/worker_get_status`). Out: a `DoctorReport`. Four short questions are asked: without an image, with one, the same again, and
 streamed.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, examine, found
+from llava.diagnose.checks.findings import CheckSkipped, DoctorCheck, DoctorFinding, DoctorReport, found, run_checks
+from llava.diagnose.checks.sample_image import QUESTION, sample_image
 
-QUESTION = "What is in this picture?"
 MAX_TOKENS = 32
 # An image is many tokens; this few more come from the words around it.
 FEWEST_IMAGE_TOKENS = 8
@@ -29,8 +29,8 @@ LEFTOVER = re.compile(
 
 
 @dataclass
-class Server:
-    """A server under examination, and what it said."""
+class ServerUnderTest:
+    """The address of the examined server, and the answers that it gave."""
 
     url: str
     api_key: str | None
@@ -39,15 +39,15 @@ class Server:
     is_worker: bool = False
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def ask(self, path: str, content: Any = None) -> tuple[int, str]:
-        """Status and body of one request; GET without content."""
+    def request(self, path: str, content: object = None) -> tuple[int, str]:
+        """Send one request, GET without content, and return its status and body."""
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        http_request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with urllib.request.urlopen(http_request, timeout=self.timeout) as response:
                 return response.status, response.read().decode("utf-8", "replace")
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode("utf-8", "replace")
@@ -58,28 +58,28 @@ class Server:
             content.insert(0, {"type": "image_url", "image_url": {"url": image_url()}})
         messages = [{"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": stream}
-        return self.ask("/v1/chat/completions", body)
+        return self.request("/v1/chat/completions", body)
 
 
-def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.0) -> Report:
-    server = Server(url.rstrip("/").removesuffix("/v1"), api_key, timeout)
+def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.0) -> DoctorReport:
+    server = ServerUnderTest(url.rstrip("/").removesuffix("/v1"), api_key, timeout)
     checks = (
-        Check("address", _check_address),
-        Check("models", _check_models, needs=("address",)),
-        Check("a question", _check_question, needs=("models",)),
-        Check("an image", _check_image, needs=("a question",)),
-        Check("streaming", _check_stream, needs=("an image",)),
+        DoctorCheck("address", _check_address),
+        DoctorCheck("models", _check_models, needs=("address",)),
+        DoctorCheck("a question", _check_question, needs=("models",)),
+        DoctorCheck("an image", _check_image, needs=("a question",)),
+        DoctorCheck("streaming", _check_stream, needs=("an image",)),
     )
-    report = examine(server, checks, Report(url, "server"))
+    report = run_checks(server, checks, DoctorReport(url, "server"))
     report.facts = (
         {"model": server.model, "interface": "worker" if server.is_worker else "OpenAI"} if server.model else {}
     )
     return report
 
 
-def _check_address(server: Server) -> Iterator[Finding]:
+def _check_address(server: ServerUnderTest) -> Iterator[DoctorFinding]:
     try:
-        status, body = server.ask("/health")
+        status, body = server.request("/health")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         yield found(
@@ -94,10 +94,10 @@ def _check_address(server: Server) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _check_models(server: Server) -> Iterator[Finding]:
-    status, body = server.ask("/v1/models")
+def _check_models(server: ServerUnderTest) -> Iterator[DoctorFinding]:
+    status, body = server.request("/v1/models")
     if status == 404:
-        status, body = server.ask("/worker_get_status", {})
+        status, body = server.request("/worker_get_status", {})
         names = _json(body).get("model_names") if status == 200 else None
         if names:
             server.model, server.is_worker = names[0], True
@@ -117,14 +117,16 @@ def _check_models(server: Server) -> Iterator[Finding]:
     server.model = listed[0]["id"]
 
 
-def _check_question(server: Server) -> Iterator[Finding]:
+def _check_question(server: ServerUnderTest) -> Iterator[DoctorFinding]:
     if server.is_worker:
-        raise Skipped("a worker of the original protocol answers finished prompts; its status is all that is asked for")
-    yield from _answered(server, "text", image=False)
+        raise CheckSkipped(
+            "a worker of the original protocol answers finished prompts; its status is all that is asked for"
+        )
+    yield from _ask(server, "text", image=False)
 
 
-def _check_image(server: Server) -> Iterator[Finding]:
-    faults = list(_answered(server, "image", image=True))
+def _check_image(server: ServerUnderTest) -> Iterator[DoctorFinding]:
+    faults = list(_ask(server, "image", image=True))
     yield from faults
     if faults:
         return
@@ -139,10 +141,10 @@ def _check_image(server: Server) -> Iterator[Finding]:
         )
 
 
-def _check_stream(server: Server) -> Iterator[Finding]:
+def _check_stream(server: ServerUnderTest) -> Iterator[DoctorFinding]:
     status, body = server.chat(image=True, stream=True)
-    pieces = [_delta(line[5:]) for line in body.splitlines() if line.startswith("data:") and "[DONE]" not in line]
-    streamed, whole = "".join(pieces), _text(server.answers["image"])
+    deltas = [_delta(line[5:]) for line in body.splitlines() if line.startswith("data:") and "[DONE]" not in line]
+    streamed, whole = "".join(deltas), _text(server.answers["image"])
     if status != 200:
         yield found(
             "server-fails", f"a streamed question gets {status}: {body[:200]}", "read the server's log", status=status
@@ -150,7 +152,7 @@ def _check_stream(server: Server) -> Iterator[Finding]:
         return
     again = _text(_json(server.chat(image=True)[1]))
     if again != whole:
-        raise Skipped("the server gives another answer each time")
+        raise CheckSkipped("the server gives another answer each time")
     if streamed.strip() != whole.strip():
         yield found(
             "server-stream", f"streamed, the answer is {streamed[:80]!r}; whole, it is {whole[:80]!r}",
@@ -158,8 +160,8 @@ def _check_stream(server: Server) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _answered(server: Server, name: str, *, image: bool) -> Iterator[Finding]:
-    """Ask once, keep the answer, and say what is wrong with it."""
+def _ask(server: ServerUnderTest, name: str, *, image: bool) -> Iterator[DoctorFinding]:
+    """Ask one question, store the answer, and report what is wrong with it."""
     status, body = server.chat(image=image)
     if status != 200 or "choices" not in _json(body):
         yield found(
@@ -206,9 +208,7 @@ def _prompt_tokens(answer: dict[str, Any]) -> int | None:
 
 
 def image_url() -> str:
-    """The doctor's drawing as a data URL."""
-    from llava.diagnose.checks.test_image import drawing
-
+    """Return the sample image as a data URL."""
     buffer = io.BytesIO()
-    drawing().save(buffer, format="PNG")
+    sample_image().save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

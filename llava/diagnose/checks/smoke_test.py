@@ -1,12 +1,12 @@
-"""A loaded model tried out on drawn images: what only running shows.
+"""The smoke test: run a loaded model on drawn images.
 
-In: a `LoadedModel`. Out: findings. Three questions: do numbers stay finite and within the stored precision, do two
-different images give different outputs, and does a row give the same beside a longer one as alone.
+In: a `LoadedModel`. Out: findings. Three properties are checked: activations are finite and within the range of the stored
+dtype, two different images give different outputs, and a prompt gives the same logits alone and padded in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,31 +14,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava.conversation import get_template, with_image_placeholders
-from llava.diagnose.checks.findings import Finding, found
-from llava.diagnose.checks.test_image import drawing
-from llava.processor import ModelInputs, Processor
+from llava.diagnose.checks.findings import DoctorFinding, found
+from llava.diagnose.checks.sample_image import QUESTION, prepare_question, sample_image
+from llava.processor import ModelInputs
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from llava.model.builder import LoadedModel
 
 LARGEST_HALF = 65504.0
-# Rows in a batch and alone differ by rounding; wrong positions differ by as much as logits do.
+# Share of the logits' standard deviation: rounding stays below it, wrong positions or masks do not.
 ROUNDING = 0.02
-QUESTION = "What is in this picture?"
 
 
-def try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
-    """`half`: the weights were stored in float16, so numbers inside should fit into it."""
+def run_smoke_test(loaded: LoadedModel, *, half: bool) -> Iterator[DoctorFinding]:
+    """Run the smoke test. With `half` the weights are stored in float16, so activations should fit into its range."""
     with torch.inference_mode():
-        yield from _try_model(loaded, half=half)
+        yield from _run_smoke_test(loaded, half=half)
 
 
-def _try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
-    inputs = _ask(loaded, QUESTION, drawing())
-    with watching_size(loaded.model) as peaks:
+def _run_smoke_test(loaded: LoadedModel, *, half: bool) -> Iterator[DoctorFinding]:
+    inputs = prepare_question(loaded, QUESTION, [sample_image()])[1]
+    with capture_peaks(loaded.model) as peaks:
         logits = _last_logits(loaded.model, inputs)
     broken = next((peak for peak in peaks if not peak.finite), None)
     if broken is not None:
@@ -61,7 +57,7 @@ def _try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
         )
     if loaded.processor is None:
         return
-    other = _last_logits(loaded.model, _ask(loaded, QUESTION, drawing(inverted=True)))
+    other = _last_logits(loaded.model, prepare_question(loaded, QUESTION, [sample_image(inverted=True)])[1])
     difference = float((logits - other).abs().max())
     if difference == 0:
         yield found(
@@ -70,12 +66,12 @@ def _try_model(loaded: LoadedModel, *, half: bool) -> Iterator[Finding]:
             "look at the projector and at the splice with llava trace",
             largest_difference=difference,
         )
-    yield from _try_padding(loaded, inputs)
+    yield from _check_padding(loaded, inputs)
 
 
-def _try_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[Finding]:
-    """The first new token's logits of a prompt alone, and of the same prompt padded beside a longer one."""
-    longer = _ask(loaded, f"{QUESTION} {QUESTION} {QUESTION}", drawing())
+def _check_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[DoctorFinding]:
+    """Compare the first new token's logits of a prompt alone with those of the same prompt padded in a batch."""
+    longer = prepare_question(loaded, f"{QUESTION} {QUESTION} {QUESTION}", [sample_image()])[1]
     width = len(longer.input_ids)
     ids = torch.zeros(2, width, dtype=torch.long)
     mask = torch.zeros(2, width, dtype=torch.long)
@@ -102,20 +98,6 @@ def _try_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[Finding]:
         )
 
 
-def _ask(loaded: LoadedModel, question: str, image: Image.Image) -> ModelInputs:
-    from llava.model.config import LlavaSettings
-
-    settings = LlavaSettings.from_hf(loaded.model.config)
-    processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
-    conversation = get_template(loaded.conv_mode)
-    conversation.messages = []
-    images = [image] if loaded.processor is not None else []
-    question = with_image_placeholders(question, len(images), processor.image_placeholder)
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    return processor(conversation, images)
-
-
 def _last_logits(model: Any, inputs: ModelInputs) -> Tensor:
     ids = inputs.input_ids[None].to(model.device)
     if not inputs.pixels:
@@ -124,7 +106,7 @@ def _last_logits(model: Any, inputs: ModelInputs) -> Tensor:
 
 
 def _first_step(loaded: LoadedModel, ids: Tensor, **arguments: Any) -> Tensor:
-    """The logits from which `generate` takes the first new token (rows, vocabulary)."""
+    """Return the logits from which `generate` chooses the first new token, (batch, vocabulary)."""
     end = loaded.tokenizer.eos_token_id
     output = loaded.model.generate(
         ids, **arguments, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True,
@@ -135,7 +117,7 @@ def _first_step(loaded: LoadedModel, ids: Tensor, **arguments: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest number that a module gave."""
+    """The largest activation of a module."""
 
     module: str
     largest: float
@@ -143,20 +125,20 @@ class Peak:
 
 
 @contextmanager
-def watching_size(model: nn.Module) -> Iterator[list[Peak]]:
-    """Within the block, note for every module that ends a forward pass how large its output is."""
+def capture_peaks(model: nn.Module) -> Iterator[list[Peak]]:
+    """Record the largest output of every module that runs within the block."""
     peaks: list[Peak] = []
 
-    def watch(name: str) -> Any:
-        def see(module: nn.Module, args: Any, output: Any) -> None:
+    def hook_of(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             tensor = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 largest = float(tensor.abs().max())
                 peaks.append(Peak(f"{name} ({type(module).__name__})", largest, bool(torch.isfinite(tensor).all())))
 
-        return see
+        return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules() if name]
     try:
         yield peaks
     finally:

@@ -1,7 +1,7 @@
-"""`llava doctor RUN.yaml`: what will go wrong with a training run, before it is started.
+"""Checks of `llava doctor RUN.yaml`: faults of a training run that has not been started.
 
-In: a configuration file, and what it names: the model to start from, tower, projector, data. Out: a `Report`. The file is
-read as `llava train` reads it; the model's folder, the projector and the first samples are examined as they will be used.
+In: a configuration file and the model, tower, projector and data that it names. Out: a `DoctorReport`. The file is parsed as
+`llava train` parses it; the model's folder, the projector and the first samples are examined as they will be used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from llava.data.reader import SampleReader
 from llava.data.samples import Part, Samples, open_samples
 from llava.data.validate import Checker
 from llava.diagnose.checks.checkpoint import CHEAP
-from llava.diagnose.checks.checkpoint_files import Checkpoint, open_checkpoint
+from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, open_checkpoint
 from llava.diagnose.checks.checkpoint_text import judge_template
 from llava.diagnose.checks.checkpoint_vision import judge_projector, stored_projector
 from llava.diagnose.checks.dataset import by_cause
-from llava.diagnose.checks.findings import Check, Finding, Report, Skipped, examine, found
+from llava.diagnose.checks.findings import (
+    CheckSkipped,
+    DoctorCheck,
+    DoctorFinding,
+    DoctorReport,
+    Fix,
+    found,
+    run_checks,
+)
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import ImagePolicy, image_mode, parse_pinpoints
@@ -32,9 +40,9 @@ from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
 
 FORMS = "set data_path to a .json, .jsonl or .parquet file of samples, or to a mixture"
-# Samples of each file that are read with their images; a run's faults show early.
+# Samples of each file that are read with their images.
 SAMPLES = 200
-# What a projector's own config.json says about the features that it was pretrained with.
+# Settings in a projector's config.json that the run has to share, by the run's argument.
 SETTINGS = {
     "mm_vision_tower": "vision_tower",
     "mm_vision_select_layer": "mm_vision_select_layer",
@@ -44,8 +52,8 @@ SETTINGS = {
 }
 
 
-class Run:
-    """A training run that was not started. Checks leave here what later ones need."""
+class ExaminedRun:
+    """A training run under examination, with results of checks that later ones need."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -56,7 +64,7 @@ class Run:
         self.tower: Any = None
 
     @cached_property
-    def base(self) -> Checkpoint:
+    def base(self) -> ExaminedCheckpoint:
         return open_checkpoint(str(self.model.model_name_or_path))
 
     @cached_property
@@ -67,26 +75,26 @@ class Run:
 
     @property
     def starts_with_projector(self) -> bool:
-        """Whether the projector that the run begins with was trained before."""
+        """Whether the run starts from a trained projector."""
         return bool(self.model.pretrain_mm_mlp_adapter) or bool(stored_projector(self.base.tensors))
 
 
-def examine_training(path: str | Path) -> Report:
-    run = Run(Path(path))
+def examine_training(path: str | Path) -> DoctorReport:
+    run = ExaminedRun(Path(path))
     checks = (
-        Check("arguments", _check_arguments),
-        Check("model", _check_base, needs=("arguments",)),
-        Check("frozen parts", _check_frozen, needs=("model",)),
-        Check("tower", _check_tower, needs=("model",)),
-        Check("projector file", _check_adapter, needs=("tower",)),
-        Check("template", _check_template, needs=("model",)),
-        Check("precision", _check_precision, needs=("model",)),
-        Check("data", _check_data, needs=("tower", "template")),
+        DoctorCheck("arguments", _check_arguments),
+        DoctorCheck("model", _check_base, needs=("arguments",)),
+        DoctorCheck("frozen parts", _check_frozen, needs=("model",)),
+        DoctorCheck("tower", _check_tower, needs=("model",)),
+        DoctorCheck("projector file", _check_adapter, needs=("tower",)),
+        DoctorCheck("template", _check_template, needs=("model",)),
+        DoctorCheck("precision", _check_precision, needs=("model",)),
+        DoctorCheck("data", _check_data, needs=("tower", "template")),
     )
-    return examine(run, checks, Report(str(path), "training run"))
+    return run_checks(run, checks, DoctorReport(str(path), "training run"))
 
 
-def _check_arguments(run: Run) -> Iterator[Finding]:
+def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
     from llava.train.arguments import parse_train_args
     from llava.train.run import refuse_contradictions
 
@@ -109,12 +117,12 @@ def _check_arguments(run: Run) -> Iterator[Finding]:
         )
 
 
-def _check_base(run: Run) -> Iterator[Finding]:
-    """The model's folder by the doctor's own cheap checks; the tower's name may be the run's."""
+def _check_base(run: ExaminedRun) -> Iterator[DoctorFinding]:
+    """Run the cheap checks of a checkpoint on the model's folder."""
     name = str(run.model.model_name_or_path)
     if not Path(name).is_dir():
         if looks_like_repository(name):
-            raise Skipped(f"{name} is a hub repository")
+            raise CheckSkipped(f"{name} is a hub repository")
         yield found(
             "run-base",
             f"there is no model folder {name!r}",
@@ -122,10 +130,10 @@ def _check_base(run: Run) -> Iterator[Finding]:
             path=name,
         )
         return
-    yield from examine(run.base, CHEAP, Report(name, "checkpoint")).findings
+    yield from run_checks(run.base, CHEAP, DoctorReport(name, "checkpoint")).findings
 
 
-def _check_frozen(run: Run) -> Iterator[Finding]:
+def _check_frozen(run: ExaminedRun) -> Iterator[DoctorFinding]:
     model, training = run.model, run.training
     multimodal = bool(model.vision_tower) or run.base.settings.vision.tower is not None
     numbers = {
@@ -159,8 +167,8 @@ def _check_frozen(run: Run) -> Iterator[Finding]:
         )
 
 
-def _check_tower(run: Run) -> Iterator[Finding]:
-    """The tower that the run names, or the base's own; and how images are cut for it."""
+def _check_tower(run: ExaminedRun) -> Iterator[DoctorFinding]:
+    """Check the tower that the run names, or the base's own, and the image settings for it."""
     from llava.model.multimodal_encoder.builder import build_vision_tower
 
     if not run.model.vision_tower:
@@ -173,7 +181,7 @@ def _check_tower(run: Run) -> Iterator[Finding]:
         run.tower = build_vision_tower(dataclasses.replace(run.model, vision_tower=folder), delay_load=True)
     except InputError as error:
         if looks_like_repository(name):
-            raise Skipped(f"the tower {name} is a hub repository and not on this disk") from error
+            raise CheckSkipped(f"the tower {name} is a hub repository and not on this disk") from error
         yield found("tower-missing", str(error), "set vision_tower to the tower's folder", vision_tower=name)
         return
     states = run.tower.config.num_hidden_layers + 1
@@ -215,7 +223,7 @@ def _check_tower(run: Run) -> Iterator[Finding]:
         )
 
 
-def _policy(run: Run) -> ImagePolicy | None:
+def _policy(run: ExaminedRun) -> ImagePolicy | None:
     from llava.model.multimodal_encoder.builder import policy_of
 
     if run.tower is None:
@@ -227,8 +235,8 @@ def _policy(run: Run) -> ImagePolicy | None:
     return policy_of(run.tower, ImageSettings(image_mode(run.data.image_aspect_ratio), merge, pinpoints))
 
 
-def _check_adapter(run: Run) -> Iterator[Finding]:
-    """The projector file: its layers against tower and language model, and its own config against the run's."""
+def _check_adapter(run: ExaminedRun) -> Iterator[DoctorFinding]:
+    """Check the projector file's layers against tower and language model, and its config.json against the run."""
     name = run.model.pretrain_mm_mlp_adapter
     if run.tower is None:
         return
@@ -264,18 +272,20 @@ def _check_adapter(run: Run) -> Iterator[Finding]:
         and not _same_place(pretrained[key], arguments[argument])
     }
     if other:
-        said = "; ".join(f"{SETTINGS[key]} was {theirs!r} and is {ours!r} now" for key, (theirs, ours) in other.items())
+        changes = "; ".join(
+            f"{SETTINGS[key]} was {theirs!r} and is {ours!r} now" for key, (theirs, ours) in other.items()
+        )
         yield found(
             "run-adapter-settings",
-            f"{file.parent / 'config.json'} says what the projector was pretrained with: {said}",
+            f"{file.parent / 'config.json'} says what the projector was pretrained with: {changes}",
             "give the run the same settings",
             fix=_set_in_yaml(*itertools.chain(*((SETTINGS[key], theirs) for key, (theirs, _) in other.items()))),
             **{SETTINGS[key]: list(pair) for key, pair in other.items()},
         )
 
 
-def _kept_projector(run: Run) -> Iterator[Finding]:
-    """A LLaVA that the run goes on from keeps its projector, whatever the run calls it."""
+def _kept_projector(run: ExaminedRun) -> Iterator[DoctorFinding]:
+    """Check mm_projector_type against a LLaVA that the run starts from: such a model keeps its projector."""
     own = run.base.settings.projector.type
     if run.model.vision_tower and stored_projector(run.base.tensors) and run.model.mm_projector_type != own:
         yield found(
@@ -289,13 +299,14 @@ def _kept_projector(run: Run) -> Iterator[Finding]:
         )
 
 
-def _same_place(first: Any, second: Any) -> bool:
-    """Whether two names of a tower are one folder."""
-    both_named = isinstance(first, str) and isinstance(second, str)
-    return both_named and Path(first).name == Path(second).name and "/" in first + second
+def _same_place(first: object, second: object) -> bool:
+    """Whether two paths of a tower name the same folder."""
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    return Path(first).name == Path(second).name and "/" in first + second
 
 
-def _check_template(run: Run) -> Iterator[Finding]:
+def _check_template(run: ExaminedRun) -> Iterator[DoctorFinding]:
     from llava.train.model_setup import VERSION_ALIASES
 
     name = VERSION_ALIASES.get(str(run.model.version), str(run.model.version))
@@ -322,12 +333,12 @@ def _check_template(run: Run) -> Iterator[Finding]:
         )
 
 
-def _frame(conv: Conversation) -> tuple[Any, ...]:
-    """What a template puts around turns; two that differ in their system text alone speak the same way."""
+def _frame(conv: Conversation) -> tuple[object, ...]:
+    """Return what a template puts around turns; the system text may differ."""
     return conv.sep_style, conv.roles, conv.sep, conv.sep2
 
 
-def _check_precision(run: Run) -> Iterator[Finding]:
+def _check_precision(run: ExaminedRun) -> Iterator[DoctorFinding]:
     stored = {header.dtype for header in run.base.tensors.values()}
     if run.fp16 and "BF16" in stored:
         yield found(
@@ -340,8 +351,8 @@ def _check_precision(run: Run) -> Iterator[Finding]:
         )
 
 
-def _check_data(run: Run) -> Iterator[Finding]:
-    """The first samples of every file, as the run will see them."""
+def _check_data(run: ExaminedRun) -> Iterator[DoctorFinding]:
+    """Check the first samples of every file, as the run will read them."""
     if not run.data.data_path:
         yield found("data-unreadable", "the run names no data", FORMS, data_path=None)
         return
@@ -369,8 +380,8 @@ def _head(part: Part) -> Part:
     return dataclasses.replace(part, rows=np.arange(min(SAMPLES, len(part)), dtype=np.int64))
 
 
-def _set_in_yaml(*pairs: Any) -> Any:
-    """A repair that sets keys of the configuration file, in the group that they are in."""
+def _set_in_yaml(*pairs: object) -> Fix:
+    """Make a fix that sets keys of the configuration file, in their groups."""
     changes = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
     def fix(file: Path) -> str:

@@ -1,6 +1,6 @@
-"""What a trace sees of the sequence: the splice, the language model's layers, the first new tokens, the limit on them.
+"""Hooks that record the sequence: the splice, the language model's layers, the first new tokens, the limit on them.
 
-In: a `Trace` and the modules. Out: functions for hooks.py to hook up. What comes before is hooks_vision.py's.
+In: a `Trace` and the modules. Out: hooks, which hooks.py installs. Images before the splice are in hooks_vision.py.
 
     T tokens after the splice, D text width
 """
@@ -8,24 +8,22 @@ In: a `Trace` and the modules. Out: functions for hooks.py to hook up. What come
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.tracer.record import Observation, check_finite, figures, is_finite, told
+from llava.diagnose.tracer.record import Observation, Trace, check_finite, describe_stats, is_finite, tensor_stats
 
-if TYPE_CHECKING:
-    from llava.diagnose.tracer.hooks import Trace
-
-# Where the decoder layers of a language model are, by the names that transformers gives them.
+# Names of the list of decoder layers in transformers' language models.
 LAYER_LISTS = ("layers", "blocks", "h")
 CANDIDATES = 5
 FIRST_TOKENS = 8
 
 
 def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]:
-    """A row's stretches of text and images, with their positions before and after the splice."""
+    """Split a sequence into segments of text and images, with their positions before and after the splice."""
     found: list[dict[str, Any]] = []
     position, image = 0, 0
     for place, token in enumerate(ids):
@@ -44,11 +42,11 @@ def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]
     return found
 
 
-def see_splice(record: Trace) -> Callable[..., None]:
-    def see(
+def splice_hook(record: Trace) -> Callable[..., None]:
+    def hook(
         batch: Any, input_ids: Tensor, attention_mask: Any, labels: Any, images: Any, image_sizes: Any, **how: Any
     ) -> None:
-        seen = Observation("splice")
+        obs = Observation("splice")
         lengths = iter(record.feature_lengths)
         rows = []
         for number, row in enumerate(input_ids):
@@ -56,60 +54,60 @@ def see_splice(record: Trace) -> Callable[..., None]:
             ids = valid.tolist()
             own = [next(lengths, 0) for token in ids if token == IMAGE_TOKEN_INDEX]
             if not own:
-                next(lengths, None)  # the black image that a text-only row of a training batch brings
-            rows.append(_row_of_splice(seen, number, ids, own, batch, labels is not None, len(input_ids)))
-        seen.facts = {
+                next(lengths, None)  # the black image of a text-only sequence in a training batch
+            rows.append(_row_of_splice(obs, number, ids, own, batch, labels is not None, len(input_ids)))
+        obs.facts = {
             "side": how["side"],
             "max_length": how["settings"].max_length,
             "rows": rows,
-            "inputs_embeds": figures(batch.embeds),
-            "attention_mask": {**figures(batch.mask), "sum": int(batch.mask.sum())},
-            "position_ids": figures(batch.positions),
+            "inputs_embeds": tensor_stats(batch.embeds),
+            "attention_mask": {**tensor_stats(batch.mask), "sum": int(batch.mask.sum())},
+            "position_ids": tensor_stats(batch.positions),
         }
-        seen.say("inputs_embeds", told(seen.facts["inputs_embeds"]))
-        seen.say("mask", f"{list(batch.mask.shape)}, {int(batch.mask.sum())} of {batch.mask.numel()} attended to")
-        seen.say("padded", f"on the {how['side']}; limit {how['settings'].max_length}")
+        obs.add("inputs_embeds", describe_stats(obs.facts["inputs_embeds"]))
+        obs.add("mask", f"{list(batch.mask.shape)}, {int(batch.mask.sum())} of {batch.mask.numel()} attended to")
+        obs.add("padded", f"on the {how['side']}; limit {how['settings'].max_length}")
         shapes = list(batch.mask.shape), list(batch.embeds.shape[:2])
-        seen.check("agree", shapes[0] == shapes[1], f"mask {shapes[0]} and embeddings {shapes[1]}")
-        check_finite(seen, seen.facts["inputs_embeds"])
-        record.note(seen, batch=batch, input_ids=input_ids, labels=labels, images=images)
+        obs.check("agree", shapes[0] == shapes[1], f"mask {shapes[0]} and embeddings {shapes[1]}")
+        check_finite(obs, obs.facts["inputs_embeds"])
+        record.add(obs, batch=batch, input_ids=input_ids, labels=labels, images=images)
 
-    return see
+    return hook
 
 
 def _row_of_splice(
-    seen: Observation, number: int, ids: list[int], lengths: list[int], batch: Any, labelled: bool, num_rows: int
+    obs: Observation, number: int, ids: list[int], lengths: list[int], batch: Any, labelled: bool, num_rows: int
 ) -> dict[str, Any]:
-    """One row: its stretches, the sum done by hand beside what is there, positions, and labels at images."""
+    """Record one sequence: its segments, its length beside the sum of their lengths, positions, and labels at images."""
     name = f"row {number + 1} " if num_rows > 1 else ""
     mask = batch.mask[number]
-    stretches = segments(ids, lengths)
+    parts = segments(ids, lengths)
     text, found = len(ids) - len(lengths), int(mask.sum())
     total = text + sum(lengths)
     by_hand = " + ".join([f"{text} text", *(f"{length} image" for length in lengths)])
-    seen.say(f"{name}order", " ".join(f"{part['kind']} {part['start']}-{part['stop'] - 1}" for part in stretches))
+    obs.add(f"{name}order", " ".join(f"{part['kind']} {part['start']}-{part['stop'] - 1}" for part in parts))
     cut = found < total
-    seen.check(
+    obs.check(
         f"{name}by hand",
         cut or found == total,
         f"{by_hand} = {total}, and the row is {found} long" + (", cut" if cut else ""),
     )
     positions = batch.positions[number][mask]
     in_order = positions.tolist() == list(range(found))
-    seen.check(
+    obs.check(
         f"{name}positions",
         in_order,
         f"0 to {found - 1}, one after another" if in_order else f"{positions[:8].tolist()} ...",
     )
-    facts: dict[str, Any] = {"text": text, "images": lengths, "expected": total, "length": found, "segments": stretches}
+    facts: dict[str, Any] = {"text": text, "images": lengths, "expected": total, "length": found, "segments": parts}
     if labelled and batch.labels is not None:
         own = batch.labels[number][mask]
         trained = int((own != IGNORE_INDEX).sum())
-        at_images = [own[part["start"] : part["stop"]] for part in stretches if part["kind"] == "image"]
+        at_images = [own[part["start"] : part["stop"]] for part in parts if part["kind"] == "image"]
         untrained = all(bool((part == IGNORE_INDEX).all()) for part in at_images)
         facts |= {"trained": trained, "labels": own.tolist()}
-        seen.say(f"{name}labels", f"{trained} of {found} positions are trained")
-        seen.check(
+        obs.add(f"{name}labels", f"{trained} of {found} positions are trained")
+        obs.check(
             f"{name}images",
             untrained,
             f"labels at images are all {IGNORE_INDEX}" if untrained else "images are trained",
@@ -121,13 +119,13 @@ def _row_of_splice(
 
 
 def decoder_layers(inner: Any) -> Any:
-    """The list of a language model's layers; empty where it has none under a known name."""
+    """Return a language model's list of layers; empty if it has none under a known name."""
     return next(
         (getattr(inner, name) for name in LAYER_LISTS if isinstance(getattr(inner, name, None), nn.ModuleList)), []
     )
 
 
-def watch_language_model(record: Trace, inner: Any, hook: Callable[[Any], None]) -> None:
+def hook_language_model(record: Trace, inner: Any, keep: Callable[[RemovableHandle], None]) -> None:
     state: dict[str, Any] = {}
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -140,84 +138,84 @@ def watch_language_model(record: Trace, inner: Any, hook: Callable[[Any], None])
             "language model: prompt" if state["is_prompt"] else "language model: one token", state["start"]
         )
         if state["is_prompt"]:
-            record.note(_seen_layers(state), hidden=output[0], layers=state["layers"])
+            record.add(_layers_observation(state), hidden=output[0], layers=state["layers"])
 
     def see_layer(number: int) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if state.get("is_prompt"):
                 hidden = output[0] if isinstance(output, tuple) else output
-                state["layers"].append(figures(hidden) | {"largest": float(hidden.detach().abs().max())})
+                state["layers"].append(tensor_stats(hidden) | {"largest": float(hidden.detach().abs().max())})
                 if number == 0:
                     state["mask"], state["positions"] = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
-        return see
+        return hook
 
-    hook(inner.register_forward_pre_hook(begin, with_kwargs=True))
+    keep(inner.register_forward_pre_hook(begin, with_kwargs=True))
     for number, layer in enumerate(decoder_layers(inner)):
-        hook(layer.register_forward_hook(see_layer(number), with_kwargs=True))
-    hook(inner.register_forward_hook(end, with_kwargs=True))
+        keep(layer.register_forward_hook(see_layer(number), with_kwargs=True))
+    keep(inner.register_forward_hook(end, with_kwargs=True))
 
 
-def _seen_layers(state: dict[str, Any]) -> Observation:
+def _layers_observation(state: dict[str, Any]) -> Observation:
     layers = state["layers"]
-    seen = Observation("layers", facts={"layers": layers})
+    obs = Observation("layers", facts={"layers": layers})
     if state["takes"] is not None:
-        seen.facts["takes"] = figures(state["takes"])
-        seen.say("takes", told(seen.facts["takes"]))
+        obs.facts["takes"] = tensor_stats(state["takes"])
+        obs.add("takes", describe_stats(obs.facts["takes"]))
     mask, positions = state.get("mask"), state.get("positions")
-    seen.say(
+    obs.add(
         "mask in layer 1", "none: causal, nothing is padded" if mask is None else f"{list(mask.shape)} {mask.dtype}"
     )
     if isinstance(positions, Tensor):
-        seen.facts["position_ids"] = positions[0].tolist()
-        seen.say("positions", f"{int(positions.min())} to {int(positions.max())} in {list(positions.shape)}")
+        obs.facts["position_ids"] = positions[0].tolist()
+        obs.add("positions", f"{int(positions.min())} to {int(positions.max())} in {list(positions.shape)}")
     if layers:
-        seen.say("norm by layer", " ".join(f"{facts['norm']:.3g}" for facts in layers))
-        seen.say("largest", " ".join(f"{facts['largest']:.3g}" for facts in layers))
+        obs.add("norm by layer", " ".join(f"{facts['norm']:.3g}" for facts in layers))
+        obs.add("largest", " ".join(f"{facts['largest']:.3g}" for facts in layers))
         broken = next((number for number, facts in enumerate(layers) if not is_finite(facts)), None)
-        seen.check(
+        obs.check(
             "finite",
             broken is None,
             "no NaN, no infinity" if broken is None else f"NaN or infinity from layer {broken + 1} on",
         )
-    return seen
+    return obs
 
 
-def see_logits(record: Trace) -> Callable[..., None]:
-    """The likeliest candidates for each of the first new tokens; the first row's, where there are several."""
+def logits_hook(record: Trace) -> Callable[..., None]:
+    """Record the most probable candidates for each of the first new tokens of the first sequence in the batch."""
 
-    def see(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen = record.observations.get("first_tokens") or Observation("first_tokens", facts={"steps": []})
-        if len(seen.facts["steps"]) >= FIRST_TOKENS or output.dim() != 3 or not output.shape[1]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        obs = record.observations.get("first_tokens") or Observation("first_tokens", facts={"steps": []})
+        if len(obs.facts["steps"]) >= FIRST_TOKENS or output.dim() != 3 or not output.shape[1]:
             return
         logits = output[0, -1].detach().float()
-        chances, ids = logits.softmax(-1).topk(min(CANDIDATES, len(logits)))
+        probabilities, ids = logits.softmax(-1).topk(min(CANDIDATES, len(logits)))
         step = [
             {
                 "id": token,
                 "text": record.tokenizer.convert_ids_to_tokens(token) if record.tokenizer else None,
-                "p": chance,
+                "p": probability,
             }
-            for token, chance in zip(ids.tolist(), chances.tolist(), strict=True)
+            for token, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
         ]
-        seen.facts["steps"].append(step)
-        number = len(seen.facts["steps"])
-        seen.say(
+        obs.facts["steps"].append(step)
+        number = len(obs.facts["steps"])
+        obs.add(
             f"token {number}", "  ".join(f"{entry['text'] or entry['id']} {entry['p']:.1%}" for entry in step), "text"
         )
-        record.observations["first_tokens"] = seen
+        record.observations["first_tokens"] = obs
         if number == 1:
-            seen.facts["logits"] = figures(logits)
-            record.note(seen, logits=logits)
+            obs.facts["logits"] = tensor_stats(logits)
+            record.add(obs, logits=logits)
 
-    return see
+    return hook
 
 
-def see_generate(record: Trace) -> Callable[..., None]:
-    def see(output: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any) -> None:
-        seen = record.observations.get("limit") or Observation("limit")
-        seen.facts["given_to_generate"] = kwargs.get("max_new_tokens")
-        seen.say("generate", f"max_new_tokens {kwargs.get('max_new_tokens')}")
-        record.observations["limit"] = seen
+def generate_hook(record: Trace) -> Callable[..., None]:
+    def hook(output: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any) -> None:
+        obs = record.observations.get("limit") or Observation("limit")
+        obs.facts["given_to_generate"] = kwargs.get("max_new_tokens")
+        obs.add("generate", f"max_new_tokens {kwargs.get('max_new_tokens')}")
+        record.observations["limit"] = obs
 
-    return see
+    return hook

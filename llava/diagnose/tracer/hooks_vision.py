@@ -1,6 +1,6 @@
-"""What a trace sees of images: pixels at the tower, its layers, the projector, the features of each image.
+"""Hooks that record images: pixels at the tower, its layers, the projector, the features of each image.
 
-In: a `Trace` and the modules. Out: functions for hooks.py to hook up. What follows in the sequence is hooks_sequence.py's.
+In: a `Trace` and the modules. Out: hooks, which hooks.py installs. The sequence after the splice is in hooks_sequence.py.
 
     N tiles, P patches per tile, V width of the tower
 """
@@ -8,49 +8,47 @@ In: a `Trace` and the modules. Out: functions for hooks.py to hook up. What foll
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from llava.diagnose.tracer.record import Observation, check_finite, figures, told
+from llava.diagnose.tracer.record import Observation, Trace, check_finite, describe_stats, tensor_stats
 from llava.images.layout import plan
 
-if TYPE_CHECKING:
-    from llava.diagnose.tracer.hooks import Trace
 
-
-def see_pixels(record: Trace) -> Callable[..., None]:
-    def see(module: nn.Module, args: Any) -> None:
+def pixels_hook(record: Trace) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
         images = args[0]
-        seen = record.observations.get("pixels") or Observation("pixels")
-        facts = figures(torch.cat([image[None] for image in images]) if isinstance(images, list) else images)
-        seen.facts["at_the_tower"] = facts
-        seen.rows = [row for row in seen.rows if row.label != "at the tower"]
-        seen.say("at the tower", told(facts))
+        obs = record.observations.get("pixels") or Observation("pixels")
+        facts = tensor_stats(torch.cat([image[None] for image in images]) if isinstance(images, list) else images)
+        obs.facts["at_the_tower"] = facts
+        obs.rows = [row for row in obs.rows if row.label != "at the tower"]
+        obs.add("at the tower", describe_stats(facts))
         if facts["shape"][-2:] != [record.model.get_vision_tower().tile_size] * 2:
-            seen.check("size", False, f"the tower takes {record.model.get_vision_tower().tile_size} pixels per side")
-        record.note(seen, images=images)
+            obs.check("size", False, f"the tower takes {record.model.get_vision_tower().tile_size} pixels per side")
+        record.add(obs, images=images)
 
-    return see
+    return hook
 
 
-def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
-    """Once the tower has made its features, all of its hidden states, for which the whole of it is run once more."""
+def hook_tower(record: Trace, tower: Any, keep: Callable[[RemovableHandle], None]) -> None:
+    """Record all hidden states of the tower. It stops at the layer that is read, so the whole tower is run once more."""
     pixels: list[Tensor] = []
 
     def see_pass(module: nn.Module, args: Any) -> None:
         pixels[:] = args[:1]
 
-    def see(module: nn.Module, args: Any, features: Any) -> None:
+    def hook(module: nn.Module, args: Any, features: Any) -> None:
         output = tower.vision_tower(pixels[0], output_hidden_states=True)
         states = output.hidden_states
         chosen = tower.hidden_state_index
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
         selected = tower.feature_select(output)
-        facts = figures(selected)
-        seen = Observation("tower")
-        seen.facts = {
+        facts = tensor_stats(selected)
+        obs = Observation("tower")
+        obs.facts = {
             "hidden_states": len(states),
             "hidden_state_shape": list(states[-1].shape),
             "select_layer": tower.select_layer,
@@ -59,65 +57,63 @@ def see_tower(record: Trace, tower: Any, hook: Callable[[Any], None]) -> None:
             "features": facts,
             "weights_dtype": str(tower.dtype).removeprefix("torch."),
         }
-        seen.say("hidden states", f"{len(states)} of {list(states[-1].shape)}, from {tower.dtype} weights")
-        seen.say("norm by layer", " ".join(f"[{n:.3g}]" if i == chosen else f"{n:.3g}" for i, n in enumerate(norms)))
+        obs.add("hidden states", f"{len(states)} of {list(states[-1].shape)}, from {tower.dtype} weights")
+        obs.add("norm by layer", " ".join(f"[{n:.3g}]" if i == chosen else f"{n:.3g}" for i, n in enumerate(norms)))
         drops = states[-1].shape[1] - selected.shape[1]
         dropped = " without the class feature" if drops else ""
-        seen.say("taken", f"layer {tower.select_layer} (number {chosen}), {tower.select_feature}{dropped}")
-        seen.say("features", told(facts))
+        obs.add("taken", f"layer {tower.select_layer} (number {chosen}), {tower.select_feature}{dropped}")
+        obs.add("features", describe_stats(facts))
         expected = tower.num_patches + int(tower.has_class_feature)
-        seen.check(
-            "count", selected.shape[1] == expected, f"{selected.shape[1]} features per tile, {expected} expected"
-        )
-        check_finite(seen, facts)
-        record.note(seen, hidden_states=states, features=selected, tower=tower)
+        obs.check("count", selected.shape[1] == expected, f"{selected.shape[1]} features per tile, {expected} expected")
+        check_finite(obs, facts)
+        record.add(obs, hidden_states=states, features=selected, tower=tower)
 
-    hook(tower.input_modules()[0].register_forward_pre_hook(see_pass))
-    hook(tower.register_forward_hook(see))
+    keep(tower.input_modules()[0].register_forward_pre_hook(see_pass))
+    keep(tower.register_forward_hook(hook))
 
 
-def watch_projector(record: Trace, projector: nn.Module, hook: Callable[[Any], None]) -> None:
+def hook_projector(record: Trace, projector: nn.Module, keep: Callable[[RemovableHandle], None]) -> None:
     steps: list[tuple[str, nn.Module, dict[str, Any]]] = []
 
     def see_step(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, output: Tensor) -> None:
-            steps.append((name, module, figures(output)))
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            steps.append((name, module, tensor_stats(output)))
 
-        return see
+        return hook
 
     def see_all(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen = Observation("projector")
-        weights = {name: figures(tensor) for name, tensor in module.named_parameters()}
-        seen.facts = {"type": getattr(record.model.config, "mm_projector_type", None), "weights": weights}
-        seen.facts["steps"] = [{"layer": name, "output": facts} for name, _, facts in steps]
-        seen.facts["features"] = figures(output)
+        obs = Observation("projector")
+        weights = {name: tensor_stats(tensor) for name, tensor in module.named_parameters()}
+        obs.facts = {"type": getattr(record.model.config, "mm_projector_type", None), "weights": weights}
+        obs.facts["steps"] = [{"layer": name, "output": facts} for name, _, facts in steps]
+        obs.facts["features"] = tensor_stats(output)
         for name, facts in weights.items():
-            seen.say(name, told(facts))
-        seen.say("takes", told(figures(args[0])))
+            obs.add(name, describe_stats(facts))
+        obs.add("takes", describe_stats(tensor_stats(args[0])))
         for name, step, facts in steps:
-            seen.say(f"after {name or 'it'}", f"{type(step).__name__}: {told(facts)}")
-        seen.check(
+            obs.add(f"after {name or 'it'}", f"{type(step).__name__}: {describe_stats(facts)}")
+        obs.check(
             "width", output.shape[-1] == record.model.config.hidden_size,
             f"features of width {output.shape[-1]}, text of width {record.model.config.hidden_size}",
         )  # fmt: skip
-        check_finite(seen, seen.facts["features"])
+        check_finite(obs, obs.facts["features"])
         steps.clear()
-        record.note(seen, features=output, projector=module)
+        record.add(obs, features=output, projector=module)
 
     for name, module in projector.named_modules():
         if module is not projector and not list(module.children()):
-            hook(module.register_forward_hook(see_step(name)))
-    hook(projector.register_forward_hook(see_all))
+            keep(module.register_forward_hook(see_step(name)))
+    keep(projector.register_forward_hook(see_all))
 
 
-def see_image_features(record: Trace) -> Callable[..., None]:
-    def see(features: list[Tensor], images: Any, image_sizes: Any, **options: Any) -> None:
+def image_features_hook(record: Trace) -> Callable[..., None]:
+    def hook(features: list[Tensor], images: Any, image_sizes: Any, **options: Any) -> None:
         lengths = [len(feature) for feature in features]
         record.feature_lengths = lengths
-        seen = Observation("image_features", facts={"lengths": lengths, "images": [figures(f) for f in features]})
+        obs = Observation("image_features", facts={"lengths": lengths, "images": [tensor_stats(f) for f in features]})
         policy = record.model.image_policy()
         for number, feature in enumerate(features):
-            seen.say(f"image {number + 1}", told(seen.facts["images"][number]))
+            obs.add(f"image {number + 1}", describe_stats(obs.facts["images"][number]))
             if image_sizes is not None:
                 tiles = 1 if images[number].ndim == 3 else len(images[number])
                 is_plain = isinstance(images, Tensor) and images.ndim == 4
@@ -125,7 +121,7 @@ def see_image_features(record: Trace) -> Callable[..., None]:
                 planned = plan(size, policy, num_tiles=tiles).num_features - (
                     is_plain and policy.merge == "spatial_unpad"
                 )
-                seen.check("count", planned == len(feature), f"{len(feature)} features, the layout has {planned}")
-        record.note(seen, features=features, images=images, image_sizes=image_sizes)
+                obs.check("count", planned == len(feature), f"{len(feature)} features, the layout has {planned}")
+        record.add(obs, features=features, images=images, image_sizes=image_sizes)
 
-    return see
+    return hook

@@ -1,7 +1,7 @@
-"""A trace as one page of HTML that needs nothing else: images, tokens and what they looked at, time, every point.
+"""Render a trace as a self-contained HTML page: images, tokens and their views, timing, every point.
 
-In: a trace, with the views of attention.py or a training sample's images. Out: text of a page. Its form is in page/
-(page.html, page.css, page.js); this file puts the data together.
+In: a trace, with the views of attention.py or a training sample's images. Out: the page's text. The template is in page/
+(page.html, page.css, page.js); this file builds its data.
 """
 
 from __future__ import annotations
@@ -13,30 +13,29 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.tracer.hooks import Trace
 from llava.diagnose.tracer.hooks_sequence import segments
-from llava.diagnose.tracer.record import POINTS
+from llava.diagnose.tracer.record import POINTS, Trace
 from llava.images.layout import feature_boxes, tile_areas
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.diagnose.tracer.attention import Views
-    from llava.diagnose.tracer.generation import Answered
+    from llava.diagnose.tracer.attention import AttentionViews
+    from llava.diagnose.tracer.generation import TracedAnswer
 
-# Larger images are shown smaller; boxes keep the image's own pixels.
+# Larger images are scaled down to this; boxes stay in the original's pixels.
 SHOWN_SIDE = 1024
-# More numbers than this (layers x tokens x features), and only the mean over layers is kept.
+# With more numbers than this (layers x tokens x features), only the mean over layers is stored.
 MOST_NUMBERS = 1_500_000
 SHOWN_CANDIDATES = 4
-PIECES = {"▁": " ", "Ġ": " ", "Ċ": "⏎", "<0x0A>": "⏎"}
+WHITESPACE_MARKERS = {"▁": " ", "Ġ": " ", "Ċ": "⏎", "<0x0A>": "⏎"}
 
 
-def page_of_answer(answered: Answered, views: Views | None) -> str:
-    """The page of a traced question."""
-    record, answer = answered.record, answered.answer
-    shown = [image.image for image in answered.images]
-    tokens = _prompt_tokens(record, [layout.num_features for layout in answered.record.layouts])
+def page_of_answer(traced: TracedAnswer, views: AttentionViews | None) -> str:
+    """Render the page of a traced question."""
+    record, answer = traced.record, traced.answer
+    shown = [image.image for image in traced.images]
+    tokens = _prompt_tokens(record, [layout.num_features for layout in traced.record.layouts])
     first_answer = len(tokens)
     for step, token in enumerate(answer.token_ids if answer is not None else ()):
         tokens.append(_token(record, token, "answer", f"new token {step + 1}"))
@@ -53,9 +52,9 @@ def page_of_answer(answered: Answered, views: Views | None) -> str:
     found = record.observations.get("first_tokens")
     return _page(
         record,
-        question=answered.question,
+        question=traced.question,
         answer=answer.text if answer is not None else "",
-        images=_images(record, shown, answered.record.layouts, answered.loaded.image_processor),
+        images=_images(record, shown, traced.record.layouts, traced.loaded.image_processor),
         tokens=tokens,
         views=data_views,
         candidates=_candidates(found["steps"]) if found is not None else [],
@@ -67,7 +66,7 @@ def page_of_answer(answered: Answered, views: Views | None) -> str:
 
 
 def page_of_sample(record: Trace) -> str:
-    """The page of a traced training sample: tokens in the colour of their loss."""
+    """Render the page of a traced training sample, whose tokens are coloured by loss."""
     processor = record.model.get_vision_tower().image_processor
     tokens = _prompt_tokens(record, [layout.num_features for layout in record.layouts])
     labels = record["labels"]["labels"]
@@ -95,12 +94,12 @@ def _page(record: Trace, **content: Any) -> str:
     verdict = "every check holds" if not failed else "; ".join(f"{point}: {text}" for point, text in failed)
     points = [
         {
-            "title": seen.title,
-            "where": seen.where,
-            "suspect": POINTS[seen.point].suspect,
-            "rows": [{"label": row.label, "text": row.text, "tone": row.tone, "spans": row.spans} for row in seen.rows],
+            "title": obs.title,
+            "where": obs.where,
+            "suspect": POINTS[obs.point].suspect,
+            "rows": [{"label": row.label, "text": row.text, "tone": row.tone, "spans": row.spans} for row in obs.rows],
         }
-        for seen in record
+        for obs in record
     ]
     data = {
         **content,
@@ -109,7 +108,7 @@ def _page(record: Trace, **content: Any) -> str:
         "stages": [{"name": stage.name, "start": stage.start, "seconds": stage.seconds} for stage in record.stages],
         "points": points,
     }
-    # Text of the trace must not end the script that holds it.
+    # Text of the trace must not end the script element that holds it.
     safe = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     parts = {"style": _file("page.css"), "script": _file("page.js"), "data": safe}
     page = _file("page.html")
@@ -189,37 +188,37 @@ def _prompt_tokens(record: Trace, lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def _token(record: Trace, token: int, kind: str, place: str) -> dict[str, Any]:
-    text = _piece(record.tokenizer.convert_ids_to_tokens(token), token)
+    text = _readable(record.tokenizer.convert_ids_to_tokens(token), token)
     return {"text": text, "kind": kind, "title": f"id {token}, {place}", "rows": {}}
 
 
-def _piece(piece: str | None, token: int) -> str:
-    """A piece of a vocabulary as a reader knows it; a row without a token shows its number."""
-    text = f"#{token}" if piece is None else piece
-    for mark, shown in PIECES.items():
-        text = text.replace(mark, shown)
+def _readable(entry: str | None, token: int) -> str:
+    """Make a vocabulary entry readable; an id without a token is shown as its number."""
+    text = f"#{token}" if entry is None else entry
+    for marker, shown in WHITESPACE_MARKERS.items():
+        text = text.replace(marker, shown)
     return text
 
 
 def _candidates(steps: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     return [
-        [{"text": _piece(entry["text"], entry["id"]), "p": entry["p"]} for entry in step[:SHOWN_CANDIDATES]]
+        [{"text": _readable(entry["text"], entry["id"]), "p": entry["p"]} for entry in step[:SHOWN_CANDIDATES]]
         for step in steps
     ]
 
 
-def _strongest(views: Views) -> int:
-    """The token of the answer for which the image mattered most."""
+def _strongest(views: AttentionViews) -> int:
+    """Return the answer token with the largest relevance."""
     if views.relevance is None:
         return 0
     return int(views.relevance.sum(-1).argmax())
 
 
-# Views
+# AttentionViews
 
 
-def _views(views: Views) -> list[dict[str, Any]]:
-    """The shares as bytes, each token's largest as 255: the mean over layers first, then every layer."""
+def _views(views: AttentionViews) -> list[dict[str, Any]]:
+    """Encode the shares as bytes, each token's largest as 255: the mean over layers first, then every layer."""
     import torch
 
     found = []

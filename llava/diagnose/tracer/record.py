@@ -1,20 +1,35 @@
-"""What a trace consists of: the points at which it looks, and what it saw there.
+"""The record types of a trace: points, observations, stages, and the `Trace` that holds them.
 
-In: nothing. Out: `POINTS`, in the order in which data flows, and the values `Observation`, `Stage` and the figures of a
-tensor. Looking is hooks.py's work for the model, generation.py's and training.py's for what happens around it; showing is
-text.py's and html.py's. Nothing here imports torch.
+In: nothing. Out: `POINTS`, in the order in which data flows, `Trace`, and the types that it consists of. Observations of
+the model are made by hooks.py, those of the code around it by generation.py and training.py; they are printed by text.py
+and html.py. Importing this file does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from llava.images.layout import ImageLayout
+
+# JSON content of an observation: numbers, strings, and lists and dicts of them.
+Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the flow: what is looked at there, in which function, and what a surprise there would mean."""
+    """A place in the data flow: its title, the function that it is in, and what to suspect if its values are unexpected."""
 
     title: str
     where: str
@@ -88,15 +103,16 @@ POINTS: dict[str, Point] = {
         "llava/train/llava_trainer.py:LLaVATrainer.create_optimizer",
         "the projector without its own rate",
     ),
-    "cost": Point("time and memory", "llava/diagnose/tracer/hooks.py:Trace", "one stage that takes nearly everything"),
+    "cost": Point("time and memory", "llava/diagnose/tracer/record.py:Trace", "one stage that takes nearly everything"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line about a point. `tone`: "" plain, "good" and "bad" for what was checked, "text" for text to be kept as it is.
+    """A printed line of an observation.
 
-    `spans` cuts the text into stretches that are marked, or not.
+    `tone` is "" for plain text, "good" or "bad" for the result of a check, "text" for text whose line breaks are kept.
+    `spans` splits the text into (part, is highlighted).
     """
 
     label: str
@@ -106,17 +122,17 @@ class Row:
 
 
 @dataclass
-class Notes:
-    """Lines about one thing, some of them checks."""
+class Rows:
+    """Printed lines about one subject; some of them are checks."""
 
     rows: list[Row] = field(default_factory=list, init=False)
 
-    def say(self, label: str, text: str, tone: str = "") -> None:
+    def add(self, label: str, text: str, tone: str = "") -> None:
         self.rows.append(Row(label, text, tone))
 
-    def mark(self, label: str, spans: Sequence[tuple[str, bool]]) -> None:
-        """Text of which stretches are marked: what is trained, say."""
-        text = "".join(f"[{part}]" if marked else part for part, marked in spans)
+    def add_spans(self, label: str, spans: Sequence[tuple[str, bool]]) -> None:
+        """Add text with highlighted parts, the trained tokens for example."""
+        text = "".join(f"[{part}]" if highlighted else part for part, highlighted in spans)
         self.rows.append(Row(label, text, "text", tuple(spans)))
 
     def check(self, label: str, holds: bool, text: str) -> None:
@@ -124,16 +140,16 @@ class Notes:
 
     @property
     def failed(self) -> list[Row]:
-        """What was checked and does not hold."""
+        """The checks that do not hold."""
         return [row for row in self.rows if row.tone == "bad"]
 
 
 @dataclass
-class Observation(Notes):
-    """What was seen at a point: lines for people, facts for programs."""
+class Observation(Rows):
+    """What was recorded at a point: rows to print, facts as JSON."""
 
     point: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -146,7 +162,7 @@ class Observation(Notes):
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Facts:
         return {
             "point": self.point,
             "where": self.where,
@@ -157,9 +173,34 @@ class Observation(Notes):
         }
 
 
+@dataclass
+class SelfTestItem(Rows):
+    """An item of `llava selftest`. `where` are the functions (file:name) that it runs through, in order."""
+
+    title: str
+    where: tuple[str, ...]
+    skipped: str = ""
+    seconds: float = field(default=0.0, init=False)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed and any(row.tone == "good" for row in self.rows)
+
+    def as_json(self) -> Facts:
+        lines = [(row.tone, {"label": row.label, "text": row.text}) for row in self.rows]
+        return {
+            "title": self.title,
+            "where": list(self.where),
+            "state": "skipped" if self.skipped else "passed" if self.passed else "failed",
+            "because": self.skipped or None,
+            "checks": [{**line, "holds": tone == "good"} for tone, line in lines if tone in ("good", "bad")],
+            "notes": [line for tone, line in lines if tone not in ("good", "bad")],
+        }
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of time: seconds from the beginning, and how much memory was in use at its end."""
+    """A timed stage: start and duration in seconds since the trace began, and the bytes of memory in use at its end."""
 
     name: str
     start: float
@@ -167,9 +208,113 @@ class Stage:
     memory: int | None = None
 
 
-def figures(tensor: Any) -> dict[str, Any]:
-    """Shape, precision, place and range of a tensor; norms are those of its last axis."""
-    facts: dict[str, Any] = {
+class Trace:
+    """Everything that was recorded. `trace["splice"]` is a point's last observation.
+
+    Args:
+        model: The traced LLaVA model.
+        tokenizer: Its tokenizer; without one, tokens are shown as ids.
+        break_at: The point at which to open the debugger.
+
+    Raises:
+        InputError: If there is no such point.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, break_at: str | None = None) -> None:
+        if break_at is not None and break_at not in POINTS:
+            raise InputError(f"there is no point {break_at!r} to break at; known: {', '.join(POINTS)}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.break_at = break_at
+        self.observations: dict[str, Observation] = {}
+        self.stages: list[Stage] = []
+        self.feature_lengths: list[int] = []
+        self.images: list[Image.Image] = []
+        self.layouts: list[ImageLayout] = []
+        self.began = time.perf_counter()
+
+    def __getitem__(self, point: str) -> Observation:
+        return self.observations[point]
+
+    def __contains__(self, point: str) -> bool:
+        return point in self.observations
+
+    def __iter__(self) -> Iterator[Observation]:
+        """Iterate in the order in which data flows."""
+        return (self.observations[point] for point in POINTS if point in self.observations)
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """(point, text) of every check that does not hold."""
+        return [(observation.point, row.text) for observation in self for row in observation.failed]
+
+    def add(self, observation: Observation, **values: object) -> None:
+        """Store an observation. At the point to break at, open the debugger with `values` as local names."""
+        self.observations[observation.point] = observation
+        if observation.point == self.break_at:
+            _debug(self, observation, values)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self.end_stage(name, start)
+
+    def clock(self) -> float:
+        """Seconds since the trace began, after waiting for the GPU."""
+        device = getattr(self.model, "device", None)
+        if device is not None and device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - self.began
+
+    def end_stage(self, name: str, start: float) -> None:
+        self.stages.append(Stage(name, start, self.clock() - start, memory_in_use(self.model)))
+
+    def as_json(self) -> Facts:
+        return {
+            "points": [observation.as_json() for observation in self],
+            "stages": [vars(stage) for stage in self.stages],
+            "failed": [{"point": point, "text": text} for point, text in self.failed],
+        }
+
+
+def memory_in_use(model: Any) -> int | None:
+    """Bytes of tensors on the model's GPU; on the CPU, the peak of this process so far."""
+    device = getattr(model, "device", None)
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _debug(record: Trace, observation: Observation, values: dict[str, object]) -> None:
+    """Open pdb with the point's values as local names."""
+    import pdb
+
+    names = {**values, "observation": observation, "trace": record, "model": record.model}
+    print(
+        f"\nstopped at {observation.point}: {observation.title}, {observation.where}\n"
+        f"names: {', '.join(names)}; c continues, q quits"
+    )
+    in_main = threading.current_thread() is threading.main_thread()
+    stop = pdb.Pdb(nosigint=not in_main).set_trace
+    # pdb stops in the code that calls set_trace: a line whose names are those of the point.
+    exec(compile("stop()\nobservation\n", f"<{observation.point}>", "exec"), {**names, "stop": stop})
+
+
+def tensor_stats(tensor: Tensor) -> Facts:
+    """Shape, dtype, device and range of a tensor. `norm` is the mean norm over its last axis."""
+    facts: Facts = {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "device": str(tensor.device),
@@ -192,8 +337,8 @@ def figures(tensor: Any) -> dict[str, Any]:
     }
 
 
-def told(facts: dict[str, Any]) -> str:
-    """Figures as one line."""
+def describe_stats(facts: Facts) -> str:
+    """Format the result of `tensor_stats` as one line."""
     line = f"{facts['shape']} {facts['dtype']} on {facts['device']}"
     if "mean" in facts:
         line += f", {facts['min']:.3g} to {facts['max']:.3g}, mean {facts['mean']:.3g}, norm {facts['norm']:.3g}"
@@ -202,9 +347,10 @@ def told(facts: dict[str, Any]) -> str:
     return line
 
 
-def is_finite(facts: dict[str, Any]) -> bool:
+def is_finite(facts: Facts) -> bool:
     return not facts.get("nan") and not facts.get("inf")
 
 
-def check_finite(seen: Observation, facts: dict[str, Any]) -> None:
-    seen.check("finite", is_finite(facts), "no NaN, no infinity" if is_finite(facts) else "NaN or infinity")
+def check_finite(observation: Observation, facts: Facts) -> None:
+    finite = is_finite(facts)
+    observation.check("finite", finite, "no NaN, no infinity" if finite else "NaN or infinity")

@@ -1,6 +1,6 @@
-"""A trace as text for a terminal: every point in the order in which data flows, with what was checked, and the time.
+"""Render a trace as text for a terminal: every point in the order in which data flows, its checks, and timing.
 
-In: a trace, and whether there are colours. Out: text.
+In: a trace, and the terminal's colours and width. Out: text.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ import shutil
 import textwrap
 
 from llava.cli.colors import Colors
-from llava.diagnose.tracer.hooks import Trace
-from llava.diagnose.tracer.record import Observation, Row, Stage
+from llava.diagnose.tracer.record import Observation, Row, Stage, Trace
 
 LABEL = 16
-LONGEST = 1500  # characters of one row; the page and --json have all
+LONGEST = 1500  # characters of one row; the page and --json show all
 BAR = 36
 
 
 def as_text(record: Trace, colors: Colors, *, blocks: bool = True, width: int | None = None) -> str:
     width = width or text_width()
     lines: list[str] = []
-    for number, seen in enumerate(record, 1):
-        lines += ["", *_point(number, seen, record.stages, colors, blocks=blocks, width=width)]
+    for number, obs in enumerate(record, 1):
+        lines += ["", *_point(number, obs, record.stages, colors, blocks=blocks, width=width)]
     failed = record.failed
-    checks = sum(row.tone in ("good", "bad") for seen in record for row in seen.rows)
+    checks = sum(row.tone in ("good", "bad") for obs in record for row in obs.rows)
     lines.append("")
     if failed:
         lines.append(colors(f"{len(failed)} of {checks} checks do not hold:", "red", "bold"))
@@ -38,18 +37,18 @@ def text_width() -> int:
 
 
 def _point(
-    number: int, seen: Observation, stages: list[Stage], colors: Colors, *, blocks: bool, width: int
+    number: int, obs: Observation, stages: list[Stage], colors: Colors, *, blocks: bool, width: int
 ) -> list[str]:
-    lines = [f"{colors(f'{number:>2} {seen.point}', 'bold', 'cyan')}  {seen.title}  {colors(seen.where, 'dim')}"]
-    rows = seen.rows
-    if seen.point == "cost":
+    lines = [f"{colors(f'{number:>2} {obs.point}', 'bold', 'cyan')}  {obs.title}  {colors(obs.where, 'dim')}"]
+    rows = obs.rows
+    if obs.point == "cost":
         lines += _waterfall(stages, colors, blocks=blocks)
         rows = [row for row in rows if row.label == "memory"]
     return lines + show_rows(rows, colors, blocks, width)
 
 
 def show_rows(rows: list[Row], colors: Colors, blocks: bool, width: int) -> list[str]:
-    """Lines about one thing, labels on the left, checks marked."""
+    """Format rows, labels on the left, checks with a tick or a cross."""
     lines = []
     for row in rows:
         head = f"  {row.label:>{LABEL}}  "
@@ -65,10 +64,10 @@ def show_rows(rows: list[Row], colors: Colors, blocks: bool, width: int) -> list
             text = "".join(colors(part, "bold", "green") if marked else part for part, marked in row.spans)
             lines.append(colors(head, "dim") + text)
             continue
-        # Lines of a prompt stay lines; each is wrapped by itself.
-        wrapped = [piece for line in text.split("\n") for piece in _wrap(line, width - len(head))]
+        # Line breaks of a prompt are kept; each line is wrapped by itself.
+        wrapped = [part for line in text.split("\n") for part in _wrap(line, width - len(head))]
         lines.append(colors(head, "dim") + wrapped[0])
-        lines += [" " * len(head) + piece for piece in wrapped[1:]]
+        lines += [" " * len(head) + part for part in wrapped[1:]]
     return lines
 
 
@@ -77,7 +76,7 @@ def _wrap(line: str, width: int) -> list[str]:
 
 
 def _waterfall(stages: list[Stage], colors: Colors, *, blocks: bool) -> list[str]:
-    """A bar for each stage, beginning where it began."""
+    """Draw a bar for each stage, at the time when it ran."""
     if not stages:
         return []
     begin, end = min(stage.start for stage in stages), max(stage.start + stage.seconds for stage in stages)

@@ -1,7 +1,7 @@
-"""One training sample, taken through a whole step of a run and watched: `trace_sample`.
+"""Trace a training step on one sample: `trace_sample`.
 
-In: a data file, the number of a sample, a model, training flags. Out: the trace with all points of training: the sample,
-its prompt, ids and labels, the batch, the model's inside, the loss of each token, gradients and learning rates. Trainer,
+In: a data file, the number of a sample, a model, training flags. Out: a trace with all points of training: the sample, its
+prompt, ids and labels, the batch, the model's activations, the loss of each token, gradients and learning rates. Trainer,
 dataset, collator and optimizer are those that `llava train` builds; no weight is changed.
 """
 
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
 from llava.data.image_files import image_label
-from llava.diagnose.tracer.generation import note_cost, note_ids, note_layouts, note_pixels, note_prompt
-from llava.diagnose.tracer.hooks import Trace, watching, wrap
-from llava.diagnose.tracer.record import Observation, figures, told
+from llava.diagnose.tracer.generation import record_cost, record_ids, record_layouts, record_pixels, record_prompt
+from llava.diagnose.tracer.hooks import install_hooks, wrap
+from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
 from llava.errors import InputError
 from llava.images.layout import plan
 from llava.text import labels as labels_module
@@ -45,10 +45,22 @@ def trace_sample(
     flags: Sequence[str] = (),
     break_at: str | None = None,
 ) -> Trace:
-    """`flags` are those of `llava train`, or begin with its configuration file; they win over what is set here."""
+    """Run one training step on one sample without changing a weight, and trace it.
+
+    Args:
+        data_file: A file or mixture of samples.
+        index: The sample's number, from 0.
+        model_path: The model folder to start from.
+        image_folder: The folder that image paths are relative to.
+        flags: Flags of `llava train`, perhaps after a configuration file; they override the defaults set here.
+        break_at: The point at which to open pdb.
+
+    Raises:
+        InputError: If there is no such sample, or the run has no vision tower.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         argv = run_arguments(data_file, model_path, image_folder, flags, output_dir=scratch)
-        # What training prints belongs to no trace.
+        # stdout is for the trace.
         with contextlib.redirect_stdout(sys.stderr):
             trainer = build_trainer(*parse_train_args(argv))
         if not hasattr(trainer.model, "get_vision_tower"):
@@ -58,21 +70,21 @@ def trace_sample(
             raise InputError(f"--index {index} is not in {data_file!r}, whose samples are 0 to {len(dataset) - 1}")
         record = Trace(trainer.model, trainer.processing_class, break_at=break_at)
         _step(record, trainer, index)
-    note_cost(record)
+    record_cost(record)
     return record
 
 
 def run_arguments(
     data_file: str, model_path: str, image_folder: str | None, flags: Sequence[str], *, output_dir: str
 ) -> list[str]:
-    """The command line of a run of one sample: what the model itself says, then what was asked for."""
+    """Build the command line of a run of one sample: the model's own settings, then `flags`."""
     from llava.data.reader import read_model
     from llava.train.legacy_flags import parse_flags
 
     has_file = bool(flags) and not flags[0].startswith("-")
     own = [*flags[1:]] if has_file else [*flags]
     given = {flag.name for flag in parse_flags(own)}
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "data_path": data_file,
         "output_dir": output_dir,
         "report_to": "none",
@@ -93,60 +105,60 @@ def run_arguments(
 
 def _step(record: Trace, trainer: Any, index: int) -> None:
     model, args = trainer.model, trainer.args
-    record.note(_seen_run(trainer), trainer=trainer)
-    _note_sample(record, trainer.train_dataset, index)
-    with watching(record), _watching_data(record, trainer):
+    record.add(_run_observation(trainer), trainer=trainer)
+    _record_sample(record, trainer.train_dataset, index)
+    with install_hooks(record), _hook_data(record, trainer):
         with record.stage("sample"):
             item = trainer.train_dataset[index]
-        _note_labels(record, item)
+        _record_labels(record, item)
         with record.stage("collator"):
             batch = trainer.data_collator([item])
-        _note_batch(record, batch)
+        _record_batch(record, batch)
         model.train()
         args.fused_loss = False  # the loss of each token needs the logits
         inputs = trainer._prepare_inputs(batch)
         with record.stage("forward"), trainer.compute_loss_context_manager():
             loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
-        _note_loss(record, loss, outputs.logits)
-        record.observations.pop("first_tokens", None)  # of training there are none
+        _record_loss(record, loss, outputs.logits)
+        record.observations.pop("first_tokens", None)  # a training step generates none
         model.zero_grad(set_to_none=True)
         with record.stage("backward"):
             if torch.isfinite(loss):
                 loss.backward()
         optimizer = trainer.create_optimizer()
-        _note_gradients(record, model)
-        _note_optimizer(record, optimizer, model)
+        _record_gradients(record, model)
+        _record_optimizer(record, optimizer, model)
         model.zero_grad(set_to_none=True)
 
 
 @contextmanager
-def _watching_data(record: Trace, trainer: Any) -> Iterator[None]:
-    def see_ids(result: Any, spans: Any, tokenizer: Any, **_: Any) -> None:
-        note_prompt(record, spans)
-        note_ids(record, result[0], tokenizer)
+def _hook_data(record: Trace, trainer: Any) -> Iterator[None]:
+    def on_ids(result: Any, spans: Any, tokenizer: Any, **_: Any) -> None:
+        record_prompt(record, spans)
+        record_ids(record, result[0], tokenizer)
 
-    def see_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
-        note_pixels(record, pixels, config.image_aspect_ratio, image_processor)
+    def on_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
+        record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
         record.images += images
         policy = record.model.image_policy()
         record.layouts += [plan(image.size, policy) for image in images]
-        note_layouts(record, record.layouts, policy)
+        record_layouts(record, record.layouts, policy)
 
     with ExitStack() as stack:
-        wrap(stack, labels_module, "encode_spans", see_ids, timed=(record, "tokens"))
-        wrap(stack, data_module, "process_images", see_pixels, timed=(record, "pixels"))
+        wrap(stack, labels_module, "encode_spans", on_ids, timed=(record, "tokens"))
+        wrap(stack, data_module, "process_images", on_pixels, timed=(record, "pixels"))
         yield
 
 
-def _seen_run(trainer: Any) -> Observation:
+def _run_observation(trainer: Any) -> Observation:
     model, args = trainer.model, trainer.args
-    seen = Observation("arguments")
+    obs = Observation("arguments")
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in model.parameters())
     by_part: dict[str, int] = {}
     for name, number in trained.items():
         by_part[part_of(name)] = by_part.get(part_of(name), 0) + number
-    seen.facts = {
+    obs.facts = {
         "model_class": type(model).__name__,
         "parameters": total,
         "trained": sum(trained.values()),
@@ -157,61 +169,61 @@ def _seen_run(trainer: Any) -> Observation:
         "learning_rate": args.learning_rate,
         "mm_projector_lr": args.mm_projector_lr,
     }
-    seen.say("model", f"{type(model).__name__}, {total:,} parameters on {args.device}")
-    seen.say(
+    obs.add("model", f"{type(model).__name__}, {total:,} parameters on {args.device}")
+    obs.add(
         "trained", f"{sum(trained.values()):,}: " + ", ".join(f"{part} {number:,}" for part, number in by_part.items())
     )
-    seen.say("precision", f"computed in {seen['compute_dtype']}; longest sequence {seen['model_max_length']} tokens")
-    seen.check("trained", bool(trained), "something is trained" if trained else "every part is frozen")
-    return seen
+    obs.add("precision", f"computed in {obs['compute_dtype']}; longest sequence {obs['model_max_length']} tokens")
+    obs.check("trained", bool(trained), "something is trained" if trained else "every part is frozen")
+    return obs
 
 
 def part_of(name: str) -> str:
-    """Which part of a model a parameter belongs to."""
+    """Return the part of the model that a parameter belongs to."""
     return next((part for key, part in PARTS.items() if key in name), "language model")
 
 
-def _note_sample(record: Trace, dataset: Any, index: int) -> None:
+def _record_sample(record: Trace, dataset: Any, index: int) -> None:
     samples = dataset.list_data_dict
     part, row = samples.locate(index)
     sample = part.file[row]
     sources = image_sources(sample)
-    marks = sum(str(turn.get("value", "")).count(DEFAULT_IMAGE_TOKEN) for turn in sample["conversations"])
-    seen = Observation("sample")
-    seen.facts = {
+    num_placeholders = sum(str(turn.get("value", "")).count(DEFAULT_IMAGE_TOKEN) for turn in sample["conversations"])
+    obs = Observation("sample")
+    obs.facts = {
         "index": index,
         "id": samples.id(index),
         "fields": sorted(sample),
         "images": [image_label(source) for source in sources],
         "turns": [[turn["from"], turn["value"]] for turn in sample["conversations"]],
-        "marks": marks,
+        "placeholders": num_placeholders,
     }
-    seen.say("which", f"{samples.describe(index)} of {len(samples):,}; fields {', '.join(sorted(sample))}")
+    obs.add("which", f"{samples.describe(index)} of {len(samples):,}; fields {', '.join(sorted(sample))}")
     for source in sources:
-        seen.say("image", image_label(source))
+        obs.add("image", image_label(source))
     for turn in sample["conversations"]:
-        seen.say(turn["from"], turn["value"], "text")
-    seen.check("<image>", marks == len(sources), f"{marks} in the text, for {len(sources)} images")
-    record.note(seen, sample=sample)
+        obs.add(turn["from"], turn["value"], "text")
+    obs.check("<image>", num_placeholders == len(sources), f"{num_placeholders} in the text, for {len(sources)} images")
+    record.add(obs, sample=sample)
 
 
-def _note_labels(record: Trace, item: dict[str, Any]) -> None:
+def _record_labels(record: Trace, item: dict[str, Any]) -> None:
     ids, labels = item["input_ids"].tolist(), item["labels"].tolist()
-    seen = Observation("labels", facts={"input_ids": ids, "labels": labels})
+    obs = Observation("labels", facts={"input_ids": ids, "labels": labels})
     trained = sum(label != IGNORE_INDEX for label in labels)
-    seen.facts["trained"] = trained
-    seen.mark("trained text", marked_text(ids, labels, record.tokenizer))
-    seen.say("count", f"{trained} of {len(ids)} tokens are trained")
-    seen.check("something", trained > 0, "there is something to learn" if trained else "every label is -100")
+    obs.facts["trained"] = trained
+    obs.add_spans("trained text", trained_spans(ids, labels, record.tokenizer))
+    obs.add("count", f"{trained} of {len(ids)} tokens are trained")
+    obs.check("something", trained > 0, "there is something to learn" if trained else "every label is -100")
     agree = all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
-    seen.check("labels", agree, "a label is its token, or -100" if agree else "labels are not those of their tokens")
+    obs.check("labels", agree, "a label is its token, or -100" if agree else "labels are not those of their tokens")
     images = all(label == IGNORE_INDEX for token, label in zip(ids, labels, strict=True) if token == IMAGE_TOKEN_INDEX)
-    seen.check("images", images, "-100 at every image" if images else "an image's mark is trained")
-    record.note(seen, item=item)
+    obs.check("images", images, "-100 at every image" if images else "an image token is trained")
+    record.add(obs, item=item)
 
 
-def marked_text(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The text of tokens, in stretches that are trained and that are not."""
+def trained_spans(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
+    """Split the text of tokens into (part, is trained)."""
     spans = []
     pairs = zip(ids, labels, strict=True)
     for (is_image, trained), run in itertools.groupby(
@@ -222,27 +234,25 @@ def marked_text(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> li
     return spans
 
 
-def _note_batch(record: Trace, batch: dict[str, Any]) -> None:
-    seen = Observation("batch")
+def _record_batch(record: Trace, batch: dict[str, Any]) -> None:
+    obs = Observation("batch")
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
-            seen.facts[name] = figures(value)
-            seen.say(name, told(seen.facts[name]))
+            obs.facts[name] = tensor_stats(value)
+            obs.add(name, describe_stats(obs.facts[name]))
         else:
-            seen.facts[name] = [
-                list(entry.shape) if isinstance(entry, torch.Tensor) else list(entry) for entry in value
-            ]
-            seen.say(name, f"a list of {len(value)}: {seen.facts[name]}")
+            obs.facts[name] = [list(entry.shape) if isinstance(entry, torch.Tensor) else list(entry) for entry in value]
+            obs.add(name, f"a list of {len(value)}: {obs.facts[name]}")
     mask, labels = batch["attention_mask"], batch["labels"]
     alike = batch["input_ids"].shape == labels.shape == mask.shape
-    seen.check("shapes", alike, f"ids, labels and mask are {list(labels.shape)}")
+    obs.check("shapes", alike, f"ids, labels and mask are {list(labels.shape)}")
     hidden = bool((labels[~mask.bool()] == IGNORE_INDEX).all())
-    seen.check("padding", hidden, "labels at padding are -100" if hidden else "padding is trained")
-    record.note(seen, batch=batch)
+    obs.check("padding", hidden, "labels at padding are -100" if hidden else "padding is trained")
+    record.add(obs, batch=batch)
 
 
-def _note_loss(record: Trace, loss: torch.Tensor, logits: torch.Tensor) -> None:
-    """The loss of each trained token, from the logits before it; their mean has to be the loss."""
+def _record_loss(record: Trace, loss: torch.Tensor, logits: torch.Tensor) -> None:
+    """Record the loss of each trained token, and check that their mean is the loss."""
     row = record["splice"]["rows"][0]
     labels = torch.tensor(row["labels"])
     logits = logits[0, : len(labels)].detach().float().cpu()
@@ -250,30 +260,30 @@ def _note_loss(record: Trace, loss: torch.Tensor, logits: torch.Tensor) -> None:
     places = (labels[1:] != IGNORE_INDEX).nonzero().flatten().tolist()
     values = [float(each[place]) for place in places]
     tokens = [record.tokenizer.convert_ids_to_tokens(int(labels[place + 1])) for place in places]
-    seen = Observation("loss")
-    seen.facts = {
+    obs = Observation("loss")
+    obs.facts = {
         "loss": loss.item(),
         "tokens": [
             {"position": place + 1, "id": int(labels[place + 1]), "text": text, "loss": value}
             for place, text, value in zip(places, tokens, values, strict=True)
         ],
-        "logits": figures(logits),
+        "logits": tensor_stats(logits),
     }
-    seen.say("loss", f"{loss.item():.4f} over {len(values)} tokens")
-    seen.say("by token", "  ".join(f"{text} {value:.3g}" for text, value in zip(tokens, values, strict=True)), "text")
+    obs.add("loss", f"{loss.item():.4f} over {len(values)} tokens")
+    obs.add("by token", "  ".join(f"{text} {value:.3g}" for text, value in zip(tokens, values, strict=True)), "text")
     hardest = sorted(zip(values, tokens, strict=True), reverse=True)[:HARDEST]
-    seen.say("hardest", "  ".join(f"{text} {value:.3g}" for value, text in hardest), "text")
+    obs.add("hardest", "  ".join(f"{text} {value:.3g}" for value, text in hardest), "text")
     finite = math.isfinite(loss.item())
-    seen.check("finite", finite, "the loss is a number" if finite else "the loss is NaN or infinite")
+    obs.check("finite", finite, "the loss is a number" if finite else "the loss is NaN or infinite")
     mean = sum(values) / len(values) if values else float("nan")
-    # Half precision rounds the loss itself.
+    # In half precision the loss itself is rounded.
     agrees = abs(mean - loss.item()) <= 1e-2 * max(1.0, abs(mean))
-    seen.check("mean", agrees, f"the mean over the tokens is {mean:.4f}")
-    record.note(seen, loss=loss, logits=logits)
+    obs.check("mean", agrees, f"the mean over the tokens is {mean:.4f}")
+    record.add(obs, loss=loss, logits=logits)
 
 
-def _note_gradients(record: Trace, model: Any) -> None:
-    seen = Observation("gradients")
+def _record_gradients(record: Trace, model: Any) -> None:
+    obs = Observation("gradients")
     parts: dict[str, dict[str, float]] = {}
     for name, parameter in model.named_parameters():
         entry = parts.setdefault(part_of(name), {"parameters": 0, "trained": 0, "with_gradient": 0, "squares": 0.0})
@@ -285,21 +295,19 @@ def _note_gradients(record: Trace, model: Any) -> None:
                 entry["squares"] += float(parameter.grad.float().pow(2).sum())
     for part, entry in parts.items():
         norm = math.sqrt(entry.pop("squares")) if math.isfinite(entry["squares"]) else float("nan")
-        seen.facts[part] = {**{key: int(value) for key, value in entry.items()}, "norm": norm}
+        obs.facts[part] = {**{key: int(value) for key, value in entry.items()}, "norm": norm}
         if not entry["trained"]:
-            seen.say(part, f"frozen, {int(entry['parameters']):,} parameters")
+            obs.add(part, f"frozen, {int(entry['parameters']):,} parameters")
             continue
-        seen.say(part, f"norm {norm:.4g} over {int(entry['trained']):,} trained parameters")
+        obs.add(part, f"norm {norm:.4g} over {int(entry['trained']):,} trained parameters")
         learns = math.isfinite(norm) and norm > 0
-        seen.check(
-            part, learns, "it learns" if learns else "it is to be trained and gets no gradient, or no finite one"
-        )
-    record.note(seen, model=model)
+        obs.check(part, learns, "it learns" if learns else "it is to be trained and gets no gradient, or no finite one")
+    record.add(obs, model=model)
 
 
-def _note_optimizer(record: Trace, optimizer: Any, model: Any) -> None:
+def _record_optimizer(record: Trace, optimizer: Any, model: Any) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    seen = Observation("optimizer", facts={"class": type(optimizer).__name__, "groups": []})
+    obs = Observation("optimizer", facts={"class": type(optimizer).__name__, "groups": []})
     for number, group in enumerate(optimizer.param_groups):
         norm = math.sqrt(sum(float(p.grad.float().pow(2).sum()) for p in group["params"] if p.grad is not None))
         parts = sorted({part_of(names[id(parameter)]) for parameter in group["params"]})
@@ -311,11 +319,11 @@ def _note_optimizer(record: Trace, optimizer: Any, model: Any) -> None:
             "parts": parts,
             "gradient": norm,
         }
-        seen.facts["groups"].append(entry)
+        obs.facts["groups"].append(entry)
         if size:
-            seen.say(
+            obs.add(
                 f"group {number + 1}",
                 f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}, {size:,} parameters of "
                 f"{', '.join(parts)}; gradient {norm:.4g}",
             )
-    record.note(seen, optimizer=optimizer)
+    record.add(obs, optimizer=optimizer)
