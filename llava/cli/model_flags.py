@@ -66,3 +66,12 @@ def find_model(path: str | None) -> str:
     if Path(path).expanduser().exists() or not looks_like_repository(path):
         inspect(path)
     return path
+
+
+def choose_conv_mode(given: str | None, inferred: str) -> str:
+    """The template asked for, with a warning where the model itself implies another one, which is the default."""
+    if given is not None and given != inferred:
+        print(
+            f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
+        )
+    return given or inferred

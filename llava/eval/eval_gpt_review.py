@@ -6,24 +6,11 @@ python llava/eval/eval_gpt_review.py -q question.jsonl -a answer_a.jsonl answer_
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
 
-from llava.cli.program import ArgumentParser
-from llava.eval.review_program import review_parser, run_review
+from llava.eval.common_flags import review_script
 
-
-def build_parser() -> ArgumentParser:
-    return review_parser("eval_gpt_review.py", context=False)
-
-
-def run(args: Namespace) -> None:
-    run_review(args, lambda question: question["category"], lambda question: None, "default")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = review_script("eval_gpt_review")
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

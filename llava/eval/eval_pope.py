@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
-from llava.eval.common_flags import report_faults
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, read_json_lines
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
 from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.pope import label_questions, read_labels
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="eval_pope.py", description="POPE's figures for each split.")
-    parser.add_argument("--annotation-dir", type=str, required=True, help="folder with coco_pope_SPLIT.json")
-    parser.add_argument("--question-file", type=str, required=True, help="llava_pope_test.jsonl")
-    parser.add_argument("--result-file", type=str, required=True, help="answers, JSON lines")
-    return parser
+FLAGS = (
+    ScriptFlag("--annotation-dir", "folder with coco_pope_SPLIT.json", required=True),
+    ScriptFlag("--question-file", "llava_pope_test.jsonl", required=True),
+    ScriptFlag("--result-file", "answers, JSON lines", required=True),
+)
 
 
 def run(args: Namespace) -> None:
@@ -51,9 +47,8 @@ def run(args: Namespace) -> None:
     report_faults(faults)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("eval_pope.py", "POPE's figures for each split.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.cli.program import ArgumentParser
-from llava.eval.common_flags import report_faults
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, need, read_json_lines, write_json
 from llava.eval.metrics.choices import science_qa_letter
 from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
@@ -23,21 +22,17 @@ from llava.eval.types import ratio
 
 FAILED = "FAILED"
 
-
-def add_split_flags(parser: ArgumentParser) -> None:
-    """The flags that all scripts for ScienceQA have."""
-    parser.add_argument("--base-dir", type=str, required=True, help="folder with problems.json and pid_splits.json")
-    parser.add_argument("--split", type=str, default="test", help="a split of pid_splits.json (default: test)")
-    parser.add_argument("--options", type=list, default=list(OPTIONS), help="the letters (default: ABCDE)")
-
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="eval_science_qa.py", description="ScienceQA's accuracy.")
-    add_split_flags(parser)
-    parser.add_argument("--result-file", type=str, required=True, help="answers, JSON lines")
-    parser.add_argument("--output-file", type=str, required=True, help="where each answer's analysis goes")
-    parser.add_argument("--output-result", type=str, required=True, help="where the answers as indices go")
-    return parser
+SPLIT_FLAGS = (
+    ScriptFlag("--base-dir", "folder with problems.json and pid_splits.json", required=True),
+    ScriptFlag("--split", "a split of pid_splits.json", "test"),
+    ScriptFlag("--options", "the letters", list(OPTIONS)),
+)
+FLAGS = (
+    *SPLIT_FLAGS,
+    ScriptFlag("--result-file", "answers, JSON lines", required=True),
+    ScriptFlag("--output-file", "where each answer's analysis goes", required=True),
+    ScriptFlag("--output-result", "where the answers as indices go", required=True),
+)
 
 
 def read_predictions(file: str, faults: Faults) -> dict[str, dict[str, Any]]:
@@ -98,9 +93,8 @@ def run(args: Namespace) -> None:
     report_faults(faults)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("eval_science_qa.py", "ScienceQA's accuracy.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

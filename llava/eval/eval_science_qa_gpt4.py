@@ -13,27 +13,45 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
-from llava.eval.common_flags import report_faults
-from llava.eval.eval_science_qa import add_split_flags, choice_index, read_predictions
-from llava.eval.files import Faults, need, read_json_object
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
+from llava.eval.eval_science_qa import SPLIT_FLAGS, choice_index, read_predictions
+from llava.eval.files import Faults, JsonRow, need, read_json_object
 from llava.eval.metrics.choices import told_letter
 from llava.eval.tasks.scienceqa import read_split
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="eval_science_qa_gpt4.py", description="ScienceQA by GPT-4, with our answers as a fallback."
-    )
-    add_split_flags(parser)
-    parser.add_argument("--gpt4-result", type=str, required=True, help="GPT-4's answers, JSON with `outputs`")
-    parser.add_argument("--our-result", type=str, required=True, help="our answers, JSON lines")
-    return parser
+FLAGS = (
+    *SPLIT_FLAGS,
+    ScriptFlag("--gpt4-result", "GPT-4's answers, JSON with `outputs`", required=True),
+    ScriptFlag("--our-result", "our answers, JSON lines", required=True),
+)
+LINES = (
+    ("Correct", "combined", "Accuracy"),
+    ("Correct (upper)", "either", "Accuracy"),
+    ("GPT-4 NO-ANS (RANDOM)", "gpt4_failed", "Percentage"),
+)
 
 
 def read_gpt4(file: str) -> dict[str, str]:
     return need(read_json_object(Path(file), "file of GPT-4's answers"), "outputs", repr(file))
+
+
+def count_correct(counts: Counter[str], problem: JsonRow, ours: str, gpt4: str, options: Sequence[str]) -> None:
+    """Count which of two answers to a problem are right: ours, GPT-4's, and GPT-4's with ours where it has no letter."""
+    letters = told_letter(ours), told_letter(gpt4)
+    our_right, gpt4_right = (choice_index(letter, problem, options) == problem["answer"] for letter in letters)
+    counts["total"] += 1
+    counts["ours"] += our_right
+    counts["gpt4"] += gpt4_right
+    counts["gpt4_failed"] += letters[1] is None
+    counts["combined"] += our_right if letters[1] is None else gpt4_right
+    counts["either"] += our_right or gpt4_right
+
+
+def print_counts(counts: Counter[str], lines: Sequence[tuple[str, str, str]]) -> None:
+    total = counts["total"]
+    for label, name, measure in lines:
+        print(f"Total: {total}, {label}: {counts[name]}, {measure}: {counts[name] / total * 100:.2f}%")
 
 
 def run(args: Namespace) -> None:
@@ -42,31 +60,18 @@ def run(args: Namespace) -> None:
     ours, gpt4 = read_predictions(args.our_result, faults), read_gpt4(args.gpt4_result)
     counts: Counter[str] = Counter()
     for name, problem in problems.items():
-        if name not in ours or name not in gpt4:
+        if name in ours and name in gpt4:
+            count_correct(counts, problem, ours[name]["text"], gpt4[name], args.options)
+        else:
             faults.add("problems without both answers", "they are left out", repr(name))
-            continue
-        our_index = choice_index(told_letter(ours[name]["text"]), problem, args.options)
-        gpt4_letter = told_letter(gpt4[name])
-        index = our_index if gpt4_letter is None else choice_index(gpt4_letter, problem, args.options)
-        counts["total"] += 1
-        counts["gpt4_failed"] += gpt4_letter is None
-        counts["correct"] += index == problem["answer"]
-        counts["upper"] += problem["answer"] in (index, our_index)
-    total = counts["total"]
-    if not total:
+    if not counts["total"]:
         raise InputError("no problem has an answer in both files, so there is nothing to score")
-    for label, name, measure in (
-        ("Correct", "correct", "Accuracy"),
-        ("Correct (upper)", "upper", "Accuracy"),
-        ("GPT-4 NO-ANS (RANDOM)", "gpt4_failed", "Percentage"),
-    ):
-        print(f"Total: {total}, {label}: {counts[name]}, {measure}: {counts[name] / total * 100:.2f}%")
+    print_counts(counts, LINES)
     report_faults(faults)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("eval_science_qa_gpt4.py", "ScienceQA by GPT-4, with our answers as a fallback.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

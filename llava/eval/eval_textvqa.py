@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
-from llava.eval.common_flags import report_faults
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, need, read_json_lines
 from llava.eval.metrics.vqa import mean_score, soft_accuracy
 from llava.eval.tasks.short import textvqa_annotations, textvqa_question
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="eval_textvqa.py", description="TextVQA's accuracy.")
-    parser.add_argument("--annotation-file", type=str, required=True, help="TextVQA_0.5.1_val.json")
-    parser.add_argument("--result-file", type=str, help="answers, JSON lines")
-    parser.add_argument("--result-dir", type=str, help="or a folder with several such files")
-    return parser
+FLAGS = (
+    ScriptFlag("--annotation-file", "TextVQA_0.5.1_val.json", required=True),
+    ScriptFlag("--result-file", "answers, JSON lines"),
+    ScriptFlag("--result-dir", "or a folder with several such files"),
+)
 
 
 def run(args: Namespace) -> None:
@@ -61,9 +58,8 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
     report_faults(faults)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("eval_textvqa.py", "TextVQA's accuracy.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

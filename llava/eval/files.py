@@ -19,6 +19,7 @@ from typing import Any
 
 from llava.errors import InputError, require
 
+JsonRow = dict[str, Any]  # an object of a benchmark's file; its fields are the benchmark's
 _FORBIDDEN_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 

@@ -11,27 +11,22 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
-from llava.eval.common_flags import report_faults
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
 
 PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="generate_webpage_data_from_table.py", description="A page of questions and answers.")
-    parser.add_argument(
-        "--table", type=Path, default=Path("table"), help="folder with question.jsonl and answer/ (default: table)"
-    )
-    parser.add_argument("--output", type=Path, default=Path("webpage"), help="folder to write to (default: webpage)")
-    return parser
+FLAGS = (
+    ScriptFlag("--table", "folder with question.jsonl and answer/", Path("table")),
+    ScriptFlag("--output", "folder to write to", Path("webpage")),
+)
 
 
 def run(args: Namespace) -> None:
@@ -97,9 +92,8 @@ def told(review: Mapping[str, Any]) -> str:
     return text.strip().replace("Assistant 1", "**Assistant 1**").replace("Assistant 2", "**Assistant 2**")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("generate_webpage_data_from_table.py", "A page of questions and answers.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,39 +7,29 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
-from llava.eval.tasks.short import questions
-from llava.eval.vqa_program import FREE_TOKENS, answer_file
+from llava.eval.common_flags import ANSWERS_FILE, DEVICE, MODEL_PATH, EvalScript, ScriptFlag
+from llava.eval.harness.answer_file import FREE_TOKENS, answer_file
+from llava.eval.tasks.short import read_questions
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="model_qa.py", description="Answer text questions.")
-    parser.add_argument(
-        "--model-name", type=str, default=None, help="folder or hub repository (default: the model in the package)"
-    )
-    parser.add_argument("--question-file", type=str, default="tables/question.jsonl", help="the questions, JSON lines")
-    parser.add_argument(
-        "--answers-file", type=str, default="answer.jsonl", help="the file to write (default: answer.jsonl)"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    return parser
+FLAGS = (
+    replace(MODEL_PATH, name="--model-name"),
+    ScriptFlag("--question-file", "the questions, JSON lines", "tables/question.jsonl"),
+    ANSWERS_FILE,
+    DEVICE,
+)
 
 
 def run(args: Namespace) -> None:
-    items = questions(Path(args.question_file).expanduser(), Path())
-    settings = Namespace(
-        model_path=args.model_name, model_base=None, device=args.device, conv_mode=None, temperature=0.2,
-        answers_file=args.answers_file,
-    )  # fmt: skip
-    answer_file(settings, items, max_new_tokens=FREE_TOKENS)
+    questions = read_questions(Path(args.question_file).expanduser(), Path())
+    fixed = {"model_path": args.model_name, "model_base": None, "conv_mode": None, "temperature": 0.2}
+    answer_file(Namespace(**vars(args), **fixed), questions, max_new_tokens=FREE_TOKENS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("model_qa.py", "Answer text questions.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

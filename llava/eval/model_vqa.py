@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
-from llava.eval.tasks.short import questions
-from llava.eval.vqa_program import (
-    FREE_TOKENS,
-    add_answer_flags,
-    add_sampling_flags,
-    answer_file,
-    get_chunk,
-    split_list,
-)
+from llava.eval.common_flags import EvalScript, answer_flags
+from llava.eval.harness.answer_file import FREE_TOKENS, answer_file, get_chunk, split_list
+from llava.eval.tasks.short import read_questions
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="model_vqa.py", description="Answer questions about images at length.")
-    add_answer_flags(parser)
-    add_sampling_flags(parser)
-    return parser
-
-
 def run(args: Namespace) -> None:
-    items = questions(Path(args.question_file).expanduser(), Path(args.image_folder))
-    answer_file(args, get_chunk(items, args.num_chunks, args.chunk_idx), max_new_tokens=FREE_TOKENS)
+    questions = read_questions(Path(args.question_file).expanduser(), Path(args.image_folder))
+    answer_file(args, get_chunk(questions, args.num_chunks, args.chunk_idx), max_new_tokens=FREE_TOKENS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("model_vqa.py", "Answer questions about images at length.", answer_flags(), run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,33 +8,22 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import LETTER_ALONE, EvalScript, ScriptFlag, answer_flags
 from llava.eval.files import read_table
-from llava.eval.tasks.mmbench import SUFFIXES, table_items
-from llava.eval.vqa_program import (
-    FREE_TOKENS,
-    add_answer_flags,
-    add_sampling_flags,
-    answer_file,
-    get_chunk,
-    split_list,
-)
+from llava.eval.harness.answer_file import FREE_TOKENS, answer_file, get_chunk, split_list
+from llava.eval.tasks.mmbench import SUFFIXES, questions_from_table
 
 __all__ = ["build_parser", "get_chunk", "main", "split_list"]
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="model_vqa_mmbench.py", description="Answer MMBench's questions.")
-    add_answer_flags(parser)
-    add_sampling_flags(parser)
-    parser.add_argument("--all-rounds", action="store_true", help="ask again with the options in every order")
-    parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter alone")
-    parser.add_argument("--lang", type=str, default="en", help="en or cn: the language of that request (default: en)")
-    return parser
+FLAGS = (
+    *answer_flags(),
+    ScriptFlag("--all-rounds", "ask again with the options in every order", False),
+    LETTER_ALONE,
+    ScriptFlag("--lang", "en or cn: the language in which the letter is asked for", "en"),
+)
 
 
 def run(args: Namespace) -> None:
@@ -43,13 +32,12 @@ def run(args: Namespace) -> None:
     rows = read_table(Path(args.question_file).expanduser(), "MMBench's table", needed=("index", "question", "image"))
     chunk = get_chunk(rows, args.num_chunks, args.chunk_idx)
     suffix = SUFFIXES[args.lang] if args.single_pred_prompt else None
-    items = table_items(chunk, suffix=suffix, all_rounds=args.all_rounds, whole=rows)
-    answer_file(args, items, max_new_tokens=FREE_TOKENS)
+    questions = questions_from_table(chunk, suffix=suffix, all_rounds=args.all_rounds, whole=rows)
+    answer_file(args, questions, max_new_tokens=FREE_TOKENS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("model_vqa_mmbench.py", "Answer MMBench's questions.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

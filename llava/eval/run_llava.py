@@ -2,7 +2,7 @@
 
     python -m llava.eval.run_llava --model-path llava-v1.5-7b --image-file a.jpg,b.jpg --query "What changed?"
 
-A question says where its images go by `<image-placeholder>`; without that, one mark for each comes first.
+A question says where its images go by `<image-placeholder>`; without that, one placeholder for each comes first.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.cli.model_flags import find_model
-from llava.cli.program import ArgumentParser
+from llava.cli.model_flags import choose_conv_mode, find_model
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import (
@@ -25,8 +24,8 @@ from llava.conversation import (
 )
 from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
 from llava.errors import InputError
+from llava.eval.common_flags import MODEL_BASE, MODEL_PATH, SAMPLING_FLAGS, EvalScript, ScriptFlag
 from llava.images.io import load_image
-from llava.serve.cli import choose_conv_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,33 +89,23 @@ def eval_model(args: Namespace) -> str:
     return stream.answer.text
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="run_llava.py", description="One question about one image or several.")
-    parser.add_argument(
-        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
-    )
-    parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
-    parser.add_argument("--image-file", type=str, required=True, help="paths or URLs, with --sep between them")
-    parser.add_argument("--query", type=str, required=True, help="the question")
-    parser.add_argument("--conv-mode", type=str, default=None, help="conversation template (default: the model's own)")
-    parser.add_argument("--sep", type=str, default=",", help="what stands between images (default: a comma)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
-    parser.add_argument(
-        "--top_p", type=float, default=None, help="sample from the likeliest tokens of this probability"
-    )
-    parser.add_argument("--num_beams", type=int, default=1, help="beam search (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="at most so many tokens (default: 512)")
-    parser.add_argument("--device", type=str, default="cuda", help="cuda, mps or cpu (default: cuda if present)")
-    return parser
-
-
 def run(args: Namespace) -> None:
     eval_model(args)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+FLAGS = (
+    MODEL_PATH,
+    MODEL_BASE,
+    ScriptFlag("--image-file", "paths or URLs, with --sep between them", required=True),
+    ScriptFlag("--query", "the question", required=True),
+    ScriptFlag("--conv-mode", "conversation template (default: the model's own)"),
+    ScriptFlag("--sep", "what stands between the names of images", ","),
+    *SAMPLING_FLAGS,
+    ScriptFlag("--max_new_tokens", "maximum number of tokens of the answer", 512),
+    ScriptFlag("--device", "cuda (where there is one), mps or cpu", "cuda"),
+)
+SCRIPT = EvalScript("run_llava.py", "One question about one image or several.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

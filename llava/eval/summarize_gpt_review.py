@@ -10,29 +10,23 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
-from llava.eval.common_flags import report_faults
+from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, read_json_lines
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, summary_line
 
 STARTS = ("gpt4_text_", "reviews_", "review_")
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="summarize_gpt_review.py", description="Summarise files of reviews.")
-    parser.add_argument("-d", "--dir", default=None, help="folder of the review files")
-    parser.add_argument("-v", "--version", default=None, help="0613 or 0314: only files of that version of the judge")
-    parser.add_argument("-s", "--select", nargs="*", default=None, help="only files with all of these in their names")
-    parser.add_argument("-f", "--files", nargs="*", default=[], help="the files themselves")
-    parser.add_argument("-i", "--ignore", nargs="*", default=[], help="question ids to leave out")
-    parser.add_argument(
-        "--count-failed", action="store_true", help="count reviews without scores as -1, as the original does"
-    )
-    return parser
+FLAGS = (
+    ScriptFlag("--dir", "folder of the review files", short="-d"),
+    ScriptFlag("--version", "0613 or 0314: only files of that version of the judge", short="-v"),
+    ScriptFlag("--select", "only files with all of these in their names", short="-s", nargs="*"),
+    ScriptFlag("--files", "the files themselves", [], short="-f", nargs="*"),
+    ScriptFlag("--ignore", "question ids to leave out", [], short="-i", nargs="*"),
+    ScriptFlag("--count-failed", "count reviews without scores as -1, as the original does", False),
+)
 
 
 def run(args: Namespace) -> None:
@@ -72,9 +66,8 @@ def summarise(file: Path, name: str, ignored: set[str], count_failed: bool = Fal
     report_faults(faults)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+SCRIPT = EvalScript("summarize_gpt_review.py", "Summarise files of reviews.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.model_flags import find_model
+from llava.cli.model_flags import choose_conv_mode, find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import quiet_libraries, show
@@ -117,15 +117,6 @@ def run(args: Namespace) -> None:
         conv.messages[-1][-1] = outputs
         if args.debug:
             print("\n", {"prompt": prompt, "outputs": outputs}, "\n")
-
-
-def choose_conv_mode(given: str | None, inferred: str) -> str:
-    """The template asked for, with a warning where the model itself implies another one, which is the default."""
-    if given is not None and given != inferred:
-        print(
-            f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
-        )
-    return given or inferred
 
 
 def _write(text: str) -> None:

@@ -110,12 +110,13 @@ def as_llava(words: list[str]) -> list[str] | None:
 
 def eval_parser(argv: list[str]) -> tuple[Any, list[str]]:
     """The parser of the program that the words after `llava eval` pick, and the words left for it."""
-    from llava.eval.harness import compare, main, run
+    from importlib import import_module
 
-    parsers = {"score": main.score_parser, "compare": compare.build_parser, "report": main.report_parser}
-    if argv[0] == "list":
-        return main.list_parser(), argv[1:]
-    return (parsers[argv[0]](), argv[1:]) if argv[0] in parsers else (run.build_parser(), argv)
+    from llava.eval.harness.main import PROGRAMS
+
+    module = PROGRAMS.get(argv[0])
+    program = import_module(f"llava.eval.harness.{module or 'run'}")
+    return program.build_parser(), argv[1:] if module else argv
 
 
 def parse_command(name: str, argv: list[str]) -> Any:

@@ -124,7 +124,7 @@ def test_more_chunks_than_the_original_could_make(workplace: Path, monkeypatch: 
 @pytest.mark.parametrize("num_items", range(12))
 @pytest.mark.parametrize("num_chunks", [1, 3, 4, 7])
 def test_chunks_lose_nothing(num_items: int, num_chunks: int) -> None:
-    from llava.eval.vqa_program import get_chunk, split_list
+    from llava.eval.harness.answer_file import get_chunk, split_list
 
     chunks = split_list(range(num_items), num_chunks)
     assert len(chunks) == num_chunks

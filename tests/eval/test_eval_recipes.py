@@ -52,10 +52,10 @@ def test_commands_are_accepted(recipe: str, tmp_path: Path) -> None:
         if command[:1] == ["-m"]:
             module, words = command[1], command[2:]
             if module == "llava":
-                from llava.eval.harness.main import score_parser
+                from llava.eval.harness.scoring import build_parser
 
                 assert words[:2] == ["eval", "score"]
-                score_parser().parse_args(words[2:])
+                build_parser().parse_args(words[2:])
                 continue
             script = module.replace(".", "/") + ".py"
         else:

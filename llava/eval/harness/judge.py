@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import Faults, find_file, read_json_object
 from llava.eval.harness.answer_log import cut_half_line, whole_lines
@@ -27,6 +28,7 @@ from llava.eval.types import AnsweredQuestion, Scores
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULES = Path(__file__).resolve().parents[1] / "table" / "rule.json"
+OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 NUM_TRIES = 5
 
@@ -73,6 +75,18 @@ def _detail(error: urllib.error.HTTPError) -> str:
         return f"is {KEY_VARIABLE} set, and the model's name right?"
 
 
+def add_judge_flags(parser: ArgumentParser, *, model: str | None) -> None:
+    """Which server judges. With a default model its default is OpenAI's own, else there is no judge unless it is named."""
+    url = os.environ.get("OPENAI_BASE_URL", OPENAI) if model else None
+    group = parser.add_argument_group(
+        "judge", f"any server with OpenAI's API; the key is in {KEY_VARIABLE}; replies are kept"
+    )
+    group.add_argument(
+        "--judge-url", default=url, metavar="URL", help=f"the server, up to /v1 (default: {url or 'none'})"
+    )
+    group.add_argument("--judge-model", default=model, metavar="NAME", help=f"its model (default: {model or 'none'})")
+
+
 def prompt_hash(messages: Sequence[Mapping[str, str]]) -> str:
     return hashlib.sha256(json.dumps(list(messages), ensure_ascii=False).encode()).hexdigest()
 
@@ -88,7 +102,7 @@ class JudgeRequest:
     temperature: float = 0.2
 
 
-def review(cases: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
+def review(requests: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
     """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
     there = whole_lines(file)
     known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
@@ -98,17 +112,17 @@ def review(cases: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> li
     cut_half_line(file)
     rows = []
     with file.open("a", encoding="utf-8") as out:
-        for case in cases:
-            question, digest = str(case.row["question_id"]), prompt_hash(case.messages)
+        for request in requests:
+            question, digest = str(request.row["question_id"]), prompt_hash(request.messages)
             row = known.get((question, digest)) or foreign.get(question)
             if row is None:
                 if judge is None:
                     raise InputError(
                         f"the answer to {question!r} is not reviewed in {str(file)!r}; give --judge-url and --judge-model"
                     )
-                content = judge.reply(case.messages, max_tokens=case.max_tokens, temperature=case.temperature)
+                content = judge.reply(request.messages, max_tokens=request.max_tokens, temperature=request.temperature)
                 row = {
-                    **case.row, "content": content, **case.read(content), "judge": judge.model, "prompt_sha256": digest,
+                    **request.row, "content": content, **request.read(content), "judge": judge.model, "prompt_sha256": digest,
                 }  # fmt: skip
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
@@ -134,14 +148,14 @@ def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], c
     return "".join([*parts, f"[System]\n{rule['prompt']}\n\n"])
 
 
-def comparison_case(row: dict[str, Any], content: str, max_tokens: int = 1024) -> JudgeRequest:
+def comparison_request(row: dict[str, Any], content: str, max_tokens: int = 1024) -> JudgeRequest:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
     return JudgeRequest(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
 
 
-def llava_bench_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
+def llava_bench_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
     rules = read_rules()
-    cases = []
+    requests = []
     for number, one in enumerate(answered, start=1):
         item = one.item
         if one.text is None:
@@ -155,16 +169,16 @@ def llava_bench_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> l
         caption = item.extra["caption"]
         context = "\n".join(caption) if isinstance(caption, list) else caption
         content = comparison(item.prompt, [item.answer, one.text], rules[category], context)
-        cases.append(comparison_case({"id": number, "question_id": item.id, "category": category}, content))
-    return cases
+        requests.append(comparison_request({"id": number, "question_id": item.id, "category": category}, content))
+    return requests
 
 
 # --- grades, as MM-Vet has them -------------------------------------------------------------------------------------
 
 
-def mmvet_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
+def mmvet_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:
     instructions = MMVET_PROMPT.read_text(encoding="utf-8")
-    cases = []
+    requests = []
     for one in answered:
         if one.text is None:
             continue
@@ -175,10 +189,10 @@ def mmvet_cases(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[Ju
         content = instructions + "\n" + " | ".join([one.item.extra["question"], truth, one.text, ""])
         messages = [{"role": "user", "content": content}]
         row = {"question_id": mmvet_name(one.item.id)}
-        cases.append(
+        requests.append(
             JudgeRequest(row, messages, lambda reply: {"grade": parse_grade(reply)}, max_tokens=3, temperature=0.0)
         )
-    return cases
+    return requests
 
 
 def parse_grade(reply: str) -> float | None:
@@ -197,11 +211,11 @@ def judge_answers(
 ) -> Scores:
     """Judge the answers of a task and score the verdicts; a question's verdict is its grade, or a tenth of its score."""
     if kind == "llava-bench":
-        rows = review(llava_bench_cases(answered, faults), judge, file)
+        rows = review(llava_bench_requests(answered, faults), judge, file)
         scores = summarise_reviews(rows, faults)
         worth = {row["question_id"]: pair_of(row)[1] / 10 for row in rows if pair_of(row) != NO_SCORE}
         return replace(scores, verdicts=[worth.get(one.item.id) for one in answered])
-    rows = review(mmvet_cases(answered, faults), judge, file)
+    rows = review(mmvet_requests(answered, faults), judge, file)
     for row in rows:
         if row["grade"] is None:
             faults.add("replies without a grade", "no number from 0 to 1; they count as 0", repr(row["question_id"]))

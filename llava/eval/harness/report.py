@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.harness.charts import bars, radar
 from llava.eval.harness.reference_scores import SOURCES, reference_scores
@@ -221,6 +223,14 @@ def _thumbnail(file: Path) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def rewrite_report(folder: Path) -> Path:
-    """The report of a finished run again, from its results and verdicts."""
-    return write_report(folder, read_results(folder))
+# --- `llava eval report` -----------------------------------------------------------------------------------------------
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="llava eval report", description="Write the HTML report of a finished run again.")
+    parser.add_argument("run", type=Path, metavar="FOLDER", help="the run's folder")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    print(write_report(args.run, read_results(args.run)))

@@ -7,7 +7,6 @@ other files' work: tasks/ reads and scores, runner.py asks, results.py and repor
 from __future__ import annotations
 
 import fcntl
-import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,17 +22,25 @@ from llava.errors import InputError
 from llava.eval.files import Faults, read_json_object, write_json
 from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import ModelChoice, missing_images
-from llava.eval.harness.judge import Judge, judge_answers
-from llava.eval.harness.main import EXAMPLES, add_data_dir
+from llava.eval.harness.judge import Judge, add_judge_flags, judge_answers
 from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
 from llava.eval.harness.results import MANIFEST, TABLE, write_results
 from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jobs, num_shards
-from llava.eval.harness.scoring import TaskReport, read_items, score_items, table
-from llava.eval.review_program import add_judge_flags
+from llava.eval.harness.scoring import TaskReport, add_data_dir, read_items, score_items, table
 from llava.eval.tasks import find_tasks
 from llava.eval.tasks.task import Task
 from llava.eval.types import Question
 from llava.model.checkpoints.hub import resolve_checkpoint
+
+EXAMPLES = """\
+examples:
+  llava eval pope,mme,textvqa --model-path ./llava-v1.5-7b --data-dir ./playground/data/eval
+  llava eval my.jsonl --model-path ./llava-v1.5-7b             questions of your own; see docs/evaluate.md
+  llava eval score pope --answers answers.jsonl --data-dir ./playground/data/eval
+  llava eval compare eval-runs/a eval-runs/b                   which answers changed, and whether it matters
+  llava eval report eval-runs/a                                the HTML report again
+  llava eval list                                              the tasks and the files that they read
+"""
 
 
 def build_parser() -> ArgumentParser:
@@ -80,10 +87,6 @@ def build_parser() -> ArgumentParser:
     add_judge_flags(parser, model=None)
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,3 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"another run is writing to {str(folder)!r}; wait for it, or give another --out") from None
         yield
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,16 +6,22 @@ wrong with the answers, and with each question its verdict. `llava eval` uses th
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import Faults
+from llava.eval.tasks import find_task
 from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.task import Task
 from llava.eval.types import AnsweredQuestion, Question, Scores
+
+DATA_DIR = "./playground/data/eval"
 
 
 @dataclass(frozen=True)
@@ -97,3 +103,41 @@ def shown(value: float | int | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+# --- `llava eval score` -------------------------------------------------------------------------------------------------
+
+
+def add_data_dir(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(DATA_DIR),
+        metavar="FOLDER",
+        help=f"the folder with the benchmarks' folders in it (default: {DATA_DIR})",
+    )
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="llava eval score",
+        description="Score answers that are there already. No model is loaded.",
+        epilog="The answers may be JSON lines with question_id and text, or the benchmark's own result format.",
+    )
+    parser.add_argument(
+        "task", metavar="TASK", help="a task of `llava eval list`, or a .jsonl or .yaml file of your own"
+    )
+    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="file or folder of answers")
+    add_data_dir(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures at full precision as JSON")
+    parser.add_argument("--strict", action="store_true", help="end with status 2 when any answer is missing or faulty")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    report = score_file(find_task(args.task), args.answers, args.data_dir)
+    if args.json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        print(table(report))
+    return 2 if args.strict and report.faults.kinds else 0

@@ -24,7 +24,7 @@ from llava.eval.files import (
     write_json,
 )
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, relative_scores
-from llava.eval.tasks.short import questions
+from llava.eval.tasks.short import read_questions
 from llava.eval.tasks.task import Task
 from llava.eval.types import AnsweredQuestion, Question, Scores
 
@@ -42,7 +42,9 @@ def unjudged(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def read_llava_bench(folder: Path) -> list[Question]:
-    items = questions(find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions"), folder / "images")
+    items = read_questions(
+        find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions"), folder / "images"
+    )
     contexts = find_optional(folder, ("context.jsonl",))
     references = find_optional(folder, ("answers_gpt4.jsonl",))
     captions = {row["image"]: row["caption"] for row in read_json_lines(contexts)} if contexts else {}
@@ -100,7 +102,7 @@ def read_mmvet(folder: Path) -> list[Question]:
     if file is None:
         asked = [Question(name, row["question"], (images / row["imagename"],)) for name, row in truths.items()]
     else:
-        asked = questions(file, images)
+        asked = read_questions(file, images)
     found = []
     for item in asked:
         row = truths.get(mmvet_name(item.id), {})

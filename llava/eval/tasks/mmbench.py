@@ -35,10 +35,10 @@ def read(folder: Path, *, lang: str, circular: bool) -> list[Question]:
     rows = read_table(
         find_file(folder, FILES[lang], "MMBench's table"), "MMBench's table", needed=("index", "question", "image")
     )
-    return table_items(rows, suffix=SUFFIXES[lang], all_rounds=circular)
+    return questions_from_table(rows, suffix=SUFFIXES[lang], all_rounds=circular)
 
 
-def table_items(
+def questions_from_table(
     rows: Sequence[Mapping[str, str]],
     *,
     suffix: str | None,

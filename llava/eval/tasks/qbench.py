@@ -27,7 +27,7 @@ FILES = {
     "zh": ("质衡-问答-验证集.json", "质衡-问答-测试集.json"),
 }
 # To the character as published; the Chinese one begins with a stray backslash where a line break was meant.
-ASKS = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}
+REQUESTS = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}
 IMAGES = ("images_llvisionqa", "images_llviqionqa", "images")  # the guide spells the folder in two ways
 LOGITS = (("logit_good", "logit_poor"), ("logit_high", "logit_low"), ("logit_excellent", "logit_poor"))
 CGI_PART = 3000  # CGIQA-6K is two sets of so many, whose correlations are averaged, as in the paper
@@ -36,10 +36,10 @@ CGI_PART = 3000  # CGIQA-6K is two sets of so many, whose correlations are avera
 def read(folder: Path, *, lang: str) -> list[Question]:
     file = find_file(folder, FILES[lang], "file of Q-Bench's questions")
     rows = read_json_rows(file, "file of Q-Bench's questions")
-    return question_items(rows, find_optional(folder, IMAGES) or folder / IMAGES[0], lang=lang)
+    return questions_from_rows(rows, find_optional(folder, IMAGES) or folder / IMAGES[0], lang=lang)
 
 
-def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Question]:
+def questions_from_rows(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Question]:
     items = []
     for number, row in enumerate(rows):
         where = f"Q-Bench's question {number}"
@@ -50,7 +50,7 @@ def question_items(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str
             raise InputError(f"{where} has the right answer {correct!r}, which is none of its candidates")
         question = str(need(row, "question", where))
         items.append(
-            Question(number, f"{question}{ASKS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
+            Question(number, f"{question}{REQUESTS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
                  str(row.get("type", "")), None if correct is None else options.index(correct), options,
                  extra={"row": dict(row), "question": question})
         )  # fmt: skip

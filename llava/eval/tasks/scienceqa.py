@@ -90,7 +90,9 @@ def read(folder: Path, *, images_only: bool) -> list[Question]:
         rows = read_json_rows(file, "file of ScienceQA's questions")
     else:
         rows = [conversation(name, problem, "CQM-A") for name, problem in problems.items()]
-    items = sample_items(rows, find_optional(folder, ("images/test", "images")) or folder / "images/test", letter=True)
+    items = questions_from_samples(
+        rows, find_optional(folder, ("images/test", "images")) or folder / "images/test", letter=True
+    )
     found = []
     for item in items:
         problem = problems.get(str(item.id))
@@ -119,7 +121,7 @@ def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     return {name: problems[name] for name in names}
 
 
-def sample_items(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Question]:
+def questions_from_samples(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Question]:
     """Questions out of training samples: the first thing that the human says, the image before it."""
     items = []
     for number, row in enumerate(rows, start=1):

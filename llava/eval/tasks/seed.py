@@ -13,7 +13,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, write_json_lines
 from llava.eval.metrics.accuracy import by_category, percent
-from llava.eval.tasks.short import questions
+from llava.eval.tasks.short import read_questions
 from llava.eval.tasks.task import LETTER_SUFFIX, Task
 from llava.eval.types import AnsweredQuestion, Question, Scores
 
@@ -21,7 +21,7 @@ from llava.eval.types import AnsweredQuestion, Question, Scores
 def read(folder: Path) -> list[Question]:
     truths = read_truths(find_file(folder, ("SEED-Bench.json",), "file of SEED-Bench's answers"))
     file = find_optional(folder, ("llava-seed-bench.jsonl",))
-    asked = [_question(folder, row) for row in truths.values()] if file is None else questions(file, folder)
+    asked = [_question(folder, row) for row in truths.values()] if file is None else read_questions(file, folder)
     items = []
     for item in asked:
         row = truths.get(str(item.id))

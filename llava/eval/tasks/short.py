@@ -26,7 +26,7 @@ from llava.eval.tasks.task import WORD_SUFFIX, Task
 from llava.eval.types import AnsweredQuestion, Question, Scores
 
 
-def questions(file: Path, images: Path) -> list[Question]:
+def read_questions(file: Path, images: Path) -> list[Question]:
     """Questions of a LLaVA question file: JSON lines with question_id, image, text, and perhaps category."""
     rows = read_json_lines(file, "file of questions")
     if not rows:
@@ -66,7 +66,7 @@ def read_vqav2(folder: Path) -> list[Question]:
     files = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_val2014.jsonl")
     file = find_file(folder, files, "file of VQAv2's questions")
     images = folder / ("val2014" if "val2014" in file.name else "test2015")
-    items = questions(file, images)
+    items = read_questions(file, images)
     truths = find_optional(folder, ("v2_mscoco_val2014_annotations.json",)) if "val2014" in file.name else None
     if truths is None:
         return items
@@ -111,7 +111,7 @@ def write_vqav2(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) 
 def read_vizwiz(folder: Path) -> list[Question]:
     file = find_file(folder, ("llava_test.jsonl", "llava_val.jsonl"), "file of VizWiz's questions")
     split = "val" if "val" in file.name else "test"
-    items = questions(file, folder / split)
+    items = read_questions(file, folder / split)
     truths = find_optional(folder, ("val.json", "Annotations/val.json")) if split == "val" else None
     if truths is None:
         return items
@@ -146,7 +146,7 @@ def read_gqa(folder: Path) -> list[Question]:
             for name, row in truths.items()
         ]
     else:
-        asked = questions(file, images)
+        asked = read_questions(file, images)
     found = []
     for item in asked:
         if str(item.id) not in truths:
@@ -183,7 +183,7 @@ def read_textvqa(folder: Path) -> list[Question]:
     if file is None:
         asked = [Question(name, f"{question}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, question in truths]
     else:
-        asked = questions(file, images)
+        asked = read_questions(file, images)
     items = []
     for item in asked:
         question = textvqa_question(item.prompt)

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path
 from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
@@ -24,36 +23,6 @@ from llava.eval.types import Question
 
 T = TypeVar("T")
 FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
-
-
-def add_answer_flags(
-    parser: ArgumentParser, *, questions: str = "tables/question.jsonl", conv_mode: str = "llava_v1"
-) -> None:
-    parser.add_argument(
-        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
-    )
-    parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
-    parser.add_argument("--image-folder", type=str, default="", help="what the questions' images are relative to")
-    parser.add_argument("--question-file", type=str, default=questions, help=f"the questions (default: {questions})")
-    parser.add_argument(
-        "--answers-file", type=str, default="answer.jsonl", help="the file to write (default: answer.jsonl)"
-    )
-    parser.add_argument(
-        "--conv-mode", type=str, default=conv_mode, help=f"conversation template (default: {conv_mode})"
-    )
-    parser.add_argument(
-        "--num-chunks", type=int, default=1, help="into how many parts the questions are cut (default: 1)"
-    )
-    parser.add_argument("--chunk-idx", type=int, default=0, help="which of them to answer (default: 0)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cuda, mps or cpu (default: auto)")
-
-
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--top_p", type=float, default=None, help="sample from the likeliest tokens of this probability"
-    )
-    parser.add_argument("--num_beams", type=int, default=1, help="beam search, one question at a time (default: 1)")
 
 
 def split_list(items: Sequence[T], num_chunks: int) -> list[list[T]]:
