@@ -25,12 +25,12 @@ from llava.model.builder import load
 from llava.train.memory import estimate
 from llava.train.model_setup import unfreeze_tower
 from llava.train.performance import (
-    FETCHES_UNDER_WAY,
+    FETCH_LIMIT_ATTRIBUTE,
     compile_layers,
-    fetch_whole_layers,
-    keep_frozen_tower_whole,
-    let_fetches_run_ahead,
-    use_plain_products,
+    disable_memory_efficient_linear,
+    raise_fetch_limit,
+    replicate_frozen_tower,
+    set_leaf_modules,
 )
 
 RATE = 0.1
@@ -142,13 +142,13 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
         if stage == 3:
             names = model.state_dict().keys()
-            keep_frozen_tower_whole(model, torch.device("cpu"), torch.float32)
+            replicate_frozen_tower(model, torch.device("cpu"), torch.float32)
             assert model.state_dict().keys() == names, "a checkpoint would have other weights"
-            fetch_whole_layers(model)
+            set_leaf_modules(model)
         if compiled:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
-            use_plain_products(config)
+            disable_memory_efficient_linear(config)
             compile_layers(model, backend="aot_eager", within_hooks=True)
         needed = memory_of(model, config)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -160,9 +160,9 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
         )
         if stage == 3:
             coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-            before = getattr(coordinator, FETCHES_UNDER_WAY)
-            let_fetches_run_ahead(engine)
-            assert getattr(coordinator, FETCHES_UNDER_WAY) >= 9 * before, "a layer of LLaMA has nine weights"
+            before = getattr(coordinator, FETCH_LIMIT_ATTRIBUTE)
+            raise_fetch_limit(engine)
+            assert getattr(coordinator, FETCH_LIMIT_ATTRIBUTE) >= 9 * before, "a layer of LLaMA has nine weights"
         engine.backward(engine(**batch)["loss"])
         engine.step()
         assert memory_of(model, config) == needed, "scattered weights count less"

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from llava.train.arguments import parse_train_args
-from llava.train.distributed import is_first_process, part_together
+from llava.train.distributed import barrier_and_destroy_process_group, is_first_process
 from llava.train.run import build_trainer
 
 ROWS = 60  # of operations.txt
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     look = Look(options.at, options.steps)
     trainer.add_callback(look)
     trainer.train()
-    part_together()
+    barrier_and_destroy_process_group()
     if not is_first_process():
         return
     if trainer.state.global_step < options.at + options.steps:

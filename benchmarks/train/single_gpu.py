@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.train.sides import FULL, LORA, TINY, Ours, Sample, Shapes, Stock, built, realistic, say, token_squares
 from llava.train.memory import GIB
-from llava.train.packing import plan_rows
+from llava.train.packing import plan_sequences
 
 __all__ = ["FULL", "TINY", "Shapes", "built", "say"]  # which engine.py imports from here
 
@@ -150,7 +150,7 @@ class Bench:
             return
         side.prepare(self.keeps[0], dynamic=True)
         lengths = [s.text + s.image * shapes.image_tokens for s in samples]
-        rows = plan_rows(lengths, shapes.row, seed=0)
+        rows = plan_sequences(lengths, shapes.row, seed=0)
         filled = sum(lengths) / (len(rows) * shapes.row)
         self.train("mixed", side, [[samples[i] for i in row] for row in rows], filled=filled, varlen=side.varlen)
 

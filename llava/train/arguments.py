@@ -25,7 +25,7 @@ from llava.errors import InputError
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.distributed import program_name
 from llava.train.legacy_flags import parse_flags, translate
-from llava.train.performance import hold_in_bfloat16, use_plain_products, uses_zero3
+from llava.train.performance import disable_memory_efficient_linear, enable_bfloat16_states, uses_zero3
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
         if self.deepspeed and self.trainable_dtype in ("bfloat16", "float16"):
             self._check_deepspeed_precision()
-            hold_in_bfloat16(self.hf_deepspeed_config.config)
+            enable_bfloat16_states(self.hf_deepspeed_config.config)
         if uses_zero3(self) and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
-            use_plain_products(self.hf_deepspeed_config.config)
+            disable_memory_efficient_linear(self.hf_deepspeed_config.config)
 
     def _split_global_batch(self, global_batch: int) -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", "0"))

@@ -113,14 +113,14 @@ def staging_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"{STAGING}checkpoint-{step}"
 
 
-def clean_leftovers(run_folder: Path) -> None:
+def remove_unfinished_checkpoints(run_folder: Path) -> None:
     """Remove what a run that was killed while saving or deleting left behind."""
     for folder in [*run_folder.glob(f"{STAGING}*"), *run_folder.glob(f"{TRASH}*")]:
         logger.warning("removing %s, which a run that was stopped while saving left behind", folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(staging: Path, step: int) -> Path:
+def finalize_checkpoint(staging: Path, step: int) -> Path:
     """Give a complete checkpoint its name, after everything in it has reached the disk."""
     written, final = staging / f"checkpoint-{step}", staging.parent / f"checkpoint-{step}"
     flush_tree(written)
@@ -132,7 +132,7 @@ def put_in_place(staging: Path, step: int) -> Path:
     return final
 
 
-def thin_out(run_folder: Path, limit: int | None, *, keep: str | None = None) -> None:
+def rotate_checkpoints(run_folder: Path, limit: int | None, *, keep: str | None = None) -> None:
     """Delete the oldest checkpoints over `limit`, but never the newest, nor `keep` (the best one)."""
     if not limit or limit < 1:
         return

@@ -24,7 +24,7 @@ def rank0_print(*args: Any) -> None:
         print(*args)
 
 
-def part_together() -> None:
+def barrier_and_destroy_process_group() -> None:
     """End the group of a distributed run's processes, once all of them are done.
 
     A process that ends while its group's threads still run may be aborted by them, after everything was saved.

@@ -20,7 +20,7 @@ ANSWERS_FILE = "eval_answers.jsonl"
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleAnswer:
     """The first question of a sample, answered."""
 
     step: int
@@ -34,9 +34,9 @@ class Answer:
 
 
 @torch.no_grad()
-def answer_samples(
+def generate_answers(
     model: Any, tokenizer: Any, dataset: Any, *, num_samples: int, max_new_tokens: int, step: int
-) -> list[Answer]:
+) -> list[SampleAnswer]:
     """Greedy answers to the first turn of the first samples, from just what a training step would see before them."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -63,7 +63,7 @@ def answer_samples(
                 **given,
             )
             answers.append(
-                Answer(
+                SampleAnswer(
                     step=step,
                     sample=sample_name(dataset, index),
                     question=tokenizer.decode(ids[:first][ids[:first] >= 0], skip_special_tokens=True).strip(),
@@ -76,7 +76,7 @@ def answer_samples(
         model.train(was_training)
 
 
-def write_answers(answers: list[Answer], folder: Path) -> None:
+def write_answers(answers: list[SampleAnswer], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ANSWERS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)

@@ -25,7 +25,7 @@ _LISTED = 8
 
 
 @dataclass(frozen=True)
-class Suspect:
+class SampleLoss:
     """One sample of a batch: its name, and its loss alone (NaN where it is not a number)."""
 
     name: str
@@ -35,11 +35,11 @@ class Suspect:
         return f"{self.name}: {self.loss:.4g}"
 
 
-def not_finite(
+def explain_non_finite(
     model: nn.Module,
     compute_loss: Callable[[dict[str, Any]], Tensor],
     batch: dict[str, Any],
-    suspects: Sequence[Suspect],
+    suspects: Sequence[SampleLoss],
     *,
     step: int,
     what: str,
@@ -51,18 +51,18 @@ def not_finite(
     else:
         blame = f"the batch's samples and their losses alone are {_names(suspects)}"
     return (
-        f"{what} of step {step} is not a finite number; {first_not_finite(model, compute_loss, batch)}; {blame}; no "
+        f"{what} of step {step} is not a finite number; {find_first_non_finite(model, compute_loss, batch)}; {blame}; no "
         "weight was changed in this step; try a lower --learning_rate, a longer --warmup_steps, --max_grad_norm 1, or "
         "--bf16 instead of --fp16, or look at the samples named, and go on from the last checkpoint"
     )
 
 
-def _names(suspects: Sequence[Suspect]) -> str:
+def _names(suspects: Sequence[SampleLoss]) -> str:
     rest = f" and {len(suspects) - _LISTED} more" if len(suspects) > _LISTED else ""
     return ", ".join(map(str, suspects[:_LISTED])) + rest
 
 
-def first_not_finite(
+def find_first_non_finite(
     model: nn.Module, compute_loss: Callable[[dict[str, Any]], Tensor], batch: Mapping[str, Any]
 ) -> str:
     """Where something stops being finite: in the weights, the batch, the forward or the backward pass."""
@@ -143,7 +143,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(model: nn.Module, args: Any, batch: Mapping[str, Any], *, step: int) -> str:
+def explain_out_of_memory(model: nn.Module, args: Any, batch: Mapping[str, Any], *, step: int) -> str:
     """The sentence for memory that ran out: what was there, what the batch was, and what would help how much."""
     ids = batch.get("input_ids")
     size = (

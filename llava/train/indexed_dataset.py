@@ -1,6 +1,6 @@
 """Samples that know their number, so that a batch that goes wrong can be traced to the data.
 
-In: any data set and its collator. Out: the same batches, with the numbers of their items under `NUMBERS`, which the
+In: any data set and its collator. Out: the same batches, with the numbers of their items under `ITEM_INDICES`, which the
 trainer takes out again before the model sees the batch. An item is a sample, or with packing a row of samples.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-NUMBERS = "item_numbers"
+ITEM_INDICES = "item_indices"
 
 
-class Numbered(Dataset):
+class IndexedDataset(Dataset):
     """A data set whose items come with their index."""
 
     def __init__(self, items: Any) -> None:
@@ -27,7 +27,7 @@ class Numbered(Dataset):
         return index, self.items[index]
 
 
-class NumberKeeper:
+class IndexedCollator:
     """A collator for such items that hands their indices on."""
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
@@ -35,10 +35,10 @@ class NumberKeeper:
 
     def __call__(self, items: Sequence[tuple[int, Any]]) -> Any:
         batch = self.collate([item for _, item in items])
-        return {**batch, NUMBERS: [index for index, _ in items]} if isinstance(batch, dict) else batch
+        return {**batch, ITEM_INDICES: [index for index, _ in items]} if isinstance(batch, dict) else batch
 
 
-def named_samples(dataset: Any, numbers: Iterable[int]) -> list[tuple[str, Any]]:
+def find_samples(dataset: Any, numbers: Iterable[int]) -> list[tuple[str, Any]]:
     """What messages call the samples in items of a training set, and the samples."""
     found = []
     for number in numbers:

@@ -24,12 +24,18 @@ from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.train.callbacks import ConsoleCallback, StopCallback
-from llava.train.checkpoints import STATE_FILE, explain_full_disk, put_in_place, staging_folder, thin_out
-from llava.train.eval_samples import answer_samples, write_answers
-from llava.train.failures import Suspect, is_out_of_memory, not_finite, out_of_memory
-from llava.train.indexed_dataset import NUMBERS, Numbered, NumberKeeper, named_samples
+from llava.train.checkpoints import (
+    STATE_FILE,
+    explain_full_disk,
+    finalize_checkpoint,
+    rotate_checkpoints,
+    staging_folder,
+)
+from llava.train.eval_samples import generate_answers, write_answers
+from llava.train.failures import SampleLoss, explain_non_finite, explain_out_of_memory, is_out_of_memory
+from llava.train.indexed_dataset import ITEM_INDICES, IndexedCollator, IndexedDataset, find_samples
 from llava.train.metrics import Throughput, base_model, measure_matmul_rate
-from llava.train.performance import let_fetches_run_ahead, one_host_thread, uses_zero3
+from llava.train.performance import one_host_thread, raise_fetch_limit, uses_zero3
 from llava.train.sampler import LengthGroupedSampler
 from llava.train.save import (
     NON_LORA_FILE,
@@ -96,7 +102,7 @@ class LLaVATrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if uses_zero3(self.args):
-            let_fetches_run_ahead(self.deepspeed)
+            raise_fetch_limit(self.deepspeed)
         return prepared
 
     # Order of samples
@@ -106,7 +112,7 @@ class LLaVATrainer(Trainer):
         if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         given = self.train_dataset, self.data_collator, self.accelerator.device_placement
-        self.train_dataset, self.data_collator = Numbered(self.train_dataset), NumberKeeper(self.data_collator)
+        self.train_dataset, self.data_collator = IndexedDataset(self.train_dataset), IndexedCollator(self.data_collator)
         self.accelerator.device_placement = False
         try:
             return super().get_train_dataloader()
@@ -115,7 +121,7 @@ class LLaVATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, Numbered):
+        if isinstance(dataset, IndexedDataset):
             dataset = dataset.items
         strategy = "modality" if self.args.group_by_modality_length else self.args.train_sampling_strategy
         if (
@@ -157,7 +163,7 @@ class LLaVATrainer(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        numbers = inputs.pop(NUMBERS, [])
+        numbers = inputs.pop(ITEM_INDICES, [])
         if self.throughput is not None:
             self.throughput.see_batch(inputs)
         try:
@@ -166,7 +172,7 @@ class LLaVATrainer(Trainer):
             if not is_out_of_memory(error):
                 raise
             step = self.state.global_step + 1
-            raise InputError(out_of_memory(self.model, self.args, inputs, step=step)) from error
+            raise InputError(explain_out_of_memory(self.model, self.args, inputs, step=step)) from error
         self._batches.append(_Batch(inputs, numbers, loss))
         if self.is_deepspeed_enabled:  # which computes no norm here
             self._stop_unless_finite([loss])
@@ -208,7 +214,7 @@ class LLaVATrainer(Trainer):
 
     def _stop_for(self, what: str, batch: _Batch) -> NoReturn:
         """Stop with a diagnosis. The weights are those before the step."""
-        step, samples = self.state.global_step + 1, named_samples(self.train_dataset, batch.numbers)
+        step, samples = self.state.global_step + 1, find_samples(self.train_dataset, batch.numbers)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # one rank alone cannot go through its batch again
             names = ", ".join(name for name, _ in samples)
             raise InputError(f"{what} of step {step} is not a finite number; the batch's samples are {names}")
@@ -219,8 +225,8 @@ class LLaVATrainer(Trainer):
                 return super(LLaVATrainer, self).compute_loss(self.model, self._prepare_inputs(batch))
 
         with torch.no_grad():
-            suspects = [Suspect(name, loss_of(self.data_collator([sample])).item()) for name, sample in samples]
-        raise InputError(not_finite(self.model, loss_of, batch.inputs, suspects, step=step, what=what))
+            suspects = [SampleLoss(name, loss_of(self.data_collator([sample])).item()) for name, sample in samples]
+        raise InputError(explain_non_finite(self.model, loss_of, batch.inputs, suspects, step=step, what=what))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.throughput is not None:
@@ -257,7 +263,7 @@ class LLaVATrainer(Trainer):
 
     def _show_answers(self) -> None:
         with self.accelerator.autocast():
-            answers = answer_samples(
+            answers = generate_answers(
                 self.model,
                 self.processing_class,
                 self.eval_dataset,
@@ -292,8 +298,8 @@ class LLaVATrainer(Trainer):
                 if str(self.state.best_model_checkpoint).startswith(str(staging)):
                     self.state.best_model_checkpoint = str(run_folder / f"checkpoint-{step}")
                     self.state.save_to_json(str(staging / f"checkpoint-{step}" / STATE_FILE))
-                put_in_place(staging, step)
-                thin_out(run_folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+                finalize_checkpoint(staging, step)
+                rotate_checkpoints(run_folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -45,7 +45,7 @@ _STATE_BYTES: dict[str, float | None] = {
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrainingShape:
     """What decides the size of activations: B sequences of T tokens through L layers of width D."""
 
     batch: int
@@ -102,7 +102,7 @@ def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
     return _estimate(model, args, shape_of(model, args))
 
 
-def _estimate(model: nn.Module, args: Any, shape: Shape) -> MemoryEstimate:
+def _estimate(model: nn.Module, args: Any, shape: TrainingShape) -> MemoryEstimate:
     stage, ranks = sharding(args)
     in_parameters = sum(_numel(p) * p.element_size() for p in model.parameters())
     in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (performance.py)
@@ -135,7 +135,7 @@ def _numel(weight: nn.Parameter) -> int:
     return getattr(weight, "ds_numel", weight.numel())
 
 
-def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
+def _copies(model: nn.Module, args: Any, shape: TrainingShape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
         limit, *buckets = (zero.get(name) for name in ("stage3_max_live_parameters", *_ZERO3_BUCKETS))
@@ -151,7 +151,7 @@ def _copies(model: nn.Module, args: Any, shape: Shape, stage: int) -> float:
     return copies
 
 
-def _kept_gathered(model: nn.Module, shape: Shape) -> int:
+def _kept_gathered(model: nn.Module, shape: TrainingShape) -> int:
     """Beside compiled layers, those that are not compiled keep the weights that they multiplied by (performance.py)."""
     tower = vision_tower(model)
     if shape.keep is None:
@@ -161,14 +161,14 @@ def _kept_gathered(model: nn.Module, shape: Shape) -> int:
     return sum(_numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
-def shape_of(model: nn.Module, args: Any) -> Shape:
+def shape_of(model: nn.Module, args: Any) -> TrainingShape:
     config, base = language_model(model).config, base_model(model)
     head: Any = base.get_output_embeddings()
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     embeddings: Any = model.get_input_embeddings()
     compute_bytes = args.compute_dtype.itemsize
-    return Shape(
+    return TrainingShape(
         batch=args.per_device_train_batch_size,
         tokens=(args.pack_length or args.model_max_length) if args.packing else args.model_max_length,
         layers=config.num_hidden_layers,
@@ -206,7 +206,7 @@ def _adapter_bytes(args: Any, config: Any, compute_bytes: int) -> int:
     return (2 * config.hidden_size + config.intermediate_size) * compute_bytes
 
 
-def _activations(shape: Shape) -> float:
+def _activations(shape: TrainingShape) -> float:
     """What the language model keeps for its backward pass."""
     tokens = shape.batch * shape.tokens
     last_norm = _norm_bytes_per_token(shape)
@@ -218,7 +218,7 @@ def _activations(shape: Shape) -> float:
     return tokens * (shape.layers * (layer_bytes_per_token(shape) + shape.adapter_bytes) + last_norm)
 
 
-def _working_bytes_per_token(shape: Shape) -> float:
+def _working_bytes_per_token(shape: TrainingShape) -> float:
     """Gradients are about as large as what they belong to; what is computed a second time is there once more itself."""
     if shape.keep is not None:
         return 2 * _compiled_bytes_per_token(shape)
@@ -226,7 +226,7 @@ def _working_bytes_per_token(shape: Shape) -> float:
     return 2 * layer if shape.checkpointing else layer
 
 
-def _compiled_bytes_per_token(shape: Shape) -> float:
+def _compiled_bytes_per_token(shape: TrainingShape) -> float:
     """Of a compiled layer that computes nothing twice but what is cheap (norms, rotations, the gate's function), its input
     not counted."""
     queries, key_values, output, middle = shape.width, 2 * shape.key_value_width, shape.width, shape.width
@@ -236,7 +236,7 @@ def _compiled_bytes_per_token(shape: Shape) -> float:
     return shape.compute_bytes * kept + shape.adapter_bytes
 
 
-def layer_bytes_per_token(shape: Shape) -> int:
+def layer_bytes_per_token(shape: TrainingShape) -> int:
     """Of one eager layer of the Llama family, with an attention that keeps no T x T matrix."""
     compute, width, key_values = shape.compute_bytes, shape.width, shape.key_value_width
     attention = compute * (width + 2 * key_values + 2 * width)  # queries, keys, values, output as computed and in rows
@@ -245,7 +245,7 @@ def layer_bytes_per_token(shape: Shape) -> int:
     return 2 * _norm_bytes_per_token(shape) + attention + mlp + casts
 
 
-def _norm_bytes_per_token(shape: Shape) -> int:
+def _norm_bytes_per_token(shape: TrainingShape) -> int:
     """A norm computes in float32 and keeps its input and its result there; the result once more in its own precision."""
     return (4 + (shape.compute_bytes + shape.stream_bytes if shape.stream_bytes < 4 else 4)) * shape.width
 
@@ -256,7 +256,7 @@ def _can_fuse(base: nn.Module, head: Any) -> bool:
     return language_model_type(base.config.to_dict()) in PLAIN_DECODERS and can_fuse(head)
 
 
-def _logits(shape: Shape) -> float:
+def _logits(shape: TrainingShape) -> float:
     """The logits, and in float32 their logarithms and two gradients; or the largest that the fused loss holds."""
     values = shape.batch * shape.tokens * shape.vocabulary
     if not shape.fused_loss:
@@ -265,7 +265,7 @@ def _logits(shape: Shape) -> float:
     return min(CHUNK_VALUES, values) * (4 + shape.compute_bytes) + gradient
 
 
-def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float:
+def _tower_activations(model: nn.Module, shape: TrainingShape, *, packed: bool) -> float:
     """Of a tower that is trained, whose layers are CLIP's; a frozen one keeps nothing."""
     tower = vision_tower(model)
     if tower is None or not tower.trainable:
@@ -285,7 +285,7 @@ def _tower_activations(model: nn.Module, shape: Shape, *, packed: bool) -> float
     return num_tiles * (tower.num_patches + 1) * len(tower.layers_used()) * per_token
 
 
-def _tiles_per_sequence(policy: ImagePolicy, shape: Shape, *, packed: bool) -> int:
+def _tiles_per_sequence(policy: ImagePolicy, shape: TrainingShape, *, packed: bool) -> int:
     """Of a sample with one image, as many tiles as it may have; of a packed row, as many as are usual."""
     canvases = policy.pinpoints if policy.mode == "anyres" else ()
     tiles = 1 + max((size.width * size.height // policy.tile_size**2 for size in canvases), default=0)
@@ -315,7 +315,7 @@ def remedies(model: nn.Module, args: Any) -> list[Remedy]:
     """What would make a run smaller, the most effective first."""
     shape = shape_of(model, args)
     now = _estimate(model, args, shape).peak
-    changed: list[tuple[str, Shape]] = []
+    changed: list[tuple[str, TrainingShape]] = []
     if shape.keep:
         keep = round(shape.keep / 2, 2)
         changed.append((f"--keep_activations {keep}", replace(shape, keep=keep)))

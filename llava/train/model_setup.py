@@ -1,22 +1,34 @@
-"""A model made ready for training: loaded, joined with tower and projector, the right parts frozen and cast.
+"""Load the model that a run starts from and make it ready for training.
 
-In: the three argument dataclasses. Out: the tokenizer, the conversation template, and the model.
-Loading itself is model/builder.py's work, joining is model/llava_arch.py's, adapters are in lora.py; this file decides
-in which order those happen and what is trained. The run that follows is in train.py.
+In: the three argument dataclasses. Out: the tokenizer, the conversation template, and a model with tower and projector,
+its parts frozen or trained and in their dtypes. The model is in main memory (the trainer moves it to its device) or,
+where `--bits` quantizes it, on this process's device.
+model/checkpoints/inspect.py decides what a folder holds, model/builder.py loads a LLaVA, model/llava_arch.py attaches
+the tower; adapters are in lora.py. run.py calls these functions in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from llava.conversation import Conversation, conv_templates
 from llava.errors import InputError
 from llava.images.layout import parse_pinpoints
+from llava.model.builder import load, load_tokenizer
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
 from llava.model.config import LlavaSettings
+from llava.model.language_model.registry import llava_classes
+from llava.model.quantization import quantization_config
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
 from llava.train.save import smart_tokenizer_and_embedding_resize
@@ -46,6 +58,117 @@ def choose_conversation(version: str | None) -> Conversation:
     return conv_templates[name]
 
 
+@dataclass(frozen=True)
+class LoadPlan:
+    """How the language model's weights are to be held."""
+
+    dtype: torch.dtype
+    attn_implementation: str | None
+    quantization: Any  # transformers' configuration object, or None
+    device: str | torch.device
+
+    @property
+    def loader_options(self) -> dict[str, Any]:
+        """What transformers' loader has to know where it packs weights."""
+        if self.quantization is None:
+            return {}
+        return {"quantization_config": self.quantization, "device_map": {"": str(self.device)}}
+
+
+def load_base_model(
+    model_args: ModelArguments, training_args: TrainingArguments, *, attn_implementation: str | None = None
+) -> tuple[Any, Any]:
+    """The model and the tokenizer that `--model_name_or_path` names."""
+    if attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise InputError("FlashAttention needs the package 'flash_attn'; install it with: pip install flash-attn")
+    info = inspect(str(model_args.model_name_or_path))
+    plan = LoadPlan(
+        dtype=_load_dtype(model_args, training_args),
+        attn_implementation=attn_implementation,
+        quantization=_quantization(training_args),
+        device="cpu" if training_args.bits == 16 else training_args.device,
+    )
+    if info.is_multimodal or info.needs_base:
+        model, tokenizer = _load_llava(info, model_args, plan)
+    else:
+        tokenizer = load_tokenizer(info.folder)
+        load_language_model = _load_with_images if model_args.vision_tower else _load_text_only
+        model = load_language_model(info, plan)
+    tokenizer.model_max_length = training_args.model_max_length
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def _load_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """The precision in which most of the language model will be held; `cast_weights` casts the rest afterwards."""
+    frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable or model_args.freeze_backbone
+    return training_args.compute_dtype if frozen else training_args.weight_dtype
+
+
+def _quantization(training_args: TrainingArguments) -> Any:
+    if training_args.bits == 16:
+        return None
+    return quantization_config(
+        f"{training_args.bits}bit",
+        training_args.compute_dtype,
+        bnb_4bit_quant_type=training_args.quant_type,
+        bnb_4bit_use_double_quant=training_args.double_quant,
+    )
+
+
+def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan) -> tuple[Any, Any]:
+    if info.stores_quantized and plan.quantization is not None:
+        raise InputError(f"{info.folder} is quantized already; leave --bits out, or start from the unquantized model")
+    loaded = load(
+        info.folder,
+        device=plan.device,
+        dtype=plan.dtype,
+        quantization=plan.quantization,
+        attn_implementation=plan.attn_implementation,
+    )
+    own_tower = loaded.model.config.mm_vision_tower
+    if model_args.vision_tower and model_args.vision_tower != own_tower:
+        if info.tower_in_checkpoint:
+            logger.warning(
+                "%s has a trained vision tower of its own, which is used; --vision_tower %s is not",
+                info.folder, model_args.vision_tower,
+            )  # fmt: skip
+            model_args.vision_tower = own_tower
+        else:
+            logger.info("--vision_tower %s takes the place of the checkpoint's %s", model_args.vision_tower, own_tower)
+            del loaded.model.get_model().vision_tower
+    return loaded.model, loaded.tokenizer
+
+
+def _load_text_only(info: CheckpointInfo, plan: LoadPlan) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        info.folder, dtype=plan.dtype, attn_implementation=plan.attn_implementation, **plan.loader_options
+    )
+
+
+def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
+    config_class, model_class = llava_classes(info.language_model)
+    config = config_class.from_dict({key: value for key, value in info.config.items() if key != "model_type"})
+    config.name_or_path = str(info.folder)
+    if plan.attn_implementation is not None:
+        config._attn_implementation = plan.attn_implementation
+    sources = plan_sources(info, None, prefix=model_class.base_model_prefix)
+    if plan.quantization is not None:
+        model = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
+    else:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(plan.dtype)
+        try:
+            with no_init_weights():
+                model = model_class(config)
+        finally:
+            torch.set_default_dtype(before)
+        load_weights(model, sources)
+    if (info.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(info.folder)
+    return model
+
+
 def prepare_tokenizer(tokenizer: Any, model: Any, version: str | None) -> None:
     """Give the tokenizer a padding token: its unknown token, or for `v0` a token of its own, as those models had."""
     if version == "v0":
@@ -59,7 +182,7 @@ def prepare_tokenizer(tokenizer: Any, model: Any, version: str | None) -> None:
         raise InputError("this model's tokenizer has neither a padding, an unknown nor an end token to pad with")
 
 
-def keep_vision_settings(
+def inherit_vision_settings(
     config: Any, model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[ModelArguments, DataArguments]:
     """Arguments completed from a LLaVA checkpoint's config, for a run that goes on from it without `--vision_tower`."""

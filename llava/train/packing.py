@@ -35,11 +35,11 @@ from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDat
 logger = logging.getLogger(__name__)
 
 # Rows that wait for samples at the same time. More of them waste less room, but samples stay apart longer.
-OPEN_ROWS = 1000
+OPEN_SEQUENCES = 1000
 SAMPLES_PER_TASK = 256
 
 
-def plan_rows(lengths: Sequence[int], limit: int, *, seed: int) -> list[list[int]]:
+def plan_sequences(lengths: Sequence[int], limit: int, *, seed: int) -> list[list[int]]:
     """Indices of samples, row by row: each into the fullest open row that has room, in an order drawn from `seed`."""
     longest = max(lengths)
     if longest > limit:
@@ -56,7 +56,7 @@ def plan_rows(lengths: Sequence[int], limit: int, *, seed: int) -> list[list[int
             rows.append([])
         rows[row].append(index)
         insort(room, (left - lengths[index], row))
-        if len(room) > OPEN_ROWS:
+        if len(room) > OPEN_SEQUENCES:
             del room[0]  # the fullest
     return rows
 
@@ -71,7 +71,7 @@ class PackedDataset(Dataset):
         self.samples = samples
         self.limit = limit
         self.policy = policy
-        self.rows = plan_rows(lengths, limit, seed=seed)
+        self.rows = plan_sequences(lengths, limit, seed=seed)
         self.filled = sum(lengths) / (len(self.rows) * limit)
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whol
 parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks. A frozen vision tower is
 left whole on each GPU: it is small, but of many weights, each of which takes time; and fetching may run ahead by whole
 layers, not by weights. DeepSpeed also puts a product of its own in the place of torch's, which knows each weight by its
-number, so that no two layers are alike to the compiler; `use_plain_products` keeps torch's.
+number, so that no two layers are alike to the compiler; `disable_memory_efficient_linear` keeps torch's.
 
 A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
 input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
@@ -29,15 +29,15 @@ from torch import nn
 from llava.errors import InputError
 from llava.train.metrics import language_model, vision_tower
 
-FETCHES_UNDER_WAY = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+FETCH_LIMIT_ATTRIBUTE = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 def prepare_layers(model: Any, args: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Do to a model's layers what the arguments of a run ask for, before its trainer takes the model."""
     zero3 = uses_zero3(args)
     if zero3:
-        keep_frozen_tower_whole(model, args.device, args.compute_dtype)
-        fetch_whole_layers(model)
+        replicate_frozen_tower(model, args.device, args.compute_dtype)
+        set_leaf_modules(model)
     if args.compile_layers:
         dynamic = True if args.packing else None
         compile_layers(model, keep=args.keep_activations, dynamic=dynamic, backend=backend, within_hooks=zero3)
@@ -100,7 +100,7 @@ def uses_zero3(args: Any) -> bool:
     return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
 
 
-def use_plain_products(deepspeed_config: dict[str, Any]) -> None:
+def disable_memory_efficient_linear(deepspeed_config: dict[str, Any]) -> None:
     """Have DeepSpeed leave torch's product as it is, in this configuration of a run whose layers are compiled.
 
     A compiled layer keeps a weight itself for its backward pass, which is fetched anew. An eager product would keep the
@@ -115,12 +115,12 @@ def use_plain_products(deepspeed_config: dict[str, Any]) -> None:
     zero["memory_efficient_linear"] = False
 
 
-def hold_in_bfloat16(deepspeed_config: dict[str, Any]) -> None:
+def enable_bfloat16_states(deepspeed_config: dict[str, Any]) -> None:
     """Have DeepSpeed hold trained weights and the optimizer's states in bfloat16, without its copy in float32."""
     deepspeed_config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
-def keep_frozen_tower_whole(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def replicate_frozen_tower(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Make a frozen tower's weights buffers, which ZeRO-3 does not shard. Their names in checkpoints stay the same.
 
     A CLIP tower has a twentieth of LLaVA-1.5-7B's numbers, in more weights than the language model: fetching and giving
@@ -140,7 +140,7 @@ def keep_frozen_tower_whole(model: Any, device: torch.device, dtype: torch.dtype
                 module.register_buffer(name, weight.detach().to(device, dtype, copy=hasattr(weight, "ds_id")))
 
 
-def fetch_whole_layers(model: Any) -> None:
+def set_leaf_modules(model: Any) -> None:
     """Let ZeRO-3 gather the weights of a layer together, in the language model and in a vision tower that is trained."""
     from deepspeed.utils import set_z3_leaf_module
 
@@ -148,7 +148,7 @@ def fetch_whole_layers(model: Any) -> None:
         set_z3_leaf_module(layer, True)
 
 
-def let_fetches_run_ahead(engine: Any) -> None:
+def raise_fetch_limit(engine: Any) -> None:
     """Let a DeepSpeed engine have the weights of two layers under way, as many as it would let of two modules with one each.
 
     It waits on the host when more than two fetched weights are not in place yet. A layer's nine come at once, so that it
@@ -159,8 +159,8 @@ def let_fetches_run_ahead(engine: Any) -> None:
     layers = [module for module in engine.module.modules() if z3_leaf_module(module)]
     most = max((sum(1 for _ in layer.parameters()) for layer in layers), default=1)
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-    if hasattr(coordinator, FETCHES_UNDER_WAY):  # another version may count otherwise
-        setattr(coordinator, FETCHES_UNDER_WAY, getattr(coordinator, FETCHES_UNDER_WAY) * most)
+    if hasattr(coordinator, FETCH_LIMIT_ATTRIBUTE):  # another version may count otherwise
+        setattr(coordinator, FETCH_LIMIT_ATTRIBUTE, getattr(coordinator, FETCH_LIMIT_ATTRIBUTE) * most)
 
 
 def _parts_of_tower(tower: Any) -> list[nn.Module]:

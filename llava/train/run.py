@@ -20,9 +20,13 @@ from llava.errors import InputError
 from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.base_model import load_base
 from llava.train.callbacks import Stopped
-from llava.train.checkpoints import checkpoint_fault, clean_leftovers, explain_full_disk, latest_checkpoint
+from llava.train.checkpoints import (
+    checkpoint_fault,
+    explain_full_disk,
+    latest_checkpoint,
+    remove_unfinished_checkpoints,
+)
 from llava.train.data import LazySupervisedDataset, make_supervised_data_module
 from llava.train.distributed import rank0_print
 from llava.train.llava_trainer import LLaVATrainer
@@ -33,7 +37,8 @@ from llava.train.model_setup import (
     cast_weights,
     choose_conversation,
     count_trained,
-    keep_vision_settings,
+    inherit_vision_settings,
+    load_base_model,
     prepare_language_model,
     prepare_tokenizer,
 )
@@ -60,7 +65,7 @@ def run(
     logger.info("this run needs %s, for the longest batches that may come", needed.line())
     run_folder = Path(training_args.output_dir)
     if training_args.should_save:
-        clean_leftovers(run_folder)
+        remove_unfinished_checkpoints(run_folder)
     resumed = _checkpoint_to_resume(training_args)
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=resumed)
@@ -85,14 +90,14 @@ def build_trainer(
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
     """Everything before the first step."""
-    refuse_contradictions(model_args, data_args, training_args)
+    check_arguments(model_args, data_args, training_args)
     conv = choose_conversation(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
     transformers.set_seed(training_args.seed)  # new modules begin with random numbers
 
-    model, tokenizer = load_base(model_args, training_args, attn_implementation=attn_implementation)
-    model_args, data_args = keep_vision_settings(model.config, model_args, data_args)
+    model, tokenizer = load_base_model(model_args, training_args, attn_implementation=attn_implementation)
+    model_args, data_args = inherit_vision_settings(model.config, model_args, data_args)
     if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
         raise InputError("training a projector or a tower needs one: name it with --vision_tower")
     # Data first: a mistake there should not wait for a tower to load.
@@ -127,9 +132,7 @@ def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation
     return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
 
 
-def refuse_contradictions(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
-) -> None:
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise InputError(
             "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"

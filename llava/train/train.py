@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llava.cli.program import run_program
 from llava.cli.startup import quick_imports
 from llava.errors import InputError
-from llava.train.distributed import is_first_process, part_together, program_name, rank0_print
+from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name, rank0_print
 
 if TYPE_CHECKING:
     from llava.text.labels import (
@@ -135,9 +135,9 @@ def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int
         transformers.utils.logging.disable_progress_bar()
     try:
         train(attn_implementation=attn_implementation, argv=argv)
-        part_together()
+        barrier_and_destroy_process_group()
     except Stopped as stopped:
-        part_together()
+        barrier_and_destroy_process_group()
         if is_first_process():
             print(f"{program_name()}: {stopped}", file=sys.stderr)
         return stopped.status

@@ -42,7 +42,7 @@ def test_realistic_lengths_fill_packed_rows() -> None:
     assert min(s.text for s in samples) >= 20
     assert max(s.text for s in samples) <= 2048
     assert sum(not s.image for s in samples) == round(0.06 * len(samples))
-    rows = single_gpu.plan_rows(lengths, single_gpu.FULL.row, seed=0)
+    rows = single_gpu.plan_sequences(lengths, single_gpu.FULL.row, seed=0)
     assert sum(lengths) > 0.8 * len(rows) * single_gpu.FULL.row
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import distributed_kit
 import pytest
 
-from llava.train.performance import fetch_whole_layers
+from llava.train.performance import set_leaf_modules
 
 HERE = Path(__file__).parents[1]
 
@@ -60,6 +60,6 @@ def test_layers_that_are_fetched_whole(trained: str, prepared: Path) -> None:
 
     model = distributed_kit.model_for(prepared / "model", trained)
     tower = model.get_vision_tower()
-    fetch_whole_layers(model)
+    set_leaf_modules(model)
     of_tower = tower.vision_tower.vision_model.encoder.layers[:2] if trained == "tower" else [tower]
     assert set(get_z3_leaf_modules(model)) == {*model.get_model().layers, *of_tower}

@@ -21,7 +21,7 @@ from llava.model.builder import load
 from llava.model.config import PLAIN_DECODERS
 from llava.model.language_model.registry import llava_classes
 from llava.train.arguments import parse_train_args
-from llava.train.packing import PackedDataset, measured_lengths, plan_rows
+from llava.train.packing import PackedDataset, measured_lengths, plan_sequences
 from llava.train.performance import compile_layers
 from llava.train.train import train
 
@@ -292,18 +292,18 @@ def test_a_language_model_with_its_own_logits_computes_its_own_loss(tmp_path: Pa
 def test_rows_hold_every_sample_once_and_never_too_much() -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 2049, (5000,), generator=draw).tolist()
-    rows = plan_rows(lengths, 4096, seed=1)
+    rows = plan_sequences(lengths, 4096, seed=1)
     assert sorted(index for row in rows for index in row) == list(range(5000))
     filled = [sum(lengths[index] for index in row) for row in rows]
     assert max(filled) <= 4096
     assert sum(filled) > 0.97 * 4096 * len(rows)
-    assert plan_rows(lengths, 4096, seed=1) == rows
-    assert plan_rows(lengths, 4096, seed=2) != rows
+    assert plan_sequences(lengths, 4096, seed=1) == rows
+    assert plan_sequences(lengths, 4096, seed=2) != rows
 
 
 def test_a_sample_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(InputError, match="sample 1 has 9 tokens; a row of 8"):
-        plan_rows([3, 9], 8, seed=0)
+        plan_sequences([3, 9], 8, seed=0)
 
 
 def packed_run(folder: Path, **flags: Any) -> list[str]:

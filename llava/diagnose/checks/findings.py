@@ -194,7 +194,7 @@ CAUSES: dict[str, Cause] = {
     "run-arguments": Cause(
         "the run's arguments cannot be read or contradict each other", ("llava/train/arguments.py:parse_train_args",)
     ),
-    "run-base": Cause("the model to start from cannot be used", ("llava/train/base_model.py:load_base",)),
+    "run-base": Cause("the model to start from cannot be used", ("llava/train/model_setup.py:load_base_model",)),
     "run-adapter": Cause(
         "pretrain_mm_mlp_adapter is not a projector file",
         ("llava/model/multimodal_projector/pretrained.py:read_projector_weights",),

@@ -96,7 +96,7 @@ def examine_training(path: str | Path) -> DoctorReport:
 
 def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
     from llava.train.arguments import parse_train_args
-    from llava.train.run import refuse_contradictions
+    from llava.train.run import check_arguments
 
     try:
         try:
@@ -110,7 +110,7 @@ def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
             )  # judged for a machine with one
         run.model, run.data, run.training = parsed
         run.fp16 = run.fp16 or run.training.fp16
-        refuse_contradictions(*parsed)
+        check_arguments(*parsed)
     except InputError as error:
         yield found(
             "run-arguments", str(error), "change the setting; llava train --help explains each", file=str(run.file)
