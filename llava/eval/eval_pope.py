@@ -27,14 +27,14 @@ FLAGS = (
 
 def run(args: Namespace) -> None:
     labels = read_labels(Path(args.annotation_dir))
-    items = label_questions(read_json_lines(Path(args.question_file), "file of questions"), labels, Path())
+    questions = label_questions(read_json_lines(Path(args.question_file), "file of questions"), labels, Path())
     faults = Faults()
-    answered = pair(items, read_answers(Path(args.result_file), faults), faults, source=repr(args.result_file))
+    answered = pair(questions, read_answers(Path(args.result_file), faults), faults, source=repr(args.result_file))
     for split in labels:
-        of_split = [one for one in answered if one.item.category == split]
+        of_split = [one for one in answered if one.question.category == split]
         print(f"Category: {split}, # samples: {len(of_split)}")
         counts = YesNoCounts.count(
-            (None if one.text is None else pope_answer(one.text), one.item.answer) for one in of_split
+            (None if one.text is None else pope_answer(one.text), one.question.answer) for one in of_split
         )
         found = counts.figures()
         print("TP\tFP\tTN\tFN\t\n{TP}\t{FP}\t{TN}\t{FN}".format(**found))

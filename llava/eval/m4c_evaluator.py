@@ -20,8 +20,8 @@ from llava.eval.metrics.vqa import (
 class EvalAIAnswerProcessor:
     """An answer's text as EvalAI compares it."""
 
-    def __call__(self, item: str) -> str:
-        return normalise(item)
+    def __call__(self, question: str) -> str:
+        return normalise(question)
 
     def word_tokenize(self, word: str) -> str:
         return split_words(word)

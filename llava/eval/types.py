@@ -46,7 +46,7 @@ class Question:
 class AnsweredQuestion:
     """A question with the text that answers it; None when there is no answer, which always counts as wrong."""
 
-    item: Question
+    question: Question
     text: str | None
 
 

@@ -128,7 +128,7 @@ def test_chunks_lose_nothing(num_items: int, num_chunks: int) -> None:
 
     chunks = split_list(range(num_items), num_chunks)
     assert len(chunks) == num_chunks
-    assert [item for chunk in chunks for item in chunk] == list(range(num_items))
+    assert [question for chunk in chunks for question in chunk] == list(range(num_items))
     assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
     assert chunks == [get_chunk(range(num_items), num_chunks, index) for index in range(num_chunks)]
 

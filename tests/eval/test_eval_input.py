@@ -16,7 +16,7 @@ from test_eval_tasks import kinds, scored
 
 from llava.errors import InputError
 from llava.eval.files import Faults
-from llava.eval.harness.scoring import read_items, score_file, table
+from llava.eval.harness.scoring import load_questions, score_file, table
 from llava.eval.tasks import SUITES, TASKS, find_task, find_tasks
 from llava.eval.tasks.task import LETTER_SUFFIX
 
@@ -61,7 +61,7 @@ def test_answers_of_another_task_are_refused(data: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("task", list(TASKS))
 def test_missing_data_is_one_sentence(task: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        read_items(TASKS[task], tmp_path)
+        load_questions(TASKS[task], tmp_path)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -73,8 +73,8 @@ SCORED_HERE = ("gqa", "vizwiz", "scienceqa", "scienceqa-img", "textvqa", "pope",
 @pytest.mark.parametrize("task", SCORED_HERE)
 def test_empty_answers_never_divide_by_zero(task: str, data: Path, tmp_path: Path) -> None:
     """Every answer empty: a score, not a crash."""
-    items = read_items(TASKS[task], data)
-    rows = [{"question_id": i.id, "round_id": i.round, "prompt": i.row_prompt, "text": ""} for i in items]
+    questions = load_questions(TASKS[task], data)
+    rows = [{"question_id": i.id, "round_id": i.round, "prompt": i.row_prompt, "text": ""} for i in questions]
     report = scored(task, kit.write_lines(tmp_path / "a.jsonl", rows), data)
     assert report.scores.headline is not None
     assert 0 <= report.scores.headline < 100
@@ -91,9 +91,9 @@ def test_custom_rows_and_yaml(tmp_path: Path) -> None:
     kit.write_lines(tmp_path / "mine.jsonl", rows)
     (tmp_path / "mine.yaml").write_text("name: pets\nfile: mine.jsonl\nmetric: choice\n")
     task = find_task(str(tmp_path / "mine.yaml"))
-    items = read_items(task, tmp_path)
-    assert items[0].prompt == f"Which?\nA. cat\nB. dog\n{LETTER_SUFFIX}"
-    assert items[0].images == (tmp_path / "a.png",)
+    questions = load_questions(task, tmp_path)
+    assert questions[0].prompt == f"Which?\nA. cat\nB. dog\n{LETTER_SUFFIX}"
+    assert questions[0].images == (tmp_path / "a.png",)
     report = score_file(task, kit.answers(tmp_path / "a.jsonl", {1: "B", 2: "B"}), tmp_path)
     assert list(report.scores.verdicts) == [1.0, 0.0]
     plain = find_task(str(tmp_path / "mine.jsonl"))

@@ -119,7 +119,9 @@ def test_a_killed_run_goes_on_without_repeating_or_losing(
     asked = []
     request = runner.Asker._request
     monkeypatch.setattr(
-        runner.Asker, "_request", lambda self, item, limit: (asked.append(item.id), request(self, item, limit))[1]
+        runner.Asker,
+        "_request",
+        lambda self, question, limit: (asked.append(question.id), request(self, question, limit))[1],
     )
     assert main([DRAWN, *flags(tmp_path)]) == 0
     assert len(asked) == 3 * int(LIMIT) - 7

@@ -10,7 +10,7 @@ import eval_kit as kit
 import pytest
 
 from llava.errors import InputError
-from llava.eval.harness.scoring import TaskReport, read_items, score_file
+from llava.eval.harness.scoring import TaskReport, load_questions, score_file
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 
@@ -32,7 +32,7 @@ def kinds(report: TaskReport) -> dict[str, int]:
 
 
 def test_prompts_are_those_of_the_guide(data: Path) -> None:
-    prompts = {name: read_items(TASKS[name], data)[0] for name in ("pope", "mme", "scienceqa", "mmbench", "qbench")}
+    prompts = {name: load_questions(TASKS[name], data)[0] for name in ("pope", "mme", "scienceqa", "mmbench", "qbench")}
     assert prompts["pope"].prompt == f"Is there a 1?\n{WORD_SUFFIX}"
     assert prompts["mme"].prompt == f"Is it A? Please answer yes or no.\n{WORD_SUFFIX}"
     assert prompts["scienceqa"].prompt == f"Context: N/A\nQuestion: One?\nOptions: (A) x (B) y\n{LETTER_SUFFIX}"
@@ -41,38 +41,40 @@ def test_prompts_are_those_of_the_guide(data: Path) -> None:
     assert prompts["mmbench"].row_prompt == 'Look well\nWhich "one"?\nA. red\nB. blue\nC. green'
     assert prompts["qbench"].prompt == "Sharp?\nChoose between one of the options as follows:\nA. Yes\nB. No\n"
     (data / "mmbench/mmbench_dev_20230712.tsv").rename(data / "mmbench/mmbench_dev_cn_20231003.tsv")
-    assert read_items(TASKS["mmbench-cn"], data)[0].prompt.endswith(f"C. green\n{LETTER_SUFFIX_CN}")
+    assert load_questions(TASKS["mmbench-cn"], data)[0].prompt.endswith(f"C. green\n{LETTER_SUFFIX_CN}")
 
 
 def test_mmmu_questions_with_their_images() -> None:
-    from llava.eval.tasks.mmmu import question_item
+    from llava.eval.tasks.mmmu import question_from_row
 
     row = {
         "id": "validation_Art_1", "question": "Who <image 1>?", "options": "['Ann', 'Bob']", "answer": "B",
         "question_type": "multiple-choice", "image_1": {"bytes": b"x"}, "image_2": None,
     }  # fmt: skip
-    item = question_item(row)
-    assert item.prompt == f"Who <image 1>?\n\n(A) Ann\n(B) Bob\n\n\n{LETTER_SUFFIX}"
-    assert (item.images, item.category, item.answer) == ((b"x",), "Art", "B")
+    question = question_from_row(row)
+    assert question.prompt == f"Who <image 1>?\n\n(A) Ann\n(B) Bob\n\n\n{LETTER_SUFFIX}"
+    assert (question.images, question.category, question.answer) == ((b"x",), "Art", "B")
     row |= {"options": "[]", "question_type": "open", "answer": "['1', 'one']"}
-    assert question_item(row).prompt == f"Who <image 1>?\n\n{WORD_SUFFIX}"
-    assert question_item(row).answer == ["1", "one"]
+    assert question_from_row(row).prompt == f"Who <image 1>?\n\n{WORD_SUFFIX}"
+    assert question_from_row(row).answer == ["1", "one"]
 
 
 @pytest.mark.parametrize("task", ["gqa", "textvqa", "seed", "mme", "mmvet"])
 def test_the_benchmark_s_own_files_are_enough(task: str, data: Path) -> None:
     """Without LLaVA's question files the same questions are made from the official ones."""
     folder = TASKS[task].home(data)
-    before = read_items(TASKS[task], data)
+    before = load_questions(TASKS[task], data)
     (file,) = folder.glob("llava*.jsonl")
     file.unlink()
-    after = read_items(TASKS[task], data)
-    order = [item.id for item in after]
-    assert {str(item.id) for item in before} <= {str(name) for name in order}
-    for item in before:
-        assert item.answer in [other.answer for other in after if str(other.id) == str(item.id) or task == "mme"]
+    after = load_questions(TASKS[task], data)
+    order = [question.id for question in after]
+    assert {str(question.id) for question in before} <= {str(name) for name in order}
+    for question in before:
+        assert question.answer in [
+            other.answer for other in after if str(other.id) == str(question.id) or task == "mme"
+        ]
     if task in ("mme", "textvqa"):
-        assert [item.extra["question"] for item in before] == [item.extra["question"] for item in after]
+        assert [question.extra["question"] for question in before] == [question.extra["question"] for question in after]
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -125,9 +127,9 @@ def test_pope_with_the_official_files_alone(data: Path, tmp_path: Path) -> None:
 
 
 def test_mme_from_answers_and_from_the_official_folder(data: Path, tmp_path: Path) -> None:
-    items = read_items(TASKS["mme"], data)
+    questions = load_questions(TASKS["mme"], data)
     texts = ["Yes", "no", "Yes", "not sure, yes"]  # the last reads as no: "not " holds "no"
-    rows = [{"question_id": i.id, "prompt": i.prompt, "text": text} for i, text in zip(items, texts, strict=True)]
+    rows = [{"question_id": i.id, "prompt": i.prompt, "text": text} for i, text in zip(questions, texts, strict=True)]
     report = scored("mme", kit.write_lines(tmp_path / "a.jsonl", rows), data)
     assert report.scores.figures == {"perception": 200.0, "cognition": 200.0}
     rows[1]["text"] = "maybe"
@@ -170,7 +172,7 @@ def test_mmbench_in_rounds_and_as_a_submission(data: Path, tmp_path: Path) -> No
 
 
 def test_mmbench_rows_share_an_image(data: Path) -> None:
-    first, second = read_items(TASKS["mmbench"], data)
+    first, second = load_questions(TASKS["mmbench"], data)
     assert first.images == second.images == (kit.png(),)
 
 
@@ -202,7 +204,7 @@ def test_scienceqa_from_answers_and_from_its_result_file(data: Path, tmp_path: P
     report = scored("scienceqa", tmp_path / "r.json", data)
     assert report.scores.figures["accuracy"] == 50.0
     assert report.scores.notes == ("1 answers name no letter and count as wrong",)
-    assert [item.id for item in read_items(TASKS["scienceqa-img"], data)] == ["1"]
+    assert [question.id for question in load_questions(TASKS["scienceqa-img"], data)] == ["1"]
 
 
 def test_seed(data: Path, tmp_path: Path) -> None:

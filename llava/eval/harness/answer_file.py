@@ -25,28 +25,28 @@ T = TypeVar("T")
 FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
 
 
-def split_list(items: Sequence[T], num_chunks: int) -> list[list[T]]:
+def split_list(questions: Sequence[T], num_chunks: int) -> list[list[T]]:
     """As many parts as were asked for, whose sizes differ by one at most and which together hold everything.
 
     The original rounds up: 5 questions in 4 chunks make three, and asking for the fourth is an error.
     """
     if num_chunks < 1:
         raise InputError(f"--num-chunks is {num_chunks}; give 1 or more")
-    edges = [len(items) * number // num_chunks for number in range(num_chunks + 1)]
-    return [list(items[start:stop]) for start, stop in pairwise(edges)]
+    edges = [len(questions) * number // num_chunks for number in range(num_chunks + 1)]
+    return [list(questions[start:stop]) for start, stop in pairwise(edges)]
 
 
-def get_chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
+def get_chunk(questions: Sequence[T], num_chunks: int, index: int) -> list[T]:
     if not 0 <= index < num_chunks:
         raise InputError(f"--chunk-idx is {index}; of {num_chunks} chunks it is 0 to {num_chunks - 1}")
-    return split_list(items, num_chunks)[index]
+    return split_list(questions, num_chunks)[index]
 
 
-def answer_file(args: Namespace, items: Sequence[Question], *, max_new_tokens: int) -> None:
+def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_tokens: int) -> None:
     """Answer the questions of a chunk into the answers file."""
     from llava.cli.model_flags import find_model
 
-    missing = missing_images(items)
+    missing = missing_images(questions)
     if missing:
         raise InputError(f"{len(missing)} images of the questions are missing; the first is {str(missing[0])!r}")
     sampling = Sampling(args.temperature, getattr(args, "top_p", None), getattr(args, "num_beams", 1), max_new_tokens)
@@ -55,7 +55,7 @@ def answer_file(args: Namespace, items: Sequence[Question], *, max_new_tokens: i
     model_id = get_model_name_from_path(path)
     file = Path(args.answers_file).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
-    bar = ProgressBar(file.name, len(items))
+    bar = ProgressBar(file.name, len(questions))
     failures: dict[int, str] = {}
     with file.open("w", encoding="utf-8") as out:
         lines = _InOrder(out)
@@ -65,18 +65,18 @@ def answer_file(args: Namespace, items: Sequence[Question], *, max_new_tokens: i
                 failures[number] = text.reason
                 lines.put(number, "")
             else:
-                row = answer_row(items[number], text, model_id)
+                row = answer_row(questions[number], text, model_id)
                 lines.put(number, json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(bar.done + 1)
 
-        if items:
+        if questions:
             with Asker.open(choice, sampling) as asker:
-                asker.ask(list(enumerate(items)), done, max_new_tokens=max_new_tokens)
+                asker.ask(list(enumerate(questions)), done, max_new_tokens=max_new_tokens)
             bar.close()
     if failures:
         number = min(failures)
         raise InputError(
-            f"{len(failures)} of {len(items)} questions could not be asked; the first is {items[number].id!r}: "
+            f"{len(failures)} of {len(questions)} questions could not be asked; the first is {questions[number].id!r}: "
             f"{failures[number]} (the other answers are in {str(file)!r})"
         )
 

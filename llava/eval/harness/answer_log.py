@@ -20,20 +20,20 @@ _ID_LENGTH = 22
 _NAMESPACE = uuid.UUID("6c6c6176-6120-6576-616c-75617469006e")
 
 
-def answer_row(item: Question, text: str, model_id: str) -> dict[str, Any]:
+def answer_row(question: Question, text: str, model_id: str) -> dict[str, Any]:
     """An answer as the original writes it, with rounds and options where the task has them."""
-    row: dict[str, Any] = {"question_id": item.id}
-    if "option_char" in item.extra:
-        row["round_id"] = item.round
-    row |= {"prompt": item.row_prompt, "text": text}
-    if "option_char" in item.extra:
-        row |= {"options": list(item.options), "option_char": item.extra["option_char"]}
-    return row | {"answer_id": answer_id(item, text, model_id), "model_id": model_id, "metadata": {}}
+    row: dict[str, Any] = {"question_id": question.id}
+    if "option_char" in question.extra:
+        row["round_id"] = question.round
+    row |= {"prompt": question.row_prompt, "text": text}
+    if "option_char" in question.extra:
+        row |= {"options": list(question.options), "option_char": question.extra["option_char"]}
+    return row | {"answer_id": answer_id(question, text, model_id), "model_id": model_id, "metadata": {}}
 
 
-def answer_id(item: Question, text: str, model_id: str) -> str:
+def answer_id(question: Question, text: str, model_id: str) -> str:
     """22 letters and digits as the original's, but the same for the same answer, so that runs can be compared as files."""
-    number = uuid.uuid5(_NAMESPACE, f"{model_id}\0{item.id}\0{item.round}\0{item.row_prompt}\0{text}").int
+    number = uuid.uuid5(_NAMESPACE, f"{model_id}\0{question.id}\0{question.round}\0{question.row_prompt}\0{text}").int
     letters = []
     for _ in range(_ID_LENGTH):
         number, place = divmod(number, len(_ALPHABET))
@@ -50,10 +50,10 @@ def row_key(row: dict[str, Any], shared: frozenset[str]) -> QuestionKey:
 class AnswerLog:
     """The answers of one task in a folder: `answers.jsonl` when all are there, `parts/` until then."""
 
-    def __init__(self, folder: Path, items: Sequence[Question], model_id: str) -> None:
+    def __init__(self, folder: Path, questions: Sequence[Question], model_id: str) -> None:
         self.folder = folder
-        self._items = items
-        self._keys = keys_of(items)
+        self._questions = questions
+        self._keys = keys_of(questions)
         self._shared = frozenset(key.id for key in self._keys if key.prompt)
         self._model_id = model_id
         self.file = folder / "answers.jsonl"
@@ -73,10 +73,12 @@ class AnswerLog:
     def missing(self) -> list[tuple[int, Question]]:
         """The questions without an answer, each with its number."""
         there = self.answered()
-        return [(number, item) for number, item in enumerate(self._items) if self._keys[number] not in there]
+        return [
+            (number, question) for number, question in enumerate(self._questions) if self._keys[number] not in there
+        ]
 
     def part(self, name: str) -> PartWriter:
-        return PartWriter(self._parts / f"{name}.jsonl", self._items, self._model_id)
+        return PartWriter(self._parts / f"{name}.jsonl", self._questions, self._model_id)
 
     def merge(self) -> None:
         """Write all answers in the order of the questions; the parts go only when that file is whole."""
@@ -99,15 +101,17 @@ class AnswerLog:
 class PartWriter:
     """Appends answers to one file, a line each, handed to the system at once."""
 
-    def __init__(self, file: Path, items: Sequence[Question], model_id: str) -> None:
+    def __init__(self, file: Path, questions: Sequence[Question], model_id: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(file)
-        self._items = items
+        self._questions = questions
         self._model_id = model_id
         self._out: TextIO = file.open("a", encoding="utf-8")
 
     def write(self, number: int, text: str) -> None:
-        self._out.write(json.dumps(answer_row(self._items[number], text, self._model_id), ensure_ascii=False) + "\n")
+        self._out.write(
+            json.dumps(answer_row(self._questions[number], text, self._model_id), ensure_ascii=False) + "\n"
+        )
         self._out.flush()
 
     def __enter__(self) -> PartWriter:

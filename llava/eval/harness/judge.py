@@ -157,19 +157,21 @@ def llava_bench_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -
     rules = read_rules()
     requests = []
     for number, one in enumerate(answered, start=1):
-        item = one.item
+        question = one.question
         if one.text is None:
             continue
-        if item.answer is None or item.extra.get("caption") is None:
+        if question.answer is None or question.extra.get("caption") is None:
             faults.add(
-                "questions without reference", "answers_gpt4.jsonl or context.jsonl lacks them; left out", repr(item.id)
+                "questions without reference",
+                "answers_gpt4.jsonl or context.jsonl lacks them; left out",
+                repr(question.id),
             )
             continue
-        category = f"llava_bench_{item.category}"
-        caption = item.extra["caption"]
+        category = f"llava_bench_{question.category}"
+        caption = question.extra["caption"]
         context = "\n".join(caption) if isinstance(caption, list) else caption
-        content = comparison(item.prompt, [item.answer, one.text], rules[category], context)
-        requests.append(comparison_request({"id": number, "question_id": item.id, "category": category}, content))
+        content = comparison(question.prompt, [question.answer, one.text], rules[category], context)
+        requests.append(comparison_request({"id": number, "question_id": question.id, "category": category}, content))
     return requests
 
 
@@ -182,13 +184,13 @@ def mmvet_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -> list
     for one in answered:
         if one.text is None:
             continue
-        if one.item.answer is None:
-            faults.add("questions without reference", "mm-vet.json lacks them; left out", repr(one.item.id))
+        if one.question.answer is None:
+            faults.add("questions without reference", "mm-vet.json lacks them; left out", repr(one.question.id))
             continue
-        truth = one.item.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        content = instructions + "\n" + " | ".join([one.item.extra["question"], truth, one.text, ""])
+        truth = one.question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        content = instructions + "\n" + " | ".join([one.question.extra["question"], truth, one.text, ""])
         messages = [{"role": "user", "content": content}]
-        row = {"question_id": mmvet_name(one.item.id)}
+        row = {"question_id": mmvet_name(one.question.id)}
         requests.append(
             JudgeRequest(row, messages, lambda reply: {"grade": parse_grade(reply)}, max_tokens=3, temperature=0.0)
         )
@@ -214,13 +216,13 @@ def judge_answers(
         rows = review(llava_bench_requests(answered, faults), judge, file)
         scores = summarise_reviews(rows, faults)
         worth = {row["question_id"]: pair_of(row)[1] / 10 for row in rows if pair_of(row) != NO_SCORE}
-        return replace(scores, verdicts=[worth.get(one.item.id) for one in answered])
+        return replace(scores, verdicts=[worth.get(one.question.id) for one in answered])
     rows = review(mmvet_requests(answered, faults), judge, file)
     for row in rows:
         if row["grade"] is None:
             faults.add("replies without a grade", "no number from 0 to 1; they count as 0", repr(row["question_id"]))
     data = read_json_object(find_file(home, ("mm-vet.json", "mm-vet/mm-vet.json"), "file of MM-Vet's answers"))
-    names = [mmvet_name(one.item.id) for one in answered]
+    names = [mmvet_name(one.question.id) for one in answered]
     grades = {row["question_id"]: [row["grade"] or 0.0] for row in rows}
     scores = summarise_grades(grades, {name: data[name] for name in names if name in data}, faults)
     return replace(scores, verdicts=[grades[name][0] if name in grades else None for name in names])

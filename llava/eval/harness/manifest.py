@@ -41,12 +41,14 @@ def model_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def prompts_hash(items: Sequence[Question]) -> str:
+def prompts_hash(questions: Sequence[Question]) -> str:
     """A hash of the questions as they are put, with the names of their images."""
     digest = hashlib.sha256()
-    for item in items:
-        images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in item.images]
-        digest.update(json.dumps([str(item.id), item.round, item.prompt, images], ensure_ascii=False).encode())
+    for question in questions:
+        images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in question.images]
+        digest.update(
+            json.dumps([str(question.id), question.round, question.prompt, images], ensure_ascii=False).encode()
+        )
     return digest.hexdigest()
 
 

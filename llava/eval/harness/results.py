@@ -33,16 +33,16 @@ def write_results(folder: Path, reports: Sequence[TaskReport], manifest: Mapping
 
 def verdict_row(one: AnsweredQuestion, score: float | None) -> dict[str, Any]:
     """A question with its answer and verdict, with all that a comparison or the gallery shows."""
-    item = one.item
-    images = [str(image.resolve()) if isinstance(image, Path) else None for image in item.images]
+    question = one.question
+    images = [str(image.resolve()) if isinstance(image, Path) else None for image in question.images]
     return {
-        "question_id": item.id,
-        "round_id": item.round,
-        "category": item.category,
-        "prompt": item.prompt,
+        "question_id": question.id,
+        "round_id": question.round,
+        "category": question.category,
+        "prompt": question.prompt,
         "images": images,
-        "reference": item.answer,
-        "options": list(item.options),
+        "reference": question.answer,
+        "options": list(question.options),
         "text": one.text,
         "score": score,
     }

@@ -26,7 +26,7 @@ from llava.eval.harness.judge import Judge, add_judge_flags, judge_answers
 from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
 from llava.eval.harness.results import MANIFEST, TABLE, write_results
 from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jobs, num_shards
-from llava.eval.harness.scoring import TaskReport, add_data_dir, read_items, score_items, table
+from llava.eval.harness.scoring import TaskReport, add_data_dir, load_questions, score_questions, table
 from llava.eval.tasks import find_tasks
 from llava.eval.tasks.task import Task
 from llava.eval.types import Question
@@ -94,7 +94,7 @@ class TaskPlan:
     """A task with its questions, before anything is asked."""
 
     task: Task
-    items: list[Question]
+    questions: list[Question]
     folder: Path
     faults: Faults
     left_out: frozenset[int]  # questions whose image is missing
@@ -119,14 +119,14 @@ def run(args: Namespace) -> None:
         manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
         prepare_folder(out, plans, manifest, fresh=args.fresh)
         jobs = [
-            TaskJob(p.task.title, p.items, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
+            TaskJob(p.task.title, p.questions, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
             for p in plans
         ]
         outcome = answer_jobs(jobs, settings)
         for p, faults in zip(plans, outcome.faults, strict=True):
             p.faults.kinds.update(faults.kinds)
             failed = faults.kinds.get(NOT_ASKED)
-            if failed is not None and failed.count == len(p.items):
+            if failed is not None and failed.count == len(p.questions):
                 raise InputError(f"{p.task.title}: none of its {failed.count} questions could be asked; {failed.first}")
         if outcome.template is not None:
             manifest["template"] = outcome.template
@@ -144,19 +144,19 @@ def run(args: Namespace) -> None:
 
 def plan(task: Task, args: Namespace, out: Path) -> TaskPlan:
     """Read a task's questions, and see before a model is loaded that their images are there."""
-    items = read_items(task, args.data_dir)[: args.limit]
+    questions = load_questions(task, args.data_dir)[: args.limit]
     faults = Faults()
-    missing = set(missing_images(items))
+    missing = set(missing_images(questions))
     if missing and not args.skip_missing_images:
-        first = next(path for item in items for path in item.images if path in missing)
+        first = next(path for question in questions for path in question.images if path in missing)
         raise InputError(
             f"{task.title}: {len(missing)} images are missing, the first is {str(first)!r}; put them there, or give "
             "--skip-missing-images to count their questions as wrong"
         )
-    left_out = frozenset(number for number, item in enumerate(items) if missing & set(item.images))
+    left_out = frozenset(number for number, question in enumerate(questions) if missing & set(question.images))
     for number in sorted(left_out):
-        faults.add("questions without their image", "they are not asked and count as wrong", repr(items[number].id))
-    return TaskPlan(task, items, out / task.name, faults, left_out)
+        faults.add("questions without their image", "they are not asked and count as wrong", repr(questions[number].id))
+    return TaskPlan(task, questions, out / task.name, faults, left_out)
 
 
 def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens or "each task's own",
         },
-        "prompts": {p.task.name: prompts_hash(p.items) for p in plans},
+        "prompts": {p.task.name: prompts_hash(p.questions) for p in plans},
     }
 
 
@@ -187,7 +187,7 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: dict[str, Any
     file = out / MANIFEST
     if fresh:
         for p in plans:
-            AnswerLog(p.folder, p.items, "").forget()
+            AnswerLog(p.folder, p.questions, "").forget()
     elif file.is_file():
         whole = read_json_object(file, "manifest")
         before = whole["settings"]
@@ -210,7 +210,7 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: dict[str, Any
 
 def score_plan(p: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
     """Score a task's answers as if they had come from a file, which they have."""
-    report = score_items(p.task, p.items, p.folder / "answers.jsonl", p.faults)
+    report = score_questions(p.task, p.questions, p.folder / "answers.jsonl", p.faults)
     if p.task.judge is not None and (judge is not None or (p.folder / "reviews.jsonl").is_file()):
         home = p.task.home(data_dir)
         scores = judge_answers(p.task.judge, report.answered, home, judge, p.folder / "reviews.jsonl", p.faults)

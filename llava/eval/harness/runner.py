@@ -30,7 +30,7 @@ class TaskJob:
     """One task's questions, and where their answers go."""
 
     title: str
-    items: Sequence[Question]
+    questions: Sequence[Question]
     folder: Path
     max_new_tokens: int
     left_out: frozenset[int] = frozenset()  # numbers of questions that are not to be asked
@@ -58,16 +58,16 @@ class AskOutcome:
 
 def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
     """Answer what is missing of every job."""
-    logs = [AnswerLog(job.folder, job.items, settings.model_id) for job in jobs]
+    logs = [AnswerLog(job.folder, job.questions, settings.model_id) for job in jobs]
     missing = [
-        [(number, item) for number, item in log.missing() if number not in job.left_out]
+        [(number, question) for number, question in log.missing() if number not in job.left_out]
         for job, log in zip(jobs, logs, strict=True)
     ]
     faults = [Faults() for _ in jobs]
     template = None
     if any(missing):
         bars = [
-            ProgressBar(job.title, len(job.items), len(job.items) - len(found), quiet=settings.quiet)
+            ProgressBar(job.title, len(job.questions), len(job.questions) - len(found), quiet=settings.quiet)
             for job, found in zip(jobs, missing, strict=True)
         ]
         watcher = _Watcher(bars)
@@ -80,7 +80,7 @@ def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
         watcher.close()
         template = watcher.template
         for place, number in sorted(watcher.failures):
-            name = repr(jobs[place].items[number].id)
+            name = repr(jobs[place].questions[number].id)
             reason = watcher.failures[place, number]
             faults[place].add(NOT_ASKED, "they count as wrong", f"{name}: {reason}")
     for log in logs:
@@ -119,7 +119,7 @@ def _ask_all(
     for place, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
         if not numbered:
             continue
-        with AnswerLog(job.folder, job.items, model_id).part(part) as writer:
+        with AnswerLog(job.folder, job.questions, model_id).part(part) as writer:
 
             def done(number: int, text: str | Failure, place: int = place, writer: Any = writer) -> None:
                 if isinstance(text, Failure):

@@ -56,26 +56,26 @@ def score_file(task: Task, answers: Path, data_dir: Path) -> TaskReport:
         scores = task.score_results(answers, home, faults)
         if scores is not None:
             return TaskReport(task, scores, faults)
-    return score_items(task, read_items(task, data_dir), answers, faults)
+    return score_questions(task, load_questions(task, data_dir), answers, faults)
 
 
-def score_items(task: Task, items: Sequence[Question], path: Path, faults: Faults) -> TaskReport:
+def score_questions(task: Task, questions: Sequence[Question], path: Path, faults: Faults) -> TaskReport:
     """The same for questions that are read already."""
     answers = read_answers(path, faults)
     if task.fit_answers is not None:
-        answers = task.fit_answers(answers, items)
-    answered = pair(items, answers, faults, source=repr(str(path)))
+        answers = task.fit_answers(answers, questions)
+    answered = pair(questions, answers, faults, source=repr(str(path)))
     return TaskReport(task, task.score(answered), faults, answered)
 
 
-def read_items(task: Task, data_dir: Path) -> list[Question]:
+def load_questions(task: Task, data_dir: Path) -> list[Question]:
     """The task's questions, or one sentence about what is missing."""
     if not data_dir.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}; give the one with the benchmarks' folders in it")
-    items = task.read(task.home(data_dir))
-    if not items:
+    questions = task.read(task.home(data_dir))
+    if not questions:
         raise InputError(f"{task.title} has no questions in {str(task.home(data_dir))!r}")
-    return items
+    return questions
 
 
 def table(report: TaskReport) -> str:

@@ -7,7 +7,7 @@ counts, an answer to an unknown question counts nowhere; all three are told.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,20 +38,23 @@ class AnswerRecord:
         return f"{self.file}, answer {self.number}"
 
 
-def keys_of(items: Sequence[Question]) -> list[QuestionKey]:
-    """A key for each item: the id alone where it is unique, with the prompt where several share it."""
-    times: dict[tuple[str, int], int] = defaultdict(int)
-    for item in items:
-        times[str(item.id), item.round] += 1
+def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
+    """Make a key for each question: the id alone where it is unique, with the prompt where several share it.
+
+    Raises:
+        InputError: two questions have the same id, round and prompt.
+    """
+    counts = Counter((str(question.id), question.round) for question in questions)
     keys = [
-        QuestionKey(str(item.id), item.row_prompt if times[str(item.id), item.round] > 1 else "", item.round)
-        for item in items
+        QuestionKey(name, question.row_prompt if counts[name, question.round] > 1 else "", question.round)
+        for question in questions
+        for name in (str(question.id),)
     ]
     seen: set[QuestionKey] = set()
-    for key, item in zip(keys, items, strict=True):
+    for key, question in zip(keys, questions, strict=True):
         if key in seen:
             raise InputError(
-                f"the question {item.id!r} occurs twice with the same prompt; questions need ids of their own"
+                f"the question {question.id!r} occurs twice with the same prompt; questions need ids of their own"
             )
         seen.add(key)
     return keys
@@ -102,21 +105,21 @@ def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iter
 
 
 def pair(
-    items: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, *, source: str
+    questions: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, *, source: str
 ) -> list[AnsweredQuestion]:
     """Every item with its answer's text."""
-    keys = keys_of(items)
+    keys = keys_of(questions)
     if answers and all(answer.id is None for answer in answers):
-        return _pair_in_order(items, answers, faults, source)
+        return _pair_in_order(questions, answers, faults, source)
     places = {key: place for place, key in enumerate(keys)}
     shared = {key.id for key in keys if key.prompt}
-    texts: list[str | None] = [None] * len(items)
+    texts: list[str | None] = [None] * len(questions)
     for answer in answers:
         name = str(answer.id)
         key = QuestionKey(name, answer.prompt or "" if name in shared else "", answer.round)
         place = places.get(key)
         if place is None and name in shared:
-            place = _place_by_question(items, name, answer)
+            place = _place_by_question(questions, name, answer)
         if place is None:
             faults.add(
                 "answers to unknown questions", "no such question in the task, so they count nowhere", repr(answer.id)
@@ -129,18 +132,18 @@ def pair(
     if answers and not any(text is not None for text in texts):
         raise InputError(
             f"none of the {len(answers)} answers in {source} belongs to a question of this task (the first is to "
-            f"{answers[0].id!r}, the task's first question is {items[0].id!r}); give the answers of this task"
+            f"{answers[0].id!r}, the task's first question is {questions[0].id!r}); give the answers of this task"
         )
-    return _with_missing_counted(items, texts, faults)
+    return _with_missing_counted(questions, texts, faults)
 
 
-def _place_by_question(items: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
+def _place_by_question(questions: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
     """Where ids are shared and prompts differ: the only question of that id whose text the answer's prompt holds."""
     fitting = [
         place
-        for place, item in enumerate(items)
-        if str(item.id) == name and item.round == answer.round
-        and _bare(item.extra.get("question", item.prompt)) in _bare(answer.prompt or "")
+        for place, question in enumerate(questions)
+        if str(question.id) == name and question.round == answer.round
+        and _bare(question.extra.get("question", question.prompt)) in _bare(answer.prompt or "")
     ]  # fmt: skip
     return fitting[0] if len(fitting) == 1 else None
 
@@ -150,27 +153,27 @@ def _bare(text: str) -> str:
 
 
 def _pair_in_order(
-    items: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, source: str
+    questions: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, source: str
 ) -> list[AnsweredQuestion]:
     """For formats without ids: line by line, with the questions compared where the answers repeat them."""
-    if len(answers) > len(items):
-        raise InputError(f"{source} has {len(answers)} answers without ids, for {len(items)} questions")
-    texts: list[str | None] = [None] * len(items)
+    if len(answers) > len(questions):
+        raise InputError(f"{source} has {len(answers)} answers without ids, for {len(questions)} questions")
+    texts: list[str | None] = [None] * len(questions)
     for place, answer in enumerate(answers):
-        asked = items[place].extra.get("question", items[place].prompt)
-        if answer.prompt is not None and _bare(answer.prompt) not in (_bare(asked), _bare(items[place].prompt)):
+        asked = questions[place].extra.get("question", questions[place].prompt)
+        if answer.prompt is not None and _bare(answer.prompt) not in (_bare(asked), _bare(questions[place].prompt)):
             raise InputError(
                 f"{answer.where} answers {answer.prompt!r}, where the question in that place is {asked!r}; answers "
                 "without ids must be in the order of the questions"
             )
         texts[place] = answer.text
-    return _with_missing_counted(items, texts, faults)
+    return _with_missing_counted(questions, texts, faults)
 
 
 def _with_missing_counted(
-    items: Sequence[Question], texts: Sequence[str | None], faults: Faults
+    questions: Sequence[Question], texts: Sequence[str | None], faults: Faults
 ) -> list[AnsweredQuestion]:
-    for item, text in zip(items, texts, strict=True):
+    for question, text in zip(questions, texts, strict=True):
         if text is None:
-            faults.add("missing answers", "they count as wrong", repr(item.id))
-    return [AnsweredQuestion(item, text) for item, text in zip(items, texts, strict=True)]
+            faults.add("missing answers", "they count as wrong", repr(question.id))
+    return [AnsweredQuestion(question, text) for question, text in zip(questions, texts, strict=True)]

@@ -96,7 +96,7 @@ def task_from_file(path: Path) -> Task:
 def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Question]:
     """The questions of a file of rows."""
     path = find_file(folder, (file,), "file of the task's rows")
-    items = []
+    questions = []
     for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):
         where = f"{path}, row {number}"
         names = row.get("images", row.get("image", []))
@@ -107,19 +107,20 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Ques
         options = tuple(map(str, row.get("options", ())))
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         prompt = f"{question}{lines}" + (f"\n{suffix}" if suffix else "")
-        items.append(
+        questions.append(
             Question(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in names),
                  str(row.get("category", "")), [str(answer) for answer in answers], options,
                  extra={"question": question})
         )  # fmt: skip
-    if not items:
+    if not questions:
         raise InputError(f"the file of the task's rows {str(path)!r} is empty")
-    return items
+    return questions
 
 
 def _score(answered: Sequence[AnsweredQuestion], *, metric: str) -> Scores:
     judge: Any = METRICS[metric]
     verdicts = [
-        0.0 if one.text is None else float(judge(one.text, one.item.answer, one.item.options)) for one in answered
+        0.0 if one.text is None else float(judge(one.text, one.question.answer, one.question.options))
+        for one in answered
     ]
     return accuracy(answered, verdicts)

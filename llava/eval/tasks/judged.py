@@ -42,7 +42,7 @@ def unjudged(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def read_llava_bench(folder: Path) -> list[Question]:
-    items = read_questions(
+    questions = read_questions(
         find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions"), folder / "images"
     )
     contexts = find_optional(folder, ("context.jsonl",))
@@ -50,9 +50,9 @@ def read_llava_bench(folder: Path) -> list[Question]:
     captions = {row["image"]: row["caption"] for row in read_json_lines(contexts)} if contexts else {}
     texts = {str(row["question_id"]): row["text"] for row in read_json_lines(references)} if references else {}
     return [
-        Question(item.id, item.prompt, item.images, item.category, texts.get(str(item.id)),
-             extra={**item.extra, "question": item.prompt, "caption": captions.get(item.extra.get("image"))})
-        for item in items
+        Question(question.id, question.prompt, question.images, question.category, texts.get(str(question.id)),
+             extra={**question.extra, "question": question.prompt, "caption": captions.get(question.extra.get("image"))})
+        for question in questions
     ]  # fmt: skip
 
 
@@ -104,10 +104,14 @@ def read_mmvet(folder: Path) -> list[Question]:
     else:
         asked = read_questions(file, images)
     found = []
-    for item in asked:
-        row = truths.get(mmvet_name(item.id), {})
-        extra = {**item.extra, "question": row.get("question", item.prompt), "capability": row.get("capability", [])}
-        found.append(Question(item.id, item.prompt, item.images, "", row.get("answer"), extra=extra))
+    for question in asked:
+        row = truths.get(mmvet_name(question.id), {})
+        extra = {
+            **question.extra,
+            "question": row.get("question", question.prompt),
+            "capability": row.get("capability", []),
+        }
+        found.append(Question(question.id, question.prompt, question.images, "", row.get("answer"), extra=extra))
     return found
 
 
@@ -118,7 +122,7 @@ def mmvet_name(question_id: Any) -> str:
 
 def write_mmvet(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     file = folder / "mm-vet.json"
-    write_json(file, {mmvet_name(one.item.id): one.text or "" for one in answered})
+    write_json(file, {mmvet_name(one.question.id): one.text or "" for one in answered})
     return file
 
 

@@ -50,7 +50,7 @@ def questions_from_table(
     Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's image.
     """
     images = {row["index"]: row["image"] for row in whole or rows}
-    items = []
+    questions = []
     for row in rows:
         options = options_of(row)
         letters = LETTERS[: len(options)]
@@ -63,7 +63,7 @@ def questions_from_table(
                 [question, *(f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))]
             )
             answer = row.get("answer", "")
-            items.append(
+            questions.append(
                 Question(
                     _number(row["index"]),
                     shown if suffix is None else f"{shown}\n{suffix}",
@@ -76,7 +76,7 @@ def questions_from_table(
                     {"row": row, "option_char": list(meant), "question": row["question"]},
                 )
             )
-    return items
+    return questions
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -114,22 +114,22 @@ def _image(row: Mapping[str, str], images: Mapping[str, str]) -> bytes:
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
-    if any(given.item.answer is None for given in answered):
+    if any(given.question.answer is None for given in answered):
         note = "the answers are not public: hand the submission in at opencompass.org.cn (MMBench)"
         return Scores(
             {"answers": sum(given.text is not None for given in answered)}, {}, [None] * len(answered), notes=(note,)
         )
-    letters = [None if given.text is None else find_letter(given.text, given.item.options) for given in answered]
-    verdicts = [float(letter == given.item.answer) for letter, given in zip(letters, answered, strict=True)]
+    letters = [None if given.text is None else find_letter(given.text, given.question.options) for given in answered]
+    verdicts = [float(letter == given.question.answer) for letter, given in zip(letters, answered, strict=True)]
     questions: dict[int | str, list[int]] = {}
     for place, given in enumerate(answered):
-        questions.setdefault(_question(given.item), []).append(place)
+        questions.setdefault(_question(given.question), []).append(place)
     right = {name: float(all(verdicts[place] for place in places)) for name, places in questions.items()}
     groups = [
         (str(row[column]), right[name])
         for name, places in questions.items()
         for column in ("l2-category", "category")
-        if not is_empty((row := answered[places[0]].item.extra["row"]).get(column))
+        if not is_empty((row := answered[places[0]].question.extra["row"]).get(column))
     ]
     total = percent(list(right.values()))
     unread = sum(letter is None and given.text is not None for letter, given in zip(letters, answered, strict=True))
@@ -143,14 +143,14 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     )
 
 
-def _question(item: Question) -> int | str:
-    return item.id % CIRCULAR_STEP if isinstance(item.id, int) else item.id
+def _question(question: Question) -> int | str:
+    return question.id % CIRCULAR_STEP if isinstance(question.id, int) else question.id
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path, *, name: str) -> Path:
     """The table that the server takes: without images and with predictions; of several rounds, the first."""
-    given = {one.item.id: one for one in reversed(answered)}
-    rows = [given[name].item.extra["row"] for name in dict.fromkeys(one.item.id for one in answered)]
+    given = {one.question.id: one for one in reversed(answered)}
+    rows = [given[name].question.extra["row"] for name in dict.fromkeys(one.question.id for one in answered)]
     columns, lines = submission(rows, {str(name): one.text or "" for name, one in given.items()})
     file = folder / f"{name}.xlsx"
     write_xlsx(file, lines, columns)

@@ -29,7 +29,7 @@ def read(folder: Path) -> list[Question]:
     release = find_optional(folder, places) or folder / places[-1]
     truths = read_truths(release)
     file = find_optional(folder, ("llava_mme.jsonl",))
-    items = []
+    questions = []
     for name, prompt, image in _asked(file, release) if file is not None else _release_questions(truths, release):
         category, _, file_name = name.partition("/")
         question = plain_question(prompt)
@@ -37,8 +37,8 @@ def read(folder: Path) -> list[Question]:
         if answer is None:
             raise InputError(f"MME's question {question!r} about {name!r} has no answer in {str(release)!r}")
         extra = {"question": question, "file": f"{Path(file_name).stem}.txt"}
-        items.append(Question(name, prompt, (image,), category, answer, extra=extra))
-    return items
+        questions.append(Question(name, prompt, (image,), category, answer, extra=extra))
+    return questions
 
 
 def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
@@ -91,15 +91,17 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     said = [mme_answer(given.text or "") for given in answered]
     images: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for given, answer in zip(answered, said, strict=True):
-        item = given.item
-        images.setdefault(item.category, {}).setdefault(str(item.id), []).append((answer, item.answer.lower()))
+        question = given.question
+        images.setdefault(question.category, {}).setdefault(str(question.id), []).append(
+            (answer, question.answer.lower())
+        )
     categories = {category: mme_figures(list(found.values())) for category, found in images.items()}
     notes = [
         f"{category}: {number} images have one question or more than two, so accuracy+ is over all that they have"
         for category, found in images.items()
         if (number := sum(len(pairs) != 2 for pairs in found.values()))
     ]
-    verdicts = [float(answer == given.item.answer.lower()) for given, answer in zip(answered, said, strict=True)]
+    verdicts = [float(answer == given.question.answer.lower()) for given, answer in zip(answered, said, strict=True)]
     return totals(categories, verdicts, notes)
 
 
@@ -153,10 +155,10 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     for given in answered:
-        item = given.item
+        question = given.question
         answer = " ".join((given.text or "").split())
-        lines.setdefault(item.category, []).append(
-            "\t".join([item.extra["file"], item.extra["question"], item.answer, answer]) + "\n"
+        lines.setdefault(question.category, []).append(
+            "\t".join([question.extra["file"], question.extra["question"], question.answer, answer]) + "\n"
         )
     for category, found in lines.items():
         (folder / f"{category}.txt").write_text("".join(found), encoding="utf-8")

@@ -45,22 +45,22 @@ def read(folder: Path) -> list[Question]:
         if (found := sorted(below.glob("validation-*.parquet")))
     }
     if files:
-        return [item for subject, file in files.items() for item in _parquet_items(file)]
+        return [question for subject, file in files.items() for question in _parquet_questions(file)]
     answers = find_optional(folder, ("answer_dict_val.json", "eval/answer_dict_val.json"))
     if answers is None:
         raise InputError(
             f"MMMU is missing: neither SUBJECT/validation-*.parquet nor answer_dict_val.json in {str(folder)!r}; "
             "docs/evaluate.md says where they come from"
         )
-    return [_answer_item(name, row) for name, row in read_json_object(answers).items()]
+    return [_question_of_answer(name, row) for name, row in read_json_object(answers).items()]
 
 
-def _parquet_items(file: Path) -> list[Question]:
+def _parquet_questions(file: Path) -> list[Question]:
     table = require("pyarrow.parquet", extra="eval").read_table(file)
-    return [question_item(row) for row in table.to_pylist()]
+    return [question_from_row(row) for row in table.to_pylist()]
 
 
-def question_item(row: Mapping[str, Any]) -> Question:
+def question_from_row(row: Mapping[str, Any]) -> Question:
     """A question with its choices as MMMU asked LLaVA-1.5: images first, marks such as `<image 1>` left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
     images = tuple(
@@ -73,15 +73,15 @@ def question_item(row: Mapping[str, Any]) -> Question:
         prompt = f"{row['question']}\n\n{lines}\n\n{LETTER_SUFFIX}"
     else:
         prompt = f"{row['question']}\n\n{WORD_SUFFIX}"
-    return _item(str(row["id"]), row["question_type"], row["answer"], options, prompt, images)
+    return _make_question(str(row["id"]), row["question_type"], row["answer"], options, prompt, images)
 
 
-def _answer_item(name: str, row: Mapping[str, Any]) -> Question:
+def _question_of_answer(name: str, row: Mapping[str, Any]) -> Question:
     """What is known of a question from the file of answers alone: enough to score it."""
-    return _item(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
+    return _make_question(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
 
 
-def _item(
+def _make_question(
     name: str, kind: str, answer: Any, options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]
 ) -> Question:
     if isinstance(answer, str) and answer.startswith("["):  # several right answers, written as a list
@@ -95,16 +95,16 @@ def subject_of(name: str) -> str:
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     guesser = Guesser()
-    return summarise([(one.item.category, judge(one, guesser)) for one in answered], guesser)
+    return summarise([(one.question.category, judge(one, guesser)) for one in answered], guesser)
 
 
 def judge(one: AnsweredQuestion, guesser: Guesser) -> float:
     if one.text is None:
         return 0.0
-    truth = one.item.answer
-    if one.item.extra["kind"] != CHOICE:
+    truth = one.question.answer
+    if one.question.extra["kind"] != CHOICE:
         return float(mmmu_open_right(one.text, truth))
-    options = dict(zip(LETTERS, one.item.options, strict=False)) or dict.fromkeys(LETTERS, "\0")
+    options = dict(zip(LETTERS, one.question.options, strict=False)) or dict.fromkeys(LETTERS, "\0")
     letter = mmmu_letter(one.text, options) or guesser.guess(list(options))
     return float(letter in ([truth] if isinstance(truth, str) else truth))
 
@@ -150,7 +150,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
         return _score_rows(value)
     if not isinstance(value, dict) or not all(isinstance(text, (str, list)) for text in value.values()):
         return None
-    return _score_parsed(value, {str(item.id): item for item in read(folder)}, faults)
+    return _score_parsed(value, {str(question.id): question for question in read(folder)}, faults)
 
 
 def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
@@ -159,29 +159,29 @@ def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
     for row in rows:
         name = str(need(row, "id", "a row of MMMU's output"))
         options = tuple(row.get("index2ans", {}).values())
-        item = _item(name, row["question_type"], need(row, "answer", name), options, "", ())
-        judged.append((item.category, judge(AnsweredQuestion(item, str(need(row, "response", name))), guesser)))
+        question = _make_question(name, row["question_type"], need(row, "answer", name), options, "", ())
+        judged.append((question.category, judge(AnsweredQuestion(question, str(need(row, "response", name))), guesser)))
     return summarise(judged, guesser)
 
 
-def _score_parsed(texts: Mapping[str, Any], items: Mapping[str, Question], faults: Faults) -> Scores:
+def _score_parsed(texts: Mapping[str, Any], questions: Mapping[str, Question], faults: Faults) -> Scores:
     """The official file of answers already parsed: a choice must be the letter itself."""
     for name in texts:
-        if name not in items:
+        if name not in questions:
             faults.add(
                 "answers to unknown questions", "no such question in the task, so they count nowhere", repr(name)
             )
     judged = []
-    for name, item in items.items():
+    for name, question in questions.items():
         text = texts.get(name)
         if text is None:
             faults.add("missing answers", "they count as wrong", repr(name))
             verdict = 0.0
-        elif item.extra["kind"] == CHOICE:
-            verdict = float(text in ([item.answer] if isinstance(item.answer, str) else item.answer))
+        elif question.extra["kind"] == CHOICE:
+            verdict = float(text in ([question.answer] if isinstance(question.answer, str) else question.answer))
         else:
-            verdict = float(mmmu_open_right(text if isinstance(text, str) else json.dumps(text), item.answer))
-        judged.append((item.category, verdict))
+            verdict = float(mmmu_open_right(text if isinstance(text, str) else json.dumps(text), question.answer))
+        judged.append((question.category, verdict))
     return summarise(judged, Guesser())
 
 
@@ -190,10 +190,12 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
     guesser = Guesser()
     parsed = {}
     for one in answered:
-        options = dict(zip(LETTERS, one.item.options, strict=False))
+        options = dict(zip(LETTERS, one.question.options, strict=False))
         text = one.text or ""
-        is_choice = one.item.extra["kind"] == CHOICE and options
-        parsed[str(one.item.id)] = (mmmu_letter(text, options) or guesser.guess(list(options))) if is_choice else text
+        is_choice = one.question.extra["kind"] == CHOICE and options
+        parsed[str(one.question.id)] = (
+            (mmmu_letter(text, options) or guesser.guess(list(options))) if is_choice else text
+        )
     file = folder / "mmmu.json"
     write_json(file, parsed)
     return file

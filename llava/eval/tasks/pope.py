@@ -56,12 +56,12 @@ def read_labels(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def label_questions(
-    questions: Sequence[dict[str, Any]], labels: dict[str, list[dict[str, Any]]], images: Path
+    rows: Sequence[dict[str, Any]], labels: dict[str, list[dict[str, Any]]], images: Path
 ) -> list[Question]:
     """Questions with their labels: the two files go by order within a split, since their ids differ."""
-    items = []
+    questions = []
     taken = dict.fromkeys(labels, 0)
-    for number, row in enumerate(questions, start=1):
+    for number, row in enumerate(rows, start=1):
         split = str(need(row, "category", f"POPE's question {number}"))
         if split not in labels:
             continue
@@ -74,22 +74,23 @@ def label_questions(
             raise InputError(
                 f"{where} asks {row['text']!r} where the label's file asks {label['text']!r}; they must be in one order"
             )
-        items.append(Question(need(row, "question_id", where), need(row, "text", where), (images / need(row, "image", where),),
-                          split, need(label, "label", f"a label of {split!r}")))  # fmt: skip
+        name, prompt, image = (need(row, field, where) for field in ("question_id", "text", "image"))
+        answer = need(label, "label", f"a label of {split!r}")
+        questions.append(Question(name, prompt, (images / image,), split, answer))
     short = [split for split, number in taken.items() if number < len(labels[split])]
     if short:
         raise InputError(
             f"POPE has fewer questions of the split {short[0]!r} ({taken[short[0]]}) than labels ({len(labels[short[0]])})"
         )
-    return items
+    return questions
 
 
-def fit_answers(answers: Sequence[AnswerRecord], items: Sequence[Question]) -> list[AnswerRecord]:
+def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) -> list[AnswerRecord]:
     """Where only the official files are there, whose three splits count from 1 each, find an answer's split.
 
     Its row says it, or its file's name does; POPE's own result files have no ids at all and go by order within a split.
     """
-    if not any("/" in str(item.id) for item in items):
+    if not any("/" in str(question.id) for question in questions):
         return list(answers)
     taken = dict.fromkeys(SPLITS, 0)
     fitted = []
@@ -104,9 +105,9 @@ def fit_answers(answers: Sequence[AnswerRecord], items: Sequence[Question]) -> l
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     said = [None if given.text is None else pope_answer(given.text) for given in answered]
-    truths = [given.item.answer for given in answered]
-    splits = list(dict.fromkeys(given.item.category for given in answered))
-    places = {split: [n for n, given in enumerate(answered) if given.item.category == split] for split in splits}
+    truths = [given.question.answer for given in answered]
+    splits = list(dict.fromkeys(given.question.category for given in answered))
+    places = {split: [n for n, given in enumerate(answered) if given.question.category == split] for split in splits}
     unanswered = [split for split in splits if all(said[n] is None for n in places[split])]
     scored = [split for split in splits if split not in unanswered] or splits
     counts = {split: YesNoCounts.count((said[n], truths[n]) for n in places[split]) for split in scored}

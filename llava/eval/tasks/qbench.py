@@ -40,7 +40,7 @@ def read(folder: Path, *, lang: str) -> list[Question]:
 
 
 def questions_from_rows(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Question]:
-    items = []
+    questions = []
     for number, row in enumerate(rows):
         where = f"Q-Bench's question {number}"
         options = tuple(map(str, need(row, "candidates", where)))
@@ -49,34 +49,34 @@ def questions_from_rows(rows: Sequence[Mapping[str, Any]], images: Path, *, lang
         if correct is not None and correct not in options:
             raise InputError(f"{where} has the right answer {correct!r}, which is none of its candidates")
         question = str(need(row, "question", where))
-        items.append(
+        questions.append(
             Question(number, f"{question}{REQUESTS[lang]}{lines}", (images / str(need(row, "img_path", where)),),
                  str(row.get("type", "")), None if correct is None else options.index(correct), options,
                  extra={"row": dict(row), "question": question})
         )  # fmt: skip
-    return items
+    return questions
 
 
-def fit_answers(answers: Sequence[AnswerRecord], items: Sequence[Question]) -> list[AnswerRecord]:
+def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) -> list[AnswerRecord]:
     """Official responses have no ids and go by order; ids of ours are the number of the question."""
     return [AnswerRecord(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
-    if any(one.item.answer is None for one in answered):
+    if any(one.question.answer is None for one in answered):
         note = "the answers of this split are not public: hand the submission in as Q-Bench's page says"
         return Scores(
             {"answers": sum(one.text is not None for one in answered)}, {}, [None] * len(answered), notes=(note,)
         )
-    letters = [None if one.text is None else find_letter(one.text, one.item.options) for one in answered]
+    letters = [None if one.text is None else find_letter(one.text, one.question.options) for one in answered]
     verdicts = [
-        float(letter is not None and LETTERS.index(letter) == one.item.answer)
+        float(letter is not None and LETTERS.index(letter) == one.question.answer)
         for letter, one in zip(letters, answered, strict=True)
     ]
     groups = [
         (name, verdict)
         for one, verdict in zip(answered, verdicts, strict=True)
-        for name in (f"type {one.item.category}", f"concern {one.item.extra['row'].get('concern', '?')}")
+        for name in (f"type {one.question.category}", f"concern {one.question.extra['row'].get('concern', '?')}")
     ]
     total = percent(verdicts)
     unread = sum(letter is None and one.text is not None for letter, one in zip(letters, answered, strict=True))
@@ -154,7 +154,7 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
     """Each question with its response: the form in which Q-Bench takes answers."""
     file = folder / "qbench_answers.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**one.item.extra["row"], "response": one.text or ""} for one in answered]
+    rows = [{**one.question.extra["row"], "response": one.text or ""} for one in answered]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
 

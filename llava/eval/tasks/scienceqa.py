@@ -90,20 +90,20 @@ def read(folder: Path, *, images_only: bool) -> list[Question]:
         rows = read_json_rows(file, "file of ScienceQA's questions")
     else:
         rows = [conversation(name, problem, "CQM-A") for name, problem in problems.items()]
-    items = questions_from_samples(
+    questions = questions_from_samples(
         rows, find_optional(folder, ("images/test", "images")) or folder / "images/test", letter=True
     )
     found = []
-    for item in items:
-        problem = problems.get(str(item.id))
+    for question in questions:
+        problem = problems.get(str(question.id))
         if problem is None:
-            raise InputError(f"ScienceQA's question {item.id!r} is not in the split 'test' of pid_splits.json")
-        if images_only and not item.images:
+            raise InputError(f"ScienceQA's question {question.id!r} is not in the split 'test' of pid_splits.json")
+        if images_only and not question.images:
             continue
         choices = tuple(problem["choices"])
         found.append(
-            Question(item.id, item.prompt, item.images, problem.get("subject", ""), problem["answer"], choices, 0,
-                 item.shown_prompt, {"question": problem["question"]})
+            Question(question.id, question.prompt, question.images, problem.get("subject", ""), problem["answer"], choices, 0,
+                 question.shown_prompt, {"question": problem["question"]})
         )  # fmt: skip
     return found
 
@@ -123,15 +123,15 @@ def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
 def questions_from_samples(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Question]:
     """Questions out of training samples: the first thing that the human says, the image before it."""
-    items = []
+    questions = []
     for number, row in enumerate(rows, start=1):
         where = f"question {number} of the ScienceQA file"
         question = str(need(row, "conversations", where)[0]["value"]).replace(IMAGE_MARK, "").strip()
         sources = (images / str(row["image"]),) if "image" in row else ()
         prompt = f"{question}\n{LETTER_SUFFIX}" if letter else question
         shown = f"{IMAGE_MARK}\n{prompt}" if sources else prompt
-        items.append(Question(need(row, "id", where), prompt, sources, shown_prompt=shown))
-    return items
+        questions.append(Question(need(row, "id", where), prompt, sources, shown_prompt=shown))
+    return questions
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
@@ -140,8 +140,8 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     for one in answered:
         letter = None if one.text is None else science_qa_letter(one.text, OPTIONS)
         unread += letter is None and one.text is not None
-        verdicts.append(float(letter is not None and LETTERS.index(letter) == one.item.answer))
-    with_image = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.item.images]
+        verdicts.append(float(letter is not None and LETTERS.index(letter) == one.question.answer))
+    with_image = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.question.images]
     total = percent(verdicts)
     figures: dict[str, float | int] = {"accuracy": total, "correct": int(sum(verdicts)), "count": len(verdicts)}
     if with_image:
@@ -150,7 +150,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     notes += [] if with_image else ["no question has an image, so there is no image accuracy"]
     return Scores(
         figures,
-        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
         verdicts,
         headline=total,
         notes=tuple(notes),

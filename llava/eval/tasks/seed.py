@@ -22,14 +22,16 @@ def read(folder: Path) -> list[Question]:
     truths = read_truths(find_file(folder, ("SEED-Bench.json",), "file of SEED-Bench's answers"))
     file = find_optional(folder, ("llava-seed-bench.jsonl",))
     asked = [_question(folder, row) for row in truths.values()] if file is None else read_questions(file, folder)
-    items = []
-    for item in asked:
-        row = truths.get(str(item.id))
+    questions = []
+    for question in asked:
+        row = truths.get(str(question.id))
         if row is None:
-            raise InputError(f"SEED-Bench's question {item.id!r} is not in SEED-Bench.json")
+            raise InputError(f"SEED-Bench's question {question.id!r} is not in SEED-Bench.json")
         extra = {"kind": row["data_type"], "question_id": row["question_id"]}
-        items.append(Question(item.id, item.prompt, item.images, row["type"], row["answer"], extra=extra))
-    return items
+        questions.append(
+            Question(question.id, question.prompt, question.images, row["type"], row["answer"], extra=extra)
+        )
+    return questions
 
 
 def _question(folder: Path, row: Mapping[str, Any]) -> Question:
@@ -54,16 +56,16 @@ def type_order(truths: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
-    verdicts = [float(one.text == one.item.answer) for one in answered]
+    verdicts = [float(one.text == one.question.answer) for one in answered]
     total = percent(verdicts)
     figures: dict[str, float | int] = {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts)}
-    kinds = by_category((one.item.extra["kind"], verdict) for one, verdict in zip(answered, verdicts, strict=True))
+    kinds = by_category((one.question.extra["kind"], verdict) for one, verdict in zip(answered, verdicts, strict=True))
     figures |= {f"{kind}_accuracy": found["accuracy"] for kind, found in kinds.items()}
     longer = sum(one.text is not None and len(one.text.strip()) > 1 for one in answered)
     notes = (f"{longer} answers are more than a letter and count as wrong",) if longer else ()
     return Scores(
         figures,
-        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
         verdicts,
         headline=total,
         notes=notes,
@@ -71,14 +73,14 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    missing = [one.item.id for one in answered if one.text is None]
+    missing = [one.question.id for one in answered if one.text is None]
     if missing:
         raise InputError(
             f"SEED-Bench wants every question answered; {len(missing)} are not, the first is {missing[0]!r}"
         )
     file = folder / "seed.jsonl"
     write_json_lines(
-        file, [{"question_id": one.item.extra["question_id"], "prediction": one.text or ""} for one in answered]
+        file, [{"question_id": one.question.extra["question_id"], "prediction": one.text or ""} for one in answered]
     )
     return file
 

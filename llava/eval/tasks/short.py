@@ -31,14 +31,14 @@ def read_questions(file: Path, images: Path) -> list[Question]:
     rows = read_json_lines(file, "file of questions")
     if not rows:
         raise InputError(f"the file of questions {str(file)!r} is empty")
-    items = []
+    questions = []
     for number, row in enumerate(rows, start=1):
         where = f"{file}, question {number}"
         image = row.get("image")
         sources = () if image is None else (images / str(image),)
         name, text = need(row, "question_id", where), str(need(row, "text", where))
-        items.append(Question(name, text, sources, str(row.get("category", "")), extra=row))
-    return items
+        questions.append(Question(name, text, sources, str(row.get("category", "")), extra=row))
+    return questions
 
 
 def accuracy(answered: Sequence[AnsweredQuestion], verdicts: Sequence[float]) -> Scores:
@@ -46,7 +46,7 @@ def accuracy(answered: Sequence[AnsweredQuestion], verdicts: Sequence[float]) ->
     total, right = percent(verdicts), float(sum(verdicts))
     return Scores(
         {"accuracy": total, "right": int(right) if right.is_integer() else right, "questions": len(verdicts)},
-        by_category((one.item.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
+        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
         verdicts,
         headline=total,
     )
@@ -66,28 +66,28 @@ def read_vqav2(folder: Path) -> list[Question]:
     files = ("llava_vqav2_mscoco_test-dev2015.jsonl", "llava_vqav2_mscoco_val2014.jsonl")
     file = find_file(folder, files, "file of VQAv2's questions")
     images = folder / ("val2014" if "val2014" in file.name else "test2015")
-    items = read_questions(file, images)
+    questions = read_questions(file, images)
     truths = find_optional(folder, ("v2_mscoco_val2014_annotations.json",)) if "val2014" in file.name else None
     if truths is None:
-        return items
+        return questions
     rows = {str(row["question_id"]): row for row in read_json_object(truths)["annotations"]}
-    return [_with_people(item, rows.get(str(item.id)), "answer_type") for item in items]
+    return [_with_people(question, rows.get(str(question.id)), "answer_type") for question in questions]
 
 
-def _with_people(item: Question, row: dict[str, Any] | None, kind: str) -> Question:
+def _with_people(question: Question, row: dict[str, Any] | None, kind: str) -> Question:
     """A question with the answers that people gave, as its annotation has them."""
     if row is None:
-        raise InputError(f"the question {item.id!r} has no annotation; give the annotations of the same split")
+        raise InputError(f"the question {question.id!r} has no annotation; give the annotations of the same split")
     people = [one["answer"] if isinstance(one, dict) else one for one in row["answers"]]
-    return Question(item.id, item.prompt, item.images, str(row.get(kind, "")), people, extra=item.extra)
+    return Question(question.id, question.prompt, question.images, str(row.get(kind, "")), people, extra=question.extra)
 
 
 def score_people(answered: Sequence[AnsweredQuestion], server: str) -> Scores:
-    if not answered or answered[0].item.answer is None:
+    if not answered or answered[0].question.answer is None:
         return by_server(answered, server)
     return accuracy(
         answered,
-        [0.0 if given.text is None else vqa_accuracy(given.text, given.item.answer) for given in answered],
+        [0.0 if given.text is None else vqa_accuracy(given.text, given.question.answer) for given in answered],
     )
 
 
@@ -97,7 +97,7 @@ def score_vqav2(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 def write_vqav2(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """The upload; the server wants every question of test2015, with empty answers to those outside of test-dev."""
-    texts = {one.item.id: one.text or "" for one in answered}
+    texts = {one.question.id: one.text or "" for one in answered}
     whole = find_optional(home, ("llava_vqav2_mscoco_test2015.jsonl",))
     names = [row["question_id"] for row in read_json_lines(whole)] if whole is not None else list(texts)
     file = folder / "vqav2.json"
@@ -111,12 +111,12 @@ def write_vqav2(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) 
 def read_vizwiz(folder: Path) -> list[Question]:
     file = find_file(folder, ("llava_test.jsonl", "llava_val.jsonl"), "file of VizWiz's questions")
     split = "val" if "val" in file.name else "test"
-    items = read_questions(file, folder / split)
+    questions = read_questions(file, folder / split)
     truths = find_optional(folder, ("val.json", "Annotations/val.json")) if split == "val" else None
     if truths is None:
-        return items
+        return questions
     rows = {row["image"]: row for row in read_json(truths)}
-    return [_with_people(item, rows.get(str(item.extra.get("image"))), "answer_type") for item in items]
+    return [_with_people(question, rows.get(str(question.extra.get("image"))), "answer_type") for question in questions]
 
 
 def score_vizwiz(answered: Sequence[AnsweredQuestion]) -> Scores:
@@ -124,11 +124,11 @@ def score_vizwiz(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def write_vizwiz(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    missing = [one.item.id for one in answered if one.text is None]
+    missing = [one.question.id for one in answered if one.text is None]
     if missing:
         raise InputError(f"VizWiz wants every question answered; {len(missing)} are not, the first is {missing[0]!r}")
     file = folder / "vizwiz.json"
-    write_json(file, [{"image": one.item.extra["image"], "answer": normalise(one.text or "")} for one in answered])
+    write_json(file, [{"image": one.question.extra["image"], "answer": normalise(one.text or "")} for one in answered])
     return file
 
 
@@ -148,12 +148,12 @@ def read_gqa(folder: Path) -> list[Question]:
     else:
         asked = read_questions(file, images)
     found = []
-    for item in asked:
-        if str(item.id) not in truths:
-            raise InputError(f"GQA's question {item.id!r} is not in {places[0]}; both files must be of one split")
-        row = truths[str(item.id)]
+    for question in asked:
+        if str(question.id) not in truths:
+            raise InputError(f"GQA's question {question.id!r} is not in {places[0]}; both files must be of one split")
+        row = truths[str(question.id)]
         kind = str(row.get("types", {}).get("structural", ""))
-        found.append(Question(item.id, item.prompt, item.images, kind, row["answer"], extra=item.extra))
+        found.append(Question(question.id, question.prompt, question.images, kind, row["answer"], extra=question.extra))
     return found
 
 
@@ -163,12 +163,14 @@ def gqa_answer(text: str) -> str:
 
 
 def score_gqa(answered: Sequence[AnsweredQuestion]) -> Scores:
-    return accuracy(answered, [float(gqa_answer(one.text or "") == one.item.answer) for one in answered])
+    return accuracy(answered, [float(gqa_answer(one.text or "") == one.question.answer) for one in answered])
 
 
 def write_gqa(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     file = folder / "testdev_balanced_predictions.json"
-    write_json(file, [{"questionId": str(one.item.id), "prediction": gqa_answer(one.text or "")} for one in answered])
+    write_json(
+        file, [{"questionId": str(one.question.id), "prediction": gqa_answer(one.text or "")} for one in answered]
+    )
     return file
 
 
@@ -181,17 +183,17 @@ def read_textvqa(folder: Path) -> list[Question]:
     file = find_optional(folder, ("llava_textvqa_val_v051_ocr.jsonl",))
     images = folder / "train_images"
     if file is None:
-        asked = [Question(name, f"{question}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, question in truths]
+        asked = [Question(name, f"{text}\n{WORD_SUFFIX}", (images / f"{name}.jpg",)) for name, text in truths]
     else:
         asked = read_questions(file, images)
-    items = []
-    for item in asked:
-        question = textvqa_question(item.prompt)
-        people = truths.get((str(item.id), question))
+    questions = []
+    for question in asked:
+        text = textvqa_question(question.prompt)
+        people = truths.get((str(question.id), text))
         if people is None:
-            raise InputError(f"TextVQA's question {question!r} about {item.id!r} has no annotation")
-        items.append(Question(item.id, item.prompt, item.images, "", people, extra={"question": question}))
-    return items
+            raise InputError(f"TextVQA's question {text!r} about {question.id!r} has no annotation")
+        questions.append(Question(question.id, question.prompt, question.images, "", people, extra={"question": text}))
+    return questions
 
 
 def textvqa_annotations(file: Path) -> dict[tuple[str, str], list[str]]:
@@ -216,7 +218,7 @@ def textvqa_question(prompt: str) -> str:
 
 def score_textvqa(answered: Sequence[AnsweredQuestion]) -> Scores:
     return accuracy(
-        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.item.answer) for one in answered]
+        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.question.answer) for one in answered]
     )
 
 

@@ -25,8 +25,8 @@ def _part(name: str, title: str, metric: str) -> Task:
 
 
 def read_yes_no(folder: Path) -> list[Question]:
-    items = read_rows(folder, file="yes_no.jsonl", images="", suffix="")
-    return [replace(item, answer=item.answer[0].lower()) for item in items]
+    questions = read_rows(folder, file="yes_no.jsonl", images="", suffix="")
+    return [replace(question, answer=question.answer[0].lower()) for question in questions]
 
 
 def read_photos(folder: Path) -> list[Question]:
