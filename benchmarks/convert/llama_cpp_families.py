@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import ROOT
 from llava.conversation import get_template
 from llava.convert.convert import ConversionOptions, convert
-from llava.convert.gguf.tokenizer import QWEN_SPLITTER
+from llava.convert.gguf.tokenizer import QWEN_PATTERN
 from llava.model.builder import load
 
 SENTENCEPIECE = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
@@ -89,7 +89,7 @@ def make_tokenizer(folder: Path, *, qwen: bool) -> int:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLITTER), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

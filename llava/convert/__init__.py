@@ -1,1 +1,1 @@
-"""Checkpoints from one layout into another, with a proof; what a folder holds; how other programs read ours."""
+"""Convert checkpoints between layouts, describe what a folder holds, and let other programs read our layout."""

@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from llava.convert.gguf.pair import GgufPair
 from llava.convert.layouts.delta import DeltaLayout
+from llava.convert.layouts.hf import HFLayout
 from llava.convert.layouts.original import OriginalLayout
 from llava.convert.layouts.projector import ProjectorLayout
-from llava.convert.layouts.transformers import DEFAULT_NAMES, TransformersLayout
-from llava.convert.options import NEEDS_BASE
+from llava.convert.options import NAME_VERSIONS, NEEDS_BASE, PRECISIONS, TOWER_PLACES, VERIFICATIONS, size_text
 from llava.convert.source import Source, open_source
-from llava.convert.verify import LogitComparison, TensorComparison
+from llava.convert.verify import LogitComparison, TensorComparison, Verification
 from llava.convert.writer import SHARD_BYTES, ByteProgress, write_json
 from llava.files import flush_tree, refuse_existing, written_whole
 
@@ -32,10 +32,10 @@ class ConversionOptions:
 
     dtype: str | None = None  # fp16, bf16, fp32; None: each tensor keeps its own
     shard_bytes: int = SHARD_BYTES
-    tower: str = "keep"
-    names: str = DEFAULT_NAMES
-    precision: str = "f16"  # of a GGUF pair
-    verification: str = "full"  # or "tensors", which skips the logits
+    tower: str = TOWER_PLACES[0]
+    names: str = NAME_VERSIONS[0]
+    precision: str = PRECISIONS[0]  # of a GGUF pair
+    verification: str = VERIFICATIONS[0]  # "tensors" skips the logits
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,50 @@ class ConversionReport:
     write_s: float  # until everything was on the disk
     verify_s: float
     tensors: TensorComparison
-    logits: LogitComparison | None  # None: not compared, because that was asked for
+    logits: LogitComparison | None  # None: not compared
     notes: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Format what was written and how it was verified, a line each."""
+        rate = self.num_bytes / 1e6 / max(self.write_s, 1e-9)
+        lines = [
+            f"wrote {self.target}: {self.layout} layout, {size_text(self.num_bytes)} in {self.write_s:.1f} s "
+            f"({rate:.0f} MB/s)",
+            f"compared {self.tensors.num_tensors} tensors both ways: largest difference {self.tensors.largest:.3g}",
+        ]
+        logits = self.logits
+        if logits is None:
+            lines.append("logits were not compared (--proof tensors, or a layout that is no model by itself)")
+        else:
+            lines.append(
+                f"compared logits of a sample with an image in float32: largest difference {logits.largest:.3g} at a "
+                f"magnitude of {logits.scale:.3g}, the same most likely token at {logits.same_token} of "
+                f"{logits.num_positions} positions"
+            )
+            if logits.pixels is not None:
+                lines.append(
+                    f"compared prompt and ids of the sample: equal; pixels: largest difference {logits.pixels:.3g}"
+                )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 class Layout(Protocol):
-    """What a target consists of, and whether its files say what the source says."""
+    """A target in one layout: how much it takes, how it is written, and whether its files hold the source's weights."""
 
     @property
     def num_bytes(self) -> int: ...
 
     def write(self, folder: Path, progress: ByteProgress) -> None: ...
 
-    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]: ...
+    def verify(self, folder: Path, *, logits: bool) -> Verification: ...
 
     def notes(self) -> list[str]: ...
 
 
-# What `base` means to the last two is the other side of the sum; to the others, what the source is built on.
-LAYOUTS: dict[str, Callable[[Source, ConversionOptions, str | Path | None], Layout]] = {
+# Of delta and from-delta, `base` is the other side of the sum; of the others, the model that the source is built on.
+LAYOUT_BUILDERS: dict[str, Callable[[Source, ConversionOptions, str | Path | None], Layout]] = {
     "original": lambda source, o, _: OriginalLayout(source, tower=o.tower, shard_bytes=o.shard_bytes),
-    "transformers": lambda source, o, _: TransformersLayout(source, names=o.names, shard_bytes=o.shard_bytes),
+    "transformers": lambda source, o, _: HFLayout(source, names=o.names, shard_bytes=o.shard_bytes),
     "gguf": lambda source, o, _: GgufPair(source, precision=o.precision),
     "projector": lambda source, o, _: ProjectorLayout(source),
     "delta": lambda source, o, base: DeltaLayout(source, base or "", sign=-1, shard_bytes=o.shard_bytes),
@@ -85,11 +108,26 @@ def convert(
     base: str | Path | None = None,
     options: ConversionOptions | None = None,
 ) -> ConversionReport:
-    """Write the checkpoint at `path` as `target`, a folder that does not exist, in the layout `to`."""
+    """Convert a checkpoint.
+
+    Args:
+        path: The source, a model folder or hub repository in any layout.
+        target: The folder to write; it must not exist.
+        to: The target's layout, one of `LAYOUT_BUILDERS`.
+        base: The base model of an adapter or projector; for deltas, the model that is subtracted or added.
+        options: Precision, shards, and what else the layout asks for.
+
+    Returns:
+        What was written and how it was verified.
+
+    Raises:
+        InputError: The source cannot be read or the layout cannot express it; nothing is written.
+        VerificationError: The written target differs from the source; it is removed.
+    """
     options = options or ConversionOptions()
     refuse_existing(Path(target))
     source = open_source(path, base=None if to in NEEDS_BASE else base, dtype=options.dtype)
-    layout = LAYOUTS[to](source, options, base)
+    layout = LAYOUT_BUILDERS[to](source, options, base)
     with written_whole(Path(target), num_bytes=layout.num_bytes) as folder:
         started = time.perf_counter()
         with ByteProgress("writing", layout.num_bytes) as progress:
@@ -113,7 +151,7 @@ def convert(
     return report
 
 
-def _record(report: ConversionReport) -> dict[str, Any]:
+def _record(report: ConversionReport) -> dict[str, object]:
     import torch
     import transformers
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.conversation import get_model_name_from_path
-from llava.convert.gguf.file import read_gguf_head
+from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
@@ -374,7 +374,7 @@ def _holds_weights(folder: Path) -> bool:
 
 def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
     """One GGUF file, or a folder of them."""
-    heads = {file.name: read_gguf_head(file) for file in files}
+    heads = {file.name: read_gguf_header(file) for file in files}
     facts: dict[str, Any] = {}
     stored: Counter[str] = Counter()
     parameters = {}

@@ -1,8 +1,8 @@
-"""`llava merge`: lay a trained adapter into its base model, for a checkpoint that loads by itself.
+"""`llava merge`: merge a LoRA adapter into its base model, for a checkpoint that loads by itself.
 
-In: a LoRA folder and its base model. Out: a folder in the published layout, tokenizer and projector included. It is
-`llava convert --to original` for a folder of this kind, under the flags that people know; the sums are made in float32
-(model/checkpoints/lora.py) and rounded once, to the precision that the result is stored in.
+In: a LoRA folder and its base model. Out: a folder in the original layout, tokenizer and projector included. It is
+`llava convert --to original` with the original's flags; sums are computed in float32 (model/checkpoints/lora.py) and
+rounded once, to the dtype that the result is stored in.
 """
 
 from __future__ import annotations
@@ -13,14 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.cli.program import ArgumentParser
-from llava.convert.options import DTYPES, describe
+from llava.convert.options import DTYPES
 from llava.errors import InputError
 
 
 def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dtype: str | None = None) -> Path:
-    """Merge the adapter in `model_path` and save the model; without a base, the one that the adapter's files name.
+    """Merge an adapter into its base model and save the result.
 
-    Without `dtype` the result is stored in the precision of the base's own files.
+    Args:
+        model_path: The folder that a LoRA run wrote.
+        model_base: The base model; None takes the one that the adapter's files name.
+        save_model_path: The folder to write; it must not exist.
+        dtype: fp16, bf16 or fp32; None keeps the dtype of the base's files.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        InputError: `model_path` holds no LoRA adapter, or the adapter does not fit its base.
     """
     from llava.convert.convert import ConversionOptions, convert
     from llava.model.checkpoints.inspect import inspect
@@ -33,8 +43,7 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dt
     report = convert(
         model_path, save_model_path, to="original", base=model_base, options=ConversionOptions(dtype=dtype)
     )
-    for line in describe(report):
-        print(line)
+    print(report.summary())
     return report.target
 
 

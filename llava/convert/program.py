@@ -1,7 +1,7 @@
-"""`llava convert`: a checkpoint from one layout into another, proved before it is called done.
+"""`llava convert`: convert a checkpoint from one layout to another and verify the result.
 
-In: a command line. Out: a new folder and what was proved of it, or one sentence and nothing written. What is done is in
-convert.py; what the options mean is in options.py.
+In: a command line. Out: a new folder and a summary of what was verified, or one error and nothing written. The conversion is
+in convert.py, the options' values are in options.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from llava.convert.options import (
     PRECISIONS,
     TOWER_PLACES,
     VERIFICATIONS,
-    describe,
     parse_size,
 )
 from llava.errors import InputError
@@ -60,7 +59,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--tower",
         choices=TOWER_PLACES,
-        default="keep",
+        default=TOWER_PLACES[0],
         help="original layout: the vision tower's weights as the source has them, in the checkpoint, or out of it in a "
         "folder beside them (keep)",
     )
@@ -90,10 +89,10 @@ def run(args: Namespace) -> None:
     refuse_existing(Path(args.target))
     if args.to in NEEDS_BASE and args.base is None:
         raise InputError(f"--to {args.to} needs the base model's folder; give it with --base")
-    inspect(args.source)  # whatever headers tell is told before libraries are loaded
+    inspect(args.source)  # errors that headers show are raised before libraries are loaded
     from llava.convert.convert import ConversionOptions, convert
 
-    _give_large_blocks_back()
+    _return_large_blocks()
     options = ConversionOptions(
         dtype=args.dtype,
         shard_bytes=shard_bytes,
@@ -102,14 +101,14 @@ def run(args: Namespace) -> None:
         precision=args.precision,
         verification=args.proof,
     )
-    report = convert(args.source, args.target, to=args.to, base=args.base, options=options)
-    for line in describe(report):
-        print(line)
+    print(convert(args.source, args.target, to=args.to, base=args.base, options=options).summary())
 
 
-def _give_large_blocks_back() -> None:
-    """Have glibc return every large block to the system when it is freed. It learns to keep blocks of up to 32 MB
-    otherwise, and those of activations and weights, freed in turn, leave gigabytes of gaps in its heap."""
+def _return_large_blocks() -> None:
+    """Make glibc return every large block to the system when it is freed.
+
+    By default it learns to keep blocks of up to 32 MB, and those of activations and weights fragment its heap by gigabytes.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
         if mallopt is not None:

@@ -1,8 +1,8 @@
-"""A checkpoint of any kind as one list of tensors under their published names, with what belongs to it.
+"""Read a checkpoint of any kind as one list of tensors under their published names, with config, tower and tokenizer.
 
-In: a folder, its base where it needs one, and the precision asked for. Out: `Source`, which plans each tensor of a target
-(copied as it lies in its file, or computed) and knows the config in the original layout, tower, tokenizer and template.
-Which layouts there are is convert.py's table; matching files with a model is llava/model/checkpoints/meta_model.py's work.
+In: a folder, its base where it needs one, and the dtype asked for. Out: `Source`, which plans each tensor of a target
+(copied from its file, or computed) and knows the config in the original layout, tower, tokenizer and conversation template.
+The layouts are listed in convert.py; files are matched with a model in model/checkpoints/meta_model.py.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from llava.conversation import get_model_name_from_path
+from llava.convert.options import DTYPES
 from llava.convert.writer import PlannedTensor
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
-from llava.model.checkpoints.inspect import CheckpointInfo
+from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo
 from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
-from llava.model.checkpoints.weight_files import TORCH_DTYPES, TensorHeader
+from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import conv_mode, read_tokenizer
 
-# The words of the command line for what weight files call otherwise.
-DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-FLOATS = ("F16", "BF16", "F32")
+if TYPE_CHECKING:
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.model.protocols import LlavaModel, VisionTower
+    from llava.text.tokenization import Tokenizer
 
-TOWER_PREFIX = "vision_tower.vision_tower."  # behind the language model's own prefix
-KEPT = "original"  # the folder of a transformers-layout target that holds the source's small files as they were
-VERBATIM = (
+FLOATS = tuple(DTYPES.values())
+
+ORIGINAL_FILES = "original"  # the folder of a transformers-layout target that holds the source's small files unchanged
+TOKENIZER_SET = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,13 +52,15 @@ VERBATIM = (
 
 @dataclass(frozen=True)
 class Source:
-    """What is converted. `config` is in the original layout, whatever layout the files are in."""
+    """A checkpoint that is to be converted. `config` is in the original layout, whatever layout the files are in."""
 
     meta_model: MetaModel
     config: Mapping[str, Any]
-    dtype: str | None  # the precision of the target; None: each tensor keeps its own
-    name: str  # as its folder is called, from which a template may be told
-    cut_rows: int | None = None  # rows of the vocabulary that the original checkpoint had
+    dtype: str | None  # of the target, as in the safetensors format; None: each tensor keeps its own
+    name: str  # of the folder or repository, which may decide the conversation template
+    cut_rows: int | None = (
+        None  # the vocabulary rows of the original checkpoint, where an earlier conversion added some
+    )
 
     @property
     def info(self) -> CheckpointInfo:
@@ -66,12 +71,18 @@ class Source:
         return self.info.folder
 
     @property
-    def model(self) -> Any:
+    def model(self) -> LlavaModel:
         return self.meta_model.model
 
     @property
+    def tower(self) -> VisionTower:
+        tower = self.model.get_vision_tower()
+        assert tower is not None, "a meta model has its tower"
+        return tower
+
+    @property
     def prefix(self) -> str:
-        """What the language model calls its inner model, with a dot behind: `model.`"""
+        """The prefix of the inner model's tensors, `model.` for most language models."""
         return f"{self.model.base_model_prefix}."
 
     @cached_property
@@ -86,12 +97,12 @@ class Source:
 
     @cached_property
     def names(self) -> list[str]:
-        """All stored tensors in the order in which they lie in their files, so that these are read from front to back."""
+        """All stored tensors by file and position in it, so that files are read sequentially."""
         found = self.meta_model.found
         return sorted(found, key=lambda name: (str(found[name].file), found[name].start or 0))
 
     def is_tower(self, name: str) -> bool:
-        return name.startswith(self.prefix + TOWER_PREFIX)
+        return TOWER_INFIX in name
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.meta_model.shapes[name]
@@ -109,27 +120,26 @@ class Source:
         return tensor[: self.cut_rows] if self.cut_rows is not None and self.is_vocabulary(name) else tensor
 
     def planned(self, name: str, target_name: str) -> PlannedTensor:
-        """A tensor that only changes its name, and its precision where that is asked for."""
+        """Plan a tensor that changes only its name, and its dtype if one is asked for."""
         header, dtype, shape = self.meta_model.found[name], self.dtype_of(name), self.shape(name)
-        # The first rows of a table lie in front: cutting the rest off is copying less.
         as_is = self.meta_model.is_stored_as_is(name) and dtype == header.dtype
-        stored = _first_rows(header, shape) if as_is else None
+        stored = replace(header, shape=shape) if as_is else None
         return PlannedTensor(target_name, dtype, shape, lambda: self.read(name), stored)
 
-    # What belongs to the weights
+    # Config, tower and tokenizer
 
     @property
     def tower_config(self) -> dict[str, Any]:
-        values = self.model.get_vision_tower().config.to_dict()
+        values = self.tower.config.to_dict()
         return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path")}
 
     @property
-    def image_processor(self) -> Any:
-        return self.model.get_vision_tower().image_processor
+    def image_processor(self) -> ClipImageProcessor:
+        return self.tower.image_processor
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        folders = [self.folder / KEPT, self.folder] if self.is_restored else [self.folder]
+        folders = [self.folder / ORIGINAL_FILES, self.folder] if self.is_restored else [self.folder]
         folders += [self.meta_model.base.folder] if self.meta_model.base is not None else []
         found = next((folder for folder in folders if holds_tokenizer(folder)), None)
         if found is None:
@@ -140,11 +150,11 @@ class Source:
 
     @property
     def is_restored(self) -> bool:
-        """Whether the small files are taken from what an earlier conversion kept."""
+        """Whether the small files come from `ORIGINAL_FILES`, which an earlier conversion kept."""
         return self.cut_rows is not None
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self.tokenizer_folder, self.model.config)
 
     @cached_property
@@ -152,9 +162,9 @@ class Source:
         return conv_mode(self.config, self.tokenizer, self.name)
 
     def copy_tokenizer(self, target: Path) -> None:
-        """The tokenizer's files as they are; one of a base model is saved with the tokens that the checkpoint adds to it."""
-        if self.tokenizer_folder in (self.folder, self.folder / KEPT):
-            copy_files(self.tokenizer_folder, target, VERBATIM)
+        """Copy the tokenizer's files; a base model's tokenizer is saved anew, with the tokens that the checkpoint adds."""
+        if self.tokenizer_folder in (self.folder, self.folder / ORIGINAL_FILES):
+            copy_files(self.tokenizer_folder, target, TOKENIZER_SET)
         else:
             self.tokenizer.save_pretrained(target)
 
@@ -167,22 +177,31 @@ class Source:
 
 
 def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str | None = None) -> Source:
-    """Look at everything that is to be converted and refuse what does not fit together; `dtype` is a word of `DTYPES`."""
+    """Open a checkpoint for conversion and check that its files fit together.
+
+    Args:
+        path: A model folder or hub repository.
+        base: The base model of an adapter or projector.
+        dtype: The dtype of the target, a key of `DTYPES`; None keeps each tensor's own.
+
+    Raises:
+        InputError: The files do not belong together, or hold no LLaVA.
+    """
     meta_model = open_meta_model(path, base)
     info = meta_model.info
     config = dict(info.config)
     cut_rows = None
     if info.kind == "transformers":
-        kept = info.folder / KEPT / "config.json"
+        kept = info.folder / ORIGINAL_FILES / "config.json"
         config = translate_config(config, folder=info.folder)
         if kept.is_file():
             before = read_json(kept)
-            if _is_still_true(before, config):
+            if _is_same_model(before, config):
                 cut_rows = int(before["vocab_size"])
                 config = before
     if dtype is not None:
         chosen: str | None = DTYPES[dtype]
-    elif info.needs_base:  # parts of two checkpoints become one, in the precision of the larger
+    elif info.needs_base:  # parts of two checkpoints become one, in the dtype of the larger
         chosen = stored_dtype(meta_model.base or info)
     else:
         chosen = None
@@ -190,19 +209,15 @@ def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str 
     return Source(meta_model, config, chosen, name, cut_rows)
 
 
-def _is_still_true(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether kept files still describe the checkpoint beside them, which may have been changed since."""
+def _is_same_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the config that was kept still describes the checkpoint, which may have been changed since."""
     same = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "mm_hidden_size")
     agree = all(before.get(key) == now.get(key) for key in same)
     return agree and isinstance(before.get("vocab_size"), int) and before["vocab_size"] <= now.get("vocab_size", 0)
 
 
-def _first_rows(header: TensorHeader, shape: tuple[int, ...]) -> TensorHeader:
-    return header if header.shape == shape else replace(header, shape=shape)
-
-
 def stored_dtype(info: CheckpointInfo) -> str:
-    """The precision that most of a checkpoint's numbers are stored in."""
+    """The dtype that most of a checkpoint's elements are stored in."""
     counts = Counter(dict.fromkeys(FLOATS, 0))
     for header in info.tensors.values():
         counts[header.dtype] += header.num_elements
@@ -217,8 +232,8 @@ def copy_files(folder: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def config_for(source: Source, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config with some keys changed, without what is not true of another folder."""
-    gone = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
-    values = {key: value for key, value in source.config.items() if key not in gone}
-    values["torch_dtype"] = TORCH_DTYPES[source.dtype or stored_dtype(source.info)]  # the word that every version reads
+    """The source's config with `changes`, without keys that hold for the source's folder only."""
+    dropped = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
+    values = {key: value for key, value in source.config.items() if key not in dropped}
+    values["torch_dtype"] = TORCH_DTYPES[source.dtype or stored_dtype(source.info)]  # the key that every version reads
     return values | dict(changes)

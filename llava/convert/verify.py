@@ -1,17 +1,19 @@
-"""Whether a finished target says what its source says: tensor by tensor both ways, then logits for a sample with an image.
+"""Verify that a finished target equals its source: every tensor in both directions, then logits of a sample with an image.
 
-In: a `Source` and the folder of a target that is not in its place yet. Out: a `Proof` with the largest differences; a
-target that differs where it should not is a `VerificationError`, and is not kept. Neither model is held in memory: tensors are
-compared one by one, and logits are computed in float32 with weights that are read when their layer begins.
+In: a `Source` and the folder of a target that has not been moved into place. Out: a `Verification` with the largest
+differences, or a `VerificationError`, after which the target is removed. No model is held in memory: tensors are compared
+one by one, and logits are computed in float32 with weights that are read layer by layer (model/checkpoints/meta_model.py).
+
+    T positions, V vocabulary
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,22 +31,24 @@ from llava.processor import ModelInputs, Processor
 if TYPE_CHECKING:
     from PIL import Image
 
-TOLERANCE = 1e-4  # of logits in float32, as a share of the largest one where that is above 1
-QUESTION = "What is in this picture?"
-PART = 2**22  # numbers compared at once
+    from llava.model.protocols import LanguageModel
+
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest logit where that is above 1
+SAMPLE_QUESTION = "What is in this picture?"
+CHUNK = 2**22  # elements compared at once
 
 
 class VerificationError(Exception):
-    """A conversion changed what it should have kept: our own fault."""
+    """A conversion changed what it should have kept: a fault of this package, not of its input."""
 
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """Every tensor of the source compared with the target's, and every one of the target's accounted for."""
+    """The tensors of source and target, compared one by one; neither has one that the other lacks."""
 
     num_tensors: int
     num_bytes: int
-    largest: float  # difference between a number of the source, or a merged one, and the target's, which is rounded
+    largest: float  # difference between an element of the source, merged where there is an adapter, and the target's
 
     @property
     def is_exact(self) -> bool:
@@ -53,26 +57,33 @@ class TensorComparison:
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """The same sample in both models, in float32."""
+    """The logits of one sample from both models, in float32."""
 
     num_positions: int
-    largest: float
+    largest: float  # difference
     scale: float  # the largest logit
-    same_token: int  # positions at which both find the same token likeliest
-    pixels: float | None = None  # largest difference between the two programs' pixels; None where there is one program
+    same_token: int  # positions at which both have the same argmax
+    pixels: float | None = None  # largest difference between the two image processors; None where there is one
 
 
-def verify_folder(source: Source, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
-    """Both proofs of a target that our loader reads."""
+class Verification(NamedTuple):
+    """What was compared; `logits` is None where they were not."""
+
+    tensors: TensorComparison
+    logits: LogitComparison | None = None
+
+
+def verify_folder(source: Source, folder: Path, *, logits: bool) -> Verification:
+    """Verify a target that our own loader reads: its tensors and, if asked for, its logits."""
     tensors = verify_tensors(source, folder)
-    return tensors, verify_logits(source, folder, exact=tensors.is_exact) if logits else None
+    return Verification(tensors, verify_logits(source, folder, exact=tensors.is_exact) if logits else None)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def verify_tensors(source: Source, target: Path) -> TensorComparison:
-    """Read a target as any checkpoint is read, and compare it with the source under published names."""
+    """Read a target as the loader does, and compare it with the source under published names."""
     written = open_meta_model(target)
     require_same_names(source.names, written.found)
     total = sum(written.found[name].num_bytes for name in source.names)
@@ -92,10 +103,10 @@ def require_same_names(ours: Iterable[str], theirs: Iterable[str]) -> None:
 
 
 def _difference(source: Source, written: MetaModel, name: str) -> float:
-    """Zero where the bytes are equal; else the target must be the source rounded to its precision."""
+    """Return 0 where the bytes are equal; otherwise check that the target is the source, rounded to its dtype."""
     before, after = source.meta_model.found[name], written.found[name]
     if before == after and source.meta_model.is_stored_as_is(name):
-        return 0.0  # a tower that both refer to
+        return 0.0  # the same file: a tower that both configs name
     as_is = source.meta_model.is_stored_as_is(name) and written.is_stored_as_is(name)
     if as_is and (before.dtype, before.shape) == (after.dtype, after.shape) and None not in (before.start, after.start):
         if any(a != b for a, b in zip(pieces(before), pieces(after), strict=True)):
@@ -107,19 +118,19 @@ def _difference(source: Source, written: MetaModel, name: str) -> float:
 
 
 def rounding(name: str, numbers: Tensor, found: Tensor, dtype: torch.dtype) -> float:
-    """How far rounding to `dtype` moved a tensor's numbers; any other change is an error."""
-    parts = zip(numbers.reshape(-1).split(PART), found.reshape(-1).split(PART), strict=True)
+    """Check that `found` is `numbers` rounded to `dtype`, and return the largest change."""
+    parts = zip(numbers.reshape(-1).split(CHUNK), found.reshape(-1).split(CHUNK), strict=True)
     if not all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in parts):
         raise VerificationError(f"tensor {name!r} is not the source's, rounded to {dtype}")
     return largest_difference(numbers, found)
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """In single precision, a part at a time: the copies that it takes are larger than the tensors."""
-    parts = zip(ours.reshape(-1).split(PART), theirs.reshape(-1).split(PART), strict=True)
+    """Return the largest absolute difference, in float32, in chunks, since the copies are larger than the tensors."""
+    parts = zip(ours.reshape(-1).split(CHUNK), theirs.reshape(-1).split(CHUNK), strict=True)
     differences = [(a.float() - b.float()).abs().max().item() for a, b in parts if a.numel()]
     if any(map(math.isnan, differences)):
-        raise InputError("a tensor of the checkpoint holds NaN, for which no other precision can be vouched for")
+        raise InputError("a tensor of the checkpoint holds NaN, so that no conversion of it can be verified")
     return max(differences, default=0.0)
 
 
@@ -127,26 +138,26 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A question about a drawn image, as text and as what our models take."""
+class VerificationSample:
+    """A question about a generated image: the prompt as text, and the inputs for our models."""
 
     image: Image.Image
     prompt: str
     inputs: ModelInputs
 
 
-def make_sample(source: Source) -> Sample:
+def make_sample(source: Source) -> VerificationSample:
     conversation = get_template(source.conv_mode)
     image = draw_image(source.policy.tile_size)
     processor = Processor(source.tokenizer, source.image_processor, source.settings, policy=source.policy)
-    question = with_image_placeholders(QUESTION, 1, processor.image_placeholder)
+    question = with_image_placeholders(SAMPLE_QUESTION, 1, processor.image_placeholder)
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
-    return Sample(image, conversation.get_prompt(), processor(conversation, [image]))
+    return VerificationSample(image, conversation.get_prompt(), processor(conversation, [image]))
 
 
 def draw_image(side: int) -> Image.Image:
-    """Colours that change everywhere, in a shape that is not square and a little larger than the tower's view."""
+    """Draw a smooth pattern that varies everywhere, not square, and a little larger than the tower's `side` pixels."""
     import numpy as np
     from PIL import Image
 
@@ -156,15 +167,15 @@ def draw_image(side: int) -> Image.Image:
     return Image.fromarray(((np.stack(channels, axis=-1) + 1) * 127).astype(np.uint8))
 
 
-def own_logits(model: Any, read: Callable[[str], Tensor], inputs: ModelInputs) -> Tensor:
-    """Logits (T, vocabulary) of one of our models, image features included."""
+def own_logits(model: LanguageModel, read: Callable[[str], Tensor], inputs: ModelInputs) -> Tensor:
+    """Compute the logits (T, V) of one of our models, with weights that come from `read(name)`; T counts image features."""
     with torch.no_grad(), stream_weights(model, read):
         output = model(inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, use_cache=False)
     return output.logits[0]
 
 
 def verify_logits(source: Source, target: Path, *, exact: bool) -> LogitComparison:
-    """Compare a target in one of our own layouts, or in that of transformers' classes, with its source."""
+    """Compare the logits of a source with those of a target in the original or in transformers' layout."""
     sample = make_sample(source)
     ours = own_logits(source.model, source.meta_model.read, sample.inputs)
     written = open_meta_model(target)
@@ -176,7 +187,7 @@ def verify_logits(source: Source, target: Path, *, exact: bool) -> LogitComparis
 
 
 def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float | None = None) -> LogitComparison:
-    rows = min(ours.shape[-1], theirs.shape[-1])  # those for new tokens are nobody's
+    rows = min(ours.shape[-1], theirs.shape[-1])  # without the rows of padding and new tokens
     if len(ours) != len(theirs):
         raise VerificationError(f"the sample has {len(ours)} positions in the source and {len(theirs)} in the target")
     largest = (ours[:, :rows] - theirs[:, :rows]).abs().max().item()
@@ -187,13 +198,17 @@ def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float |
     return LogitComparison(len(ours), largest, scale, same, pixels)
 
 
-def transformers_logits(written: MetaModel, sample: Sample) -> tuple[Tensor, float]:
-    """Logits of transformers' own class, prompt and ids from the target's own processor; and how its pixels differ."""
+def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple[Tensor, float]:
+    """Compute the logits of transformers' own class for the prompt and ids of the target's own processor.
+
+    Returns:
+        The logits (T, V), and the largest difference between the two image processors' pixels.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     folder = written.info.folder
     processor = AutoProcessor.from_pretrained(folder)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SAMPLE_QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
         raise VerificationError(f"the chat template gives {prompt!r}, and the prompt is {sample.prompt!r}")
@@ -205,7 +220,7 @@ def transformers_logits(written: MetaModel, sample: Sample) -> tuple[Tensor, flo
 
     ours = sample.inputs.images
     assert ours is not None
-    # Ours in their shape: it is the model that is compared, and pixels are reported on their own.
+    # Both models get our pixels, so that the logits compare the models alone; pixels are compared separately.
     given = ours if isinstance(ours, Tensor) else torch.stack(list(ours))
     pixels = (inputs["pixel_values"] - given).abs().max().item()
     model = build_empty_model(lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
@@ -216,10 +231,9 @@ def transformers_logits(written: MetaModel, sample: Sample) -> tuple[Tensor, flo
 
 
 def collapsed(ids: list[int], image_token: int) -> list[int]:
-    """Ids with one -200 for each run of image tokens, as ours have."""
-    marks: Mapping[bool, int] = {True: IMAGE_TOKEN_INDEX}
+    """Replace each run of image tokens by a single -200, as our ids have."""
     return [
-        marks.get(token == image_token, token)
+        IMAGE_TOKEN_INDEX if token == image_token else token
         for index, token in enumerate(ids)
         if token != image_token or index == 0 or ids[index - 1] != image_token
     ]

@@ -1,40 +1,14 @@
-"""Bring a checkpoint of several shards, or of an old layout, into one weight file.
+"""Write a checkpoint of several shards, or of an old layout, as one weight file.
 
 python -m llava.model.consolidate --src ./llava-7b --dst ./llava-7b-consolidated
+The program is in convert/original_programs.py; it is found by name, since nothing in model/ imports convert/.
 """
 
-from __future__ import annotations
-
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from importlib import import_module
 
-from llava.cli.program import ArgumentParser
-from llava.convert.convert import ConversionOptions, convert
-from llava.model.utils import auto_upgrade
-
-
-def consolidate_ckpt(src_path: str, dst_path: str) -> None:
-    """Write the checkpoint at `src_path` anew, as one file in the original layout."""
-    print("Loading model")
-    auto_upgrade(src_path)
-    convert(src_path, dst_path, to="original", options=ConversionOptions(shard_bytes=10**15))
-
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.model.consolidate", description="Write a checkpoint as one file.")
-    parser.add_argument("--src", required=True, metavar="FOLDER", help="the checkpoint")
-    parser.add_argument("--dst", required=True, metavar="FOLDER", help="where the result goes; does not exist yet")
-    return parser
-
-
-def run(args: Namespace) -> None:
-    consolidate_ckpt(args.src, args.dst)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return build_parser().run(run, argv)
-
+_programs = import_module("llava.convert.original_programs")
+consolidate_ckpt, main = _programs.consolidate_ckpt, _programs.consolidate_main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    from llava.images.image_processor import ImageProcessor
+    from llava.images.image_processor import ClipImageProcessor
     from llava.images.layout import ImagePolicy
 
 
@@ -94,7 +94,7 @@ class VisionTower(TorchModule, Protocol):
     """An image encoder: pixels (N, 3, H, W) to the features (N, P, V) of one of its hidden states."""
 
     vision_tower_name: str  # the folder that its config was read from
-    image_processor: ImageProcessor
+    image_processor: ClipImageProcessor
     is_loaded: bool
     select_layer: int  # as the config has it, usually negative
     select_feature: str

@@ -20,7 +20,7 @@ from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.convert import writer
 from llava.convert.convert import ConversionOptions, ConversionReport, convert
-from llava.convert.layouts.transformers import NAMES, TransformersLayout
+from llava.convert.layouts.hf import NAMES, HFLayout
 from llava.convert.source import open_source
 from llava.convert.verify import VerificationError, collapsed
 from llava.errors import InputError
@@ -270,7 +270,7 @@ def test_a_swapped_projector_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_chat_template_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TransformersLayout, "chat_template", lambda self: "USER: {{ messages[0]['content'] }}")
+    monkeypatch.setattr(HFLayout, "chat_template", lambda self: "USER: {{ messages[0]['content'] }}")
     with pytest.raises(VerificationError, match="chat template"):
         convert(V15, tmp_path / "x", to="transformers")
 
@@ -281,7 +281,7 @@ def test_a_wrong_chat_template_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("names", NAMES)
 def test_names_of_real_sizes_come_back(names: str) -> None:
     """For the tensors of published models of 7B and 13B: each has one name of its own, and it leads back."""
-    layout = TransformersLayout(open_source(V15), names=names)
+    layout = HFLayout(open_source(V15), names=names)
     recorded = json.loads(golden("full_size_state_dict_keys.json").read_text())
     for model in recorded.values():
         ours = list(model["state_dict"])

@@ -19,7 +19,7 @@ from llava.convert.chat_template import chat_template
 from llava.convert.convert import ConversionOptions, convert
 from llava.convert.gguf import blocks as gguf_blocks
 from llava.convert.gguf.blocks import pack, unpack
-from llava.convert.gguf.file import read_gguf_head
+from llava.convert.gguf.file import read_gguf_header
 from llava.convert.gguf.pair import UNUSED, gguf_name, interleave, is_vision, uninterleave
 from llava.convert.gguf.tokenizer import byte_level_notes
 from llava.convert.sentencepiece_file import BPE, UNIGRAM, ScoredPiece, read_sentencepiece
@@ -103,7 +103,7 @@ def test_every_tensor_is_the_checkpoint_s(precision: str, tmp_path: Path) -> Non
     assert report.logits.same_token >= report.logits.num_positions - 3
     # The same head by a reader that shares nothing with the package.
     for file in (text, vision):
-        head, theirs = read_gguf_head(file, longest=10**6), gguf.GGUFReader(file)
+        head, theirs = read_gguf_header(file, longest=10**6), gguf.GGUFReader(file)
         assert {name: (t.shape, t.kind) for name, t in head.tensors.items()} == {
             item.name: (tuple(reversed(item.shape.tolist())), item.tensor_type.name) for item in theirs.tensors
         }

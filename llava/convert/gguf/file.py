@@ -1,7 +1,7 @@
-"""The head of a GGUF file: its keys and what tensors it holds, without any library.
+"""Read the header of a GGUF file, its keys and tensor table, without any library.
 
-In: a `.gguf` file. Out: `GgufHead`. Long arrays (a vocabulary) are counted and not kept unless asked for. The format is
-little-endian: magic, version, counts, then key-value pairs, then names, shapes and kinds of tensors.
+In: a `.gguf` file. Out: `GgufHeader`. Long arrays (a vocabulary) are counted and not kept unless asked for. The format is
+little-endian: magic, version, counts, then key-value pairs, then names, shapes and types of tensors.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llava.errors import InputError
 
 MAGIC = b"GGUF"
 MAX_STRING = 2**26
-# Kind of value -> its form and size.
+# Value type -> its struct format.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Kind of tensor -> its name, numbers per block, bytes per block; of those that are met in published files.
+# Tensor type -> its name, elements per block, bytes per block; the types of published files.
 KINDS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -45,8 +45,8 @@ class GgufTensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GgufHead:
-    """Keys with their values, of a long array its length instead; tensors by name."""
+class GgufHeader:
+    """Keys with their values (of a long array its length), and tensors by name."""
 
     keys: Mapping[str, object]
     tensors: Mapping[str, GgufTensor] = field(repr=False)
@@ -60,8 +60,16 @@ class GgufHead:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def read_gguf_head(file: Path, *, longest: int = 64) -> GgufHead:
-    """`longest` is how many items an array may have to be kept."""
+def read_gguf_header(file: Path, *, longest: int = 64) -> GgufHeader:
+    """Read the header of a GGUF file.
+
+    Args:
+        file: The file.
+        longest: The items up to which an array is kept; of a longer one the value is its length.
+
+    Raises:
+        InputError: The file is no GGUF file of a known version, or it is damaged.
+    """
     try:
         with file.open("rb") as stream:
             if stream.read(4) != MAGIC:
@@ -73,8 +81,8 @@ def read_gguf_head(file: Path, *, longest: int = 64) -> GgufHead:
             keys = {_string(stream): _value(stream, _unpack(stream, "<I")[0], longest) for _ in range(num_keys)}
             tensors = dict(_tensor(stream) for _ in range(num_tensors))
     except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-        raise InputError(f"the head of {file} is damaged or cut short ({error}); copy it again") from error
-    return GgufHead(keys, tensors)
+        raise InputError(f"the header of {file} is damaged or cut short ({error}); copy it again") from error
+    return GgufHeader(keys, tensors)
 
 
 def _unpack(stream: BinaryIO, form: str) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The pair of GGUF files that llama.cpp reads: the language model, and the tower with its projector (`mmproj`).
 
-In: a `Source` and a precision. Out: two files, written tensor by tensor through the gguf package; or the feature that
-llama.cpp has no words for. Names, keys and the order of query and key rows are those of its own readers. The tokenizer's
-fields are in tokenizer.py; comparing a pair with its source is done here too, from the files alone.
+In: a `Source` and a precision. Out: two files, written tensor by tensor with the gguf package; or an error that names the
+feature which llama.cpp does not support. Names, keys and the order of query and key rows are those of llama.cpp's readers.
+The tokenizer's fields are in tokenizer.py. The pair is verified here too, from the files alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llava.convert.gguf.blocks import BLOCK, pack, unpack
 from llava.convert.gguf.tokenizer import add_tokenizer, tokenizer_notes
 from llava.convert.source import Source
 from llava.convert.verify import (
-    LogitComparison,
     TensorComparison,
+    Verification,
     VerificationError,
     compare_logits,
     largest_difference,
@@ -35,12 +35,12 @@ from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
 from llava.model.tokenizer_setup import context_len
 
-# The precisions, and what a file calls a model whose matrices have that precision.
+# The precisions, and the file type of a model whose matrices have that precision.
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 
-# Language models by the name that GGUF gives their architecture.
+# Language models and the GGUF name of their architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Those whose rotary position encoding turns neighbours, where transformers turns halves: rows are reordered for it.
+# Architectures whose rotary embedding rotates neighbouring elements where transformers rotates halves: rows are reordered.
 INTERLEAVED = ("llama",)
 
 TEXT_NAMES = (
@@ -69,7 +69,7 @@ VISION_NAMES = (
     (r"model\.mm_projector\.(\d+)\.", r"mm.\1."),
     (r"model\.image_newline$", "v.image_newline"),
 )
-# Parts of a tower that come after the layer whose features are taken, and that llama.cpp would apply if they were there.
+# Parts of a tower behind the layer whose features are used; llama.cpp would apply them if they were stored.
 UNUSED = re.compile(TOWER + r"(post_layernorm|head)\.")
 
 
@@ -84,13 +84,13 @@ class PlannedGgufTensor:
 
 
 class GgufPair:
-    """What a pair consists of, and whether its files say what the source says."""
+    """A target that is a pair of GGUF files."""
 
     def __init__(self, source: Source, *, precision: str = "f16") -> None:
         self.gguf = require("gguf", extra="gguf")
         self.source = source
         self.precision = precision
-        _refuse_what_it_cannot_say(source)
+        _check_expressible(source)
         self.architecture = ARCHITECTURES[source.info.language_model]
         kept = [name for name in source.names if not UNUSED.match(name)]
         self.text = [self._entry(name) for name in kept if not is_vision(name)]
@@ -103,8 +103,10 @@ class GgufPair:
         return PlannedGgufTensor(target, name, shape, self._kind(target, shape))
 
     def _kind(self, target: str, shape: tuple[int, ...]) -> Any:
-        """Matrices have the precision asked for. Vectors and tables of positions stay in single precision, and the
-        patch convolution in half, which are the kinds that llama.cpp computes them in."""
+        """Choose a tensor's type: the precision asked for, except where llama.cpp computes in another one.
+
+        Vectors and position tables are float32; the patch convolution is float16.
+        """
         kinds = self.gguf.GGMLQuantizationType
         if len(shape) < 2 or target.startswith("v.position_embd"):
             return kinds.F32
@@ -145,7 +147,7 @@ class GgufPair:
         writer.add_name(self.source.name)
         writer.add_file_type(self.gguf.LlamaFileType[FILE_TYPES[self.precision]])
         describe(writer)
-        for entry in entries:  # the type given counts for nothing beside raw_dtype
+        for entry in entries:  # the dtype argument is ignored where raw_dtype is given
             writer.add_tensor_info(
                 entry.name, entry.shape, np.dtype(np.float32), self._size(entry), raw_dtype=entry.kind
             )
@@ -163,7 +165,7 @@ class GgufPair:
         return tensor if heads is None else interleave(tensor, heads)
 
     def _heads(self, entry: PlannedGgufTensor) -> int | None:
-        """How many heads' rows are to be reordered for the position encoding; None: not this tensor."""
+        """The number of heads whose rows are reordered for the rotary embedding; None: not this tensor."""
         match = re.search(r"\.attn_([qk])\.", entry.name)
         if match is None or entry.name.startswith("v.") or self.architecture not in INTERLEAVED:
             return None
@@ -192,14 +194,14 @@ class GgufPair:
             writer.add_rope_scaling_type(self.gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
         writer.add_vocab_size(config.vocab_size)
-        add_tokenizer(self.gguf, writer, self.source)
+        add_tokenizer(writer, self.source)
 
     def _describe_vision(self, writer: Any) -> None:
-        source, tower = self.source, self.source.model.get_vision_tower()
+        source, tower = self.source, self.source.tower
         config, processor = tower.config, source.image_processor
         writer.add_type("mmproj")
         writer.add_clip_has_vision_encoder(True)
-        writer.add_bool("clip.has_llava_projector", True)  # the word of releases before 2025
+        writer.add_bool("clip.has_llava_projector", True)  # the key of releases before 2025
         writer.add_clip_projector_type("mlp")
         writer.add_vision_image_size(config.image_size)
         writer.add_vision_patch_size(config.patch_size)
@@ -213,7 +215,7 @@ class GgufPair:
         writer.add_vision_image_std([float(value) for value in processor.image_std])
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
         layer = feature_layer(source)
-        if layer != config.num_hidden_layers - 1:  # which is the one that is taken where nothing is said
+        if layer != config.num_hidden_layers - 1:  # the default
             writer.add_array("clip.vision.feature_layer", [layer])
         if source.policy.mode == "anyres":
             writer.add_string("clip.vision.mm_patch_merge_type", source.policy.merge)
@@ -223,10 +225,10 @@ class GgufPair:
 
     def notes(self) -> list[str]:
         notes = tokenizer_notes(self.source)
-        if self.source.model.get_vision_tower().has_class_token:
+        if self.source.tower.has_class_token:
             notes.append(
                 "llama.cpp since May 2025 reads CLIP towers one patch off (ggml-org/llama.cpp issue 25814): until that is "
-                "mended there, answers about details differ"
+                "fixed, answers about details differ"
             )
         if self.source.policy.mode == "anyres":
             notes.append(
@@ -240,17 +242,17 @@ class GgufPair:
             notes.append(f"llama.cpp does not know this model's sliding window: prompts beyond {window} tokens differ")
         return notes
 
-    # Proof
+    # Verification
 
-    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
-        """Read the files back, put every tensor in its place, and compare; logits are of our model with the files' numbers."""
+    def verify(self, folder: Path, *, logits: bool) -> Verification:
+        """Read the files back and compare every tensor; logits are computed by our model with the weights of the files."""
         stored = self._read_back(folder)
         kept = [name for name in self.source.names if not UNUSED.match(name)]
         require_same_names(kept, stored)
         largest = 0.0
         for name in kept:
             largest = max(largest, largest_difference(self.source.read(name), stored[name]()))
-        proof = TensorComparison(len(kept), self.num_bytes, largest)
+        tensors = TensorComparison(len(kept), self.num_bytes, largest)
         if not math.isfinite(largest):
             raise InputError(
                 f"some numbers of {self.source.folder} are beyond the range of {self.precision}; use --precision bf16"
@@ -258,17 +260,18 @@ class GgufPair:
         if self.precision == "f32" and largest:
             raise VerificationError(f"tensors differ by {largest:.3g} in single precision")
         if not logits:
-            return proof, None
+            return Verification(tensors)
         sample = make_sample(self.source)
         ours = own_logits(self.source.model, self.source.meta_model.read, sample.inputs)
 
         def read(name: str) -> Tensor:
             return stored[name]() if name in stored else self.source.read(name)
 
-        return proof, compare_logits(ours, own_logits(self.source.model, read, sample.inputs), exact=proof.is_exact)
+        theirs = own_logits(self.source.model, read, sample.inputs)
+        return Verification(tensors, compare_logits(ours, theirs, exact=tensors.is_exact))
 
     def _read_back(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
-        """Published name -> a function that reads the tensor from the pair, in our order of rows."""
+        """Published name -> a function that reads the tensor from the pair, in our row order."""
         by_name = {entry.name: entry for entry in (*self.text, *self.vision)}
         readers = {}
         for file in self.file_names():
@@ -294,12 +297,12 @@ class GgufPair:
 
 
 def feature_layer(source: Source) -> int:
-    """The layer whose output is taken, counted from the embeddings as 0."""
-    return source.model.get_vision_tower().hidden_state_index
+    """The layer whose output is used, counted from the embeddings as 0."""
+    return source.tower.hidden_state_index
 
 
 def interleave(rows: Tensor, num_heads: int) -> Tensor:
-    """Rows of each head, first half and second half, brought to pairs of neighbours."""
+    """Reorder the rows of each head from two halves to pairs of neighbours."""
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
@@ -308,7 +311,7 @@ def uninterleave(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def gguf_name(name: str) -> str | None:
-    """What GGUF calls a tensor of a published name; None where it has no word for it."""
+    """The GGUF name of a tensor; None where GGUF has none."""
     for pattern, replacement in VISION_NAMES if is_vision(name) else TEXT_NAMES:
         if re.match(pattern, name):
             return re.sub(pattern, replacement, name, count=1)
@@ -316,14 +319,14 @@ def gguf_name(name: str) -> str | None:
 
 
 def is_vision(name: str) -> bool:
-    """Whether a tensor belongs into the file of tower and projector."""
+    """Whether a tensor belongs in the file of tower and projector."""
     return ".vision_tower." in name or ".mm_projector." in name or name.endswith("image_newline")
 
 
-def _refuse_what_it_cannot_say(source: Source) -> None:
-    settings, tower = source.settings, source.model.get_vision_tower()
+def _check_expressible(source: Source) -> None:
+    settings, tower = source.settings, source.tower
     rope = getattr(source.model.config, "rope_parameters", None) or {}
-    cannot = {
+    unsupported = {
         f"a language model of type {source.info.language_model!r}": source.info.language_model not in ARCHITECTURES,
         f"a projector of type {settings.projector.type!r}": settings.projector.type != "mlp2x_gelu",
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
@@ -333,6 +336,6 @@ def _refuse_what_it_cannot_say(source: Source) -> None:
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default")
         not in ("default", "linear"),
     }
-    feature = next((feature for feature, is_there in cannot.items() if is_there), None)
+    feature = next((feature for feature, is_there in unsupported.items() if is_there), None)
     if feature is not None:
         raise InputError(f"the gguf layout cannot express {feature}, which {source.folder} has")

@@ -1,14 +1,14 @@
 """The tokenizer's fields of a GGUF file.
 
-In: a `Source`. Out: tokens, scores, kinds, merges and special ids under the keys that llama.cpp reads, and the chat
-template. Where llama.cpp splits text by other rules than the model was trained with, `tokenizer_notes` says so.
+In: a `Source`. Out: tokens, scores, types, merges, special ids and the chat template under the keys that llama.cpp reads.
+Where llama.cpp splits text by other rules than the model was trained with, `tokenizer_notes` says so.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
@@ -28,21 +28,26 @@ from llava.convert.source import Source
 from llava.errors import InputError
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 
-# The kind of splitting that a byte-level tokenizer of a language model does, by llama.cpp's word for it.
-SPLITTERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
-# What llama.cpp means by that word: Qwen's own expression.
-QWEN_SPLITTER = (
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerFast
+
+# The name that llama.cpp gives to the pre-tokenizer of a language model's byte-level tokenizer.
+PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+# The expression behind that name, which is Qwen's own.
+QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MODELS = {BPE: "llama", UNIGRAM: "t5"}
-UNKNOWN_PENALTY = 10.0  # what sentencepiece takes off the lowest score for a letter without a piece
+UNKNOWN_PENALTY = 10.0  # what sentencepiece subtracts from the lowest score for a character without a piece
 
 
-def add_tokenizer(gguf: Any, writer: Any, source: Source) -> None:
+def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
+    """Write the tokenizer and the chat template of a source; a tokenizer that GGUF cannot hold is an `InputError`."""
     tokenizer = source.tokenizer
     if isinstance(tokenizer, LlamaSentencePieceTokenizer):
         _add_sentencepiece(writer, tokenizer, source.model.config.vocab_size)
-    elif source.info.language_model in SPLITTERS and getattr(tokenizer, "is_fast", False):
+    elif source.info.language_model in PRE_TOKENIZERS and getattr(tokenizer, "is_fast", False):
         _add_byte_level(writer, tokenizer, source)
     else:
         raise InputError(
@@ -62,11 +67,11 @@ def add_tokenizer(gguf: Any, writer: Any, source: Source) -> None:
     )
 
 
-def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_rows: int) -> None:
+def _add_sentencepiece(writer: GGUFWriter, tokenizer: LlamaSentencePieceTokenizer, num_rows: int) -> None:
     file = read_sentencepiece(Path(tokenizer.vocab_file))
     if file.kind not in MODELS:
         raise InputError(f"{tokenizer.vocab_file} is a sentencepiece model of kind {file.kind}; known: unigram and BPE")
-    pieces = with_letters_for_bytes(file) if file.kind == UNIGRAM else file.pieces
+    pieces = with_characters_for_bytes(file) if file.kind == UNIGRAM else file.pieces
     tokens = [piece.text for piece in pieces]
     scores = [piece.score for piece in pieces]
     kinds = [piece.kind for piece in pieces]
@@ -85,11 +90,11 @@ def _add_sentencepiece(writer: Any, tokenizer: LlamaSentencePieceTokenizer, num_
     writer.add_remove_extra_whitespaces(False)
 
 
-def with_letters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
-    """The pieces, where a byte of ASCII that no other piece stands for (a newline) is that letter.
+def with_characters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
+    """Replace the byte pieces of ASCII characters that no other piece stands for, such as the newline, by the character.
 
-    llama.cpp's tokenizer for unigram models does not fall back to bytes; such a piece, as unlikely as sentencepiece holds
-    an unknown letter to be, is found by it all the same.
+    llama.cpp's tokenizer for unigram models has no byte fallback. The replaced pieces get the score that sentencepiece
+    gives to unknown characters.
     """
     letters = {piece.text for piece in file.pieces if piece.kind == NORMAL}
     lowest = min(piece.score for piece in file.pieces if piece.kind == NORMAL) - UNKNOWN_PENALTY
@@ -101,8 +106,8 @@ def with_letters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
     return found
 
 
-def _add_byte_level(writer: Any, tokenizer: Any, source: Source) -> None:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+def _add_byte_level(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, source: Source) -> None:
+    model = _parts_of(tokenizer)["model"]
     if model["type"] != "BPE":
         raise InputError(
             f"the gguf layout cannot express a tokenizer of kind {model['type']}, which {source.folder} has"
@@ -118,12 +123,18 @@ def _add_byte_level(writer: Any, tokenizer: Any, source: Source) -> None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_token_merges(merges)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(SPLITTERS[source.info.language_model])
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[source.info.language_model])
     writer.add_add_bos_token(False)
 
 
-def _add_tokens(writer: Any, tokens: list[str], kinds: list[int], num_rows: int) -> None:
-    """The table has a row for every token and may have more, which are nobody's."""
+def _parts_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The parts of a fast tokenizer, as tokenizer.json describes them."""
+    parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return parts
+
+
+def _add_tokens(writer: GGUFWriter, tokens: list[str], kinds: list[int], num_rows: int) -> None:
+    """Write tokens and types, padded to the rows of the embedding table, which may have more than there are tokens."""
     extra = range(len(tokens), num_rows)
     writer.add_token_list([*tokens, *(f"[PAD{index}]" for index in extra)])
     writer.add_token_types([*kinds, *(UNUSED for _ in extra)])
@@ -132,7 +143,7 @@ def _add_tokens(writer: Any, tokens: list[str], kinds: list[int], num_rows: int)
 def tokenizer_notes(source: Source) -> list[str]:
     tokenizer = source.tokenizer
     if not isinstance(tokenizer, LlamaSentencePieceTokenizer):
-        return byte_level_notes(json.loads(tokenizer.backend_tokenizer.to_str()))
+        return byte_level_notes(_parts_of(tokenizer))
     notes = []
     if not tokenizer.legacy:
         notes.append(
@@ -146,16 +157,16 @@ def tokenizer_notes(source: Source) -> list[str]:
     return notes
 
 
-def byte_level_notes(described: Any) -> list[str]:
+def byte_level_notes(parts: dict[str, Any]) -> list[str]:
     notes = []
-    if described["normalizer"] is not None:
+    if parts["normalizer"] is not None:
         notes.append(
             "llama.cpp does not bring letters and their accents together (Unicode NFC), which this tokenizer does: text in "
             "which they come apart gets other ids"
         )
-    steps = described["pre_tokenizer"] or {}
+    steps = parts["pre_tokenizer"] or {}
     found = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
-    if QWEN_SPLITTER not in found and described["model"]["merges"]:
+    if QWEN_PATTERN not in found and parts["model"]["merges"]:
         notes.append(
             "llama.cpp splits text as Qwen's own tokenizers do, and this one splits it otherwise: ids may differ"
         )

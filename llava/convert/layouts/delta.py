@@ -1,7 +1,7 @@
-"""Differences between a model's weights and its base's, the way in which the first LLaVA models were published.
+"""Differences between a model's weights and its base's, the form in which the first LLaVA models were published.
 
 In: a `Source` and a language model. Out: a folder in the original layout whose tensors are the source's minus the base's
-(`delta`), or plus them (`from-delta`). Rows and tensors that the base does not have stay as they are.
+(`delta`), or plus them (`from-delta`). Rows and tensors that the base does not have are copied.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from llava.convert.layouts.original import OriginalLayout
 from llava.convert.source import Source
 from llava.convert.verify import (
-    LogitComparison,
     TensorComparison,
+    Verification,
     VerificationError,
     largest_difference,
     require_same_names,
@@ -27,12 +27,12 @@ from llava.model.checkpoints.inspect import inspect
 from llava.model.checkpoints.meta_model import open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, read_tensor
 
-# What a language model does not have; any other tensor without a partner means another base.
+# Tensors that a language model does not have; any other tensor that is not in the base means that it is the wrong base.
 ADDED = ("mm_projector.", "vision_tower.", "image_newline")
 
 
 class DeltaLayout(OriginalLayout):
-    """The original layout with a base's weights taken off (sign -1) or put on (sign 1)."""
+    """The original layout with a base's weights subtracted (sign -1) or added (sign 1)."""
 
     def __init__(self, source: Source, base: str | Path, *, sign: int, shard_bytes: int = SHARD_BYTES) -> None:
         super().__init__(source, shard_bytes=shard_bytes)
@@ -63,15 +63,15 @@ class DeltaLayout(OriginalLayout):
         return PlannedTensor(planned.name, planned.dtype, planned.shape, make)
 
     def _sum(self, name: str, dtype: str, sign: int, start: Tensor | None = None) -> Tensor:
-        """In the precision of the target, as published differences were made."""
+        """Compute in the target's dtype, as published differences were."""
         kind = getattr(torch, TORCH_DTYPES[dtype])
         numbers = (self.source.read(name) if start is None else start).to(kind, copy=True)
         other = read_tensor(self.base[name]).to(kind)
         numbers[: len(other)] += sign * other
         return numbers
 
-    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
-        """The target holds the planned numbers; and taking the step back gives the source, but for rounding."""
+    def verify(self, folder: Path, *, logits: bool) -> Verification:
+        """Check that the target holds the planned sums, and that reversing them gives the source, except for rounding."""
         written = open_meta_model(folder)
         planned = {item.name: item for item in super().tensors()}
         require_same_names(
@@ -86,7 +86,9 @@ class DeltaLayout(OriginalLayout):
                 found = self._sum(name, item.dtype, -self.sign, found)
             largest = max(largest, largest_difference(found, expected))
             num_bytes += item.num_bytes
-        return TensorComparison(len(planned), num_bytes, largest), None
+        return Verification(TensorComparison(len(planned), num_bytes, largest))
 
     def notes(self) -> list[str]:
-        return ["the difference above is of the source and the step taken back: sums round; --dtype fp32 rounds less"]
+        return [
+            "the difference above is between the source and the reversed sum, since sums round; --dtype fp32 rounds less"
+        ]

@@ -1,6 +1,6 @@
-"""The projector alone: a folder with config.json and `mm_projector.bin`, as a pretraining run leaves it.
+"""The projector alone: a folder with config.json and `mm_projector.bin`, as pretraining leaves it.
 
-In: a `Source`. Out: a folder that loads beside a base model, or one file of the projector's tensors.
+In: a `Source`. Out: a folder that loads with a base model, or one file of the projector's tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.convert.source import Source, config_for, open_source
-from llava.convert.verify import LogitComparison, TensorComparison, VerificationError, require_same_names, rounding
+from llava.convert.verify import TensorComparison, Verification, VerificationError, require_same_names, rounding
 from llava.convert.writer import ByteProgress, PlannedTensor, write_json
 from llava.errors import InputError
 from llava.files import STAGING, flush, refuse_existing
@@ -23,7 +23,7 @@ PROJECTOR_FILE = PROJECTOR_FILES[1]
 
 
 class ProjectorLayout:
-    """What a target with a projector alone consists of."""
+    """A target that holds the projector alone."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -43,8 +43,8 @@ class ProjectorLayout:
         progress.add(self.num_bytes)
         write_json(folder / "config.json", config_for(self.source, {"tune_mm_mlp_adapter": True}))
 
-    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
-        return verify_projector_file(self.source, self.tensors(), folder / PROJECTOR_FILE), None
+    def verify(self, folder: Path, *, logits: bool) -> Verification:
+        return Verification(verify_projector_file(self.source, self.tensors(), folder / PROJECTOR_FILE))
 
     def notes(self) -> list[str]:
         return [
@@ -72,7 +72,12 @@ def verify_projector_file(source: Source, tensors: list[PlannedTensor], file: Pa
 
 
 def extract_mm_projector(model_path: str, output: str) -> TensorComparison:
-    """Write the projector's tensors of a model folder, however that stores them, into one new file."""
+    """Write the projector's tensors of a model folder, in whatever layout, to one new file.
+
+    Args:
+        model_path: A model folder or hub repository.
+        output: The `.bin` file to write; it must not exist. It appears complete or not at all.
+    """
     file = Path(output)
     refuse_existing(file)
     source = open_source(model_path)
@@ -81,9 +86,9 @@ def extract_mm_projector(model_path: str, output: str) -> TensorComparison:
     begun = file.with_name(f"{STAGING}{file.name}")
     try:
         save(tensors, begun)
-        proof = verify_projector_file(source, tensors, begun)
+        comparison = verify_projector_file(source, tensors, begun)
         flush(begun)
         os.rename(begun, file)
     finally:
         begun.unlink(missing_ok=True)
-    return proof
+    return comparison

@@ -26,7 +26,7 @@ from llava.model.config import is_multimodal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llava.convert.layouts.transformers import TransformersLayout
+    from llava.convert.layouts.hf import HFLayout
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +115,11 @@ def companion(path: str | Path) -> Path:
     return target
 
 
-def open_layout(folder: Path) -> TransformersLayout:
-    from llava.convert.layouts.transformers import TransformersLayout
+def open_layout(folder: Path) -> HFLayout:
+    from llava.convert.layouts.hf import HFLayout
     from llava.convert.source import open_source
 
-    return TransformersLayout(open_source(folder))
+    return HFLayout(open_source(folder))
 
 
 def converted_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,8 @@
 """The layout of transformers' own classes: LlavaForConditionalGeneration, or LlavaNextForConditionalGeneration for tiles.
 
-In: a `Source`. Out: the planned tensors of a target, its config, processor, tokenizer and chat template; or the feature of
-the model that the layout cannot express. The image becomes a token of the vocabulary, whose tables are padded to a multiple
-of 64 rows. Reading this layout is the work of llava/model/checkpoints/hf_layout.py.
+In: a `Source`. Out: the planned tensors of a target, its config, processor, tokenizer and chat template; or an error that
+names the feature which the layout cannot express. The image becomes a token of the vocabulary, whose tables are padded to a
+multiple of 64 rows. This layout is read by model/checkpoints/hf_layout.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
-from llava.convert.source import KEPT, VERBATIM, Source, copy_files, stored_dtype
+from llava.convert.options import NAME_VERSIONS
+from llava.convert.source import ORIGINAL_FILES, TOKENIZER_SET, Source, copy_files, stored_dtype
 from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
-from llava.convert.verify import LogitComparison, TensorComparison, verify_folder
+from llava.convert.verify import Verification, verify_folder
 from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_shards
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import SELECT_FEATURES
@@ -29,9 +30,9 @@ from llava.model.tokenizer_setup import context_len
 
 VOCABULARY_MULTIPLE = 64
 
-# How tensors are called, by the version of transformers that writes them so. All readers (every later version, vLLM) take
-# the first kind, which is that of the published checkpoints.
-NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+# Tensor names by the version of transformers that writes them. All readers (every later version, vLLM) accept the first,
+# which is that of the published checkpoints.
+NAME_RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "4.36": (
         (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
         (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -39,7 +40,7 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^model\.image_newline$", "image_newline"),
         (r"^", "language_model."),
     ),
-    # What a training loop of these versions leaves that saves a state dict.
+    # What these versions write for a plain state dict.
     "4.52": (
         (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
         (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -56,20 +57,19 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^", "language_model."),
     ),
 }
-DEFAULT_NAMES = "4.36"
 
 
-class TransformersLayout:
-    """What a target in transformers' layout consists of."""
+class HFLayout:
+    """A target in transformers' layout."""
 
     processor_classes: ClassVar[dict[bool, str]] = {False: "LlavaProcessor", True: "LlavaNextProcessor"}
 
-    def __init__(self, source: Source, *, names: str = DEFAULT_NAMES, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, source: Source, *, names: str = NAME_VERSIONS[0], shard_bytes: int = SHARD_BYTES) -> None:
         self.source = source
         self.shard_bytes = shard_bytes
-        self.rules = NAMES[names]
+        self.rules = NAME_RULES[names]
         self.is_next = source.settings.image.mode == "anyres"
-        _refuse_what_it_cannot_say(source)
+        _check_expressible(source)
         self.tokenizer = convert_tokenizer(source.tokenizer)
         self.image_token = self.tokenizer.token_to_id(DEFAULT_IMAGE_TOKEN)
         self.differences: list[Difference] = differences(source.tokenizer, self.tokenizer)
@@ -100,7 +100,7 @@ class TransformersLayout:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the vocabulary's tables: enough for the new tokens, padded as the published conversions are."""
+        """Rows of the embedding tables: enough for the new tokens, padded as in the published conversions."""
         rows = next(self.source.shape(name)[0] for name in self.source.names if self.source.is_vocabulary(name))
         needed = self.tokenizer.get_vocab_size()
         return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -134,7 +134,7 @@ class TransformersLayout:
         return values
 
     def text_config(self) -> dict[str, Any]:
-        """The language model's own keys, the position encoding in the words of all versions."""
+        """The language model's own keys, with the position encoding under the keys of every version."""
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -156,7 +156,7 @@ class TransformersLayout:
         }
 
     def _pinpoints(self) -> list[list[int]]:
-        """Heights stand first in this layout."""
+        """Grid pinpoints as (height, width), the order of this layout."""
         return [[height, width] for width, height in self.source.policy.pinpoints]
 
     # Files
@@ -169,7 +169,7 @@ class TransformersLayout:
         write_shards(folder, self.tensors(), shard_bytes=self.shard_bytes, progress=progress)
         self.write_small_files(folder)
 
-    def verify(self, folder: Path, *, logits: bool) -> tuple[TensorComparison, LogitComparison | None]:
+    def verify(self, folder: Path, *, logits: bool) -> Verification:
         return verify_folder(self.source, folder, logits=logits)
 
     def write_small_files(self, folder: Path) -> None:
@@ -178,21 +178,21 @@ class TransformersLayout:
         save_tokenizer(self.tokenizer, source.tokenizer, folder)
         write_json(folder / "preprocessor_config.json", self.image_processor())
         write_json(folder / "processor_config.json", self.processor())
-        # Two homes of the same text: versions since 4.50, and those before.
+        # Versions since 4.50 read the first file, older ones the second.
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         write_json(folder / "chat_template.json", {"chat_template": template})
         source.copy_generation_config(folder)
         if not source.is_restored and source.info.kind != "transformers":
-            # What leads back to the same files: this layout has no words for some of it.
-            copy_files(source.tokenizer_folder, folder / KEPT, VERBATIM)
-            write_json(folder / KEPT / "config.json", dict(source.config))
+            # Kept for converting back: this layout has no keys for some of it.
+            copy_files(source.tokenizer_folder, folder / ORIGINAL_FILES, TOKENIZER_SET)
+            write_json(folder / ORIGINAL_FILES / "config.json", dict(source.config))
         write_json(folder / "config.json", self.config())
 
     def chat_template(self) -> str:
         return chat_template(self.source.conv_mode, image_placeholder(self.source.settings.tokens.use_im_start_end))
 
     def processor(self) -> dict[str, Any]:
-        tower = self.source.model.get_vision_tower()
+        tower = self.source.tower
         return {
             "image_token": DEFAULT_IMAGE_TOKEN,
             "num_additional_image_tokens": int(tower.has_class_token),
@@ -202,7 +202,7 @@ class TransformersLayout:
         }
 
     def image_processor(self) -> dict[str, Any]:
-        """The tower's processor; padding and tiles are the work of two others, which know its keys too."""
+        """The tower's image processor; for padding and tiles the class is one of LLaVA's, which has the same keys."""
         values: dict[str, Any] = self.source.image_processor.to_dict()
         values["processor_class"] = self.processor_classes[self.is_next]
         mode = self.source.settings.image.mode
@@ -213,7 +213,7 @@ class TransformersLayout:
         return values
 
     def notes(self) -> list[str]:
-        """What a user should know of a result that is not wrong."""
+        """Properties of the target that a user should know."""
         notes = [f"the tokenizer decodes {d.text!r} to other text: {d.theirs!r}" for d in self.differences]
         if self.source.settings.image.mode == "pad":
             notes.append("images are padded by LlavaImageProcessor, which transformers has since 4.49")
@@ -221,15 +221,15 @@ class TransformersLayout:
 
 
 def pad_rows(table: Tensor, num_rows: int) -> Tensor:
-    """New rows are the mean of the others: as outputs they are never likelier than the likeliest of those."""
+    """Append rows that are the mean of the others, whose logits are never above the largest of those."""
     mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
     return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
 
 
-def _refuse_what_it_cannot_say(source: Source) -> None:
-    settings, tower = source.settings, source.model.get_vision_tower()
+def _check_expressible(source: Source) -> None:
+    settings, tower = source.settings, source.tower
     select = SELECT_FEATURES.get(tower.config.model_type, {})
-    cannot: Mapping[str, bool] = {
+    unsupported: Mapping[str, bool] = {
         f"a projector of type {settings.projector.type!r}": settings.projector.type != "mlp2x_gelu",
         f"a language model of type {source.info.language_model!r}": source.prefix != "model.",
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
@@ -241,6 +241,6 @@ def _refuse_what_it_cannot_say(source: Source) -> None:
         "mm_patch_merge_type 'spatial_unpad' without tiles": settings.image.mode != "anyres"
         and settings.image.merge == "spatial_unpad",
     }
-    feature = next((feature for feature, is_there in cannot.items() if is_there), None)
+    feature = next((feature for feature, is_there in unsupported.items() if is_there), None)
     if feature is not None:
         raise InputError(f"the transformers layout cannot express {feature}, which {source.folder} has")
