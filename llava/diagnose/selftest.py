@@ -16,7 +16,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_loading_flags
@@ -210,7 +210,7 @@ def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
     with tempfile.TemporaryDirectory() as scratch:
         sample_image().save(Path(scratch) / "drawing.png")
         questions = (f"<image>\n{QUESTION}", "Where is the Pantheon?")
-        records: list[dict[str, Any]] = [
+        records: list[dict[str, object]] = [
             {"id": question, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
             for question, answer in zip(questions, ANSWERS, strict=True)
         ]

@@ -7,9 +7,9 @@ weights only headers are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation, answer_end, conv_templates, get_template
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
@@ -18,6 +18,9 @@ from llava.errors import InputError
 from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
 from llava.model import tokenizer_setup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE = "The star is yellow."
 QUESTION, ANSWER = "What colour is the star?", "It is yellow."
@@ -86,7 +89,7 @@ def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     yield from judge_template(tokenizer, get_template(name), name)
 
 
-def judge_template(tokenizer: Any, template: Conversation, name: str) -> Iterator[DoctorFinding]:
+def judge_template(tokenizer: PreTrainedTokenizerBase, template: Conversation, name: str) -> Iterator[DoctorFinding]:
     """Check a template against a tokenizer: its end text is a token, and the chat template frames turns alike."""
     end = answer_end(template)
     looks_like_token = end.startswith("<") and end.endswith(">")
@@ -125,7 +128,9 @@ def _rendered(template: Conversation, turns: list[dict[str, str]]) -> str:
     return conversation.get_prompt()
 
 
-def _framing(render: Any, tokenizer: Any) -> tuple[str, str, str] | None:
+def _framing(
+    render: Callable[[list[dict[str, str]]], str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str, str] | None:
     """Return the text before a later question, between question and answer, and at the end of a dialogue."""
     if not tokenizer.chat_template:
         return None
@@ -186,7 +191,7 @@ def _holds_own_tokenizer(checkpoint: ExaminedCheckpoint) -> bool:
     return tokenizer_folder(checkpoint) == checkpoint.folder
 
 
-def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> Iterator[DoctorFinding]:
+def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBase, end: str) -> Iterator[DoctorFinding]:
     stops = set(_as_list(checkpoint.values.get("eos_token_id")))
     file = checkpoint.folder / "generation_config.json"
     if file.is_file():
@@ -209,7 +214,9 @@ def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> Iter
         )
 
 
-def _special_marks(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> Iterator[DoctorFinding]:
+def _special_marks(
+    checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBase, end: str
+) -> Iterator[DoctorFinding]:
     vocabulary = tokenizer.get_vocab()
     left = {
         mark: text
@@ -226,8 +233,8 @@ def _special_marks(checkpoint: ExaminedCheckpoint, tokenizer: Any, end: str) -> 
         )
 
 
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def check_vocabulary(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:

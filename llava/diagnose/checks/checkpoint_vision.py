@@ -7,8 +7,9 @@ mm_hidden_size, and the input width of the stored projector. The one that differ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
@@ -19,6 +20,7 @@ from llava.images.layout import image_mode, parse_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import MLP_NAME, PROJECTORS
 
 PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
@@ -27,7 +29,7 @@ PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
 def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check the values of config.json that this package reads, each by itself."""
     values = checkpoint.values
-    readings: tuple[tuple[str, str, Any], ...] = (
+    readings: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
         ("image-mode", "image_aspect_ratio", image_mode),
         ("pinpoints", "image_grid_pinpoints", parse_pinpoints),
     )
@@ -119,7 +121,9 @@ def _tower_folder(checkpoint: ExaminedCheckpoint) -> str:
     return resolve_vision_tower(name, checkpoint_folder=beside, download=False)
 
 
-def _tower_parts(checkpoint: ExaminedCheckpoint, view: Any, described: dict[str, Any]) -> Iterator[DoctorFinding]:
+def _tower_parts(
+    checkpoint: ExaminedCheckpoint, view: SimpleNamespace, described: dict[str, Any]
+) -> Iterator[DoctorFinding]:
     from llava.images.image_processor import ClipImageProcessor
     from llava.model.multimodal_encoder.builder import TOWER_CLASSES, build_vision_tower
 
@@ -167,7 +171,7 @@ def _tower_parts(checkpoint: ExaminedCheckpoint, view: Any, described: dict[str,
             )
 
 
-def tower_of(checkpoint: ExaminedCheckpoint) -> Any:
+def tower_of(checkpoint: ExaminedCheckpoint) -> CLIPVisionTower:
     """Return the tower that `check_tower` built, without weights."""
     if "tower" not in checkpoint.extras:
         raise CheckSkipped("it is a language model without a vision tower")

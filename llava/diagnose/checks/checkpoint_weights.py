@@ -10,7 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, ExaminedCheckpoint
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
@@ -125,7 +125,7 @@ def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check for NaN, infinity, impossibly large numbers, and parts that are all zero."""
     import torch
 
-    by_file: dict[Any, list[TensorHeader]] = {}
+    by_file: dict[Path, list[TensorHeader]] = {}
     tensors = {**checkpoint.tensors, **checkpoint.info.adapter}
     if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading ignores
         tensors = {name: header for name, header in tensors.items() if TOWER_INFIX not in name}

@@ -308,7 +308,7 @@ class CheckSkipped(Exception):
     """Raised by a check that cannot run here; the message is the reason."""
 
 
-def found(code: str, what: str, remedy: str, *, fix: Fix | None = None, **evidence: Any) -> DoctorFinding:
+def found(code: str, what: str, remedy: str, *, fix: Fix | None = None, **evidence: object) -> DoctorFinding:
     """Make a finding; its code is a key of `CAUSES`."""
     assert code in CAUSES, code
     return DoctorFinding(code, what, evidence, remedy, fix)

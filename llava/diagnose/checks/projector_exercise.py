@@ -11,8 +11,9 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.diagnose.checks.sample_image import QUESTION
 from llava.diagnose.tracer.record import SelfTestItem
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava.model.builder import LoadedModel
+    from llava.model.protocols import LlavaModel
+    from llava.train.llava_trainer import LLaVATrainer
 
 TYPE = "mlp3x_gelu"
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
@@ -104,7 +107,7 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     item.check("run", bool(answer.strip()), f"asked {QUESTION!r} about a red circle, it says {answer!r}")
 
 
-def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
+def _trainer(path: str, scratch: Path, *, steps: int) -> LLaVATrainer:
     """Build the trainer of a projector run on drawn shapes, as `llava train` does."""
     from llava.diagnose.tracer.training import run_arguments
     from llava.train.arguments import parse_train_args
@@ -137,7 +140,7 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> Any:
     return build_trainer(*parse_train_args(argv))
 
 
-def _replace_projector(model: Any) -> None:
+def _replace_projector(model: LlavaModel) -> None:
     """Replace the projector as a run that starts from a language model does for `--mm_projector_type`."""
     from llava.model.multimodal_projector.builder import build_vision_projector
 
@@ -146,12 +149,12 @@ def _replace_projector(model: Any) -> None:
     model.get_model().mm_projector = build_vision_projector(model.config).to(device=old.device, dtype=old.dtype)
 
 
-def _shapes(model: Any) -> dict[str, list[int]]:
+def _shapes(model: LlavaModel) -> dict[str, list[int]]:
     named = model.get_model().mm_projector.named_parameters()
     return {name: list(tensor.shape) for name, tensor in named if name.endswith("weight")}
 
 
-def _loss(model: Any, batch: dict[str, Any]) -> float:
+def _loss(model: LlavaModel, batch: Mapping[str, object]) -> float:
     import torch
 
     move = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from llava.processor import ModelInputs
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
+    from llava.model.protocols import LlavaModel
 
 LARGEST_HALF = 65504.0
 # Share of the logits' standard deviation: rounding stays below it, wrong positions or masks do not.
@@ -98,14 +99,14 @@ def _check_padding(loaded: LoadedModel, short: ModelInputs) -> Iterator[DoctorFi
         )
 
 
-def _last_logits(model: Any, inputs: ModelInputs) -> Tensor:
+def _last_logits(model: LlavaModel, inputs: ModelInputs) -> Tensor:
     ids = inputs.input_ids[None].to(model.device)
     if not inputs.pixels:
         return model(input_ids=ids).logits[0, -1].float()
     return model(input_ids=ids, images=inputs.images, image_sizes=inputs.image_sizes).logits[0, -1].float()
 
 
-def _first_step(loaded: LoadedModel, ids: Tensor, **arguments: Any) -> Tensor:
+def _first_step(loaded: LoadedModel, ids: Tensor, **arguments: object) -> Tensor:
     """Return the logits from which `generate` chooses the first new token, (batch, vocabulary)."""
     end = loaded.tokenizer.eos_token_id
     output = loaded.model.generate(

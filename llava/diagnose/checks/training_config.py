@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation, conv_templates
 from llava.data.check import collect
@@ -39,6 +39,10 @@ from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_to
 from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
 
+if TYPE_CHECKING:
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
 FORMS = "set data_path to a .json, .jsonl or .parquet file of samples, or to a mixture"
 # Samples of each file that are read with their images.
 SAMPLES = 200
@@ -57,11 +61,11 @@ class ExaminedRun:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.model: Any = None
-        self.data: Any = None
-        self.training: Any = None
+        self.model: ModelArguments
+        self.data: DataArguments
+        self.training: TrainingArguments
         self.fp16 = False
-        self.tower: Any = None
+        self.tower: CLIPVisionTower | None = None
 
     @cached_property
     def base(self) -> ExaminedCheckpoint:

@@ -11,16 +11,17 @@ shows what would have changed it. Neither proves a cause.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava.diagnose.tracer.generation import TracedAnswer
 from llava.diagnose.tracer.hooks_sequence import decoder_layers, segments
+from llava.images.layout import ImageSize
+from llava.model.protocols import LlavaModel
 
 # Answer tokens with relevance, at most: each needs a backward pass.
 MOST_GRADIENTS = 32
@@ -45,7 +46,7 @@ class AttentionViews:
 def compute_views(traced: TracedAnswer, *, gradients: bool = True) -> AttentionViews | None:
     """Compute the views, relevance only with `gradients`. Return None without an image or an answer."""
     answer = traced.answer
-    if answer is None or not answer.token_ids or not traced.record.layouts:
+    if answer is None or traced.pixels is None or not answer.token_ids or not traced.record.layouts:
         return None
     lengths = [layout.num_features for layout in traced.record.layouts]
     before = segments(traced.ids, lengths)
@@ -65,7 +66,7 @@ def compute_views(traced: TracedAnswer, *, gradients: bool = True) -> AttentionV
     model = traced.loaded.model
     ids = torch.tensor([[*traced.ids, *answer.token_ids[:-1]]], device=model.device)
     images = traced.pixels if isinstance(traced.pixels, Tensor) else list(traced.pixels)
-    sizes = [tuple(layout.size) for layout in traced.record.layouts]
+    sizes = [layout.size for layout in traced.record.layouts]
 
     with torch.no_grad(), _capture_attention(model) as weights:
         logits = model(input_ids=ids, images=images, image_sizes=sizes, use_cache=False).logits[0].float()
@@ -89,7 +90,7 @@ def _agreement(traced: TracedAnswer, logits: Tensor) -> float | None:
 
 
 @contextmanager
-def _capture_attention(model: Any) -> Iterator[list[Tensor]]:
+def _capture_attention(model: LlavaModel) -> Iterator[list[Tensor]]:
     """Collect the attention weights of every layer (T, T), averaged over heads, of passes within the block."""
     weights: list[Tensor] = []
     before = model.config._attn_implementation
@@ -120,12 +121,19 @@ def _capture_attention(model: Any) -> Iterator[list[Tensor]]:
 
 
 def _relevance(
-    model: Any, ids: Tensor, images: Any, sizes: Any, steps: list[int], token_ids: tuple[int, ...], places: Tensor
+    model: LlavaModel,
+    ids: Tensor,
+    images: Tensor | list[Tensor],
+    sizes: Sequence[ImageSize],
+    steps: list[int],
+    token_ids: tuple[int, ...],
+    places: Tensor,
 ) -> Tensor:
     """Return |gradient x feature| of each image feature for the log-probability of each answer token (R', F)."""
     with torch.no_grad():
         batch = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images, sizes)
         embeds = batch[4]
+    assert embeds is not None
     embeds = embeds.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = model(inputs_embeds=embeds, use_cache=False).logits[0].float()

@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+from PIL import Image
+from torch import Tensor
 
 from llava import processor as processor_module
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation, answer_end, get_template
+from llava.conversation import Conversation, Span, answer_end, get_template
 from llava.diagnose.tracer.hooks import install_hooks, wrap
 from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
 from llava.engine.hf_engine import Answer, Sampling
 from llava.engine.request import PromptSize
-from llava.images.layout import ImageLayout, ImagePolicy
+from llava.images.image_processor import ImageProcessor
+from llava.images.layout import ImageLayout, ImagePolicy, ImageSize
 from llava.model.builder import LoadedModel
 from llava.session import LoadedImage, Session
+from llava.text.tokenization import Tokenizer
 
 SPECIAL_TEXTS = (
     DEFAULT_IM_START_TOKEN,
@@ -33,6 +38,9 @@ SPECIAL_TEXTS = (
 )
 SHOWN_IDS = 20
 
+# One tensor (images, 3, H, W), or a list of each image's tiles (tiles, 3, H, W).
+Pixels: TypeAlias = Tensor | list[Tensor]
+
 
 @dataclass
 class TracedAnswer:
@@ -43,7 +51,7 @@ class TracedAnswer:
     question: str
     images: Sequence[LoadedImage]
     ids: list[int] = field(default_factory=list)
-    pixels: Any = None
+    pixels: Pixels | None = None
     answer: Answer | None = None
 
 
@@ -128,18 +136,18 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
     """Record the calls of the functions with which the processor makes the model's inputs."""
     record = traced.record
 
-    def on_ids(result: Any, spans: Any, tokenizer: Any, **_: Any) -> None:
+    def on_ids(result: tuple[list[int], list[int]], spans: Sequence[Span], tokenizer: Tokenizer, **_: object) -> None:
         ids, _labels = result
         traced.ids = list(ids)
         record_prompt(record, spans)
         record_ids(record, ids, tokenizer)
 
-    def on_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
+    def on_pixels(pixels: Pixels, images: Sequence[Image.Image], image_processor: ImageProcessor, config: Any) -> None:
         traced.pixels = pixels
         if len(images):
             record_pixels(record, pixels, config.image_aspect_ratio, traced.loaded.image_processor)
 
-    def on_layout(layout: ImageLayout, size: Any, policy: Any, **_: Any) -> None:
+    def on_layout(layout: ImageLayout, size: ImageSize, policy: ImagePolicy, **_: object) -> None:
         record.layouts.append(layout)
         record_layouts(record, record.layouts, policy)
 
@@ -170,7 +178,7 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
 # Points of both answering and training
 
 
-def record_prompt(record: Trace, spans: Any) -> None:
+def record_prompt(record: Trace, spans: Sequence[Span]) -> None:
     obs = Observation("prompt")
     text = "".join(span.text for span in spans)
     num_placeholders = text.count("<image>")
@@ -180,7 +188,7 @@ def record_prompt(record: Trace, spans: Any) -> None:
     record.add(obs, prompt=text, spans=spans)
 
 
-def record_ids(record: Trace, ids: Sequence[int], tokenizer: Any) -> None:
+def record_ids(record: Trace, ids: Sequence[int], tokenizer: Tokenizer) -> None:
     obs = Observation("input_ids")
     tokens = ["<image>" if token == IMAGE_TOKEN_INDEX else tokenizer.convert_ids_to_tokens(token) for token in ids]
     num_placeholders = sum(token == IMAGE_TOKEN_INDEX for token in ids)
@@ -200,7 +208,7 @@ def record_ids(record: Trace, ids: Sequence[int], tokenizer: Any) -> None:
     record.add(obs, input_ids=ids, tokenizer=tokenizer)
 
 
-def record_pixels(record: Trace, pixels: Any, mode: str, image_processor: Any) -> None:
+def record_pixels(record: Trace, pixels: Pixels, mode: str, image_processor: ImageProcessor) -> None:
     obs = Observation("pixels")
     each = [tensor_stats(image) for image in pixels]
     is_list = isinstance(pixels, list)
@@ -217,7 +225,7 @@ def record_pixels(record: Trace, pixels: Any, mode: str, image_processor: Any) -
     record.add(obs, pixels=pixels, image_processor=image_processor)
 
 
-def record_layouts(record: Trace, layouts: Sequence[ImageLayout], policy: Any) -> None:
+def record_layouts(record: Trace, layouts: Sequence[ImageLayout], policy: ImagePolicy) -> None:
     obs = Observation("image")
     obs.facts = {"policy": {"mode": policy.mode, "merge": policy.merge, "tile_size": policy.tile_size}, "images": []}
     for number, layout in enumerate(layouts):
@@ -255,6 +263,7 @@ def _sum_of_features(layout: ImageLayout, policy: ImagePolicy) -> str:
 
 def _record_text(record: Trace, answer: Answer, end: str) -> None:
     tokenizer = record.tokenizer
+    assert tokenizer is not None
     raw = tokenizer.decode(list(answer.token_ids))
     left = [
         text for text in {*SPECIAL_TEXTS, *tokenizer.all_special_tokens, end} if text.strip() and text in answer.text

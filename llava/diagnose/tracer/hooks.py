@@ -19,10 +19,12 @@ from llava.diagnose.tracer.hooks_sequence import generate_hook, hook_language_mo
 from llava.diagnose.tracer.hooks_vision import hook_projector, hook_tower, image_features_hook, pixels_hook
 from llava.diagnose.tracer.record import Trace
 from llava.errors import InputError
+from llava.model.protocols import LlavaModel
+from llava.text.tokenization import Tokenizer
 
 
 @contextmanager
-def trace(model: Any, tokenizer: Any = None, *, break_at: str | None = None) -> Iterator[Trace]:
+def trace(model: LlavaModel, tokenizer: Tokenizer | None = None, *, break_at: str | None = None) -> Iterator[Trace]:
     """Record every forward pass of a LLaVA model within the block.
 
     Args:
@@ -51,7 +53,7 @@ def install_hooks(record: Trace) -> Iterator[None]:
             stack.callback(handle.remove)
 
         if tower is not None:
-            keep(tower.register_forward_pre_hook(pixels_hook(record)))
+            keep(tower.register_forward_pre_hook(pixels_hook(record, tower.tile_size)))
             for module in (tower, inner.mm_projector):
                 _time(record, module, "vision tower" if module is tower else "projector", keep)
             hook_tower(record, tower, keep)  # after the timers, so that the hook's own work is not timed

@@ -7,14 +7,24 @@ In: a `Trace` and the modules. Out: hooks, which hooks.py installs. Images befor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.tracer.record import Observation, Trace, check_finite, describe_stats, is_finite, tensor_stats
+from llava.diagnose.tracer.record import (
+    Facts,
+    Observation,
+    Trace,
+    check_finite,
+    describe_stats,
+    is_finite,
+    tensor_stats,
+)
+from llava.model.protocols import InnerModel
+from llava.model.splice import PaddedBatch
 
 # Names of the list of decoder layers in transformers' language models.
 LAYER_LISTS = ("layers", "blocks", "h")
@@ -22,9 +32,9 @@ CANDIDATES = 5
 FIRST_TOKENS = 8
 
 
-def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]:
+def segments(ids: list[int], feature_lengths: list[int]) -> list[Facts]:
     """Split a sequence into segments of text and images, with their positions before and after the splice."""
-    found: list[dict[str, Any]] = []
+    found: list[Facts] = []
     position, image = 0, 0
     for place, token in enumerate(ids):
         is_image = token == IMAGE_TOKEN_INDEX
@@ -33,7 +43,7 @@ def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]
             found[-1]["ids"].append(token)
             found[-1]["stop"] += 1
         else:
-            entry: dict[str, Any] = {"kind": "image" if is_image else "text", "from_id": place, "start": position}
+            entry: Facts = {"kind": "image" if is_image else "text", "from_id": place, "start": position}
             entry["stop"] = position + length
             entry |= {"image": image} if is_image else {"ids": [token]}
             found.append(entry)
@@ -44,7 +54,13 @@ def segments(ids: list[int], feature_lengths: list[int]) -> list[dict[str, Any]]
 
 def splice_hook(record: Trace) -> Callable[..., None]:
     def hook(
-        batch: Any, input_ids: Tensor, attention_mask: Any, labels: Any, images: Any, image_sizes: Any, **how: Any
+        batch: PaddedBatch,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: object,
+        sizes: object,
+        **how: Any,
     ) -> None:
         obs = Observation("splice")
         lengths = iter(record.feature_lengths)
@@ -76,8 +92,8 @@ def splice_hook(record: Trace) -> Callable[..., None]:
 
 
 def _row_of_splice(
-    obs: Observation, number: int, ids: list[int], lengths: list[int], batch: Any, labelled: bool, num_rows: int
-) -> dict[str, Any]:
+    obs: Observation, number: int, ids: list[int], lengths: list[int], batch: PaddedBatch, labelled: bool, num_rows: int
+) -> Facts:
     """Record one sequence: its segments, its length beside the sum of their lengths, positions, and labels at images."""
     name = f"row {number + 1} " if num_rows > 1 else ""
     mask = batch.mask[number]
@@ -99,7 +115,7 @@ def _row_of_splice(
         in_order,
         f"0 to {found - 1}, one after another" if in_order else f"{positions[:8].tolist()} ...",
     )
-    facts: dict[str, Any] = {"text": text, "images": lengths, "expected": total, "length": found, "segments": parts}
+    facts: Facts = {"text": text, "images": lengths, "expected": total, "length": found, "segments": parts}
     if labelled and batch.labels is not None:
         own = batch.labels[number][mask]
         trained = int((own != IGNORE_INDEX).sum())
@@ -118,22 +134,22 @@ def _row_of_splice(
 # Language model
 
 
-def decoder_layers(inner: Any) -> Any:
+def decoder_layers(inner: InnerModel) -> Sequence[nn.Module]:
     """Return a language model's list of layers; empty if it has none under a known name."""
     return next(
         (getattr(inner, name) for name in LAYER_LISTS if isinstance(getattr(inner, name, None), nn.ModuleList)), []
     )
 
 
-def hook_language_model(record: Trace, inner: Any, keep: Callable[[RemovableHandle], None]) -> None:
-    state: dict[str, Any] = {}
+def hook_language_model(record: Trace, inner: InnerModel, keep: Callable[[RemovableHandle], None]) -> None:
+    state: Facts = {}
 
-    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin(module: nn.Module, args: tuple[Tensor, ...], kwargs: Facts) -> None:
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
         length = embeds.shape[1] if embeds is not None else ids.shape[1] if ids is not None else 1
         state.update(start=record.clock(), is_prompt=length > 1, layers=[], takes=embeds)
 
-    def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def end(module: nn.Module, args: object, kwargs: object, output: Sequence[Tensor]) -> None:
         record.end_stage(
             "language model: prompt" if state["is_prompt"] else "language model: one token", state["start"]
         )
@@ -141,7 +157,7 @@ def hook_language_model(record: Trace, inner: Any, keep: Callable[[RemovableHand
             record.add(_layers_observation(state), hidden=output[0], layers=state["layers"])
 
     def see_layer(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: object, kwargs: Facts, output: Tensor | tuple[Tensor, ...]) -> None:
             if state.get("is_prompt"):
                 hidden = output[0] if isinstance(output, tuple) else output
                 state["layers"].append(tensor_stats(hidden) | {"largest": float(hidden.detach().abs().max())})
@@ -156,7 +172,7 @@ def hook_language_model(record: Trace, inner: Any, keep: Callable[[RemovableHand
     keep(inner.register_forward_hook(end, with_kwargs=True))
 
 
-def _layers_observation(state: dict[str, Any]) -> Observation:
+def _layers_observation(state: Facts) -> Observation:
     layers = state["layers"]
     obs = Observation("layers", facts={"layers": layers})
     if state["takes"] is not None:
@@ -184,7 +200,7 @@ def _layers_observation(state: dict[str, Any]) -> Observation:
 def logits_hook(record: Trace) -> Callable[..., None]:
     """Record the most probable candidates for each of the first new tokens of the first sequence in the batch."""
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
         obs = record.observations.get("first_tokens") or Observation("first_tokens", facts={"steps": []})
         if len(obs.facts["steps"]) >= FIRST_TOKENS or output.dim() != 3 or not output.shape[1]:
             return
@@ -212,7 +228,7 @@ def logits_hook(record: Trace) -> Callable[..., None]:
 
 
 def generate_hook(record: Trace) -> Callable[..., None]:
-    def hook(output: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any) -> None:
+    def hook(output: object, *inputs: object, **kwargs: object) -> None:
         obs = record.observations.get("limit") or Observation("limit")
         obs.facts["given_to_generate"] = kwargs.get("max_new_tokens")
         obs.add("generate", f"max_new_tokens {kwargs.get('max_new_tokens')}")

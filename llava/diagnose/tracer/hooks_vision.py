@@ -7,41 +7,41 @@ In: a `Trace` and the modules. Out: hooks, which hooks.py installs. The sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava.diagnose.tracer.record import Observation, Trace, check_finite, describe_stats, tensor_stats
-from llava.images.layout import plan
+from llava.diagnose.tracer.record import Facts, Observation, Trace, check_finite, describe_stats, tensor_stats
+from llava.images.layout import ImageSize, plan
+from llava.model.protocols import VisionTower
 
 
-def pixels_hook(record: Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
+def pixels_hook(record: Trace, tile_size: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         images = args[0]
         obs = record.observations.get("pixels") or Observation("pixels")
         facts = tensor_stats(torch.cat([image[None] for image in images]) if isinstance(images, list) else images)
         obs.facts["at_the_tower"] = facts
         obs.rows = [row for row in obs.rows if row.label != "at the tower"]
         obs.add("at the tower", describe_stats(facts))
-        if facts["shape"][-2:] != [record.model.get_vision_tower().tile_size] * 2:
-            obs.check("size", False, f"the tower takes {record.model.get_vision_tower().tile_size} pixels per side")
+        if facts["shape"][-2:] != [tile_size] * 2:
+            obs.check("size", False, f"the tower takes {tile_size} pixels per side")
         record.add(obs, images=images)
 
     return hook
 
 
-def hook_tower(record: Trace, tower: Any, keep: Callable[[RemovableHandle], None]) -> None:
+def hook_tower(record: Trace, tower: VisionTower, keep: Callable[[RemovableHandle], None]) -> None:
     """Record all hidden states of the tower. It stops at the layer that is read, so the whole tower is run once more."""
     pixels: list[Tensor] = []
 
-    def see_pass(module: nn.Module, args: Any) -> None:
+    def see_pass(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         pixels[:] = args[:1]
 
-    def hook(module: nn.Module, args: Any, features: Any) -> None:
-        output = tower.vision_tower(pixels[0], output_hidden_states=True)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], features: Tensor) -> None:
+        output = tower.get_submodule("vision_tower")(pixels[0], output_hidden_states=True)
         states = output.hidden_states
         chosen = tower.hidden_state_index
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
@@ -73,15 +73,15 @@ def hook_tower(record: Trace, tower: Any, keep: Callable[[RemovableHandle], None
 
 
 def hook_projector(record: Trace, projector: nn.Module, keep: Callable[[RemovableHandle], None]) -> None:
-    steps: list[tuple[str, nn.Module, dict[str, Any]]] = []
+    steps: list[tuple[str, nn.Module, Facts]] = []
 
     def see_step(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             steps.append((name, module, tensor_stats(output)))
 
         return hook
 
-    def see_all(module: nn.Module, args: Any, output: Tensor) -> None:
+    def see_all(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         obs = Observation("projector")
         weights = {name: tensor_stats(tensor) for name, tensor in module.named_parameters()}
         obs.facts = {"type": getattr(record.model.config, "mm_projector_type", None), "weights": weights}
@@ -107,7 +107,12 @@ def hook_projector(record: Trace, projector: nn.Module, keep: Callable[[Removabl
 
 
 def image_features_hook(record: Trace) -> Callable[..., None]:
-    def hook(features: list[Tensor], images: Any, image_sizes: Any, **options: Any) -> None:
+    def hook(
+        features: list[Tensor],
+        images: Tensor | list[Tensor],
+        image_sizes: Sequence[ImageSize] | None,
+        **options: object,
+    ) -> None:
         lengths = [len(feature) for feature in features]
         record.feature_lengths = lengths
         obs = Observation("image_features", facts={"lengths": lengths, "images": [tensor_stats(f) for f in features]})

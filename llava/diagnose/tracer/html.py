@@ -9,19 +9,23 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.tracer.hooks_sequence import segments
-from llava.diagnose.tracer.record import POINTS, Trace
+from llava.diagnose.tracer.record import POINTS, Facts, Trace
 from llava.images.layout import feature_boxes, tile_areas
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from llava.diagnose.tracer.attention import AttentionViews
     from llava.diagnose.tracer.generation import TracedAnswer
+    from llava.images.image_processor import ImageProcessor
+    from llava.images.layout import ImageLayout
 
 # Larger images are scaled down to this; boxes stay in the original's pixels.
 SHOWN_SIDE = 1024
@@ -39,7 +43,7 @@ def page_of_answer(traced: TracedAnswer, views: AttentionViews | None) -> str:
     first_answer = len(tokens)
     for step, token in enumerate(answer.token_ids if answer is not None else ()):
         tokens.append(_token(record, token, "answer", f"new token {step + 1}"))
-    data_views: list[dict[str, Any]] = []
+    data_views: list[Facts] = []
     if views is not None:
         for row, (_, index, is_answer) in enumerate(views.rows):
             shown_token = tokens[first_answer + index if is_answer else index]
@@ -67,7 +71,7 @@ def page_of_answer(traced: TracedAnswer, views: AttentionViews | None) -> str:
 
 def page_of_sample(record: Trace) -> str:
     """Render the page of a traced training sample, whose tokens are coloured by loss."""
-    processor = record.model.get_vision_tower().image_processor
+    tower = record.model.get_vision_tower()
     tokens = _prompt_tokens(record, [layout.num_features for layout in record.layouts])
     labels = record["labels"]["labels"]
     losses = iter(record["loss"]["tokens"])
@@ -80,7 +84,7 @@ def page_of_sample(record: Trace) -> str:
         record,
         question=f"Training sample {record['sample']['index']}",
         answer=f"loss {record['loss']['loss']:.4f}",
-        images=_images(record, record.images, record.layouts, processor),
+        images=_images(record, record.images, record.layouts, tower.image_processor if tower is not None else None),
         tokens=tokens,
         views=[],
         candidates=[],
@@ -125,13 +129,15 @@ def _file(name: str) -> str:
 # Images
 
 
-def _images(record: Trace, images: Any, layouts: Any, processor: Any) -> list[dict[str, Any]]:
+def _images(
+    record: Trace, images: Sequence[Image.Image], layouts: Sequence[ImageLayout], processor: ImageProcessor | None
+) -> list[Facts]:
     if not layouts:
         return []
     policy = record.model.image_policy()
     crops = processor is not None and "shortest_edge" in processor.size
     starts = [part["start"] for part in record["splice"]["rows"][0]["segments"] if part["kind"] == "image"]
-    shown: list[dict[str, Any]] = []
+    shown: list[Facts] = []
     first = 0
     for image, layout, start in zip(images, layouts, starts, strict=True):
         boxes = feature_boxes(layout, policy, crops=crops)
@@ -155,7 +161,7 @@ def _images(record: Trace, images: Any, layouts: Any, processor: Any) -> list[di
     return shown
 
 
-def _rounded(box: Any) -> list[float]:
+def _rounded(box: Sequence[float]) -> list[float]:
     return [round(side, 2) for side in box]
 
 
@@ -171,7 +177,7 @@ def _data_url(image: Image.Image) -> str:
 # Tokens
 
 
-def _prompt_tokens(record: Trace, lengths: list[int]) -> list[dict[str, Any]]:
+def _prompt_tokens(record: Trace, lengths: list[int]) -> list[Facts]:
     ids = record["input_ids"]["ids"]
     tokens = []
     for part in segments(ids, lengths):
@@ -187,7 +193,8 @@ def _prompt_tokens(record: Trace, lengths: list[int]) -> list[dict[str, Any]]:
     return tokens
 
 
-def _token(record: Trace, token: int, kind: str, place: str) -> dict[str, Any]:
+def _token(record: Trace, token: int, kind: str, place: str) -> Facts:
+    assert record.tokenizer is not None
     text = _readable(record.tokenizer.convert_ids_to_tokens(token), token)
     return {"text": text, "kind": kind, "title": f"id {token}, {place}", "rows": {}}
 
@@ -200,7 +207,7 @@ def _readable(entry: str | None, token: int) -> str:
     return text
 
 
-def _candidates(steps: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+def _candidates(steps: list[list[Facts]]) -> list[list[Facts]]:
     return [
         [{"text": _readable(entry["text"], entry["id"]), "p": entry["p"]} for entry in step[:SHOWN_CANDIDATES]]
         for step in steps
@@ -217,7 +224,7 @@ def _strongest(views: AttentionViews) -> int:
 # AttentionViews
 
 
-def _views(views: AttentionViews) -> list[dict[str, Any]]:
+def _views(views: AttentionViews) -> list[Facts]:
     """Encode the shares as bytes, each token's largest as 255: the mean over layers first, then every layer."""
     import torch
 
@@ -240,7 +247,7 @@ def _views(views: AttentionViews) -> list[dict[str, Any]]:
     return found
 
 
-def _packed(values: Any) -> dict[str, Any]:
+def _packed(values: Tensor) -> Facts:
     largest = values.amax(-1, keepdim=True).clamp(min=1e-12)
     data = (values / largest * 255).round().byte().numpy().tobytes()
     return {"layers": values.shape[0], "rows": values.shape[1], "data": base64.b64encode(data).decode()}

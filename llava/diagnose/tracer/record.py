@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llava.images.layout import ImageLayout
+    from llava.model.protocols import LlavaModel
+    from llava.text.tokenization import Tokenizer
 
 # JSON content of an observation: numbers, strings, and lists and dicts of them.
 Facts = dict[str, Any]
@@ -220,7 +222,7 @@ class Trace:
         InputError: If there is no such point.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, break_at: str | None = None) -> None:
+    def __init__(self, model: LlavaModel, tokenizer: Tokenizer | None = None, *, break_at: str | None = None) -> None:
         if break_at is not None and break_at not in POINTS:
             raise InputError(f"there is no point {break_at!r} to break at; known: {', '.join(POINTS)}")
         self.model = model
@@ -282,7 +284,7 @@ class Trace:
         }
 
 
-def memory_in_use(model: Any) -> int | None:
+def memory_in_use(model: LlavaModel) -> int | None:
     """Bytes of tensors on the model's GPU; on the CPU, the peak of this process so far."""
     device = getattr(model, "device", None)
     if device is not None and device.type == "cuda":

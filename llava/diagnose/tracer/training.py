@@ -17,19 +17,33 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Span
 from llava.data.formats import image_sources
 from llava.data.image_files import image_label
-from llava.diagnose.tracer.generation import record_cost, record_ids, record_layouts, record_pixels, record_prompt
+from llava.diagnose.tracer.generation import (
+    Pixels,
+    record_cost,
+    record_ids,
+    record_layouts,
+    record_pixels,
+    record_prompt,
+)
 from llava.diagnose.tracer.hooks import install_hooks, wrap
 from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
 from llava.errors import InputError
+from llava.images.image_processor import ImageProcessor
 from llava.images.layout import plan
+from llava.model.protocols import LlavaModel
 from llava.text import labels as labels_module
+from llava.text.tokenization import Tokenizer
 from llava.train import data as data_module
 from llava.train.arguments import parse_train_args
+from llava.train.data import LazySupervisedDataset
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.run import build_trainer
 
 PARTS = {"vision_tower": "vision tower", "mm_projector": "projector", "image_newline": "newline"}
@@ -103,7 +117,7 @@ def run_arguments(
     return [*flags[:1], *usual, *own] if has_file else [*usual, *own]
 
 
-def _step(record: Trace, trainer: Any, index: int) -> None:
+def _step(record: Trace, trainer: LLaVATrainer, index: int) -> None:
     model, args = trainer.model, trainer.args
     record.add(_run_observation(trainer), trainer=trainer)
     _record_sample(record, trainer.train_dataset, index)
@@ -132,12 +146,12 @@ def _step(record: Trace, trainer: Any, index: int) -> None:
 
 
 @contextmanager
-def _hook_data(record: Trace, trainer: Any) -> Iterator[None]:
-    def on_ids(result: Any, spans: Any, tokenizer: Any, **_: Any) -> None:
+def _hook_data(record: Trace, trainer: LLaVATrainer) -> Iterator[None]:
+    def on_ids(result: tuple[list[int], list[int]], spans: Sequence[Span], tokenizer: Tokenizer, **_: object) -> None:
         record_prompt(record, spans)
         record_ids(record, result[0], tokenizer)
 
-    def on_pixels(pixels: Any, images: Any, image_processor: Any, config: Any) -> None:
+    def on_pixels(pixels: Pixels, images: Sequence[Image.Image], image_processor: ImageProcessor, config: Any) -> None:
         record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
         record.images += images
         policy = record.model.image_policy()
@@ -150,7 +164,7 @@ def _hook_data(record: Trace, trainer: Any) -> Iterator[None]:
         yield
 
 
-def _run_observation(trainer: Any) -> Observation:
+def _run_observation(trainer: LLaVATrainer) -> Observation:
     model, args = trainer.model, trainer.args
     obs = Observation("arguments")
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -183,7 +197,7 @@ def part_of(name: str) -> str:
     return next((part for key, part in PARTS.items() if key in name), "language model")
 
 
-def _record_sample(record: Trace, dataset: Any, index: int) -> None:
+def _record_sample(record: Trace, dataset: LazySupervisedDataset, index: int) -> None:
     samples = dataset.list_data_dict
     part, row = samples.locate(index)
     sample = part.file[row]
@@ -207,12 +221,14 @@ def _record_sample(record: Trace, dataset: Any, index: int) -> None:
     record.add(obs, sample=sample)
 
 
-def _record_labels(record: Trace, item: dict[str, Any]) -> None:
+def _record_labels(record: Trace, item: dict[str, torch.Tensor]) -> None:
+    tokenizer = record.tokenizer
+    assert tokenizer is not None
     ids, labels = item["input_ids"].tolist(), item["labels"].tolist()
     obs = Observation("labels", facts={"input_ids": ids, "labels": labels})
     trained = sum(label != IGNORE_INDEX for label in labels)
     obs.facts["trained"] = trained
-    obs.add_spans("trained text", trained_spans(ids, labels, record.tokenizer))
+    obs.add_spans("trained text", trained_spans(ids, labels, tokenizer))
     obs.add("count", f"{trained} of {len(ids)} tokens are trained")
     obs.check("something", trained > 0, "there is something to learn" if trained else "every label is -100")
     agree = all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
@@ -222,7 +238,7 @@ def _record_labels(record: Trace, item: dict[str, Any]) -> None:
     record.add(obs, item=item)
 
 
-def trained_spans(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
+def trained_spans(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """Split the text of tokens into (part, is trained)."""
     spans = []
     pairs = zip(ids, labels, strict=True)
@@ -234,7 +250,7 @@ def trained_spans(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> 
     return spans
 
 
-def _record_batch(record: Trace, batch: dict[str, Any]) -> None:
+def _record_batch(record: Trace, batch: dict[str, torch.Tensor]) -> None:
     obs = Observation("batch")
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
@@ -259,6 +275,7 @@ def _record_loss(record: Trace, loss: torch.Tensor, logits: torch.Tensor) -> Non
     each = F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="none")
     places = (labels[1:] != IGNORE_INDEX).nonzero().flatten().tolist()
     values = [float(each[place]) for place in places]
+    assert record.tokenizer is not None
     tokens = [record.tokenizer.convert_ids_to_tokens(int(labels[place + 1])) for place in places]
     obs = Observation("loss")
     obs.facts = {
@@ -282,7 +299,7 @@ def _record_loss(record: Trace, loss: torch.Tensor, logits: torch.Tensor) -> Non
     record.add(obs, loss=loss, logits=logits)
 
 
-def _record_gradients(record: Trace, model: Any) -> None:
+def _record_gradients(record: Trace, model: LlavaModel) -> None:
     obs = Observation("gradients")
     parts: dict[str, dict[str, float]] = {}
     for name, parameter in model.named_parameters():
@@ -305,7 +322,7 @@ def _record_gradients(record: Trace, model: Any) -> None:
     record.add(obs, model=model)
 
 
-def _record_optimizer(record: Trace, optimizer: Any, model: Any) -> None:
+def _record_optimizer(record: Trace, optimizer: torch.optim.Optimizer, model: LlavaModel) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     obs = Observation("optimizer", facts={"class": type(optimizer).__name__, "groups": []})
     for number, group in enumerate(optimizer.param_groups):
