@@ -6,8 +6,9 @@ needs no torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llava.utils import lazy_exports
 
 __version__ = "2.0.0"
 
@@ -23,28 +24,19 @@ if TYPE_CHECKING:
     from llava.processor import Processor
     from llava.session import Session
 
-# Public name -> the module that holds it.
-_HOME = {
-    "Conversation": "llava.conversation",
-    "SeparatorStyle": "llava.conversation",
-    "conv_templates": "llava.conversation",
-    "Engine": "llava.engine.engine",
-    "EngineConfig": "llava.engine.engine",
-    "Request": "llava.engine.request",
-    "SamplingParams": "llava.engine.request",
-    "ScoreRequest": "llava.engine.request",
-    "InputError": "llava.errors",
-    "Sampling": "llava.engine.hf_engine",
-    "stream_answer": "llava.engine.hf_engine",
-    "ImageLimits": "llava.images.io",
-    "trace": "llava.diagnose.tracer.hooks",
-    "load_image": "llava.images.io",
-    "LoadedModel": "llava.model.builder",
-    "load": "llava.model.builder",
-    "load_pretrained_model": "llava.model.builder",
-    "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
-    "Processor": "llava.processor",
-    "Session": "llava.session",
+# The public names, by the module that defines them.
+EXPORTS = {
+    "llava.conversation": ("Conversation", "SeparatorStyle", "conv_templates"),
+    "llava.engine.engine": ("Engine", "EngineConfig"),
+    "llava.engine.request": ("Request", "SamplingParams", "ScoreRequest"),
+    "llava.errors": ("InputError",),
+    "llava.engine.hf_engine": ("Sampling", "stream_answer"),
+    "llava.images.io": ("ImageLimits", "load_image"),
+    "llava.diagnose.tracer.hooks": ("trace",),
+    "llava.model.builder": ("LoadedModel", "load", "load_pretrained_model"),
+    "llava.model.language_model.llava_llama": ("LlavaLlamaForCausalLM",),
+    "llava.processor": ("Processor",),
+    "llava.session": ("Session",),
 }
 __all__ = [
     "Conversation",
@@ -70,12 +62,4 @@ __all__ = [
     "trace",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOME))
+__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)

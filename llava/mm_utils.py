@@ -1,19 +1,18 @@
-"""Pixels that obey a layout, and the small helpers that code outside this package imports from here.
+"""Cut images into tiles, and export the helpers that code outside this package imports from here.
 
 In: Pillow images, an image processor and a model's config. Out: tensors for the vision tower, one tile or several per
-image. Where tiles lie is decided in images/layout.py; resizing and normalising is the image processor's; opening files is
-images/io.py's. Tokenizing, stopping and naming live in text/tokenization.py, text/stopping.py and conversation.py, and
-are reached from here by their known names without being imported before they are used.
+image. The positions of tiles are decided in images/layout.py; images/image_processor.py resizes and normalises;
+images/io.py opens files. Helpers for tokens, stop strings and model names are imported from their modules at first use.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.errors import InputError
-from llava.images.io import DEFAULT_LIMITS, decode_base64, load_image, to_rgb
+from llava.images.image_processor import ImageProcessor, mean_colour, overview_side
+from llava.images.io import decode_base64, load_image, to_rgb
 from llava.images.layout import (
     fit_inside,
     get_anyres_image_grid_shape,
@@ -22,6 +21,7 @@ from llava.images.layout import (
     select_best_resolution,
     tile_boxes,
 )
+from llava.utils import lazy_exports
 
 if TYPE_CHECKING:
     import torch
@@ -45,28 +45,34 @@ __all__ = [
     "tokenizer_image_token",
 ]
 
-# Names that live elsewhere and are imported when somebody asks for them.
-ELSEWHERE = {
-    "KeywordsStoppingCriteria": "llava.text.stopping",
-    "get_model_name_from_path": "llava.conversation",
-    "tokenizer_image_token": "llava.text.tokenization",
+# Exported from other modules, which are imported at first use.
+EXPORTS = {
+    "llava.text.stopping": ("KeywordsStoppingCriteria",),
+    "llava.conversation": ("get_model_name_from_path",),
+    "llava.text.tokenization": ("tokenizer_image_token",),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(ELSEWHERE[name]), name)
+__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 
 
 def process_images(
-    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
+    images: Sequence[Image.Image], image_processor: ImageProcessor, model_cfg: object
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Pixels for a model whose config says `image_aspect_ratio`: a tensor where shapes agree, else a list.
+    """Make the pixels of images for a model.
 
-    Absent, None or "square" crops the centre: (images, 3, side, side). "pad" first pads to a square with the mean
-    colour. "anyres" gives tiles: (images, tiles, 3, side, side), or a list of (tiles, 3, side, side) where the numbers
-    of tiles differ. `model_cfg` needs no more attributes than that, and `image_grid_pinpoints` for "anyres".
+    Args:
+        images: Pillow images.
+        image_processor: the model's.
+        model_cfg: an object with the attributes `image_aspect_ratio` and, for "anyres", `image_grid_pinpoints`. An
+            aspect ratio that is absent, None or "square" crops the centre; "pad" first pads to a square with the mean
+            colour; "anyres" cuts tiles.
+
+    Returns:
+        Of shape (images, 3, side, side), or (images, tiles, 3, side, side) for "anyres"; where the numbers of tiles
+        differ, a list of (tiles, 3, side, side).
+
+    Raises:
+        InputError: the aspect ratio is unknown, or the pinpoints are faulty.
     """
     mode = image_mode(getattr(model_cfg, "image_aspect_ratio", None))
     images = list(images)
@@ -88,11 +94,11 @@ def process_images(
 
 
 def process_anyres_image(
-    image: Image.Image, processor: Any, grid_pinpoints: str | Iterable[Sequence[int]]
+    image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | Iterable[Sequence[int]]
 ) -> torch.Tensor:
-    """One overview tile, the whole image squeezed to a square, then the tiles of the best canvas, row by row.
+    """Cut an image into tiles (tiles, 3, side, side), as many as `plan(image.size, policy).num_tiles`.
 
-    `plan(image.size, policy).num_tiles` of them: (tiles, 3, side, side).
+    The first is the overview, the whole image squeezed to a square; the tiles of the best canvas follow, row by row.
     """
     canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
     tiles = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
@@ -100,25 +106,12 @@ def process_anyres_image(
     return _tile_pixels([image.resize((side, side)), *tiles], processor)
 
 
-def _tile_pixels(tiles: list[Image.Image], processor: Any) -> torch.Tensor:
-    """All at once rather than one by one: the pixels are the same."""
+def _tile_pixels(tiles: list[Image.Image], processor: ImageProcessor) -> torch.Tensor:
     return processor.preprocess([to_rgb(tile) for tile in tiles], return_tensors="pt")["pixel_values"]
 
 
-def overview_side(processor: Any) -> int:
-    """Pixels per side of the square that a whole image is squeezed to before its tiles."""
-    side: int = processor.size["shortest_edge" if "shortest_edge" in processor.size else "height"]
-    return side
-
-
-def mean_colour(processor: Any) -> tuple[int, int, int]:
-    """What an image is padded with: the colour that normalising makes zero."""
-    red, green, blue = (int(value * 255) for value in processor.image_mean)
-    return red, green, blue
-
-
 def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
-    """The image centred on a square of its longer side; a square image is returned as it is.
+    """Centre an image on a square of its longer side; a square image is returned as it is.
 
     Where the background does not fit the image's mode (a colour on a grey or CMYK image), the result is RGB; the
     original LLaVA failed there.
@@ -137,23 +130,23 @@ def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...])
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Sequence[int]) -> Image.Image:
-    """The image scaled, shape kept, to fit (width, height), centred on black; always RGB."""
+    """Scale an image, shape kept, to fit (width, height), and centre it on black; the result is RGB."""
     from PIL import Image
 
     fitted, offset = fit_inside(image.size, target_resolution)
     canvas = Image.new("RGB", (target_resolution[0], target_resolution[1]), (0, 0, 0))
-    # Scaled in its own mode and converted then: transparent edges come out as recorded in that order.
+    # Scaled in its own mode, then converted: the other order changes the pixels of transparent edges.
     canvas.paste(to_rgb(image.resize(fitted)), offset)
     return canvas
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Square tiles of `patch_size` pixels, row by row."""
+    """Cut an image into square tiles of `patch_size` pixels, row by row."""
     return [image.crop(box) for box in tile_boxes(image.size, patch_size)]
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The RGB image in a base64 text, under the limits of every image from outside."""
+    """Open the RGB image in a base64 text, within the default limits."""
     if not image:
         raise InputError("the base64 text of an image is empty.")
-    return load_image(decode_base64(image, "the base64 text of an image"), limits=DEFAULT_LIMITS)
+    return load_image(decode_base64(image, "the base64 text of an image"))

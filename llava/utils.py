@@ -1,15 +1,16 @@
-"""Small helpers that outside code imports from here by name; this package itself needs little of them.
+"""Small helpers, most of them for outside code that imports them from here.
 
-Messages of the web server, a logger that also writes to a file, and the switch that skips torch's random
-initialisation.
+Module attributes that are imported at first use, messages of the web server, a logger that also writes to a file, and
+the switch that skips torch's random initialisation.
 """
 
 from __future__ import annotations
 
 import logging
-import logging.handlers
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,28 @@ from llava.constants import LOGDIR
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+
+def lazy_exports(
+    module: str, names_by_home: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Make `__getattr__` and `__dir__` for a module that exports names of other modules without importing them.
+
+    Args:
+        module: the `__name__` of the exporting module.
+        names_by_home: the names that each module defines; it is imported when one of them is first used.
+    """
+    homes = {name: home for home, names in names_by_home.items() for name in names}
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[module]), *homes})
+
+    return get, names
 
 
 def disable_torch_init() -> AbstractContextManager[None]:
@@ -43,7 +66,9 @@ def disable_torch_init() -> AbstractContextManager[None]:
 
 
 def build_logger(logger_name: str, logger_filename: str = "") -> logging.Logger:
-    """A logger that writes to stderr and, with a file name, to that file under LOGDIR, a new one every day (UTC)."""
+    """Make a logger that writes to stderr and, with a file name, to that file under LOGDIR, a new one every day (UTC)."""
+    import logging.handlers  # which loads sockets
+
     logger = logging.getLogger(logger_name)
     logger.setLevel(logging.INFO)
     if logger.handlers:  # built before
@@ -59,5 +84,5 @@ def build_logger(logger_name: str, logger_filename: str = "") -> logging.Logger:
     for handler in handlers:
         handler.setFormatter(line)
         logger.addHandler(handler)
-    logger.propagate = False  # or the root logger would say it twice
+    logger.propagate = False  # the root logger would write every line again
     return logger

@@ -38,7 +38,7 @@ from llava.engine.scheduler import Scheduler
 from llava.engine.sequence import Prompt
 from llava.engine.sequence import Sequence as Completion
 from llava.errors import InputError
-from llava.images.gpu_preprocess import DeviceTiler
+from llava.images.gpu_preprocess import GpuPreprocessor
 from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
@@ -106,7 +106,7 @@ class Engine:
         vocab_size = decoder.embedding.shape[0]
         self._pool = BlockPool(num_blocks, caching=config.prefix_cache)
         self._features = EncoderCache(config.feature_cache_bytes)
-        tiler = _tiler(processor, decoder.device) if on_gpu else None
+        gpu_preprocessor = _gpu_preprocessor(processor, decoder.device) if on_gpu else None
         runner = Runner(
             model,
             decoder,
@@ -116,7 +116,7 @@ class Engine:
             max_running=max_running,
             max_blocks=-(-self._limit // block_size),
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
-            tiler=tiler,
+            gpu_preprocessor=gpu_preprocessor,
         )
         if on_gpu and config.graphs:
             tower = model.get_vision_tower() if processor.image_processor is not None else None
@@ -133,7 +133,7 @@ class Engine:
             processor,
             vocab_size=vocab_size,
             knows=self._features.__contains__,
-            on_device=tiler is not None,
+            on_device=gpu_preprocessor is not None,
         )
         self._vocab_size = vocab_size
         self._end_ids = _end_ids(model, self.tokenizer)
@@ -310,11 +310,15 @@ class Engine:
         return ends, stop
 
 
-def _tiler(processor: Processor, device: torch.device) -> DeviceTiler | None:
+def _gpu_preprocessor(processor: Processor, device: torch.device) -> GpuPreprocessor | None:
     """What makes tiles on the device, where it knows how."""
-    if processor.image_processor is None or processor.policy is None or not DeviceTiler.can(processor.image_processor):
+    if (
+        processor.image_processor is None
+        or processor.policy is None
+        or not GpuPreprocessor.supports(processor.image_processor)
+    ):
         return None
-    return DeviceTiler(processor.image_processor, processor.policy, device)
+    return GpuPreprocessor(processor.image_processor, processor.policy, device)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -28,7 +28,7 @@ from llava.engine.request import TokenLogprob
 from llava.engine.sampler import Chosen, Sampler
 from llava.engine.scheduler import Step, Work
 from llava.engine.sequence import Sequence
-from llava.images.gpu_preprocess import DeviceTiler
+from llava.images.gpu_preprocess import GpuPreprocessor
 from llava.model.splice import splice
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Runner:
         max_running: int,
         max_blocks: int,
         pixel_table: np.ndarray | None,
-        tiler: DeviceTiler | None = None,
+        gpu_preprocessor: GpuPreprocessor | None = None,
     ) -> None:
         self.decoder, self.sampler, self.features = decoder, sampler, features
         self.device = decoder.device
@@ -95,7 +95,7 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self._encode: Callable[[Tensor], Tensor] | None = None
         self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
-        self._tiler = tiler
+        self._gpu_preprocessor = gpu_preprocessor
 
     def record_graphs(self, tile: tuple[int, ...] | None) -> None:
         """Record steps and the vision tower as CUDA graphs; `tile` is the shape of a tile's pixels, if there is a tower."""
@@ -236,8 +236,8 @@ class Runner:
     def _tiles(self, image: PromptImage) -> Tensor:
         """Bytes (n, 3, side, side), on the device."""
         if image.colours is not None:
-            assert self._tiler is not None
-            return self._tiler(sent(image.colours, self.device), image.num_tiles)
+            assert self._gpu_preprocessor is not None
+            return self._gpu_preprocessor(sent(image.colours, self.device), image.num_tiles)
         return sent(image.pixels().numpy(), self.device)
 
     def _normalised(self, tiles: Tensor) -> Tensor:

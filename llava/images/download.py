@@ -1,27 +1,30 @@
-"""Download one file from a stranger's address without being led astray. In: a URL and limits. Out: bytes.
+"""Limits for images from outside, and the download of one file from an untrusted host.
 
-The name is looked up once, every address it has must be public, and the connection goes to the address that was
-checked, so a name that changes its address in between (DNS rebinding) gains nothing. Redirects start over. One clock
-runs for all of it, down to the last byte. Proxies of the environment are not used, for they would do the looking up.
-What the bytes are is for the caller to find out by decoding; headers are not believed. The caller is io.py.
+In: a URL and `ImageLimits`. Out: bytes. The host name is resolved once, all of its addresses must be public, and the
+connection goes to an address that was checked, so that a name whose address changes in between (DNS rebinding) is no
+danger. Every redirect is checked like the first URL. One deadline holds for everything, down to the last byte. Proxies
+of the environment are not used, since they would resolve the name. Content types are ignored: io.py decodes the bytes.
 """
 
 from __future__ import annotations
 
-import http.client
 import io
 import ipaddress
 import queue
 import socket
-import ssl
 import threading
 import time
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.images.image_limits import ImageLimits, too_large
+
+if TYPE_CHECKING:
+    import http.client
+
+    from _typeshed import WriteableBuffer
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -32,13 +35,40 @@ V4_TRANSLATED = ipaddress.IPv6Network("::ffff:0:0:0/96")
 SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
 
 
-class _OutOfTimeError(Exception):
-    """The clock of this download has run out."""
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost. The defaults suit a program for its own user and a public server alike."""
+
+    max_bytes: int = 50 * 2**20  # of the file, on disk, in a URL or downloaded
+    max_pixels: int = 89_478_485  # width x height, checked before decoding; from here on Pillow warns
+    timeout_s: float = 20.0  # for a whole download: name lookup, redirects and the last byte included
+    max_redirects: int = 5
+    allow_private_hosts: bool = False  # download from this machine and its own network too
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"the image limit {name} is {getattr(self, name)!r}; it must be above 0.")
+        if self.max_redirects < 0:
+            raise InputError(f"the image limit max_redirects is {self.max_redirects!r}; it must be 0 or more.")
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def too_large(name: str, size: int | None, limits: ImageLimits) -> InputError:
+    """The error for a file of more bytes than allowed; `size` is None where it is not known."""
+    found = f"has {size:,} bytes" if size else "goes on"
+    return InputError(f"{name} {found}, and at most {limits.max_bytes:,} bytes are allowed.")
+
+
+class _DeadlineError(Exception):
+    """The time for this download is over."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where one hop goes, taken apart and found well-formed."""
+class DownloadTarget:
+    """One checked URL: the first one, or that of a redirect."""
 
     scheme: str
     host: str
@@ -53,13 +83,20 @@ class Target:
 
 
 def fetch(url: str, limits: ImageLimits) -> bytes:
-    """The content at an http or https URL, or an `InputError` that says which hop failed and why."""
+    """Download the content of an http or https URL.
+
+    Raises:
+        InputError: which URL of a chain of redirects failed, and why.
+    """
+    import http.client  # with ssl 25 ms, which programs without downloads save
+    import ssl
+
     deadline = time.monotonic() + limits.timeout_s
     for _ in range(limits.max_redirects + 1):
         target = parse(url)
         try:
             content, location = _visit(target, limits, deadline)
-        except (_OutOfTimeError, TimeoutError):
+        except (_DeadlineError, TimeoutError):
             raise InputError(f"{target.name!r} did not send its image within {limits.timeout_s:g} seconds.") from None
         except ssl.SSLCertVerificationError as error:
             raise InputError(f"{target.name!r} has no valid certificate: {error.verify_message}.") from error
@@ -75,8 +112,8 @@ def fetch(url: str, limits: ImageLimits) -> bytes:
     raise InputError(f"{public_name(url)!r} was reached after more than {limits.max_redirects} redirects; gave up.")
 
 
-def parse(url: str) -> Target:
-    """Take a URL apart; whatever would let two readers disagree about its host is refused."""
+def parse(url: str) -> DownloadTarget:
+    """Split a URL; refuse whatever two parsers could read as different hosts."""
     name = public_name(url)
     if any(ord(character) <= 32 or ord(character) == 127 for character in url) or "\\" in url:
         raise InputError(f"{name!r} is not a URL: it holds a space, a backslash or a control character.")
@@ -97,11 +134,11 @@ def parse(url: str) -> Target:
         raise InputError(f"{name!r} names a host that cannot exist.") from None
     path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-    return Target(parts.scheme, host, port or PORTS[parts.scheme], f"{path}?{query}" if query else path, name)
+    return DownloadTarget(parts.scheme, host, port or PORTS[parts.scheme], f"{path}?{query}" if query else path, name)
 
 
 def public_name(url: str) -> str:
-    """A URL as messages may show it: no user, password, query or fragment, and not endless."""
+    """A URL as messages may show it: without user, password, query and fragment, and shortened."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
@@ -125,10 +162,13 @@ def is_public_address(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
-def _visit(target: Target, limits: ImageLimits, deadline: float) -> tuple[bytes, str | None]:
-    """One hop: the content, or else where it redirects to."""
+def _visit(target: DownloadTarget, limits: ImageLimits, deadline: float) -> tuple[bytes, str | None]:
+    """Request one URL: its content, or the location that it redirects to."""
+    import http.client
+    import ssl
+
     connection = http.client.HTTPConnection(target.host, target.port)
-    raw = _connect(target, limits, deadline)
+    raw: socket.socket = _connect(target, limits, deadline)
     try:
         if target.scheme == "https":
             raw.settimeout(_left(deadline))
@@ -151,8 +191,7 @@ def _visit(target: Target, limits: ImageLimits, deadline: float) -> tuple[bytes,
         raw.close()
 
 
-def _body(response: http.client.HTTPResponse, target: Target, limits: ImageLimits) -> bytes:
-
+def _body(response: http.client.HTTPResponse, target: DownloadTarget, limits: ImageLimits) -> bytes:
     if response.length is not None and response.length > limits.max_bytes:
         raise too_large(repr(target.name), response.length, limits)
     content = bytearray()
@@ -160,29 +199,29 @@ def _body(response: http.client.HTTPResponse, target: Target, limits: ImageLimit
         content += chunk
         if len(content) > limits.max_bytes:
             raise too_large(repr(target.name), None, limits)
-    if response.length:  # what the header promised and the body did not bring
+    if response.length:  # bytes that the header announced and that did not come
         raise InputError(f"{target.name!r} ended {response.length:,} bytes early; try again.")
     return bytes(content)
 
 
-def _connect(target: Target, limits: ImageLimits, deadline: float) -> socket.socket:
-    """A connection to the first checked address that answers."""
+def _connect(target: DownloadTarget, limits: ImageLimits, deadline: float) -> socket.socket:
+    """Connect to the first checked address that answers."""
     addresses = _resolve(target, deadline)
-    for address in addresses:
-        if not limits.allow_private_hosts and not is_public_address(address[4][0]):
+    for *_, address in addresses:
+        if not limits.allow_private_hosts and not is_public_address(str(address[0])):
             raise InputError(
                 f"{target.name!r} points inside this machine's own network, and images are not downloaded from there."
             )
     failure: OSError = OSError("no address")
-    for tried, (family, kind, protocol, _, place) in enumerate(addresses):
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         attempt = socket.socket(family, kind, protocol)
         try:
             attempt.settimeout(_left(deadline) / (len(addresses) - tried))  # a silent address leaves time for the next
-            attempt.connect(place)
+            attempt.connect(address)
         except OSError as error:
             attempt.close()
             failure = error
-        except _OutOfTimeError:
+        except _DeadlineError:
             attempt.close()
             raise
         else:
@@ -190,9 +229,9 @@ def _connect(target: Target, limits: ImageLimits, deadline: float) -> socket.soc
     raise failure
 
 
-def _resolve(target: Target, deadline: float) -> list[Any]:
-    """Look a name up, in a thread because the system's resolver knows no clock."""
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+def _resolve(target: DownloadTarget, deadline: float) -> Sequence[tuple[Any, ...]]:
+    """Look a name up, as `getaddrinfo` does, in a thread, since the system's resolver takes no timeout."""
+    answers: queue.SimpleQueue[Sequence[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
@@ -204,23 +243,23 @@ def _resolve(target: Target, deadline: float) -> list[Any]:
     try:
         answer = answers.get(timeout=_left(deadline))
     except queue.Empty:
-        raise _OutOfTimeError from None
+        raise _DeadlineError from None
     if isinstance(answer, Exception):
         raise InputError(f"{target.name!r} names a host that cannot be found: {target.host}.") from answer
-    return list(answer)
+    return answer
 
 
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise _OutOfTimeError
+        raise _DeadlineError
     return left
 
 
 class _TimedSocket:
-    """What http.client needs of a socket, with every read and write cut off at one common time.
+    """What http.client needs of a socket, with one deadline for all reads and writes.
 
-    A plain socket timeout starts again with every byte that drips in; this one does not.
+    A plain socket timeout starts again with every byte that comes in.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -244,6 +283,6 @@ class _TimedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         self._sock.settimeout(_left(self._deadline))
         return self._sock.recv_into(buffer)

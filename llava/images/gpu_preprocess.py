@@ -1,11 +1,11 @@
-"""The tiles of an image, made on the GPU: scaled, padded and cut there, to the same bits as Pillow does it on the host.
+"""Cut images into tiles on the GPU, with the same bits as Pillow on the host.
 
-In: an image's bytes. Out: its tiles as bytes, before normalising. Scaling a photograph takes Pillow several milliseconds,
-during which a GPU could have read half a prompt. Pillow's arithmetic is whole numbers: weights in units of 2**-22, one
-pass along the rows and one along the columns, each rounded to a byte. A product of matrices in float64 adds such numbers
-without any rounding of its own, so what is looked up, hashed and cached is one image wherever it was scaled.
+In: an image's bytes. Out: its tiles as bytes, before normalising. Pillow takes several milliseconds to scale a photograph,
+as long as a GPU needs for half a prompt. Pillow computes with integers: weights in units of 2**-22, one pass along the
+rows and one along the columns, each rounded to a byte. A matrix product in float64 adds such numbers without rounding,
+so that an image has the same hash and the same cached features wherever it was scaled.
 
-    H, W an image's height and width; colours come first, as the vision tower wants them
+    H, W: an image's height and width; colour channels come first
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava.images.image_processor import ClipImageProcessor, resized
+from llava.images.image_processor import ClipImageProcessor, mean_colour, overview_side, resized
 from llava.images.layout import ImagePolicy, fit_inside, select_best_resolution, tile_boxes
-from llava.mm_utils import mean_colour, overview_side
 
 UNIT = 2**22  # Pillow's weights are multiples of 1 / UNIT
 BAND = 2**22  # numbers in float64 that exist at once
 LANCZOS, BILINEAR, BICUBIC, BOX = 1, 2, 3, 4  # Pillow's numbers
 
 
-class DeviceTiler:
-    """Makes what `Processor.pixels` makes with an image processor that leaves pixels as bytes."""
+class GpuPreprocessor:
+    """Makes on the GPU the tiles of `Processor.pixels`, as bytes before normalising."""
 
     def __init__(self, processor: ClipImageProcessor, policy: ImagePolicy, device: torch.device) -> None:
         self._processor, self._policy, self._device = processor, policy, device
 
     @staticmethod
-    def can(processor: ClipImageProcessor) -> bool:
-        """Whether it knows the processor's filter."""
+    def supports(processor: ClipImageProcessor) -> bool:
+        """Whether the processor's filter is implemented here."""
         return not processor.do_resize or processor.resample in FILTERS
 
     def __call__(self, rgb: Tensor, num_tiles: int) -> Tensor:
-        """Tiles (num_tiles, 3, side, side) of an image (H, W, 3), uint8; of several, the overview comes first."""
+        """Cut an image (H, W, 3) of uint8 into tiles (num_tiles, 3, side, side); of several, the first is the overview."""
         image = rgb.permute(2, 0, 1)
         height, width = image.shape[1:]
         if self._policy.mode == "pad" and height != width:
@@ -59,7 +58,7 @@ class DeviceTiler:
         return torch.stack([self._finished(tile) for tile in tiles])
 
     def _finished(self, tile: Tensor) -> Tensor:
-        """What the image processor does to a tile, but for normalising it."""
+        """Do to a tile what the image processor does before normalising."""
         processor = self._processor
         if processor.do_resize:
             size = tile.shape[2], tile.shape[1]
@@ -76,9 +75,9 @@ class DeviceTiler:
 
 
 def scaled(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
-    """An image (3, H, W) of uint8 as Pillow scales it to `size` (width, height)."""
+    """Scale an image (3, H, W) of uint8 to `size` (width, height) as Pillow does."""
     fewer_rows, fewer_columns = image.shape[1] - size[1], image.shape[2] - size[0]
-    columns_first = fewer_rows > max(0, 2 * fewer_columns) and _begins_with_columns()
+    columns_first = fewer_rows > max(0, 2 * fewer_columns) and _columns_first()
     return _scaled(image, size, resample, rows_first=not columns_first)
 
 
@@ -92,8 +91,8 @@ def _scaled(image: Tensor, size: tuple[int, int], resample: int, *, rows_first: 
 
 
 @cache
-def _begins_with_columns() -> bool:
-    """Pillow 13 begins with the columns of an image that becomes much lower, older ones always with the rows."""
+def _columns_first() -> bool:
+    """Whether Pillow scales columns before rows where an image loses many rows: Pillow 13 does, earlier versions do not."""
     from PIL import Image
 
     image = np.random.default_rng(0).integers(0, 256, (32, 8, 3), dtype=np.uint8)
@@ -103,7 +102,7 @@ def _begins_with_columns() -> bool:
 
 
 def _one_way(image: Tensor, matrix: Tensor, *, across: bool) -> Tensor:
-    """Weighted sums along the rows or the columns, rounded to bytes; a band of rows, or of columns, at a time."""
+    """Sum with weights along the rows or the columns and round to bytes, a band of rows or columns at a time."""
     dim = 1 if across else 2
     bands = image.split(max(1, BAND // (image.numel() // image.shape[dim])), dim)
     sums = (band.double() @ matrix if across else matrix @ band.double() for band in bands)
@@ -113,7 +112,7 @@ def _one_way(image: Tensor, matrix: Tensor, *, across: bool) -> Tensor:
 
 @lru_cache(maxsize=64)
 def weights(num_in: int, num_out: int, resample: int, device: torch.device) -> Tensor:
-    """What each pixel out (rows) takes of each pixel in: whole numbers in float64, a row adds up to about UNIT."""
+    """The weight of each input pixel in each output pixel (num_out, num_in): integers in float64, rows sum to about UNIT."""
     function, reach = FILTERS[resample]
     scale = num_in / num_out
     stretch = max(scale, 1.0)
@@ -121,22 +120,22 @@ def weights(num_in: int, num_out: int, resample: int, device: torch.device) -> T
     centers = (np.arange(num_out) + 0.5) * scale
     first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
     stop = np.minimum((centers + support + 0.5).astype(np.int64), num_in)
-    places = first[:, None] + np.arange(math.ceil(support) * 2 + 1)
-    taken = places < stop[:, None]
-    values = np.where(taken, function((places - centers[:, None] + 0.5) * (1.0 / stretch)), 0.0)
+    columns = first[:, None] + np.arange(math.ceil(support) * 2 + 1)
+    taken = columns < stop[:, None]
+    values = np.where(taken, function((columns - centers[:, None] + 0.5) * (1.0 / stretch)), 0.0)
     total = np.zeros(num_out)
-    for column in values.T:  # one after the other, as Pillow adds them: another order would round differently
+    for column in values.T:  # in Pillow's order: another one would round differently
         total += column
     values = np.divide(values, total[:, None], where=total[:, None] != 0, out=values)
     whole = np.trunc(values * UNIT + np.where(values < 0, -0.5, 0.5))
     matrix = np.zeros((num_out, num_in))
-    rows = np.broadcast_to(np.arange(num_out)[:, None], places.shape)
-    matrix[rows[taken], places[taken]] = whole[taken]
+    rows = np.broadcast_to(np.arange(num_out)[:, None], columns.shape)
+    matrix[rows[taken], columns[taken]] = whole[taken]
     return torch.from_numpy(matrix).to(device)
 
 
 def _pasted(image: Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
-    """The image on a canvas of `size` (width, height), its corner at `offset` (left, top)."""
+    """Paste an image onto a canvas of `size` (width, height), its corner at `offset` (left, top)."""
     (width, height), (left, top) = size, offset
     if (width, height) == (image.shape[2], image.shape[1]):
         return image
@@ -171,7 +170,7 @@ def _box(x: np.ndarray) -> np.ndarray:
     return np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)
 
 
-# By Pillow's number: the filter, and how far it reaches.
+# By Pillow's number: the filter and its support in pixels.
 FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     LANCZOS: (_lanczos, 3.0),
     BILINEAR: (_bilinear, 1.0),

@@ -1,8 +1,8 @@
-"""Images to the pixels that a CLIP or SigLIP tower expects.
+"""Resize, crop and normalise images to the pixels that a CLIP or SigLIP tower expects.
 
-In: Pillow images (or uint8 arrays) and a `preprocessor_config.json`. Out: normalised float32 arrays or tensors.
-This is our own code over Pillow and numpy, so that pixels are the same on every machine: transformers picks a backend by
-what is installed, and its backends disagree. Cutting an image into tiles is mm_utils.py's work, the tower is next door.
+In: Pillow images (or uint8 arrays) and a `preprocessor_config.json`. Out: normalised float32 arrays or tensors. It uses
+Pillow and numpy, so that pixels are the same on every machine: transformers chooses a backend by what is installed, and
+its backends give different pixels. Images are cut into tiles in ../mm_utils.py, on a GPU in gpu_preprocess.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as config files spell them
 
-# What a config file leaves out, by the kind of processor it names. The kinds of transformers' own LLaVA processors
-# are CLIP's with keys about tiles, which the model's config decides here.
+# Defaults for what a config file leaves out, by the class that it names. transformers' own LLaVA processors are CLIP's
+# with keys about tiles; here the model's config decides about those.
 _CLIP: dict[str, Any] = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
 _EXACT: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
@@ -35,7 +35,7 @@ _EXACT: dict[str, Any] = {
     "image_mean": HALF,
     "image_std": HALF,
 }
-FLAVOURS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": _CLIP,
     "LlavaNextImageProcessor": _CLIP,
@@ -43,7 +43,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "LlavaOnevisionImageProcessor": _EXACT | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     "ViTImageProcessor": _EXACT | {"resample": BILINEAR},
 }
-# Which flavour suits a vision config that came without a processor file.
+# The class for a vision config that came without a processor file, by its model_type.
 TOWER_IMAGE_PROCESSORS = {
     "clip": "CLIPImageProcessor",
     "clip_vision_model": "CLIPImageProcessor",
@@ -53,7 +53,7 @@ TOWER_IMAGE_PROCESSORS = {
 
 
 class PixelBatch(dict):
-    """A dict with "pixel_values" whose entries are attributes too, as the libraries around this one return."""
+    """A dict with "pixel_values" whose entries are attributes too, like transformers' `BatchFeature`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,8 +61,8 @@ class PixelBatch(dict):
         except KeyError:
             raise AttributeError(name) from None
 
-    def to(self, *args: Any, **kwargs: Any) -> PixelBatch:
-        """The same batch with its tensors moved or cast."""
+    def to(self, *args: object, **kwargs: object) -> PixelBatch:
+        """Move or cast the tensors, as `Tensor.to` does."""
         return PixelBatch({key: value.to(*args, **kwargs) for key, value in self.items()})
 
 
@@ -94,7 +94,7 @@ class ImageProcessor(Protocol):
 class ClipImageProcessor:
     """Resize, centre crop, rescale and normalise; the field names are those of `preprocessor_config.json`."""
 
-    size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 224})  # or {"height", "width"}: exactly so
+    size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 224})  # or {"height", "width"}
     crop_size: dict[str, int] = field(default_factory=lambda: {"height": 224, "width": 224})
     do_resize: bool = True
     do_center_crop: bool = True
@@ -106,7 +106,7 @@ class ClipImageProcessor:
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     image_processor_type: str = "CLIPImageProcessor"
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of a file that mean nothing here; written back as read
+    extra: dict[str, Any] = field(default_factory=dict)  # unused keys of a file, written back as read
 
     model_input_names = ("pixel_values",)
 
@@ -133,12 +133,12 @@ class ClipImageProcessor:
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> ClipImageProcessor:
         """Read a parsed `preprocessor_config.json`, sizes as numbers (old files) or as dicts (new ones)."""
         values = {key: value for key, value in {**config, **overrides}.items() if value is not None}
-        kind = _flavour_name(values.pop("image_processor_type", None) or values.pop("feature_extractor_type", None))
+        kind = _known_class(values.pop("image_processor_type", None) or values.pop("feature_extractor_type", None))
         values.pop("feature_extractor_type", None)
-        values = {**FLAVOURS[kind], **values, "image_processor_type": kind}
-        exact = set(FLAVOURS[kind]["size"]) == {"height", "width"}
+        values = {**DEFAULTS[kind], **values, "image_processor_type": kind}
+        exact = set(DEFAULTS[kind]["size"]) == {"height", "width"}
         values["size"] = _size_dict(values["size"], exact=exact)
-        # Where nothing is cropped, outside code still reads crop_size to learn what the tower sees.
+        # Outside code reads the tower's input size from crop_size, even where nothing is cropped.
         crop = values.get("crop_size", values["size"])
         values["crop_size"] = _size_dict(_output_side(crop) or crop, exact=True)
         known = {item.name for item in fields(cls)} - {"extra"}
@@ -147,7 +147,7 @@ class ClipImageProcessor:
 
     @classmethod
     def from_vision_config(cls, config: Any) -> ClipImageProcessor:
-        """The usual processor for a vision tower of which only the config (object or dict) is known."""
+        """Make the usual processor for a vision tower of which only the config (object or dict) is known."""
         values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         values = values.get("vision_config") or values
         if "image_size" not in values:
@@ -163,16 +163,22 @@ class ClipImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, vision_config: Any = None, **overrides: Any) -> ClipImageProcessor:
-        """Read the processor of a model folder; without a processor file, the usual one for its vision config.
+        """Read the processor of a model folder.
 
-        `vision_config` is the one to go by where it is not (or not all of it) in the folder's config.json.
+        Args:
+            folder: a model folder, or a processor file.
+            vision_config: without a processor file, decides in place of the folder's config.json.
+            overrides: fields that replace those of the file.
+
+        Raises:
+            InputError: the folder says nothing about its images, or what it says is faulty.
         """
         path = Path(folder)
         if path.is_file():
             return cls.from_dict(read_json(path), **overrides)
         if (path / "preprocessor_config.json").is_file():
             return cls.from_dict(read_json(path / "preprocessor_config.json"), **overrides)
-        if (path / "processor_config.json").is_file():  # where newer transformers put it, inside the whole processor
+        if (path / "processor_config.json").is_file():  # newer transformers write it inside the whole processor
             nested = read_json(path / "processor_config.json").get("image_processor")
             if isinstance(nested, dict):
                 return cls.from_dict(nested, **overrides)
@@ -183,13 +189,13 @@ class ClipImageProcessor:
         return cls.from_dict(cls.from_vision_config(vision_config).to_dict(), **overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `preprocessor_config.json` holds; transformers reads it too."""
+        """The content of `preprocessor_config.json`, which transformers reads too."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
         own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
         return json.loads(json.dumps({**self.extra, **own}))  # a copy that shares no dict with this object
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> list[str]:
-        """Write `preprocessor_config.json` into a folder, which is made if need be."""
+        """Write `preprocessor_config.json` into a folder, which is created where it is absent."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         path = target / "preprocessor_config.json"
@@ -197,16 +203,22 @@ class ClipImageProcessor:
         return [str(path)]
 
     def with_side(self, side: int) -> ClipImageProcessor:
-        """The same processor for images of another size, as towers that look at several scales need."""
+        """A copy for images of another size, which towers of several scales need."""
         key = {"shortest_edge": side} if "shortest_edge" in self.size else {"height": side, "width": side}
         return replace(self, size=key, crop_size={"height": side, "width": side})
 
     # -- pixels -------------------------------------------------------------------------------------------------------
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> PixelBatch:
-        """Pixels of one image or of several: a list of arrays, or one stacked "np" array or "pt" tensor.
+        """Make the pixels of one image or of several.
 
-        Any field can be overridden for this call: `preprocess(image, do_center_crop=False)`.
+        Args:
+            images: a Pillow image, a uint8 array, or a list of them.
+            return_tensors: "np" or "pt" for one array or tensor (N, 3, H, W); None for a list of arrays (3, H, W).
+            overrides: fields with other values for this call: `preprocess(image, do_center_crop=False)`.
+
+        Raises:
+            InputError: the images do not stack, or an override is unknown.
         """
         processor = self._overridden(overrides) if overrides else self
         table = processor.table()
@@ -265,10 +277,10 @@ class ClipImageProcessor:
         return pixels
 
     def table(self) -> np.ndarray:
-        """What each of the 256 values becomes in each colour, in the arithmetic of the processors that trained weights.
+        """The pixel value (3, 256) that each byte becomes in each colour channel.
 
-        Rescaling happens in double precision and is rounded before the rest happens in single precision: looking the
-        results up gives the same bits as computing them for every pixel, and is faster.
+        As in the processors that weights were trained with, rescaling is done in double precision and rounded, the rest
+        in single precision. A table gives the same bits as computing every pixel, and is faster.
         """
         import numpy as np
 
@@ -283,7 +295,7 @@ class ClipImageProcessor:
 
 
 def _as_rgb(image: Any, *, convert: bool) -> Image.Image:
-    """RGB from a Pillow image of any mode, or from a uint8 array (H, W), (H, W, 3) or (3, H, W)."""
+    """Convert a Pillow image of any mode, or a uint8 array (H, W), (H, W, 3) or (3, H, W), to RGB."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -309,7 +321,7 @@ def _hwc(image: Any) -> np.ndarray:
 
 
 def _image_list(images: Any) -> list[Any]:
-    """One image or many, as a list; an array of four dimensions is many (the frames of a film)."""
+    """List one image or many; an array of four dimensions holds many (the frames of a video)."""
     if isinstance(images, (list, tuple)):
         return list(images)
     if getattr(images, "ndim", None) == 4:
@@ -321,8 +333,19 @@ def _image_list(images: Any) -> list[Any]:
     return [images]
 
 
+def overview_side(processor: ImageProcessor) -> int:
+    """Pixels per side of the square that a whole image is squeezed to before its tiles."""
+    return processor.size["shortest_edge" if "shortest_edge" in processor.size else "height"]
+
+
+def mean_colour(processor: ImageProcessor) -> tuple[int, int, int]:
+    """The colour that images are padded with: the one that becomes zero when normalised."""
+    red, green, blue = (int(value * 255) for value in processor.image_mean)
+    return red, green, blue
+
+
 def resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]:
-    """(width, height) after resizing."""
+    """The (width, height) that an image of `size` is resized to."""
     if "shortest_edge" not in wanted:
         return wanted["width"], wanted["height"]
     short, long = min(size), max(size)
@@ -331,7 +354,7 @@ def resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]
 
 
 def _size_dict(value: Any, *, exact: bool) -> dict[str, int]:
-    """Sizes as files spell them: 336, [336, 336] (height first), or a dict."""
+    """Read a size as files spell it: 336, [336, 336] (height first), or a dict."""
     if isinstance(value, Mapping):
         return {key: side for key, side in value.items() if side is not None}
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
@@ -349,11 +372,11 @@ def _are_sides(values: Iterable[Any]) -> bool:
     return all(type(value) is int and value > 0 for value in values)
 
 
-def _flavour_name(name: str | None) -> str:
-    """The kind of processor, whatever backend or age its class name tells of."""
+def _known_class(name: str | None) -> str:
+    """The class of processor, without the backend or version in its name."""
     if name is None:
         return "CLIPImageProcessor"
     plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if plain not in FLAVOURS:
-        raise InputError(f"the image processor {name!r} is not known; known: {', '.join(FLAVOURS)}.")
+    if plain not in DEFAULTS:
+        raise InputError(f"the image processor {name!r} is not known; known: {', '.join(DEFAULTS)}.")
     return plain

@@ -1,8 +1,9 @@
-"""Open an image wherever it is: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB.
+"""Open an image.
 
-Every failure is an `InputError` of one sentence. What comes from outside is distrusted: sizes are checked before anything
-is decoded, only common formats are tried, and downloads (download.py) are limited in size, time and addresses.
-Pixels for a model are made in mm_utils.py. Pillow and the network are imported when they are needed.
+In: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB; every failure is an `InputError`
+of one sentence. Input is untrusted: sizes are checked before anything is decoded, only common formats are tried, and
+downloads (download.py) are limited in size, time and addresses. Pixels for a model are made in ../mm_utils.py. Pillow
+is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError
-from llava.images.image_limits import DEFAULT_LIMITS, ImageLimits, too_large
+from llava.images.download import DEFAULT_LIMITS, ImageLimits, fetch, public_name, too_large
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# Formats tried, the usual ones first: the rest need all of Pillow's plugins. Others that Pillow knows are left out on
-# purpose: some start programs (EPS), some accept almost any bytes (TGA). HEIF is there once its own plugin is registered.
+# Formats tried, the usual ones first: the rest need all of Pillow's plugins. Other formats of Pillow are left out: some
+# start programs (EPS), some accept almost any bytes (TGA). HEIF works once its own plugin is registered.
 USUAL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 OTHER_FORMATS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "QOI", "DIB", "HEIF")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
@@ -39,11 +40,17 @@ def load_image(
     upright: bool = True,
     reserve: Callable[[int], None] = lambda num_pixels: None,
 ) -> Image.Image:
-    """An image as Pillow RGB, from a path, bytes, an http(s) or data: URL, or a Pillow image.
+    """Open an image as Pillow RGB; of several frames, the first.
 
-    Of several frames, the first. `upright` turns a photograph as its EXIF orientation says, which is how every viewer
-    shows it and what questions about it mean; the original LLaVA did not, so switch it off to repeat its numbers exactly.
-    `reserve` learns the number of pixels before there is memory for them, and may raise.
+    Args:
+        source: a path, bytes, an http(s) or data: URL, or a Pillow image.
+        limits: bytes, pixels, time and addresses that are allowed.
+        upright: turn a photograph as its EXIF orientation says, as every viewer does. The original LLaVA did not;
+            switch it off to repeat its numbers exactly.
+        reserve: called with the number of pixels before memory is allocated for them; may raise.
+
+    Raises:
+        InputError: there is no such image, it is broken, or it exceeds a limit.
     """
     from PIL import Image
 
@@ -54,7 +61,7 @@ def load_image(
 
 
 def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[bytes, str]:
-    """The bytes of a source, and what to call it in messages."""
+    """Read a source: its bytes, and its name for messages."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = "the image given as bytes"
         if memoryview(source).nbytes > limits.max_bytes:
@@ -67,8 +74,6 @@ def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[bytes, str]:
     scheme = _SCHEME.match(source)
     kind = scheme[1].lower() if scheme else ""
     if kind in ("http", "https"):
-        from llava.images.download import fetch, public_name
-
         return fetch(source, limits), repr(public_name(source))
     if kind == "data":
         return _read_data_url(source, limits), "the image in the data: URL"
@@ -110,7 +115,7 @@ def _read_data_url(url: str, limits: ImageLimits) -> bytes:
 
 
 def decode_base64(text: str | bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Bytes from base64 with either alphabet, line breaks and missing padding forgiven, anything else not."""
+    """Decode base64 of either alphabet; line breaks and missing padding are accepted, any other fault is an error."""
     size = len(text) * 3 // 4
     if size > limits.max_bytes + 1024:
         raise too_large(name, size, limits)
@@ -123,7 +128,7 @@ def decode_base64(text: str | bytes, name: str, limits: ImageLimits = DEFAULT_LI
 
 
 def _opened(data: bytes, name: str) -> Image.Image:
-    """A Pillow image of which only the header was read."""
+    """Open an image and read no more than its header."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -141,7 +146,7 @@ def _opened(data: bytes, name: str) -> Image.Image:
             raise InputError(
                 f"{name} has {pixels} pixels, more than can be decoded safely; make it smaller first."
             ) from None
-        except Exception as error:  # a broken header makes Pillow's readers raise whatever they stumble over
+        except Exception as error:  # Pillow's readers raise errors of many types at a broken header
             raise _broken(name, error) from error
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim"):
         raise InputError(f"{name} is a HEIC photograph, which cannot be read here; save it as JPEG or PNG.")
@@ -152,7 +157,7 @@ def _opened(data: bytes, name: str) -> Image.Image:
 def _decoded(
     image: Image.Image, name: str, limits: ImageLimits, upright: bool, reserve: Callable[[int], None]
 ) -> Image.Image:
-    """All pixels of an opened image, as RGB."""
+    """Decode an opened image to RGB."""
     width, height = image.size
     if width * height > limits.max_pixels:
         raise InputError(
@@ -171,15 +176,16 @@ def _decoded(
             return to_rgb(image)
     except InputError:
         raise
-    except Exception as error:  # the same: broken data, broken in any way
+    except Exception as error:  # and at broken data
         raise _broken(name, error) from error
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Without Pillow's warnings: of sizes, where our own limit decides, and of oddities in files that it reads anyway.
+    """Suppress Pillow's warnings: about sizes, for which our own limit holds, and about faults that it can read past.
 
-    Only Pillow's, since these filters are the whole process's: threads that meet here may leave this one behind.
+    Warning filters belong to the whole process, and threads that run this together may leave this one behind; so it
+    covers Pillow's modules only.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -187,10 +193,10 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode, by Pillow's conversion: transparency is dropped, not blended with a background.
+    """Convert any mode to RGB as Pillow does: transparency is dropped, not blended with a background.
 
-    Only the deep greys differ: 16 bits are brought to 8 by dropping the low ones, where Pillow would clip nearly all of
-    the image to white; fractions must lie in 0 to 255.
+    Only grey values of more than 8 bits differ: 16 bits lose their low 8, where Pillow would clip nearly all of the image
+    to white; floats must lie in 0 to 255.
     """
     if image.mode == "RGB":
         return image
@@ -207,7 +213,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(values: np.ndarray) -> Image.Image:
-    """8-bit RGB from greys of 16 or 32 bits; in 32 bits, values that never leave 0..255 are taken as they are."""
+    """Convert greys of 16 or 32 bits to 8-bit RGB; 32-bit values that all lie in 0 to 255 are taken as they are."""
     import numpy as np
     from PIL import Image
 

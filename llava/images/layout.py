@@ -1,8 +1,8 @@
-"""Arithmetic of images: which tiles an image becomes, where its content lies, how many features the model makes of it.
+"""Image layouts: the tiles of an image, the part of them that shows it, and the number of features that it becomes.
 
-In: sizes in pixels and an `ImagePolicy`. Out: an `ImageLayout`. `plan()` is the one place that counts image features;
-training, serving budgets, the splice and the tracer all ask it. Neither torch nor Pillow is needed here: pixels that
-obey a layout are made in mm_utils.py, features that obey it in model/llava_arch.py.
+In: sizes in pixels and an `ImagePolicy`. Out: an `ImageLayout`. `plan()` is the only place that counts image features;
+training, serving budgets, the splice and the tracer call it. Neither torch nor Pillow is needed here: the pixels of a
+layout are made in ../mm_utils.py, its features in ../model/llava_arch.py.
 
 Sizes are `(width, height)` for images and `(rows, cols)` for grids; the type says which.
 """
@@ -57,7 +57,7 @@ class Crop(NamedTuple):
 
 
 def image_mode(aspect_ratio: str | None) -> Mode:
-    """Translate a config's `image_aspect_ratio`; a spelling that nobody knows is an error, not a default."""
+    """Translate a config's `image_aspect_ratio`; an unknown spelling is an error."""
     if aspect_ratio not in MODES:
         known = ", ".join(repr(name) for name in MODES if name)
         raise InputError(f"image_aspect_ratio is {aspect_ratio!r}, which is not supported; use one of {known}.")
@@ -66,7 +66,7 @@ def image_mode(aspect_ratio: str | None) -> Mode:
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a model wants its images cut, and how it joins the features of the pieces."""
+    """How a model's images are cut into tiles, and how the features of the tiles are joined."""
 
     mode: Mode  # "square": centre crop; "pad": padded to a square; "anyres": one overview tile, then tiles of a grid
     tile_size: int  # pixels per side of what the vision tower sees
@@ -105,7 +105,7 @@ class ImagePolicy:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What becomes of one image: its tiles, the grid of its features, and how many features reach the text."""
+    """The tiles of one image, the grid of its features, and how many features enter the sequence."""
 
     size: ImageSize  # of the image as it was given
     num_tiles: int  # with the overview tile
@@ -117,11 +117,20 @@ class ImageLayout:
 
 
 def plan(size: Sequence[int], policy: ImagePolicy, *, num_tiles: int | None = None) -> ImageLayout:
-    """Lay out one image of `size`; `num_features` is exactly what the model makes of it.
+    """Lay out one image.
 
-    `num_tiles` is for pixels that somebody else cut: how many tiles they have. One tile under any policy is an image
-    alone, which "spatial_unpad" ends with one newline; any other number must be that of the policy, except that "flat"
-    joins whatever it is given. Left out, the tiles are those that `mm_utils.process_images` cuts.
+    Args:
+        size: (width, height) in pixels.
+        policy: the model's.
+        num_tiles: for pixels that a caller cut, the number of their tiles. One tile is a whole image under any policy,
+            which "spatial_unpad" ends with one newline; any other number must be that of the policy, except that "flat"
+            joins any number. None: the tiles that `mm_utils.process_images` cuts.
+
+    Returns:
+        The layout; its `num_features` is exactly the number that the model makes.
+
+    Raises:
+        InputError: the policy does not cut an image of this size into `num_tiles`.
     """
     size = checked_size(size)
     if num_tiles is not None and num_tiles < 1:
@@ -161,7 +170,7 @@ def _plan_tiles(size: ImageSize, policy: ImagePolicy, num_tiles: int | None) -> 
     num_newlines = 0
     if policy.merge != "flat" and policy.cls_token:
         raise InputError(
-            f"mm_patch_merge_type {policy.merge!r} joins patches by rows and has no place for a class feature; "
+            f"mm_patch_merge_type {policy.merge!r} joins patches by rows, without a class feature; "
             "use mm_vision_select_feature 'patch' or mm_patch_merge_type 'flat'."
         )
     if policy.merge == "flat":
@@ -177,9 +186,9 @@ def _plan_tiles(size: ImageSize, policy: ImagePolicy, num_tiles: int | None) -> 
 def unpad_box(rows: int, cols: int, size: Sequence[int]) -> Crop:
     """The part of a `rows` x `cols` grid that an image of `size`, centred on it, covers.
 
-    Released weights were trained with this float formula, whose truncation now and then differs from exact integers
-    (88x55 on 48x24 keeps 14 rows, not 16), so it stays. Very thin images can keep no row or no column at all; a grid
-    without columns still has its rows, and so still has its newlines.
+    Released weights were trained with this float formula, whose truncation differs from exact integers for some sizes
+    (88x55 on 48x24 keeps 14 rows, not 16). Very thin images can keep no row or no column at all; a grid without columns
+    still has its rows, and so its newlines.
     """
     width, height = checked_size(size)
     if width / height > cols / rows:
@@ -194,7 +203,7 @@ def unpad_box(rows: int, cols: int, size: Sequence[int]) -> Crop:
 def select_best_resolution(
     original_size: Sequence[int], possible_resolutions: Iterable[Sequence[int]]
 ) -> tuple[int, int]:
-    """The canvas that keeps most of the image's own pixels and, among equals, wastes least; the first of a tie."""
+    """Choose the canvas that keeps most of the image's own pixels, then the one with least padding, then the first."""
     width, height = checked_size(original_size)
     best: tuple[int, int] | None = None
     most_kept, least_wasted = 0, math.inf
@@ -212,13 +221,13 @@ def select_best_resolution(
 def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: str | Iterable[Sequence[int]], patch_size: int
 ) -> tuple[int, int]:
-    """How many tiles of `patch_size` pixels lie (across, down) on the canvas chosen for an image."""
+    """Count the tiles of `patch_size` pixels (across, down) on the canvas that is chosen for an image."""
     width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
 def parse_pinpoints(pinpoints: str | Iterable[Sequence[int]] | None) -> tuple[ImageSize, ...]:
-    """Canvas sizes from a list of pairs, or from a list as a flag spells it: "[(336, 672), (672, 336)]"."""
+    """Read canvas sizes from a list of pairs, or from a flag: "[(336, 672), (672, 336)]"."""
     value: object = pinpoints
     if isinstance(pinpoints, str):
         try:
@@ -244,7 +253,7 @@ def _bad_pinpoints(value: object) -> InputError:
 
 
 def fit_inside(size: Sequence[int], canvas: Sequence[int]) -> tuple[ImageSize, tuple[int, int]]:
-    """Size of an image scaled, shape kept, to fill `canvas` one way, and the (left, top) that centres it."""
+    """Scale a size, shape kept, to fill `canvas` one way; return it and the (left, top) that centres it."""
     width, height = checked_size(size)
     canvas_width, canvas_height = checked_size(canvas)
     scale_x, scale_y = canvas_width / width, canvas_height / height
@@ -256,7 +265,7 @@ def fit_inside(size: Sequence[int], canvas: Sequence[int]) -> tuple[ImageSize, t
 
 
 def tile_boxes(size: Sequence[int], tile_size: int) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each tile of a canvas, row by row."""
+    """List (left, top, right, bottom) of each tile of a canvas, row by row."""
     width, height = checked_size(size)
     return [
         (left, top, left + tile_size, top + tile_size)
@@ -266,13 +275,13 @@ def tile_boxes(size: Sequence[int], tile_size: int) -> list[tuple[int, int, int,
 
 
 def checked_size(size: Sequence[int]) -> ImageSize:
-    """`size` as an ImageSize, if it is one."""
+    """Return `size` as an ImageSize, or raise InputError."""
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
         raise InputError(f"an image of size {tuple(size)} has no pixels; a size is (width, height), both at least 1.")
     return ImageSize(int(size[0]), int(size[1]))
 
 
-# Where features lie in the image
+# Positions of features in the image
 
 
 class Box(NamedTuple):
@@ -285,8 +294,13 @@ class Box(NamedTuple):
 
 
 def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box]:
-    """What each tile of an image shows of it. `crops`: the image processor cuts an image that is not square to its
-    middle; otherwise it squeezes it."""
+    """The part of an image that each of its tiles shows.
+
+    Args:
+        layout: the image's.
+        policy: the model's.
+        crops: whether the image processor crops an image that is not square; otherwise it squeezes it.
+    """
     width, height = layout.size
     if layout.tile_grid is not None:
         canvas = ImageSize(layout.tile_grid.cols * policy.tile_size, layout.tile_grid.rows * policy.tile_size)
@@ -310,7 +324,7 @@ def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) 
 
 
 def feature_boxes(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box | None]:
-    """For each feature of an image, in the order of the sequence, what it shows; None for newlines and class features."""
+    """The part of an image that each feature shows, in the order of the sequence; None for newlines and class features."""
     areas, side = tile_areas(layout, policy, crops=crops), policy.patches_per_side
     head: list[Box | None] = [None] if policy.cls_token else []
     by_tile = [[_cell(area, row, col, side) for row in range(side) for col in range(side)] for area in areas]

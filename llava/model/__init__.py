@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from llava.utils import lazy_exports
 
-_HOME = {
-    "LlavaConfig": "llava_llama",
-    "LlavaLlamaModel": "llava_llama",
-    "LlavaLlamaForCausalLM": "llava_llama",
-    "LlavaMistralConfig": "llava_mistral",
-    "LlavaMistralModel": "llava_mistral",
-    "LlavaMistralForCausalLM": "llava_mistral",
-    "LlavaMptConfig": "llava_mpt",
-    "LlavaMptModel": "llava_mpt",
-    "LlavaMptForCausalLM": "llava_mpt",
-    "LlavaQwenConfig": "llava_qwen",
-    "LlavaQwenModel": "llava_qwen",
-    "LlavaQwenForCausalLM": "llava_qwen",
-    "LlavaQwen3Config": "llava_qwen",
-    "LlavaQwen3Model": "llava_qwen",
-    "LlavaQwen3ForCausalLM": "llava_qwen",
+EXPORTS = {
+    "llava.model.language_model.llava_llama": ("LlavaConfig", "LlavaLlamaModel", "LlavaLlamaForCausalLM"),
+    "llava.model.language_model.llava_mistral": ("LlavaMistralConfig", "LlavaMistralModel", "LlavaMistralForCausalLM"),
+    "llava.model.language_model.llava_mpt": ("LlavaMptConfig", "LlavaMptModel", "LlavaMptForCausalLM"),
+    "llava.model.language_model.llava_qwen": (
+        "LlavaQwenConfig",
+        "LlavaQwenModel",
+        "LlavaQwenForCausalLM",
+        "LlavaQwen3Config",
+        "LlavaQwen3Model",
+        "LlavaQwen3ForCausalLM",
+    ),
 }
-__all__ = list(_HOME)
+__all__ = [name for names in EXPORTS.values() for name in names]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"llava.model.language_model.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)

@@ -146,7 +146,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     # Images to features.
 
     def image_policy(self) -> ImagePolicy:
-        """How this model cuts images and joins their features, for `geometry.plan` and the image processor."""
+        """How this model cuts images and joins their features, for `images.layout.plan` and the image processor."""
         tower = self.get_vision_tower()
         if tower is None:
             raise InputError("this model has no vision tower, so it cannot look at images")

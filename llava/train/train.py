@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.program import run_program
 from llava.cli.startup import quick_imports
 from llava.errors import InputError
 from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name, rank0_print
+from llava.utils import lazy_exports
 
 if TYPE_CHECKING:
     from llava.text.labels import (
@@ -72,40 +72,32 @@ __all__ = [
     "train",
 ]
 
-# Public name -> the module that holds it.
-ELSEWHERE = {
-    "DataArguments": "llava.train.arguments",
-    "DataCollatorForSupervisedDataset": "llava.train.data",
-    "LLaVATrainer": "llava.train.llava_trainer",
-    "LazySupervisedDataset": "llava.train.data",
-    "ModelArguments": "llava.train.arguments",
-    "TrainingArguments": "llava.train.arguments",
-    "find_all_linear_names": "llava.train.lora",
-    "get_mm_adapter_state_maybe_zero_3": "llava.train.save",
-    "get_peft_state_maybe_zero_3": "llava.train.save",
-    "get_peft_state_non_lora_maybe_zero_3": "llava.train.save",
-    "make_supervised_data_module": "llava.train.data",
-    "maybe_zero_3": "llava.train.save",
-    "preprocess": "llava.text.labels",
-    "preprocess_llama_2": "llava.text.labels",
-    "preprocess_mpt": "llava.text.labels",
-    "preprocess_multimodal": "llava.text.labels",
-    "preprocess_plain": "llava.text.labels",
-    "preprocess_v1": "llava.text.labels",
-    "run": "llava.train.run",
-    "safe_save_model_for_hf_trainer": "llava.train.save",
-    "smart_tokenizer_and_embedding_resize": "llava.train.save",
+# Names that outside code imports from here, by the module that defines them.
+EXPORTS = {
+    "llava.train.arguments": ("DataArguments", "ModelArguments", "TrainingArguments"),
+    "llava.train.data": ("DataCollatorForSupervisedDataset", "LazySupervisedDataset", "make_supervised_data_module"),
+    "llava.train.llava_trainer": ("LLaVATrainer",),
+    "llava.train.lora": ("find_all_linear_names",),
+    "llava.train.save": (
+        "get_mm_adapter_state_maybe_zero_3",
+        "get_peft_state_maybe_zero_3",
+        "get_peft_state_non_lora_maybe_zero_3",
+        "maybe_zero_3",
+        "safe_save_model_for_hf_trainer",
+        "smart_tokenizer_and_embedding_resize",
+    ),
+    "llava.text.labels": (
+        "preprocess",
+        "preprocess_llama_2",
+        "preprocess_mpt",
+        "preprocess_multimodal",
+        "preprocess_plain",
+        "preprocess_v1",
+    ),
+    "llava.train.run": ("run",),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(ELSEWHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(ELSEWHERE))
+__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 
 
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> LLaVATrainer:
@@ -128,9 +120,8 @@ def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int
     with quick_imports():
         import transformers
 
+        import llava.train.run  # noqa: F401  # with what a run needs
         from llava.train.callbacks import Stopped
-
-        import_module("llava.train.run")
     if not sys.stderr.isatty():  # where bars would become lines without end
         transformers.utils.logging.disable_progress_bar()
     try:

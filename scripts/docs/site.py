@@ -124,11 +124,11 @@ def reference() -> str:
 
 
 def public_names() -> dict[str, str]:
-    """`llava._HOME`, read without importing the package."""
+    """The module of each public name, from `llava.EXPORTS`, read without importing the package."""
     for node in ast.parse((ROOT / "llava/__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
-            return ast.literal_eval(node.value)
-    raise AssertionError("llava/__init__.py has no table _HOME")
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXPORTS":
+            return {name: home for home, names in ast.literal_eval(node.value).items() for name in names}
+    raise AssertionError("llava/__init__.py has no table EXPORTS")
 
 
 if __name__ == "__main__":

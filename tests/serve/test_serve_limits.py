@@ -19,7 +19,7 @@ from serve_kit import DEMO, data_url, embedded_backend, wait_until, worker
 
 from llava.__main__ import main
 from llava.errors import InputError
-from llava.images.image_limits import ImageLimits
+from llava.images.download import ImageLimits
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.app import Door
 from llava.serve.http.limits import ApiKeys, ServeLimits, read_keys

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError, require
-from llava.images.image_limits import ImageLimits
+from llava.images.download import ImageLimits
 
 if TYPE_CHECKING:
     import socket

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError
-from llava.images.image_limits import ImageLimits
+from llava.images.download import ImageLimits
 from llava.images.io import decode_base64, load_image
 from llava.serve.http.memory_budget import BYTES_PER_PIXEL
 

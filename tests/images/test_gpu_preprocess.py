@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.engine.engine import Engine
-from llava.images.gpu_preprocess import FILTERS, DeviceTiler, scaled
+from llava.images.gpu_preprocess import FILTERS, GpuPreprocessor, scaled
 from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy, plan
 from llava.mm_utils import process_images
@@ -69,7 +69,7 @@ def test_tiles_are_those_that_the_processor_makes(name: str, mode: Any, size: tu
     config = SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=PINPOINTS)
     pixels = process_images([image], processor, config)[0]
     wanted = pixels if mode == "anyres" else pixels[None]
-    tiler = DeviceTiler(processor, policy, torch.device("cpu"))
+    tiler = GpuPreprocessor(processor, policy, torch.device("cpu"))
     colours = torch.from_numpy(np.array(image))
     layout = plan(size, policy)
     assert torch.equal(tiler(colours, layout.num_tiles), wanted)
@@ -83,13 +83,15 @@ def test_an_engine_that_cuts_on_its_device_answers_the_same(kind: str) -> None:
     with Engine.from_loaded(model) as engine:
         # As on a GPU, where these two are set.
         engine._build_prompt._on_device = True
-        engine._loop.runner._tiler = DeviceTiler(processor.image_processor, processor.policy, model.model.device)
+        engine._loop.runner._gpu_preprocessor = GpuPreprocessor(
+            processor.image_processor, processor.policy, model.model.device
+        )
         results = answers_together(engine, mixed_requests())
     for result, tokens in zip(results, expected(kind), strict=True):
         assert result.completions[0].token_ids == tokens
 
 
 def test_a_filter_that_it_does_not_know_is_left_to_the_host() -> None:
-    assert DeviceTiler.can(PROCESSORS["clip"])
-    assert not DeviceTiler.can(replace(PROCESSORS["clip"], resample=0))
-    assert DeviceTiler.can(replace(PROCESSORS["clip"], resample=0, do_resize=False))
+    assert GpuPreprocessor.supports(PROCESSORS["clip"])
+    assert not GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0))
+    assert GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0, do_resize=False))
