@@ -34,7 +34,7 @@ def run(args: Namespace) -> None:
         of_split = [one for one in answered if one.question.category == split]
         print(f"Category: {split}, # samples: {len(of_split)}")
         counts = YesNoCounts.count(
-            (None if one.text is None else pope_answer(one.text), one.question.answer) for one in of_split
+            (None if one.text is None else pope_answer(one.text), one.question.reference) for one in of_split
         )
         found = counts.figures()
         print("TP\tFP\tTN\tFN\t\n{TP}\t{FP}\t{TN}\t{FN}".format(**found))

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, need, read_json_lines, write_json
 from llava.eval.metrics.choices import science_qa_letter
 from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
-from llava.eval.types import ratio
+from llava.eval.types import JsonRow, ratio
 
 FAILED = "FAILED"
 
@@ -35,9 +34,9 @@ FLAGS = (
 )
 
 
-def read_predictions(file: str, faults: Faults) -> dict[str, dict[str, Any]]:
+def read_predictions(file: str, faults: Faults) -> dict[str, JsonRow]:
     """Answer rows by question; the last of several counts."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonRow] = {}
     for number, row in enumerate(read_json_lines(Path(file), "answers file", faults=faults), start=1):
         name = str(need(row, "question_id", f"answer {number} of {file!r}"))
         if name in found:
@@ -46,7 +45,7 @@ def read_predictions(file: str, faults: Faults) -> dict[str, dict[str, Any]]:
     return found
 
 
-def choice_index(letter: str | None, problem: Mapping[str, Any], options: Sequence[str]) -> int:
+def choice_index(letter: str | None, problem: JsonRow, options: Sequence[str]) -> int:
     """The place of a letter among a problem's choices, or -1."""
     letters = list(options[: len(problem["choices"])])
     return letters.index(letter) if letter in letters else -1
@@ -56,7 +55,7 @@ def run(args: Namespace) -> None:
     problems = read_split(Path(args.base_dir), args.split)
     faults = Faults()
     predictions = read_predictions(args.result_file, faults)
-    groups: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
+    groups: dict[str, list[JsonRow]] = {"correct": [], "incorrect": []}
     results, outputs = {}, {}
     for name, problem in problems.items():
         row = predictions.get(name)

@@ -16,9 +16,10 @@ from pathlib import Path
 from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.eval_science_qa import SPLIT_FLAGS, choice_index, read_predictions
-from llava.eval.files import Faults, JsonRow, need, read_json_object
+from llava.eval.files import Faults, need, read_json_object
 from llava.eval.metrics.choices import told_letter
 from llava.eval.tasks.scienceqa import read_split
+from llava.eval.types import JsonRow
 
 FLAGS = (
     *SPLIT_FLAGS,

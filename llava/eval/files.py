@@ -1,7 +1,7 @@
-"""Files of benchmarks and of answers: JSON, JSON lines, tab-separated tables.
+"""Read and write the files of benchmarks and of answers: JSON, JSON lines, and tables (.tsv, .csv, .xlsx).
 
-In: paths. Out: plain values, or one sentence with file, line and remedy. Faults that leave the rest of a file usable are
-counted in `Faults`, which says their number and the first of each kind at the end; nothing is dropped in silence.
+In: paths. Out: plain values, or an `InputError` that names file, line and remedy. Faults that leave the rest of a file
+usable are counted in `Faults`, which reports the number and the first case of each kind.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError, require
+from llava.eval.types import JsonRow
 
-JsonRow = dict[str, Any]  # an object of a benchmark's file; its fields are the benchmark's
 _FORBIDDEN_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 @dataclass
 class FaultCount:
-    """One kind of fault: what it means, how often it was met, and where first."""
+    """One kind of fault: what it means for the score, its number, and the place of the first."""
 
     meaning: str
     count: int
@@ -34,7 +34,7 @@ class FaultCount:
 
 @dataclass
 class Faults:
-    """Counts faults by kind. `kinds` keeps the order in which they were met."""
+    """Counts faults by kind, in the order of first appearance."""
 
     kinds: dict[str, FaultCount] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class Faults:
     def sentences(self) -> list[str]:
         return [f"{fault.count} {kind} (first: {fault.first}): {fault.meaning}" for kind, fault in self.kinds.items()]
 
-    def as_dict(self) -> dict[str, dict[str, Any]]:
+    def as_dict(self) -> dict[str, JsonRow]:
         return {
             kind: {"count": fault.count, "first": fault.first, "meaning": fault.meaning}
             for kind, fault in self.kinds.items()
@@ -65,22 +65,28 @@ def read_text(path: Path, what: str = "file") -> str:
         raise InputError(f"the {what} {str(path)!r} cannot be read: {error.strerror}") from error
 
 
-def read_json(path: Path, what: str = "file") -> Any:
+def read_json(path: Path, what: str = "file") -> object:
     try:
         return json.loads(read_text(path, what))
     except ValueError as error:
         raise InputError(f"the {what} {str(path)!r} is not valid JSON: {error}") from error
 
 
-def read_json_object(path: Path, what: str = "file") -> dict[str, Any]:
+def read_json_object(path: Path, what: str = "file") -> JsonRow:
     value = read_json(path, what)
     if not isinstance(value, dict):
         raise InputError(f"the {what} {str(path)!r} must hold a JSON object, found {type(value).__name__}")
     return value
 
 
-def read_json_lines(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file. A line that is none is an error, or a counted fault where `faults` is given."""
+def read_json_lines(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[JsonRow]:
+    """Read the objects of a JSON lines file.
+
+    Args:
+        path: the file.
+        what: what an error calls it.
+        faults: where to count lines that are not JSON objects; None: the first of them is an error.
+    """
     rows = []
     for number, line in enumerate(read_text(path, what).split("\n"), start=1):
         if not line.strip():
@@ -99,12 +105,13 @@ def read_json_lines(path: Path, what: str = "file", *, faults: Faults | None = N
     return rows
 
 
-def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[dict[str, Any]]:
-    """Objects from a JSON list or from JSON lines, whichever the file holds."""
+def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[JsonRow]:
+    """Read objects from a JSON list or from JSON lines, whichever the file holds."""
     text = read_text(path, what).lstrip()
     if not text.startswith("["):
         return read_json_lines(path, what, faults=faults)
     rows = read_json(path, what)
+    assert isinstance(rows, list)
     bad = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise InputError(f"entry {bad} of the {what} {str(path)!r} is not a JSON object")
@@ -112,7 +119,13 @@ def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = No
 
 
 def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a table with a header: .tsv, .csv or .xlsx. Missing cells are empty strings."""
+    """Read the rows of a .tsv, .csv or .xlsx table with a header. Missing cells are empty strings.
+
+    Args:
+        path: the table; its suffix says the format.
+        what: what an error calls it.
+        needed: columns without which the table is refused.
+    """
     if path.suffix.lower() == ".xlsx":
         rows = read_xlsx(path)
     else:
@@ -157,20 +170,14 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequen
 
 
 def need(row: Mapping[str, Any], field_name: str, where: str) -> Any:
-    """A field that a row must have."""
+    """Return a field that a row must have; `where` is what an error calls the row."""
     if field_name not in row:
         raise InputError(f"{where} has no field {field_name!r}; its fields: {', '.join(map(str, row)) or 'none'}")
     return row[field_name]
 
 
-def rows_with_place(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a JSON list or JSON lines file, each with what to call it in messages."""
-    for number, row in enumerate(read_json_rows(path, what), start=1):
-        yield f"row {number} of {str(path)!r}", row
-
-
 def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
-    """The first of some places below a folder that exists, or one sentence that names them all."""
+    """Return the first of some paths below a folder that exists, or raise an `InputError` that names them all."""
     for name in names:
         if (folder / name).exists():
             return folder / name
@@ -182,12 +189,12 @@ def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -1,9 +1,9 @@
-"""Put a table of questions, models' answers and reviews onto one page.
+"""Make a web page of a table of questions, models' answers and reviews.
 
     python llava/eval/generate_webpage_data_from_table.py --table llava/eval/table --output webpage
 
 Reads `question.jsonl`, `answer/answer_MODEL.jsonl` and, where there are some, `review/review_MODEL_BASELINE.jsonl`. Writes
-`data.json` (questions, each with the models' answers, reviews and scores) and `index.html`, which shows them by itself.
+`data.json` (questions, each with the models' answers, reviews and scores) and `index.html`, which shows them without a server.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
+from llava.eval.types import JsonRow, QuestionId
 
 PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
 
@@ -40,8 +39,8 @@ def run(args: Namespace) -> None:
     report_faults(faults)
 
 
-def collect(table: Path, faults: Faults) -> dict[str, Any]:
-    """All of a table's folder, by question."""
+def collect(table: Path, faults: Faults) -> JsonRow:
+    """Gather a table's folder by question."""
     questions = read_json_lines(table / "question.jsonl", "file of questions")
     answers = _by_model(table / "answer", "answer_")
     if not answers:
@@ -56,7 +55,7 @@ def collect(table: Path, faults: Faults) -> dict[str, Any]:
     records = []
     for number, question in enumerate(questions, start=1):
         name = need(question, "question_id", f"question {number}")
-        record: dict[str, Any] = {
+        record: JsonRow = {
             "id": name,
             "category": question.get("category", ""),
             "question": need(question, "text", f"question {name!r}"),
@@ -71,14 +70,14 @@ def collect(table: Path, faults: Faults) -> dict[str, Any]:
                 )
         for model, rows in reviews.items():
             if name in rows:
-                record["evaluations"][model] = told(rows[name])
+                record["evaluations"][model] = review_text(rows[name])
                 if pair_of(rows[name]) != NO_SCORE:
                     record["scores"][model] = list(pair_of(rows[name]))
         records.append(record)
     return {"questions": records, "models": {model: names.get(model, model) for model in answers}}
 
 
-def _by_model(folder: Path, start: str) -> dict[str, dict[Any, dict[str, Any]]]:
+def _by_model(folder: Path, start: str) -> dict[str, dict[QuestionId, JsonRow]]:
     """The rows of every `START_MODEL.jsonl`, by question."""
     return {
         file.stem.removeprefix(start): {row["question_id"]: row for row in read_json_lines(file)}
@@ -86,8 +85,8 @@ def _by_model(folder: Path, start: str) -> dict[str, dict[Any, dict[str, Any]]]:
     }
 
 
-def told(review: Mapping[str, Any]) -> str:
-    """A review without its first line, which has the scores, and with the assistants' names set off."""
+def review_text(review: JsonRow) -> str:
+    """Return a review without its first line, which has the scores, and with the assistants' names in bold."""
     _, _, text = str(review.get("content", review.get("text", ""))).strip().partition("\n")
     return text.strip().replace("Assistant 1", "**Assistant 1**").replace("Assistant 2", "**Assistant 2**")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from llava.eval.metrics.vqa import (
     anls,
@@ -15,6 +14,7 @@ from llava.eval.metrics.vqa import (
     soft_accuracy,
     split_words,
 )
+from llava.eval.types import JsonRow
 
 
 class EvalAIAnswerProcessor:
@@ -38,7 +38,7 @@ class _Evaluator:
 
     score: Callable[[str, Sequence[str]], float]
 
-    def eval_pred_list(self, pred_list: Sequence[Mapping[str, Any]]) -> float:
+    def eval_pred_list(self, pred_list: Sequence[JsonRow]) -> float:
         return mean_score([(row["pred_answer"], row["gt_answers"]) for row in pred_list], type(self).score)
 
 

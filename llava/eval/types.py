@@ -1,8 +1,7 @@
-"""What evaluation is about, as values: a question, an answer given to it, and the scores of many.
+"""Questions, answers and scores of benchmarks, as values.
 
-In and out: nothing is read or computed here, and nothing heavy imported. Readers (tasks/) make `Question`s,
-eval/tasks/answers.py pairs them with answers, metrics/ and tasks/ turn pairs into `Scores`, eval/harness/runner.py
-asks a model, eval/harness/report.py shows.
+The modules of eval/tasks/ read `Question`s, eval/tasks/answers.py pairs them with answers, and a task's scorer turns the pairs
+into `Scores`. Nothing is read or computed here, and nothing heavy imported.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 QuestionId = str | int
+JsonRow = dict[str, Any]  # an object of a benchmark's file; its fields are the benchmark's
+Figures = Mapping[str, float | int]
 
 
 class QuestionKey(NamedTuple):
-    """What tells the questions of a task apart. Some benchmarks use an id for several; then the prompt tells, or the round."""
+    """Tells the questions of a task apart. Where several share an id, the prompt or the round differs."""
 
     id: str
     prompt: str = ""
@@ -28,23 +29,37 @@ class Question:
     """One question of a benchmark."""
 
     id: QuestionId
-    prompt: str  # put to the model; with `<image>` marks only where images do not simply come first
+    prompt: str  # put to the model; with `<image>` only where images do not simply come first
     images: tuple[Path | bytes, ...] = ()  # files, or their content where the benchmark's file holds it
     category: str = ""
-    answer: Any = None  # the reference, in the form that the task's scorer takes; None where only a server knows it
+    answer: str | int | Sequence[str] | None = (
+        None  # the reference, as the scorer takes it; None: only a server knows it
+    )
     options: tuple[str, ...] = ()  # the choices of a multiple choice question, in the order of their letters
     round: int = 0  # for questions that are asked again with their options in another order
-    shown_prompt: str | None = None  # what the answer's row has as its prompt, where that is not `prompt`
-    extra: Mapping[str, Any] = field(default_factory=dict)  # what only this task's scorer and writer know
+    shown_prompt: str | None = None  # the prompt in the answer's row, where that is not `prompt`
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what only this task's scorer and writer use
 
     @property
     def row_prompt(self) -> str:
         return self.prompt if self.shown_prompt is None else self.shown_prompt
 
+    @property
+    def reference(self) -> str:
+        """The right answer of a task whose questions have one each, as text."""
+        assert isinstance(self.answer, str)
+        return self.answer
+
+    @property
+    def references(self) -> Sequence[str]:
+        """The right answers of a task whose questions may have several."""
+        assert not isinstance(self.answer, int)
+        return (self.answer,) if isinstance(self.answer, str) else self.answer or ()
+
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with the text that answers it; None when there is no answer, which always counts as wrong."""
+    """A question with the text that answers it; None where there is no answer, which always counts as wrong."""
 
     question: Question
     text: str | None
@@ -52,15 +67,15 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a task's scorer found. Figures are in the benchmark's own scale, at full precision."""
+    """The result of a task's scorer. Figures are in the benchmark's own scale, at full precision."""
 
-    figures: Mapping[str, float | int]
-    categories: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
-    verdicts: Sequence[float | None] = ()  # for each question 0 to 1; None: not judged here
-    headline: float | None = None  # the figure that papers print; None where a server or a judge has the last word
+    figures: Figures
+    categories: Mapping[str, Figures] = field(default_factory=dict)
+    verdicts: Sequence[float | None] = ()  # of each question, from 0 to 1; None: not judged here
+    headline: float | None = None  # the figure that papers print; None where it comes from a server or a judge
     notes: tuple[str, ...] = ()  # what a reader of the figures must know, a sentence each
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole, and 0 where there is nothing to divide by; whoever divides also counts."""
+    """Divide, with 0 for a division by zero; the caller counts those."""
     return part / whole if whole else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import eval_kit as kit
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_eval_tasks import kinds, scored
 
@@ -164,6 +164,7 @@ def test_score_prints_json_at_full_precision_and_is_strict_when_asked(data: Path
 CELLS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\ufffe\uffff"), max_size=12)
 
 
+@settings(deadline=None)  # the first call imports openpyxl
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5))
 def test_xlsx_round_trip(rows: list[tuple[str, str]]) -> None:
     import tempfile

@@ -10,19 +10,19 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from llava.eval.tasks.answers import keys_of
-from llava.eval.types import Question, QuestionKey
+from llava.eval.types import JsonRow, Question, QuestionKey
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _ID_LENGTH = 22
 _NAMESPACE = uuid.UUID("6c6c6176-6120-6576-616c-75617469006e")
 
 
-def answer_row(question: Question, text: str, model_id: str) -> dict[str, Any]:
+def answer_row(question: Question, text: str, model_id: str) -> JsonRow:
     """An answer as the original writes it, with rounds and options where the task has them."""
-    row: dict[str, Any] = {"question_id": question.id}
+    row: JsonRow = {"question_id": question.id}
     if "option_char" in question.extra:
         row["round_id"] = question.round
     row |= {"prompt": question.row_prompt, "text": text}
@@ -41,7 +41,7 @@ def answer_id(question: Question, text: str, model_id: str) -> str:
     return "".join(reversed(letters))
 
 
-def row_key(row: dict[str, Any], shared: frozenset[str]) -> QuestionKey:
+def row_key(row: JsonRow, shared: frozenset[str]) -> QuestionKey:
     """Which question a row answers; `shared` are the ids that several questions have."""
     name = str(row["question_id"])
     return QuestionKey(name, row["prompt"] if name in shared else "", row.get("round_id", 0))
@@ -59,10 +59,10 @@ class AnswerLog:
         self.file = folder / "answers.jsonl"
         self._parts = folder / "parts"
 
-    def answered(self) -> dict[QuestionKey, dict[str, Any]]:
+    def answered(self) -> dict[QuestionKey, JsonRow]:
         """The rows of all answers that are there, whoever wrote them."""
         known = set(self._keys)
-        found: dict[QuestionKey, dict[str, Any]] = {}
+        found: dict[QuestionKey, JsonRow] = {}
         for file in [self.file, *sorted(self._parts.glob("*.jsonl"))]:
             for row in whole_lines(file):
                 key = row_key(row, self._shared)
@@ -121,7 +121,7 @@ class PartWriter:
         self._out.close()
 
 
-def whole_lines(file: Path) -> list[dict[str, Any]]:
+def whole_lines(file: Path) -> list[JsonRow]:
     """The rows of a file up to where its writer was stopped."""
     if not file.is_file():
         return []

@@ -10,15 +10,15 @@ import json
 import math
 import random
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.harness.manifest import differences
 from llava.eval.harness.results import read_results, read_verdicts
+from llava.eval.types import JsonRow
 
 NUM_RESAMPLES = 10_000
 
@@ -106,11 +106,11 @@ def compare_task(task: str, first: Path, second: Path) -> TaskComparison:
     )
 
 
-def _by_question(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+def _by_question(rows: Sequence[JsonRow]) -> dict[tuple[str, str, int], JsonRow]:
     return {(str(row["question_id"]), row["prompt"], row["round_id"]): row for row in rows}
 
 
-def _told(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _told(before: JsonRow, after: JsonRow) -> str:
     question = before["prompt"].split("\n")[0]
     return f"{before['question_id']}: {question!r} was answered {before['text']!r}, now {after['text']!r}"
 

@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
@@ -24,7 +23,7 @@ from llava.eval.files import Faults, find_file, read_json_object
 from llava.eval.harness.answer_log import cut_half_line, whole_lines
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
 from llava.eval.tasks.judged import mmvet_name, summarise_grades, summarise_reviews
-from llava.eval.types import AnsweredQuestion, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Scores
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULES = Path(__file__).resolve().parents[1] / "table" / "rule.json"
@@ -95,14 +94,14 @@ def prompt_hash(messages: Sequence[Mapping[str, str]]) -> str:
 class JudgeRequest:
     """One thing to judge: the row so far, what the judge is asked, and how its reply becomes fields of the row."""
 
-    row: dict[str, Any]
+    row: JsonRow
     messages: list[dict[str, str]]
-    read: Callable[[str], dict[str, Any]]
+    read: Callable[[str], JsonRow]
     max_tokens: int = 1024
     temperature: float = 0.2
 
 
-def review(requests: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[dict[str, Any]]:
+def review(requests: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[JsonRow]:
     """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
     there = whole_lines(file)
     known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
@@ -148,7 +147,7 @@ def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], c
     return "".join([*parts, f"[System]\n{rule['prompt']}\n\n"])
 
 
-def comparison_request(row: dict[str, Any], content: str, max_tokens: int = 1024) -> JudgeRequest:
+def comparison_request(row: JsonRow, content: str, max_tokens: int = 1024) -> JudgeRequest:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
     return JudgeRequest(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
 
@@ -170,7 +169,7 @@ def llava_bench_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -
         category = f"llava_bench_{question.category}"
         caption = question.extra["caption"]
         context = "\n".join(caption) if isinstance(caption, list) else caption
-        content = comparison(question.prompt, [question.answer, one.text], rules[category], context)
+        content = comparison(question.prompt, [question.reference, one.text], rules[category], context)
         requests.append(comparison_request({"id": number, "question_id": question.id, "category": category}, content))
     return requests
 
@@ -187,7 +186,7 @@ def mmvet_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -> list
         if one.question.answer is None:
             faults.add("questions without reference", "mm-vet.json lacks them; left out", repr(one.question.id))
             continue
-        truth = one.question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        truth = one.question.reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         content = instructions + "\n" + " | ".join([one.question.extra["question"], truth, one.text, ""])
         messages = [{"role": "user", "content": content}]
         row = {"question_id": mmvet_name(one.question.id)}

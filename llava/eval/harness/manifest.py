@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from llava.eval.types import Question
+from llava.eval.types import JsonRow, Question
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "tokenizers")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
@@ -52,7 +51,7 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def environment() -> dict[str, Any]:
+def environment() -> JsonRow:
     """Versions, machine, and the revision of this package's repository, where it is in one."""
     import llava
 
@@ -88,7 +87,7 @@ def git_revision() -> str | None:
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(first: Mapping[str, object], second: Mapping[str, object], prefix: str = "") -> list[str]:
     """Names and both values of what differs between two settings."""
     found = []
     for name in dict.fromkeys([*first, *second]):

@@ -13,7 +13,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
@@ -22,6 +21,7 @@ from llava.eval.harness.reference_scores import SOURCES, reference_scores
 from llava.eval.harness.results import read_results, read_verdicts
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
+from llava.eval.types import JsonRow
 
 PAGE = Path(__file__).resolve().parents[1] / "webpage" / "report.html"
 NUM_WRONG, NUM_RIGHT = 36, 24  # answers of each task that the gallery shows
@@ -34,7 +34,7 @@ SUFFIXES = (WORD_SUFFIX, LETTER_SUFFIX, LETTER_SUFFIX_CN)
 SHARES = ("f1", "spearman", "accuracy")  # figures that may be given as a share of 1
 
 
-def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
+def write_report(folder: Path, results: JsonRow) -> Path:
     """Make report.html from what a run's folder holds."""
     images = _Thumbnails()
     gallery = [card for task in results["tasks"] for card in gallery_cards(folder, task, images)]
@@ -56,7 +56,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
     return file
 
 
-def about(manifest: Mapping[str, Any]) -> str:
+def about(manifest: JsonRow) -> str:
     settings = manifest["settings"]
     rows = {
         "template": manifest.get("template") or settings["model"]["conv_mode"],
@@ -70,7 +70,7 @@ def about(manifest: Mapping[str, Any]) -> str:
     return f"<dl>{cells}</dl>"
 
 
-def summary(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
+def summary(tasks: Sequence[JsonRow], model: str) -> str:
     """The headline figures beside published ones."""
     has_published = any(reference_scores(task["task"]) for task in tasks)
     others = COMPARED if has_published else ()
@@ -92,7 +92,7 @@ def summary(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
     return table + note
 
 
-def overview(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
+def overview(tasks: Sequence[JsonRow], model: str) -> str:
     """A radar plot of three tasks or more, bars of fewer."""
     scored = [task for task in tasks if task["headline"]["value"] is not None]
     highest = {task["task"]: TASKS[task["task"]].highest if task["task"] in TASKS else 100.0 for task in scored}
@@ -111,11 +111,11 @@ def overview(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
     return radar([task["title"] for task in scored], series)
 
 
-def _share(task: Mapping[str, Any], highest: Mapping[str, float]) -> float:
+def _share(task: JsonRow, highest: Mapping[str, float]) -> float:
     return max(0.0, min(1.0, task["headline"]["value"] / highest[task["task"]]))
 
 
-def section(task: Mapping[str, Any]) -> str:
+def section(task: JsonRow) -> str:
     """One task: its figures, its categories as bars, and what to know about them."""
     headline = task["headline"]
     value = "" if headline["value"] is None else f'<span class="headline">{headline["value"]:.2f}</span>'
@@ -150,7 +150,7 @@ def category_bars(categories: Mapping[str, Mapping[str, float]]) -> str:
 # --- the gallery ----------------------------------------------------------------------------------------------------
 
 
-def gallery_cards(folder: Path, task: Mapping[str, Any], images: _Thumbnails) -> list[dict[str, Any]]:
+def gallery_cards(folder: Path, task: JsonRow, images: _Thumbnails) -> list[JsonRow]:
     """Some wrong and some right answers of a task, spread evenly over it."""
     rows = [row for row in read_verdicts(folder, task["task"]) if row["score"] is not None]
     wrong, right = ([row for row in rows if (row["score"] >= 1) is good] for good in (False, True))
@@ -178,7 +178,7 @@ def _question(prompt: str) -> str:
     return prompt
 
 
-def _reference(row: Mapping[str, Any]) -> str:
+def _reference(row: JsonRow) -> str:
     """The right answer in words; of ten people's answers the most frequent ones."""
     reference, options = row["reference"], row["options"]
     if isinstance(reference, int) and options:
@@ -189,7 +189,7 @@ def _reference(row: Mapping[str, Any]) -> str:
     return "" if reference is None else str(reference)
 
 
-def _spread(rows: Sequence[Any], count: int) -> list[Any]:
+def _spread(rows: Sequence[JsonRow], count: int) -> list[JsonRow]:
     return [rows[len(rows) * number // count] for number in range(count)] if len(rows) > count else list(rows)
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import read_json_lines, read_json_object, write_json, write_json_lines
 from llava.eval.harness.reference_scores import MODELS, SOURCES, reference_scores
 from llava.eval.harness.scoring import TaskReport, shown
-from llava.eval.types import AnsweredQuestion
+from llava.eval.types import AnsweredQuestion, JsonRow
 
 RESULTS, MANIFEST, TABLE, VERDICTS = "results.json", "manifest.json", "results.md", "verdicts.jsonl"
 
 
-def write_results(folder: Path, reports: Sequence[TaskReport], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def write_results(folder: Path, reports: Sequence[TaskReport], manifest: JsonRow) -> JsonRow:
     """Write results.json and results.md, and with every task its verdicts; give what results.json holds."""
     results = {"model": manifest["settings"]["model"]["name"], "tasks": [report.as_dict() for report in reports]}
     write_json(folder / RESULTS, results | {"manifest": dict(manifest)})
@@ -31,7 +30,7 @@ def write_results(folder: Path, reports: Sequence[TaskReport], manifest: Mapping
     return results
 
 
-def verdict_row(one: AnsweredQuestion, score: float | None) -> dict[str, Any]:
+def verdict_row(one: AnsweredQuestion, score: float | None) -> JsonRow:
     """A question with its answer and verdict, with all that a comparison or the gallery shows."""
     question = one.question
     images = [str(image.resolve()) if isinstance(image, Path) else None for image in question.images]
@@ -48,7 +47,7 @@ def verdict_row(one: AnsweredQuestion, score: float | None) -> dict[str, Any]:
     }
 
 
-def markdown(tasks: Sequence[Mapping[str, Any]], model: str) -> str:
+def markdown(tasks: Sequence[JsonRow], model: str) -> str:
     """Headline figures beside the published ones, then each task's categories."""
     lines = [f"| task | figure | {model} | {' | '.join(MODELS)} |", "|---|---|---:" + "|---:" * len(MODELS) + "|"]
     for task in tasks:
@@ -84,12 +83,12 @@ def _figures(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 # --- read back ------------------------------------------------------------------------------------------------------
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> JsonRow:
     if not (folder / RESULTS).is_file():
         raise InputError(f"{str(folder)!r} has no {RESULTS}; give the folder of a run that `llava eval` finished")
     return read_json_object(folder / RESULTS, "file of results")
 
 
-def read_verdicts(folder: Path, task: str) -> list[dict[str, Any]]:
+def read_verdicts(folder: Path, task: str) -> list[JsonRow]:
     file = folder / task / VERDICTS
     return read_json_lines(file, "file of verdicts") if file.is_file() else []

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.files import JsonRow, need, read_json_lines
+from llava.eval.files import need, read_json_lines
 from llava.eval.harness.judge import Judge, JudgeRequest, comparison, comparison_request, read_rules, review
+from llava.eval.types import JsonRow
 
 
 def _caption(row: JsonRow) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.cli.model_flags import add_model_flags, find_model, quantization_from
 from llava.cli.program import ArgumentParser
@@ -29,7 +28,7 @@ from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jo
 from llava.eval.harness.scoring import TaskReport, add_data_dir, load_questions, score_questions, table
 from llava.eval.tasks import find_tasks
 from llava.eval.tasks.task import Task
-from llava.eval.types import Question
+from llava.eval.types import JsonRow, Question
 from llava.model.checkpoints.hub import resolve_checkpoint
 
 EXAMPLES = """\
@@ -159,7 +158,7 @@ def plan(task: Task, args: Namespace, out: Path) -> TaskPlan:
     return TaskPlan(task, questions, out / task.name, faults, left_out)
 
 
-def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> dict[str, Any]:
+def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> JsonRow:
     """What decides the answers."""
     return {
         "model": {
@@ -182,7 +181,7 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
     }
 
 
-def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: dict[str, Any], *, fresh: bool) -> None:
+def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, fresh: bool) -> None:
     """Go on with a run only if it is the same one; else say what differs."""
     file = out / MANIFEST
     if fresh:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
@@ -19,7 +18,7 @@ from llava.eval.files import Faults
 from llava.eval.tasks import find_task
 from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.task import Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, Figures, JsonRow, Question, Scores
 
 DATA_DIR = "./playground/data/eval"
 
@@ -33,7 +32,7 @@ class TaskReport:
     faults: Faults
     answered: Sequence[AnsweredQuestion] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonRow:
         headline = {"name": self.task.headline, "value": self.scores.headline, "unit": self.task.unit}
         return {
             "task": self.task.name,
@@ -91,7 +90,7 @@ def table(report: TaskReport) -> str:
     return "\n".join(lines)
 
 
-def _columns(rows: Any) -> list[str]:
+def _columns(rows: Mapping[str, Figures]) -> list[str]:
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     cells = [["", *names], *([row, *(shown(figures.get(name)) for name in names)] for row, figures in rows.items())]
     widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]

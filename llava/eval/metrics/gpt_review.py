@@ -5,8 +5,9 @@ In: the judge's replies, or rows of a review file. Out: score pairs and, for eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from llava.eval.types import JsonRow
 
 NO_SCORE = (-1.0, -1.0)  # what the original writes when a reply has no pair of numbers in its first line
 
@@ -36,7 +37,7 @@ def summary_line(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]
     return relative, round(first * 10, 1), round(second * 10, 1)
 
 
-def pair_of(row: Mapping[str, Any]) -> tuple[float, float]:
+def pair_of(row: JsonRow) -> tuple[float, float]:
     """A row's scores, under either of the names that the original's review files use."""
     pair = row.get("tuple", row.get("score"))
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -44,7 +45,7 @@ def pair_of(row: Mapping[str, Any]) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def by_category(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def by_category(rows: Sequence[JsonRow]) -> dict[str, list[tuple[float, float]]]:
     """Score pairs of each category and of "all", categories in alphabetical order."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

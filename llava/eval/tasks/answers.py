@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json, read_json_lines, read_table, read_text
-from llava.eval.types import AnsweredQuestion, Question, QuestionKey
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionKey
 
 TEXT_FIELDS = ("text", "answer", "response", "prediction", "pred_answer", "output")
 ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
@@ -70,7 +70,7 @@ def read_answers(path: Path, faults: Faults) -> list[AnswerRecord]:
     return list(_answers(_rows(path, faults), path, faults))
 
 
-def _rows(path: Path, faults: Faults) -> list[dict[str, Any]]:
+def _rows(path: Path, faults: Faults) -> list[JsonRow]:
     if path.suffix in (".xlsx", ".tsv", ".csv"):
         return list(read_table(path, "answers file", needed=("index", "prediction")))
     text = read_text(path, "answers file").strip()
@@ -80,13 +80,14 @@ def _rows(path: Path, faults: Faults) -> list[dict[str, Any]]:
         value = read_json(path, "answers file")
         if isinstance(value, list):
             return [row if isinstance(row, dict) else {"answer": row} for row in value]
+        assert isinstance(value, dict)
         if isinstance(value.get("outputs"), dict):  # ScienceQA's result file
             value = value["outputs"]
         return [{"question_id": name, "text": text} for name, text in value.items()]
     return read_json_lines(path, "answers file", faults=faults)
 
 
-def _answers(rows: Iterable[dict[str, Any]], path: Path, faults: Faults) -> Iterable[AnswerRecord]:
+def _answers(rows: Iterable[JsonRow], path: Path, faults: Faults) -> Iterable[AnswerRecord]:
     for number, row in enumerate(rows, start=1):
         text = next((row[name] for name in TEXT_FIELDS if name in row), None)
         if not isinstance(text, str):

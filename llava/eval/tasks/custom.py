@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import find_file, need, read_json_rows, read_text
@@ -118,9 +117,9 @@ def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Ques
 
 
 def _score(answered: Sequence[AnsweredQuestion], *, metric: str) -> Scores:
-    judge: Any = METRICS[metric]
+    judge = METRICS[metric]
     verdicts = [
-        0.0 if one.text is None else float(judge(one.text, one.question.answer, one.question.options))
+        0.0 if one.text is None else float(judge(one.text, one.question.references, one.question.options))
         for one in answered
     ]
     return accuracy(answered, verdicts)

@@ -10,7 +10,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import (
@@ -26,7 +25,7 @@ from llava.eval.files import (
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, relative_scores
 from llava.eval.tasks.short import read_questions
 from llava.eval.tasks.task import Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionId, Scores
 
 ASK_A_JUDGE = (
     "these answers need a judge: give --judge-url and --judge-model, or a file of reviews in place of the answers"
@@ -66,7 +65,7 @@ def score_reviews(path: Path, folder: Path, faults: Faults) -> Scores | None:
     return summarise_reviews(rows, faults)
 
 
-def summarise_reviews(rows: Sequence[Mapping[str, Any]], faults: Faults) -> Scores:
+def summarise_reviews(rows: Sequence[JsonRow], faults: Faults) -> Scores:
     usable = []
     seen = set()
     for row in rows:
@@ -115,7 +114,7 @@ def read_mmvet(folder: Path) -> list[Question]:
     return found
 
 
-def mmvet_name(question_id: Any) -> str:
+def mmvet_name(question_id: QuestionId) -> str:
     """`v1_0` for 0; ids that have the official form already stay."""
     return str(question_id) if str(question_id).startswith("v1_") else f"v1_{question_id}"
 
@@ -145,7 +144,7 @@ def score_grades(path: Path, folder: Path, faults: Faults) -> Scores | None:
     return summarise_grades({name: grade["score"] for name, grade in grades.items()}, data, faults)
 
 
-def summarise_grades(grades: Mapping[str, Sequence[float]], data: Mapping[str, Any], faults: Faults) -> Scores:
+def summarise_grades(grades: Mapping[str, Sequence[float]], data: JsonRow, faults: Faults) -> Scores:
     """Mean grades in percent: of all, of each capability, and of each set of capabilities; over the first run all have."""
     for name in grades:
         if name not in data:
@@ -174,15 +173,11 @@ def summarise_grades(grades: Mapping[str, Sequence[float]], data: Mapping[str, A
     return Scores(figures, categories, verdicts, headline=means["total"])
 
 
-def _task(name: str, title: str, folder: str, read: Any, **parts: Any) -> Task:
-    return Task(name, title, folder, read, unjudged, max_new_tokens=1024, **parts)
-
-
-LLAVA_BENCH = _task(
-    "llava-bench", "LLaVA-Bench-in-the-Wild", "llava-bench-in-the-wild", read_llava_bench,
-    headline="score relative to the reference", score_results=score_reviews, judge="llava-bench",
+LLAVA_BENCH = Task(
+    "llava-bench", "LLaVA-Bench-in-the-Wild", "llava-bench-in-the-wild", read_llava_bench, unjudged,
+    headline="score relative to the reference", max_new_tokens=1024, score_results=score_reviews, judge="llava-bench",
 )  # fmt: skip
-MMVET = _task(
-    "mmvet", "MM-Vet", "mm-vet", read_mmvet,
-    headline="mean grade", write=write_mmvet, score_results=score_grades, judge="mmvet",
+MMVET = Task(
+    "mmvet", "MM-Vet", "mm-vet", read_mmvet, unjudged,
+    headline="mean grade", max_new_tokens=1024, write=write_mmvet, score_results=score_grades, judge="mmvet",
 )  # fmt: skip

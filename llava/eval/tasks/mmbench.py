@@ -12,14 +12,13 @@ import binascii
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import find_file, read_table, write_xlsx
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 FILES = {
     "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "mmbench_test_20230712.tsv"),
@@ -91,7 +90,7 @@ def options_of(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     return value is None or str(value).strip().lower() in EMPTY
 
 
@@ -157,7 +156,7 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path, *, nam
     return file
 
 
-def submission(rows: Sequence[Mapping[str, str]], texts: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
+def submission(rows: Sequence[Mapping[str, str]], texts: Mapping[str, str]) -> tuple[list[str], list[JsonRow]]:
     """Columns and rows of an upload; `texts` are predictions by index."""
     columns = [column for column in rows[0] if column not in LEFT_OUT and column != "prediction"]
     columns.insert(6, "prediction")

@@ -93,7 +93,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     for given, answer in zip(answered, said, strict=True):
         question = given.question
         images.setdefault(question.category, {}).setdefault(str(question.id), []).append(
-            (answer, question.answer.lower())
+            (answer, question.reference.lower())
         )
     categories = {category: mme_figures(list(found.values())) for category, found in images.items()}
     notes = [
@@ -101,7 +101,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
         for category, found in images.items()
         if (number := sum(len(pairs) != 2 for pairs in found.values()))
     ]
-    verdicts = [float(answer == given.question.answer.lower()) for given, answer in zip(answered, said, strict=True)]
+    verdicts = [float(answer == given.question.reference.lower()) for given, answer in zip(answered, said, strict=True)]
     return totals(categories, verdicts, notes)
 
 
@@ -158,7 +158,7 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
         question = given.question
         answer = " ".join((given.text or "").split())
         lines.setdefault(question.category, []).append(
-            "\t".join([question.extra["file"], question.extra["question"], question.answer, answer]) + "\n"
+            "\t".join([question.extra["file"], question.extra["question"], question.reference, answer]) + "\n"
         )
     for category, found in lines.items():
         (folder / f"{category}.txt").write_text("".join(found), encoding="utf-8")

@@ -11,13 +11,12 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError, require
-from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, write_json
+from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, read_json_rows, write_json
 from llava.eval.metrics.choices import LETTERS, Guesser, mmmu_letter, mmmu_open_right
 from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores, ratio
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores, ratio
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -60,7 +59,7 @@ def _parquet_questions(file: Path) -> list[Question]:
     return [question_from_row(row) for row in table.to_pylist()]
 
 
-def question_from_row(row: Mapping[str, Any]) -> Question:
+def question_from_row(row: JsonRow) -> Question:
     """A question with its choices as MMMU asked LLaVA-1.5: images first, marks such as `<image 1>` left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
     images = tuple(
@@ -76,13 +75,13 @@ def question_from_row(row: Mapping[str, Any]) -> Question:
     return _make_question(str(row["id"]), row["question_type"], row["answer"], options, prompt, images)
 
 
-def _question_of_answer(name: str, row: Mapping[str, Any]) -> Question:
+def _question_of_answer(name: str, row: JsonRow) -> Question:
     """What is known of a question from the file of answers alone: enough to score it."""
     return _make_question(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
 
 
 def _make_question(
-    name: str, kind: str, answer: Any, options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]
+    name: str, kind: str, answer: str | list[str], options: tuple[str, ...], prompt: str, images: tuple[bytes, ...]
 ) -> Question:
     if isinstance(answer, str) and answer.startswith("["):  # several right answers, written as a list
         answer = ast.literal_eval(answer)
@@ -101,12 +100,11 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
 def judge(one: AnsweredQuestion, guesser: Guesser) -> float:
     if one.text is None:
         return 0.0
-    truth = one.question.answer
     if one.question.extra["kind"] != CHOICE:
-        return float(mmmu_open_right(one.text, truth))
+        return float(mmmu_open_right(one.text, one.question.references))
     options = dict(zip(LETTERS, one.question.options, strict=False)) or dict.fromkeys(LETTERS, "\0")
     letter = mmmu_letter(one.text, options) or guesser.guess(list(options))
-    return float(letter in ([truth] if isinstance(truth, str) else truth))
+    return float(letter in one.question.references)
 
 
 def summarise(judged: Sequence[tuple[str, float]], guesser: Guesser) -> Scores:
@@ -141,7 +139,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
         [file for subject in SUBJECTS if (file := path / subject / "output.json").is_file()] if path.is_dir() else []
     )
     if files:
-        rows = [row for file in files for row in read_json(file, "output of MMMU")]
+        rows = [row for file in files for row in read_json_rows(file, "output of MMMU")]
         return _score_rows(rows)
     if path.suffix != ".json":
         return None
@@ -153,7 +151,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
     return _score_parsed(value, {str(question.id): question for question in read(folder)}, faults)
 
 
-def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
+def _score_rows(rows: Sequence[JsonRow]) -> Scores:
     guesser = Guesser()
     judged = []
     for row in rows:
@@ -164,7 +162,7 @@ def _score_rows(rows: Sequence[Mapping[str, Any]]) -> Scores:
     return summarise(judged, guesser)
 
 
-def _score_parsed(texts: Mapping[str, Any], questions: Mapping[str, Question], faults: Faults) -> Scores:
+def _score_parsed(texts: JsonRow, questions: Mapping[str, Question], faults: Faults) -> Scores:
     """The official file of answers already parsed: a choice must be the letter itself."""
     for name in texts:
         if name not in questions:
@@ -178,9 +176,9 @@ def _score_parsed(texts: Mapping[str, Any], questions: Mapping[str, Question], f
             faults.add("missing answers", "they count as wrong", repr(name))
             verdict = 0.0
         elif question.extra["kind"] == CHOICE:
-            verdict = float(text in ([question.answer] if isinstance(question.answer, str) else question.answer))
+            verdict = float(text in question.references)
         else:
-            verdict = float(mmmu_open_right(text if isinstance(text, str) else json.dumps(text), question.answer))
+            verdict = float(mmmu_open_right(text if isinstance(text, str) else json.dumps(text), question.references))
         judged.append((question.category, verdict))
     return summarise(judged, Guesser())
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import find_optional, need, read_json_lines
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
 from llava.eval.tasks.answers import AnswerRecord
 from llava.eval.tasks.task import WORD_SUFFIX, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 SPLITS = ("random", "popular", "adversarial")
 IMAGES = ("val2014", "coco/val2014", "images")
@@ -38,7 +37,7 @@ def read(folder: Path) -> list[Question]:
     return label_questions(read_json_lines(questions, "file of POPE's questions"), labels, images)
 
 
-def read_labels(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def read_labels(folder: Path) -> dict[str, list[JsonRow]]:
     """The rows of each split's official file."""
     files = {
         file.stem.removeprefix("coco_pope_"): file
@@ -55,9 +54,7 @@ def read_labels(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def label_questions(
-    rows: Sequence[dict[str, Any]], labels: dict[str, list[dict[str, Any]]], images: Path
-) -> list[Question]:
+def label_questions(rows: Sequence[JsonRow], labels: dict[str, list[JsonRow]], images: Path) -> list[Question]:
     """Questions with their labels: the two files go by order within a split, since their ids differ."""
     questions = []
     taken = dict.fromkeys(labels, 0)
@@ -105,7 +102,7 @@ def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     said = [None if given.text is None else pope_answer(given.text) for given in answered]
-    truths = [given.question.answer for given in answered]
+    truths = [given.question.reference for given in answered]
     splits = list(dict.fromkeys(given.question.category for given in answered))
     places = {split: [n for n, given in enumerate(answered) if given.question.category == split] for split in splits}
     unanswered = [split for split in splits if all(said[n] is None for n in places[split])]

@@ -8,10 +8,9 @@ each image) are scored by rank and linear correlation with people's opinion.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import Faults, find_file, find_optional, need, read_json_rows, read_text
@@ -20,7 +19,7 @@ from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
 from llava.eval.tasks.answers import AnswerRecord
 from llava.eval.tasks.task import Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 FILES = {
     "en": ("llvisionqa_dev.json", "llvisionqa_test.json"),
@@ -39,7 +38,7 @@ def read(folder: Path, *, lang: str) -> list[Question]:
     return questions_from_rows(rows, find_optional(folder, IMAGES) or folder / IMAGES[0], lang=lang)
 
 
-def questions_from_rows(rows: Sequence[Mapping[str, Any]], images: Path, *, lang: str) -> list[Question]:
+def questions_from_rows(rows: Sequence[JsonRow], images: Path, *, lang: str) -> list[Question]:
     questions = []
     for number, row in enumerate(rows):
         where = f"Q-Bench's question {number}"
@@ -105,7 +104,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
     return Scores(figures, categories, headline=figures["spearman"] * 100)
 
 
-def _logit_rows(file: Path) -> list[dict[str, Any]] | None:
+def _logit_rows(file: Path) -> list[JsonRow] | None:
     """The rows of a file of logits, which may be a list, lines, or objects without anything between them."""
     if file.suffix not in (".json", ".jsonl"):
         return None
@@ -125,7 +124,7 @@ def _logit_rows(file: Path) -> list[dict[str, Any]] | None:
     return rows if is_logits else None
 
 
-def _correlations(name: str, rows: Sequence[Mapping[str, Any]], faults: Faults) -> dict[str, float | int]:
+def _correlations(name: str, rows: Sequence[JsonRow], faults: Faults) -> dict[str, float | int]:
     known = next((pair for pair in LOGITS if all(key in rows[0] for key in pair)), None)
     if known is None:
         raise InputError(f"the logits of {name!r} are none of {', '.join('/'.join(pair) for pair in LOGITS)}")

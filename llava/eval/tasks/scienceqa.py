@@ -6,17 +6,16 @@ former is made. Scored here, from answers or from the official result file with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, read_json_rows
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, science_qa_letter
 from llava.eval.tasks.task import LETTER_SUFFIX, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 OPTIONS = tuple("ABCDE")
 IMAGE_MARK = "<image>"
@@ -46,7 +45,7 @@ OUTPUTS = {
 }
 
 
-def build_exchange(problem: Mapping[str, Any], prompt_format: str) -> tuple[str, str]:
+def build_exchange(problem: JsonRow, prompt_format: str) -> tuple[str, str]:
     """A problem as question and answer, in a format such as QCM-LEA."""
     asked, _, told = prompt_format.partition("-")
     if asked not in INPUTS or told not in OUTPUTS:
@@ -72,7 +71,7 @@ def _tidy(text: str) -> str:
     return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
 
 
-def conversation(name: str, problem: Mapping[str, Any], prompt_format: str) -> dict[str, Any]:
+def conversation(name: str, problem: JsonRow, prompt_format: str) -> JsonRow:
     """A problem as a training sample of LLaVA."""
     asked, told = build_exchange(problem, prompt_format)
     asked = asked.replace("Question: ", "") if asked.startswith("Question: ") else asked
@@ -108,7 +107,7 @@ def read(folder: Path, *, images_only: bool) -> list[Question]:
     return found
 
 
-def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+def read_split(folder: Path, split: str) -> dict[str, JsonRow]:
     """The problems of a split, in its order."""
     splits = read_json_object(find_file(folder, ("pid_splits.json",), "list of ScienceQA's splits"))
     problems = read_json_object(find_file(folder, ("problems.json",), "file of ScienceQA's problems"))
@@ -121,7 +120,7 @@ def read_split(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     return {name: problems[name] for name in names}
 
 
-def questions_from_samples(rows: Sequence[Mapping[str, Any]], images: Path, *, letter: bool) -> list[Question]:
+def questions_from_samples(rows: Sequence[JsonRow], images: Path, *, letter: bool) -> list[Question]:
     """Questions out of training samples: the first thing that the human says, the image before it."""
     questions = []
     for number, row in enumerate(rows, start=1):

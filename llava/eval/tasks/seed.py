@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, write_json_lines
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.tasks.short import read_questions
 from llava.eval.tasks.task import LETTER_SUFFIX, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 
 def read(folder: Path) -> list[Question]:
@@ -34,7 +33,7 @@ def read(folder: Path) -> list[Question]:
     return questions
 
 
-def _question(folder: Path, row: Mapping[str, Any]) -> Question:
+def _question(folder: Path, row: JsonRow) -> Question:
     """A question from SEED-Bench.json itself, in the words of LLaVA's file."""
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcd" if (key := f"choice_{letter}") in row]
     prompt = "\n".join([str(row.get("question", "")), *options, LETTER_SUFFIX])
@@ -43,7 +42,7 @@ def _question(folder: Path, row: Mapping[str, Any]) -> Question:
     return Question(row["question_id"], prompt, (folder / "SEED-Bench-video-image" / f"{row['question_id']}.png",))
 
 
-def read_truths(file: Path) -> dict[str, dict[str, Any]]:
+def read_truths(file: Path) -> dict[str, JsonRow]:
     """The questions of SEED-Bench.json by id, each with the name of its type."""
     data = read_json_object(file, "file of SEED-Bench's answers")
     names = {number: name for name, number in need(data, "question_type", str(file)).items()}
@@ -51,7 +50,7 @@ def read_truths(file: Path) -> dict[str, dict[str, Any]]:
     return {str(row["question_id"]): {**row, "type": names[row["question_type_id"]]} for row in rows}
 
 
-def type_order(truths: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def type_order(truths: Mapping[str, JsonRow]) -> list[str]:
     return [name for _, name in sorted({(row["question_type_id"], row["type"]) for row in truths.values()})]
 
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import (
     find_file,
     find_optional,
     need,
-    read_json,
     read_json_lines,
     read_json_object,
+    read_json_rows,
     write_json,
 )
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
 from llava.eval.tasks.task import WORD_SUFFIX, Task
-from llava.eval.types import AnsweredQuestion, Question, Scores
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 
 def read_questions(file: Path, images: Path) -> list[Question]:
@@ -74,7 +73,7 @@ def read_vqav2(folder: Path) -> list[Question]:
     return [_with_people(question, rows.get(str(question.id)), "answer_type") for question in questions]
 
 
-def _with_people(question: Question, row: dict[str, Any] | None, kind: str) -> Question:
+def _with_people(question: Question, row: JsonRow | None, kind: str) -> Question:
     """A question with the answers that people gave, as its annotation has them."""
     if row is None:
         raise InputError(f"the question {question.id!r} has no annotation; give the annotations of the same split")
@@ -87,7 +86,7 @@ def score_people(answered: Sequence[AnsweredQuestion], server: str) -> Scores:
         return by_server(answered, server)
     return accuracy(
         answered,
-        [0.0 if given.text is None else vqa_accuracy(given.text, given.question.answer) for given in answered],
+        [0.0 if given.text is None else vqa_accuracy(given.text, given.question.references) for given in answered],
     )
 
 
@@ -115,7 +114,7 @@ def read_vizwiz(folder: Path) -> list[Question]:
     truths = find_optional(folder, ("val.json", "Annotations/val.json")) if split == "val" else None
     if truths is None:
         return questions
-    rows = {row["image"]: row for row in read_json(truths)}
+    rows = {row["image"]: row for row in read_json_rows(truths)}
     return [_with_people(question, rows.get(str(question.extra.get("image"))), "answer_type") for question in questions]
 
 
@@ -218,7 +217,7 @@ def textvqa_question(prompt: str) -> str:
 
 def score_textvqa(answered: Sequence[AnsweredQuestion]) -> Scores:
     return accuracy(
-        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.question.answer) for one in answered]
+        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.question.references) for one in answered]
     )
 
 

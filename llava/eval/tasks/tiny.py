@@ -26,7 +26,7 @@ def _part(name: str, title: str, metric: str) -> Task:
 
 def read_yes_no(folder: Path) -> list[Question]:
     questions = read_rows(folder, file="yes_no.jsonl", images="", suffix="")
-    return [replace(question, answer=question.answer[0].lower()) for question in questions]
+    return [replace(question, answer=question.references[0].lower()) for question in questions]
 
 
 def read_photos(folder: Path) -> list[Question]:
