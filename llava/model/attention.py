@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from llava.errors import InputError
 from llava.model.splice import PackedRow
+from llava.model.transformers_internals import attention_of, set_attention
 
 VARLEN = "varlen"
 
@@ -41,7 +42,7 @@ def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY or kernel is None:
         return False
     register_varlen(kernel)
-    config._attn_implementation = VARLEN
+    set_attention(config, VARLEN)
     return True
 
 
@@ -60,7 +61,7 @@ def packed_arguments(config: Any, row: PackedRow) -> tuple[Tensor | None, dict[s
         "max_length_q": row.longest,
         "max_length_k": row.longest,
     }
-    if config._attn_implementation != VARLEN:
+    if attention_of(config) != VARLEN:
         return None, boundaries  # a mask that is given would keep transformers from looking where positions begin anew
     # transformers takes any mask of four dimensions as it is: this one keeps it from making one of T times T.
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.boundaries.device), boundaries

@@ -36,6 +36,7 @@ from llava.model.tokenizer_setup import (
     read_generation_config,
     read_tokenizer,
 )
+from llava.model.transformers_internals import set_attention
 
 if TYPE_CHECKING:
     from llava.processor import Processor
@@ -182,7 +183,7 @@ def _load(
 
     config = build_config(info, base_info)
     if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
+        set_attention(config, attn_implementation)
     build = _build_multimodal if is_multimodal(config.to_dict()) else _build_language_model
     model = build(info, base_info, config, target, chosen_dtype, loader_options)
     read_generation_config(model, info, base_info)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
@@ -33,6 +32,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
 from llava.model.splice import PackedRow, PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
+from llava.model.transformers_internals import register_recorded_outputs
 
 if TYPE_CHECKING:  # what the two mixins below are mixed into
     from transformers import PreTrainedModel as CausalLanguageModel
@@ -122,8 +122,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         inner = self.get_model()
         inner_class: Any = type(inner)
         inner.__class__ = self.model_class or with_vision(inner_class)
-        # By class, transformers keeps what a model can hand out: output_hidden_states and output_attentions need it.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
+        register_recorded_outputs(inner)
         inner.add_vision_modules()
         # Once more, since transformers keeps what it learns here by class, and by the modules that are there.
         inner.post_init()

@@ -29,6 +29,7 @@ from llava.model.checkpoints.loading import build_with_transformers, load_weight
 from llava.model.config import LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.model.quantization import quantization_config
+from llava.model.transformers_internals import set_attention
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
 from llava.train.save import smart_tokenizer_and_embedding_resize
@@ -151,7 +152,7 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
     config = config_class.from_dict({key: value for key, value in info.config.items() if key != "model_type"})
     config.name_or_path = str(info.folder)
     if plan.attn_implementation is not None:
-        config._attn_implementation = plan.attn_implementation
+        set_attention(config, plan.attn_implementation)
     sources = plan_sources(info, None, prefix=model_class.base_model_prefix)
     if plan.quantization is not None:
         model = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)

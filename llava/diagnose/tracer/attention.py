@@ -22,6 +22,7 @@ from llava.diagnose.tracer.generation import TracedAnswer
 from llava.diagnose.tracer.hooks_sequence import decoder_layers, segments
 from llava.images.layout import ImageSize
 from llava.model.protocols import LlavaModel
+from llava.model.transformers_internals import attention_of
 
 # Answer tokens with relevance, at most: each needs a backward pass.
 MOST_GRADIENTS = 32
@@ -93,7 +94,7 @@ def _agreement(traced: TracedAnswer, logits: Tensor) -> float | None:
 def _capture_attention(model: LlavaModel) -> Iterator[list[Tensor]]:
     """Collect the attention weights of every layer (T, T), averaged over heads, of passes within the block."""
     weights: list[Tensor] = []
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
 
     def hook(module: nn.Module, args: object, output: object) -> None:
         found = output[1] if isinstance(output, tuple) and len(output) > 1 else None

@@ -25,6 +25,7 @@ from llava.engine.request import PromptSize
 from llava.images.image_processor import ImageProcessor
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize
 from llava.model.builder import LoadedModel
+from llava.model.transformers_internals import attention_of
 from llava.session import LoadedImage, Session
 from llava.text.tokenization import Tokenizer
 
@@ -101,7 +102,7 @@ def arguments_observation(loaded: LoadedModel, conv_mode: str | None) -> Observa
         "parameters": number,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": config._attn_implementation,
+        "attention": attention_of(config),
         "context_len": loaded.context_len,
         "max_position_embeddings": positions,
         "conv_mode": conv_mode or loaded.conv_mode,
@@ -109,7 +110,7 @@ def arguments_observation(loaded: LoadedModel, conv_mode: str | None) -> Observa
     }
     obs.add("folder", f"{loaded.info.folder} ({loaded.info.kind})")
     obs.add("model", f"{type(model).__name__}, {number:,} parameters in {obs['dtype']} on {model.device}")
-    obs.add("attention", f"{config._attn_implementation}; context {loaded.context_len}, positions {positions}")
+    obs.add("attention", f"{attention_of(config)}; context {loaded.context_len}, positions {positions}")
     obs.add("tower", f"{vision.get('mm_vision_tower')}, layer {vision.get('mm_vision_select_layer')}")
     obs.add("images", f"{vision.get('image_aspect_ratio')}, merged {vision.get('mm_patch_merge_type', 'flat')}")
     return obs

@@ -1,0 +1,47 @@
+"""The private names of transformers that the package uses, each with the reason. Checked with transformers 5.23.
+
+No other file imports a name of transformers that begins with an underscore, or reads such an attribute of its objects. The
+methods of `Trainer` that train/llava_trainer.py overrides are listed here and stand there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Trainer has no public hook at these points of a run.
+TRAINER_METHODS = (
+    "_get_grad_norm",  # to stop at a norm that is not finite
+    "_get_output_dir",  # to write a checkpoint into a folder that is renamed when it is complete
+    "_get_train_sampler",  # to group samples by length
+    "_load_best_model",  # to read a projector or an adapter alone
+    "_load_from_checkpoint",  # likewise
+    "_prepare_for_training",  # to see the model as it is trained, sharded and wrapped
+    "_prepare_inputs",  # to keep on the host what a step reads there
+    "_save",  # to write a projector or an adapter alone
+    "_save_checkpoint",  # to write a checkpoint whole or not at all
+)
+
+
+def register_recorded_outputs(model: PreTrainedModel) -> None:
+    """Let `output_hidden_states` and `output_attentions` work for a model whose class was changed after it was built.
+
+    transformers registers what a model can record in `PreTrainedModel.__init__`, by class, and has no public way to add a
+    class. The key is set as versions from 5.17 on read it.
+    """
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Read the attention implementation of a model's config, which has no public attribute for it."""
+    name: str = config._attn_implementation
+    return name
+
+
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Set the attention implementation of a config before its model is built; a model has `set_attn_implementation`."""
+    config._attn_implementation = name
