@@ -27,7 +27,7 @@ def run_python(*arguments: str, stdin: str = "", cwd: Path = HERE) -> subprocess
         text=True,
         cwd=cwd,
         env=environment(),
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -203,7 +203,7 @@ def main(strategies: list[str], folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"meeting-{len(strategies)}-{strategies[0]}"), len(BATCHES))
     # An operation that a rank does not take part in fails after this time instead of waiting for ever.
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=240))
     right = torch.load(folder / "expected.pt")
     for strategy in strategies:
         for name in cases_of(strategy):

@@ -48,7 +48,7 @@ def running(app: Any, listener: Any = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=120)
         listener.close()
         assert not thread.is_alive()
 
@@ -109,7 +109,7 @@ def controller(dispatcher: Dispatcher | None = None, **options: Any) -> Iterator
         yield address, dispatcher
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float = 120.0) -> Any:
     """The first true value of a condition; fails when it does not come in time."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
@@ -158,7 +158,7 @@ class Program:
     def _read(stream: Any, lines: list[str]) -> None:
         lines.extend(iter(stream.readline, ""))
 
-    def line(self, beginning: str, seconds: float = 90.0) -> str:
+    def line(self, beginning: str, seconds: float = 180.0) -> str:
         """The first line that begins so, without its beginning."""
 
         def found() -> str | None:
@@ -167,12 +167,12 @@ class Program:
 
         return wait_until(found, seconds).removeprefix(beginning).strip()
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 120.0) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(timeout=seconds)
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=60)
         return status
 
     def __enter__(self) -> Program:

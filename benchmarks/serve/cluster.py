@@ -115,5 +115,10 @@ def gauge(process: Process, name: str) -> float | None:
     return float(found[1]) if found else None
 
 
+def queue_length(worker: Process) -> int:
+    """How many requests a worker has not finished."""
+    return int(httpx.post(f"{worker.address}/worker_get_status", timeout=30).json()["queue_length"])
+
+
 def requests_finished(worker: Process) -> int:
     return int(gauge(worker, r'llava_requests_total\{end="finished"\}') or 0)

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serve.clients import CHAT, GENERATE, Answer, ask_chat, at_most, chat_body, new_client, number_image
-from benchmarks.serve.cluster import House, Process, requests_finished, wait_until
+from benchmarks.serve.cluster import House, Process, queue_length, requests_finished, wait_until
 from benchmarks.serve.report import Part
 
 
@@ -27,14 +27,14 @@ def kill(house: House, args: argparse.Namespace) -> Part:
     """A worker killed with -9 while it answers."""
     address = house.controller.address
     count = min(40, args.clients)
-    body = chat_body(house.model, "hi", max_tokens=300, ignore_eos=True)
+    body = chat_body(house.model, "hi", max_tokens=900, ignore_eos=True)
     short = chat_body(house.model, "hi", max_tokens=3)
     victim = house.workers[0]
 
     async def run() -> tuple[list[Answer], list[Answer]]:
         async with new_client() as client:
             running = [asyncio.create_task(ask_chat(client, address, body)) for _ in range(count)]
-            await asyncio.sleep(1.5)
+            await asyncio.to_thread(wait_until, lambda: queue_length(victim), "the worker to be asked")
             victim.popen.kill()
             caught = list(await asyncio.gather(*running))
             return caught, list(await asyncio.gather(*(ask_chat(client, address, short) for _ in range(count))))

@@ -337,7 +337,7 @@ class Reader:
     def __init__(self, stream: int) -> None:
         self.stream, self.said = stream, b""
 
-    def wait_for(self, what: bytes, seconds: float = 60) -> bytes:
+    def wait_for(self, what: bytes, seconds: float = 180) -> bytes:
         deadline = time.monotonic() + seconds
         while what not in self.said and time.monotonic() < deadline:
             if select.select([self.stream], [], [], 1)[0]:
@@ -345,6 +345,19 @@ class Reader:
         before, found, self.said = self.said.partition(what)
         assert found, before
         return before
+
+
+def wait_for_keys(pid: int) -> None:
+    """Until the program sleeps. Python shows a prompt before it waits for keys, and misses a signal that comes in between."""
+    status = Path(f"/proc/{pid}/stat")
+    if not status.exists():  # not Linux
+        time.sleep(1)
+        return
+    deadline, asleep = time.monotonic() + 180, 0
+    while asleep < 10:
+        assert time.monotonic() < deadline, "it does not wait"
+        time.sleep(0.02)
+        asleep = asleep + 1 if status.read_text().rpartition(")")[2].split()[0] == "S" else 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -367,7 +380,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     notes.wait_for(b"; cancelled")
     output.wait_for(b'"question": "What is it?"')
     output.wait_for(b'"answer": "yp')
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals of POSIX")
@@ -393,13 +406,13 @@ def test_a_typed_conversation(tmp_path: Path) -> None:
     os.write(ours, b"/nope\n")
     screen.wait_for(b"\033[31merror: ")
     screen.wait_for(b"> ")
-    time.sleep(0.5)  # Python shows a prompt a moment before it waits for keys, and hears no signal in between
+    wait_for_keys(process.pid)
     process.send_signal(signal.SIGINT)
     screen.wait_for(b"leaves")
     screen.wait_for(b"> ")
-    time.sleep(0.5)  # Python shows a prompt a moment before it waits for keys, and hears no signal in between
+    wait_for_keys(process.pid)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     os.close(ours)
     assert "What is it?" in (tmp_path / "llava" / "history").read_text()
 
@@ -410,7 +423,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     )
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=300) == 141
     assert process.stderr is not None
     assert process.stderr.read() == b""
 

@@ -195,7 +195,7 @@ def child(code: str, **options: object) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         **options,
     )  # type: ignore[call-overload]
 

@@ -278,7 +278,7 @@ def test_llama_cpp_gives_the_same_answer(tmp_path: Path) -> None:
     image = HERE.parents[1] / "images" / "demo.jpg"
     command = [str(LLAMA), "-m", text, "--mmproj", vision, "--image", image, "--jinja", "--temp", "0", "-n", "40"]
     done = subprocess.run(
-        [*command, "-p", "<__media__>\nWhat colour is the star?"], capture_output=True, text=True, timeout=120
+        [*command, "-p", "<__media__>\nWhat colour is the star?"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "The star is yellow."

@@ -171,7 +171,7 @@ def browse(page: str, folder: Path, script: str, *, width: int = 1280) -> dict[s
         "--window-size=1400,1000",
     ]
     done = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", f"file://{folder / 'outer.html'}"], capture_output=True, text=True, timeout=90
+        [CHROMIUM, *flags, "--dump-dom", f"file://{folder / 'outer.html'}"], capture_output=True, text=True, timeout=300
     )
     found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, flags=re.DOTALL)
     assert found, done.stderr[-2000:]

@@ -226,7 +226,7 @@ def test_the_original_command_line_prints_what_the_route_shows() -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert [line.strip() for line in done.stdout.splitlines()] == [line.strip() for line in shown.splitlines()]

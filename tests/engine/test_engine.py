@@ -185,7 +185,7 @@ def test_an_abort_keeps_what_has_come_and_frees_the_rest(engine: Engine) -> None
     first = next(iter(handle))
     engine.abort("mine")
     chunks = [first, *handle]
-    result = handle.result(timeout=30)
+    result = handle.result(timeout=300)
     assert [completion.finish_reason for completion in result.completions] == ["cancelled", "cancelled"]
     assert joined(chunks) == (result.completions[0].text, result.completions[0].token_ids)
     assert 0 < result.usage.num_new_tokens < 3000

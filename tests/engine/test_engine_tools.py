@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cli_kit import CHECKPOINT, environment, run_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +44,11 @@ def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         env={**environment(), **{name: value for name, value in os.environ.items() if name.startswith("OMP")}},
-        timeout=240,
+        timeout=300,
     )
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_small_shapes(tmp_path: Path) -> None:
     done = run_benchmark(
         "gpu", "--only", "correct,first,followup,decode,mixed,anyres,rounded,many", "--out", str(tmp_path)

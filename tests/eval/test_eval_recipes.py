@@ -32,7 +32,7 @@ def run(recipe: str, *words: str, **environment: str) -> subprocess.CompletedPro
         ["bash", str(ROOT / "scripts/v1_5/eval" / recipe), *words],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         env={**os.environ, **environment},
     )
 

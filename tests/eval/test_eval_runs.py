@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_without_repeating_or_losing(
 ) -> None:
     command = [sys.executable, "-c", KILLED, DRAWN, *flags(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     part = tmp_path / "tiny-scenes/parts/0.jsonl"
@@ -287,7 +287,7 @@ def test_the_report_shows_answers_in_a_browser(finished: Path, tmp_path: Path) -
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--dump-dom",
                (finished / "report.html").as_uri()]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    page = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     cards = re.findall(r'<article class="card (right|wrong)">', page)
     scores = [row["score"] for task in DRAWN.split(",") for row in kit.rows_of(finished / task / "verdicts.jsonl")]
     assert len(cards) == len(scores)

@@ -18,7 +18,7 @@ from PIL import Image
 from llava.errors import InputError
 from llava.images.io import ImageLimits, load_image
 
-HERE = ImageLimits(allow_private_hosts=True, timeout_s=5)
+HERE = ImageLimits(allow_private_hosts=True, timeout_s=60)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

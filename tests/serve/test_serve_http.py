@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -50,13 +51,13 @@ def port() -> Iterator[int]:
     wait_until(lambda: server.started)
     yield listener.getsockname()[1]
     server.should_exit = True
-    thread.join(timeout=30)
+    thread.join(timeout=120)
     listener.close()
 
 
 def answers(port: int, *blocks: bytes, num: int = 1) -> list[Any]:
     """Statuses and what was told, of so many answers, or until the server closes the connection (None)."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as line, line.makefile("rb") as incoming:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as line, line.makefile("rb") as incoming:
         for block in blocks:
             line.sendall(block)
         seen: list[Any] = []
@@ -122,22 +123,13 @@ def test_two_lengths_never_hide_a_request(port: int, order: int) -> None:
     ],
 )
 def test_what_does_not_end_is_not_kept(port: int, start: bytes, piece: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+    """The server hangs up, perhaps long after everything was sent: the system holds a megabyte for a server that is busy."""
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as line, contextlib.suppress(ConnectionError):
         line.sendall(start)
-        assert any(is_closed(line, piece) for _ in range(1600))
-
-
-def is_closed(line: socket.socket, piece: bytes) -> bool:
-    """Send more; whether the other side has hung up."""
-    try:
-        line.settimeout(20)
-        line.sendall(piece)
-        line.setblocking(False)
-        return not line.recv(1 << 16)
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
+        for _ in range(1600):
+            line.sendall(piece)
+        while line.recv(1 << 16):  # a TimeoutError if it neither answers nor hangs up
+            pass
 
 
 def test_a_long_body_in_small_chunks_is_no_head(port: int) -> None:

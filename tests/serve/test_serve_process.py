@@ -191,7 +191,7 @@ def test_a_signal_to_all_processes_lets_answers_finish() -> None:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 300}
         body |= {"ignore_eos": True, "stream": True}
         engine, ended = engine_of(program), []
-        with httpx.stream("POST", f"{address_of(program)}/v1/chat/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{address_of(program)}/v1/chat/completions", json=body, timeout=180) as response:
             for line in response.iter_lines():
                 if not ended:
                     for process in (engine, psutil.Process(program.process.pid)):
@@ -203,6 +203,7 @@ def test_a_signal_to_all_processes_lets_answers_finish() -> None:
         assert not engine.is_running()
 
 
+@pytest.mark.slow
 def test_health_says_that_the_engine_is_gone_and_an_engine_does_not_outlive_its_server() -> None:
     with worker() as program:
         address = address_of(program)

@@ -104,7 +104,7 @@ def sent(address: str, row: dict[str, Any], addresses: dict[str, str]) -> httpx.
         for recorded, ours in addresses.items():
             content = content.replace(recorded, ours)
     return httpx.request(
-        row["method"], address + row["path"], content=content if request is not None else None, timeout=60
+        row["method"], address + row["path"], content=content if request is not None else None, timeout=180
     )
 
 
@@ -212,7 +212,7 @@ def test_the_queue_is_all_unfinished_requests(servers: dict[str, str]) -> None:
         seen: list[int] = []
         service.changed = lambda: seen.append(service.num_requests)
         body = {"prompt": "hi", "max_new_tokens": 200, "temperature": 0}
-        post = lambda: httpx.post(f"{address}/worker_generate_stream", json=body, timeout=60)  # noqa: E731
+        post = lambda: httpx.post(f"{address}/worker_generate_stream", json=body, timeout=180)  # noqa: E731
         threads = [Thread(target=post) for _ in range(3)]
         for thread in threads:
             thread.start()

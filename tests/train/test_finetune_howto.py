@@ -53,6 +53,7 @@ def num_right(said: dict[str, str]) -> int:
     return sum(said[name] == answer for name, answer in wanted.items())
 
 
+@pytest.mark.slow
 def test_the_commands_teach_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
