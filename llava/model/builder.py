@@ -1,9 +1,9 @@
-"""Load a model folder, whatever layout it is in: `load_pretrained_model` (the 4-tuple) and `load` (the typed result).
+"""Load a model folder in any layout: `load_pretrained_model` (the original's 4-tuple) and `load` (a dataclass).
 
-In: a folder or hub repository, a base where the folder needs one, and where and how the model shall run. Out: tokenizer,
-model, image processor, context length; `load` adds the conversation template and the Processor. What a folder holds is
-decided in model/checkpoints/inspect.py, tensors are placed by model/checkpoints/loading.py, device and dtype are picked
-in device.py.
+In: a folder or hub repository, a base where the folder needs one, device and dtype. Out: tokenizer, model, image processor,
+context length; `load` adds the conversation template and the Processor. What a folder holds is decided in
+checkpoints/inspect.py, its config is built in checkpoints/model_config.py, tensors are loaded by checkpoints/loading.py,
+device and dtype are picked in device.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,18 @@ import torch
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
-from llava.model.checkpoints.hf_layout import translate_config
-from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
+from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
 from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
-from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
-from llava.model.device import is_present, pick_device, pick_dtype, pick_placement
+from llava.model.checkpoints.model_config import (
+    build_config,
+    find_base,
+    named_base,
+    resolved_tower_path,
+    restore_config,
+)
+from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
 from llava.model.tokenizer_setup import (
     ConfigView,
     context_len,
@@ -39,28 +45,34 @@ from llava.model.tokenizer_setup import (
 from llava.model.transformers_internals import set_attention
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.model.protocols import LlavaModel
     from llava.processor import Processor
+    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Arguments that callers of the original pass and that decide nothing any more.
+# Arguments that callers of the original pass and that have no effect.
 OBSOLETE_OPTIONS = ("multimodal", "low_cpu_mem_usage", "trust_remote_code", "use_fast")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to answer, and what belongs to it."""
+    """A loaded model with its tokenizer, image processor and settings."""
 
-    tokenizer: Any
-    model: Any
-    image_processor: Any  # None for a language model without a vision tower
+    tokenizer: Tokenizer
+    model: LlavaModel  # a plain LanguageModel where there is no vision tower
+    image_processor: ClipImageProcessor | None  # None where there is no vision tower
     context_len: int
     conv_mode: str
     processor: Processor | None
     info: CheckpointInfo
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint in the original layout that loads by itself, the tower's config included where it needs it."""
+        """Write a checkpoint in the original layout that loads by itself, with the tower's config where it needs one."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -71,15 +83,27 @@ def load_pretrained_model(
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: Any = "auto",
+    device_map: DeviceMap = "auto",
     device: str | torch.device = "cuda",
     use_flash_attn: bool = False,
     **kwargs: Any,
-) -> tuple[Any, Any, Any, int]:
-    """Load as the original does: `(tokenizer, model, image_processor, context_len)`.
+) -> tuple[Tokenizer, LlavaModel, ClipImageProcessor | None, int]:
+    """Load a model with the signature of the original.
 
-    `model_name` is only a hint (it decides nothing that the files say). `dtype` or `torch_dtype`, `attn_implementation`
-    and `quantization_config` may be given by keyword. On a machine without a GPU the default device becomes the CPU.
+    Args:
+        model_path: A model folder or hub repository.
+        model_base: The base model of an adapter or projector.
+        model_name: A hint for the conversation template; it decides nothing that the files say.
+        load_8bit: Quantize to 8 bits.
+        load_4bit: Quantize to 4 bits.
+        device_map: How accelerate shards the model; "auto" where it does not fit on one GPU.
+        device: The device; without a GPU the default becomes the best device that is present.
+        use_flash_attn: Short for `attn_implementation="flash_attention_2"`.
+        **kwargs: `dtype` or `torch_dtype`, `attn_implementation`, `quantization_config`. Those of `OBSOLETE_OPTIONS` are
+            ignored; any other is an `InputError`.
+
+    Returns:
+        Tokenizer, model, image processor (None for a plain language model), context length in tokens.
     """
     options = {key: value for key, value in kwargs.items() if key not in OBSOLETE_OPTIONS}
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
@@ -100,8 +124,8 @@ def load_pretrained_model(
         device = found
     elif device != "cuda":
         device_map = {"": str(device)}
-    loaded = _load(
-        Path(model_path) if isinstance(model_path, Path) else model_path,
+    loaded = load(
+        model_path,
         base=model_base,
         name=model_name,
         device=device,
@@ -117,53 +141,28 @@ def load(
     path: str | Path,
     *,
     base: str | Path | None = None,
+    name: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    quantization: Any = None,
+    quantization: str | QuantizationConfigMixin | None = None,
     attn_implementation: str | None = None,
-    device_map: Any = None,
+    device_map: DeviceMap = None,
 ) -> LoadedModel:
-    """Load a model folder or hub repository for answering.
+    """Load a model for inference.
 
-    `quantization` is "4bit" or "8bit" (extra `quant`), or a configuration object of transformers; `device_map` spreads
-    the model over several devices and wins over `device`.
+    Args:
+        path: A model folder or hub repository.
+        base: The base model of an adapter or projector; None takes the one that the folder's files name.
+        name: The model's name, which may decide the conversation template; None takes it from `path`.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps" or a torch device.
+        dtype: "auto", "fp16", "bf16", "fp32" or a torch dtype.
+        quantization: "4bit" or "8bit" (extra `quant`), or a quantization config of transformers.
+        attn_implementation: An attention implementation of transformers.
+        device_map: Shards the model over several devices; takes precedence over `device`.
+
+    Raises:
+        InputError: The folder is no complete model, or this machine cannot do what was asked for.
     """
-    return _load(
-        path,
-        base=base,
-        name=None,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-    )
-
-
-def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Any:
-    """The tokenizer of a model folder alone, with the marker tokens that its config asks for; no weights are read."""
-    folder = resolve_checkpoint(path)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    holder = folder
-    if not holds_tokenizer(folder):
-        holder = resolve_checkpoint(base or _base_of(inspect(folder)), what="base model")
-    return read_tokenizer(holder, ConfigView(config))
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _load(
-    path: str | Path,
-    *,
-    base: str | Path | None,
-    name: str | None,
-    device: str | torch.device,
-    device_map: Any,
-    dtype: str | torch.dtype,
-    quantization: Any,
-    attn_implementation: str | None,
-) -> LoadedModel:
     info = inspect(path)
     base_info = find_base(info, base)
     _check_attention(attn_implementation)
@@ -171,7 +170,7 @@ def _load(
     placement = pick_placement(device, device_map, needed_bytes=needed_bytes)
     target = placement.device
     chosen_dtype = pick_dtype(dtype, target)
-    loader_options: dict[str, Any] = {}
+    loader_options: dict[str, object] = {}
     if quantization is not None:
         from llava.model.quantization import quantization_config
 
@@ -213,8 +212,21 @@ def _load(
     )
 
 
+def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:
+    """Load the tokenizer of a model folder alone, with the tokens that its config adds; no weights are read."""
+    folder = resolve_checkpoint(path)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    holder = folder
+    if not holds_tokenizer(folder):
+        holder = resolve_checkpoint(base or named_base(inspect(folder)), what="base model")
+    return read_tokenizer(holder, ConfigView(config))
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
 def _check_attention(name: str | None) -> None:
-    """Refuse an attention function that is not here before anything is read."""
+    """Check that an attention implementation is installed, before anything is read."""
     if name is None:
         return
     from transformers import AttentionInterface
@@ -229,75 +241,14 @@ def _check_attention(name: str | None) -> None:
         raise InputError(f"unknown attn_implementation {name!r}; known: {', '.join(known)}")
 
 
-def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
-    """The base model to build on: needed, given without need, or absent."""
-    if base is None:
-        if not info.needs_base:
-            return None
-        base = _base_of(info)
-    elif not info.needs_base:
-        logger.warning("%s is a whole model: the base %s is used only for what it lacks", info.folder, base)
-    try:
-        found = inspect(resolve_checkpoint(base, what="base model"))
-    except InputError as error:
-        raise InputError(
-            f"{info.folder} needs its base model: {error}; pass its path as model_base (--model-base)"
-        ) from error
-    if found.needs_base:
-        raise InputError(
-            f"the base {found.folder} is itself without a language model; pass the folder of a whole model as model_base"
-        )
-    return found
-
-
-def _base_of(info: CheckpointInfo) -> str:
-    what = "a LoRA adapter" if info.kind == "lora" else "a projector without a language model"
-    if info.base_hint is None:
-        raise InputError(f"{info.folder} is {what}; pass the folder of its base model as model_base (--model-base)")
-    logger.info("%s is %s; its files name the base model %s", info.folder, what, info.base_hint)
-    beside = info.folder / info.base_hint
-    return str(beside) if beside.is_dir() and beside != info.folder else info.base_hint
-
-
-def build_config(info: CheckpointInfo, base_info: CheckpointInfo | None) -> Any:
-    values: Mapping[str, Any] = info.config
-    if info.kind == "transformers":
-        values = translate_config(values, folder=info.folder)
-    elif not values and base_info is not None:  # an adapter for a plain language model comes without a config
-        values = base_info.config
-    values = {key: value for key, value in values.items() if key != "quantization_config" or info.stores_quantized}
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        config = _config_object(values, info.language_model)
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{info.folder / 'config.json'} does not describe a model: {reason}") from error
-    config.name_or_path = str(info.folder)
-    return config
-
-
-def _config_object(values: Mapping[str, Any], language_model: str) -> Any:
-    if is_multimodal(values):
-        from llava.model.language_model.registry import llava_classes
-
-        config_class, _ = llava_classes(language_model)
-        return config_class.from_dict({key: value for key, value in values.items() if key != "model_type"})
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**values)
-
-
 def _build_multimodal(
     info: CheckpointInfo,
     base_info: CheckpointInfo | None,
-    config: Any,
+    config: PreTrainedConfig,
     device: torch.device,
     dtype: torch.dtype,
-    loader_options: dict[str, Any],
-) -> Any:
+    loader_options: dict[str, object],
+) -> LlavaModel:
     from transformers.initialization import no_init_weights
 
     from llava.model.language_model.registry import llava_classes
@@ -305,7 +256,7 @@ def _build_multimodal(
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
-        if info.stores_quantized:  # its tensors are packed in ways that only the library which packed them knows
+        if info.stores_quantized:  # packed in a form that only the library which packed them reads
             place = loader_options.get("device_map", {"": str(device)})
             model = model_class.from_pretrained(info.folder, config=config, dtype=dtype, device_map=place)
         elif loader_options:
@@ -325,11 +276,11 @@ def _build_multimodal(
 def _build_language_model(
     info: CheckpointInfo,
     base_info: CheckpointInfo | None,
-    config: Any,
+    config: PreTrainedConfig,
     device: torch.device,
     dtype: torch.dtype,
-    loader_options: dict[str, Any],
-) -> Any:
+    loader_options: dict[str, object],
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folder = base_info.folder if info.needs_base and base_info is not None else info.folder
@@ -337,45 +288,12 @@ def _build_language_model(
     if info.adapter:
         if loader_options:
             raise InputError(
-                f"{info.folder} is an adapter for a plain language model; merge it before quantizing or spreading it"
+                f"{info.folder} is an adapter for a plain language model; merge it before quantizing or sharding it"
             )
         from llava.model.checkpoints.lora import load_adapter, merge_into
 
         merge_into(model, load_adapter(info.adapter, info.adapter_config or {}))
     return model if loader_options else model.to(device)
-
-
-@contextmanager
-def resolved_tower_path(
-    config: Any, info: CheckpointInfo, base_info: CheckpointInfo | None, *, stored: bool
-) -> Iterator[None]:
-    """While a model is built, let its config name the tower by an absolute path, and say where its weights really are.
-
-    An adapter's config is a copy of its base's, so a folder that it names may be the base's.
-    """
-    folders = [info.folder] + ([base_info.folder] if base_info is not None else [])
-    name, unfrozen = config.mm_vision_tower, getattr(config, "unfreeze_mm_vision_tower", None)
-    if name != OWN_FOLDER:
-        beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), info.folder)
-        config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside)
-    config.unfreeze_mm_vision_tower = stored
-    try:
-        yield
-    finally:
-        config.mm_vision_tower = name
-        config.unfreeze_mm_vision_tower = unfrozen
-        if unfrozen is None:
-            del config.unfreeze_mm_vision_tower
-
-
-def restore_config(built: Any, config: Any) -> None:
-    """Give a built model's config, a copy, the names that its file had."""
-    built.name_or_path = config.name_or_path
-    for key in ("mm_vision_tower", "unfreeze_mm_vision_tower"):
-        if hasattr(config, key):
-            setattr(built, key, getattr(config, key))
-        elif hasattr(built, key):
-            delattr(built, key)
 
 
 @contextmanager

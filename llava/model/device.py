@@ -1,14 +1,14 @@
-"""Where a model runs and in which numbers, decided once, when it is loaded.
+"""Pick the device and dtype of a model when it is loaded.
 
-In: what a user asked for ("auto", "cuda:1", "bf16", …). Out: a `torch.device` and a `torch.dtype`, or one sentence that
-says what this machine has. No other module asks what hardware there is.
+In: what a user asked for ("auto", "cuda:1", "bf16", …). Out: a `torch.device` and a `torch.dtype`, or an error that says
+what this machine has. No other module asks what hardware there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
@@ -24,15 +24,18 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-# Ways in which accelerate spreads a model by itself; any other word in a device_map's place is a device.
+# What `device_map` may be: a strategy of accelerate, a device, or a device for each part of the model.
+DeviceMap: TypeAlias = str | torch.device | int | Mapping[str, str | int | torch.device] | None
+
+# The strategies by which accelerate shards a model; any other text given as device_map is a device.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# How much of a GPU's free memory weights may take; the rest is for activations and the cache.
+# The share of a GPU's free memory that weights may take; the rest is for activations and the cache.
 LARGEST_SHARE = 0.8
 
 
 def pick_device(wanted: str | torch.device | int = "auto") -> torch.device:
-    """The device meant by "auto" (cuda, else mps, else cpu), or the given one if this machine has it."""
+    """Resolve "auto" (cuda, else mps, else cpu), or check that this machine has the given device."""
     if isinstance(wanted, int):
         wanted = f"cuda:{wanted}"
     if wanted == "auto":
@@ -51,7 +54,7 @@ def pick_device(wanted: str | torch.device | int = "auto") -> torch.device:
 
 
 def is_present(device: torch.device) -> bool:
-    """Whether this machine has a device; kinds of device that only a plug-in brings are taken at their word."""
+    """Whether this machine has a device; types of devices that come with plug-ins are not checked."""
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if device.type == "mps":
@@ -60,7 +63,7 @@ def is_present(device: torch.device) -> bool:
 
 
 def pick_dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The number format meant by "auto": bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    """Resolve "auto" (bf16 on a GPU that has it, else fp16; fp32 on a CPU), or a dtype by name."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted is None or wanted == "auto":
@@ -75,14 +78,20 @@ def pick_dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.
 
 @dataclass(frozen=True)
 class Placement:
-    """Where inputs go, and how a model that does not stand on that one device is spread."""
+    """The device that inputs go to, and the device map of a model that is sharded."""
 
     device: torch.device
-    device_map: Any = None  # None: the whole model stands on `device`
+    device_map: str | Mapping[str, str | int | torch.device] | None = None  # None: the whole model is on `device`
 
 
-def pick_placement(device: str | torch.device | int, device_map: Any, *, needed_bytes: int) -> Placement:
-    """One device where the model fits on one, which needs no help from accelerate; otherwise a map for accelerate."""
+def pick_placement(device: str | torch.device | int, device_map: DeviceMap, *, needed_bytes: int) -> Placement:
+    """Decide whether a model goes to one device or is sharded by accelerate.
+
+    Args:
+        device: The device asked for.
+        device_map: What was asked for in its place; None asks for one device.
+        needed_bytes: The size of the weights; a model that fits on one GPU is not sharded.
+    """
     if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
     if isinstance(device_map, Mapping):

@@ -98,8 +98,8 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     import torch
     from transformers.initialization import no_init_weights
 
-    from llava.model.builder import build_config, resolved_tower_path
     from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources
+    from llava.model.checkpoints.model_config import build_config, resolved_tower_path
     from llava.model.language_model.registry import llava_classes
 
     base_info = checkpoint.base.info if checkpoint.base is not None else None

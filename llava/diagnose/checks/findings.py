@@ -151,7 +151,9 @@ CAUSES: dict[str, Cause] = {
         "generation_config.json is damaged", ("llava/model/tokenizer_setup.py:read_generation_config",)
     ),
     # Adapters
-    "base-missing": Cause("the base model is not where the folder says", ("llava/model/builder.py:find_base",)),
+    "base-missing": Cause(
+        "the base model is not where the folder says", ("llava/model/checkpoints/model_config.py:find_base",)
+    ),
     "lora-base": Cause("the adapter changes tensors that the base does not have, or of another shape", _LOADING),
     "lora-empty": Cause(
         "the adapter was saved without its numbers", ("llava/train/save.py:get_peft_state_maybe_zero_3",)

@@ -146,7 +146,7 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
     def on_pixels(pixels: Pixels, images: Sequence[Image.Image], image_processor: ImageProcessor, config: Any) -> None:
         traced.pixels = pixels
         if len(images):
-            record_pixels(record, pixels, config.image_aspect_ratio, traced.loaded.image_processor)
+            record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
 
     def on_layout(layout: ImageLayout, size: ImageSize, policy: ImagePolicy, **_: object) -> None:
         record.layouts.append(layout)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.builder import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect, tower_headers
 from llava.model.checkpoints.loading import WeightSources, expected_tensors, grow_vocabulary, match_names, plan_sources
+from llava.model.checkpoints.model_config import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 
 
