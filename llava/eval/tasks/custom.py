@@ -16,8 +16,7 @@ from llava.eval.files import find_file, need, read_json_rows, read_text
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.vqa import anls, exact_accuracy, soft_accuracy
 from llava.eval.metrics.yes_no import pope_answer
-from llava.eval.tasks.short import accuracy
-from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
+from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task, accuracy
 from llava.eval.types import AnsweredQuestion, Question, Scores
 
 KEYS = {"name", "title", "file", "images", "metric", "suffix", "max_new_tokens"}

@@ -24,7 +24,7 @@ from llava.eval.files import (
 )
 from llava.eval.metrics.gpt_review import NO_SCORE, by_category, pair_of, relative_scores
 from llava.eval.tasks.short import read_questions
-from llava.eval.tasks.task import Task
+from llava.eval.tasks.task import Task, unscored
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionId, Scores
 
 ASK_A_JUDGE = (
@@ -33,8 +33,7 @@ ASK_A_JUDGE = (
 
 
 def unjudged(answered: Sequence[AnsweredQuestion]) -> Scores:
-    given = sum(one.text is not None for one in answered)
-    return Scores({"answers": given}, {}, [None] * len(answered), notes=(ASK_A_JUDGE,))
+    return unscored(answered, ASK_A_JUDGE)
 
 
 # --- LLaVA-Bench ----------------------------------------------------------------------------------------------------

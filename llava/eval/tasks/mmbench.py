@@ -17,7 +17,7 @@ from llava.errors import InputError
 from llava.eval.files import find_file, read_table, write_xlsx
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
-from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task
+from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, Task, unscored
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 FILES = {
@@ -114,10 +114,7 @@ def _image(row: Mapping[str, str], images: Mapping[str, str]) -> bytes:
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(given.question.answer is None for given in answered):
-        note = "the answers are not public: hand the submission in at opencompass.org.cn (MMBench)"
-        return Scores(
-            {"answers": sum(given.text is not None for given in answered)}, {}, [None] * len(answered), notes=(note,)
-        )
+        return unscored(answered, "the answers are not public: hand the submission in at opencompass.org.cn (MMBench)")
     letters = [None if given.text is None else find_letter(given.text, given.question.options) for given in answered]
     verdicts = [float(letter == given.question.answer) for letter, given in zip(letters, answered, strict=True)]
     questions: dict[int | str, list[int]] = {}

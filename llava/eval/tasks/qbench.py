@@ -18,7 +18,7 @@ from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
 from llava.eval.tasks.answers import AnswerRecord
-from llava.eval.tasks.task import Task
+from llava.eval.tasks.task import Task, unscored
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 FILES = {
@@ -63,9 +63,8 @@ def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(one.question.answer is None for one in answered):
-        note = "the answers of this split are not public: hand the submission in as Q-Bench's page says"
-        return Scores(
-            {"answers": sum(one.text is not None for one in answered)}, {}, [None] * len(answered), notes=(note,)
+        return unscored(
+            answered, "the answers of this split are not public: hand the submission in as Q-Bench's page says"
         )
     letters = [None if one.text is None else find_letter(one.text, one.question.options) for one in answered]
     verdicts = [

@@ -7,14 +7,15 @@ former is made. Scored here, from answers or from the official result file with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, read_json_rows
-from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.accuracy import percent
 from llava.eval.metrics.choices import LETTERS, science_qa_letter
-from llava.eval.tasks.task import LETTER_SUFFIX, Task
+from llava.eval.tasks.task import LETTER_SUFFIX, Task, accuracy
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 OPTIONS = tuple("ABCDE")
@@ -141,19 +142,13 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
         unread += letter is None and one.text is not None
         verdicts.append(float(letter is not None and LETTERS.index(letter) == one.question.answer))
     with_image = [verdict for verdict, one in zip(verdicts, answered, strict=True) if one.question.images]
-    total = percent(verdicts)
-    figures: dict[str, float | int] = {"accuracy": total, "correct": int(sum(verdicts)), "count": len(verdicts)}
+    scores = accuracy(answered, verdicts)
+    figures = {"accuracy": scores.figures["accuracy"], "correct": int(sum(verdicts)), "count": len(verdicts)}
     if with_image:
         figures["image_accuracy"] = percent(with_image)
     notes = [f"{unread} answers name no letter and count as wrong"] if unread else []
     notes += [] if with_image else ["no question has an image, so there is no image accuracy"]
-    return Scores(
-        figures,
-        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
-        verdicts,
-        headline=total,
-        notes=tuple(notes),
-    )
+    return replace(scores, figures=figures, notes=tuple(notes))
 
 
 def _task(name: str, title: str, *, images_only: bool) -> Task:

@@ -7,13 +7,14 @@ it is the right letter and nothing else, as in the original's converter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, write_json_lines
-from llava.eval.metrics.accuracy import by_category, percent
+from llava.eval.metrics.accuracy import by_category
 from llava.eval.tasks.short import read_questions
-from llava.eval.tasks.task import LETTER_SUFFIX, Task
+from llava.eval.tasks.task import LETTER_SUFFIX, Task, accuracy, refuse_gaps
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 
@@ -56,27 +57,16 @@ def type_order(truths: Mapping[str, JsonRow]) -> list[str]:
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     verdicts = [float(one.text == one.question.answer) for one in answered]
-    total = percent(verdicts)
-    figures: dict[str, float | int] = {"accuracy": total, "right": int(sum(verdicts)), "questions": len(verdicts)}
+    scores = accuracy(answered, verdicts)
     kinds = by_category((one.question.extra["kind"], verdict) for one, verdict in zip(answered, verdicts, strict=True))
-    figures |= {f"{kind}_accuracy": found["accuracy"] for kind, found in kinds.items()}
+    figures = {**scores.figures, **{f"{kind}_accuracy": found["accuracy"] for kind, found in kinds.items()}}
     longer = sum(one.text is not None and len(one.text.strip()) > 1 for one in answered)
     notes = (f"{longer} answers are more than a letter and count as wrong",) if longer else ()
-    return Scores(
-        figures,
-        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
-        verdicts,
-        headline=total,
-        notes=notes,
-    )
+    return replace(scores, figures=figures, notes=notes)
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    missing = [one.question.id for one in answered if one.text is None]
-    if missing:
-        raise InputError(
-            f"SEED-Bench wants every question answered; {len(missing)} are not, the first is {missing[0]!r}"
-        )
+    refuse_gaps(answered, "SEED-Bench")
     file = folder / "seed.jsonl"
     write_json_lines(
         file, [{"question_id": one.question.extra["question_id"], "prediction": one.text or ""} for one in answered]

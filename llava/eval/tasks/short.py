@@ -1,7 +1,7 @@
-"""VQAv2, GQA, VizWiz, TextVQA: a few words about an image.
+"""VQAv2, GQA, VizWiz and TextVQA: short answers to questions about an image.
 
-VQAv2 and VizWiz are scored by their servers, for which `write` makes the upload; where a split's official annotations are in
-the folder, they are scored here too. GQA and TextVQA are scored here.
+VQAv2 and VizWiz are scored by their servers, for which `write` makes the upload. Where a split's official annotations are in
+the task's folder, they are scored here too. GQA and TextVQA are scored here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from llava.eval.files import (
     read_json_rows,
     write_json,
 )
-from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.vqa import normalise, soft_accuracy, vqa_accuracy
-from llava.eval.tasks.task import WORD_SUFFIX, Task
+from llava.eval.tasks.task import WORD_SUFFIX, Task, accuracy, refuse_gaps, unscored
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 
 def read_questions(file: Path, images: Path) -> list[Question]:
-    """Questions of a LLaVA question file: JSON lines with question_id, image, text, and perhaps category."""
+    """Read a LLaVA question file: JSON lines with question_id, image, text, and perhaps category.
+
+    Args:
+        file: the questions.
+        images: the folder that `image` is relative to.
+    """
     rows = read_json_lines(file, "file of questions")
     if not rows:
         raise InputError(f"the file of questions {str(file)!r} is empty")
@@ -38,24 +42,6 @@ def read_questions(file: Path, images: Path) -> list[Question]:
         name, text = need(row, "question_id", where), str(need(row, "text", where))
         questions.append(Question(name, text, sources, str(row.get("category", "")), extra=row))
     return questions
-
-
-def accuracy(answered: Sequence[AnsweredQuestion], verdicts: Sequence[float]) -> Scores:
-    """Percent right, in all and in each category."""
-    total, right = percent(verdicts), float(sum(verdicts))
-    return Scores(
-        {"accuracy": total, "right": int(right) if right.is_integer() else right, "questions": len(verdicts)},
-        by_category((one.question.category, verdict) for one, verdict in zip(answered, verdicts, strict=True)),
-        verdicts,
-        headline=total,
-    )
-
-
-def by_server(answered: Sequence[AnsweredQuestion], where: str) -> Scores:
-    """No figure: the truth is on a server."""
-    given = sum(one.text is not None for one in answered)
-    note = f"the answers are not public: hand the submission in at {where}"
-    return Scores({"answers": given}, {}, [None] * len(answered), notes=(note,))
 
 
 # --- VQAv2 ----------------------------------------------------------------------------------------------------------
@@ -74,7 +60,7 @@ def read_vqav2(folder: Path) -> list[Question]:
 
 
 def _with_people(question: Question, row: JsonRow | None, kind: str) -> Question:
-    """A question with the answers that people gave, as its annotation has them."""
+    """Return a question with the answers that people gave, as its annotation `row` has them."""
     if row is None:
         raise InputError(f"the question {question.id!r} has no annotation; give the annotations of the same split")
     people = [one["answer"] if isinstance(one, dict) else one for one in row["answers"]]
@@ -82,12 +68,11 @@ def _with_people(question: Question, row: JsonRow | None, kind: str) -> Question
 
 
 def score_people(answered: Sequence[AnsweredQuestion], server: str) -> Scores:
+    """Score by the answers of ten people, or leave the scoring to `server` where they are not in the task's folder."""
     if not answered or answered[0].question.answer is None:
-        return by_server(answered, server)
-    return accuracy(
-        answered,
-        [0.0 if given.text is None else vqa_accuracy(given.text, given.question.references) for given in answered],
-    )
+        return unscored(answered, f"the answers are not public: hand the submission in at {server}")
+    scores = [0.0 if one.text is None else vqa_accuracy(one.text, one.question.references) for one in answered]
+    return accuracy(answered, scores)
 
 
 def score_vqav2(answered: Sequence[AnsweredQuestion]) -> Scores:
@@ -95,7 +80,7 @@ def score_vqav2(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def write_vqav2(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    """The upload; the server wants every question of test2015, with empty answers to those outside of test-dev."""
+    """Write the upload: every question of test2015, with empty answers to those outside of test-dev."""
     texts = {one.question.id: one.text or "" for one in answered}
     whole = find_optional(home, ("llava_vqav2_mscoco_test2015.jsonl",))
     names = [row["question_id"] for row in read_json_lines(whole)] if whole is not None else list(texts)
@@ -123,9 +108,7 @@ def score_vizwiz(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def write_vizwiz(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    missing = [one.question.id for one in answered if one.text is None]
-    if missing:
-        raise InputError(f"VizWiz wants every question answered; {len(missing)} are not, the first is {missing[0]!r}")
+    refuse_gaps(answered, "VizWiz")
     file = folder / "vizwiz.json"
     write_json(file, [{"image": one.question.extra["image"], "answer": normalise(one.text or "")} for one in answered])
     return file
@@ -157,7 +140,7 @@ def read_gqa(folder: Path) -> list[Question]:
 
 
 def gqa_answer(text: str) -> str:
-    """An answer as GQA's files have it: small letters, no full stop."""
+    """Normalise an answer as GQA's files do: lower case, no full stop."""
     return text.rstrip(".").lower()
 
 
@@ -177,7 +160,7 @@ def write_gqa(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) ->
 
 
 def read_textvqa(folder: Path) -> list[Question]:
-    """The original's questions name text that a reader found in the image; without its file they do not."""
+    """Read the questions. Those of LLaVA's file name text that OCR found in the image; without that file they do not."""
     truths = textvqa_annotations(find_file(folder, ("TextVQA_0.5.1_val.json",), "file of TextVQA's answers"))
     file = find_optional(folder, ("llava_textvqa_val_v051_ocr.jsonl",))
     images = folder / "train_images"
@@ -201,7 +184,7 @@ def textvqa_annotations(file: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def textvqa_question(prompt: str) -> str:
-    """The bare question, in small letters, out of any of the prompts that were used for TextVQA."""
+    """Return the bare question in lower case, out of any of the forms of prompts that were used for TextVQA."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
         _, found, rest = prompt.partition("Question: ")
@@ -212,7 +195,7 @@ def textvqa_question(prompt: str) -> str:
         return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
     elif len(lines) == 2:
         return lines[0].lower()
-    raise InputError(f"{prompt!r} is not one of the forms of TextVQA's prompts, so its question cannot be told")
+    raise InputError(f"{prompt!r} is not one of the forms of TextVQA's prompts, so its question cannot be found")
 
 
 def score_textvqa(answered: Sequence[AnsweredQuestion]) -> Scores:
