@@ -13,10 +13,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, need, read_json_lines, write_json
 from llava.eval.metrics.choices import science_qa_letter
-from llava.eval.tasks.scienceqa import IMAGE_MARK, OPTIONS, read_split
+from llava.eval.tasks.scienceqa import OPTIONS, read_split
 from llava.eval.types import JsonRow, ratio
 
 FAILED = "FAILED"
@@ -71,7 +72,7 @@ def run(args: Namespace) -> None:
             "ground_truth": args.options[problem["answer"]],
             "question": row.get("prompt", ""),
             "pred": text,
-            "is_multimodal": IMAGE_MARK in row.get("prompt", ""),
+            "is_multimodal": DEFAULT_IMAGE_TOKEN in row.get("prompt", ""),
         }
         groups["correct" if results[name] == problem["answer"] else "incorrect"].append(analysis)
     for name in predictions.keys() - problems.keys():

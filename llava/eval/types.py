@@ -42,7 +42,13 @@ class Question:
 
     @property
     def row_prompt(self) -> str:
+        """The prompt as the answer's row has it."""
         return self.prompt if self.shown_prompt is None else self.shown_prompt
+
+    @property
+    def bare_prompt(self) -> str:
+        """The prompt without options and without a request for a form of answer, where the task keeps it apart."""
+        return str(self.extra.get("question", self.prompt))
 
     @property
     def reference(self) -> str:

@@ -1,4 +1,4 @@
-"""The table of benchmarks. To add one: a `Task` here, or a file of rows on the command line (custom.py)."""
+"""The table of benchmarks. To add one, add a `Task` here, or give a file of rows on the command line (custom.py)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
-# Names for several tasks. Of the last, the photographs are left out where they are not there.
+# Names for several tasks. Of the last, the photographs are left out where they are not in the data folder.
 SUITES = {
     "llava-1.5": (
         "vqav2", "gqa", "vizwiz", "scienceqa-img", "textvqa", "pope", "mme", "mmbench", "mmbench-cn", "seed",
@@ -49,7 +49,7 @@ SUITES = {
 
 
 def find_tasks(names: str, data_dir: Path) -> list[Task]:
-    """Tasks and suites named with commas between them, each once."""
+    """Find tasks and suites by their names with commas between them, each task once."""
     found: dict[str, Task] = {}
     for word in filter(None, names.split(",")):
         for name in SUITES.get(word, (word,)):
@@ -63,7 +63,7 @@ def find_tasks(names: str, data_dir: Path) -> list[Task]:
 
 
 def find_task(name: str) -> Task:
-    """A task by its name, or by the file that describes it."""
+    """Find a task by its name, or read the file that describes it."""
     if name in TASKS:
         return TASKS[name]
     if name.endswith((".jsonl", ".json", ".yaml", ".yml")):

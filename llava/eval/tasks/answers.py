@@ -1,8 +1,8 @@
-"""Answers that were given before: their files, and which question each belongs to.
+"""Read files of answers, and find the question that each answer belongs to.
 
-In: a file or folder of answers in our JSON lines or in a benchmark's own result format, and the task's items. Out: the text
-for each item, with everything that did not fit counted in `Faults`. A missing answer counts as wrong, the last of several
-counts, an answer to an unknown question counts nowhere; all three are told.
+In: a file or folder of answers, in JSON lines or in a benchmark's own result format, and the task's questions. Out: a text for
+each question. A missing answer counts as wrong, the last of several counts, and an answer to an unknown question is ignored;
+all three are counted in `Faults`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json, read_json_lines, read_table, read_text
-from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionKey
+from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionId, QuestionKey
 
 TEXT_FIELDS = ("text", "answer", "response", "prediction", "pred_answer", "output")
 ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
@@ -25,7 +24,7 @@ ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
 class AnswerRecord:
     """One line of an answers file. `id` is None where the format goes by the order of the questions alone."""
 
-    id: Any
+    id: QuestionId | None
     text: str
     prompt: str | None = None
     round: int = 0
@@ -45,11 +44,10 @@ def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
         InputError: two questions have the same id, round and prompt.
     """
     counts = Counter((str(question.id), question.round) for question in questions)
-    keys = [
-        QuestionKey(name, question.row_prompt if counts[name, question.round] > 1 else "", question.round)
-        for question in questions
-        for name in (str(question.id),)
-    ]
+    keys = []
+    for question in questions:
+        is_shared = counts[str(question.id), question.round] > 1
+        keys.append(QuestionKey(str(question.id), question.row_prompt if is_shared else "", question.round))
     seen: set[QuestionKey] = set()
     for key, question in zip(keys, questions, strict=True):
         if key in seen:
@@ -61,7 +59,7 @@ def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
 
 
 def read_answers(path: Path, faults: Faults) -> list[AnswerRecord]:
-    """Answers of a file, or of all files in a folder: JSON lines, a JSON list or object, or a table with predictions."""
+    """Read a file of answers, or all in a folder: JSON lines, a JSON list or object, or a table with predictions."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".xlsx", ".tsv", ".csv"))
         if not files:
@@ -108,7 +106,17 @@ def _answers(rows: Iterable[JsonRow], path: Path, faults: Faults) -> Iterable[An
 def pair(
     questions: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, *, source: str
 ) -> list[AnsweredQuestion]:
-    """Every item with its answer's text."""
+    """Give every question its answer's text.
+
+    Args:
+        questions: the task's questions.
+        answers: by id, or in the order of the questions where none has an id.
+        faults: where missing, repeated and unknown answers are counted.
+        source: what an error calls the answers.
+
+    Raises:
+        InputError: no answer belongs to the task, or answers without ids are not in the order of the questions.
+    """
     keys = keys_of(questions)
     if answers and all(answer.id is None for answer in answers):
         return _pair_in_order(questions, answers, faults, source)
@@ -125,11 +133,10 @@ def pair(
             faults.add(
                 "answers to unknown questions", "no such question in the task, so they count nowhere", repr(answer.id)
             )
-        elif texts[place] is not None:
+            continue
+        if texts[place] is not None:
             faults.add("repeated answers", "the last answer to a question counts", repr(answer.id))
-            texts[place] = answer.text
-        else:
-            texts[place] = answer.text
+        texts[place] = answer.text
     if answers and not any(text is not None for text in texts):
         raise InputError(
             f"none of the {len(answers)} answers in {source} belongs to a question of this task (the first is to "
@@ -139,32 +146,32 @@ def pair(
 
 
 def _place_by_question(questions: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
-    """Where ids are shared and prompts differ: the only question of that id whose text the answer's prompt holds."""
+    """Find the only question of a shared id whose text the answer's prompt contains; None if there are more or none."""
     fitting = [
         place
         for place, question in enumerate(questions)
         if str(question.id) == name and question.round == answer.round
-        and _bare(question.extra.get("question", question.prompt)) in _bare(answer.prompt or "")
+        and _normalised(question.bare_prompt) in _normalised(answer.prompt or "")
     ]  # fmt: skip
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _bare(text: str) -> str:
+def _normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
 def _pair_in_order(
     questions: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, source: str
 ) -> list[AnsweredQuestion]:
-    """For formats without ids: line by line, with the questions compared where the answers repeat them."""
+    """Pair line by line, for formats without ids; where answers repeat their question, it is compared."""
     if len(answers) > len(questions):
         raise InputError(f"{source} has {len(answers)} answers without ids, for {len(questions)} questions")
     texts: list[str | None] = [None] * len(questions)
     for place, answer in enumerate(answers):
-        asked = questions[place].extra.get("question", questions[place].prompt)
-        if answer.prompt is not None and _bare(answer.prompt) not in (_bare(asked), _bare(questions[place].prompt)):
+        forms = (questions[place].bare_prompt, questions[place].prompt)
+        if answer.prompt is not None and _normalised(answer.prompt) not in map(_normalised, forms):
             raise InputError(
-                f"{answer.where} answers {answer.prompt!r}, where the question in that place is {asked!r}; answers "
+                f"{answer.where} answers {answer.prompt!r}, where the question in that place is {forms[0]!r}; answers "
                 "without ids must be in the order of the questions"
             )
         texts[place] = answer.text

@@ -1,8 +1,8 @@
-"""A benchmark of one's own: JSON lines with questions, images and answers, and the name of a metric.
+"""Tasks made from a file of questions: JSON lines with questions, images and answers, and the name of a metric.
 
 A row has `image` (or `images`), `question` (or `text`) and `answer` (or `answers`), and may have `question_id`, `category`
 and `options`. `llava eval mine.jsonl` runs it as it is; `mine.yaml` says what differs from the defaults; in Python,
-`TASKS["mine"] = custom_task("mine", "mine.jsonl")` adds it to the table for good.
+`TASKS["mine"] = custom_task("mine", "mine.jsonl")` adds it to the table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _letter(text: str, answers: Sequence[str], options: Sequence[str]) -> float:
     return float(letter in right)
 
 
-# How an answer is judged: from its text, the right answers and the options, to a score from 0 to 1.
+# From an answer's text, the right answers and the options to a score from 0 to 1.
 METRICS: dict[str, Callable[[str, Sequence[str], Sequence[str]], float]] = {
     "match": lambda text, answers, options: exact_accuracy(text, answers),
     "exact": lambda text, answers, options: float(text.strip() in answers),
@@ -52,9 +52,20 @@ def custom_task(
     suffix: str | None = None,
     max_new_tokens: int = 128,
 ) -> Task:
-    """A task from a file of rows. `file` and `images` are relative to `folder` of the data folder, unless absolute.
+    """Make a task from a file of rows.
 
-    `suffix` ends every question on a line of its own; by default it asks for a word, or for a letter where there are options.
+    Args:
+        name: the task's name, as `llava eval` takes it.
+        file: the rows, relative to `folder` unless absolute.
+        title: the name in reports (default: `name`).
+        folder: the task's folder in the data folder.
+        images: what the rows' images are relative to, itself relative to `folder` unless absolute.
+        metric: a name of `METRICS`.
+        suffix: the last line of every prompt; None asks for a word, or for a letter where the metric is "choice".
+        max_new_tokens: maximum number of tokens of an answer.
+
+    Raises:
+        InputError: the metric is unknown.
     """
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r} of the task {name!r}; known: {', '.join(METRICS)}")
@@ -71,7 +82,7 @@ def custom_task(
 
 
 def task_from_file(path: Path) -> Task:
-    """The task that a file of rows, or a YAML file about one, describes; paths inside are relative to that file."""
+    """Make the task that a file of rows, or a YAML file about one, describes. Paths in it are relative to that file."""
     folder = path.resolve().parent
     if path.suffix not in (".yaml", ".yml"):
         return custom_task(path.stem, path.resolve(), images=folder)
@@ -92,7 +103,7 @@ def task_from_file(path: Path) -> Task:
 
 
 def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Question]:
-    """The questions of a file of rows."""
+    """Read the questions of a file of rows."""
     path = find_file(folder, (file,), "file of the task's rows")
     questions = []
     for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):

@@ -1,7 +1,7 @@
-"""POPE: is there a thing in the image? Three splits that differ in which absent things are asked for.
+"""POPE: yes/no questions about objects in an image. Its three splits differ in which absent objects are asked for.
 
 Reads `llava_pope_test.jsonl` (questions with their split as `category`) and `coco/coco_pope_SPLIT.json` (labels, in the same
-order), or the latter alone. Scored here, by the official rule for yes and no.
+order), or the latter alone. Scored by the official rule for yes and no.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read(folder: Path) -> list[Question]:
 
 
 def read_labels(folder: Path) -> dict[str, list[JsonRow]]:
-    """The rows of each split's official file."""
+    """Read the rows of each split's official file."""
     files = {
         file.stem.removeprefix("coco_pope_"): file
         for place in (folder, folder / "coco")
@@ -55,7 +55,7 @@ def read_labels(folder: Path) -> dict[str, list[JsonRow]]:
 
 
 def label_questions(rows: Sequence[JsonRow], labels: dict[str, list[JsonRow]], images: Path) -> list[Question]:
-    """Questions with their labels: the two files go by order within a split, since their ids differ."""
+    """Give questions their labels. The two files are matched by order within a split, since their ids differ."""
     questions = []
     taken = dict.fromkeys(labels, 0)
     for number, row in enumerate(rows, start=1):
@@ -83,9 +83,9 @@ def label_questions(rows: Sequence[JsonRow], labels: dict[str, list[JsonRow]], i
 
 
 def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) -> list[AnswerRecord]:
-    """Where only the official files are there, whose three splits count from 1 each, find an answer's split.
+    """Add the split to answers' ids, where only the official files are there, whose splits count from 1 each.
 
-    Its row says it, or its file's name does; POPE's own result files have no ids at all and go by order within a split.
+    The split is in an answer's row or in its file's name. POPE's own result files have no ids and are matched by order.
     """
     if not any("/" in str(question.id) for question in questions):
         return list(answers)

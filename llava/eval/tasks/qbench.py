@@ -1,8 +1,8 @@
-"""Q-Bench, English and Chinese: questions about how good an image is, and scores of its quality from two logits.
+"""Q-Bench, English and Chinese: questions about image quality, and quality scores computed from two logits.
 
-Reads `llvisionqa_SPLIT.json` or its Chinese counterpart and `images_llvisionqa/`. Answers of ours and official responses are
-both scored; the test split's answers are not public. Files of logits (`gt_score`, `logit_good`, `logit_poor` for
-each image) are scored by rank and linear correlation with people's opinion.
+Reads `llvisionqa_SPLIT.json` or its Chinese counterpart and `images_llvisionqa/`. Answers in JSON lines and official responses
+are both scored; the test split's references are not public. Files of logits (`gt_score`, `logit_good`, `logit_poor` for
+each image) are scored by rank and linear correlation with human opinion scores.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FILES = {
     "en": ("llvisionqa_dev.json", "llvisionqa_test.json"),
     "zh": ("质衡-问答-验证集.json", "质衡-问答-测试集.json"),
 }
-# To the character as published; the Chinese one begins with a stray backslash where a line break was meant.
+# Exactly as published: the Chinese one begins with a stray backslash where a line break was meant.
 REQUESTS = {"en": "\nChoose between one of the options as follows:\n", "zh": "\\在下列选项中选择一个:\n"}
 IMAGES = ("images_llvisionqa", "images_llviqionqa", "images")  # the guide spells the folder in two ways
 LOGITS = (("logit_good", "logit_poor"), ("logit_high", "logit_low"), ("logit_excellent", "logit_poor"))
-CGI_PART = 3000  # CGIQA-6K is two sets of so many, whose correlations are averaged, as in the paper
+CGI_PART = 3000  # CGIQA-6K is two sets of this size, whose correlations are averaged, as in the paper
 
 
 def read(folder: Path, *, lang: str) -> list[Question]:
@@ -57,7 +57,7 @@ def questions_from_rows(rows: Sequence[JsonRow], images: Path, *, lang: str) -> 
 
 
 def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) -> list[AnswerRecord]:
-    """Official responses have no ids and go by order; ids of ours are the number of the question."""
+    """Drop the prompts of answers: official responses have no ids and are matched by order, other ids are numbers."""
     return [AnswerRecord(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
 
 
@@ -88,7 +88,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
-    """Logits: one file, or a folder with a file for each data set."""
+    """Score logits: one file, or a folder with a file for each data set."""
     files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
     tables = {file.stem: rows for file in files if (rows := _logit_rows(file)) is not None}
     if not tables:
@@ -104,7 +104,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
 
 
 def _logit_rows(file: Path) -> list[JsonRow] | None:
-    """The rows of a file of logits, which may be a list, lines, or objects without anything between them."""
+    """Read a file of logits, which may be a list, lines, or objects without separators; None for any other file."""
     if file.suffix not in (".json", ".jsonl"):
         return None
     text = read_text(file, "file of answers").strip()
@@ -149,7 +149,7 @@ def _correlations(name: str, rows: Sequence[JsonRow], faults: Faults) -> dict[st
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    """Each question with its response: the form in which Q-Bench takes answers."""
+    """Write each question with its response, the form in which Q-Bench takes answers."""
     file = folder / "qbench_answers.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**one.question.extra["row"], "response": one.text or ""} for one in answered]

@@ -1,7 +1,7 @@
-"""ScienceQA: school questions with options, half of them with an image.
+"""ScienceQA: multiple choice questions from school, half of them with an image.
 
 Reads `llava_test_CQM-A.json` (conversations), `problems.json` and `pid_splits.json`, or the latter two alone, from which the
-former is made. Scored here, from answers or from the official result file with `outputs` and `results`.
+former is made. Scores answers, or the official result file with `outputs` and `results`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
 from llava.eval.files import find_file, find_optional, need, read_json_object, read_json_rows
 from llava.eval.metrics.accuracy import percent
@@ -19,7 +20,6 @@ from llava.eval.tasks.task import LETTER_SUFFIX, Task, accuracy
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 OPTIONS = tuple("ABCDE")
-IMAGE_MARK = "<image>"
 # What stands where in a prompt: question, context, options (the M is for multiple choice), lecture, explanation.
 INPUTS = {
     "CQM": "Context: {context}\nQuestion: {question}\nOptions: {options}\n",
@@ -31,7 +31,7 @@ INPUTS = {
     "QCEM": "Question: {question}\nContext: {context}\nBECAUSE: {solution}\nOptions: {options}\n",
     "QCLEM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture} {solution}\nOptions: {options}\n",
 }
-# AL has the explanation and AE the lecture: the letters are the wrong way round in the published data, which is kept.
+# AL has the explanation and AE the lecture: the letters are swapped in the published data, which is kept.
 OUTPUTS = {
     "A": "Answer: The answer is {answer}.",
     "AL": "Answer: The answer is {answer}. BECAUSE: {solution}",
@@ -47,14 +47,14 @@ OUTPUTS = {
 
 
 def build_exchange(problem: JsonRow, prompt_format: str) -> tuple[str, str]:
-    """A problem as question and answer, in a format such as QCM-LEA."""
-    asked, _, told = prompt_format.partition("-")
-    if asked not in INPUTS or told not in OUTPUTS:
+    """Format a problem as question and answer, in a format such as QCM-LEA."""
+    question, _, answer = prompt_format.partition("-")
+    if question not in INPUTS or answer not in OUTPUTS:
         raise InputError(
             f"unknown prompt format {prompt_format!r}; known: one of {', '.join(INPUTS)}, a hyphen, one of {', '.join(OUTPUTS)}"
         )
     lecture, solution = problem["lecture"], problem["solution"]
-    words = {
+    parts = {
         "question": problem["question"],
         "context": problem["hint"].strip() or "N/A",
         "options": " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)),
@@ -64,7 +64,7 @@ def build_exchange(problem: JsonRow, prompt_format: str) -> tuple[str, str]:
         "lecture_part": f"LECTURE: {lecture}\n" if lecture.strip() else "",
         "solution_part": f"SOLUTION: {solution}\n" if solution.strip() else "",
     }
-    return _tidy(INPUTS[asked].format(**words)), _tidy(OUTPUTS[told].format(**words))
+    return _tidy(INPUTS[question].format(**parts)), _tidy(OUTPUTS[answer].format(**parts))
 
 
 def _tidy(text: str) -> str:
@@ -73,13 +73,13 @@ def _tidy(text: str) -> str:
 
 
 def conversation(name: str, problem: JsonRow, prompt_format: str) -> JsonRow:
-    """A problem as a training sample of LLaVA."""
-    asked, told = build_exchange(problem, prompt_format)
-    asked = asked.replace("Question: ", "") if asked.startswith("Question: ") else asked
-    told = told.replace("Answer: ", "") if told.startswith("Answer: ") else told
+    """Format a problem as a training sample of LLaVA."""
+    question, answer = build_exchange(problem, prompt_format)
+    question = question.replace("Question: ", "") if question.startswith("Question: ") else question
+    answer = answer.replace("Answer: ", "") if answer.startswith("Answer: ") else answer
     if problem["image"] is None:
-        return {"id": name, "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]}
-    turns = [{"from": "human", "value": f"{asked}\n{IMAGE_MARK}"}, {"from": "gpt", "value": told}]
+        return {"id": name, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    turns = [{"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": f"{name}/{problem['image']}", "conversations": turns}
 
 
@@ -109,7 +109,7 @@ def read(folder: Path, *, images_only: bool) -> list[Question]:
 
 
 def read_split(folder: Path, split: str) -> dict[str, JsonRow]:
-    """The problems of a split, in its order."""
+    """Read the problems of a split, in its order."""
     splits = read_json_object(find_file(folder, ("pid_splits.json",), "list of ScienceQA's splits"))
     problems = read_json_object(find_file(folder, ("problems.json",), "file of ScienceQA's problems"))
     names = need(splits, split, "pid_splits.json")
@@ -122,14 +122,14 @@ def read_split(folder: Path, split: str) -> dict[str, JsonRow]:
 
 
 def questions_from_samples(rows: Sequence[JsonRow], images: Path, *, letter: bool) -> list[Question]:
-    """Questions out of training samples: the first thing that the human says, the image before it."""
+    """Make questions from training samples: the human's first turn, with the image before it."""
     questions = []
     for number, row in enumerate(rows, start=1):
         where = f"question {number} of the ScienceQA file"
-        question = str(need(row, "conversations", where)[0]["value"]).replace(IMAGE_MARK, "").strip()
+        question = str(need(row, "conversations", where)[0]["value"]).replace(DEFAULT_IMAGE_TOKEN, "").strip()
         sources = (images / str(row["image"]),) if "image" in row else ()
         prompt = f"{question}\n{LETTER_SUFFIX}" if letter else question
-        shown = f"{IMAGE_MARK}\n{prompt}" if sources else prompt
+        shown = f"{DEFAULT_IMAGE_TOKEN}\n{prompt}" if sources else prompt
         questions.append(Question(need(row, "id", where), prompt, sources, shown_prompt=shown))
     return questions
 

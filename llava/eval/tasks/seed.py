@@ -1,7 +1,7 @@
-"""SEED-Bench: multiple choice about images and about frames of videos.
+"""SEED-Bench: multiple choice questions about images and about frames of videos.
 
-Reads `llava-seed-bench.jsonl` and `SEED-Bench.json` (question types, data types, answers). Scored here: an answer counts when
-it is the right letter and nothing else, as in the original's converter.
+Reads `llava-seed-bench.jsonl` and `SEED-Bench.json` (question types, data types, answers). An answer is right if it is the
+right letter and nothing else, as in the original's converter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(folder: Path) -> list[Question]:
 
 
 def _question(folder: Path, row: JsonRow) -> Question:
-    """A question from SEED-Bench.json itself, in the words of LLaVA's file."""
+    """Make a question from a row of SEED-Bench.json, with the prompt of LLaVA's file."""
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcd" if (key := f"choice_{letter}") in row]
     prompt = "\n".join([str(row.get("question", "")), *options, LETTER_SUFFIX])
     if row["data_type"] == "image":
@@ -44,7 +44,7 @@ def _question(folder: Path, row: JsonRow) -> Question:
 
 
 def read_truths(file: Path) -> dict[str, JsonRow]:
-    """The questions of SEED-Bench.json by id, each with the name of its type."""
+    """Read the questions of SEED-Bench.json by id, each with the name of its type."""
     data = read_json_object(file, "file of SEED-Bench's answers")
     names = {number: name for name, number in need(data, "question_type", str(file)).items()}
     rows = need(data, "questions", str(file))
