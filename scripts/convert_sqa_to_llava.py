@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
         return
     rows = []
     for sample in samples:
-        asked, told = (turn["value"] for turn in sample["conversations"])
+        question, answer = (turn["value"] for turn in sample["conversations"])
         image = {"image": sample["image"]} if "image" in sample else {}
-        rows.append({"id": sample["id"], **image, "instruction": asked, "output": told})
+        rows.append({"id": sample["id"], **image, "instruction": question, "output": answer})
     write_json_lines(args.base_dir / f"scienceqa_{args.split}_{prompt_format}.jsonl", rows)
 
 

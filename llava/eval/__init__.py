@@ -1,1 +1,1 @@
-"""Evaluation: tasks, scorers, the runner, and the original's entry points. `llava eval` is eval/harness/main.py."""
+"""Evaluation: benchmarks, their metrics, the runs of `llava eval`, and the original's programs."""

@@ -17,7 +17,7 @@ from llava.eval.eval_science_qa import FAILED, choice_index, read_predictions
 from llava.eval.eval_science_qa_gpt4 import FLAGS as GPT4_FLAGS
 from llava.eval.eval_science_qa_gpt4 import count_correct, print_counts, read_gpt4
 from llava.eval.files import Faults, write_json
-from llava.eval.metrics.choices import told_letter
+from llava.eval.metrics.choices import stated_letter
 from llava.eval.tasks.scienceqa import read_split
 
 FLAGS = (
@@ -53,14 +53,14 @@ def run(args: Namespace) -> None:
             "Requery": requery.get(name, {}).get("text", "MISSING"),
         }
         count_correct(counts, problem, texts["Our"], texts["GPT-4"], args.options)
-        letter = told_letter(texts["Requery"])
-        results[name] = choice_index(letter or told_letter(texts["Our"]), problem, args.options)
+        letter = stated_letter(texts["Requery"])
+        results[name] = choice_index(letter or stated_letter(texts["Our"]), problem, args.options)
         is_right = results[name] == problem["answer"]
         counts["requery"] += is_right
         if letter is not None and not is_right:
             print(f"\nQuestion ({args.options[problem['answer']]}): {ours[name].get('prompt', '')}")
             for who, text in texts.items():
-                print(f"{who} ({told_letter(text) or FAILED}): {text}")
+                print(f"{who} ({stated_letter(text) or FAILED}): {text}")
             print("=====================================")
     total, correct = counts["total"], counts["requery"]
     if not total:

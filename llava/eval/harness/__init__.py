@@ -1,1 +1,1 @@
-"""Running benchmarks: asking, scoring, reporting."""
+"""Runs of benchmarks: ask a model, score its answers, report and compare."""

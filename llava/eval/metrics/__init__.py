@@ -1,1 +1,1 @@
-"""Scorers: texts in, figures out. Nothing here reads files or knows a task's layout."""
+"""Metrics of benchmarks: from answers and references to figures, without files, models or torch."""

@@ -1,6 +1,6 @@
-"""Percent right, in all and by category: what most tasks report.
+"""Percentage of right answers, in all and by category.
 
-In: verdicts from 0 to 1, and the categories they count for. Out: figures.
+In: verdicts from 0 to 1, and their categories. Out: figures.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from llava.eval.types import ratio
 
 
 def percent(verdicts: Sequence[float]) -> float:
-    """The mean in percent; 0 of nothing."""
+    """Return the mean in percent, and 0 for no verdicts."""
     return ratio(sum(verdicts), len(verdicts)) * 100
 
 
 def by_category(pairs: Iterable[tuple[str, float]]) -> dict[str, dict[str, float | int]]:
-    """Accuracy and size of every category, in the order of first appearance; the unnamed one is left out."""
+    """Return accuracy and size of every category, in the order of first appearance; pairs without a category are ignored."""
     groups: dict[str, list[float]] = {}
     for name, verdict in pairs:
         if name:

@@ -1,7 +1,7 @@
-"""Multiple choice: the letter that an answer means, and MMMU's reading of choices and of open answers.
+"""Parse answers to multiple choice questions, and MMMU's open answers.
 
-In: an answer and the choices. Out: a letter or None, or whether an open answer is right. Each benchmark's own rule is kept
-apart, since they differ in what they accept.
+In: an answer and the options. Out: a letter or None, or whether an open answer is right. Every benchmark has a rule of its
+own, since they differ in what they accept.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import re
 from collections.abc import Mapping, Sequence
 
 LETTERS = "ABCDEFGHIJ"
-_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _SCIENCE_QA = re.compile(r"The answer is ([A-Z]).")
 
 
 def science_qa_letter(text: str, letters: Sequence[str]) -> str | None:
-    """ScienceQA's: a bare letter, a letter before ". ", or the only "The answer is X." """
+    """Apply ScienceQA's rule: a bare letter, a letter before ". ", or the only "The answer is X." """
     if text in letters:
         return text
     if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
         return text[0]
-    return told_letter(text)
+    return stated_letter(text)
 
 
-def told_letter(text: str) -> str | None:
-    """The letter of "The answer is X.", where an answer says that exactly once."""
+def stated_letter(text: str) -> str | None:
+    """Return the letter of "The answer is X.", where an answer says that exactly once."""
     found = _SCIENCE_QA.findall(text)
     return found[0] if len(found) == 1 else None
 
 
 def find_letter(text: str, options: Sequence[str]) -> str | None:
-    """MMBench's: the one letter that stands alone near the end of an answer, else the one option whose text it holds."""
+    """Apply MMBench's rule: the one letter alone near the end of an answer, else the one option whose text it contains."""
     letters = LETTERS[: len(options)]
-    words = text.translate(_MARKS).split()
+    words = text.translate(_PUNCTUATION).split()
     found = [letter for letter in letters if letter in words]
     if len(found) == 1:
         letter = found[0]
@@ -50,9 +50,9 @@ def find_letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def mmmu_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """MMMU's reading of a multiple choice answer: "(A)", else " A ", else in long answers an option's text; the last wins."""
-    for mark in ",.!?;:'":
-        text = text.strip(mark)
+    """Apply MMMU's rule: "(A)", else " A ", else in long answers an option's text; the last occurrence wins."""
+    for character in ",.!?;:'":
+        text = text.strip(character)
     text = f" {text} "
     places = {letter: text.rfind(f"({letter})") for letter in options}
     if max(places.values(), default=-1) < 0:
@@ -64,7 +64,7 @@ def mmmu_letter(text: str, options: Mapping[str, str]) -> str | None:
 
 
 class Guesser:
-    """Random letters in the order in which MMMU's script draws them, for answers that name no choice."""
+    """Draws random letters in the order of MMMU's script, for answers that name no choice."""
 
     def __init__(self) -> None:
         self._random = random.Random(42)
@@ -85,25 +85,25 @@ _TRIVIAL = (":", ",", ".", "!", "?", ";", "'")
 
 
 def mmmu_open_right(text: str, answer: str | Sequence[str]) -> bool:
-    """MMMU's judgement of an open answer: a reference occurs in what the answer concludes, or equals a number in it."""
+    """Apply MMMU's rule for open answers: a reference occurs in a conclusion, or equals a number in it."""
     references = [answer] if isinstance(answer, str) else answer
     wanted = [value for reference in references for value in _comparable(reference)]
     words = [value for value in wanted if isinstance(value, str)]
-    for said in mmmu_open_values(text):
-        if said in wanted if isinstance(said, float) else any(word in said for word in words):
+    for value in mmmu_open_values(text):
+        if value in wanted if isinstance(value, float) else any(word in value for word in words):
             return True
     return False
 
 
 def mmmu_open_values(text: str) -> list[str | float]:
-    """What an open answer may be compared by: its conclusions, and the numbers in them."""
+    """Return what is compared of an open answer: its conclusions, and the numbers in them."""
     conclusions = _conclusions(text)
     numbers = [number for conclusion in conclusions for pattern in _NUMBERS for number in pattern.findall(conclusion)]
     return [value for found in [*conclusions, *numbers] for value in _comparable(found)]
 
 
 def _conclusions(text: str) -> list[str]:
-    """The shortest tail behind a word such as "is" in each line, or the whole text where there is none."""
+    """Return the shortest tail after a word such as "is" in each line, or the whole text where there is none."""
     text = text.strip().strip(".").lower()
     # The official pattern also splits at sentences that begin with a capital; the text is in small letters by then.
     lines = text.split("\n")
@@ -112,7 +112,7 @@ def _conclusions(text: str) -> list[str]:
         indicators = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS
         tails = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
         tail = ""
-        for candidate in tails:  # an empty tail gives way to any later one, which a shorter one then may replace
+        for candidate in tails:  # a later one replaces an empty or a longer one
             if not tail or len(candidate) < len(tail):
                 tail = candidate
         if tail and tail not in _TRIVIAL:
@@ -121,7 +121,7 @@ def _conclusions(text: str) -> list[str]:
 
 
 def _comparable(text: str) -> list[str | float]:
-    """A number rounded to two places, or small letters; a single character only beside a space."""
+    """Return a number rounded to two places, or text in lower case; a single character only next to a space."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

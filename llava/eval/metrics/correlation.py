@@ -1,4 +1,4 @@
-"""Rank and linear correlation, for Q-Bench's image quality scores.
+"""Compute rank and linear correlation, for Q-Bench's image quality scores.
 
 In: two lists of numbers. Out: Spearman's and Pearson's coefficients, or None where a list is constant.
 """
@@ -15,8 +15,8 @@ def pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
     mean_first, mean_second = math.fsum(first) / len(first), math.fsum(second) / len(second)
     a = [value - mean_first for value in first]
     b = [value - mean_second for value in second]
-    spread = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
-    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / spread if spread else None
+    norm = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else None
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -24,7 +24,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Return ranks from 1; equal values have the mean of their ranks."""
     order = sorted(range(len(values)), key=values.__getitem__)
     found = [0.0] * len(values)
     start = 0
@@ -39,5 +39,5 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def qbench_quality(logit_good: float, logit_poor: float) -> float:
-    """How good an image is taken to be: the probability of "good" against "poor"."""
+    """Return the quality of an image: the probability of "good" against "poor"."""
     return 1 / (1 + math.exp((logit_poor - logit_good) / QBENCH_TEMPERATURE))

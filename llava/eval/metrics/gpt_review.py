@@ -1,4 +1,4 @@
-"""Scores that a judge gave to pairs of answers, and their summary: how good the second is relative to the first.
+"""Parse a judge's scores of pairs of answers, and summarise them: the second answer's relative to the first's.
 
 In: the judge's replies, or rows of a review file. Out: score pairs and, for each category, relative and absolute scores.
 """
@@ -13,7 +13,7 @@ NO_SCORE = (-1.0, -1.0)  # what the original writes when a reply has no pair of 
 
 
 def parse_score(review: str) -> tuple[float, float]:
-    """The pair of numbers in a reply's first line, or NO_SCORE."""
+    """Return the pair of numbers in a reply's first line, or NO_SCORE."""
     parts = review.split("\n", 1)[0].replace(",", " ").split(" ")
     if len(parts) != 2:
         return NO_SCORE
@@ -24,21 +24,21 @@ def parse_score(review: str) -> tuple[float, float]:
 
 
 def relative_scores(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Mean scores of both, and their ratio in percent; 0 where the first has none."""
+    """Return the mean scores of both, and their ratio in percent, which is 0 where the first mean is."""
     means = [sum(pair[place] for pair in pairs) / len(pairs) for place in (0, 1)]
     relative = means[1] / means[0] * 100 if means[0] else 0.0
     return {"relative": relative, "first": means[0] * 10, "second": means[1] * 10, "reviews": len(pairs)}
 
 
 def summary_line(pairs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Relative score and both absolute ones as the original prints them: means rounded to 3 places first, then to 1."""
+    """Return relative and both absolute scores as the original prints them: means rounded to 3 places first, then to 1."""
     first, second = (round(sum(pair[place] for pair in pairs) / len(pairs), 3) for place in (0, 1))
     relative = round(second / first * 100, 1) if first else 0.0
     return relative, round(first * 10, 1), round(second * 10, 1)
 
 
 def pair_of(row: JsonRow) -> tuple[float, float]:
-    """A row's scores, under either of the names that the original's review files use."""
+    """Return a row's scores, under either of the names that the original's review files use."""
     pair = row.get("tuple", row.get("score"))
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         return NO_SCORE
@@ -46,7 +46,7 @@ def pair_of(row: JsonRow) -> tuple[float, float]:
 
 
 def by_category(rows: Sequence[JsonRow]) -> dict[str, list[tuple[float, float]]]:
-    """Score pairs of each category and of "all", categories in alphabetical order."""
+    """Group score pairs by category and under "all", in alphabetical order."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name in (*([row["category"]] if "category" in row else []), "all"):

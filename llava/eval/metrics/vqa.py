@@ -1,8 +1,8 @@
-"""Short answers as VQAv2, VizWiz and TextVQA compare them: normalised text, the vote of ten people, and ANLS.
+"""Score short answers as VQAv2, VizWiz and TextVQA do: normalised text, agreement with ten people, and ANLS.
 
 In: an answer and the reference answers. Out: a score from 0 to 1. The normalisation is EvalAI's with its quirks, since
-published scores were computed with them: only the first 32 full stops of an answer are looked at, a comma between digits
-removes every punctuation mark, and "one's" becomes "1 's". `strict=False` leaves the first two out.
+published scores were computed with them: only the first 32 full stops of an answer are removed, a comma between digits
+removes every punctuation character, and "one's" becomes "1 's". `strict=False` turns the first two off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_PEOPLE = 10
 
 
 def _with_apostrophe(words: str) -> dict[str, str]:
-    """Contractions from their right spelling: without their apostrophes, or with any one of several left out."""
+    """Map misspelt contractions to the right spelling: without apostrophes, or with any one of two left out."""
     table = {}
     for word in words.split():
         places = [place for place, letter in enumerate(word) if letter == "'"]
@@ -40,7 +40,7 @@ def _with_apostrophe(words: str) -> dict[str, str]:
     return table
 
 
-# What the official table corrects, including entries of its own making at the end.
+# The official table of corrections; its own mistakes are the entries at the end.
 CONTRACTIONS = {
     **_with_apostrophe(
         "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
@@ -66,7 +66,7 @@ CONTRACTIONS = {
 
 @lru_cache(maxsize=65536)
 def normalise(answer: str, *, strict: bool = True) -> str:
-    """An answer as EvalAI's servers compare it; `strict=False` repairs what is plainly a slip in their code."""
+    """Normalise an answer as EvalAI's servers do; `strict=False` without two quirks of their code."""
     return drop_articles(drop_punctuation(split_words(answer).replace("\n", " ").replace("\t", " ").strip(), strict))
 
 
@@ -75,12 +75,13 @@ def split_words(text: str) -> str:
 
 
 def drop_punctuation(text: str, strict: bool = True) -> str:
-    """Marks beside a space vanish, others become one; full stops vanish unless a digit follows."""
-    vanish = strict and _COMMA_IN_NUMBER.search(text) is not None
+    """Remove punctuation next to a space, replace other by one; remove full stops unless a digit follows."""
+    all_removed = strict and _COMMA_IN_NUMBER.search(text) is not None
     out = text
-    for mark in PUNCTUATION:
-        if mark in text:
-            out = out.replace(mark, "" if vanish or f"{mark} " in text or f" {mark}" in text else " ")
+    for character in PUNCTUATION:
+        if character in text:
+            is_removed = all_removed or f"{character} " in text or f" {character}" in text
+            out = out.replace(character, "" if is_removed else " ")
     return _FULL_STOP.sub("", out, count=OFFICIAL_STOPS if strict else 0)
 
 
@@ -90,7 +91,7 @@ def drop_articles(text: str) -> str:
 
 
 def answer_scores(answers: Sequence[str], *, strict: bool = True) -> dict[str, float]:
-    """What each of ten people's answers is worth: the mean over the people left out of min(1, agreeing others / 3)."""
+    """Score each of ten people's answers: the mean over the people left out of min(1, agreeing others / 3)."""
     if len(answers) != NUM_PEOPLE:
         raise InputError(
             f"this metric takes the answers of {NUM_PEOPLE} people for each question, and got {len(answers)}"
@@ -100,33 +101,33 @@ def answer_scores(answers: Sequence[str], *, strict: bool = True) -> dict[str, f
 
 
 def _vote(answer: str, given: Sequence[str]) -> float:
-    """Leaving each person out in turn, whether three of the others agree; added in that order, as the last digit shows."""
+    """Average over leaving each person out how many of the others agree; in that order, which shows in the last digit."""
     agreeing = given.count(answer)
     return sum(min(1, (agreeing - (text == answer)) / 3) for text in given) / len(given)
 
 
 def soft_accuracy(answer: str, answers: Sequence[str], *, strict: bool = True) -> float:
-    """TextVQA's score of one answer."""
+    """Return TextVQA's score of one answer."""
     return answer_scores(answers, strict=strict).get(normalise(answer, strict=strict), 0.0)
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VQAv2's and VizWiz's score of one answer: texts are normalised only where the people disagree."""
-    said = answer.replace("\n", " ").replace("\t", " ").strip()
+    """Return VQAv2's and VizWiz's score of one answer: texts are normalised only where the people disagree."""
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
     given = [text.replace("\n", " ").replace("\t", " ").strip() for text in answers]
     if len(set(given)) > 1:
         given = [drop_articles(drop_punctuation(text)) for text in given]
-        said = drop_articles(drop_punctuation(said))
-    return _vote(said, given)
+        answer = drop_articles(drop_punctuation(answer))
+    return _vote(answer, given)
 
 
 def exact_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """ST-VQA's accuracy: whether anybody gave this answer."""
+    """Return ST-VQA's accuracy: whether anybody gave this answer."""
     return float(normalise(answer) in {normalise(text) for text in answers})
 
 
 def anls(answer: str, answers: Sequence[str]) -> float:
-    """The best normalised Levenshtein similarity with any reference; below one half it counts as nothing."""
+    """Return the best normalised Levenshtein similarity with any reference; one below 0.5 counts as 0."""
     return max((_similarity(answer.lower().strip(), text.lower().strip()) for text in answers), default=0.0)
 
 

@@ -1,6 +1,6 @@
-"""Yes/no questions: POPE's five figures and MME's accuracy and accuracy+.
+"""Score yes/no questions: POPE's five figures and MME's accuracy and accuracy+.
 
-In: answers as text and what is true. Out: figures, by the official rules for reading a yes or a no out of an answer.
+In: answers as text, and the references. Out: figures, by the official rules for finding a yes or a no in an answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llava.eval.types import ratio
 
 
 def pope_answer(text: str) -> str:
-    """POPE's reading: no, if "No", "not" or "no" is a word of the first sentence, else yes."""
+    """Apply POPE's rule: no, if "No", "not" or "no" is a word of the first sentence, else yes."""
     words = text.split(".", 1)[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -26,12 +26,12 @@ class YesNoCounts:
 
     @classmethod
     def count(cls, pairs: Iterable[tuple[str | None, str]]) -> YesNoCounts:
-        """From (answer, truth) pairs; an answer that is missing (None) counts as the wrong one."""
-        found = [(truth if said == truth else ("no" if truth == "yes" else "yes"), truth) for said, truth in pairs]
+        """Count (answer, reference) pairs; a missing answer (None) counts as the wrong one."""
+        found = [(truth if answer == truth else ("no" if truth == "yes" else "yes"), truth) for answer, truth in pairs]
         return cls(*(found.count(kind) for kind in (("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"))))
 
     def figures(self) -> dict[str, float | int]:
-        """TP, FP, TN, FN and POPE's five figures; a figure with nothing to divide by is 0."""
+        """Return TP, FP, TN, FN and POPE's five figures; a figure with nothing to divide by is 0."""
         precision = ratio(self.true_yes, self.true_yes + self.false_yes)
         recall = ratio(self.true_yes, self.true_yes + self.false_no)
         num_yes = self.true_yes + self.false_yes
@@ -49,7 +49,7 @@ class YesNoCounts:
         }
 
     def undefined(self) -> list[str]:
-        """The figures that had nothing to divide by; the original ends with a division by zero there."""
+        """Name the figures that had nothing to divide by, where the original ends with a division by zero."""
         names = {
             "accuracy": self.true_yes + self.true_no + self.false_yes + self.false_no,
             "precision": self.true_yes + self.false_yes,
@@ -60,19 +60,20 @@ class YesNoCounts:
 
 
 def mme_answer(text: str) -> str:
-    """MME's reading: a yes, else a no, among the first four characters; anything else is "other" and wrong."""
+    """Apply MME's rule: a yes, else a no, among the first four characters; anything else is "other" and wrong."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def mme_figures(images: Sequence[Sequence[tuple[str, str]]]) -> dict[str, float | int]:
-    """Accuracy over questions, accuracy+ over images whose two answers are both right, and 100 times their sum.
+    """Return accuracy over questions, accuracy+ over images whose answers are all right, and 100 times their sum.
 
-    `images` are the (answer as read by `mme_answer`, truth) pairs of each image.
+    Args:
+        images: (answer as parsed by `mme_answer`, reference) pairs of each image.
     """
     answers = [pair for image in images for pair in image]
-    right = sum(said == truth for said, truth in answers)
-    both_right = sum(all(said == truth for said, truth in image) for image in images)
+    right = sum(answer == truth for answer, truth in answers)
+    both_right = sum(all(answer == truth for answer, truth in image) for image in images)
     accuracy, plus = ratio(right, len(answers)), ratio(both_right, len(images))
     return {
         "score": accuracy * 100 + plus * 100,
@@ -80,5 +81,5 @@ def mme_figures(images: Sequence[Sequence[tuple[str, str]]]) -> dict[str, float 
         "accuracy_plus": plus,
         "questions": len(answers),
         "images": len(images),
-        "other": sum(said == "other" for said, _ in answers),
+        "other": sum(answer == "other" for answer, _ in answers),
     }

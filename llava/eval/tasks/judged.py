@@ -1,7 +1,7 @@
-"""LLaVA-Bench-in-the-Wild and MM-Vet: free answers that a language model judges.
+"""LLaVA-Bench-in-the-Wild and MM-Vet: free-form answers that a language model judges.
 
-The questions are read here, and the judge's verdicts are scored here; asking the judge is eval/harness/judge.py's.
-Files of verdicts, ours and the official ones, are scored without any judge.
+The questions are read and the judge's verdicts are scored here; the judge is asked by eval/harness/judge.py. Files of
+verdicts, those of this package and the official ones, are scored without a judge.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_llava_bench(folder: Path) -> list[Question]:
 
 
 def score_reviews(path: Path, folder: Path, faults: Faults) -> Scores | None:
-    """A file of reviews, `tuple` or `score` holding the pair; reviews without a pair are counted and left out."""
+    """Score a file of reviews, with pairs in `tuple` or `score`; reviews without a pair are counted and left out."""
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     rows = read_json_lines(path, "file of reviews", faults=faults)
@@ -114,7 +114,7 @@ def read_mmvet(folder: Path) -> list[Question]:
 
 
 def mmvet_name(question_id: QuestionId) -> str:
-    """`v1_0` for 0; ids that have the official form already stay."""
+    """Return the official form of an id: `v1_0` for 0; an id of that form stays."""
     return str(question_id) if str(question_id).startswith("v1_") else f"v1_{question_id}"
 
 
@@ -125,7 +125,7 @@ def write_mmvet(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) 
 
 
 def score_grades(path: Path, folder: Path, faults: Faults) -> Scores | None:
-    """The official evaluator's grades: {"v1_0": {"model": [...], "content": [...], "score": [...]}, ...}."""
+    """Score the official evaluator's grades: {"v1_0": {"model": [...], "content": [...], "score": [...]}, ...}."""
     if path.suffix != ".json" or not path.is_file():
         return None
     text = read_text(path, "file of grades")
@@ -144,7 +144,7 @@ def score_grades(path: Path, folder: Path, faults: Faults) -> Scores | None:
 
 
 def summarise_grades(grades: Mapping[str, Sequence[float]], data: JsonRow, faults: Faults) -> Scores:
-    """Mean grades in percent: of all, of each capability, and of each set of capabilities; over the first run all have."""
+    """Average grades in percent: of all, of each capability and of each set of them, over the runs that all questions have."""
     for name in grades:
         if name not in data:
             faults.add("grades of unknown questions", "no such question in mm-vet.json; they count nowhere", repr(name))

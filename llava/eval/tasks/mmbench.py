@@ -1,8 +1,8 @@
-"""MMBench and MMBench-CN: multiple choice, with images inside a table, perhaps with the options in every order.
+"""MMBench and MMBench-CN: multiple choice questions with images inside a table, asked once or in rounds.
 
 Reads `mmbench_dev_20230712.tsv` or its Chinese counterpart (columns index, question, hint, A to D, answer, category, image in
-base64). A question counts as right when all its rounds are, whether they are rounds of ours (`round_id`) or rows of a
-circular table (equal `index` modulo a million). The upload is a table with the column `prediction`.
+base64). In rounds, a question is asked again with its options in another order. It is right if all its rounds are, whether
+these are `round_id`s or rows of a circular table (equal `index` modulo a million). The upload has the column `prediction`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def questions_from_table(
     all_rounds: bool,
     whole: Sequence[Mapping[str, str]] | None = None,
 ) -> list[Question]:
-    """A question for each row, or for each row and order of its options; `suffix` asks for the letter alone.
+    """Make a question for each row, or for each row and order of its options.
 
-    Where `rows` are a part of a table, `whole` is all of it: a row may refer to another's image.
+    Args:
+        rows: the table or a part of it.
+        suffix: the last line of every prompt, which asks for the letter alone; None for none.
+        all_rounds: whether to ask with the options in every order.
+        whole: all of the table, where `rows` are a part: a row may refer to another's image.
     """
     images = {row["index"]: row["image"] for row in whole or rows}
     questions = []
@@ -57,7 +61,7 @@ def questions_from_table(
         question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         for number in range(len(options) if all_rounds else 1):
             turned = options[number:] + options[:number]
-            meant = letters[number:] + letters[:number]  # what each letter shown stands for in the table
+            meant = letters[number:] + letters[:number]  # the table's letter of each letter shown
             shown = "\n".join(
                 [question, *(f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))]
             )
@@ -79,7 +83,7 @@ def questions_from_table(
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...]:
-    """The options before the first empty one."""
+    """Return the options before the first empty one."""
     found = []
     for letter in LETTERS[:4]:
         if is_empty(row.get(letter)):
@@ -102,7 +106,7 @@ def _number(index: str) -> int | str:
 
 
 def _image(row: Mapping[str, str], images: Mapping[str, str]) -> bytes:
-    """A row's image; a short cell names the row that has it."""
+    """Decode a row's image; a short cell is the index of the row that has it."""
     cell = row["image"]
     if cell in images and len(cell) < 64:
         cell = images[cell]
@@ -144,7 +148,7 @@ def _question(question: Question) -> int | str:
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path, *, name: str) -> Path:
-    """The table that the server takes: without images and with predictions; of several rounds, the first."""
+    """Write the table that the server takes: without images and with predictions; of several rounds, the first."""
     given = {one.question.id: one for one in reversed(answered)}
     rows = [given[name].question.extra["row"] for name in dict.fromkeys(one.question.id for one in answered)]
     columns, lines = submission(rows, {str(name): one.text or "" for name, one in given.items()})
@@ -154,7 +158,7 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path, *, nam
 
 
 def submission(rows: Sequence[Mapping[str, str]], texts: Mapping[str, str]) -> tuple[list[str], list[JsonRow]]:
-    """Columns and rows of an upload; `texts` are predictions by index."""
+    """Return columns and rows of an upload; `texts` are predictions by index."""
     columns = [column for column in rows[0] if column not in LEFT_OUT and column != "prediction"]
     columns.insert(6, "prediction")
     lines = [

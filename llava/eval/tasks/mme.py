@@ -2,7 +2,7 @@
 
 Reads `llava_mme.jsonl` and the answers in `MME_Benchmark_release_version/CATEGORY/` (or `.../questions_answers_YN/`). Scored
 by the official rule, from answers or from the official results folder: a text file for each category, a line
-`image<TAB>question<TAB>truth<TAB>answer` for each question.
+`image<TAB>question<TAB>reference<TAB>answer` for each question.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read(folder: Path) -> list[Question]:
 
 
 def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
-    """Id, prompt and image of each question in LLaVA's file."""
+    """Yield id, prompt and image of each question in LLaVA's file."""
     for row in read_json_lines(file):
         name, prompt, image = (
             str(need(row, key, f"a question of {str(file)!r}")) for key in ("question_id", "text", "image")
@@ -51,7 +51,7 @@ def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def _release_questions(truths: Iterable[tuple[str, str, str]], release: Path) -> Iterator[tuple[str, str, Path]]:
-    """The same from MME's own files."""
+    """Yield the same from MME's own files."""
     for category, stem, question in truths:
         found = [
             path
@@ -64,7 +64,7 @@ def _release_questions(truths: Iterable[tuple[str, str, str]], release: Path) ->
 
 
 def read_truths(release: Path) -> dict[tuple[str, str, str], str]:
-    """(category, image's stem, question) -> yes or no, from both of the layouts that categories come in."""
+    """Map (category, image's stem, question) to yes or no, from either of the two layouts of category folders."""
     truths = {}
     for category in (*PERCEPTION, *COGNITION):
         folder = find_optional(release, (f"{category}/questions_answers_YN", category))
@@ -82,15 +82,15 @@ def read_truths(release: Path) -> dict[tuple[str, str, str], str]:
 
 
 def plain_question(prompt: str) -> str:
-    """A prompt as MME's files have the question: with its own request for yes or no, without LLaVA's."""
+    """Return the question as MME's files have it: with its own request for yes or no, without LLaVA's."""
     question = " ".join(prompt.replace(WORD_SUFFIX, "").split())
     return question if YES_NO_SUFFIX in question else f"{question} {YES_NO_SUFFIX}"
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
-    said = [mme_answer(given.text or "") for given in answered]
+    parsed = [mme_answer(given.text or "") for given in answered]
     images: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    for given, answer in zip(answered, said, strict=True):
+    for given, answer in zip(answered, parsed, strict=True):
         question = given.question
         images.setdefault(question.category, {}).setdefault(str(question.id), []).append(
             (answer, question.reference.lower())
@@ -101,7 +101,9 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
         for category, found in images.items()
         if (number := sum(len(pairs) != 2 for pairs in found.values()))
     ]
-    verdicts = [float(answer == given.question.reference.lower()) for given, answer in zip(answered, said, strict=True)]
+    verdicts = [
+        float(answer == given.question.reference.lower()) for given, answer in zip(answered, parsed, strict=True)
+    ]
     return totals(categories, verdicts, notes)
 
 
@@ -116,7 +118,7 @@ def totals(categories: dict[str, dict[str, float | int]], verdicts: Sequence[flo
 
 
 def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
-    """MME's own results folder, which has the truth beside each answer: lines go in pairs, as the official tool reads them."""
+    """Score MME's results folder, which has references beside answers. Lines are read in pairs, as by the official tool."""
     if not path.is_dir() or not any((path / f"{name}.txt").is_file() for names in GROUPS.values() for name in names):
         return None
     categories, verdicts = {}, []
@@ -132,7 +134,7 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
             where = f"line {apart + 1}" if apart is not None else "its last line"
             raise InputError(f"{str(file)!r} must have two lines for each image, one after the other; see {where}")
         categories[name] = mme_figures(images)
-        verdicts += [float(said == truth) for said, truth in pairs]
+        verdicts += [float(answer == truth) for answer, truth in pairs]
     return totals(categories, verdicts, ())
 
 
@@ -151,7 +153,7 @@ def _result_rows(file: Path, faults: Faults) -> list[tuple[str, str, str]]:
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    """The official results folder."""
+    """Write the official results folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     for given in answered:

@@ -1,8 +1,8 @@
-"""MMMU: college questions of thirty subjects, multiple choice and open, with one or more images.
+"""MMMU: multiple choice and open questions from college courses of thirty subjects, with one image or several.
 
 Reads the data set's own parquet files, `SUBJECT/validation-*.parquet`, or for scoring alone the official
 `answer_dict_val.json`. Scores answers, the official file of parsed answers (`{"validation_Art_1": "B", ...}`), and the
-official folders `SUBJECT/output.json`, which carry choices and truth.
+official folders `SUBJECT/output.json`, which hold options and references.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _parquet_questions(file: Path) -> list[Question]:
 
 
 def question_from_row(row: JsonRow) -> Question:
-    """A question with its choices as MMMU asked LLaVA-1.5: images first, marks such as `<image 1>` left in the text."""
+    """Make a question as MMMU's script asks LLaVA-1.5: images first, `<image 1>` and the like left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
     images = tuple(
         image["bytes"]
@@ -76,7 +76,7 @@ def question_from_row(row: JsonRow) -> Question:
 
 
 def _question_of_answer(name: str, row: JsonRow) -> Question:
-    """What is known of a question from the file of answers alone: enough to score it."""
+    """Make a question from the file of answers alone, which is enough to score it."""
     return _make_question(name, need(row, "question_type", name), need(row, "ground_truth", name), (), "", ())
 
 
@@ -163,7 +163,7 @@ def _score_rows(rows: Sequence[JsonRow]) -> Scores:
 
 
 def _score_parsed(texts: JsonRow, questions: Mapping[str, Question], faults: Faults) -> Scores:
-    """The official file of answers already parsed: a choice must be the letter itself."""
+    """Score the official file of answers already parsed: a choice must be the letter itself."""
     for name in texts:
         if name not in questions:
             faults.add(
@@ -184,7 +184,7 @@ def _score_parsed(texts: JsonRow, questions: Mapping[str, Question], faults: Fau
 
 
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
-    """The file of parsed answers that the test split's server takes."""
+    """Write the file of parsed answers that the test split's server takes."""
     guesser = Guesser()
     parsed = {}
     for one in answered:

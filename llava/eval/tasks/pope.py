@@ -101,13 +101,13 @@ def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) 
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
-    said = [None if given.text is None else pope_answer(given.text) for given in answered]
+    parsed = [None if given.text is None else pope_answer(given.text) for given in answered]
     truths = [given.question.reference for given in answered]
     splits = list(dict.fromkeys(given.question.category for given in answered))
     places = {split: [n for n, given in enumerate(answered) if given.question.category == split] for split in splits}
-    unanswered = [split for split in splits if all(said[n] is None for n in places[split])]
+    unanswered = [split for split in splits if all(parsed[n] is None for n in places[split])]
     scored = [split for split in splits if split not in unanswered] or splits
-    counts = {split: YesNoCounts.count((said[n], truths[n]) for n in places[split]) for split in scored}
+    counts = {split: YesNoCounts.count((parsed[n], truths[n]) for n in places[split]) for split in scored}
     categories = {split: found.figures() for split, found in counts.items()}
     means = {
         name: sum(found[name] for found in categories.values()) / len(categories)
@@ -119,7 +119,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
         for split, found in counts.items()
         if (names := found.undefined())
     ]
-    verdicts = [float(found == truth) for found, truth in zip(said, truths, strict=True)]
+    verdicts = [float(found == truth) for found, truth in zip(parsed, truths, strict=True)]
     return Scores(means, categories, verdicts, headline=means["f1"] * 100, notes=tuple(notes))
 
 

@@ -1,4 +1,4 @@
-"""The embedded model's own held-out suite: drawn scenes, reading, yes/no in POPE's form, photographs.
+"""The embedded model's held-out suite: drawn scenes, reading, yes/no questions in POPE's form, photographs.
 
 Reads `tiny/scenes.jsonl`, `reading.jsonl`, `yes_no.jsonl` and `photos.jsonl`, which `recipes/tiny/freeze.py` makes. The first
 three are in the repository; the photographs are a data set's of their own and made from one's copy of it.
