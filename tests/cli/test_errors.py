@@ -1,7 +1,8 @@
-"""What a user can get wrong, provoked for real: one sentence on stderr that names it, exit status 2, no traceback."""
+"""What a user can get wrong: one sentence on stderr that names it, exit status 2, no traceback."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import socket
@@ -27,20 +28,41 @@ def name_of(arguments: Sequence[str]) -> str:
     return f"llava {arguments[0]}" if arguments[0] in COMMANDS else "llava"
 
 
-def refused(*arguments: str, stdin: str = "") -> str:
-    """Run a program that must refuse; gives its sentence."""
+@pytest.fixture(autouse=True)
+def in_the_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)
+
+
+def refused(*arguments: str) -> str:
+    """Run a program that must refuse, in this process, where torch is imported already; gives its sentence."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+    assert out.getvalue() == ""
+    return the_sentence(arguments, status, err.getvalue())
+
+
+def refused_by_program(*arguments: str, stdin: str = "") -> str:
+    """The same in a process of its own, as a user runs it."""
     done = run_llava(*arguments, stdin=stdin)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
+    return the_sentence(arguments, done.returncode, done.stderr)
+
+
+def the_sentence(arguments: Sequence[str], status: object, printed: str) -> str:
+    assert status == 2, printed
+    assert "Traceback" not in printed
+    lines = printed.splitlines()
+    assert len(lines) == 1, printed
     assert lines[0].startswith(f"{name_of(arguments)}: error: ")
     return lines[0]
 
 
 def test_no_such_model_folder() -> None:
     for arguments in (["chat", "-m", "no/such/model", "hi"], ["cli", "--model-path", "./no", *CLI[3:], IMAGE]):
-        assert "no" in refused(*arguments)
+        assert "no" in refused_by_program(*arguments)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
@@ -127,12 +149,12 @@ def test_a_prompt_too_long_for_the_context() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_more_marks_than_images_and_fewer() -> None:
+def test_more_placeholders_than_images_and_fewer() -> None:
     said = refused(*CHAT, IMAGE, "<image> and <image>")
     assert "2 <image> placeholders for 1 image" in said
     assert "1 <image> placeholder for 0 images" in refused(*CHAT, "what is <image>")
     assert "1 <image> placeholder for 2 images" in refused(*CHAT, IMAGE, IMAGE, "what is <image>")
-    done = run_llava(*CLI, IMAGE, stdin="<image>\n")
+    done = run_llava(*CLI, IMAGE, stdin="<image> and <image>\n")
     assert done.returncode == 2
     assert "2 <image> placeholders for 1 image" in done.stderr
 
@@ -150,26 +172,10 @@ def test_an_unknown_flag() -> None:
         said = refused(*start, "--temprature", "1")
         assert "'--temprature'" in said
         assert "'--temperature'" in said
-    assert "'chat'" in refused("caht")
+    assert "'chat'" in refused_by_program("caht")
 
 
-def refused_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The same as `refused` in this process, where torch is imported already."""
-    try:
-        status = main(arguments)
-    except SystemExit as ended:
-        status = ended.code
-    shown = capsys.readouterr()
-    assert (status, shown.out) == (2, "")
-    assert shown.err.startswith(f"{name_of(arguments)}: error: ")
-    assert shown.err.count("\n") == 1
-    return shown.err
-
-
-def test_other_things_that_cannot_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(HERE)
+def test_other_things_that_cannot_work(tmp_path: Path) -> None:
     refusals = [
         ([*CHAT, "--model_path", "x", "hi"], "'--model-path'"),
         ([*CHAT, "--max-tokens=5", "hi"], "'--max-new-tokens'"),
@@ -193,8 +199,8 @@ def test_other_things_that_cannot_work(
         (["--hlep"], "'--hlep'"),
     ]
     for arguments, named in refusals:
-        assert named in refused_here(capsys, *arguments), arguments
-    assert "stdin" in refused(*CHAT, "-")
+        assert named in refused(*arguments), arguments
+    assert "stdin" in refused_by_program(*CHAT, "-")
 
 
 # The wrapper itself

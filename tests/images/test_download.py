@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_image_io import HERE, PNG, fails, gradient
+from image_kit import HERE, PNG, fails, gradient
 
 from llava.images import download as fetch
 from llava.images.io import ImageLimits, load_image

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_kit import PNG, encoded, fails, gradient, png_of
 from PIL import Image
 
 from llava.errors import InputError
 from llava.images.io import ImageLimits, load_image
-
-HERE = ImageLimits(allow_private_hosts=True, timeout_s=60)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def gradient(width: int = 12, height: int = 8) -> Image.Image:
-    values = np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)
-    return Image.fromarray(values)
-
-
-PNG = encoded(gradient())
-
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 
@@ -106,17 +87,6 @@ def test_orientation_of_photographs() -> None:
 # -- what cannot be read ----------------------------------------------------------------------------------------------
 
 
-def fails(source: object, *parts: str, limits: ImageLimits = HERE) -> str:
-    with pytest.raises(InputError) as caught:
-        load_image(source, limits=limits)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert message.endswith(".")
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
-
-
 def test_files_that_are_no_image(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("dear diary\n" * 50)
@@ -152,17 +122,6 @@ def test_forbidden_file(tmp_path: Path) -> None:
     path.write_bytes(PNG)
     path.chmod(0)
     fails(path, "Permission denied")
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A tiny file that claims to be large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(10000, 9000), (12000, 12000), (60000, 60000), (2**31 - 1, 2**31 - 1)])

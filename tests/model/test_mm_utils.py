@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from golden_data import golden
+from image_kit import png_of
 from PIL import Image
-from test_image_io import png_of
 
 from llava import mm_utils
 from llava.errors import InputError
