@@ -116,3 +116,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def cache_folder() -> Path:
+    """The folder `llava` in the user's cache folder; RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava"

@@ -1,1 +1,1 @@
-"""Training data on disk: its forms, its index, its samples, and what can be wrong with them."""
+"""Training data on disk: formats, index, samples, validation."""

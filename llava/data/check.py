@@ -1,8 +1,7 @@
-"""`llava data check FILE`: read a data set before a training run does, and say what is wrong with it, by id.
-`llava data show FILE`: one sample as a model will see it (show.py).
+"""The program `llava data`: `check FILE` validates training data, `show FILE` prints one sample (show.py).
 
-In: a command line. Out: a report on stdout, for people or as JSON, and an exit status: 0, or 1 if faults were found. What
-counts as a fault is in validate.py, reading the files is samples.py's work.
+In: a command line. Out: a report on stdout, as text or as JSON, and an exit status: 0, or 1 if faults were found.
+validate.py says what a fault is; samples.py reads the files.
 """
 
 from __future__ import annotations
@@ -17,19 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 from llava.cli.colors import shows_unicode
 from llava.cli.program import ArgumentParser, called_as, run_program
 from llava.data.samples import Samples, open_samples
-from llava.data.validate import KINDS, Checker, Fault, Finding
+from llava.data.validate import FAULT_KINDS, CheckedSample, SampleChecker, SampleFault
 from llava.errors import InputError
 
 EXIT_FAULTS = 1
 # Upper ends of the histogram's bars.
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BAR_WIDTH = 40
-_SHARE = 64  # samples handed to a process at once
+_CHUNK = 64  # samples given to a process at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _choose(words: Sequence[str], name: str) -> None:
-    """Where no program is picked: say which there are."""
+    """Print the list of programs, or refuse an unknown one."""
     if words and words[0] not in ("-h", "--help"):
         raise InputError(f"unknown command {words[0]!r} (known: {', '.join(PROGRAMS)})")
-    print(f"usage: {name} check FILE ...   what is wrong with the samples of a file")
-    print(f"       {name} show FILE ...    one sample as it will be trained on")
+    print(f"usage: {name} check FILE ...   list the faults of a file's samples")
+    print(f"       {name} show FILE ...    print one sample as training reads it")
     print(f"\n  {name} check --help, {name} show --help: their flags")
 
 
@@ -71,7 +69,7 @@ def run(options: Namespace) -> int:
         reader = read_model(options.model_path, conv_mode=options.conv_mode, max_length=options.max_length)
     elif options.max_length or options.conv_mode:
         raise InputError("--max-length and --conv-mode need a tokenizer to count with: name one with --model-path")
-    checker = Checker(samples, options.image_folder, reader, look_at_images=not options.no_images)
+    checker = SampleChecker(samples, options.image_folder, reader, look_at_images=not options.no_images)
     report = collect(checker, workers=options.workers)
     unit = "tokens" if reader else "words"
     print(json.dumps(report.as_json(unit), indent=2) if options.json else report.as_text(unit, options.show))
@@ -79,8 +77,8 @@ def run(options: Namespace) -> int:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="llava data check", description="Say what is wrong with a training set, by id.")
-    parser.add_argument("file", metavar="FILE", help="what --data_path would be: .json, .jsonl, .parquet, or a mixture")
+    parser = ArgumentParser(prog="llava data check", description="List the faults of a training set, by id.")
+    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
     parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
     parser.add_argument("--model-path", help="count tokens with this model's tokenizer, and judge lengths by its limit")
@@ -102,31 +100,31 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Looking at all samples
+# Validating all samples
 
 
 @dataclass
-class Report:
-    """What was found, in the order of the samples."""
+class DatasetReport:
+    """The faults, images and lengths of a data set, in the order of its samples."""
 
     samples: Samples
-    faults: list[tuple[int, Fault]] = field(default_factory=list)
+    faults: list[tuple[int, SampleFault]] = field(default_factory=list)
     images: Counter[int] = field(default_factory=Counter)  # samples by their number of images
     lengths: Counter[int] = field(default_factory=Counter)
     num_bad: int = 0
     num_unmeasured: int = 0
 
-    def add(self, finding: Finding, extra: Iterable[Fault]) -> None:
-        faults = [*finding.faults, *extra]
-        self.faults += [(finding.index, fault) for fault in faults]
+    def add(self, checked: CheckedSample, extra: Iterable[SampleFault]) -> None:
+        faults = [*checked.faults, *extra]
+        self.faults += [(checked.index, fault) for fault in faults]
         self.num_bad += bool(faults)
-        self.images[finding.num_images] += 1
-        if finding.length is None:
+        self.images[checked.num_images] += 1
+        if checked.length is None:
             self.num_unmeasured += 1
         else:
-            self.lengths[finding.length] += 1
+            self.lengths[checked.length] += 1
 
-    def as_json(self, unit: str) -> dict[str, Any]:
+    def as_json(self, unit: str) -> dict[str, object]:
         lengths = sorted(self.lengths.elements())
         counts = Counter(fault.kind for _, fault in self.faults)
         return {
@@ -141,7 +139,7 @@ class Report:
                 "max": lengths[-1] if lengths else None,
                 "histogram": [{"up_to": end, "samples": count} for end, count in self._histogram()],
             },
-            "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
+            "counts": {kind: counts[kind] for kind in FAULT_KINDS if counts[kind]},
             "faults": [
                 {
                     "id": self.samples.id(index),
@@ -164,7 +162,7 @@ class Report:
         lines.append("")
         if not self.faults:
             return "\n".join([*lines, "no faults"])
-        for kind, meaning in KINDS.items():
+        for kind, meaning in FAULT_KINDS.items():
             found = [(index, fault) for index, fault in self.faults if fault.kind == kind]
             if found:
                 lines.append(f"{kind}: {len(found):,} ({meaning})")
@@ -180,7 +178,7 @@ class Report:
         return [(name, count) for name, count in named if count]
 
     def _histogram(self) -> list[tuple[int, int]]:
-        """Samples up to each length, from the first that occurs to the last."""
+        """The number of samples up to each length, from the shortest that occurs to the longest."""
         if not self.lengths:
             return []
         ends = [*LENGTHS, max(self.lengths)] if max(self.lengths) > LENGTHS[-1] else list(LENGTHS)
@@ -191,63 +189,63 @@ class Report:
         return [(end, counts[end]) for end in ends[filled[0] : filled[-1] + 1]]
 
 
-def collect(checker: Checker, *, workers: int = 1) -> Report:
-    """Look at every sample, in several processes where that pays, with a bar on a terminal."""
+def collect(checker: SampleChecker, *, workers: int = 1) -> DatasetReport:
+    """Validate every sample, in several processes where there are many, with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    report = Report(checker.samples)
+    report = DatasetReport(checker.samples)
     seen: set[str] = set()
-    findings = _findings(checker, workers)
-    for finding in tqdm(findings, total=len(checker.samples), unit=" samples", disable=None, leave=False, delay=1):
-        report.add(finding, _repeated_id(checker.samples, finding.index, seen))
+    results = _checked_samples(checker, workers)
+    for checked in tqdm(results, total=len(checker.samples), unit=" samples", disable=None, leave=False, delay=1):
+        report.add(checked, _repeated_id(checker.samples, checked.index, seen))
     return report
 
 
-def _findings(checker: Checker, workers: int) -> Iterator[Finding]:
+def _checked_samples(checker: SampleChecker, workers: int) -> Iterator[CheckedSample]:
     indices = range(len(checker.samples))
-    if workers == 1 or len(indices) < 4 * _SHARE:
+    if workers == 1 or len(indices) < 4 * _CHUNK:
         yield from map(checker, indices)
         return
     # Forked processes share the index's memory; where there is no fork, they get a copy.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods and sys.platform == "linux" else "spawn")
-    with closing(context.Pool(workers, initializer=_take, initargs=(checker,))) as pool:
-        yield from pool.imap(_look, indices, chunksize=_SHARE)
+    with closing(context.Pool(workers, initializer=_set_checker, initargs=(checker,))) as pool:
+        yield from pool.imap(_check, indices, chunksize=_CHUNK)
 
 
-_checker: Checker | None = None  # of a process that was started to check
+_checker: SampleChecker | None = None  # of a worker process
 
 
-def _take(checker: Checker) -> None:
+def _set_checker(checker: SampleChecker) -> None:
     global _checker
     _checker = checker
 
 
-def _look(index: int) -> Finding:
+def _check(index: int) -> CheckedSample:
     assert _checker is not None
     return _checker(index)
 
 
-def _repeated_id(samples: Samples, index: int, seen: set[str]) -> list[Fault]:
+def _repeated_id(samples: Samples, index: int, seen: set[str]) -> list[SampleFault]:
     name = samples.id(index)
     if name is None:
         return []
     key = json.dumps(name, sort_keys=True)
     if key in seen:
-        return [Fault("duplicate-id", f"an earlier sample has the id {name!r} too")]
+        return [SampleFault("duplicate-id", f"an earlier sample has the id {name!r} too")]
     seen.add(key)
     return []
 
 
 def _bars(title: str, rows: Sequence[tuple[str, int]]) -> list[str]:
-    """A histogram in text, with blocks where the terminal can show them."""
+    """Draw a histogram in text, with blocks where the terminal can show them."""
     block = "█" if shows_unicode(sys.stdout) else "#"
     width = max((len(name) for name, _ in rows), default=0)
     digits = max((len(f"{count:,}") for _, count in rows), default=0)
-    room = max(10, min(BAR_WIDTH, shutil.get_terminal_size().columns - width - digits - 6))
+    bar = max(10, min(BAR_WIDTH, shutil.get_terminal_size().columns - width - digits - 6))
     most = max((count for _, count in rows), default=1) or 1
     return [title] + [
-        f"  {name:>{width}}  {count:>{digits},}  {block * -(-count * room // most)}".rstrip() for name, count in rows
+        f"  {name:>{width}}  {count:>{digits},}  {block * -(-count * bar // most)}".rstrip() for name, count in rows
     ]
 
 

@@ -1,9 +1,8 @@
-"""The shapes that a training sample may have in a file, brought to one: LLaVA's own.
+"""Convert training samples of either form to LLaVA's own.
 
-In: a record as a file holds it: LLaVA's `{"id", "image", "conversations": [{"from", "value"}]}`, or OpenAI-style
-`{"messages": [{"role", "content": text or parts}]}`. Out: the former, or an `InputError` that says what is wrong with the
-record's form. What its text and images must be like is checked where they are used (data.py, check.py); finding records in
-files is index.py's.
+In: a record of a file: LLaVA's `{"id", "image", "conversations": [{"from", "value"}]}`, or OpenAI-style
+`{"messages": [{"role", "content": text or parts}]}`. Out: the former, or an `InputError` about the record's form.
+../train/data.py and validate.py check its text and images; index.py finds records in files.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from llava.errors import InputError
 Sample = dict[str, Any]
 ImageSource = str | bytes  # a path inside the image folder or a data: URL; or the bytes of an image's file
 
-# The names that OpenAI-style messages and LLaVA's turns have for who speaks; others pass, and text/labels.py refuses them.
+# OpenAI's names of speakers and LLaVA's. Other names are kept here; ../text/labels.py refuses unknown ones.
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
-def to_sample(record: Any) -> Sample:
-    """The record in LLaVA's form: a LLaVA record itself, or a new one made from messages."""
+def to_sample(record: object) -> Sample:
+    """Convert a record to LLaVA's form; one that has it is returned as it is."""
     if isinstance(record, dict) and "conversations" not in record and isinstance(record.get("messages"), Sequence):
         return _from_messages(record)
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
@@ -40,7 +39,7 @@ def to_sample(record: Any) -> Sample:
 
 
 def image_sources(sample: Sample) -> list[ImageSource]:
-    """The images of a sample in LLaVA's form; none, one or several."""
+    """List the images of a sample in LLaVA's form."""
     image = sample.get("image")
     if not image:
         return []
@@ -48,21 +47,21 @@ def image_sources(sample: Sample) -> list[ImageSource]:
 
 
 def num_words(sample: Sample) -> int:
-    """Words of all turns, as samplers count them."""
+    """Count the words of all turns, as samplers do."""
     return sum(len(turn["value"].split()) for turn in sample["conversations"])
 
 
-def _is_plain(image: Any) -> bool:
+def _is_plain(image: object) -> bool:
     entries = image if isinstance(image, list) else [image]
     return all(isinstance(entry, (str, bytes)) for entry in entries)
 
 
-def _images(value: Any, key: str) -> list[ImageSource]:
+def _images(value: object, key: str) -> list[ImageSource]:
     return [_image(entry, key) for entry in (value if isinstance(value, list) else [value])]
 
 
-def _image(entry: Any, key: str) -> ImageSource:
-    """One image: its name, its bytes, or an object that holds either, as columns of images and content parts do."""
+def _image(entry: object, key: str) -> ImageSource:
+    """Read one image: its path, its bytes, or an object that holds either, like image columns and content parts."""
     if isinstance(entry, Mapping):
         entry = next((entry[name] for name in ("bytes", "path", "url") if entry.get(name)), None)
     if isinstance(entry, (str, bytes)) and entry:
@@ -71,7 +70,7 @@ def _image(entry: Any, key: str) -> ImageSource:
 
 
 def _from_messages(record: Sample) -> Sample:
-    """Turns from messages: a part that is an image becomes a mark, and its image joins the sample's images."""
+    """Convert messages to turns: an image part becomes a placeholder, and its image joins the sample's images."""
     if not record["messages"]:
         raise InputError("it has no turns")
     listed = record.get("images") or record.get("image")
@@ -95,7 +94,7 @@ def _from_messages(record: Sample) -> Sample:
     return sample
 
 
-def _content(content: Any, number: int) -> tuple[str, list[ImageSource]]:
+def _content(content: object, number: int) -> tuple[str, list[ImageSource]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
@@ -109,7 +108,7 @@ def _content(content: Any, number: int) -> tuple[str, list[ImageSource]]:
         elif kind in ("image_url", "image"):
             texts.append(DEFAULT_IMAGE_TOKEN)
             image = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
-            if image is not None:  # without one, it is among the record's own images
+            if image is not None:  # otherwise it is one of the record's own images
                 images.append(_image(image, str(kind)))
         else:
             raise InputError(f"message {number} has a part of type {kind!r}; known parts are text and image_url")

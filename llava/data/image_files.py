@@ -1,7 +1,7 @@
-"""The image that a sample names, and nothing else: files confined to the image folder, or bytes that the sample brings.
+"""Locate the images of samples: files inside the image folder, or bytes in the sample.
 
-In: a path, a data: URL or bytes, and the image folder. Out: what `llava.images.io.load_image` takes. Training reads every
-image in every epoch and on every rank, so addresses on the network are refused here.
+In: a path, a data: URL or bytes, and the image folder. Out: an argument for `llava.images.io.load_image`. Training reads
+every image in every epoch and on every rank, so network addresses are refused here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FLAG = "--image_folder"
 
 
 def locate_image(source: ImageSource, image_folder: str | None, *, flag: str = _FLAG) -> ImageSource:
-    """The file of an image (links inside the folder may lead out of it), or the bytes or data: URL as they are."""
+    """Return an image's path inside the folder (links there may lead out of it), or the bytes or data: URL as they are."""
     if isinstance(source, bytes) or source.startswith("data:"):
         return source
     if _ADDRESS.match(source):
@@ -32,7 +32,7 @@ def locate_image(source: ImageSource, image_folder: str | None, *, flag: str = _
 
 
 def image_label(source: ImageSource) -> str:
-    """What to call an image in a message: its path, or that it has none."""
+    """Name an image for messages."""
     if isinstance(source, bytes):
         return f"{len(source):,} bytes in the file"
     return "a data: URL" if source.startswith("data:") else source

@@ -1,9 +1,9 @@
-"""An index of a data file: where each record lies and what samplers ask about it, so that nothing is parsed until drawn.
+"""Index a data file: the offset of each record and its number of words and images, so that a sample is parsed when drawn.
 
-In: a path. Out: `DataFile`, which knows its number of samples, their words, images and ids, and reads one at a time. The
-index of a large file is kept in the user's cache folder under the file's path, size and time of change, and mapped into
-memory: opening it again reads nothing, and all processes of a run share its pages. Records are found by scan.py and
-brought to one form by formats.py; several files become one set in samples.py.
+In: a path. Out: `DataFile`, which knows the number of its samples, their words, images and ids, and reads one at a time.
+The index of a large file is kept in the user's cache folder, valid for the file's path, size and time of change, and
+mapped into memory: opening the file again reads nothing, and all processes of a run share its pages. scan.py finds
+records, formats.py brings them to one form, samples.py makes one sequence of several files.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava.data.formats import Sample, image_sources, num_words, to_sample
-from llava.data.scan import Found, format_of
+from llava.data.scan import ScannedRecord, format_of
 from llava.errors import InputError
+from llava.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ _ALIGNMENT = 64
 class Columns:
     """One row per sample, except `ids`: all ids as JSON, one after the other."""
 
-    start: np.ndarray  # place of the record, see scan.Found
+    start: np.ndarray  # with size: where the record lies, see scan.ScannedRecord
     size: np.ndarray
-    words: np.ndarray  # 1 for a malformed record, so that samplers can place it
+    words: np.ndarray  # 1 for a malformed record, since samplers need a length
     images: np.ndarray
     malformed: np.ndarray  # 1 where the record's form is wrong
-    id_end: np.ndarray  # where the id ends in `ids`; an absent one takes no room
+    id_end: np.ndarray  # where the id ends in `ids`; an absent one is empty
     ids: np.ndarray
 
 
@@ -78,7 +78,7 @@ class DataFile:
         return len(self.columns.start)
 
     def __getitem__(self, row: int) -> Sample:
-        """The sample in LLaVA's form. What is wrong with a record's form is said when it is asked for."""
+        """Parse a sample to LLaVA's form; a malformed record raises InputError here."""
         start, size = int(self.columns.start[row]), int(self.columns.size[row])
         try:
             state = self.path.stat()
@@ -92,7 +92,7 @@ class DataFile:
         except ValueError as error:
             raise InputError(f"it is not valid JSON: {error}") from error
 
-    def id(self, row: int) -> Any:
+    def id(self, row: int) -> object:
         """The id that the sample has in the file, or None."""
         start = int(self.columns.id_end[row - 1]) if row else 0
         text = self.columns.ids[start : int(self.columns.id_end[row])].tobytes()
@@ -101,8 +101,11 @@ class DataFile:
     def _open(self, cache: Path | None) -> Columns:
         if self._identity["size"] < WORTH_KEEPING:
             return _collect(self.format.records(self.path))
-        cache = cache or user_cache()
-        # One index per path: that of an older state of the file is replaced, not kept.
+        try:
+            cache = cache or cache_folder()
+        except RuntimeError:  # a user without a home
+            cache = Path(tempfile.gettempdir()) / "llava-cache"
+        # One index per path: that of an older state of the file is replaced.
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
         kept = cache / f"{name}.index"
         found = _load(kept, self._identity)
@@ -114,26 +117,18 @@ class DataFile:
             _save(kept, columns, self._identity)
         except OSError as error:
             logger.warning(
-                "the index of %s cannot be kept in %s (%s), so it is made anew each time", self.path, cache, error
+                "the index of %s cannot be kept in %s (%s), so it is made again each time", self.path, cache, error
             )
             return columns
         return _load(kept, self._identity) or columns
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Where loader processes are started rather than forked, they get plain arrays, not the mapping.
         columns = Columns(*(np.asarray(getattr(self.columns, item.name)) for item in fields(Columns)))
         return {**self.__dict__, "columns": columns}
 
 
-def user_cache() -> Path:
-    """Where this user's programs keep what they can make anew; on machines without a home, a temporary place."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "llava-cache"
-
-
-def _collect(found: Iterator[Found]) -> Columns:
+def _collect(found: Iterator[ScannedRecord]) -> Columns:
     """Read all records once."""
     start, size, words, images, malformed, id_end = (array("q") for _ in range(6))
     ids = bytearray()
@@ -153,7 +148,7 @@ def _collect(found: Iterator[Found]) -> Columns:
         if isinstance(entry.record, dict) and entry.record.get("id") is not None:
             ids += json.dumps(entry.record["id"], default=str).encode()
         id_end.append(len(ids))
-    lists: dict[str, Any] = {
+    lists: dict[str, Sequence[int] | np.ndarray] = {
         "start": start,
         "size": size,
         "words": words,
@@ -165,11 +160,11 @@ def _collect(found: Iterator[Found]) -> Columns:
     return Columns(**{name: np.asarray(values, dtype=_TYPES[name]) for name, values in lists.items()})
 
 
-# The file: one line of JSON that says what follows, then the columns, each at a multiple of 64 bytes.
+# The index file: a header line of JSON, then the columns, each at a multiple of 64 bytes.
 
 
 def _save(path: Path, columns: Columns, identity: dict[str, int]) -> None:
-    """Written beside its place and moved there, so that no reader ever sees a part of it."""
+    """Write an index under another name and rename it, so that no reader sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(getattr(columns, name)) for name in _TYPES}
     header = {**identity, "lengths": {name: len(array) for name, array in arrays.items()}}
@@ -188,11 +183,11 @@ def _save(path: Path, columns: Columns, identity: dict[str, int]) -> None:
 
 
 def _load(path: Path, identity: dict[str, int]) -> Columns | None:
-    """The columns, mapped; or nothing where the file is absent, damaged, or of another state of the data."""
+    """Map the columns into memory; None where the file is absent, damaged, or of another state of the data."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline())
-            place = file.tell()
+            offset = file.tell()
         lengths = header.pop("lengths")
         if header != identity or lengths.keys() != _TYPES.keys():
             return None
@@ -201,10 +196,10 @@ def _load(path: Path, identity: dict[str, int]) -> Columns | None:
         return None
     arrays = {}
     for name, kind in _TYPES.items():
-        place += -place % _ALIGNMENT
-        end = place + lengths[name] * np.dtype(kind).itemsize
+        offset += -offset % _ALIGNMENT
+        end = offset + lengths[name] * np.dtype(kind).itemsize
         if end > len(mapped):
             return None
-        arrays[name] = mapped[place:end].view(kind)
-        place = end
+        arrays[name] = mapped[offset:end].view(kind)
+        offset = end
     return Columns(**arrays)

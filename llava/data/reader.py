@@ -1,7 +1,7 @@
-"""What a model will see of a sample, found without its weights: ids, labels, and the tokens that each image takes.
+"""Encode samples as a model's training would, without its weights: ids, labels, and the tokens of each image.
 
-In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that look at
-data (check.py, show.py). Tokens and labels are those of training, since they come from the same functions in text/labels.py.
+In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that inspect
+data (check.py, show.py). Ids and labels are those of training, since both come from ../text/labels.py.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, conv_templates
 from llava.data.formats import Sample, image_sources
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
-from llava.text.labels import encode_spans, preprocess_multimodal, sample_spans
-from llava.text.tokenization import encode_with_offsets
+from llava.text.labels import Source, encode_spans, preprocess_multimodal, sample_spans
+from llava.text.tokenization import Tokenizer, encode_with_offsets
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A sample as tokens. `ends` says, per token, where in `text` it ends."""
+class EncodedSample:
+    """A sample as tokens. `ends` has, for each token, the offset in `text` behind its last character."""
 
     text: str
     ids: list[int]
@@ -33,41 +32,47 @@ class Reading:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """The parts of a model that decide how a sample is read."""
+    """The parts of a model that decide how a sample is encoded."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     policy: ImagePolicy | None  # None: a model without a vision tower
     conv: Conversation
     max_length: int
     use_im_start_end: bool = False
 
-    def read(self, sample: Sample) -> Reading:
+    def read(self, sample: Sample) -> EncodedSample:
         images = image_sources(sample)
-        turns: Any = [sample["conversations"]]
+        turns: Sequence[Source] = [sample["conversations"]]
         if images:
             settings = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=self.use_im_start_end)
             turns = preprocess_multimodal(turns, settings, conv=self.conv, move_placeholders=len(images) == 1)
         spans = sample_spans(turns[0], self.conv)
         text = "".join(span.text for span in spans)
-        mark = IMAGE_TOKEN_INDEX if images else None
-        ids, labels = encode_spans(spans, self.tokenizer, image_token_index=mark)
-        _, places = encode_with_offsets(text, self.tokenizer, mark)
-        ends = [0] * len(places)
-        for index, place in enumerate(places):
-            ends[index] = place + 1 if place >= 0 else (ends[index - 1] if index else 0)
-        return Reading(text, ids, labels, ends)
+        image_id = IMAGE_TOKEN_INDEX if images else None
+        ids, labels = encode_spans(spans, self.tokenizer, image_token_index=image_id)
+        _, offsets = encode_with_offsets(text, self.tokenizer, image_id)
+        ends = [0] * len(offsets)
+        for index, offset in enumerate(offsets):
+            ends[index] = offset + 1 if offset >= 0 else (ends[index - 1] if index else 0)
+        return EncodedSample(text, ids, labels, ends)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens that images of these sizes become."""
+        """The number of tokens of each image."""
         if not sizes:
             return []
         if self.policy is None:
-            raise InputError("this model has no vision tower, so it cannot look at images")
+            raise InputError("this model has no vision tower, so it takes no images")
         return [plan(size, self.policy).num_features for size in sizes]
 
 
 def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: int | None = None) -> SampleReader:
-    """The reader for a model folder, or for a plain language model, which knows no images."""
+    """Make the reader of a model folder, also of a language model without a vision tower.
+
+    Args:
+        path: the folder.
+        conv_mode: name of the template; None: the model's own.
+        max_length: limit in tokens; None: the model's own.
+    """
     from llava.model import builder
     from llava.model.checkpoints.hf_layout import translate_config
     from llava.model.checkpoints.hub import resolve_checkpoint
@@ -90,7 +95,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     settings = LlavaSettings.from_hf(config)
     has_tower = bool(settings.vision.tower)
     limit = max_length or context_len(config)
-    # Longer texts are no fault of the tokenizer's: whether they fit is judged here, with their images.
+    # The limit holds for text and image features together, so the tokenizer must not warn about text alone.
     tokenizer.model_max_length = int(1e9)
     return SampleReader(
         tokenizer=tokenizer,

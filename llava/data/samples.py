@@ -1,7 +1,7 @@
-"""All samples of a run: one data file, several, or a mixture with weights, as one sequence.
+"""All samples of a run as one sequence: one data file, several, or a weighted mixture.
 
-In: what `--data_path` says: a data file, several joined by commas, or a mixture file. Out: `Samples`, which gives a sample
-by its number and parses it then. A mixture is YAML or JSON:
+In: the value of `--data_path`: a data file, several joined by commas, or a mixture file. Out: `Samples`, which parses a
+sample when it is indexed. A mixture is YAML or JSON:
 
     datasets:
       - path: llava_v1_5_mix665k.json      # relative to the mixture file
@@ -9,11 +9,11 @@ by its number and parses it then. A mixture is YAML or JSON:
       - path: mine.jsonl
         repeat: 3                          # each sample three times an epoch; 0.5: half of the samples, chosen once
       - path: more.parquet
-        weight: 0.2                        # or in place of repeats, for all files: shares of the epoch
+        weight: 0.2                        # or, in place of repeats and for all files: shares of the epoch
     epoch_size: 500000                     # with weights: samples in an epoch (otherwise as many as the files hold)
     seed: 0                                # of the choice where a repeat has a fraction
 
-Single files are read by index.py; drawing, shuffling and grouping are data.py's and sampler.py's work.
+index.py reads single files; ../train/data.py and ../train/sampler.py draw, shuffle and group samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -38,8 +38,8 @@ _MIXTURE_KEYS = ("datasets", "epoch_size", "seed")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file of a mixture. Either all entries of it have a weight or none."""
+class MixtureEntry:
+    """One file of a mixture. Either all entries of a mixture have a weight, or none."""
 
     path: Path
     image_folder: str | None = None
@@ -49,14 +49,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Mixture:
-    entries: tuple[Entry, ...]
+    entries: tuple[MixtureEntry, ...]
     epoch_size: int | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file and which of its rows are in an epoch; None: each once, in order."""
+class DatasetPart:
+    """A file and the rows of it that are in an epoch; None means each once, in order."""
 
     file: DataFile
     rows: np.ndarray | None
@@ -71,9 +71,9 @@ class Part:
 
 
 class Samples(Sequence[Sample]):
-    """The samples of an epoch in the order of their files. Each access parses the sample anew: keep what you change."""
+    """The samples of an epoch in the order of their files. Each access parses the sample again, so changes are lost."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[DatasetPart]) -> None:
         self.parts = tuple(parts)
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
 
@@ -92,8 +92,8 @@ class Samples(Sequence[Sample]):
         part, row = self.locate(index)
         return part.file[row]
 
-    def locate(self, index: int) -> tuple[Part, int]:
-        """The part of a sample and its row in that part's file."""
+    def locate(self, index: int) -> tuple[DatasetPart, int]:
+        """The part that a sample belongs to, and its row in that part's file."""
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -102,12 +102,12 @@ class Samples(Sequence[Sample]):
         row = position - (self.ends[number - 1] if number else 0)
         return part, row if part.rows is None else int(part.rows[row])
 
-    def id(self, index: int) -> Any:
+    def id(self, index: int) -> object:
         part, row = self.locate(index)
         return part.file.id(row)
 
     def describe(self, index: int) -> str:
-        """A sample as messages name it: by number and id, and by file where there are several."""
+        """Name a sample for messages: by number and id, and by file where there are several."""
         part, row = self.locate(index)
         name = part.file.id(row)
         place = f" of {str(part.file.path)!r}" if len(self.parts) > 1 else ""
@@ -118,11 +118,11 @@ class Samples(Sequence[Sample]):
         return np.concatenate([part.column(name) for part in self.parts])
 
     def distinct(self) -> Samples:
-        """Every row of every file once, however often or seldom an epoch has it."""
-        return Samples([Part(part.file, None, part.image_folder) for part in self.parts])
+        """Every row of every file once, however often an epoch has it."""
+        return Samples([DatasetPart(part.file, None, part.image_folder) for part in self.parts])
 
     def malformed(self) -> Iterator[int]:
-        """Numbers of the samples whose form is wrong."""
+        """Indices of malformed samples."""
         yield from np.flatnonzero(self.column("malformed")).tolist()
 
 
@@ -132,14 +132,23 @@ def open_samples(
     weights: str | Sequence[float] | None = None,
     cache: Path | None = None,
 ) -> Samples:
-    """The samples that `--data_path` and `--data_weights` name. Malformed ones are among them, and raise when drawn."""
+    """Open the samples of a run; malformed ones are among them, and raise when they are indexed.
+
+    Args:
+        data_path: the value of `--data_path`.
+        weights: the value of `--data_weights`: shares of the epoch, one for each file.
+        cache: folder for the indexes of large files; None means the user's cache folder.
+
+    Raises:
+        InputError: a file cannot be read, or the mixture is faulty.
+    """
     if not data_path:
         raise InputError("no training data: name its file with --data_path")
     mixture = _with_weights(_read_mixture(os.fspath(data_path)), weights)
     files = [DataFile(entry.path, cache=cache) for entry in mixture.entries]
     counts = _counts(mixture, [len(file) for file in files])
     parts = [
-        Part(file, _rows(len(file), count, mixture.seed + number), entry.image_folder)
+        DatasetPart(file, _rows(len(file), count, mixture.seed + number), entry.image_folder)
         for number, (file, count, entry) in enumerate(zip(files, counts, mixture.entries, strict=True))
     ]
     chosen = [part for part in parts if len(part)]
@@ -149,7 +158,7 @@ def open_samples(
 
 
 def _counts(mixture: Mixture, sizes: Sequence[int]) -> list[int]:
-    """Samples that each file gives to an epoch; with weights, their sum is the epoch's size exactly."""
+    """The number of samples of each file in an epoch; with weights, their sum is the epoch's size exactly."""
     weights = [entry.weight for entry in mixture.entries if entry.weight is not None]
     if not weights:
         return [round(entry.repeat * size) for entry, size in zip(mixture.entries, sizes, strict=True)]
@@ -158,20 +167,20 @@ def _counts(mixture: Mixture, sizes: Sequence[int]) -> list[int]:
 
 
 def _rows(size: int, count: int, seed: int) -> np.ndarray | None:
-    """Whole copies of a file, then what is left, chosen by the seed and in order."""
+    """Rows of an epoch: whole copies of a file, then the remainder, chosen by the seed and in order."""
     if count == size:
         return None
     chosen = np.sort(np.random.default_rng(seed).permutation(size)[: count % size])
     return np.concatenate([np.tile(np.arange(size), count // size), chosen]).astype(np.int64)
 
 
-# Reading what names the files
+# The mixture file
 
 
 def _read_mixture(data_path: str) -> Mixture:
     path = Path(data_path)
     if "," in data_path and not path.exists():
-        return Mixture(tuple(Entry(Path(name.strip())) for name in data_path.split(",") if name.strip()))
+        return Mixture(tuple(MixtureEntry(Path(name.strip())) for name in data_path.split(",") if name.strip()))
     if path.suffix.lower() in (".yaml", ".yml"):
         return _mixture(_parse_yaml(path), path)
     if path.suffix.lower() == ".json" and path.is_file():
@@ -182,10 +191,10 @@ def _read_mixture(data_path: str) -> Mixture:
                 return _mixture(json.loads(path.read_text(encoding="utf-8")), path)
             except json.JSONDecodeError as error:
                 raise InputError(f"the mixture file {data_path!r} is not valid JSON: {error}") from error
-    return Mixture((Entry(path),))
+    return Mixture((MixtureEntry(path),))
 
 
-def _parse_yaml(path: Path) -> Any:
+def _parse_yaml(path: Path) -> object:
     import yaml
 
     try:
@@ -196,7 +205,7 @@ def _parse_yaml(path: Path) -> Any:
         raise InputError(f"the mixture file {str(path)!r} is not valid YAML: {error}") from error
 
 
-def _mixture(content: Any, path: Path) -> Mixture:
+def _mixture(content: object, path: Path) -> Mixture:
     place = f"the mixture file {str(path)!r}"
     if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
         raise InputError(f"{place} needs a list 'datasets' of objects with a 'path'")
@@ -218,7 +227,7 @@ def _mixture(content: Any, path: Path) -> Mixture:
     return Mixture(entries, epoch_size, seed)
 
 
-def _entry(value: Any, folder: Path, place: str) -> Entry:
+def _entry(value: object, folder: Path, place: str) -> MixtureEntry:
     if isinstance(value, str):
         value = {"path": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
@@ -230,7 +239,7 @@ def _entry(value: Any, folder: Path, place: str) -> Entry:
         _positive(value.get(key, 1), f"{place} has {key}")
     images = value.get("image_folder")
     weight = value.get("weight")
-    return Entry(
+    return MixtureEntry(
         folder / value["path"],
         None if images is None else str(folder / images),
         None if weight is None else float(weight),
@@ -238,7 +247,7 @@ def _entry(value: Any, folder: Path, place: str) -> Entry:
     )
 
 
-def _refuse_unknown(content: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+def _refuse_unknown(content: Mapping[str, object], known: Sequence[str], place: str) -> None:
     for key in content:
         if key not in known:
             raise InputError(
@@ -246,14 +255,14 @@ def _refuse_unknown(content: Mapping[str, Any], known: Sequence[str], place: str
             )
 
 
-def _positive(value: Any, what: str) -> float:
+def _positive(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"{what} {value!r}; it must be a number above 0")
     return float(value)
 
 
 def _with_weights(mixture: Mixture, weights: str | Sequence[float] | None) -> Mixture:
-    """The mixture with the shares that `--data_weights` gives its files."""
+    """Replace a mixture's weights by those of `--data_weights`."""
     if weights is None:
         return mixture
     words = weights.split(",") if isinstance(weights, str) else list(weights)
@@ -268,6 +277,7 @@ def _with_weights(mixture: Mixture, weights: str | Sequence[float] | None) -> Mi
     if len(values) != len(mixture.entries):
         raise InputError(f"--data_weights has {len(values)} numbers for {len(mixture.entries)} data files")
     entries = tuple(
-        Entry(entry.path, entry.image_folder, value) for entry, value in zip(mixture.entries, values, strict=True)
+        MixtureEntry(entry.path, entry.image_folder, value)
+        for entry, value in zip(mixture.entries, values, strict=True)
     )
     return Mixture(entries, mixture.epoch_size, mixture.seed)

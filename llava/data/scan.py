@@ -1,7 +1,7 @@
-"""Where each record of a data file lies: JSON lists, JSON lines and parquet, read once from end to end in little memory.
+"""Scan a data file once in little memory, and read single records of it: JSON lists, JSON lines and parquet.
 
-In: a path. Out: a stream of `Found` (place, record or fault), and `read_record` to fetch one again later. JSON records
-are found by byte offsets, rows of parquet by row group and row. index.py keeps what is learnt from the stream.
+In: a path. Out: a `FileFormat`, which streams `ScannedRecord`s (position, record or fault) and reads one of them again.
+A JSON record's position is its byte offset and size, a parquet row's its row group and row. index.py stores positions.
 """
 
 from __future__ import annotations
@@ -13,34 +13,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from llava.errors import InputError, require
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 CHUNK = 4 * 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-class Found(NamedTuple):
-    """A record and its place: first byte and number of bytes in a text file, row group and row in a parquet file."""
+class ScannedRecord(NamedTuple):
+    """A record and its position: byte offset and size in a text file, row group and row in a parquet file."""
 
     start: int
     size: int
-    record: Any
+    record: object
     fault: str | None = None  # why the record cannot be read; then there is none
 
 
 @dataclass(frozen=True)
-class Format:
-    """How a kind of file is read. `records` streams all of it, `read` fetches the record at a place."""
+class FileFormat:
+    """How a kind of file is read. `records` streams all records, `read` reads the one at a position."""
 
-    records: Callable[[Path], Iterator[Found]]
-    read: Callable[[Path, int, int], Any]
+    records: Callable[[Path], Iterator[ScannedRecord]]
+    read: Callable[[Path, int, int], object]
 
 
-def format_of(path: Path) -> Format:
-    """By the ending of the name; a `.json` file that holds one object per line is read as lines."""
+def format_of(path: Path) -> FileFormat:
+    """Choose by the suffix of the name; a `.json` file that holds one object per line is read as lines."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return FORMATS["lines"]
@@ -70,18 +73,18 @@ def _holds_lines(path: Path) -> bool:
 
 
 class _Window:
-    """A stretch of a file as text of one character per byte, so that places in it are places in the file."""
+    """A part of a file as text of one character per byte, so that offsets in it are offsets in the file."""
 
     def __init__(self, file: BinaryIO, *, start: int = 0) -> None:
         self.file = file
         self.file.seek(start)
-        self.base = start  # place of the text's first character
+        self.base = start  # offset of the text's first character
         self.text = ""
         self.at = 0
         self.ended = False
 
     def more(self) -> bool:
-        """Read on, more at once the longer the unread text is; false at the end of the file."""
+        """Read on, at least as much as the unread text; false at the end of the file."""
         rest = self.text[self.at :]
         data = self.file.read(max(CHUNK, len(rest)))
         self.base, self.text, self.at = self.base + self.at, rest + data.decode("latin-1"), 0
@@ -98,16 +101,16 @@ class _Window:
             if not self.more():
                 return ""
 
-    def value(self) -> tuple[Any, int, str]:
-        """The JSON value here: parsed from the bytes as they are, its place, and the bytes."""
+    def value(self) -> tuple[object, int, str]:
+        """Parse the next JSON value: the value, its offset, and its bytes as text."""
         self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                place = self.base + error.pos
+                offset = self.base + error.pos
                 if self.ended or not self.more():
-                    raise _Broken(error.msg, place) from error
+                    raise _InvalidJsonError(error.msg, offset) from error
                 continue
             if end < len(self.text) or not self.more():  # a number at the end of the window may go on behind it
                 source, start = self.text[self.at : end], self.base + self.at
@@ -115,27 +118,27 @@ class _Window:
                 return value, start, source
 
 
-class _Broken(Exception):
+class _InvalidJsonError(Exception):
     """Not JSON, from this byte of the file on."""
 
-    def __init__(self, reason: str, place: int) -> None:
-        self.reason, self.place = reason, place
+    def __init__(self, reason: str, offset: int) -> None:
+        self.reason, self.offset = reason, offset
 
 
-def _list_records(path: Path) -> Iterator[Found]:
+def _list_records(path: Path) -> Iterator[ScannedRecord]:
     with path.open("rb") as file:
-        # Some editors put a mark before UTF-8.
+        # Some editors write a byte order mark before UTF-8.
         window = _Window(file, start=3 if file.read(3) == b"\xef\xbb\xbf" else 0)
         try:
             yield from _elements(window, path)
-        except _Broken as broken:
-            line, column = _line_and_column(path, broken.place)
+        except _InvalidJsonError as broken:
+            line, column = _line_and_column(path, broken.offset)
             raise InputError(
                 f"the training data {str(path)!r} is not valid JSON: {broken.reason} at line {line}, column {column}"
             ) from broken
 
 
-def _elements(window: _Window, path: Path) -> Iterator[Found]:
+def _elements(window: _Window, path: Path) -> Iterator[ScannedRecord]:
     if window.peek() != "[":
         value, _, _ = window.value()
         raise InputError(
@@ -148,20 +151,20 @@ def _elements(window: _Window, path: Path) -> Iterator[Found]:
         value, start, source = window.value()
         if not source.isascii():
             value = json.loads(_utf8(source.encode("latin-1"), path))
-        yield Found(start, len(source), value)
-        mark = window.peek()
+        yield ScannedRecord(start, len(source), value)
+        character = window.peek()
         window.at += 1
-        if mark == "]":
+        if character == "]":
             if window.peek():
-                raise _Broken("Extra data", window.base + window.at)
+                raise _InvalidJsonError("Extra data", window.base + window.at)
             return
-        if mark != ",":
-            raise _Broken("Expecting ',' delimiter", window.base + window.at - 1)
+        if character != ",":
+            raise _InvalidJsonError("Expecting ',' delimiter", window.base + window.at - 1)
 
 
-def _line_and_column(path: Path, place: int) -> tuple[int, int]:
+def _line_and_column(path: Path, offset: int) -> tuple[int, int]:
     with path.open("rb") as file:
-        before = file.read(place)
+        before = file.read(offset)
     return before.count(b"\n") + 1, len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
 
 
@@ -172,7 +175,7 @@ def _utf8(data: bytes, path: Path) -> str:
         raise InputError(f"cannot read the training data {str(path)!r}: {error}") from error
 
 
-def _read_text_record(path: Path, start: int, size: int) -> Any:
+def _read_text_record(path: Path, start: int, size: int) -> object:
     with path.open("rb") as file:
         file.seek(start)
         return json.loads(file.read(size))
@@ -181,7 +184,7 @@ def _read_text_record(path: Path, start: int, size: int) -> Any:
 # One object per line
 
 
-def _line_records(path: Path) -> Iterator[Found]:
+def _line_records(path: Path) -> Iterator[ScannedRecord]:
     start = 0
     with path.open("rb") as file:
         for line in file:
@@ -191,17 +194,17 @@ def _line_records(path: Path) -> Iterator[Found]:
             if not line.strip():
                 continue
             try:
-                yield Found(begin, len(line), json.loads(line))
+                yield ScannedRecord(begin, len(line), json.loads(line))
             except ValueError as error:
-                yield Found(begin, len(line), None, f"it is not valid JSON: {error}")
+                yield ScannedRecord(begin, len(line), None, f"it is not valid JSON: {error}")
 
 
-# Parquet, images inside or beside
+# Parquet, with images inside or in files
 
 
 @lru_cache(maxsize=64)
-def _parquet_file(path: Path, changed: int, process: int) -> Any:
-    """The open file; `process` keeps a loader process from using a handle that it inherited."""
+def _parquet_file(path: Path, changed: int, process: int) -> pq.ParquetFile:
+    """Open a file; `process` keeps a loader process from using a handle that it inherited."""
     parquet = require("pyarrow.parquet", extra="train")
     try:
         return parquet.ParquetFile(path)
@@ -209,12 +212,12 @@ def _parquet_file(path: Path, changed: int, process: int) -> Any:
         raise InputError(f"cannot read the training data {str(path)!r}: {error}") from error
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> pq.ParquetFile:
     return _parquet_file(path, path.stat().st_mtime_ns, os.getpid())
 
 
-def _parquet_records(path: Path) -> Iterator[Found]:
-    """Rows; of images stored inside, only that they are there, where the file lets that be seen without reading them."""
+def _parquet_records(path: Path) -> Iterator[ScannedRecord]:
+    """Stream rows. Bytes of images are not read where the file has a path beside them; whether there is one is known."""
     table = _parquet(path)
     leaves = [table.schema.column(index).path for index in range(len(table.schema))]
     unread = {leaf for leaf in leaves if leaf.endswith(".bytes") and leaf.removesuffix("bytes") + "path" in leaves}
@@ -224,21 +227,23 @@ def _parquet_records(path: Path) -> Iterator[Found]:
         for row, record in enumerate(table.read_row_group(group, columns=columns, use_threads=False).to_pylist()):
             for name in images & record.keys():
                 record[name] = _as_if_read(record[name])
-            yield Found(group, row, record)
+            yield ScannedRecord(group, row, record)
 
 
-def _as_if_read(image: Any) -> Any:
+def _as_if_read(image: object) -> object:
     if isinstance(image, list):
         return [_as_if_read(entry) for entry in image]
-    return image and (image if image.get("path") else {"bytes": b"unread"})
+    if not isinstance(image, dict) or image.get("path"):
+        return image
+    return {"bytes": b"unread"}
 
 
-def _read_parquet_record(path: Path, group: int, row: int) -> Any:
+def _read_parquet_record(path: Path, group: int, row: int) -> object:
     return _parquet(path).read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
 
 
 FORMATS = {
-    "list": Format(_list_records, _read_text_record),
-    "lines": Format(_line_records, _read_text_record),
-    "parquet": Format(_parquet_records, _read_parquet_record),
+    "list": FileFormat(_list_records, _read_text_record),
+    "lines": FileFormat(_line_records, _read_text_record),
+    "parquet": FileFormat(_parquet_records, _read_parquet_record),
 }

@@ -1,7 +1,7 @@
-"""`llava data show FILE --index N`: one sample as a model will see it, with the text that it learns to write marked.
+"""The program `llava data show FILE --index N`: print one sample as training reads it, its trained text highlighted.
 
-In: a data file, which sample, a model folder (only its tokenizer and config are read). Out: the sample's images, its
-tokens in numbers, and the prompt: trained text in colour on a terminal, between [ and ] elsewhere.
+In: a data file, the number or id of a sample, a model folder (only its tokenizer and config are read). Out: the sample's
+images, its numbers of tokens, and the prompt: trained text in colour on a terminal, between [ and ] elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava.cli.program import ArgumentParser, closest
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
 from llava.data.image_files import image_label, locate_image
-from llava.data.reader import Reading, SampleReader, read_model
+from llava.data.reader import EncodedSample, SampleReader, read_model
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
 from llava.images.io import load_image
@@ -36,8 +36,8 @@ def run(options: Namespace) -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="llava data show", description="Show a training sample as a model will see it.")
-    parser.add_argument("file", metavar="FILE", help="what --data_path would be: .json, .jsonl, .parquet, or a mixture")
+    parser = ArgumentParser(prog="llava data show", description="Print a training sample as training reads it.")
+    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, help="the sample's number, from 0 (default: the first)")
     which.add_argument("--id", help="the sample's id")
@@ -60,44 +60,44 @@ def _index_of(samples: Samples, wanted: str) -> int:
 
 
 def render(samples: Samples, index: int, reader: SampleReader, image_folder: str | None, *, use_colors: bool) -> str:
-    """The whole page about one sample."""
+    """Describe one sample: its images, its numbers of tokens, its prompt."""
     part, _ = samples.locate(index)
     try:
         sample = part.file[samples.locate(index)[1]]
-        reading = reader.read(sample)
+        encoded = reader.read(sample)
         sources = image_sources(sample)
         folder = part.image_folder or image_folder
         sizes = [load_image(locate_image(source, folder, flag="--image-folder")).size for source in sources]
     except InputError as error:
         raise InputError(f"{samples.describe(index)}: {error}") from error
     features = reader.image_tokens(sizes)
-    num_tokens = len(reading.ids) - len(sizes) + sum(features)
-    num_trained = sum(label != IGNORE_INDEX for label in reading.labels)
+    num_tokens = len(encoded.ids) - len(sizes) + sum(features)
+    num_trained = sum(label != IGNORE_INDEX for label in encoded.labels)
     lines = [f"{samples.describe(index)}, template {reader.conv.version}"]
     for source, (width, height), count in zip(sources, sizes, features, strict=True):
         lines.append(f"image {image_label(source)}: {width}x{height} pixels, {count} tokens")
     over = f", over the limit of {reader.max_length}: the end is cut off" if num_tokens > reader.max_length else ""
     lines.append(f"{num_tokens} tokens, {num_trained} of them trained ({num_trained / num_tokens:.0%}){over}")
-    return "\n".join([*lines, "", mark_trained(reading, features, use_colors=use_colors)])
+    return "\n".join([*lines, "", highlight_trained(encoded, features, use_colors=use_colors)])
 
 
-def mark_trained(reading: Reading, features: Sequence[int], *, use_colors: bool) -> str:
-    """The prompt, cut where training begins and ends, each token's text on the side that its label says."""
+def highlight_trained(sample: EncodedSample, features: Sequence[int], *, use_colors: bool) -> str:
+    """Return the prompt with its trained text highlighted, split between tokens."""
     colors = Colors(use_colors)
     images = iter(features)
-    pieces = []
+    parts: list[str] = []
     start = 0
-    tokens = zip(reading.ids, reading.labels, reading.ends, strict=True)
+    tokens = zip(sample.ids, sample.labels, sample.ends, strict=True)
     for (trained, is_image), run in itertools.groupby(
         tokens, key=lambda token: (token[1] != IGNORE_INDEX, token[0] == IMAGE_TOKEN_INDEX)
     ):
         members = list(run)
         end = max(start, members[-1][2])
-        text = reading.text[start:end]
+        text = sample.text[start:end]
         if is_image:
             labels = [f"<image: {next(images, 0)} tokens>" for _ in members]
             text = text.replace(DEFAULT_IMAGE_TOKEN, "") + "".join(colors(label, "dim") for label in labels)
         shown = colors(text, "bold", "green") if use_colors else f"[{text}]"
-        pieces.append(shown if trained else text)
+        parts.append(shown if trained else text)
         start = end
-    return "".join([*pieces, reading.text[start:]])
+    return "".join([*parts, sample.text[start:]])

@@ -1,7 +1,7 @@
-"""What went wrong with which samples: noted by loader processes as they draw, told in one sentence at the end of a run.
+"""Record which samples a run truncated or skipped, for a report at its end.
 
-In: numbers of samples. Out: sentences with counts and names. Each sample has one byte in memory that a rank's loader
-processes share; in a distributed run the ranks' notes are joined when the report is made.
+In: numbers of samples, from loader processes as they draw. Out: sentences with counts and ids. Each sample has one byte
+in memory that a rank's loader processes share; in a distributed run the ranks' flags are joined for the report.
 """
 
 from __future__ import annotations
@@ -15,74 +15,77 @@ from llava.constants import IGNORE_INDEX
 from llava.data.samples import Samples
 from llava.errors import InputError
 
-LISTED = 20  # bad samples that a report names
+LISTED = 20  # skipped samples that a report names
 
 
-class Notes:
-    """A small number per sample, 0 until something is noted."""
+class SampleFlags:
+    """One byte per sample, 0 at first, shared by a rank's loader processes."""
 
     def __init__(self, num_samples: int) -> None:
         self.values = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
 
-    def note(self, index: int, value: int) -> None:
+    def set(self, index: int, value: int) -> None:
         self.values[index] = value
 
     def joined(self) -> Tensor:
-        """The values of all ranks, the larger where they differ. A collective call: every rank has to make it."""
+        """The values of all ranks, the larger one where they differ. A collective call: every rank has to make it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.values
         found = self.values.nonzero().flatten()
         everyone: list[tuple[Tensor, Tensor]] = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
         torch.distributed.all_gather_object(everyone, (found, self.values[found]))
         joined = torch.zeros_like(self.values)
-        for places, values in everyone:
-            joined[places] = torch.maximum(joined[places], values)
+        for indices, values in everyone:
+            joined[indices] = torch.maximum(joined[indices], values)
         return joined
 
 
-class CutSamples:
-    """Which samples were longer than the limit."""
+class TruncatedSamples:
+    """Samples that were longer than the limit."""
 
-    CUT, NOTHING_LEFT = 1, 2
+    TRUNCATED, NOTHING_LEFT = 1, 2
 
     def __init__(self, num_samples: int) -> None:
-        self.notes = Notes(num_samples)
+        self._flags = SampleFlags(num_samples)
 
-    def note(self, index: int, labels: Tensor, limit: int, *, already_cut: bool = False) -> None:
-        if len(labels) > limit or already_cut:
+    def note(self, index: int, labels: Tensor, limit: int, *, already_truncated: bool = False) -> None:
+        if len(labels) > limit or already_truncated:
             trained = (labels[:limit] != IGNORE_INDEX).any()
-            self.notes.note(index, self.CUT if trained else self.NOTHING_LEFT)
+            self._flags.set(index, self.TRUNCATED if trained else self.NOTHING_LEFT)
 
     def report(self, samples: Samples, limit: int) -> str | None:
-        """One sentence, or nothing when no sample was cut."""
-        values = self.notes.joined()
-        cut = values.nonzero().flatten().tolist()
-        if not cut:
+        """One sentence, or None where no sample was truncated. A collective call."""
+        values = self._flags.joined()
+        truncated = values.nonzero().flatten().tolist()
+        if not truncated:
             return None
         untrained = int((values == self.NOTHING_LEFT).sum())
         lost = f", and {untrained} of them kept no token to train on" if untrained else ""
         return (
-            f"{len(cut)} samples drawn were cut at --model_max_length {limit}{lost}; "
-            f"the first is {samples.describe(cut[0])}"
+            f"{len(truncated)} samples drawn were truncated to --model_max_length {limit}{lost}; "
+            f"the first is {samples.describe(truncated[0])}"
         )
 
 
-class BadSamples:
-    """Which samples could not be used and had another one drawn in their place."""
+class SkippedSamples:
+    """Samples that could not be used, in whose place another one was drawn."""
 
     def __init__(self, num_samples: int) -> None:
-        self.notes = Notes(num_samples)
+        self._flags = SampleFlags(num_samples)
 
     def note(self, index: int) -> None:
-        self.notes.note(index, 1)
+        self._flags.set(index, 1)
 
     def report(self, reason: Callable[[int], InputError | None]) -> str | None:
-        """The count, and the first of them with their reasons, or nothing. `reason` prepares a sample once more."""
-        bad = self.notes.joined().nonzero().flatten().tolist()
-        if not bad:
+        """The count and the first of them with their reasons, or None where none was skipped. A collective call.
+
+        Args:
+            reason: prepares a sample again and returns why it cannot be used.
+        """
+        skipped = self._flags.joined().nonzero().flatten().tolist()
+        if not skipped:
             return None
-        lines = [f"  {reason(index) or f'sample {index}: it can be used now'}" for index in bad[:LISTED]]
-        more = [f"  and {len(bad) - LISTED} more; `llava data check` lists them all"] if len(bad) > LISTED else []
-        return "\n".join(
-            [f"{len(bad)} bad samples were skipped, others drawn in their place (--on_bad_sample skip):", *lines, *more]
-        )
+        lines = [f"  {reason(index) or f'sample {index}: it can be used now'}" for index in skipped[:LISTED]]
+        more = [f"  and {len(skipped) - LISTED} more; `llava data check` lists them all"] * (len(skipped) > LISTED)
+        head = f"{len(skipped)} bad samples were skipped, others drawn in their place (--on_bad_sample skip):"
+        return "\n".join([head, *lines, *more])

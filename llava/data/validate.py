@@ -1,7 +1,7 @@
-"""What can be wrong with a training sample, found without training: each fault by its kind and one sentence.
+"""Validate training samples without training: list every fault with its kind and one sentence.
 
-In: a sample and where its images are, perhaps a model's way of reading it. Out: its faults, all of them, and its size.
-Training itself refuses the same samples one at a time (data.py); counting and printing is check.py's.
+In: a sample, its image folder, and optionally a model's tokenizer and template. Out: all of its faults, and its length.
+Training refuses the same samples one at a time (../train/data.py); check.py counts and prints faults.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import check_placeholders
 from llava.data.formats import Sample, image_sources, num_words
 from llava.data.image_files import locate_image
 from llava.data.reader import SampleReader
@@ -20,11 +20,11 @@ from llava.errors import InputError
 from llava.images.io import load_image
 from llava.text.labels import speaker_of
 
-KINDS = {
+FAULT_KINDS = {
     "malformed": "not a sample at all, or a turn without its text",
     "missing-image": "an image that is not there, or not where samples may look",
     "broken-image": "an image that cannot be decoded",
-    "marks": f"the number of {DEFAULT_IMAGE_TOKEN} marks is not that of the images",
+    "placeholders": f"the number of {DEFAULT_IMAGE_TOKEN} placeholders is not that of the images",
     "turn-order": "questions and answers that do not alternate",
     "empty-answer": "an answer without text",
     "nothing-to-train": "no answer, or none within the length limit",
@@ -34,109 +34,109 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Fault:
-    kind: str  # of KINDS
+class SampleFault:
+    kind: str  # of FAULT_KINDS
     message: str
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One sample looked at."""
+class CheckedSample:
+    """The faults and the size of one sample."""
 
     index: int
-    faults: tuple[Fault, ...]
+    faults: tuple[SampleFault, ...]
     num_images: int = 0
-    length: int | None = None  # tokens as the model sees them, or words without a model; None where that is not known
+    length: int | None = None  # tokens, image features included; words without a model; None where unknown
 
 
 @dataclass(frozen=True)
-class Checker:
-    """Looks at samples one by one; made once and given to every process."""
+class SampleChecker:
+    """Validates samples one by one; made once and copied to every process."""
 
     samples: Samples
     image_folder: str | None
     reader: SampleReader | None = None
     look_at_images: bool = True
 
-    def __call__(self, index: int) -> Finding:
+    def __call__(self, index: int) -> CheckedSample:
         part, row = self.samples.locate(index)
         try:
             sample = part.file[row]
         except InputError as error:
-            return Finding(index, (Fault("malformed", str(error)),))
+            return CheckedSample(index, (SampleFault("malformed", str(error)),))
         sources = image_sources(sample)
-        faults = _turn_faults(sample["conversations"]) + _mark_faults(sample, len(sources))
+        faults = _turn_faults(sample["conversations"]) + _placeholder_faults(sample, len(sources))
         sizes: list[tuple[int, int]] = []
         for source in sources if self.look_at_images else ():
             try:
                 found = locate_image(source, part.image_folder or self.image_folder, flag="--image-folder")
             except InputError as error:
-                faults.append(Fault("missing-image", str(error)))
+                faults.append(SampleFault("missing-image", str(error)))
                 continue
             absent = isinstance(found, str) and not found.startswith("data:") and not os.path.exists(found)
             try:
                 sizes.append(load_image(found).size)
             except InputError as error:
-                faults.append(Fault("missing-image" if absent else "broken-image", str(error)))
+                faults.append(SampleFault("missing-image" if absent else "broken-image", str(error)))
         length: int | None = num_words(sample)
         if self.reader is not None:
             length, more = self._tokens(sample, sizes if len(sizes) == len(sources) else None)
             known = {fault.kind for fault in faults}
             faults += [fault for fault in more if fault.kind not in known]
-        return Finding(index, tuple(faults), len(sources), length)
+        return CheckedSample(index, tuple(faults), len(sources), length)
 
-    def _tokens(self, sample: Sample, sizes: list[tuple[int, int]] | None) -> tuple[int | None, list[Fault]]:
-        """Length in tokens, images included, and what that shows. Without the sizes of its images, no length."""
+    def _tokens(self, sample: Sample, sizes: list[tuple[int, int]] | None) -> tuple[int | None, list[SampleFault]]:
+        """Count a sample's tokens, image features included, and list faults of the length; no length without image sizes."""
         reader = self.reader
         assert reader is not None
         try:
             reading = reader.read(sample)
             features = reader.image_tokens(sizes) if sizes is not None else []
         except InputError as error:
-            return None, [Fault("turn-order", str(error))]
-        faults: list[Fault] = []
+            return None, [SampleFault("turn-order", str(error))]
+        faults: list[SampleFault] = []
         if not any(label != IGNORE_INDEX for label in reading.labels):
-            faults.append(Fault("nothing-to-train", "it has no answer to train on"))
+            faults.append(SampleFault("nothing-to-train", "it has no answer to train on"))
         if sizes is None:
             return None, faults
         length = len(reading.ids) + sum(features) - len(features)
         if length > reader.max_length:
-            faults.append(Fault("too-long", f"it has {length} tokens, and the limit is {reader.max_length}"))
-            # Images stand before what is said about them, so their features shift every answer.
+            faults.append(SampleFault("too-long", f"it has {length} tokens, and the limit is {reader.max_length}"))
+            # Images come before the text about them, so their features shift every answer.
             room = max(0, reader.max_length - (length - len(reading.ids)))
             if not faults[:-1] and not any(label != IGNORE_INDEX for label in reading.labels[:room]):
                 faults.append(
-                    Fault("nothing-to-train", f"its answers begin after the limit of {reader.max_length} tokens")
+                    SampleFault("nothing-to-train", f"its answers begin after the limit of {reader.max_length} tokens")
                 )
         return length, faults
 
 
-def _turn_faults(turns: Sequence[dict[str, Any]]) -> list[Fault]:
+def _turn_faults(turns: Sequence[Sample]) -> list[SampleFault]:
     speakers = [speaker_of(turn["from"]) for turn in turns]
     faults = []
     order = _order_fault(turns, speakers)
     if order:
-        faults.append(Fault("turn-order", order))
+        faults.append(SampleFault("turn-order", order))
     empty = [
         number
         for number, (turn, speaker) in enumerate(zip(turns, speakers, strict=True), 1)
         if speaker == "answer" and not turn["value"].strip()
     ]
     if empty:
-        faults.append(Fault("empty-answer", f"turn {empty[0]} is an answer without text"))
+        faults.append(SampleFault("empty-answer", f"turn {empty[0]} is an answer without text"))
     if "answer" not in speakers[1:]:
-        faults.append(Fault("nothing-to-train", "it has no answer to train on"))
+        faults.append(SampleFault("nothing-to-train", "it has no answer to train on"))
     return faults
 
 
-def _order_fault(turns: Sequence[dict[str, Any]], speakers: Sequence[str | None]) -> str | None:
-    """The first turn that is not where it should be."""
+def _order_fault(turns: Sequence[Sample], speakers: Sequence[str | None]) -> str | None:
+    """Describe the first turn that is out of order."""
     first = 1 if speakers[0] == "system" else 0
     for number, (turn, speaker) in enumerate(zip(turns, speakers, strict=True)):
         if number < first:
             continue
         if speaker is None:
-            return f"turn {number + 1} is from {turn['from']!r}, whom no template knows"
+            return f"turn {number + 1} is from {turn['from']!r}, which no template knows"
         expected = ("question", "answer")[(number - first) % 2]
         if speaker != expected:
             if number == first and speaker == "answer":
@@ -147,10 +147,11 @@ def _order_fault(turns: Sequence[dict[str, Any]], speakers: Sequence[str | None]
     return None
 
 
-def _mark_faults(sample: Sample, num_images: int) -> list[Fault]:
-    """As training counts: one image may be marked twice in its turn, several images need a mark each."""
+def _placeholder_faults(sample: Sample, num_images: int) -> list[SampleFault]:
+    """Compare placeholders with images as training does: a turn about a single image may name it twice."""
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in sample["conversations"]]
-    num_marks = sum(count > 0 for count in counts) if num_images == 1 else sum(counts)
-    if num_marks == num_images:
-        return []
-    return [Fault("marks", f"its text has {num_marks} {DEFAULT_IMAGE_TOKEN} marks for {num_images} images")]
+    try:
+        check_placeholders(sum(count > 0 for count in counts) if num_images == 1 else sum(counts), num_images)
+    except InputError as error:
+        return [SampleFault("placeholders", str(error))]
+    return []

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation
+from llava.conversation import Conversation, check_placeholders
 from llava.data.formats import Sample, image_sources
 from llava.data.image_files import image_label, locate_image
 from llava.data.samples import open_samples
-from llava.data.skipped_samples import BadSamples, CutSamples
+from llava.data.skipped_samples import SkippedSamples, TruncatedSamples
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.mm_utils import process_images
@@ -56,8 +56,8 @@ class LazySupervisedDataset(Dataset):
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.conv = conv
-        self.cuts = CutSamples(len(self))
-        self.bad = BadSamples(len(self))
+        self.truncated = TruncatedSamples(len(self))
+        self.skipped = SkippedSamples(len(self))
         if not self.skips_bad:
             for index in self.list_data_dict.malformed():
                 part, _ = self.list_data_dict.locate(index)
@@ -86,7 +86,7 @@ class LazySupervisedDataset(Dataset):
             try:
                 return self._prepared(candidate)
             except InputError as error:
-                self.bad.note(candidate)
+                self.skipped.note(candidate)
                 if tried + 1 == MAX_SKIPPED_IN_A_ROW:
                     raise InputError(f"{tried + 1} samples in a row are bad, the last one: {error}") from error
         raise InputError(f"every sample like {self.list_data_dict.describe(index)} is bad: {self.fault(index)}")
@@ -104,10 +104,10 @@ class LazySupervisedDataset(Dataset):
         return None
 
     def reports(self) -> list[str]:
-        """What a run should say at its end about cut and skipped samples. Every rank of a distributed run has to call it."""
+        """Sentences about truncated and skipped samples, for the end of a run. A collective call: every rank has to make it."""
         found = (
-            self.cuts.report(self.list_data_dict, self.tokenizer.model_max_length),
-            self.bad.report(self.fault) if self.skips_bad else None,
+            self.truncated.report(self.list_data_dict, self.tokenizer.model_max_length),
+            self.skipped.report(self.fault) if self.skips_bad else None,
         )
         return [report for report in found if report]
 
@@ -129,9 +129,9 @@ class LazySupervisedDataset(Dataset):
             raise InputError(f"{samples.describe(index)}: {error}") from error
 
     def tokens(self, sample: Sample, *, num_images: int) -> LabelledSamples:
-        """A sample's ids and labels, its images still marks: what `preprocess` gives for one sample."""
+        """A sample's ids and labels, -200 for each image, as `preprocess` makes them for one sample."""
         turns: Any = [sample["conversations"]]
-        if num_images:  # a mark moves to the front of its turn, unless there are several to be kept in order
+        if num_images:  # a placeholder moves to the front of its turn, unless there are several in an order
             turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
         return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)
 
@@ -143,12 +143,15 @@ class LazySupervisedDataset(Dataset):
 
         tokens = self.tokens(sample, num_images=len(sources))
         input_ids, labels = tokens["input_ids"][0], tokens["labels"][0]
-        marks = int((input_ids == IMAGE_TOKEN_INDEX).sum()) if sources else num_text_marks(sample["conversations"])
-        if marks != len(sources):
-            raise InputError(f"its text has {marks} {DEFAULT_IMAGE_TOKEN} marks for {len(sources)} images")
+        check_placeholders(
+            int((input_ids == IMAGE_TOKEN_INDEX).sum()) if sources else num_placeholders(sample["conversations"]),
+            len(sources),
+        )
         if not (labels != IGNORE_INDEX).any() and not tokens["num_truncated"]:
             raise InputError("it has no answer to train on")
-        self.cuts.note(index, labels, self.tokenizer.model_max_length, already_cut=bool(tokens["num_truncated"]))
+        self.truncated.note(
+            index, labels, self.tokenizer.model_max_length, already_truncated=bool(tokens["num_truncated"])
+        )
 
         item: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if sources:
@@ -171,8 +174,8 @@ class LazySupervisedDataset(Dataset):
         return item
 
 
-def num_text_marks(turns: Sequence[Sample]) -> int:
-    """Image marks in the questions of a sample without an image."""
+def num_placeholders(turns: Sequence[Sample]) -> int:
+    """Image placeholders in the questions of a sample without an image."""
     return sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns if speaker_of(turn["from"]) == "question")
 
 

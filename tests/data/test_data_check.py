@@ -1,4 +1,4 @@
-"""`llava data check` finds each kind of fault, training agrees with it, and `llava data show` marks what is trained."""
+"""`llava data check` finds each kind of fault, training agrees with it, and `llava data show` highlights what is trained."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llava.constants import IGNORE_INDEX
 from llava.data import check
 from llava.data.reader import read_model
 from llava.data.samples import open_samples
-from llava.data.show import mark_trained
-from llava.data.validate import KINDS
+from llava.data.show import highlight_trained
+from llava.data.validate import FAULT_KINDS
 from llava.errors import InputError
 from llava.images.image_processor import ClipImageProcessor
 from llava.train.data import LazySupervisedDataset
@@ -46,9 +46,9 @@ SAMPLES: list[Any] = [
     sample("missing-image", "<image>\nWhat?", "A card.", image="https://example.org/a.png"),
     sample("broken-image", "<image>\nWhat?", "A card.", image="cut.png"),
     sample("broken-image", "<image>\nWhat?", "A card.", image="text.png"),
-    sample("marks", "<image>\nWhat?", "A card."),
-    sample("marks", "What?", "A card.", image="ok.png"),
-    sample("marks", "<image>", "A", "<image>", "B", image="ok.png"),
+    sample("placeholders", "<image>\nWhat?", "A card."),
+    sample("placeholders", "What?", "A card.", image="ok.png"),
+    sample("placeholders", "<image>", "A", "<image>", "B", image="ok.png"),
     sample("turn-order", "Hi", "Hello.", "Hello?", speakers=("human", "gpt", "gpt")),
     sample("turn-order", "Hi", "Hello.", speakers=("gpt", "human", "gpt")[:2]) | {"note": "and nothing to train"},
     sample("turn-order", "Hi", "Hello.", speakers=("bird", "gpt")),
@@ -85,7 +85,7 @@ def found(output: str) -> dict[tuple[str, int], set[str]]:
 def test_each_fault_is_found_by_id(
     workers: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "_SHARE", 2)  # so that two processes are used
+    monkeypatch.setattr(check, "_CHUNK", 2)  # so that two processes are used
     words = ["data", "check", str(folder / "data.json"), "--image-folder", str(folder / "images"), "--json"]
     assert main([*words, "--model-path", MODEL, "--workers", str(workers)]) == 1
     output = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_each_fault_is_found_by_id(
             assert kinds <= {entry["id"], "duplicate-id"}
     assert not faults
     report = json.loads(output)
-    assert set(report["counts"]) == set(KINDS)
+    assert set(report["counts"]) == set(FAULT_KINDS)
     assert report["modalities"] == {"text only": 12, "one image": 9}
     assert report["lengths"]["unit"] == "tokens"
     assert (
@@ -115,7 +115,7 @@ def test_training_agrees(folder: Path) -> None:
     """What the check lets pass can be drawn; what training refuses the check had found."""
     reader = read_model(MODEL)
     samples = open_samples(folder / "data.json")
-    report = check.collect(check.Checker(samples, str(folder / "images"), reader))
+    report = check.collect(check.SampleChecker(samples, str(folder / "images"), reader))
     bad = {index for index, fault in report.faults if fault.kind not in ("duplicate-id", "too-long")}
     dataset = dataset_for(folder, on_bad_sample="skip")
     refused = {index for index in range(len(samples)) if dataset.fault(index)}
@@ -166,7 +166,7 @@ def test_colours_are_for_terminals(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not wants_colors(terminal)  # type: ignore[arg-type]
     assert not wants_colors(io.StringIO())
     reading = read_model(MODEL).read(SAMPLES[1])
-    assert mark_trained(reading, [], use_colors=True).endswith("ASSISTANT:\033[1;32m Hello.</s>\033[0m")
+    assert highlight_trained(reading, [], use_colors=True).endswith("ASSISTANT:\033[1;32m Hello.</s>\033[0m")
 
 
 @pytest.mark.parametrize("conv_mode", ["v1", "llava_llama_2", "plain", "v0"])
@@ -181,7 +181,7 @@ def test_readings_are_those_of_training(conv_mode: str) -> None:
         assert reading.ids == item["input_ids"].tolist()
         assert reading.labels == item["labels"].tolist()
         assert reading.ends == sorted(reading.ends)
-        unmarked = mark_trained(reading, [0], use_colors=False).replace("<image: 0 tokens>", "<image>")
+        unmarked = highlight_trained(reading, [0], use_colors=False).replace("<image: 0 tokens>", "<image>")
         if not {"[", "]"} & set(reading.text):
             assert unmarked.replace("[", "").replace("]", "") == reading.text
 

@@ -13,7 +13,7 @@ import torch
 from golden_data import golden
 from train_kit import argv, recording
 
-from llava.data.skipped_samples import BadSamples
+from llava.data.skipped_samples import SkippedSamples
 from llava.errors import InputError
 from llava.train.train import train
 
@@ -43,7 +43,7 @@ def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
 
 def _report(rank: int, meeting: str, pipe: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    bad = BadSamples(5)
+    bad = SkippedSamples(5)
     bad.note(1 + 2 * rank)
     pipe.send((rank, bad.report(lambda index: InputError(f"sample {index}: gone"))))
     torch.distributed.destroy_process_group()

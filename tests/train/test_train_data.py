@@ -192,12 +192,12 @@ def test_cut_samples_are_counted_and_the_first_is_named(write: Any) -> None:
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
     for _ in loader:
         pass
-    report = dataset.cuts.report(dataset.list_data_dict, 160)
+    report = dataset.truncated.report(dataset.list_data_dict, 160)
     assert report is not None
-    assert "2 samples drawn were cut at --model_max_length 160" in report
+    assert "2 samples drawn were truncated to --model_max_length 160" in report
     assert "1 of them kept no token to train on" in report
     assert "sample 1 (id 'long')" in report
-    assert LazySupervisedDataset(write(sample("Hi")), tokenizer, data_args()).cuts.report([], 160) is None
+    assert LazySupervisedDataset(write(sample("Hi")), tokenizer, data_args()).truncated.report([], 160) is None
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_cut_samples_are_counted_and_the_first_is_named(write: Any) -> None:
         (sample(image="absent.png"), "absent.png"),
         (sample(image="../train_data/finetune.json"), "outside the image folder"),
         (sample(image="/etc/hostname"), "outside the image folder"),
-        (sample("What?", image="gray_50x50.png"), "0 <image> marks for 1 images"),
-        (sample("<image><image>", image=["gray_50x50.png"] * 3), "2 <image> marks for 3 images"),
-        (sample("<image>\nWhat?"), "1 <image> marks for 0 images"),
+        (sample("What?", image="gray_50x50.png"), "0 <image> placeholders for 1 image"),
+        (sample("<image><image>", image=["gray_50x50.png"] * 3), "2 <image> placeholders for 3 images"),
+        (sample("<image>\nWhat?"), "1 <image> placeholder for 0 images"),
         (sample(image="expected.json"), "not an image"),
         ({"id": "s1", "conversations": [{"from": "human", "value": "Hi"}]}, "no answer"),
     ],

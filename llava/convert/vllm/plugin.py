@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.files import read_json, written_whole
+from llava.files import cache_folder, read_json, written_whole
 from llava.model.checkpoints.hf_layout import is_transformers_layout
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import read_config
@@ -102,7 +101,7 @@ def is_original(path: str | Path) -> bool:
 def companion(path: str | Path) -> Path:
     """A folder with what a conversion of this checkpoint would write beside the weights: config, tokenizer, processor."""
     folder = resolve_checkpoint(path)
-    target = _cache() / _fingerprint(folder)
+    target = cache_folder() / "vllm" / _fingerprint(folder)
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         layout = open_layout(folder)
@@ -126,10 +125,6 @@ def converted_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a checkpoint as a conversion would write them, one at a time."""
     for planned in open_layout(resolve_checkpoint(path)).tensors():
         yield planned.name, planned.make()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava" / "vllm"
 
 
 def _fingerprint(folder: Path) -> str:

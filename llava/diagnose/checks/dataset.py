@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.check import Report as Faults
-from llava.data.check import collect
+from llava.data.check import DatasetReport, collect
 from llava.data.formats import image_sources
 from llava.data.reader import SampleReader
 from llava.data.samples import Samples, open_samples
-from llava.data.validate import Checker, Fault
+from llava.data.validate import SampleChecker, SampleFault
 from llava.diagnose.checks.findings import CAUSES, DoctorFinding, DoctorReport, Fix, found
 from llava.errors import InputError
 
@@ -26,7 +25,7 @@ REMEDIES = {
     "malformed": "give every record 'conversations', a list of turns with 'from' and 'value' (docs/data.md); --fix drops them",
     "missing-image": "give the folder of the images with --image-folder, or add the files; --fix drops the samples",
     "broken-image": "copy the files again; --fix drops the samples",
-    "marks": f"put one {DEFAULT_IMAGE_TOKEN} into the text for each image; --fix puts missing ones before the first question",
+    "placeholders": f"put one {DEFAULT_IMAGE_TOKEN} into the text for each image; --fix puts missing ones at its start",
     "turn-order": "let 'human' and 'gpt' alternate, beginning with 'human'; --fix drops the samples",
     "empty-answer": "write the answers, or drop the turns; --fix drops the samples",
     "nothing-to-train": "add answers, or raise the length limit; --fix drops the samples",
@@ -47,7 +46,7 @@ def examine_data(
             found("data-unreadable", str(error), "give a .json, .jsonl or .parquet file of samples", path=str(path))
         )
         return report
-    faults = collect(Checker(samples, image_folder, reader), workers=workers)
+    faults = collect(SampleChecker(samples, image_folder, reader), workers=workers)
     report.checked += ["samples", "images", "turns"] + (["labels", "lengths"] if reader is not None else [])
     if reader is None:
         report.skipped += [(name, "--model-path names no model to read with") for name in ("labels", "lengths")]
@@ -58,7 +57,7 @@ def examine_data(
     return report
 
 
-def by_cause(faults: Faults, *, repair: bool = False) -> list[DoctorFinding]:
+def by_cause(faults: DatasetReport, *, repair: bool = False) -> list[DoctorFinding]:
     """Make one finding for each kind of fault, in the order of `REMEDIES`."""
     samples = faults.samples
     fix = _repair(samples, faults.faults) if repair else None
@@ -85,7 +84,7 @@ def by_cause(faults: Faults, *, repair: bool = False) -> list[DoctorFinding]:
     return findings
 
 
-def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Fix:
+def _repair(samples: Samples, faults: Sequence[tuple[int, SampleFault]]) -> Fix:
     """Make a fix of the whole file: add image placeholders, make ids unique, drop unusable samples."""
     kinds: dict[int, set[str]] = {}
     for index, fault in faults:
@@ -102,7 +101,7 @@ def _repair(samples: Samples, faults: Sequence[tuple[int, Fault]]) -> Fix:
             if "duplicate-id" in found_kinds:
                 record["id"], renamed = f"{record['id']}-{row}", renamed + 1
             found_kinds = found_kinds - {"duplicate-id"}
-            if found_kinds == {"marks"} and _insert_placeholders(record):
+            if found_kinds == {"placeholders"} and _insert_placeholders(record):
                 found_kinds, marked = set(), marked + 1
             if not found_kinds:
                 kept.append(record)

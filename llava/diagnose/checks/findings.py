@@ -26,7 +26,7 @@ _SPLICE = "llava/model/llava_arch.py:prepare_inputs_labels_for_multimodal"
 _VOCABULARY = ("llava/model/tokenizer_setup.py:read_tokenizer", "llava/model/tokenizer_setup.py:fit_vocabulary")
 _TEMPLATE = ("llava/model/tokenizer_setup.py:conv_mode", "llava/conversation.py:answer_end")
 _PROJECTOR = ("llava/model/multimodal_projector/builder.py:build_vision_projector",)
-_SAMPLES = ("llava/data/validate.py:Checker", "llava/train/data.py:LazySupervisedDataset")
+_SAMPLES = ("llava/data/validate.py:SampleChecker", "llava/train/data.py:LazySupervisedDataset")
 
 CAUSES: dict[str, Cause] = {
     # Files of a checkpoint
@@ -179,7 +179,7 @@ CAUSES: dict[str, Cause] = {
     "data-malformed": Cause("records that are no samples", _SAMPLES),
     "data-missing-image": Cause("images that are not there", ("llava/data/image_files.py:locate_image",)),
     "data-broken-image": Cause("images that cannot be decoded", ("llava/images/io.py:load_image",)),
-    "data-marks": Cause(
+    "data-placeholders": Cause(
         "<image> is not inserted as often as there are images", ("llava/text/labels.py:preprocess_multimodal", _SPLICE)
     ),
     "data-turn-order": Cause("questions and answers do not alternate", ("llava/text/labels.py:dialogue_spans",)),

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llava.conversation import Conversation, conv_templates
 from llava.data.check import collect
 from llava.data.reader import SampleReader
-from llava.data.samples import Part, Samples, open_samples
-from llava.data.validate import Checker
+from llava.data.samples import DatasetPart, Samples, open_samples
+from llava.data.validate import SampleChecker
 from llava.diagnose.checks.checkpoint import CHEAP
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, open_checkpoint
 from llava.diagnose.checks.checkpoint_text import judge_template
@@ -375,10 +375,10 @@ def _check_data(run: ExaminedRun) -> Iterator[DoctorFinding]:
         use_im_start_end=run.model.mm_use_im_start_end,
     )
     first = Samples([_head(part) for part in samples.parts])
-    yield from by_cause(collect(Checker(first, run.data.image_folder, reader)))
+    yield from by_cause(collect(SampleChecker(first, run.data.image_folder, reader)))
 
 
-def _head(part: Part) -> Part:
+def _head(part: DatasetPart) -> DatasetPart:
     import numpy as np
 
     return dataclasses.replace(part, rows=np.arange(min(SAMPLES, len(part)), dtype=np.int64))

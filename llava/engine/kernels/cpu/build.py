@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from llava.files import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "native_threads.h"))
@@ -63,7 +65,7 @@ def load() -> dict[torch.dtype, Functions] | None:
 @functools.cache
 def _compiled() -> Path | None:
     facts = "\n".join([SOURCE.read_text(), HEADER.read_text(), *FLAGS, _processor()])
-    path = _cache() / f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    path = cache_folder() / "kernels" / f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     compiler = next((name for name in COMPILERS if shutil.which(name)), None)
@@ -84,10 +86,6 @@ def _compiled() -> Path | None:
         )  # fmt: skip
         return None
     return path
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava" / "kernels"
 
 
 def _processor() -> str:
