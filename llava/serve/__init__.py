@@ -1,1 +1,1 @@
-"""Programs that answer: on the command line (`cli`, `chat`) and over the network."""
+"""Servers and their programs, and the original's command line."""

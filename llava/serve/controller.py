@@ -1,8 +1,7 @@
-"""The controller: it knows the workers, says which one to ask, and passes requests on to them.
+"""`llava controller`: keep a table of workers, and forward requests to them.
 
-In: flags; registrations and heart-beats of workers; requests of clients. Out: addresses, or the workers' answers. Choosing
-is serve/router/dispatch.py, passing on is serve/router/proxy.py. It speaks the original's protocol and the
-OpenAI-compatible API over all workers.
+In: flags; registrations and heartbeats of workers; requests of clients. Out: addresses, or the workers' responses, in the
+original's protocol and the OpenAI-compatible API. Choosing is in router/dispatch.py, forwarding in router/proxy.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
-from llava.serve.http.flags import add_server_flags, place_from
+from llava.serve.http.flags import add_server_flags, listen_address_from
 
 EXAMPLES = """\
 examples:
@@ -24,7 +23,7 @@ examples:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava controller",
-        description="Know the workers, and pass requests on to them.",
+        description="Keep a table of workers, and forward requests to them.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -32,7 +31,7 @@ def build_parser() -> ArgumentParser:
         "--dispatch-method",
         choices=("lottery", "shortest_queue"),
         default="shortest_queue",
-        help="by speed and chance, or the shortest queue for its speed (default)",
+        help="at random by speed, or the shortest queue relative to speed (default)",
     )
     parser.add_argument(
         "--deadline", type=float, metavar="S", default=600.0, help="seconds for a whole answer (default: 600)"
@@ -46,18 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    place = place_from(args)
+    address = listen_address_from(args)
     from llava.serve.http.server import run_server
     from llava.serve.router.dispatch import Dispatcher
     from llava.serve.router.routes import ControllerApi, controller_app
 
-    api = ControllerApi(Dispatcher(args.dispatch_method), key=place.key, deadline_s=args.deadline)
-    _, app = controller_app(api, place.door)
+    api = ControllerApi(Dispatcher(args.dispatch_method), key=address.key, deadline_s=args.deadline)
+    _, app = controller_app(api, address.access)
 
     def started() -> None:
-        print(f"controller {place.address}", flush=True)
+        print(f"controller {address.url}", flush=True)
 
-    return run_server(app, place.listener, drain_s=args.drain_seconds, started=started)
+    return run_server(app, address.listener, drain_s=args.drain_seconds, started=started)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The web page: a conversation about images with the models of a controller.
+"""`llava web`: the web page, a conversation about images with the models of a controller.
 
-In: flags; then a visitor's typing and clicking. Out: a page, made by Gradio. What it asks of servers and writes into its log is
-serve/web/client.py, how it looks serve/web/page.py. `llava serve` shows the same page over its own model.
+In: flags; then Gradio's events. Out: a page. Its parts are in web/page.py, its requests to servers and its log in
+web/client.py. `llava serve` has the same page over its own model.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError, require
-from llava.serve.http.flags import add_server_flags, place_from
+from llava.serve.http.flags import add_server_flags, listen_address_from
 
-HELP_EPILOG = """\
+EXAMPLES = """\
 examples:
   llava web                                             models of the controller on this machine
   llava web --controller-url http://10.0.0.1:21001 --host 0.0.0.0 --log-dir ./logs
@@ -25,7 +25,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava web",
         description="Show the web page over a controller's models.",
-        epilog=HELP_EPILOG,
+        epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
     page = parser.add_argument_group("page")
@@ -58,32 +58,25 @@ def run(args: Namespace) -> int:
         if getattr(args, flag):
             raise InputError(f"--{flag} is a flag of the original that this page does not offer; leave it out")
     require("gradio", extra="ui")
-    place = place_from(args)
+    address = listen_address_from(args)
+    from dataclasses import replace
+
     from fastapi import FastAPI
 
-    from llava.serve.http.limits import ApiKeys
     from llava.serve.http.metrics import Metrics
-    from llava.serve.http.middleware import Guard
+    from llava.serve.http.middleware import AccessMiddleware, ApiKeys
     from llava.serve.http.server import run_server
     from llava.serve.web.page import Page, mount
 
     page = Page.over(args.controller_url, log_dir=args.log_dir, reload_models=args.model_list_mode == "reload")
     app = mount(FastAPI(), page, "/", embed=args.embed, concurrency=args.concurrency_count)
-    guarded = Guard(
-        app,
-        keys=ApiKeys(),  # the page is open; for models behind keys, visitors write theirs into the settings
-        max_body_bytes=place.door.max_body_bytes,
-        room=place.door.room,
-        metrics=Metrics(),
-        known_paths=("/",),
-        hosts=place.door.hosts,
-        origins=place.door.origins,
-    )
+    # The page itself needs no key; where the models need one, visitors enter it in the settings.
+    access = replace(address.access, keys=ApiKeys())
     return run_server(
-        guarded,
-        place.listener,
+        AccessMiddleware(app, access, Metrics(), known_paths=("/",)),
+        address.listener,
         drain_s=args.drain_seconds,
-        started=lambda: print(f"page {place.address}", flush=True),
+        started=lambda: print(f"page {address.url}", flush=True),
     )
 
 

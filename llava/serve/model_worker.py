@@ -1,8 +1,7 @@
-"""A worker: one model on an engine, behind the original protocol and the OpenAI-compatible API.
+"""`llava worker`: one model on an engine, with the original's protocol and the OpenAI-compatible API.
 
-In: flags; then HTTP requests. Out: streams of answers. The worker registers with a controller and sends it heart-beats, unless
-told not to. What a request may hold is serve/router/protocol.py and serve/openai/schema.py; how many run together is
-the engine's business.
+In: flags; then HTTP requests. Out: streamed answers. The worker registers with a controller and sends it heartbeats
+(router/heartbeat.py), unless --no-register is given. Routes are in router/worker_routes.py and openai/routes.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,13 +19,12 @@ from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
-from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, place_from
-from llava.serve.router.protocol import OK, GenerateBody, encode_chunk
+from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, listen_address_from
 
 if TYPE_CHECKING:
     from llava.serve.backends.base import Backend
-    from llava.serve.http.flags import Place
-    from llava.serve.service import Asked, Service
+    from llava.serve.http.flags import ListenAddress
+    from llava.serve.service import Service
 
 EXAMPLES = """\
 examples:
@@ -52,7 +50,7 @@ def build_parser() -> ArgumentParser:
 
 
 def add_worker_flags(parser: ArgumentParser) -> None:
-    """What a worker of any kind has."""
+    """Add the flags of all kinds of workers."""
     worker = parser.add_argument_group("worker")
     worker.add_argument(
         "--worker-address", metavar="URL", help="where others reach this worker (default: host and port)"
@@ -67,7 +65,7 @@ def add_worker_flags(parser: ArgumentParser) -> None:
     worker.add_argument(
         "--stream-interval", type=int, metavar="N", default=1, help="tokens in a chunk of the original protocol (1)"
     )
-    worker.add_argument("--no-register", action="store_true", help="stay unknown to the controller")
+    worker.add_argument("--no-register", action="store_true", help="do not register with a controller")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
@@ -99,14 +97,14 @@ def run(args: Namespace) -> int:
         raise InputError(f"--stream-interval is {args.stream_interval}; give 1 or more tokens")
     limits = limits_from(args)
     check_model_flags(args)
-    place = place_from(args)
+    address = listen_address_from(args)
     from llava.serve.service import Service
 
-    return serve_worker(Service(load_backend(args), limits, place.door.room), args, place)
+    return serve_worker(Service(load_backend(args), limits, address.access.memory), args, address)
 
 
 def check_model_flags(args: Namespace) -> None:
-    """Refuse what can be refused before torch is loaded, and fill in the model's path."""
+    """Check flags before torch is loaded, and fill in the model's path."""
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     EngineConfig(max_running=args.limit_model_concurrency, memory_fraction=args.memory_fraction)
@@ -114,7 +112,7 @@ def check_model_flags(args: Namespace) -> None:
 
 
 def load_backend(args: Namespace) -> Backend:
-    """The engine that the flags ask for, in this process or in its own."""
+    """Load the engine that the flags ask for, in this process or in one of its own."""
     from llava.model.builder import load
 
     config = EngineConfig(
@@ -123,18 +121,18 @@ def load_backend(args: Namespace) -> Backend:
         weights="int8" if args.load_8bit else "int4" if args.load_4bit else None,
     )
     name = args.model_name or get_model_name_from_path(str(args.model_path))
-    load_it = partial(load, args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
-    if _is_apart(args.engine_process, args.device):
+    load_model = partial(load, args.model_path, base=args.model_base, device=args.device, dtype=args.dtype)
+    if _in_own_process(args.engine_process, args.device):
         from llava.serve.backends.subprocess import ProcessBackend
 
-        return ProcessBackend(load_it, name=name, conv_mode=args.conv_mode, config=config, log_level=args.log_level)
+        return ProcessBackend(load_model, name=name, conv_mode=args.conv_mode, config=config, log_level=args.log_level)
     from llava.serve.backends.in_process import EngineBackend
 
-    return EngineBackend(load_it(), name=name, conv_mode=args.conv_mode, config=config)
+    return EngineBackend(load_model(), name=name, conv_mode=args.conv_mode, config=config)
 
 
-def _is_apart(wanted: str, device: str) -> bool:
-    """On a CPU the model takes all cores anyway, and a second Python would only take memory."""
+def _in_own_process(wanted: str, device: str) -> bool:
+    """Decide --engine-process auto: not on a CPU, where the model uses all cores and a second process only takes memory."""
     from llava.model.device import pick_device
 
     if wanted == "on" and os.name != "posix":
@@ -144,57 +142,39 @@ def _is_apart(wanted: str, device: str) -> bool:
     return wanted == "on" or (wanted == "auto" and pick_device(device).type == "cuda" and os.name == "posix")
 
 
-def serve_worker(service: Service, args: Namespace, place: Place) -> int:
-    """Run a worker until it is told to stop."""
+def serve_worker(service: Service, args: Namespace, address: ListenAddress) -> int:
+    """Run a worker until a signal comes."""
     from llava.serve.http.app import make_app
     from llava.serve.http.server import run_server
-    from llava.serve.openai.routes import ModelApi, openai_routes
-    from llava.serve.router.heartbeat import Membership
-    from llava.serve.worker_api import WorkerApi
+    from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
+    from llava.serve.router.heartbeat import Heartbeat
+    from llava.serve.router.worker_routes import WorkerApi
 
-    membership = None
+    api, heartbeat = WorkerApi(service, args.stream_interval), None
     if not args.no_register:
-        membership = Membership(
-            args.controller_address,
-            args.worker_address or place.address,
-            service.status,
-            key=place.key,
-        )
-        service.changed = membership.changed
+        worker = args.worker_address or address.url
+        heartbeat = Heartbeat(args.controller_address, worker, api.status, key=address.key)
+        service.changed = heartbeat.changed
     _, app = make_app(
-        [WorkerApi(service, args.stream_interval).router(), openai_routes(ModelApi(service))],
+        [api.router(), openai_routes(ModelApi(service))],
         title=f"llava worker: {service.card.name}",
         metrics=service.metrics,
-        door=place.door,
-        alive=service.trouble,
-        ready=service.trouble_or_draining,
-        lifespans=[service.lifespan, *([membership.lifespan] if membership is not None else [])],
+        access=address.access,
+        liveness=service.liveness,
+        readiness=service.readiness,
+        schemas=SCHEMAS,
+        lifespans=[service.lifespan, *([heartbeat.lifespan] if heartbeat is not None else [])],
     )
 
     async def drain() -> None:
         service.draining = True
-        if membership is not None:
-            await membership.leave()
+        if heartbeat is not None:
+            await heartbeat.unregister()
 
     def started() -> None:
-        print(f"worker {place.address} serves {service.card.name}", flush=True)
+        print(f"worker {address.url} serves {service.card.name}", flush=True)
 
-    return run_server(app, place.listener, drain_s=args.drain_seconds, started=started, drain=drain)
-
-
-async def generate_stream(asked: Asked, generate: GenerateBody, stream_interval: int) -> AsyncIterator[bytes]:
-    """The chunks of one answer: the prompt as it was posted, and what has been written so far."""
-    text, sent, num_tokens = generate.prompt, None, 0
-    async for chunk in asked:
-        text += chunk.text
-        num_tokens += len(chunk.token_ids) or 1  # a server elsewhere gives text alone
-        if sent is None or (text != sent and num_tokens >= stream_interval):
-            yield encode_chunk(text)
-            sent, num_tokens = text, 0
-    if generate.inspect:
-        yield encode_chunk(text, OK, **asked.cost().as_json())
-    elif text != sent:
-        yield encode_chunk(text)
+    return run_server(app, address.listener, drain_s=args.drain_seconds, started=started, drain=drain)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A worker in front of any server that speaks the OpenAI API: it registers that server's model with our controller.
+"""A worker in front of any server with the OpenAI API, which registers that server's model with a controller.
 
-In: flags; then the requests of both our protocols. Out: the other server's answers. What goes over to it is
-serve/backends/remote.py; SGLang has the flags of the original in sglang_worker.py.
+In: flags; then requests in both protocols. Out: the remote server's answers. Requests to it are made in backends/remote.py;
+sglang_worker.py has the original's flags.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from llava.cli.program import ArgumentParser
 from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.errors import InputError
-from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, listen_address_from
 from llava.serve.model_worker import add_worker_flags, serve_worker
 
 ENDPOINT_KEY_VARIABLE = "LLAVA_ENDPOINT_KEY"
@@ -29,7 +29,7 @@ examples:
 def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: str = "--endpoint") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        description="Register a server that speaks the OpenAI API with a controller, and pass requests on to it.",
+        description="Register a server with the OpenAI API with a controller, and forward requests to it.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -44,7 +44,7 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
     remote.add_argument(
         "--chat-only",
         action="store_true",
-        help="ask only its chat: finished prompts are taken apart, with images or not",
+        help="use its chat route only: finished prompts are parsed to messages, with images or not",
     )
     add_worker_flags(parser)
     add_server_flags(parser, port=21002)
@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     limits = limits_from(args)
-    place = place_from(args)
+    address = listen_address_from(args)
     from dataclasses import replace
 
     from llava.serve.backends.base import ModelCard
@@ -75,11 +75,11 @@ def run(args: Namespace) -> int:
     if args.limit_model_concurrency is not None:
         limits = replace(limits, max_requests=args.limit_model_concurrency)
     backend = RemoteBackend(args.endpoint, model=model, card=card, key=key, chat_only=args.chat_only)
-    return serve_worker(Service(backend, limits, place.door.room), args, place)
+    return serve_worker(Service(backend, limits, address.access.memory), args, address)
 
 
 async def first_model(endpoint: str, key: str | None) -> str:
-    """The name of the model that a server lists first."""
+    """Return the name of the model that a server lists first."""
     import httpx
 
     headers = {"authorization": f"Bearer {key}"} if key else {}

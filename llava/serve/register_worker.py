@@ -1,6 +1,6 @@
-"""Register a worker with a controller by hand: one that cannot do so itself.
+"""Register a worker with a controller by hand, where it does not register itself.
 
-In: flags. Out: a registration, and an exit status. Workers of this package register themselves (serve/router/heartbeat.py).
+In: flags. Out: a registration, and an exit status. Workers of this package register themselves (router/heartbeat.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--worker-name", metavar="URL", help="the worker's address; the controller asks it for its models"
     )
-    parser.add_argument("--check-heart-beat", action="store_true", help="forget it when its heart-beats stop")
+    parser.add_argument("--check-heart-beat", action="store_true", help="remove it when its heartbeats stop")
     return parser
 
 

@@ -1,7 +1,7 @@
 """`llava serve`: a model, its APIs and its page at one address.
 
-In: a model's folder and flags. Out: a server that speaks the OpenAI-compatible API and the original's protocol, and shows the
-page. With several workers (supervisor.py) each has a process and a GPU of its own, and this one passes requests on to them.
+In: a model's folder and flags. Out: a server with the OpenAI-compatible API, the original's protocol and the web page. With
+several workers each has a process and a GPU of its own (supervisor.py), and this process is their controller.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.program import ArgumentParser
+from llava.conversation import get_model_name_from_path
 from llava.errors import InputError
-from llava.serve.http.flags import Place, add_limit_flags, add_server_flags, limits_from, place_from
+from llava.serve.http.flags import ListenAddress, add_limit_flags, add_server_flags, limits_from, listen_address_from
 from llava.serve.model_worker import add_model_flags, check_model_flags, load_backend
 
 if TYPE_CHECKING:
-    from llava.serve.http.app import Door
+    from fastapi import FastAPI
+
+    from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
     from llava.serve.service import Service
 
 EXAMPLES = """\
@@ -68,56 +71,68 @@ def run(args: Namespace) -> int:
     limits = limits_from(args)
     args.model_path = args.model or args.model_path
     check_model_flags(args)
-    place = place_from(args)
+    address = listen_address_from(args)
     with_page = not args.no_page
     if with_page and find_spec("gradio") is None:
-        print("without the web page, for which: pip install 'llava[ui]'", flush=True)
+        print("without the web page; for it: pip install 'llava[ui]'", flush=True)
         with_page = False
     if args.num_workers > 1:
-        from llava.serve.supervisor import serve_fleet
-
-        return serve_fleet(args, place, with_page=with_page)
+        name = args.model_name or get_model_name_from_path(str(args.model_path))
+        return run_app(*supervised_app(args, address, name), args, address, model=name, with_page=with_page)
 
     from llava.serve.service import Service
 
-    service = Service(load_backend(args), limits, place.door.room)
-    app, guarded = model_app(service, place.door)
+    service = Service(load_backend(args), limits, address.access.memory)
 
     async def drain() -> None:
         service.draining = True
 
-    return open_house(app, guarded, args, place, model=service.card.name, with_page=with_page, drain=drain)
+    apps = model_app(service, address.access)
+    return run_app(*apps, args, address, model=service.card.name, with_page=with_page, drain=drain)
 
 
-def model_app(service: Service, door: Door) -> tuple[Any, Any]:
-    """A model's APIs, with a controller's answers, where it is all there is: the application, and its guarded form."""
+def supervised_app(args: Namespace, address: ListenAddress, name: str) -> tuple[FastAPI, AccessMiddleware]:
+    """Build a controller that starts its workers. Returns what `make_app` returns."""
+    from llava.serve.router.dispatch import Dispatcher
+    from llava.serve.router.routes import ControllerApi, controller_app
+    from llava.serve.supervisor import Supervisor, worker_command
+
+    command = worker_command(args, address, name)
+    supervisor = Supervisor(command, args.num_workers, device=args.device, key=address.key)
+    api = ControllerApi(Dispatcher(), key=address.key, deadline_s=args.deadline)
+    return controller_app(api, address.access, lifespans=[supervisor.lifespan], open_paths=[f"{PAGE_PATH}/"])
+
+
+def model_app(service: Service, access: AccessPolicy) -> tuple[FastAPI, AccessMiddleware]:
+    """Build the application of one model without a controller. Returns what `make_app` returns."""
     from llava.serve.http.app import make_app
-    from llava.serve.openai.routes import ModelApi, openai_routes
-    from llava.serve.worker_api import WorkerApi, own_controller
+    from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
+    from llava.serve.router.worker_routes import WorkerApi, single_worker_routes
 
     return make_app(
-        [WorkerApi(service).router(), own_controller(service), openai_routes(ModelApi(service))],
+        [WorkerApi(service).router(), single_worker_routes(service), openai_routes(ModelApi(service))],
         title=f"llava serve: {service.card.name}",
         metrics=service.metrics,
-        door=door,
-        alive=service.trouble,
-        ready=service.trouble_or_draining,
+        access=access,
+        liveness=service.liveness,
+        readiness=service.readiness,
+        schemas=SCHEMAS,
         lifespans=[service.lifespan],
         open_paths=[f"{PAGE_PATH}/"],
     )
 
 
-def open_house(
-    app: Any,
-    guarded: Any,
+def run_app(
+    app: FastAPI,
+    checked: AccessMiddleware,
     args: Namespace,
-    place: Place,
+    address: ListenAddress,
     *,
     model: str,
     with_page: bool,
     drain: Callable[[], Awaitable[None]] | None = None,
 ) -> int:
-    """Add the page and the way to it, say where everything is, and serve."""
+    """Mount the page, print the addresses, and serve `checked`, which is `app` behind its checks."""
     from fastapi.responses import RedirectResponse
 
     from llava.serve.http.server import run_server
@@ -125,30 +140,30 @@ def open_house(
     first_page = f"{PAGE_PATH}/" if with_page else "/docs"
 
     @app.get("/", include_in_schema=False)
-    async def home() -> Any:
+    async def home() -> RedirectResponse:
         return RedirectResponse(first_page)
 
     if with_page:
         from llava.serve.web.page import Page, mount
 
-        app = mount(app, Page.over(place.address, log_dir=args.log_dir), PAGE_PATH)
+        mount(app, Page.over(address.url, log_dir=args.log_dir), PAGE_PATH)
 
     def started() -> None:
-        print(f"API   {place.address}/v1")
+        print(f"API   {address.url}/v1")
         if with_page:
-            print(f"page  {place.address}{PAGE_PATH}/")
-        print(f"docs  {place.address}/docs")
-        print(f"try   {curl_line(place, model)}", flush=True)
+            print(f"page  {address.url}{PAGE_PATH}/")
+        print(f"docs  {address.url}/docs")
+        print(f"try   {curl_command(address, model)}", flush=True)
 
-    return run_server(guarded, place.listener, drain_s=args.drain_seconds, started=started, drain=drain)
+    return run_server(checked, address.listener, drain_s=args.drain_seconds, started=started, drain=drain)
 
 
-def curl_line(place: Place, model: str) -> str:
-    """A command that asks the server something, as it stands."""
+def curl_command(address: ListenAddress, model: str) -> str:
+    """Return a command that sends the server a question."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
-    key = " -H 'Authorization: Bearer KEY'" if place.key else ""
+    key = " -H 'Authorization: Bearer KEY'" if address.key else ""
     quoted = body.replace("'", "'\\''")
-    return f"curl -s {place.address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
+    return f"curl -s {address.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One model behind a server: requests are admitted, their images opened, handed to the backend, and accounted for.
+"""One model behind a server: admit requests within limits, open their images, submit them, count them.
 
-In: prompts, sampling, image addresses. Out: an `Asked`, the chunks of the answers and at the end their cost. Both
-protocols of a worker stand on this: serve/openai/routes.py and model_worker.py.
+In: prompts, sampling parameters, image URLs. Out: an `AdmittedRequest`: the chunks of its answers, and at the end what they
+took. Both protocols of a worker use this: openai/routes.py and router/worker_routes.py.
 """
 
 from __future__ import annotations
@@ -9,38 +9,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backends.base import Answering, Backend, ModelCard, ServerBusyError
 from llava.serve.http.limits import ServeLimits, open_images
-from llava.serve.http.memory_budget import Room, Share
+from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.http.metrics import Metrics
-from llava.serve.openai.replies import Cost
-from llava.serve.router.protocol import WorkerStatus
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llava.images.layout import ImageLayout
 
-PIECES_PER_S = 1000  # of all streams together
-SHORTEST_PAUSE_S = 0.005  # fewer streams than this makes say every token by itself
+CHUNKS_PER_S = 1000  # of all streams together
+MIN_PAUSE_S = 0.005  # where the pause would be shorter, each token is a chunk
 
-Opener = Callable[[Sequence[str], ServeLimits, Share], list[Any]]
+Opener = Callable[[Sequence[str], ServeLimits, Reservation], "list[Image.Image]"]
 
 
 class Service:
-    """A backend within limits, with its counters. `draining`: what is on its way is finished, nothing new is taken.
+    """A backend within limits, with its counters.
 
-    `room` is what the images of all requests may hold together, with their bodies.
+    While `draining` is true, running requests are finished and no new ones are taken. `memory` limits what the bodies and
+    images of all requests hold together.
     """
 
-    def __init__(self, backend: Backend, limits: ServeLimits, room: Room) -> None:
+    def __init__(self, backend: Backend, limits: ServeLimits, memory: MemoryBudget) -> None:
         self.backend = backend
         self.limits = limits
-        self.room = room
+        self.memory = memory
         self.metrics = Metrics(self._gauges)
         self.draining = False
         self.num_requests = 0
@@ -59,41 +60,52 @@ class Service:
         streamed: bool = True,
         details: Sequence[Detail] = (),
         opener: Opener = open_images,
-    ) -> Asked:
-        """Start answering; the caller reads the answers and calls `close`, whatever happens."""
+    ) -> AdmittedRequest:
+        """Submit a request; the caller reads the answers and calls `close` in any case.
+
+        Args:
+            prompts: one request to the backend for each.
+            sampling: of all of them.
+            image_sources: what `opener` opens; the images go with every prompt.
+            streamed: whether chunks come as they are generated, else all at the end.
+            details: for each image "low" or "auto".
+            opener: opens images within limits.
+
+        Raises:
+            ServerBusyError: the server is full or being stopped.
+            InputError: the request cannot be answered.
+        """
         if self.draining:
             raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
         if self.num_requests >= self.limits.max_requests:
-            raise ServerBusyError(f"{self.num_requests} requests are on their way already; try again in a moment")
+            raise ServerBusyError(f"{self.num_requests} requests are running already; try again in a moment")
         if image_sources and not self.card.takes_images:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
-        asked = Asked(self)
+        admitted = AdmittedRequest(self)
         try:
-            images = await asyncio.to_thread(opener, image_sources, self.limits, asked.share) if image_sources else []
-            asked.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
+            images = await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation) if image_sources else []
+            admitted.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
-                asked.add(await self.backend.start(request, streamed=streamed), sampling.n)
-            asked.share.shrink_to(self.backend.model.held_bytes(asked.layouts))
+                admitted.add(await self.backend.start(request, streamed=streamed), sampling.n)
+            admitted.reservation.shrink_to(self.backend.model.held_bytes(admitted.layouts))
         except BaseException:
-            asked.close("refused")
+            admitted.close("refused")
             raise
-        return asked
-
-    def status(self) -> WorkerStatus:
-        """What a controller is told. As in the original, the queue is all requests that are not finished."""
-        return WorkerStatus((self.card.name,), 1, self.num_requests)
+        return admitted
 
     def pause(self) -> float:
-        """The seconds for which an answer is collected before a piece of it is sent."""
-        pause = self.num_requests / PIECES_PER_S
-        return pause if pause >= SHORTEST_PAUSE_S else 0.0
+        """Return the seconds for which tokens are collected before a chunk is sent."""
+        pause = self.num_requests / CHUNKS_PER_S
+        return pause if pause >= MIN_PAUSE_S else 0.0
 
-    async def trouble(self) -> str | None:
+    async def liveness(self) -> str | None:
+        """Return None, or what is wrong with the server."""
         return None if await self.backend.is_alive() else "the model does not answer any more"
 
-    async def trouble_or_draining(self) -> str | None:
-        return "being stopped" if self.draining else await self.trouble()
+    async def readiness(self) -> str | None:
+        """Return None, or why no requests are taken now."""
+        return "being stopped" if self.draining else await self.liveness()
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -103,11 +115,20 @@ class Service:
             await self.backend.close()
 
     def _gauges(self) -> Mapping[str, float]:
-        return {"requests_in_flight": self.num_requests, "held_bytes": self.room.num_bytes, **self.backend.gauges()}
+        return {"requests_in_flight": self.num_requests, "held_bytes": self.memory.num_bytes, **self.backend.gauges()}
 
 
-class Asked:
-    """The answers to one request of a client, which may be several prompts."""
+@dataclass(frozen=True)
+class RequestStats:
+    """What an answer took, known at its end."""
+
+    usage: Usage
+    timings: Timings
+    layouts: Sequence[ImageLayout] = ()
+
+
+class AdmittedRequest:
+    """One request of a client, which may have several prompts, and its answers."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -115,7 +136,7 @@ class Asked:
         self._num_choices: list[int] = []
         self._closed = False
         self.layouts: Sequence[ImageLayout] = ()
-        self.share = service.room.share()
+        self.reservation = service.memory.reserve()
         service.num_requests += 1
         service.changed()
 
@@ -128,10 +149,10 @@ class Asked:
         return sum(self._num_choices)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Chunks of all answers, prompt after prompt, their choices numbered through.
+        """Yield the chunks of all answers, prompt after prompt; the index of a choice counts through all prompts.
 
-        The first comes at once, and so does the end. Between them, what many streams say is collected for a moment, so that all
-        of them together cost the event loop a bounded number of pieces, and the engine's thread is not kept waiting for it.
+        The first chunk and the end come at once. In between, tokens of many streams are collected for a moment, which bounds
+        the chunks per second of all streams together, so that the event loop does not slow the engine's thread.
         """
         first = 0
         for answering, num_choices in zip(self._answerings, self._num_choices, strict=True):
@@ -140,12 +161,12 @@ class Asked:
                     yield replace(chunk, index=first + chunk.index) if first else chunk
             first += num_choices
 
-    def cost(self) -> Cost:
-        """What it all took, after the end."""
+    def stats(self) -> RequestStats:
+        """Return what all answers took; after the end."""
         usages = [answering.usage for answering in self._answerings]
         timings = [answering.timings for answering in self._answerings]
         firsts = [timing.first_token_s for timing in timings if timing.first_token_s is not None]
-        return Cost(
+        return RequestStats(
             Usage(
                 num_text_tokens=sum(usage.num_text_tokens for usage in usages),
                 num_image_tokens=sum(usage.num_image_tokens for usage in usages),
@@ -161,24 +182,24 @@ class Asked:
         )
 
     def close(self, end: str) -> None:
-        """Free what is still held. `end` is "finished", or else why it was not."""
+        """Release what is held. `end` is "finished", or the reason why it was not."""
         if self._closed:
             return
         self._closed = True
         self._service.num_requests -= 1
         self._service.changed()
         if end == "finished":
-            cost = self.cost()
-            self._service.metrics.answered(cost.usage, cost.timings, end)
+            stats = self.stats()
+            self._service.metrics.record_answer(stats.usage, stats.timings)
         else:
             self._service.metrics.finished.labels(end).inc()
         for answering in self._answerings:
             answering.abort()
-        self.share.shrink_to(0)
+        self.reservation.release()
 
 
 def merged(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-    """Chunks of one completion each, joined where there are several of one."""
+    """Join the chunks of each completion."""
     if len(chunks) < 2:
         return chunks
     joined: dict[int, list[Chunk]] = {}

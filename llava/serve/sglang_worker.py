@@ -1,6 +1,6 @@
-"""A worker in front of SGLang, with the flags of the original.
+"""A worker in front of SGLang: openai_worker.py with the original's flags, since SGLang has the OpenAI API.
 
-In: flags. Out: the same as openai_worker.py, which it is by another name: SGLang speaks the OpenAI API.
+In: flags. Out: the remote server's answers.
 """
 
 from __future__ import annotations

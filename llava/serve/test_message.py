@@ -1,6 +1,6 @@
-"""Ask a worker something in the original protocol: the original's test client.
+"""The original's test client: send a worker a question in the original's protocol.
 
-In: flags. Out: the answer on stdout, as it comes.
+In: flags. Out: the answer on stdout, streamed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEMPLATE = "vicuna_v1"
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m llava.serve.test_message", description="Ask a worker something in the original protocol."
+        prog="python -m llava.serve.test_message", description="Send a worker a question in the original's protocol."
     )
     parser.add_argument(
         "--controller-address", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
@@ -69,7 +69,7 @@ def run(args: Namespace) -> int:
                 written = len(chunk["text"])
         print()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise InputError(f"the servers cannot be asked: {error}") from error
+        raise InputError(f"the servers cannot be reached: {error}") from error
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from llava.engine.request import Chunk, Request
 from llava.errors import InputError
 from llava.serve.backends.pipe import Line
 from llava.serve.backends.served_model import KnownModel
-from llava.serve.http.server import SWITCH_S, keep_for_good, set_up_logging
+from llava.serve.process import freeze_heap, set_up_logging, shorten_switch_interval
 
 if TYPE_CHECKING:
     from llava.engine.config import EngineConfig
@@ -172,7 +171,7 @@ def plain(error: BaseException) -> Exception:
 def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sys.setswitchinterval(SWITCH_S)
+    shorten_switch_interval()
     line = Line(socket.socket(fileno=descriptor))
     order: Order | None = line.read(default=None)
     if order is None:
@@ -182,7 +181,7 @@ def main(descriptor: int) -> None:
         loaded = order.load()
         with Engine.from_loaded(loaded, order.config) as engine:
             line.tell(KnownModel.of(loaded, name=order.name, conv_mode=order.conv_mode, context_len=engine.context_len))
-            keep_for_good()
+            freeze_heap()
             Host(engine, line).serve()
     except InputError as error:
         line.tell(plain(error))

@@ -1,1 +1,1 @@
-"""HTTP: the application around routes, limits, streams."""
+"""HTTP servers: application, middleware, limits, streams, metrics."""

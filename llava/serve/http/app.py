@@ -1,43 +1,31 @@
-"""The pieces of an HTTP application that all of our servers share: routes for health and metrics, the door, the documents.
+"""The application of a server: its routes, health and metrics, the OpenAPI document, and the checks in front.
 
-In: routers and what stands behind them. Out: an ASGI application. Running it is server.py's work.
+In: routers and what they are about. Out: an ASGI application. server.py runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, FastAPI, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 import llava
 from llava.serve.http.errors import add_error_handlers
-from llava.serve.http.limits import ApiKeys
-from llava.serve.http.memory_budget import Room
 from llava.serve.http.metrics import CONTENT_TYPE, Metrics
-from llava.serve.http.middleware import Guard
-from llava.serve.openai.routes import publish
+from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
 
 OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json")
 
-
-@dataclass(frozen=True)
-class Door:
-    """Who may come in."""
-
-    keys: ApiKeys = field(default_factory=ApiKeys)
-    max_body_bytes: int = 64 * 2**20
-    hosts: tuple[str, ...] | None = None  # names that the server answers to; None: any
-    origins: tuple[str, ...] = ()  # other sites whose pages may ask
-    room: Room = field(default_factory=Room)  # for what all requests carry
-
-
-Condition = Callable[[], Awaitable[str | None]]  # None, or what is wrong
+HealthCheck = Callable[[], Awaitable[str | None]]  # None, or what is wrong
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
+Schemas = Mapping[type[BaseModel], Literal["validation", "serialization"]]
 
 
 def make_app(
@@ -45,68 +33,94 @@ def make_app(
     *,
     title: str,
     metrics: Metrics,
-    door: Door,
-    alive: Condition,
-    ready: Condition,
+    access: AccessPolicy,
+    liveness: HealthCheck,
+    readiness: HealthCheck,
+    schemas: Schemas,
     lifespans: Sequence[Lifespan] = (),
     open_paths: Collection[str] = (),
-) -> tuple[FastAPI, Guard]:
-    """The application, to which pages may still be mounted, and the guarded form of it that is to be run."""
+) -> tuple[FastAPI, AccessMiddleware]:
+    """Build the application of a server.
+
+    Args:
+        routers: the routes.
+        title: of the OpenAPI document.
+        metrics: the counters behind /metrics.
+        access: which requests are accepted.
+        liveness: what /health reports.
+        readiness: what /ready reports.
+        schemas: bodies ("validation") and replies ("serialization") that routes read and write themselves, for the document.
+        lifespans: entered when the server starts, left when it stops.
+        open_paths: paths that need no API key, beside `OPEN_PATHS`.
+
+    Returns:
+        The application, to which pages may still be mounted, and the same behind its checks, to be run.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for one in lifespans:
-                await stack.enter_async_context(one())
+            for enter in lifespans:
+                await stack.enter_async_context(enter())
             yield
 
     app = FastAPI(title=title, version=llava.__version__, lifespan=lifespan, redoc_url=None)
     add_error_handlers(app)
-    for router in (*routers, _monitoring(metrics, alive, ready)):
+    for router in (*routers, _monitoring(metrics, liveness, readiness)):
         app.include_router(router)
-    publish(app)
-    if door.origins:
+    _document(app, schemas)
+    if access.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(door.origins),
+            allow_origins=list(access.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    guard = Guard(
-        app,
-        keys=door.keys,
-        max_body_bytes=door.max_body_bytes,
-        room=door.room,
-        metrics=metrics,
-        known_paths=app.openapi()["paths"],
-        open_paths=(*OPEN_PATHS, *open_paths),
-        hosts=door.hosts,
-        origins=door.origins,
-    )
-    return app, guard
+    known_paths = app.openapi()["paths"]
+    open_paths = (*OPEN_PATHS, *open_paths)
+    return app, AccessMiddleware(app, access, metrics, known_paths=known_paths, open_paths=open_paths)
 
 
-def _monitoring(metrics: Metrics, alive: Condition, ready: Condition) -> APIRouter:
+def _monitoring(metrics: Metrics, liveness: HealthCheck, readiness: HealthCheck) -> APIRouter:
     router = APIRouter(tags=["monitoring"])
 
     @router.get("/health", responses={503: {"description": "It does not work any more."}})
-    async def health() -> Any:
+    async def health() -> JSONResponse:
         """Whether this server works; one that does not should be started again."""
-        return _told(await alive())
+        return _health_response(await liveness())
 
     @router.get("/ready", responses={503: {"description": "Not now."}})
-    async def is_ready() -> Any:
+    async def ready() -> JSONResponse:
         """Whether it takes requests now; one that is being stopped does not."""
-        return _told(await ready())
+        return _health_response(await readiness())
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def numbers() -> Response:
+    async def metrics_page() -> Response:
         """Counters, in the text format of Prometheus."""
-        return Response(metrics.page(), headers={"content-type": CONTENT_TYPE})
+        return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     return router
 
 
-def _told(trouble: str | None) -> JSONResponse:
-    status = {"status": "ok"} if trouble is None else {"status": trouble}
-    return JSONResponse(status, 200 if trouble is None else 503)
+def _health_response(problem: str | None) -> JSONResponse:
+    return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
+
+
+def _document(app: FastAPI, schemas: Schemas) -> None:
+    """Add bodies and replies to the OpenAPI document, which FastAPI knows only where it parses them itself."""
+
+    def openapi() -> dict[str, object]:
+        if app.openapi_schema is None:
+            made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            _, definitions = models_json_schema(list(schemas.items()), ref_template="#/components/schemas/{model}")
+            components = made.setdefault("components", {}).setdefault("schemas", {})
+            components.update(definitions["$defs"])
+            for unused in ("HTTPValidationError", "ValidationError"):  # invalid bodies get status 400 and an ErrorReply
+                components.pop(unused, None)
+            for path in made["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,13 +1,12 @@
-"""Errors as HTTP says them: a status and one sentence, in the form that OpenAI's clients read.
+"""Translate exceptions to HTTP: a status and one sentence, in the form of OpenAI's errors.
 
-In: exceptions of handlers. Out: responses. The original protocol has error codes of its own (serve/router/protocol.py).
+In: exceptions of routes. Out: responses. The original protocol has its own error codes (serve/router/protocol.py).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -18,42 +17,32 @@ from llava.serve.backends.base import BackendError, ServerBusyError, Unreachable
 
 logger = logging.getLogger("llava.serve")
 
-RETRY_AFTER_S = 2  # what a full server asks for
+RETRY_AFTER_S = 2
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A refusal with its status. `param` names the field that is to blame."""
+    """An error with its HTTP status. `param` names the field of the body that caused it."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
+    def body(self) -> dict[str, object]:
+        """The error as JSON, in OpenAI's form."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": _kind(status), "param": param, "code": code}}
 
-
-def error_response(
-    status: int,
-    message: str,
-    *,
-    code: str | None = None,
-    param: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     headers = dict(headers or {})
-    if status in (429, 503):
+    if error.status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
-    return JSONResponse(error_body(status, message, code=code, param=param), status, headers)
-
-
-def _kind(status: int) -> str:
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return JSONResponse(error.body(), error.status, headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a failed request is told. Faults of our own are logged with their traceback and told without it."""
+    """Return the error for the client. An unexpected one is logged with its traceback and reported without."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
@@ -72,17 +61,16 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        told = as_api_error(error)
-        return error_response(told.status, str(told), code=told.code, param=told.param)
+    async def respond(request: Request, error: Exception) -> JSONResponse:
+        return error_response(as_api_error(error))
 
-    async def answer_http(request: Request, error: Exception) -> JSONResponse:
+    async def respond_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if error.status_code in (404, 405):  # as the original's servers say it, for its clients
+        if error.status_code in (404, 405):  # in the form of the original's servers, for its clients
             return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-        return error_response(error.status_code, str(error.detail), headers=error.headers)
+        return error_response(ApiError(error.status_code, str(error.detail)), error.headers)
 
-    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(HTTPException, respond_http)
     for kind in (ApiError, InputError, ServerBusyError, BackendError, TimeoutError):
-        app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, answer)
+        app.add_exception_handler(kind, respond)
+    app.add_exception_handler(Exception, respond)

@@ -1,6 +1,7 @@
-"""Flags that several servers share, and what they mean.
+"""Flags that several servers share, and their translation to limits, access policy and address.
 
-In: a parser, or what it parsed and the environment. Out: limits, the door, addresses. Checked before anything is loaded.
+In: a parser; what it parsed, and the environment. Out: `ServeLimits`, `AccessPolicy`, `ListenAddress`. All is checked before
+a model is loaded.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from llava.images.download import ImageLimits
 if TYPE_CHECKING:
     import socket
 
-    from llava.serve.http.app import Door
     from llava.serve.http.limits import ServeLimits
-    from llava.serve.http.memory_budget import Room
+    from llava.serve.http.memory_budget import MemoryBudget
+    from llava.serve.http.middleware import AccessPolicy
 
 logger = logging.getLogger("llava.serve")
 
@@ -40,30 +41,30 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
         default=30.0,
         help="on SIGTERM, wait so long for running answers (default: 30)",
     )
-    door = parser.add_argument_group("who may ask")
-    door.add_argument(
+    access = parser.add_argument_group("access")
+    access.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help=f"keys that open this server, one a line; the variable {KEY_VARIABLE} also holds some, with commas",
+        help=f"accepted API keys, one on a line; the variable {KEY_VARIABLE} adds some, with commas",
     )
-    door.add_argument(
+    access.add_argument(
         "--allow-host",
         action="append",
         metavar="NAME",
         default=[],
         help="answer to this name in the Host header too; on loopback only loopback names are answered",
     )
-    door.add_argument(
+    access.add_argument(
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
         default=[],
-        help="let pages of this site ask, as https://example.org (CORS; default: none)",
+        help="accept requests of this site's pages, as https://example.org (CORS; default: none)",
     )
-    door.add_argument(
+    access.add_argument(
         "--max-body-mb", type=float, metavar="MB", default=64.0, help="largest body of a request (default: 64)"
     )
-    door.add_argument(
+    access.add_argument(
         "--max-held-mb",
         type=float,
         metavar="MB",
@@ -90,7 +91,7 @@ def add_limit_flags(parser: ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=2048,
-        help="on their way at once, waiting ones included; more get status 429 (default: 2048)",
+        help="requests at once, waiting ones included; more get status 429 (default: 2048)",
     )
     limits.add_argument(
         "--deadline", type=float, metavar="S", default=600.0, help="seconds for a whole answer (default: 600)"
@@ -107,9 +108,9 @@ def add_limit_flags(parser: ArgumentParser) -> None:
     )
 
 
-def room_from(args: Namespace) -> Room:
-    """Room in which one request that is allowed finds its place, or else it would be told to come again for ever."""
-    from llava.serve.http.memory_budget import BODY_COPIES, BYTES_PER_PIXEL, Room
+def memory_budget_from(args: Namespace) -> MemoryBudget:
+    """Return the budget, after a check that the largest allowed request fits: else it would get status 429 for ever."""
+    from llava.serve.http.memory_budget import BODY_COPIES, BYTES_PER_PIXEL, MemoryBudget
 
     needed = BODY_COPIES * args.max_body_mb + BYTES_PER_PIXEL * getattr(args, "max_megapixels", 0.0) * 1e6 / 2**20
     if not args.max_held_mb >= needed:
@@ -117,7 +118,7 @@ def room_from(args: Namespace) -> Room:
             f"--max-held-mb is {args.max_held_mb:g}, and one request may hold {needed:.0f}: give more, or lower --max-body-mb "
             "or --max-megapixels"
         )
-    return Room(int(args.max_held_mb * 2**20))
+    return MemoryBudget(int(args.max_held_mb * 2**20))
 
 
 def limits_from(args: Namespace) -> ServeLimits:
@@ -125,7 +126,6 @@ def limits_from(args: Namespace) -> ServeLimits:
     from llava.serve.http.limits import ServeLimits
 
     return ServeLimits(
-        max_body_bytes=int(args.max_body_mb * 2**20),
         max_images=args.max_images,
         max_requests=args.max_requests,
         deadline_s=args.deadline,
@@ -141,45 +141,43 @@ def limits_from(args: Namespace) -> ServeLimits:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server listens, who may come in, and with which key it goes to its peers."""
+class ListenAddress:
+    """A bound socket and its URL, what is accepted there, and the key that is sent to other servers."""
 
     listener: socket.socket
-    address: str
-    door: Door
+    url: str
+    access: AccessPolicy
     key: str | None
 
 
-def place_from(args: Namespace) -> Place:
-    """Bind the address and read the keys."""
+def listen_address_from(args: Namespace) -> ListenAddress:
+    """Bind the socket and read the keys."""
     require("uvicorn", extra="serve")
-    door, key = door_from(args)
-    from llava.serve.http.server import address_of, bind
+    access, key = access_from(args)
+    from llava.serve.http.server import bind, url_of
 
     listener = bind(args.host, args.port)
-    return Place(listener, address_of(listener, args.host), door, key)
+    return ListenAddress(listener, url_of(listener, args.host), access, key)
 
 
-def door_from(args: Namespace) -> tuple[Door, str | None]:
-    """Who may come in, and a key that opens peers' doors."""
+def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
+    """Return the access policy, and the key for requests to other servers. Sets up logging."""
     require("fastapi", extra="serve")
     require("httpx", extra="serve")
-    from llava.serve.http.app import Door
-    from llava.serve.http.limits import ApiKeys, read_keys
-    from llava.serve.http.middleware import LOOPBACK_NAMES
-    from llava.serve.http.server import is_loopback, set_up_logging
+    from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
+    from llava.serve.http.server import is_loopback
+    from llava.serve.process import set_up_logging
 
     set_up_logging(args.log_level)
-    found = read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE))
-    keys = ApiKeys(found)
+    keys = read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE))
     loopback = is_loopback(args.host)
     if not loopback and not keys:
         logger.warning("this server is open to everybody who reaches %s: give keys by --api-key-file", args.host)
-    door = Door(
-        keys=keys,
+    access = AccessPolicy(
+        keys=ApiKeys(keys),
         max_body_bytes=int(args.max_body_mb * 2**20),
         hosts=(*LOOPBACK_NAMES, *args.allow_host) if loopback else tuple(args.allow_host) or None,
         origins=tuple(args.allow_origin),
-        room=room_from(args),
+        memory=memory_budget_from(args),
     )
-    return door, found[0] if found else None
+    return access, keys[0] if keys else None

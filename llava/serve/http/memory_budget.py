@@ -1,7 +1,7 @@
-"""The memory that all requests of a server may hold together: bodies as they come in, and images.
+"""The memory that all requests of a server may hold together: bodies and images.
 
-In: how many bytes a request takes and gives back. Out: nothing, or `NoRoomError`, which a client is told as a full server. One
-request alone is bounded by limits.py; this bounds many that wait together.
+In: how many bytes a request reserves and releases. Out: nothing, or `MemoryBudgetError`, which a client gets as status 429.
+limits.py bounds each request alone; this bounds the sum of those that wait or run.
 """
 
 from __future__ import annotations
@@ -13,49 +13,54 @@ from llava.serve.backends.base import ServerBusyError
 
 BODY_COPIES = 2  # the bytes, and what is parsed of them
 BYTES_PER_PIXEL = 4  # of an opened image
-DEFAULT_ROOM = 4096 * 2**20
+DEFAULT_BYTES = 4096 * 2**20
 
 
-class NoRoomError(ServerBusyError):
-    """The requests on their way hold as many bytes as they may."""
+class MemoryBudgetError(ServerBusyError):
+    """The running requests hold all the memory that they may."""
 
 
-class Room:
-    """Shared by the threads of a server."""
+class MemoryBudget:
+    """Bytes held by all requests; shared by the threads of a server."""
 
-    def __init__(self, max_bytes: int = DEFAULT_ROOM) -> None:
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
         if not max_bytes > 0:
-            raise InputError(f"the room for requests is {max_bytes!r} bytes; it must be above 0")
+            raise InputError(f"the memory for requests is {max_bytes!r} bytes; it must be above 0")
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._lock = threading.Lock()
 
-    def share(self) -> Share:
-        """What one request holds; nothing yet."""
-        return Share(self)
+    def reserve(self) -> Reservation:
+        """Return the reservation of a new request, which holds nothing yet."""
+        return Reservation(self)
 
     def change(self, num_bytes: int) -> None:
-        """Take bytes, or give them back where the number is negative."""
+        """Add bytes, or subtract them where the number is negative."""
         with self._lock:
             if num_bytes > 0 and self.num_bytes + num_bytes > self.max_bytes:
-                raise NoRoomError(
-                    f"the requests on their way hold {self.num_bytes:,} of the {self.max_bytes:,} bytes that they may hold "
+                raise MemoryBudgetError(
+                    f"running requests hold {self.num_bytes:,} of the {self.max_bytes:,} bytes that they may hold "
                     "together; try again in a moment"
                 )
             self.num_bytes += num_bytes
 
 
-class Share:
-    def __init__(self, room: Room) -> None:
-        self._room = room
+class Reservation:
+    """The bytes that one request holds."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
         self.num_bytes = 0
 
-    def take(self, num_bytes: int) -> None:
-        self._room.change(num_bytes)
+    def grow(self, num_bytes: int) -> None:
+        self._budget.change(num_bytes)
         self.num_bytes += num_bytes
 
     def shrink_to(self, num_bytes: int) -> None:
-        """Give back all but so many."""
-        given_back = max(0, self.num_bytes - num_bytes)
-        self.num_bytes -= given_back
-        self._room.change(-given_back)
+        """Release all but `num_bytes`."""
+        released = max(0, self.num_bytes - num_bytes)
+        self.num_bytes -= released
+        self._budget.change(-released)
+
+    def release(self) -> None:
+        self.shrink_to(0)

@@ -1,6 +1,6 @@
-"""What a server counts, in the text format of Prometheus.
+"""Metrics of a server, in the text format of Prometheus.
 
-In: events as they happen, and the backend's own numbers when somebody looks. Out: one page of text.
+In: events as they happen; the backend's gauges when the page is read. Out: one page of text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from llava.engine.request import Timings, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-Number = float | Mapping[str, float]  # a mapping has a number for each worker
+Gauge = float | Mapping[str, float]  # a mapping has a number for each worker
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self, gauges: Callable[[], Mapping[str, Number]] = dict) -> None:
+    def __init__(self, gauges: Callable[[], Mapping[str, Gauge]] = dict) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Gauges(gauges))
         self.responses = Counter(
@@ -42,8 +42,8 @@ class Metrics:
         )
         self.queued_s = Histogram("llava_queued_seconds", "Time in the queue", buckets=SECONDS, registry=self.registry)
 
-    def answered(self, usage: Usage, timings: Timings, end: str) -> None:
-        self.finished.labels(end).inc()
+    def record_answer(self, usage: Usage, timings: Timings) -> None:
+        self.finished.labels("finished").inc()
         self.prompt_tokens.labels("text").inc(usage.num_text_tokens)
         self.prompt_tokens.labels("image").inc(usage.num_image_tokens)
         self.prompt_tokens.labels("cached").inc(usage.num_cached_tokens)
@@ -52,14 +52,14 @@ class Metrics:
         if timings.first_token_s is not None:
             self.first_token_s.observe(timings.first_token_s)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         return generate_latest(self.registry)
 
 
 class _Gauges:
-    """Numbers that are asked for when the page is read."""
+    """A collector that reads gauges when the page is rendered."""
 
-    def __init__(self, read: Callable[[], Mapping[str, Number]]) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, Gauge]]) -> None:
         self._read = read
 
     def collect(self) -> Iterator[Metric]:

@@ -1,99 +1,154 @@
-"""The door of a server: who may come in, how much they may carry, and a line in the log when they leave.
+"""ASGI middleware: checks of Host, Origin, API key and body size; counters; one log line for each response.
 
-In: an ASGI application. Out: the same behind checks of Host, Origin, API key and body size; every response is counted and
-logged by method, path, status and time, never with a query, a header or a body. All of that is plain ASGI, so that
-streams pass through untouched.
+In: an ASGI application and an `AccessPolicy`. Out: the same application behind the checks. Responses are logged by method, path,
+status and time, never with a query, a header or a body. Plain ASGI, so that streams pass through unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.serve.http.errors import error_response
-from llava.serve.http.limits import ApiKeys
-from llava.serve.http.memory_budget import BODY_COPIES, NoRoomError, Room, Share
+from llava.errors import InputError
+from llava.serve.http.errors import ApiError, error_response
+from llava.serve.http.memory_budget import BODY_COPIES, MemoryBudget, MemoryBudgetError, Reservation
 from llava.serve.http.metrics import Metrics
 
 logger = logging.getLogger("llava.serve")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+MIN_KEY_LENGTH = 8
 
 
-class Guard:
-    """`open_paths` need no key (a path that ends in / stands for all below it). `hosts`: names that this server answers
-    to, None for any; on loopback they keep web pages with tricky names out. `origins` are other sites whose pages may ask.
-    `room` is what the bodies of all requests may hold together.
+def read_keys(path: str | None, variable: str | None) -> list[str]:
+    """Read API keys: from a file, one on a line, with # for comments; then from an environment variable, with commas."""
+    keys = []
+    if path is not None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the file of API keys {path!r} cannot be read: {error}") from error
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise InputError(f"the file of API keys {path!r} holds no key; put one on a line")
+    return keys + [key.strip() for key in (variable or "").split(",") if key.strip()]
+
+
+class ApiKeys:
+    """The accepted API keys. Without any, the server needs none."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = []
+        for key in keys:
+            if len(key) < MIN_KEY_LENGTH or not key.isascii() or any(character.isspace() for character in key):
+                raise InputError(f"an API key needs {MIN_KEY_LENGTH} characters or more, ASCII without spaces")
+            self._digests.append(_digest(key))
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, authorization: str | None) -> bool:
+        """Return whether an Authorization header has one of the keys. The time does not depend on how much of it matches."""
+        if not self._digests:
+            return True
+        kind, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches) and kind.lower() == "bearer"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass(frozen=True)
+class AccessPolicy:
+    """Which requests a server accepts."""
+
+    keys: ApiKeys = field(default_factory=ApiKeys)
+    max_body_bytes: int = 64 * 2**20
+    hosts: tuple[str, ...] | None = None  # accepted in the Host header, against DNS rebinding; None: any
+    origins: tuple[str, ...] = ()  # other sites whose pages may send requests (CORS)
+    memory: MemoryBudget = field(default_factory=MemoryBudget)  # of all requests together
+
+    def __post_init__(self) -> None:
+        if not self.max_body_bytes > 0:
+            raise InputError(f"the limit max_body_bytes is {self.max_body_bytes!r}; it must be above 0")
+
+
+class AccessMiddleware:
+    """Refuse what the policy does not accept; count and log every response.
+
+    Args:
+        app: the application behind.
+        policy: what is accepted.
+        metrics: where responses are counted.
+        known_paths: paths that metrics name; all others are counted as "other".
+        open_paths: paths that need no key; one that ends in / stands for all below it.
     """
 
     def __init__(
         self,
-        app: Any,
-        *,
-        keys: ApiKeys,
-        max_body_bytes: int,
-        room: Room,
+        app: ASGIApp,
+        policy: AccessPolicy,
         metrics: Metrics,
+        *,
         known_paths: Collection[str],
         open_paths: Collection[str] = (),
-        hosts: Collection[str] | None = None,
-        origins: Collection[str] = (),
     ) -> None:
         self._app = app
-        self._keys = keys
-        self._max_body_bytes = max_body_bytes
-        self._room = room
+        self._policy = policy
         self._metrics = metrics
         self._known_paths = frozenset(known_paths)
         self._open_paths = frozenset(open_paths)
         self._open_folders = tuple(path for path in open_paths if path.endswith("/") and path != "/")
-        self._hosts = frozenset(hosts) if hosts is not None else None
-        self._origins = frozenset(origins)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope, receive, send, self._max_body_bytes, self._room.share())
+        request = RequestScope(scope, receive, send, self._policy.max_body_bytes, self._policy.memory.reserve())
         started = time.perf_counter()
         try:
-            refusal = self._refusal(visit)
+            refusal = self._refusal(request)
             if refusal is not None:
-                await refusal(scope, receive, visit.send)
+                await refusal(scope, receive, request.send)
             else:
-                await self._app(scope, visit.receive, visit.send)
+                await self._app(scope, request.receive, request.send)
         finally:
-            visit.share.shrink_to(0)
-            self._note(scope, visit.status, time.perf_counter() - started)
+            request.reservation.release()
+            self._log(scope, request.status, time.perf_counter() - started)
 
-    def _refusal(self, visit: _Visit) -> Any:
-        """The response to who may not come in, else None."""
-        host = visit.header("host")
-        if self._hosts is not None and _name(f"//{host}") not in self._hosts:
-            return error_response(421, "this server does not answer to the name in the Host header", code="wrong_host")
-        origin = visit.header("origin")
-        if origin and origin not in self._origins and urlsplit(origin).netloc != host:
-            return error_response(403, "pages of other sites may not ask this server", code="cross_origin")
-        path = visit.scope["path"]
-        is_open = path in self._open_paths or path.startswith(self._open_folders) or visit.scope["method"] == "OPTIONS"
-        if not is_open and not self._keys.allow(visit.header("authorization")):
-            return error_response(
-                401,
-                "this server needs an API key: send the header 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-        length = visit.header("content-length")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
-            return _too_large(self._max_body_bytes)
+    def _refusal(self, request: RequestScope) -> Response | None:
+        policy, host, origin = self._policy, request.header("host"), request.header("origin")
+        if policy.hosts is not None and _host_name(f"//{host}") not in policy.hosts:
+            message = "this server does not answer to the name in the Host header"
+            return error_response(ApiError(421, message, code="wrong_host"))
+        if origin and origin not in policy.origins and urlsplit(origin).netloc != host:
+            message = "pages of other sites may not ask this server"
+            return error_response(ApiError(403, message, code="cross_origin"))
+        path = request.scope["path"]
+        is_open = path in self._open_paths or path.startswith(self._open_folders) or request.scope["method"] == "OPTIONS"
+        if not is_open and not policy.keys.allow(request.header("authorization")):
+            message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
+            return error_response(ApiError(401, message, code="invalid_api_key"), {"www-authenticate": "Bearer"})
+        length = request.header("content-length")
+        if length.isdecimal() and int(length) > policy.max_body_bytes:
+            message = _too_large(policy.max_body_bytes)
+            return error_response(ApiError(413, message, code="body_too_large"), {"connection": "close"})
         return None
 
-    def _note(self, scope: Any, status: int | None, seconds: float) -> None:
+    def _log(self, scope: Scope, status: int | None, seconds: float) -> None:
         path = scope["path"] if scope["path"] in self._known_paths else "other"
         shown = str(status) if status is not None else "none"
         self._metrics.responses.labels(path, shown).inc()
@@ -101,12 +156,14 @@ class Guard:
         logger.info("%s %s %s %.0f ms", scope["method"], path, shown, 1000 * seconds)
 
 
-class _Visit:
-    """One request and its response, with the bytes of the first counted and the status of the second known."""
+class RequestScope:
+    """One request and its response: limits and counts the bytes of the body, and records the status."""
 
-    def __init__(self, scope: Any, receive: Any, send: Any, max_body_bytes: int, share: Share) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, reservation: Reservation
+    ) -> None:
         self.scope = scope
-        self.share = share
+        self.reservation = reservation
         self.status: int | None = None
         self._receive, self._send = receive, send
         self._left = max_body_bytes
@@ -116,34 +173,31 @@ class _Visit:
         key = name.encode()
         return next((value.decode("latin-1") for header, value in self.scope["headers"] if header == key), "")
 
-    async def receive(self) -> Any:
+    async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
+            num_bytes = len(message.get("body", b""))
+            self._left -= num_bytes
             if self._left < 0:
-                raise HTTPException(413, _too_large_text(self._max))
+                raise HTTPException(413, _too_large(self._max))
             try:
-                self.share.take(BODY_COPIES * len(message.get("body", b"")))
-            except NoRoomError as error:
+                self.reservation.grow(BODY_COPIES * num_bytes)
+            except MemoryBudgetError as error:
                 raise HTTPException(429, str(error)) from error
         return message
 
-    async def send(self, message: Any) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
 
 
-def _name(url: str) -> str:
+def _host_name(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
 
 
-def _too_large_text(limit: int) -> str:
+def _too_large(limit: int) -> str:
     return f"the body is larger than the {limit:,} bytes that this server takes"
-
-
-def _too_large(limit: int) -> Any:
-    return error_response(413, _too_large_text(limit), code="body_too_large", headers={"connection": "close"})

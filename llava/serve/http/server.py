@@ -1,34 +1,34 @@
-"""Run an application until it is told to stop, and then let what is on its way finish.
+"""Run an ASGI application until a signal comes, then finish the running requests.
 
-In: an ASGI application and an address. Out: an exit status. SIGTERM and Ctrl-C stop the taking of new requests, wait for the
-running ones up to a limit, and end; a second signal ends at once. The address is bound before anything is announced, so
-port 0 (any free one) works everywhere.
+In: an ASGI application and a bound socket. Out: an exit status. On SIGTERM or Ctrl-C no new requests are taken, and running
+ones have a limited time to finish; a second signal ends the process at once. The socket is bound before the server announces its
+address, so port 0 (any free one) works everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import ipaddress
-import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava.errors import InputError
+from llava.serve.process import freeze_heap, shorten_switch_interval
 
-SWITCH_S = 0.0005  # Python's own is ten times as long
-PARSER = "h11"  # not what is installed: the faster one takes two Hosts, heads without an end, and trailers for headers
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+# h11 even where httptools is installed, which is faster but accepts two Host headers, unfinished heads and trailers as headers.
+PARSER = "h11"
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens, or one sentence about why not."""
+    """Return a listening socket; `InputError` where the address cannot be used."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError, UnicodeError) as error:
@@ -36,7 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(place)
+        listener.bind(address)
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
@@ -48,8 +48,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket, host: str) -> str:
-    """The http address of a bound socket. A socket for all addresses is reached under this machine's loopback name."""
+def url_of(listener: socket.socket, host: str) -> str:
+    """Return the http URL of a bound socket. A socket for all addresses is named by its loopback address."""
     port = listener.getsockname()[1]
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
@@ -65,38 +65,41 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def keep_for_good() -> None:
-    """Leave what is there now, modules and a model, out of garbage collection: to look through all of it takes a quarter of
-    a second, in which no thread answers anybody."""
-    gc.collect()
-    gc.freeze()
-
-
 def run_server(
-    app: Any,
+    app: ASGIApp,
     listener: socket.socket,
     *,
     drain_s: float,
     started: Callable[[], None] = lambda: None,
     drain: Callable[[], Awaitable[None]] | None = None,
 ) -> int:
-    """Serve until a signal comes. `started` is called when requests are taken, `drain` when they are to be no longer."""
+    """Serve until a signal comes.
+
+    Args:
+        app: what answers.
+        listener: a bound socket.
+        drain_s: seconds for running requests to finish after the signal.
+        started: called once requests are accepted.
+        drain: awaited at the signal, before requests are refused.
+
+    Returns:
+        An exit status: 0, or 1 where the server did not start.
+    """
     import uvicorn
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
+    class DrainingServer(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                keep_for_good()
+                freeze_heap()
                 started()
 
-        async def shutdown(self, sockets: Any = None) -> None:
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             if drain is not None:
                 await drain()
             await super().shutdown(sockets=sockets)
 
-    # The engine's thread comes back from its device many times a second, and shall not wait for the event loop for long.
-    sys.setswitchinterval(SWITCH_S)
+    shorten_switch_interval()
     config = uvicorn.Config(
         app,
         http=PARSER,
@@ -107,17 +110,10 @@ def run_server(
         timeout_graceful_shutdown=max(1, int(drain_s)),
         backlog=2048,
     )
-    server = Server(config)
-    # Once it has stopped in good order, uvicorn raises the signal again; that shall not look like a failure.
+    server = DrainingServer(config)
+    # After an orderly stop uvicorn raises the signal again, which would end the process with a failure status.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1
-
-
-def set_up_logging(level: str) -> None:
-    """Our servers' lines on stderr; uvicorn's own only where something is wrong."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send, one for each
-    logging.getLogger("llava").setLevel(level.upper())

@@ -1,7 +1,7 @@
-"""HTTP as all of our servers speak it: JSON that came in, streams that go out, and clients that leave in between.
+"""JSON bodies, streamed responses, and the cancelling of work whose client has disconnected.
 
-In: Starlette requests; iterators of bytes. Out: values, or `ApiError`; responses that stop their source within moments of the
-client's leaving, or at a deadline.
+In: Starlette requests; iterators of bytes. Out: JSON values, or `InputError`; responses whose source is stopped soon after the
+client disconnects, or at a deadline.
 """
 
 from __future__ import annotations
@@ -9,28 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from llava.errors import InputError
 
 T = TypeVar("T")
 
-LAST_WORDS_S = 5.0
+FINAL_CHUNK_S = 5.0
 
 
 async def read_json(request: Request) -> Any:
-    """The body as JSON, whatever the Content-Type says: the original's servers did not look at it either."""
+    """Parse the body as JSON, whatever the Content-Type: the original's servers ignored it too."""
     return parse_json(await request.body())
 
 
 def parse_json(body: bytes) -> Any:
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
-        if b"\\u" in body:  # half a character may have been written as an escape, which no tokenizer takes
+        if b"\\u" in body:  # an escape may be half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
@@ -38,35 +39,37 @@ def parse_json(body: bytes) -> Any:
         raise InputError(f"the body is not JSON: {reason}") from None
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number in JSON")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work; where the client leaves meanwhile, cancel it and raise `ClientDisconnect`. The body was read before."""
-    return await _unless_left(work, request.receive)
+async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:
+    """Await the work; where the client disconnects meanwhile, cancel it and raise `ClientDisconnect`.
 
+    The work runs in this task, which a task that waits for the disconnect cancels, as `asyncio.timeout` would.
 
-async def _unless_left(work: Awaitable[T], receive: Callable[[], Any]) -> T:
-    """The work is done in this task, which whoever looks out for the client's leaving cancels, as a timeout would."""
+    Args:
+        work: what the client waits for.
+        receive: of the request, whose body has been read.
+    """
     worker = asyncio.current_task()
     assert worker is not None
     num_cancels = worker.cancelling()
-    is_over = has_left = False
+    is_over = disconnected = False
 
-    def leave(watcher: asyncio.Future[None]) -> None:
-        nonlocal has_left
+    def cancel(watcher: asyncio.Future[None]) -> None:
+        nonlocal disconnected
         if not (is_over or watcher.cancelled()):
-            watcher.exception()  # whatever it is, it is known now
-            has_left = True
+            watcher.exception()  # retrieved here, so that asyncio does not report it
+            disconnected = True
             worker.cancel()
 
-    watcher = asyncio.ensure_future(_disconnect(receive))
-    watcher.add_done_callback(leave)
+    watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
+    watcher.add_done_callback(cancel)
     try:
         return await work
     except asyncio.CancelledError:
-        if has_left and worker.uncancel() <= num_cancels:
+        if disconnected and worker.uncancel() <= num_cancels:
             raise ClientDisconnect from None
         raise
     finally:
@@ -74,61 +77,66 @@ async def _unless_left(work: Awaitable[T], receive: Callable[[], Any]) -> T:
         watcher.cancel()
 
 
-async def _disconnect(receive: Callable[[], Any]) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-class Stream(Response):
-    """A response whose body comes piece by piece.
+class StreamedResponse(Response):
+    """A response whose body is sent chunk by chunk.
 
-    Whatever ends it early, the client's leaving, the deadline or an error, `pieces` is closed, and `closed` learns the reason:
-    "finished", "cancelled", "deadline" or "failed". `last_words` makes the final piece from an error.
+    Args:
+        chunks: the body; closed whatever ends the response early.
+        media_type: of the body.
+        deadline: in the event loop's time.
+        final_chunk: makes the last chunk from the error that ended the response.
+        on_close: called once with the reason of the end: "finished", "cancelled", "deadline" or "failed".
+        status: HTTP status.
     """
 
     def __init__(
         self,
-        pieces: AsyncIterator[bytes],
+        chunks: AsyncIterator[bytes],
         *,
         media_type: str | None,
         deadline: float,
-        last_words: Callable[[Exception], bytes],
-        closed: Callable[[str], None],
+        final_chunk: Callable[[Exception], bytes],
+        on_close: Callable[[str], None],
         status: int = 200,
     ) -> None:
-        self._pieces = pieces
-        self._deadline = deadline  # in the event loop's time
-        self._last_words = last_words
-        self._closed = closed
+        self._chunks = chunks
+        self._deadline = deadline
+        self._final_chunk = final_chunk
+        self._on_close = on_close
         self.status_code, self.media_type, self.background = status, media_type, None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies shall not collect pieces
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies must not buffer
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         end = "cancelled"
         try:
-            # In a task of its own, a piece does not wake all the layers that the request came through.
-            end = await _unless_left(asyncio.ensure_future(self._write(send)), receive)
+            # In a task of its own: a chunk does not resume all the layers that the request came through.
+            end = await cancel_on_disconnect(asyncio.ensure_future(self._write(send)), receive)
         except (ClientDisconnect, OSError):
             pass
         finally:
-            self._closed(end)
+            self._on_close(end)
 
-    async def _write(self, send: Any) -> str:
-        async def write(piece: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": piece, "more_body": more})
+    async def _write(self, send: Send) -> str:
+        async def write(chunk: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         end = "finished"
-        async with contextlib.aclosing(self._pieces) as pieces:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._chunks) as chunks:  # type: ignore[type-var]
             try:
                 async with asyncio.timeout_at(self._deadline):
-                    async for piece in pieces:
-                        await write(piece)
+                    async for chunk in chunks:
+                        await write(chunk)
             except Exception as error:
                 if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                    raise  # the client's end of the connection
+                    raise  # the connection to the client
                 end = "deadline" if isinstance(error, TimeoutError) else "failed"
-                async with asyncio.timeout(LAST_WORDS_S):  # a client that reads nothing does not hold us here
-                    await write(self._last_words(error))
+                async with asyncio.timeout(FINAL_CHUNK_S):  # a client that does not read must not hold the response
+                    await write(self._final_chunk(error))
         await write(b"", more=False)
         return end

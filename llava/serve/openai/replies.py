@@ -1,7 +1,7 @@
-"""Answers of the OpenAI-compatible API, put together from the engine's chunks.
+"""Replies of the OpenAI-compatible API, made from the engine's chunks.
 
-In: `Chunk`s as they come, and at the end what they cost. Out: replies of schema.py, for a stream one by one, else all
-in one. Joined, the pieces of a stream are the text of the whole; the reason for the end comes once, in a choice's last piece.
+In: `Chunk`s as they come, and at the end what the request took. Out: replies of schema.py, one for each chunk of a stream, else
+one for all. The finish reason comes once, in the last chunk of a choice.
 """
 
 from __future__ import annotations
@@ -12,29 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from llava.engine.request import Chunk, Timings, Usage
-from llava.engine.request import TokenLogprob as EngineLogprob
-from llava.images.layout import ImageLayout
+from llava.engine.request import Chunk, TokenLogprob, Usage
 from llava.serve.openai import schema
+from llava.serve.service import RequestStats
 
 TokenText = Callable[[int], str]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an answer took, known at its end."""
-
-    usage: Usage
-    timings: Timings
-    layouts: Sequence[ImageLayout] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        return {"usage": usage_of(self.usage).model_dump(), "inspect": inspection_of(self).model_dump()}
-
-
 @dataclass
-class Writer:
-    """Makes the replies to one request; `id` and time are the same in all of them. A stream closes with `ending`."""
+class ReplyWriter:
+    """Write the replies to one request, with the same id and time in all of them. A stream closes with `ending`."""
 
     ending: ClassVar[bytes] = b"data: [DONE]\n\n"
 
@@ -48,29 +35,33 @@ class Writer:
 
     def __post_init__(self) -> None:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
-        self._offsets: dict[int, int] = {}  # characters of each choice so far, for the logprobs of plain completions
+        self._offsets: dict[int, int] = {}  # characters of each choice so far, for the logprobs of completions
 
-    def _end(self, cost: Cost) -> dict[str, Any]:
-        """The fields that come with an end: usage, and what was asked to be seen."""
-        return {"usage": usage_of(cost.usage)} | ({"inspect": inspection_of(cost)} if self.inspect else {})
+    def _end(self, stats: RequestStats) -> dict[str, Any]:
+        """Return the fields of a last reply: usage, and `inspect` where the request asked for it."""
+        return {"usage": usage_of(stats.usage)} | ({"inspect": inspection_of(stats)} if self.inspect else {})
+
+    def _extra(self, end: dict[str, Any]) -> dict[str, Any]:
+        """Return the same fields for a chunk: null until the end, where the request asked for usage."""
+        return end or ({"usage": None} if self.include_usage else {})
 
 
-class ChatWriter(Writer):
+class ChatWriter(ReplyWriter):
     def opening(self, num_choices: int) -> Iterable[schema.ChatChunk]:
-        """What a stream begins with: whose words these are."""
+        """Return the first chunks of a stream, with the role."""
         for index in range(num_choices):
-            yield self._piece(index, schema.Delta(role="assistant", content=""), None, None)
+            yield self._delta(index, schema.Delta(role="assistant", content=""), None, None)
 
-    def piece(self, chunk: Chunk) -> schema.ChatChunk:
+    def delta(self, chunk: Chunk) -> schema.ChatChunk:
         delta = schema.Delta(content=chunk.text) if chunk.text or not chunk.finish_reason else schema.Delta()
-        return self._piece(chunk.index, delta, self._logprobs(chunk.logprobs), finish_reason(chunk))
+        return self._delta(chunk.index, delta, self._logprobs(chunk.logprobs), finish_reason(chunk))
 
-    def closing(self, cost: Cost) -> Iterable[schema.ChatChunk]:
-        """What a stream ends with, where it was asked for: the usage, without choices."""
+    def closing(self, stats: RequestStats) -> Iterable[schema.ChatChunk]:
+        """Return the last chunks of a stream: usage, without choices, where the request asked for it."""
         if self.include_usage or self.inspect:
-            yield self._chunk([], **self._end(cost))
+            yield self._chunk([], **self._end(stats))
 
-    def whole(self, chunks: Sequence[Chunk], cost: Cost) -> schema.ChatReply:
+    def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.ChatReply:
         choices = [
             schema.ChatChoice(
                 index=index,
@@ -86,10 +77,10 @@ class ChatWriter(Writer):
             created=self.created,
             model=self.model,
             choices=choices,
-            **self._end(cost),
+            **self._end(stats),
         )
 
-    def _piece(
+    def _delta(
         self,
         index: int,
         delta: schema.Delta,
@@ -99,22 +90,21 @@ class ChatWriter(Writer):
         return self._chunk([schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)])
 
     def _chunk(self, choices: list[schema.ChatChunkChoice], **end: Any) -> schema.ChatChunk:
-        extra = end or ({"usage": None} if self.include_usage else {})
         return schema.ChatChunk(
             id=self.id,
             object="chat.completion.chunk",
             created=self.created,
             model=self.model,
             choices=choices,
-            **extra,
+            **self._extra(end),
         )
 
-    def _logprobs(self, tokens: Sequence[EngineLogprob]) -> schema.ChatLogprobs | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> schema.ChatLogprobs | None:
         if not self.with_logprobs:
             return None
         return schema.ChatLogprobs(
             content=[
-                schema.TokenLogprob(
+                schema.TokenLogprobBody(
                     **self._token(token.token_id, token.logprob),
                     top_logprobs=[schema.TopLogprob(**self._token(*alternative)) for alternative in token.top],
                 )
@@ -128,34 +118,38 @@ class ChatWriter(Writer):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-class TextWriter(Writer):
-    """For plain completions. Choices of several prompts are numbered through by `piece`'s callers."""
+class TextWriter(ReplyWriter):
+    """Write the replies of completions. The index of a chunk's choice counts through all prompts."""
 
     def opening(self, num_choices: int) -> Iterable[schema.TextReply]:
         return ()
 
-    def piece(self, chunk: Chunk) -> schema.TextReply:
+    def delta(self, chunk: Chunk) -> schema.TextReply:
         return self._reply([self._choice(chunk.index, chunk.text, chunk.logprobs, finish_reason(chunk))])
 
-    def closing(self, cost: Cost) -> Iterable[schema.TextReply]:
+    def closing(self, stats: RequestStats) -> Iterable[schema.TextReply]:
         if self.include_usage or self.inspect:
-            yield self._reply([], **self._end(cost))
+            yield self._reply([], **self._end(stats))
 
-    def whole(self, chunks: Sequence[Chunk], cost: Cost) -> schema.TextReply:
-        return self._reply([self._choice(*parts) for parts in joined(chunks)], **self._end(cost))
+    def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.TextReply:
+        return self._reply([self._choice(*parts) for parts in joined(chunks)], **self._end(stats))
 
     def _reply(self, choices: list[schema.TextChoice], **end: Any) -> schema.TextReply:
-        extra = end or ({"usage": None} if self.include_usage else {})
         return schema.TextReply(
-            id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices, **extra
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            **self._extra(end),
         )
 
     def _choice(
-        self, index: int, text: str, tokens: Sequence[EngineLogprob], reason: schema.FinishReason | None
+        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: schema.FinishReason | None
     ) -> schema.TextChoice:
         return schema.TextChoice(index=index, text=text, logprobs=self._logprobs(index, tokens), finish_reason=reason)
 
-    def _logprobs(self, index: int, tokens: Sequence[EngineLogprob]) -> schema.TextLogprobs | None:
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> schema.TextLogprobs | None:
         if not self.with_logprobs:
             return None
         texts = [self.token_text(token.token_id) for token in tokens]
@@ -174,8 +168,8 @@ class TextWriter(Writer):
 
 def joined(
     chunks: Sequence[Chunk],
-) -> Iterable[tuple[int, str, list[EngineLogprob], schema.FinishReason | None]]:
-    """The chunks of each choice as one, in the order of the choices."""
+) -> Iterable[tuple[int, str, list[TokenLogprob], schema.FinishReason | None]]:
+    """Join the chunks of each choice: its index, text, logprobs and finish reason, in the order of the choices."""
     for index in sorted({chunk.index for chunk in chunks}):
         own = [chunk for chunk in chunks if chunk.index == index]
         logprobs = [token for chunk in own for token in chunk.logprobs]
@@ -186,8 +180,8 @@ def finish_reason(chunk: Chunk) -> schema.FinishReason | None:
     return "length" if chunk.finish_reason == "length" else "stop" if chunk.finish_reason else None
 
 
-def usage_of(usage: Usage) -> schema.Usage:
-    return schema.Usage(
+def usage_of(usage: Usage) -> schema.UsageBody:
+    return schema.UsageBody(
         prompt_tokens=usage.num_prompt_tokens,
         completion_tokens=usage.num_new_tokens,
         total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,
@@ -199,7 +193,12 @@ def usage_of(usage: Usage) -> schema.Usage:
     )
 
 
-def inspection_of(cost: Cost) -> schema.Inspection:
+def stats_as_json(stats: RequestStats) -> dict[str, object]:
+    """Return usage and inspection as JSON, for the last chunk of the original's protocol."""
+    return {"usage": usage_of(stats.usage).model_dump(), "inspect": inspection_of(stats).model_dump()}
+
+
+def inspection_of(stats: RequestStats) -> schema.Inspection:
     return schema.Inspection(
         images=[
             schema.SeenImage(
@@ -209,9 +208,9 @@ def inspection_of(cost: Cost) -> schema.Inspection:
                 grid=list(layout.tile_grid) if layout.tile_grid else None,
                 tokens=layout.num_features,
             )
-            for layout in cost.layouts
+            for layout in stats.layouts
         ],
-        queued_s=round(cost.timings.queued_s, 6),
-        first_token_s=None if cost.timings.first_token_s is None else round(cost.timings.first_token_s, 6),
-        total_s=round(cost.timings.total_s, 6),
+        queued_s=round(stats.timings.queued_s, 6),
+        first_token_s=None if stats.timings.first_token_s is None else round(stats.timings.first_token_s, 6),
+        total_s=round(stats.timings.total_s, 6),
     )

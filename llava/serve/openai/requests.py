@@ -1,7 +1,7 @@
-"""What a body of the OpenAI-compatible API asks of the engine. Pure functions: no HTTP, no model, no images opened.
+"""Translate bodies of the OpenAI-compatible API to prompts and sampling parameters.
 
-In: a checked body and the `ModelCard`. Out: a `Draft`: prompts, the addresses of their images, and the sampling. It becomes
-`engine.Request`s when the images are open (serve/service.py). Answers are put together in replies.py.
+In: a validated body and the `ModelCard`. Out: a `ParsedRequest`: prompts, image URLs, sampling parameters. serve/service.py
+opens the images and submits it. Replies are made in replies.py. Pure functions: no HTTP, no model.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from llava.serve.backends.base import ModelCard
 from llava.serve.openai.schema import (
     AssistantMessage,
     ChatRequest,
-    Choosing,
     CompletionRequest,
     ImagePart,
     ImageURL,
     JsonObjectFormat,
     JsonSchemaFormat,
+    SamplingFields,
     SystemMessage,
     UserMessage,
 )
 
 DEFAULT_NEW_TOKENS = 512
-# Fields that the engine calls by the same name.
+# Fields that `SamplingParams` calls by the same name.
 SAME_NAMES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "ignore_eos", "n", "regex",
@@ -39,8 +39,8 @@ ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class Draft:
-    """What becomes requests to the engine, one for each prompt, when the images are open."""
+class ParsedRequest:
+    """Prompts, one request to the engine for each, their images, and how tokens are sampled."""
 
     prompts: tuple[Conversation | str, ...]
     images: tuple[ImageURL, ...]
@@ -48,16 +48,16 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Said:
-    """One turn: who, what, and with which images."""
+class ChatTurn:
+    """One message of a chat."""
 
     role: str
     text: str
     images: tuple[ImageURL, ...] = ()
 
 
-def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
-    """The conversation of a chat request in the template of the model, with its last answer open."""
+def parse_chat(body: ChatRequest, card: ModelCard) -> ParsedRequest:
+    """Return the conversation of a chat request in the model's template, with its last answer open."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InputError("max_tokens and max_completion_tokens are two names of one number; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
@@ -67,7 +67,7 @@ def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
         json_schema = ANY_OBJECT
     elif isinstance(body.response_format, JsonSchemaFormat):
         json_schema = body.response_format.json_schema.schema_
-    turns = _turns(body)
+    turns = [_turn(message, index) for index, message in enumerate(body.messages)]
     conversation = as_conversation(turns, card)
     sampling = sampling_of(
         body,
@@ -75,11 +75,11 @@ def chat_draft(body: ChatRequest, card: ModelCard) -> Draft:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         json_schema=json_schema,
     )
-    return Draft((conversation,), tuple(image for turn in turns for image in turn.images), sampling)
+    return ParsedRequest((conversation,), tuple(image for turn in turns for image in turn.images), sampling)
 
 
-def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
-    """The prompts of a completion request, taken as they are."""
+def parse_completion(body: CompletionRequest, card: ModelCard) -> ParsedRequest:
+    """Return the prompts of a completion request as they are."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     images = tuple(body.images or ())
     if images and len(prompts) > 1:
@@ -87,19 +87,19 @@ def completion_draft(body: CompletionRequest, card: ModelCard) -> Draft:
     for prompt in prompts:
         check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
     sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
-    return Draft(
+    return ParsedRequest(
         tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_placeholder) for prompt in prompts), images, sampling
     )
 
 
 def sampling_of(
-    body: Choosing,
+    body: SamplingFields,
     *,
     max_new_tokens: int | None,
     logprobs: int | None = None,
-    json_schema: dict[str, Any] | None = None,
+    json_schema: dict[str, object] | None = None,
 ) -> SamplingParams:
-    """What a body says of choosing tokens; fields that its kind does not have say nothing."""
+    """Translate the sampling fields that a body has."""
     fields = dict(body)
     stop = fields.get("stop") or ()
     given: dict[str, Any] = {name: fields.get(name) for name in SAME_NAMES} | {"min_new_tokens": body.min_tokens}
@@ -117,11 +117,7 @@ def sampling_of(
 # Messages
 
 
-def _turns(body: ChatRequest) -> list[Said]:
-    return [_turn(message, place) for place, message in enumerate(body.messages)]
-
-
-def _turn(message: SystemMessage | UserMessage | AssistantMessage, place: int) -> Said:
+def _turn(message: SystemMessage | UserMessage | AssistantMessage, index: int) -> ChatTurn:
     role = "system" if isinstance(message, SystemMessage) else message.role
     if isinstance(message.content, str):
         text = message.content
@@ -130,21 +126,23 @@ def _turn(message: SystemMessage | UserMessage | AssistantMessage, place: int) -
         texts = [part.text for part in message.content if not isinstance(part, ImagePart)]
         images = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
         text = "\n".join(texts)
-    return checked_text(Said(role, text, images), f"messages[{place}]")
+    return checked_turn(ChatTurn(role, text, images), f"messages[{index}]")
 
 
-def checked_text(turn: Said, place: str) -> Said:
+def checked_turn(turn: ChatTurn, path: str) -> ChatTurn:
+    """Return the turn, or raise `InputError` where it is empty or shows an image by a role other than the user."""
     if turn.role != "user" and DEFAULT_IMAGE_TOKEN in turn.text:
-        raise InputError(f"{place}: {DEFAULT_IMAGE_TOKEN} stands for an image, and only the user shows images")
+        raise InputError(f"{path}: {DEFAULT_IMAGE_TOKEN} stands for an image, and only the user shows images")
     if turn.role == "user" and not turn.text.strip() and not turn.images:
-        raise InputError(f"{place}: the content is empty; ask something or show an image")
+        raise InputError(f"{path}: the content is empty; ask something or show an image")
     return turn
 
 
-def as_conversation(turns: Sequence[Said], card: ModelCard) -> Conversation:
-    """Turns in the model's template. Images come before the text of their turn, as in training, unless it says where.
+def as_conversation(turns: Sequence[ChatTurn], card: ModelCard) -> Conversation:
+    """Render turns in the model's template.
 
-    Several turns of one speaker in a row become one.
+    Images come before the text of their turn, as in training, unless it has placeholders. Consecutive turns of one role
+    become one.
     """
     system = [turn.text for turn in turns if turn.role == "system"]
     spoken = turns[len(system) :]

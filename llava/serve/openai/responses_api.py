@@ -1,7 +1,7 @@
-"""OpenAI's newer API, /v1/responses, over the same model: its bodies, what they mean, and how its answers look.
+"""OpenAI's newer API, /v1/responses: its bodies, their translation, its replies.
 
-In: a body with `input`, text or a list of messages. Out: a `Draft` as for a chat, and a writer for the answer. Only what a
-model that sees and talks can do is here: no tools, no stored conversations. Routes are routes.py.
+In: a body with `input`, text or a list of messages. Out: a `ParsedRequest` as for a chat, and a writer of replies. There are no
+tools and no stored conversations. Routes are in routes.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.openai.replies import Cost, Writer, inspection_of, joined
-from llava.serve.openai.requests import ANY_OBJECT, Draft, Said, as_conversation, checked_text, sampling_of
-from llava.serve.openai.schema import Body, Choosing, ImageURL, Inspection, Nothing, Reply
+from llava.serve.openai.replies import ReplyWriter, inspection_of, joined
+from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_conversation, checked_turn, sampling_of
+from llava.serve.openai.schema import Body, ImageURL, Inspection, Nothing, Reply, SamplingFields
+from llava.serve.service import RequestStats
+
+
+Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputText(Body):
@@ -32,7 +36,7 @@ class InputImage(Body):
 
 
 class OutputText(Body):
-    """A piece of an earlier answer, as it was given."""
+    """A part of an earlier answer."""
 
     type: Literal["output_text"]
     text: str
@@ -60,7 +64,7 @@ class SchemaFormat(Body):
     type: Literal["json_schema"]
     name: str = "answer"
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, object] = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -69,12 +73,12 @@ class TextOptions(Body):
     verbosity: str | None = None
 
 
-class ResponsesRequest(Choosing):
+class ResponsesRequest(SamplingFields):
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions | None = None
-    # Asking for nothing.
+    # Accepted at these values only.
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -85,36 +89,36 @@ class ResponsesRequest(Choosing):
     reasoning: None = None
 
 
-class CachedTokens(Reply):
+class InputTokenDetails(Reply):
     cached_tokens: int
     image_tokens: int
     text_tokens: int
 
 
-class ReasoningTokens(Reply):
+class OutputTokenDetails(Reply):
     reasoning_tokens: int
 
 
 class ResponseUsage(Reply):
     input_tokens: int
-    input_tokens_details: CachedTokens
+    input_tokens_details: InputTokenDetails
     output_tokens: int
-    output_tokens_details: ReasoningTokens
+    output_tokens_details: OutputTokenDetails
     total_tokens: int
 
 
 class TextContent(Reply):
     type: Literal["output_text"]
     text: str
-    annotations: list[Any]
-    logprobs: list[Any]
+    annotations: list[object]
+    logprobs: list[object]
 
 
 class OutputMessage(Reply):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[TextContent]
 
 
@@ -126,7 +130,7 @@ class ResponsesReply(Reply):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     model: str
     output: list[OutputMessage]
     usage: ResponseUsage | None
@@ -137,13 +141,13 @@ class ResponsesReply(Reply):
     parallel_tool_calls: bool
     temperature: float
     tool_choice: Literal["none"]
-    tools: list[Any]
+    tools: list[object]
     top_p: float
     inspect: Inspection | None = None
 
 
 class ResponsesEvent(Reply):
-    """One event of a stream; which fields there are depends on its type."""
+    """One event of a stream; which fields it has depends on its type."""
 
     type: str
     sequence_number: int
@@ -155,39 +159,39 @@ class ResponsesEvent(Reply):
     content_index: int | None = None
     delta: str | None = None
     text: str | None = None
-    logprobs: list[Any] | None = None
+    logprobs: list[object] | None = None
 
 
-def responses_draft(body: ResponsesRequest, card: ModelCard) -> Draft:
-    """The conversation of a request, with its last answer open."""
+def parse_responses(body: ResponsesRequest, card: ModelCard) -> ParsedRequest:
+    """Return the conversation of a request in the model's template, with its last answer open."""
     messages = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    turns = [_turn(message, place) for place, message in enumerate(messages)]
+    turns = [_turn(message, index) for index, message in enumerate(messages)]
     if body.instructions is not None:
-        turns.insert(0, Said("system", body.instructions))
-    form = body.text.format if body.text is not None else None
-    json_schema = form.schema_ if isinstance(form, SchemaFormat) else None
-    if isinstance(form, PlainFormat) and form.type == "json_object":
+        turns.insert(0, ChatTurn("system", body.instructions))
+    text_format = body.text.format if body.text is not None else None
+    json_schema = text_format.schema_ if isinstance(text_format, SchemaFormat) else None
+    if isinstance(text_format, PlainFormat) and text_format.type == "json_object":
         json_schema = ANY_OBJECT
     sampling = sampling_of(body, max_new_tokens=body.max_output_tokens, json_schema=json_schema)
     images = tuple(image for turn in turns for image in turn.images)
-    return Draft((as_conversation(turns, card),), images, sampling)
+    return ParsedRequest((as_conversation(turns, card),), images, sampling)
 
 
-def _turn(message: InputMessage, place: int) -> Said:
+def _turn(message: InputMessage, index: int) -> ChatTurn:
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
-        return checked_text(Said(role, message.content), f"input[{place}]")
+        return checked_turn(ChatTurn(role, message.content), f"input[{index}]")
     images = tuple(
         ImageURL(url=part.image_url, detail=part.detail) for part in message.content if isinstance(part, InputImage)
     )
     if images and role != "user":
-        raise InputError(f"input[{place}]: only the user shows images")
+        raise InputError(f"input[{index}]: only the user shows images")
     text = "\n".join(part.text for part in message.content if not isinstance(part, InputImage))
-    return checked_text(Said(role, text, images), f"input[{place}]")
+    return checked_turn(ChatTurn(role, text, images), f"input[{index}]")
 
 
-class ResponsesWriter(Writer):
-    """The answer as one message with one text."""
+class ResponsesWriter(ReplyWriter):
+    """Write the answer as one message with one text."""
 
     ending = b""
 
@@ -204,33 +208,33 @@ class ResponsesWriter(Writer):
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
         yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-        yield self._about("response.content_part.added", part=self._content(""))
+        yield self._text_event("response.content_part.added", part=self._content(""))
 
-    def piece(self, chunk: Chunk) -> ResponsesEvent:
+    def delta(self, chunk: Chunk) -> ResponsesEvent:
         self._text += chunk.text
         self._is_cut = chunk.finish_reason == "length"
-        return self._about("response.output_text.delta", delta=chunk.text, logprobs=[])
+        return self._text_event("response.output_text.delta", delta=chunk.text, logprobs=[])
 
-    def closing(self, cost: Cost) -> Iterable[ResponsesEvent]:
-        whole = self._whole(cost)
-        yield self._about("response.output_text.done", text=self._text, logprobs=[])
-        yield self._about("response.content_part.done", part=self._content(self._text))
+    def closing(self, stats: RequestStats) -> Iterable[ResponsesEvent]:
+        whole = self._whole(stats)
+        yield self._text_event("response.output_text.done", text=self._text, logprobs=[])
+        yield self._text_event("response.content_part.done", part=self._content(self._text))
         yield self._event("response.output_item.done", output_index=0, item=whole.output[0])
         yield self._event(f"response.{whole.status}", response=whole)
 
-    def whole(self, chunks: Sequence[Chunk], cost: Cost) -> ResponsesReply:
+    def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> ResponsesReply:
         ((_, self._text, _, reason),) = joined(chunks)
         self._is_cut = reason == "length"
-        return self._whole(cost)
+        return self._whole(stats)
 
-    def _whole(self, cost: Cost) -> ResponsesReply:
-        status: Literal["completed", "incomplete"] = "incomplete" if self._is_cut else "completed"
-        response = self._response(status, [self._item(status, [self._content(self._text)])], cost)
+    def _whole(self, stats: RequestStats) -> ResponsesReply:
+        status: Status = "incomplete" if self._is_cut else "completed"
+        response = self._response(status, [self._item(status, [self._content(self._text)])], stats)
         if self.inspect:
-            response.inspect = inspection_of(cost)
+            response.inspect = inspection_of(stats)
         return response
 
-    def _response(self, status: Any, output: list[OutputMessage], cost: Cost | None) -> ResponsesReply:
+    def _response(self, status: Status, output: list[OutputMessage], stats: RequestStats | None) -> ResponsesReply:
         return ResponsesReply(
             id=self.id,
             object="response",
@@ -238,7 +242,7 @@ class ResponsesWriter(Writer):
             status=status,
             model=self.model,
             output=output,
-            usage=_usage(cost) if cost is not None else None,
+            usage=_usage(stats) if stats is not None else None,
             error=None,
             incomplete_details=Incomplete(reason="max_output_tokens") if status == "incomplete" else None,
             instructions=self._instructions,
@@ -250,13 +254,13 @@ class ResponsesWriter(Writer):
             top_p=self._sampling.top_p,
         )
 
-    def _item(self, status: Any, content: list[TextContent]) -> OutputMessage:
+    def _item(self, status: Status, content: list[TextContent]) -> OutputMessage:
         return OutputMessage(id=self._item_id, type="message", role="assistant", status=status, content=content)
 
     def _content(self, text: str) -> TextContent:
         return TextContent(type="output_text", text=text, annotations=[], logprobs=[])
 
-    def _about(self, kind: str, **fields: Any) -> ResponsesEvent:
+    def _text_event(self, kind: str, **fields: Any) -> ResponsesEvent:
         return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> ResponsesEvent:
@@ -265,16 +269,16 @@ class ResponsesWriter(Writer):
         return event
 
 
-def _usage(cost: Cost) -> ResponseUsage:
-    usage = cost.usage
+def _usage(stats: RequestStats) -> ResponseUsage:
+    usage = stats.usage
     return ResponseUsage(
         input_tokens=usage.num_prompt_tokens,
-        input_tokens_details=CachedTokens(
+        input_tokens_details=InputTokenDetails(
             cached_tokens=usage.num_cached_tokens,
             image_tokens=usage.num_image_tokens,
             text_tokens=usage.num_text_tokens,
         ),
         output_tokens=usage.num_new_tokens,
-        output_tokens_details=ReasoningTokens(reasoning_tokens=0),
+        output_tokens_details=OutputTokenDetails(reasoning_tokens=0),
         total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,
     )

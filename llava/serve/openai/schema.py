@@ -1,13 +1,13 @@
-"""The bodies of the OpenAI-compatible API, as types: what is accepted, and what is answered.
+"""Request and reply bodies of the OpenAI-compatible API, as pydantic models.
 
-Requests are strict: a wrong type or an unknown field is refused, and `sentence` says which and where. Fields of OpenAI that
-mean something this server does not do are accepted at the value that asks for nothing. What a body means is
-requests.py; routes are routes.py. The published OpenAPI document is made from these classes.
+Requests are strict: a wrong type or an unknown field is refused, and `describe_error` says which and where. Fields for
+features that this server does not have are accepted at the value that asks for nothing. requests.py translates
+bodies; routes are in routes.py. The OpenAPI document is made from these classes.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +24,7 @@ class Body(BaseModel):
 
 
 class Reply(BaseModel):
-    """Part of an answer; fields that were not set are left out."""
+    """Part of a reply; fields that were not set are left out."""
 
     def as_json(self) -> str:
         return self.model_dump_json(exclude_unset=True)
@@ -36,7 +36,7 @@ class Reply(BaseModel):
 class ImageURL(Body):
     url: str = Field(description="an http(s) or data: URL", min_length=1)
     detail: Literal["auto", "low", "high"] = Field(
-        "auto", description="low: one tile; else what the model was made for"
+        "auto", description="low: one tile; else the model's own tiling"
     )
 
 
@@ -50,7 +50,7 @@ class ImagePart(Body):
     image_url: ImageURL
 
 
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Nothing = Annotated[list[object], Field(max_length=0)] | None
 
 
 class SystemMessage(Body):
@@ -85,7 +85,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool = Field(False, description="accepted and not done")
+    include_obfuscation: bool = Field(False, description="accepted and ignored")
 
 
 class TextFormat(Body):
@@ -99,7 +99,7 @@ class JsonObjectFormat(Body):
 class JsonSchema(Body):
     name: str = "answer"
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, object] = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -113,16 +113,16 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class Choosing(Body):
-    """How tokens are chosen: the same fields in all three kinds of request."""
+class SamplingFields(Body):
+    """Sampling and other fields that all three kinds of request have."""
 
     model: str
-    temperature: float | None = Field(None, ge=0, le=100, description="default: 0, the likeliest token each time")
+    temperature: float | None = Field(None, ge=0, le=100, description="default: 0, greedy")
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
     user: str | None = None
     # Not OpenAI's; named as vLLM and others name them.
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="keep so many of the likeliest tokens; 0: all")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="sample from so many of the most probable tokens; 0: all")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)
@@ -130,7 +130,7 @@ class Choosing(Body):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
     regex: str | None = Field(None, description="the answer matches this expression as a whole", max_length=10_000)
     inspect: bool = Field(False, description="say in `inspect` what the images became and how long each part took")
-    # Accepted, and nothing follows from them.
+    # Accepted and ignored.
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -139,8 +139,8 @@ class Choosing(Body):
     store: bool | None = None
 
 
-class Generating(Choosing):
-    """What chat and plain completions share beyond that."""
+class GenerationFields(SamplingFields):
+    """Further fields that chat and completions have."""
 
     max_tokens: int | None = Field(None, ge=1, description="of each answer")
     n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS)
@@ -152,13 +152,13 @@ class Generating(Choosing):
     stream_options: StreamOptions | None = None
 
 
-class ChatRequest(Generating):
+class ChatRequest(GenerationFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    # Asking for nothing.
+    # Accepted at these values only.
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -167,17 +167,17 @@ class ChatRequest(Generating):
     verbosity: str | None = None
 
 
-class CompletionRequest(Generating):
+class CompletionRequest(GenerationFields):
     prompt: str | Annotated[list[str], Field(min_length=1)]
-    images: list[ImageURL] | None = Field(None, description="one for each `<image>` mark of a single prompt")
+    images: list[ImageURL] | None = Field(None, description="one for each `<image>` of a single prompt")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    # Asking for nothing.
+    # Accepted at these values only.
     echo: Literal[False] | None = None
     suffix: None = None
     best_of: Literal[1] | None = None
 
 
-# Answers
+# Replies
 
 
 class PromptDetails(Reply):
@@ -186,7 +186,7 @@ class PromptDetails(Reply):
     text_tokens: int
 
 
-class Usage(Reply):
+class UsageBody(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -194,7 +194,7 @@ class Usage(Reply):
 
 
 class SeenImage(Reply):
-    """What one image became."""
+    """The tiles and tokens of one image."""
 
     width: int
     height: int
@@ -216,12 +216,12 @@ class TopLogprob(Reply):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class TokenLogprobBody(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Reply):
-    content: list[TokenLogprob]
+    content: list[TokenLogprobBody]
     refusal: None = None
 
 
@@ -247,7 +247,7 @@ class ChatReply(Reply):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageBody
     inspect: Inspection | None = None
 
 
@@ -269,7 +269,7 @@ class ChatChunk(Reply):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: UsageBody | None = None
     inspect: Inspection | None = None
 
 
@@ -288,14 +288,14 @@ class TextChoice(Reply):
 
 
 class TextReply(Reply):
-    """Also each piece of a stream."""
+    """Also each chunk of a stream."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: UsageBody | None = None
     inspect: Inspection | None = None
 
 
@@ -315,7 +315,7 @@ class ModelList(Reply):
     data: list[ModelEntry]
 
 
-class Trouble(Reply):
+class ErrorBody(Reply):
     message: str
     type: str
     param: str | None
@@ -323,27 +323,27 @@ class Trouble(Reply):
 
 
 class ErrorReply(Reply):
-    error: Trouble
+    error: ErrorBody
 
 
-def sentence(error: ValidationError, body: Any) -> tuple[str, str | None]:
-    """What is wrong with a body, in words, and the field that is to blame."""
-    problems = [(_place(item["loc"], body), item) for item in error.errors(include_url=False, include_context=False)]
-    # Of the alternatives of a union, the one that went furthest is what was meant.
-    place, worst = max(problems, key=lambda pair: len(pair[0]))
-    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+def describe_error(error: ValidationError, body: object) -> tuple[str, str | None]:
+    """Return what is wrong with a body, in one sentence, and the name of the field."""
+    problems = [(_path(item["loc"], body), item) for item in error.errors(include_url=False, include_context=False)]
+    # Of the alternatives of a union, the one that got furthest is the one that was meant.
+    path, worst = max(problems, key=lambda pair: len(pair[0]))
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     if worst["type"] == "extra_forbidden":
         known = [
             field.alias or key for key, field in (ChatRequest.model_fields | CompletionRequest.model_fields).items()
         ]
-        hint = closest(str(place[-1]), known) if len(place) == 1 else ""
+        hint = closest(str(path[-1]), known) if len(path) == 1 else ""
         return f"unknown field {name!r}{hint}", name
     message = worst["msg"][:1].lower() + worst["msg"][1:]
     return (f"{name}: {message}" if name else f"the body is not valid: {message}"), name or None
 
 
-def _place(loc: tuple[int | str, ...], body: Any) -> list[int | str]:
-    """The steps of an error's place that lead somewhere in the body; pydantic also names types there."""
+def _path(loc: tuple[int | str, ...], body: object) -> list[int | str]:
+    """Return the steps of an error's location that are in the body; pydantic adds names of types."""
     steps: list[int | str] = []
     for position, step in enumerate(loc):
         inside = isinstance(body, dict) and step in body

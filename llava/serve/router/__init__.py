@@ -1,1 +1,1 @@
-"""The controller: workers, dispatch, proxying."""
+"""The original's protocol, and the controller: dispatch, forwarding, heartbeats."""

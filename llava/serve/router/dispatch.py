@@ -1,7 +1,7 @@
-"""Which worker answers next: the controller's table, without HTTP.
+"""Choose the worker for each request: the controller's table of workers, without HTTP.
 
-In: registrations, heart-beats, and a model's name for each request. Out: a worker's address, or None. Time comes in through
-a clock, chance through a random generator, so that tests need neither.
+In: registrations, heartbeats, and a model's name for each request. Out: a worker's address, or None. The clock and the random
+generator are arguments, so that tests are deterministic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.errors import InputError
 from llava.serve.router.protocol import WorkerStatus
 
-MAX_CONVERSATIONS = 100_000  # remembered for stickiness; the oldest are forgotten
-STICKY_SLACK = 4  # a conversation moves when its worker has so many more requests for its speed than the least loaded
+MAX_CONVERSATIONS = 100_000  # whose worker is remembered; the oldest are dropped
+STICKY_SLACK = 4  # requests that a conversation's worker may have more than the least loaded one, before it moves
 
 
 @dataclass
@@ -38,10 +38,11 @@ class Worker:
 
 
 class Dispatcher:
-    """The workers and the two ways of choosing among them.
+    """The registered workers, and the choice among them.
 
-    "shortest_queue" takes the least queue for its speed, and counts the request until the next heart-beat says better.
-    "lottery" draws with probabilities proportional to speed. Workers of speed 0 are never chosen.
+    "shortest_queue" takes the shortest queue relative to speed; a chosen worker's queue counts the request until the next
+    heartbeat reports its length. "lottery" draws with probabilities proportional to speed. Workers of speed 0 are
+    never chosen.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class Dispatcher:
         *,
         expiration_s: float = CONTROLLER_HEART_BEAT_EXPIRATION,
         clock: Callable[[], float] = time.monotonic,
-        chance: random.Random | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         if method not in METHODS:
             raise InputError(f"unknown dispatch method {method!r}; known: {', '.join(METHODS)}")
         self._choose = METHODS[method]
         self.expiration_s = expiration_s
         self._clock = clock
-        self._chance = chance or random.Random()
+        self._rng = rng or random.Random()
         self._workers: dict[str, Worker] = {}
-        self._homes: OrderedDict[str, str] = OrderedDict()  # conversation -> worker
+        self._sticky: OrderedDict[str, str] = OrderedDict()  # conversation -> worker
 
     # The table.
 
@@ -70,7 +71,7 @@ class Dispatcher:
         return self._workers.pop(name, None) is not None
 
     def heart_beat(self, name: str, queue_length: int) -> bool:
-        """Note a sign of life; False for a worker that must register first."""
+        """Record a heartbeat; False for a worker that must register first."""
         worker = self._workers.get(name)
         if worker is None:
             return False
@@ -78,51 +79,60 @@ class Dispatcher:
         return True
 
     def mark_unreachable(self, name: str) -> None:
-        """Leave a worker out until it is heard of again, or until a heart-beat's expiration has passed."""
+        """Do not choose a worker until its next heartbeat, or until a heartbeat's expiration has passed."""
         if name in self._workers:
             self._workers[name].unreachable_since = self._clock()
 
     def drop_expired(self) -> list[str]:
-        """Remove the workers whose heart-beats are checked and have stopped."""
+        """Remove the workers whose heartbeats are checked and have stopped; return their names."""
         limit = self._clock() - self.expiration_s
-        silent = [w.name for w in self._workers.values() if w.check_heart_beat and w.last_heart_beat < limit]
-        for name in silent:
+        expired = [w.name for w in self._workers.values() if w.check_heart_beat and w.last_heart_beat < limit]
+        for name in expired:
             del self._workers[name]
-        return silent
+        return expired
 
     def workers(self) -> list[Worker]:
         return list(self._workers.values())
 
     def model_names(self) -> list[str]:
-        """Every model once, in the order of registration."""
+        """Return every model once, in the order of registration."""
         return list(dict.fromkeys(name for worker in self._workers.values() for name in worker.status.model_names))
 
     # Choosing.
 
     def choose(self, model: str, *, conversation: str | None = None, without: Collection[str] = ()) -> str | None:
-        """The worker for a request, counted into its queue; a conversation goes where it was, unless that is busy."""
-        able = [
+        """Choose a worker and count the request in its queue. A conversation keeps its worker, unless that is busy.
+
+        Args:
+            model: a name that the worker must serve.
+            conversation: key of the conversation, if there is one.
+            without: workers that must not be chosen.
+
+        Returns:
+            The worker's address; None where there is no such worker.
+        """
+        candidates = [
             worker
             for worker in self._workers.values()
             if model in worker.status.model_names
             and worker.status.speed > 0
             and worker.name not in without
-            and self._seems_reachable(worker)
+            and self._is_reachable(worker)
         ]
-        if not able:
+        if not candidates:
             return None
-        worker = self._home(conversation, able) or self._choose(able, self._chance)
+        worker = self._sticky_worker(conversation, candidates) or self._choose(candidates, self._rng)
         worker.queue_length += 1
         if conversation is not None:
-            self._homes[conversation] = worker.name
-            self._homes.move_to_end(conversation)
-            if len(self._homes) > MAX_CONVERSATIONS:
-                self._homes.popitem(last=False)
+            self._sticky[conversation] = worker.name
+            self._sticky.move_to_end(conversation)
+            if len(self._sticky) > MAX_CONVERSATIONS:
+                self._sticky.popitem(last=False)
         return worker.name
 
     @contextmanager
     def serving(self, name: str) -> Iterator[None]:
-        """Around a request that passes through the controller: at its end the chosen worker's queue is shorter again."""
+        """Remove the request from the chosen worker's queue when the block ends."""
         try:
             yield
         finally:
@@ -130,23 +140,23 @@ class Dispatcher:
             if worker is not None:
                 worker.queue_length = max(0, worker.queue_length - 1)
 
-    def _seems_reachable(self, worker: Worker) -> bool:
+    def _is_reachable(self, worker: Worker) -> bool:
         return worker.unreachable_since is None or self._clock() - worker.unreachable_since > self.expiration_s
 
-    def _home(self, conversation: str | None, able: list[Worker]) -> Worker | None:
-        name = self._homes.get(conversation) if conversation is not None else None
-        home = next((worker for worker in able if worker.name == name), None)
-        if home is None or home.load > min(worker.load for worker in able) + STICKY_SLACK / home.status.speed:
+    def _sticky_worker(self, conversation: str | None, candidates: list[Worker]) -> Worker | None:
+        name = self._sticky.get(conversation) if conversation is not None else None
+        previous = next((worker for worker in candidates if worker.name == name), None)
+        if previous is None or previous.load > min(worker.load for worker in candidates) + STICKY_SLACK / previous.status.speed:
             return None
-        return home
+        return previous
 
 
-def _shortest_queue(able: list[Worker], chance: random.Random) -> Worker:
-    return min(able, key=lambda worker: worker.load)
+def _shortest_queue(candidates: list[Worker], rng: random.Random) -> Worker:
+    return min(candidates, key=lambda worker: worker.load)
 
 
-def _lottery(able: list[Worker], chance: random.Random) -> Worker:
-    return chance.choices(able, weights=[worker.status.speed for worker in able])[0]
+def _lottery(candidates: list[Worker], rng: random.Random) -> Worker:
+    return rng.choices(candidates, weights=[worker.status.speed for worker in candidates])[0]
 
 
 METHODS = {"lottery": _lottery, "shortest_queue": _shortest_queue}

@@ -1,7 +1,8 @@
-"""A worker's membership with its controller: registration, heart-beats, and leave.
+"""A worker's registration with its controller, and the heartbeats that keep it.
 
-In: two addresses and a function that tells the worker's status. Out: a background task for the time that a server runs.
-A controller that is away, or was started anew and knows nobody, is told again as soon as it answers.
+In: two addresses and a function that returns the worker's status. Out: a background task for the time that a server runs.
+A controller that is unreachable is asked again every few seconds; one that has been restarted and does not know the worker
+gets a new registration.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,11 +22,19 @@ from llava.serve.router.protocol import WorkerStatus
 logger = logging.getLogger("llava.serve")
 
 RETRY_S = 2.0  # between attempts to reach a controller that does not answer
-GAP_S = 0.2  # heart-beats that tell of a changed queue come no faster than this
+MIN_INTERVAL_S = 0.2  # between heartbeats that report a changed queue
 
 
-class Membership:
-    """`changed` brings the next heart-beat forward, as the original does whenever a request begins or ends."""
+class Heartbeat:
+    """The background task of one worker.
+
+    Args:
+        controller: URL of the controller.
+        worker: URL of the worker, which is also its name.
+        status: returns the current status.
+        key: API key of the controller.
+        interval_s: seconds between heartbeats. `changed` makes the next one come sooner, as in the original.
+    """
 
     def __init__(
         self,
@@ -42,50 +51,51 @@ class Membership:
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._interval_s = interval_s
         self._changed = asyncio.Event()
-        self._left = False
+        self._stopped = False
 
     def changed(self) -> None:
+        """Report the queue soon: a request has begun or ended."""
         self._changed.set()
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._stay())
+        task = asyncio.create_task(self._run())
         try:
             yield
         finally:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            await self.leave()
+            await self.unregister()
 
-    async def leave(self) -> None:
-        """Ask for no more requests. The original's controller does not know this and forgets us in its own time."""
-        if self._left:
+    async def unregister(self) -> None:
+        """Get no more requests. The original's controller lacks this route and drops the worker when heartbeats stop."""
+        if self._stopped:
             return
-        self._left = True
+        self._stopped = True
         with contextlib.suppress(httpx.HTTPError):
             async with self._client() as client:
                 await client.post("/unregister_worker", json={"worker_name": self._worker})
 
-    async def _stay(self) -> None:
-        known, complained = False, False
+    async def _run(self) -> None:
+        registered, warned = False, False
         async with self._client() as client:
-            while not self._left:
+            while not self._stopped:
                 try:
-                    known = await (self._beat(client) if known else self._register(client))
-                    complained = False
-                    wait = self._interval_s if known else 0.0
+                    registered = await (self._beat(client) if registered else self._register(client))
+                    warned = False
+                    wait = self._interval_s if registered else 0.0
                 except (httpx.HTTPError, ValueError) as error:
-                    if not complained:
+                    if not warned:
                         logger.warning("the controller %s does not answer: %s", self._controller, error or type(error))
-                    complained, wait = True, RETRY_S
+                    warned, wait = True, RETRY_S
                 await self._sleep(wait)
 
     async def _sleep(self, seconds: float) -> None:
         if seconds:
-            await asyncio.sleep(min(GAP_S, seconds))
+            await asyncio.sleep(min(MIN_INTERVAL_S, seconds))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(0.0, seconds - GAP_S))
+                await asyncio.wait_for(self._changed.wait(), max(0.0, seconds - MIN_INTERVAL_S))
         self._changed.clear()
 
     async def _register(self, client: httpx.AsyncClient) -> bool:
@@ -95,11 +105,11 @@ class Membership:
         return True
 
     async def _beat(self, client: httpx.AsyncClient) -> bool:
-        """Tell the length of the queue; False where the controller does not know us."""
+        """Report the length of the queue; False where the controller does not know the worker."""
         body = {"worker_name": self._worker, "queue_length": self._status().queue_length}
         return (await self._post(client, "/receive_heart_beat", body))["exist"]
 
-    async def _post(self, client: httpx.AsyncClient, path: str, body: Any) -> Any:
+    async def _post(self, client: httpx.AsyncClient, path: str, body: Mapping[str, object]) -> Any:
         response = await client.post(path, json=body)
         response.raise_for_status()
         return response.json()

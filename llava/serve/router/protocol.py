@@ -1,9 +1,8 @@
-"""The original worker protocol: what is posted, what streams back, and the words for what goes wrong.
+"""The original's worker protocol: request bodies, response chunks, error codes.
 
-In: the JSON of a request to `/worker_generate_stream`. Out: a `GenerateBody`, checked, or an `InputError`; and chunks,
-each a JSON object `{"text", "error_code"}` that ends in a zero byte, whose text is the prompt and the answer so far.
-Nothing here knows HTTP. Servers are serve/model_worker.py and serve/controller.py; the OpenAI-compatible API is
-serve/openai/routes.py.
+In: the JSON of a request. Out: a checked body, or an `InputError`; and chunks, each a JSON object `{"text", "error_code"}`
+that ends in a zero byte, whose text is the prompt and the answer so far. Nothing here knows HTTP. Routes are
+worker_routes.py and routes.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from llava.conversation import check_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 
-# Error codes of a chunk. With any but OK the text is a sentence for the user and nothing follows.
+# Error codes of a chunk. With any but OK the text is a message for the user and nothing follows.
 OK = 0
 WORKER_FAILED = 1  # the worker refused the request or failed at it
 NO_WORKER = 2  # the controller has no worker for this model
@@ -28,29 +27,29 @@ WORKER_UNREACHABLE = 3  # the controller lost the worker
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
 
-NO_ROOM = "Exceeds max token length. Please start a new conversation, thanks."
+CONTEXT_FULL = "Exceeds max token length. Please start a new conversation, thanks."
 DEFAULT_NEW_TOKENS = 256
-GREEDY_BELOW = 0.001  # temperatures up to this take the likeliest token
+GREEDY_BELOW = 0.001  # temperatures up to this mean greedy decoding
 
 
-def encode_chunk(text: str, error_code: int = OK, **more: Any) -> bytes:
-    """One chunk as it goes over the wire. `more` are keys that a client has asked for."""
+def encode_chunk(text: str, error_code: int = OK, **more: object) -> bytes:
+    """Encode one chunk. `more` are keys that the client has asked for."""
     return json.dumps({"text": text, "error_code": error_code, **more}).encode() + b"\0"
 
 
 class ChunkReader:
-    """Bytes in, as they arrive; whole chunks out."""
+    """Decode a stream of bytes, as they arrive, to chunks."""
 
     def __init__(self) -> None:
-        self._held = b""
+        self._incomplete = b""
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        *whole, self._held = (self._held + data).split(b"\0")
+        *whole, self._incomplete = (self._incomplete + data).split(b"\0")
         return (json.loads(part) for part in whole if part)
 
 
 def read_chunks(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The chunks of a whole stream."""
+    """Yield the chunks of a whole stream."""
     reader = ChunkReader()
     for data in stream:
         yield from reader.feed(data)
@@ -58,15 +57,15 @@ def read_chunks(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class GenerateBody:
-    """A request to generate, as the original's page and its test client post it."""
+    """A request to generate, as the original's page and test client post it."""
 
     prompt: str
     images: tuple[str, ...]  # base64 or data: URLs
-    sampling: SamplingParams | None  # None: not even one new token was allowed
-    inspect: bool = False  # ours: the last chunk also has what the answer cost
+    sampling: SamplingParams | None  # None: no new tokens were asked for
+    inspect: bool = False  # ours: the last chunk also has usage and timings
 
     @classmethod
-    def parse(cls, body: Any) -> GenerateBody:
+    def parse(cls, body: object) -> GenerateBody:
         if not isinstance(body, Mapping):
             raise InputError("the body must be a JSON object")
         prompt = body.get("prompt")
@@ -107,14 +106,14 @@ def _number(body: Mapping[str, Any], name: str, default: float, kind: type) -> A
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """What a worker tells its controller about itself."""
+    """What a worker reports to its controller."""
 
     model_names: tuple[str, ...]
     speed: float
     queue_length: int
 
     @classmethod
-    def parse(cls, values: Any) -> WorkerStatus:
+    def parse(cls, values: object) -> WorkerStatus:
         if not isinstance(values, Mapping):
             raise InputError("'worker_status' must be an object with model_names, speed and queue_length")
         names = values.get("model_names")
@@ -123,11 +122,11 @@ class WorkerStatus:
         speed, queue_length = _count(values, "speed"), _count(values, "queue_length")
         return cls(tuple(names), speed, int(queue_length))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {"model_names": list(self.model_names), "speed": self.speed, "queue_length": self.queue_length}
 
 
-def _count(values: Mapping[str, Any], name: str) -> float:
+def _count(values: Mapping[str, object], name: str) -> float:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
         raise InputError(f"{name!r} of a worker is {value!r}; it must be a number from 0")
@@ -136,7 +135,7 @@ def _count(values: Mapping[str, Any], name: str) -> float:
 
 @dataclass(frozen=True)
 class Registration:
-    """A worker that announces itself. Without a status the controller asks the worker for it."""
+    """The registration of a worker. Without a status the controller asks the worker for it."""
 
     worker_name: str
     check_heart_beat: bool
@@ -159,12 +158,12 @@ class HeartBeat:
     queue_length: int
 
     @classmethod
-    def parse(cls, body: Any) -> HeartBeat:
+    def parse(cls, body: object) -> HeartBeat:
         return cls(text_field(body, "worker_name"), int(_count(body, "queue_length")))
 
 
 def text_field(body: Any, name: str) -> str:
-    """A string that a body must have."""
+    """Return a field that a body must have, a string."""
     if not isinstance(body, Mapping) or not isinstance(body.get(name), str):
         raise InputError(f"the body must be a JSON object with {name!r}, a string")
     return body[name]

@@ -1,8 +1,8 @@
-"""Passing a request on to a worker, and its answer back.
+"""Forward a request to a worker, and its response to the client.
 
-In: a request, the model it names, and the dispatcher. Out: the worker's response, piece by piece. Where a worker cannot be
-reached, is full, or dies before the first byte of its answer, another one is asked; once a byte has gone to the client,
-the answer ends with the protocol's words for an error instead.
+In: a request, the model that it names, and the dispatcher. Out: the worker's response, chunk by chunk. Where a worker cannot be
+reached, is full, or fails before the first byte of its response, another one is asked; after that, the response ends with
+an error in the form of its protocol.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 import httpx
 from fastapi import Request, Response
 
 from llava.serve.backends.base import BackendError
 from llava.serve.http.errors import ApiError
-from llava.serve.http.streams import Stream, while_connected
+from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.routes import unknown_model
 from llava.serve.router.dispatch import Dispatcher
 
 logger = logging.getLogger("llava.serve")
 
-BUSY = (429, 503)  # a worker's way of saying: ask somebody else
+BUSY = (429, 503)  # statuses after which another worker is asked
 CONNECT_S = 10.0
-TRIES = 2  # of one worker, where it did answer the knock: a connection kept too long, or a moment without air
-# Shorter than the time after which servers close a silent connection, so that none is closed while we reach for it.
+TRIES = 2  # of one worker that accepts the connection: a kept-alive connection may have been closed meanwhile
+# Shorter than the time after which servers close an idle connection, so that none is closed as it is used.
 KEEP_ALIVE_S = 2.0
 
 
 class WorkerLostError(BackendError):
-    """A worker went away in the middle of its answer."""
+    """A worker went away in the middle of its response."""
 
 
-class Relay:
-    """`key` opens the workers; without one, the client's own Authorization header is passed on."""
+class Proxy:
+    """Forwards requests to workers. Without a `key` for them, the client's own Authorization header is sent."""
 
     def __init__(self, dispatcher: Dispatcher, *, key: str | None, deadline_s: float) -> None:
         self._dispatcher = dispatcher
@@ -50,15 +49,24 @@ class Relay:
             trust_env=False,
         )
 
-    async def pass_on(
+    async def forward(
         self,
         request: Request,
         path: str,
         *,
         model: str,
         conversation: str | None,
-        last_words: Callable[[Exception], bytes],
-    ) -> Response | Stream:
+        final_chunk: Callable[[Exception], bytes],
+    ) -> Response:
+        """Forward a request.
+
+        Args:
+            request: whose body is sent on as it is.
+            path: of the worker's route.
+            model: which workers to choose from.
+            conversation: requests of one conversation go to one worker, for its prefix cache; None: to any.
+            final_chunk: makes the last chunk of a response that failed in the middle.
+        """
         deadline = asyncio.get_running_loop().time() + self._deadline_s
         body = await request.body()
         headers = {"content-type": "application/json"}
@@ -70,28 +78,30 @@ class Relay:
             return self.client.build_request("POST", worker + path, content=body, headers=headers)
 
         async with asyncio.timeout_at(deadline):
-            answer = await while_connected(request, self._first_answer(build, model, conversation))
-        if not answer.is_stream:
-            async with answer.held:
-                return Response(answer.first, answer.status, media_type=answer.media_type)
+            response = await cancel_on_disconnect(
+                self._first_response(build, model, conversation), request.receive
+            )
+        if response.rest is None:
+            async with response.held:
+                return Response(response.first, response.status, media_type=response.media_type)
 
-        def closed(end: str) -> None:
+        def on_close(end: str) -> None:
             if end == "failed":
-                self._dispatcher.mark_unreachable(answer.worker)
+                self._dispatcher.mark_unreachable(response.worker)
 
-        return Stream(
-            answer.pieces(),
-            media_type=answer.media_type,
+        return StreamedResponse(
+            response.chunks(response.rest),
+            media_type=response.media_type,
             deadline=deadline,
-            last_words=last_words,
-            closed=closed,
-            status=answer.status,
+            final_chunk=final_chunk,
+            on_close=on_close,
+            status=response.status,
         )
 
-    async def _first_answer(
+    async def _first_response(
         self, build: Callable[[str], httpx.Request], model: str, conversation: str | None
-    ) -> _Answer:
-        """The first worker's answer of which at least one byte has come."""
+    ) -> WorkerResponse:
+        """Ask workers until one has sent the first byte of its response."""
         tried: dict[str, ApiError] = {}
         failures: Counter[str] = Counter()
         while (worker := self._dispatcher.choose(model, conversation=conversation, without=tried)) is not None:
@@ -101,15 +111,15 @@ class Relay:
                     response = await self.client.send(build(worker), stream=True)
                     stack.push_async_callback(response.aclose)
                     if response.status_code in BUSY:
-                        tried[worker] = _passed_over(model, response.status_code, await response.aread())
+                        tried[worker] = _busy(model, response.status_code, await response.aread())
                         continue
-                    return await _Answer.begin(worker, response, stack.pop_all())
+                    return await WorkerResponse.begin(worker, response, stack.pop_all())
                 except httpx.HTTPError as error:
                     logger.warning("worker %s failed: %s", worker, repr(error))
                     failures[worker] += 1
                     if isinstance(error, httpx.ConnectError) or failures[worker] == TRIES:
                         tried[worker] = ApiError(503, f"no worker for {model!r} can be reached", code="no_worker")
-                        if not isinstance(error, httpx.TimeoutException):  # one that is slow is not gone
+                        if not isinstance(error, httpx.TimeoutException):  # a slow worker may still be running
                             self._dispatcher.mark_unreachable(worker)
         if tried:
             raise min(tried.values(), key=lambda error: error.status)
@@ -119,63 +129,55 @@ class Relay:
         raise unknown_model(model, known)
 
 
-def _passed_over(model: str, status: int, told: bytes) -> ApiError:
-    """What the client learns where no other worker takes the request either."""
+def _busy(model: str, status: int, body: bytes) -> ApiError:
+    """The error for the client where no other worker takes the request either."""
     if status == 429:
         return ApiError(429, "all workers are full", code="server_full")
     try:
-        value = json.loads(told.rstrip(b"\0"))
-        words = value["text"] if "text" in value else value["error"]["message"]
+        value = json.loads(body.rstrip(b"\0"))
+        message = value["text"] if "text" in value else value["error"]["message"]
     except (ValueError, TypeError, KeyError):
-        words = "it does not say why"
-    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {words}", code="no_worker")
+        message = "it does not say why"
+    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {message}", code="no_worker")
 
 
-class _Answer:
-    """A worker's response that has begun. `held` frees the connection and the place in the worker's queue."""
+class WorkerResponse:
+    """A worker's response whose first bytes are here.
+
+    `rest` yields the other bytes; None where there are none. `held` frees the connection and the slot in the worker's queue.
+    """
 
     def __init__(
-        self, worker: str, response: httpx.Response, first: bytes, rest: AsyncIterator[bytes], held: AsyncExitStack
+        self,
+        worker: str,
+        response: httpx.Response,
+        first: bytes,
+        rest: AsyncIterator[bytes] | None,
+        held: AsyncExitStack,
     ) -> None:
         self.worker = worker
         self.status = response.status_code
         self.media_type = response.headers.get("content-type")
         self.first = first
+        self.rest = rest
         self.held = held
-        self._rest = rest
 
     @classmethod
-    async def begin(cls, worker: str, response: httpx.Response, held: AsyncExitStack) -> _Answer:
+    async def begin(cls, worker: str, response: httpx.Response, held: AsyncExitStack) -> WorkerResponse:
         try:
             if "content-length" in response.headers:
-                return cls(worker, response, await response.aread(), _nothing(), held)
+                return cls(worker, response, await response.aread(), None, held)
             rest = response.aiter_raw()
             return cls(worker, response, await anext(rest, b""), rest, held)
         except BaseException:
             await held.aclose()
             raise
 
-    @property
-    def is_stream(self) -> bool:
-        return not isinstance(self._rest, _Nothing)
-
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def chunks(self, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async with self.held:
             yield self.first
             try:
-                async for piece in self._rest:
-                    yield piece
+                async for chunk in rest:
+                    yield chunk
             except httpx.HTTPError as error:
                 raise WorkerLostError("the worker was lost in the middle of its answer; please ask again") from error
-
-
-class _Nothing:
-    def __aiter__(self) -> _Nothing:
-        return self
-
-    async def __anext__(self) -> bytes:
-        raise StopAsyncIteration
-
-
-def _nothing() -> Any:
-    return _Nothing()

@@ -1,6 +1,6 @@
 """The controller's routes: those of the original for workers and clients, and the OpenAI-compatible ones.
 
-In: HTTP requests. Out: JSON, or what a worker answered. The table of workers is dispatch.py's.
+In: HTTP requests. Out: JSON, or a worker's response. The table of workers is in dispatch.py, forwarding in proxy.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from llava.errors import InputError
-from llava.serve.http.app import Door, Lifespan, make_app
+from llava.serve.http.app import Lifespan, make_app
 from llava.serve.http.errors import ApiError, as_api_error
-from llava.serve.http.metrics import Metrics, Number
-from llava.serve.http.middleware import Guard
-from llava.serve.http.streams import Stream, read_json
+from llava.serve.http.metrics import Gauge, Metrics
+from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
+from llava.serve.http.streams import read_json
 from llava.serve.openai import schema
-from llava.serve.openai.routes import error_event, openai_routes
+from llava.serve.openai.routes import SCHEMAS, error_event, openai_routes
 from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.protocol import (
     NO_WORKER,
@@ -36,12 +36,12 @@ from llava.serve.router.protocol import (
     encode_chunk,
     text_field,
 )
-from llava.serve.router.proxy import Relay
+from llava.serve.router.proxy import Proxy
 
 logger = logging.getLogger("llava.serve")
 
-SWEEP_S = 1.0  # between looks for workers that have gone silent
-ASK_S = 5.0  # for a worker to tell its status
+SWEEP_S = 1.0  # between checks for workers whose heartbeats have stopped
+STATUS_S = 5.0  # timeout of a request for a worker's status
 
 
 class ControllerApi:
@@ -49,7 +49,7 @@ class ControllerApi:
 
     def __init__(self, dispatcher: Dispatcher, *, key: str | None = None, deadline_s: float = 600.0) -> None:
         self.dispatcher = dispatcher
-        self._relay = Relay(dispatcher, key=key, deadline_s=deadline_s)
+        self._proxy = Proxy(dispatcher, key=key, deadline_s=deadline_s)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._created = int(time.time())
 
@@ -62,21 +62,21 @@ class ControllerApi:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            await self._relay.client.aclose()
+            await self._proxy.client.aclose()
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             for name in self.dispatcher.drop_expired():
-                logger.warning("worker %s has been silent for too long and is dropped", name)
+                logger.warning("worker %s has sent no heartbeat for too long and is removed", name)
 
-    async def trouble(self) -> str | None:
+    async def liveness(self) -> str | None:
         return None
 
-    async def not_ready(self) -> str | None:
+    async def readiness(self) -> str | None:
         return None if self.dispatcher.workers() else "no worker is registered"
 
-    def gauges(self) -> dict[str, Number]:
+    def gauges(self) -> dict[str, Gauge]:
         workers = self.dispatcher.workers()
         return {
             "workers": len(workers),
@@ -91,12 +91,13 @@ class ControllerApi:
 
         @router.post("/register_worker")
         async def register_worker(request: Request) -> None:
-            """Take a worker in; without `worker_status` it is asked for, and left out where it does not answer."""
-            told = Registration.parse(await read_json(request))
-            status = told.status or await self._ask_status(told.worker_name)
+            """Register a worker; without `worker_status` it is asked for, and ignored where it does not answer."""
+            registration = Registration.parse(await read_json(request))
+            name = registration.worker_name
+            status = registration.status or await self._ask_status(name)
             if status is not None:
-                dispatcher.register(told.worker_name, status, check_heart_beat=told.check_heart_beat)
-                logger.info("worker %s serves %s", told.worker_name, ", ".join(status.model_names))
+                dispatcher.register(name, status, check_heart_beat=registration.check_heart_beat)
+                logger.info("worker %s serves %s", name, ", ".join(status.model_names))
 
         @router.post("/unregister_worker")
         async def unregister_worker(request: Request) -> dict[str, bool]:
@@ -105,14 +106,18 @@ class ControllerApi:
 
         @router.post("/receive_heart_beat")
         async def receive_heart_beat(request: Request) -> dict[str, bool]:
-            """Note that a worker lives; `exist` false asks it to register."""
+            """Record a heartbeat; `exist` false asks the worker to register."""
             beat = HeartBeat.parse(await read_json(request))
             return {"exist": dispatcher.heart_beat(beat.worker_name, beat.queue_length)}
 
         @router.post("/refresh_all_workers")
         async def refresh_all_workers() -> None:
-            """Ask every worker for its status, and drop those that do not answer."""
-            await self._refresh()
+            """Ask every worker for its status, and remove those that do not answer."""
+            for name, check_heart_beat, status in await self._statuses():
+                if status is None:
+                    dispatcher.unregister(name)
+                else:
+                    dispatcher.register(name, status, check_heart_beat=check_heart_beat)
 
         @router.post("/list_models")
         async def list_models() -> dict[str, list[str]]:
@@ -125,28 +130,31 @@ class ControllerApi:
             return {"address": dispatcher.choose(text_field(await read_json(request), "model")) or ""}
 
         @router.post("/worker_get_status")
-        async def worker_get_status() -> dict[str, Any]:
+        async def worker_get_status() -> dict[str, object]:
             """The same as a worker's, over all workers that answer."""
-            return (await self._total_status()).as_json()
+            statuses = [status for _, _, status in await self._statuses() if status is not None]
+            names = dict.fromkeys(name for status in statuses for name in status.model_names)
+            speed, queue_length = (sum(getattr(status, name) for status in statuses) for name in ("speed", "queue_length"))
+            return WorkerStatus(tuple(names), speed, queue_length).as_json()
 
         @router.post("/worker_generate_stream", response_class=Response)
-        async def worker_generate_stream(request: Request) -> Any:
-            """Pass a prompt on to a worker."""
+        async def worker_generate_stream(request: Request) -> Response:
+            """Forward a prompt to a worker."""
             return await self._generate(request)
 
         return router
 
-    async def _generate(self, request: Request) -> Response | Stream:
+    async def _generate(self, request: Request) -> Response:
         body = await read_json(request)
         model = text_field(body, "model")
         images = body.get("images")
         try:
-            return await self._relay.pass_on(
+            return await self._proxy.forward(
                 request,
                 "/worker_generate_stream",
                 model=model,
                 conversation=_fingerprint(model, images) if images else None,
-                last_words=lambda error: encode_chunk(str(as_api_error(error)), WORKER_UNREACHABLE),
+                final_chunk=lambda error: encode_chunk(str(as_api_error(error)), WORKER_UNREACHABLE),
             )
         except ApiError as error:
             code = NO_WORKER if error.status in (404, 503) else WORKER_UNREACHABLE
@@ -154,105 +162,92 @@ class ControllerApi:
 
     async def _ask_status(self, worker: str) -> WorkerStatus | None:
         try:
-            response = await self._relay.client.post(
-                worker.rstrip("/") + "/worker_get_status", headers=self._headers, timeout=ASK_S
+            response = await self._proxy.client.post(
+                worker.rstrip("/") + "/worker_get_status", headers=self._headers, timeout=STATUS_S
             )
             response.raise_for_status()
             return WorkerStatus.parse(response.json())
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            logger.warning("worker %s does not tell its status: %s", worker, error or type(error).__name__)
+            logger.warning("worker %s does not report its status: %s", worker, error or type(error).__name__)
             return None
 
     async def _statuses(self) -> list[tuple[str, bool, WorkerStatus | None]]:
         workers = self.dispatcher.workers()
-        told = await asyncio.gather(*(self._ask_status(worker.name) for worker in workers))
-        return [(w.name, w.check_heart_beat, status) for w, status in zip(workers, told, strict=True)]
-
-    async def _refresh(self) -> None:
-        for name, check_heart_beat, status in await self._statuses():
-            if status is None:
-                self.dispatcher.unregister(name)
-            else:
-                self.dispatcher.register(name, status, check_heart_beat=check_heart_beat)
-
-    async def _total_status(self) -> WorkerStatus:
-        told = [status for _, _, status in await self._statuses() if status is not None]
-        names = dict.fromkeys(name for status in told for name in status.model_names)
-        return WorkerStatus(
-            tuple(names), sum(status.speed for status in told), sum(status.queue_length for status in told)
-        )
+        statuses = await asyncio.gather(*(self._ask_status(worker.name) for worker in workers))
+        return [(w.name, w.check_heart_beat, status) for w, status in zip(workers, statuses, strict=True)]
 
     # The OpenAI-compatible routes.
 
-    async def chat(self, request: Request) -> Response | Stream:
-        body = await self._named(request)
-        return await self._pass_on(request, "/v1/chat/completions", body, _first_question(body.get("messages")))
+    async def chat_completions(self, request: Request) -> Response:
+        body = await self._body_of(request)
+        return await self._forward(request, "/v1/chat/completions", body, _up_to_first_question(body.get("messages")))
 
-    async def complete(self, request: Request) -> Response | Stream:
-        body = await self._named(request)
-        return await self._pass_on(request, "/v1/completions", body, None)
+    async def completions(self, request: Request) -> Response:
+        body = await self._body_of(request)
+        return await self._forward(request, "/v1/completions", body, None)
 
-    async def respond(self, request: Request) -> Response | Stream:
-        body = await self._named(request)
+    async def responses(self, request: Request) -> Response:
+        body = await self._body_of(request)
         given = body.get("input")
-        question = _first_question(given) if isinstance(given, list) else given
-        return await self._pass_on(request, "/v1/responses", body, question)
+        question = _up_to_first_question(given) if isinstance(given, list) else given
+        return await self._forward(request, "/v1/responses", body, question)
 
-    async def _named(self, request: Request) -> dict[str, Any]:
+    async def _body_of(self, request: Request) -> dict[str, Any]:
         body = await read_json(request)
         if not isinstance(body, dict):
             raise InputError("the body must be a JSON object")
         text_field(body, "model")
         return body
 
-    async def _pass_on(self, request: Request, path: str, body: dict[str, Any], question: Any) -> Response | Stream:
+    async def _forward(self, request: Request, path: str, body: dict[str, Any], question: object) -> Response:
         key = body.get("prompt_cache_key") or question
-        return await self._relay.pass_on(
+        return await self._proxy.forward(
             request,
             path,
             model=body["model"],
             conversation=_fingerprint(body["model"], key) if key else None,
-            last_words=error_event,
+            final_chunk=error_event,
         )
 
     async def models(self) -> schema.ModelList:
-        """Every model as one of its workers describes it, or by name alone where that worker is not ours."""
+        """List every model as one of its workers describes it, or by name alone where that worker does not."""
         workers = {name: worker.name for worker in self.dispatcher.workers() for name in worker.status.model_names}
         entries = await asyncio.gather(*(self._entry(name, worker) for name, worker in workers.items()))
         return schema.ModelList(object="list", data=list(entries))
 
     async def _entry(self, model: str, worker: str) -> schema.ModelEntry:
         try:
-            response = await self._relay.client.get(f"{worker}/v1/models", headers=self._headers, timeout=ASK_S)
+            response = await self._proxy.client.get(f"{worker}/v1/models", headers=self._headers, timeout=STATUS_S)
             response.raise_for_status()
-            told = schema.ModelList.model_validate(response.json())
-            return next(entry for entry in told.data if entry.id == model)
+            listed = schema.ModelList.model_validate(response.json())
+            return next(entry for entry in listed.data if entry.id == model)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, StopIteration):
             return schema.ModelEntry(id=model, object="model", created=self._created, owned_by="llava")
 
 
-def _first_question(messages: Any) -> Any:
-    """What all turns of one conversation begin with: its messages up to the first question."""
+def _up_to_first_question(messages: object) -> object:
+    """Return the messages up to the first of the user, which all requests of one conversation have in common."""
     if not isinstance(messages, list):
         return None
-    asked = [isinstance(message, dict) and message.get("role") == "user" for message in messages]
-    return messages[: asked.index(True) + 1] if True in asked else None
+    is_user = [isinstance(message, dict) and message.get("role") == "user" for message in messages]
+    return messages[: is_user.index(True) + 1] if True in is_user else None
 
 
-def _fingerprint(model: str, beginning: Any) -> str:
+def _fingerprint(model: str, beginning: object) -> str:
     return hashlib.sha256(json.dumps([model, beginning]).encode()).hexdigest()
 
 
 def controller_app(
-    api: ControllerApi, door: Door, *, lifespans: Sequence[Lifespan] = (), open_paths: Sequence[str] = ()
-) -> tuple[FastAPI, Guard]:
+    api: ControllerApi, access: AccessPolicy, *, lifespans: Sequence[Lifespan] = (), open_paths: Sequence[str] = ()
+) -> tuple[FastAPI, AccessMiddleware]:
     return make_app(
         [api.router(), openai_routes(api)],
         title="llava controller",
         metrics=Metrics(api.gauges),
-        door=door,
-        alive=api.trouble,
-        ready=api.not_ready,
+        access=access,
+        liveness=api.liveness,
+        readiness=api.readiness,
+        schemas=SCHEMAS,
         lifespans=[api.lifespan, *lifespans],
         open_paths=open_paths,
     )

@@ -1,0 +1,35 @@
+"""Settings of a Python process that serves: logging, thread switching, garbage collection.
+
+In: a log level. Out: changed settings of the interpreter. Used by servers (http/server.py) and by the engine in a process of
+its own (backends/subprocess_main.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+
+SWITCH_S = 0.0005  # Python's default is ten times as long
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr: this package from `level` up, uvicorn its errors only."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
+    logging.getLogger("llava").setLevel(level.upper())
+
+
+def shorten_switch_interval() -> None:
+    """Let threads take turns sooner: the engine's thread must not wait long for the event loop after each step."""
+    sys.setswitchinterval(SWITCH_S)
+
+
+def freeze_heap() -> None:
+    """Exclude all objects that exist now, modules and a model, from garbage collection.
+
+    A full collection over them takes a quarter of a second, in which no thread runs.
+    """
+    gc.collect()
+    gc.freeze()
