@@ -1,8 +1,8 @@
-"""Replicas of one model behind one address, on as many machines and GPUs as a Ray cluster has.
+"""Replicas of one model behind one address, on the machines and GPUs of a Ray cluster.
 
-In: how many replicas, what each takes, and the flags of `llava serve` for all of them. Out: an application for Ray Serve, with
-both APIs of `llava serve` (not its page). Each replica is an engine of its own; Ray picks the less busy of two, starts one
-again that dies, and adds machines if it is told to.
+In: the number of replicas, the resources of each, and the flags of `llava serve` for all of them. Out: an application for Ray
+Serve, with both APIs of `llava serve` but not its page. Each replica is an engine of its own; Ray picks the less busy of two,
+restarts one that fails, and adds machines where it is configured to.
 
     pip install 'llava[serve]' 'ray[serve]'
     serve run deploy.ray_serve:build replicas=4 flags="./llava-v1.5-7b"
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 from ray import serve
 
-from llava.serve.http.flags import door_from, limits_from
+from llava.serve.http.flags import access_from, limits_from
 from llava.serve.model_worker import check_model_flags
 from llava.serve.serve import build_parser, model_app
 
@@ -27,22 +27,22 @@ class Options(BaseModel, extra="forbid"):
     replicas: int = 1
     gpus: float = 1  # of each replica
     cpus: float = 1
-    at_once: int = 256  # requests that Ray gives to a replica together; others wait at Ray's door
-    flags: str = ""  # of `llava serve`; what is said there of addresses and workers is Ray's business here
+    at_once: int = 256  # requests that Ray sends to a replica at once; others wait in Ray
+    flags: str = ""  # of `llava serve`; those for addresses and workers have no effect here
 
 
 @cache
 def loaded(flags: str) -> tuple[Any, Any]:
-    """The model of this process, and its application."""
+    """Return the model of this process, and its application."""
     from llava.serve.model_worker import load_backend
     from llava.serve.service import Service
 
     args = build_parser().parse_args(shlex.split(flags))
     args.model_path = args.model or args.model_path
     check_model_flags(args)
-    door, _ = door_from(args)
-    service = Service(load_backend(args), limits_from(args), door.room)
-    return service, model_app(service, door)[1]
+    access, _ = access_from(args)
+    service = Service(load_backend(args), limits_from(args), access.memory)
+    return service, model_app(service, access)[1]
 
 
 class Replica:
@@ -50,9 +50,9 @@ class Replica:
         self._flags = flags
 
     async def check_health(self) -> None:
-        """Ray asks every few seconds, and starts a replica anew that raises."""
-        if trouble := await loaded(self._flags)[0].trouble():
-            raise RuntimeError(trouble)
+        """Called by Ray every few seconds, which restarts a replica that raises."""
+        if problem := await loaded(self._flags)[0].liveness():
+            raise RuntimeError(problem)
 
 
 def build(given: dict[str, str]) -> Any:

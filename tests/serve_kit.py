@@ -18,15 +18,16 @@ from cli_kit import environment
 
 from llava.serve.backends.base import Backend
 from llava.serve.backends.in_process import EngineBackend
-from llava.serve.http.app import Door, make_app
+from llava.serve.http.app import make_app
 from llava.serve.http.limits import ServeLimits
+from llava.serve.http.middleware import AccessPolicy
 from llava.serve.http.server import PARSER, bind
-from llava.serve.openai.routes import ModelApi, openai_routes
+from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
 from llava.serve.router.dispatch import Dispatcher
-from llava.serve.router.heartbeat import Membership
+from llava.serve.router.heartbeat import Heartbeat
 from llava.serve.router.routes import ControllerApi, controller_app
+from llava.serve.router.worker_routes import WorkerApi, single_worker_routes
 from llava.serve.service import Service
-from llava.serve.worker_api import WorkerApi, own_controller
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "images/demo.jpg"
@@ -71,30 +72,32 @@ def worker(
     backend: Backend,
     limits: ServeLimits | None = None,
     *,
-    door: Door | None = None,
+    access: AccessPolicy | None = None,
     controller: str | None = None,
 ) -> Iterator[tuple[str, Service]]:
     """A worker over a backend, which stays open; it answers a controller's questions about itself unless it has one."""
     limits = limits or ServeLimits()
-    door = door or Door(max_body_bytes=limits.max_body_bytes)
-    service = Service(backend, limits, door.room)
+    access = access or AccessPolicy()
+    service = Service(backend, limits, access.memory)
     listener = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    routers = [WorkerApi(service).router(), openai_routes(ModelApi(service))]
+    api = WorkerApi(service)
+    routers = [api.router(), openai_routes(ModelApi(service))]
     lifespans = []
     if controller is None:
-        routers.append(own_controller(service))
+        routers.append(single_worker_routes(service))
     else:
-        membership = Membership(controller, address, service.status)
-        service.changed = membership.changed
-        lifespans.append(membership.lifespan)
+        heartbeat = Heartbeat(controller, address, api.status)
+        service.changed = heartbeat.changed
+        lifespans.append(heartbeat.lifespan)
     _, app = make_app(
         routers,
         title="worker",
         metrics=service.metrics,
-        door=door,
-        alive=service.trouble,
-        ready=service.trouble_or_draining,
+        access=access,
+        liveness=service.liveness,
+        readiness=service.readiness,
+        schemas=SCHEMAS,
         lifespans=lifespans,
     )
     with running(app, listener):
@@ -104,7 +107,7 @@ def worker(
 @contextlib.contextmanager
 def controller(dispatcher: Dispatcher | None = None, **options: Any) -> Iterator[tuple[str, Dispatcher]]:
     dispatcher = dispatcher or Dispatcher()
-    _, app = controller_app(ControllerApi(dispatcher, **options), Door())
+    _, app = controller_app(ControllerApi(dispatcher, **options), AccessPolicy())
     with running(app) as address:
         yield address, dispatcher
 

@@ -24,10 +24,12 @@ from llava.engine.config import EngineConfig
 from llava.engine.job import AnswerJob
 from llava.model.builder import load
 from llava.serve.backends.in_process import EngineBackend
-from llava.serve.http.app import Door, make_app
+from llava.serve.http.app import make_app
 from llava.serve.http.limits import ServeLimits
-from llava.serve.http.server import PARSER, bind, keep_for_good
-from llava.serve.openai.routes import ModelApi, openai_routes
+from llava.serve.http.middleware import AccessPolicy
+from llava.serve.http.server import PARSER, bind
+from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
+from llava.serve.process import freeze_heap
 from llava.serve.service import Service
 
 NUM_TOKENS = 64
@@ -52,15 +54,16 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     loaded = load(embedded_model_path(), device="cpu")
     backend = EngineBackend(loaded, name=MODEL, config=EngineConfig(max_running=args.clients, num_blocks=4000))
-    door = Door()
-    service = Service(backend, ServeLimits(max_requests=10_000), door.room)
+    access = AccessPolicy()
+    service = Service(backend, ServeLimits(max_requests=10_000), access.memory)
     _, app = make_app(
         [openai_routes(ModelApi(service))],
         title="worker",
         metrics=service.metrics,
-        door=door,
-        alive=service.trouble,
-        ready=service.trouble,
+        access=access,
+        liveness=service.liveness,
+        readiness=service.liveness,
+        schemas=SCHEMAS,
         lifespans=[service.lifespan],
     )
     handing, add = [0.0], AnswerJob.add
@@ -78,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")
     serving.start()
     clients, questions = Clients(1, f"http://127.0.0.1:{listener.getsockname()[1]}"), Questions()
-    keep_for_good()
+    freeze_heap()
     rows = {}
     for stream in (False, True):
         for num_requests in (args.clients, args.requests):  # the first few are to warm up

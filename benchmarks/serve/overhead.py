@@ -223,7 +223,7 @@ def overhead(args: argparse.Namespace) -> Part:
     from llava.model.builder import load
     from llava.serve.backends.in_process import EngineBackend
     from llava.serve.backends.subprocess import ProcessBackend
-    from llava.serve.http.flags import limits_from, place_from
+    from llava.serve.http.flags import limits_from, listen_address_from
     from llava.serve.model_worker import build_parser, serve_worker
     from llava.serve.service import Service
 
@@ -235,7 +235,7 @@ def overhead(args: argparse.Namespace) -> Part:
         path = args.model_path or embedded_model_path()
         make, what = partial(load, path, device=args.device), f"the model {Path(path).name}"
     flags = build_parser().parse_args(["--no-register", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"])
-    place = place_from(flags)
+    address = listen_address_from(flags)
     apart = args.engine_process == "on"
     # Of a GPU's memory the first engine takes half of nine tenths, and the second all that then is left of them.
     backend: Any = ProcessBackend(make, name=MODEL, config=EngineConfig(memory_fraction=0.45)) if apart else None
@@ -249,15 +249,15 @@ def overhead(args: argparse.Namespace) -> Part:
 
     def conduct() -> None:
         try:
-            wait_for(place.address)
-            found.append(measure(engine, backend.model.card, place.address, args))
+            wait_for(address.url)
+            found.append(measure(engine, backend.model.card, address.url, args))
         except BaseException as error:
             found.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=conduct, daemon=True).start()
-    serve_worker(Service(backend, limits_from(flags), place.door.room), flags, place)
+    serve_worker(Service(backend, limits_from(flags), address.access.memory), flags, address)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if isinstance(found[0], BaseException):
         raise found[0]

@@ -83,7 +83,11 @@ class Service:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
         admitted = AdmittedRequest(self)
         try:
-            images = await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation) if image_sources else []
+            images = (
+                await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation)
+                if image_sources
+                else []
+            )
             admitted.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))

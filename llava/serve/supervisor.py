@@ -1,7 +1,7 @@
 """Worker processes of one model on one machine, one for each GPU: start them, restart them, stop them.
 
-In: the flags of `llava serve`. Out: running `llava worker` processes that register with the controller in this process. serve.py
-runs both.
+In: the flags of `llava serve`. Out: running `llava worker` processes that register with the controller in this process
+(serve.py).
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from llava.__main__ import main
 from llava.errors import InputError
 from llava.images.download import ImageLimits
 from llava.serve.backends.in_process import EngineBackend
-from llava.serve.http.app import Door
-from llava.serve.http.limits import ApiKeys, ServeLimits, read_keys
-from llava.serve.http.memory_budget import Room
+from llava.serve.http.limits import ServeLimits
+from llava.serve.http.memory_budget import MemoryBudget
+from llava.serve.http.middleware import AccessPolicy, ApiKeys, read_keys
 
 MODEL = "llava-v1.5-tiny"
 KEY = "a-key-of-tests"
@@ -60,7 +60,7 @@ def message(response: httpx.Response) -> str:
 
 
 def test_keys_open_everything_but_health_and_documents(backend: EngineBackend) -> None:
-    with worker(backend, door=Door(keys=ApiKeys([KEY, "another-key"]))) as (address, _):
+    with worker(backend, access=AccessPolicy(keys=ApiKeys([KEY, "another-key"]))) as (address, _):
         for path in ("/health", "/ready", "/docs", "/openapi.json"):
             assert httpx.get(address + path).status_code == 200, path
         for method, path in [
@@ -92,8 +92,8 @@ def test_keys_from_files_and_variables(tmp_path: Path) -> None:
 
 
 def test_pages_of_other_sites_and_tricky_names_are_kept_out(backend: EngineBackend) -> None:
-    door = Door(hosts=("127.0.0.1", "localhost"), origins=("https://friend.example",))
-    with worker(backend, door=door) as (address, _):
+    access = AccessPolicy(hosts=("127.0.0.1", "localhost"), origins=("https://friend.example",))
+    with worker(backend, access=access) as (address, _):
         port = address.rpartition(":")[2]
 
         def status(**headers: str) -> int:
@@ -117,7 +117,7 @@ def test_pages_of_other_sites_and_tricky_names_are_kept_out(backend: EngineBacke
 def test_logs_hold_no_images_questions_or_keys(backend: EngineBackend, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.DEBUG, logger="llava"),
-        worker(backend, door=Door(keys=ApiKeys([KEY]))) as (address, _),
+        worker(backend, access=AccessPolicy(keys=ApiKeys([KEY]))) as (address, _),
     ):
         headers = {"authorization": f"Bearer {KEY}"}
         body = showing(data_url()) | {"max_tokens": 2}
@@ -137,7 +137,7 @@ def test_logs_hold_no_images_questions_or_keys(backend: EngineBackend, caplog: p
 
 
 def test_bodies_are_bounded_with_and_without_their_length(backend: EngineBackend) -> None:
-    with worker(backend, ServeLimits(max_body_bytes=10_000)) as (address, service):
+    with worker(backend, access=AccessPolicy(max_body_bytes=10_000)) as (address, service):
         assert httpx.post(address + CHAT, content=b" " * 10_001).status_code == 413
 
         def pieces() -> Iterator[bytes]:
@@ -202,8 +202,8 @@ def test_a_server_that_is_being_stopped_takes_nothing_new(backend: EngineBackend
 
 def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBackend) -> None:
     """Bodies while they are there, images before there is memory for them; all is given back."""
-    room = Room(3_000_000)
-    with worker(backend, door=Door(room=room)) as (address, service):
+    memory = MemoryBudget(3_000_000)
+    with worker(backend, access=AccessPolicy(memory=memory)) as (address, service):
         large = showing(png(900, 900))  # 3.24 million bytes of pixels in a body of a few thousand
         response = httpx.post(address + CHAT, json=large)
         assert response.status_code == 429
@@ -215,15 +215,15 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBac
         assert chunk.status_code == 429
         long = httpx.post(address + CHAT, content=b" " * 1_600_000)  # twice that, with what is parsed of it
         assert long.status_code == 429
-        wait_until(lambda: room.num_bytes == 0)
+        wait_until(lambda: memory.num_bytes == 0)
         fitting = showing(png(600, 600)) | {"max_tokens": 900, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", address + CHAT, json=fitting) as running:
             lines = running.iter_lines()
             next(lines)
-            held = room.num_bytes
+            held = memory.num_bytes
             assert 4 * 600 * 600 <= held < 1.1 * 4 * 600 * 600
             assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 429
-        wait_until(lambda: service.num_requests == 0 and room.num_bytes == 0)
+        wait_until(lambda: service.num_requests == 0 and memory.num_bytes == 0)
         assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 200
 
 
@@ -302,7 +302,6 @@ def test_nothing_is_fetched_from_inside(backend: EngineBackend, tmp_path: Path) 
 
 def test_limits_are_checked_when_they_are_made(tmp_path: Path) -> None:
     for wrong in (
-        {"max_body_bytes": 0},
         {"max_images": -1},
         {"max_requests": 0},
         {"deadline_s": 0},

@@ -18,7 +18,14 @@ from llava import constants
 from llava.errors import InputError
 from llava.serve.router import protocol
 from llava.serve.router.dispatch import STICKY_SLACK, Dispatcher
-from llava.serve.router.protocol import ChunkReader, GenerateBody, HeartBeat, Registration, WorkerStatus, encode_chunk
+from llava.serve.router.protocol import (
+    ChunkReader,
+    GenerateBody,
+    HeartbeatBody,
+    RegistrationBody,
+    WorkerStatus,
+    encode_chunk,
+)
 
 RECORDED = json.loads(golden("serving.json").read_text())
 BEHAVIOURS = json.loads(golden("serving_behaviours.json").read_text())
@@ -39,7 +46,7 @@ def test_chunks_survive_any_cut(texts: list[str], size: int) -> None:
 def test_messages_and_intervals_are_the_original_s() -> None:
     for name, value in BEHAVIOURS["constants"].items():
         if name == "Exceeds_message":
-            assert value == protocol.NO_ROOM
+            assert value == protocol.CONTEXT_FULL
         else:
             assert getattr(protocol if name.endswith("_msg") else constants, name) == value, name
 
@@ -113,7 +120,7 @@ FIELDS = (
 
 @given(json_values | st.dictionaries(st.sampled_from(FIELDS), json_values))
 def test_no_body_is_worse_than_wrong(body: Any) -> None:
-    for parse in (GenerateBody.parse, Registration.parse, HeartBeat.parse, WorkerStatus.parse):
+    for parse in (GenerateBody.parse, RegistrationBody.parse, HeartbeatBody.parse, WorkerStatus.parse):
         with contextlib.suppress(InputError):
             parse(body)
 
@@ -140,7 +147,7 @@ def test_the_shortest_queue_is_the_recorded_one() -> None:
 def test_the_lottery_draws_by_speed() -> None:
     recorded = RECORDED["dispatch"]["lottery"]
     rows = [{"name": f"http://127.0.0.1:9/{name}", "speed": speed} for name, speed in recorded["speeds"].items()]
-    dispatcher = table(Dispatcher("lottery", chance=random.Random(0)), rows)
+    dispatcher = table(Dispatcher("lottery", rng=random.Random(0)), rows)
     counts = Counter(dispatcher.choose("m") for _ in range(2000))
     for name, number in recorded["counts_of_2000"].items():
         assert abs(counts[name] - number) < 100

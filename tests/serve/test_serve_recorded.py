@@ -21,10 +21,10 @@ from serve_kit import controller, running, wait_until, worker
 from llava.engine.config import EngineConfig
 from llava.model.builder import load
 from llava.serve.backends.in_process import EngineBackend
-from llava.serve.http.app import Door
+from llava.serve.http.middleware import AccessPolicy
 from llava.serve.http.server import bind
 from llava.serve.router.dispatch import Dispatcher
-from llava.serve.router.protocol import NO_ROOM, read_chunks, server_error_msg
+from llava.serve.router.protocol import CONTEXT_FULL, read_chunks, server_error_msg
 from llava.serve.router.routes import ControllerApi, controller_app
 
 RECORDED = json.loads(golden("serving.json").read_text())["transcripts"]
@@ -150,10 +150,10 @@ def compare_chunks(row: dict[str, Any], response: httpx.Response) -> None:
         return
     prompt, last = row["request"]["prompt"], row["chunks"][-1]
     if isinstance(last["text"], dict):
-        assert last["text"]["prompt_and"] == NO_ROOM
-        assert chunks == [{"text": prompt + NO_ROOM, "error_code": last["error_code"]}]
+        assert last["text"]["prompt_and"] == CONTEXT_FULL
+        assert chunks == [{"text": prompt + CONTEXT_FULL, "error_code": last["error_code"]}]
         return
-    if last["text"].endswith(NO_ROOM):
+    if last["text"].endswith(CONTEXT_FULL):
         assert chunks == row["chunks"]
         return
     assert {chunk["error_code"] for chunk in chunks} == {0}
@@ -239,7 +239,7 @@ def test_silent_workers_expire_and_a_new_controller_is_told_again(servers: dict[
     with worker(backend, controller=address) as (_, service):
         for _ in range(2):
             dispatcher = Dispatcher()
-            _, app = controller_app(ControllerApi(dispatcher), Door())
+            _, app = controller_app(ControllerApi(dispatcher), AccessPolicy())
             with running(app, listener):
                 wait_until(lambda: service.changed() or dispatcher.model_names() == ["faithful"])  # noqa: B023
             listener = bind("127.0.0.1", place[1])

@@ -77,7 +77,7 @@ def broken_worker(dispatcher: Dispatcher, answer: bytes) -> Iterator[list[int]]:
     dispatcher.register(name, WorkerStatus((MODEL,), 1, 0), check_heart_beat=False)
     usual = dispatcher._choose
     dispatcher._choose = lambda able, chance: min(able, key=lambda worker: worker.name != name)
-    dispatcher._homes.clear()
+    dispatcher._sticky.clear()
     try:
         yield asked
     finally:
@@ -142,7 +142,7 @@ def test_another_worker_is_asked_while_no_byte_has_been_sent(
     with broken_worker(dispatcher, answer) as asked:
         for stream in (False, True):
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": stream}
-            dispatcher._homes.clear()
+            dispatcher._sticky.clear()
             response = httpx.post(address + CHAT, json=body)
             assert response.status_code == 200
             assert "Hello" in response.text

@@ -1,7 +1,7 @@
 """The limits of one request, and the opening of its images within them.
 
-In: limits, and the images of a request as URLs or base64. Out: PIL images, or an `InputError`. The size of a body, hosts and API
-keys are checked in middleware.py; downloads are in images/download.py.
+In: limits, and the images of a request as URLs or base64. Out: PIL images, or an `InputError`. Body sizes, hosts and API keys
+are checked in middleware.py; downloads are in images/download.py.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ def _open_all(
 ) -> list[Image.Image]:
     limits.check_count(len(given))
     images, left = [], limits.images.max_pixels
+
+    def reserve(num_pixels: int) -> None:
+        reservation.grow(BYTES_PER_PIXEL * num_pixels)
+
     for number, one in enumerate(given, start=1):
         if left <= 0:
             raise InputError(
@@ -78,7 +82,9 @@ def _open_all(
         allowed = replace(limits.images, max_pixels=left)
         try:
             source = source_of(one, allowed)
-            image = load_image(source, limits=allowed, reserve=lambda num_pixels: reservation.grow(BYTES_PER_PIXEL * num_pixels))
+            image = load_image(
+                source, limits=allowed, reserve=lambda num_pixels: reservation.grow(BYTES_PER_PIXEL * num_pixels)
+            )
         except InputError as error:
             raise InputError(f"image {number}: {error}") from error
         left -= image.width * image.height

@@ -1,7 +1,7 @@
 """ASGI middleware: checks of Host, Origin, API key and body size; counters; one log line for each response.
 
-In: an ASGI application and an `AccessPolicy`. Out: the same application behind the checks. Responses are logged by method, path,
-status and time, never with a query, a header or a body. Plain ASGI, so that streams pass through unchanged.
+In: an ASGI application and an `AccessPolicy`. Out: the same application behind the checks. A log line has method, path, status
+and time, never with a query, a header or a body. Plain ASGI, so that streams pass through unchanged.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ class AccessMiddleware:
             message = "pages of other sites may not ask this server"
             return error_response(ApiError(403, message, code="cross_origin"))
         path = request.scope["path"]
-        is_open = path in self._open_paths or path.startswith(self._open_folders) or request.scope["method"] == "OPTIONS"
+        is_open = (
+            path in self._open_paths or path.startswith(self._open_folders) or request.scope["method"] == "OPTIONS"
+        )
         if not is_open and not policy.keys.allow(request.header("authorization")):
             message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
             return error_response(ApiError(401, message, code="invalid_api_key"), {"www-authenticate": "Bearer"})

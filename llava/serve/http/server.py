@@ -1,8 +1,8 @@
 """Run an ASGI application until a signal comes, then finish the running requests.
 
 In: an ASGI application and a bound socket. Out: an exit status. On SIGTERM or Ctrl-C no new requests are taken, and running
-ones have a limited time to finish; a second signal ends the process at once. The socket is bound before the server announces its
-address, so port 0 (any free one) works everywhere.
+ones have a limited time to finish; a second signal ends the process at once. The socket is bound before the address is
+announced, so port 0 (any free one) works everywhere.
 """
 
 from __future__ import annotations

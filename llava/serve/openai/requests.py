@@ -35,7 +35,7 @@ SAME_NAMES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "ignore_eos", "n", "regex",
 )  # fmt: skip
-ANY_OBJECT = {"type": "object"}
+ANY_OBJECT: dict[str, object] = {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def parse_chat(body: ChatRequest, card: ModelCard) -> ParsedRequest:
         raise InputError("max_tokens and max_completion_tokens are two names of one number; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InputError("top_logprobs has no effect without logprobs: true; give both")
-    json_schema = None
+    json_schema: dict[str, object] | None = None
     if isinstance(body.response_format, JsonObjectFormat):
         json_schema = ANY_OBJECT
     elif isinstance(body.response_format, JsonSchemaFormat):

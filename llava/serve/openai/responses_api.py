@@ -20,7 +20,6 @@ from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_
 from llava.serve.openai.schema import Body, ImageURL, Inspection, Nothing, Reply, SamplingFields
 from llava.serve.service import RequestStats
 
-
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -110,8 +109,8 @@ class ResponseUsage(Reply):
 class TextContent(Reply):
     type: Literal["output_text"]
     text: str
-    annotations: list[object]
-    logprobs: list[object]
+    annotations: list[Any]
+    logprobs: list[Any]
 
 
 class OutputMessage(Reply):
@@ -141,7 +140,7 @@ class ResponsesReply(Reply):
     parallel_tool_calls: bool
     temperature: float
     tool_choice: Literal["none"]
-    tools: list[object]
+    tools: list[Any]
     top_p: float
     inspect: Inspection | None = None
 
@@ -159,7 +158,7 @@ class ResponsesEvent(Reply):
     content_index: int | None = None
     delta: str | None = None
     text: str | None = None
-    logprobs: list[object] | None = None
+    logprobs: list[Any] | None = None
 
 
 def parse_responses(body: ResponsesRequest, card: ModelCard) -> ParsedRequest:

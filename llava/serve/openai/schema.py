@@ -7,7 +7,7 @@ bodies; routes are in routes.py. The OpenAPI document is made from these classes
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,9 +35,7 @@ class Reply(BaseModel):
 
 class ImageURL(Body):
     url: str = Field(description="an http(s) or data: URL", min_length=1)
-    detail: Literal["auto", "low", "high"] = Field(
-        "auto", description="low: one tile; else the model's own tiling"
-    )
+    detail: Literal["auto", "low", "high"] = Field("auto", description="low: one tile; else the model's own tiling")
 
 
 class TextPart(Body):
@@ -122,7 +120,9 @@ class SamplingFields(Body):
     stream: bool | None = None
     user: str | None = None
     # Not OpenAI's; named as vLLM and others name them.
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="sample from so many of the most probable tokens; 0: all")
+    top_k: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="sample from so many of the most probable tokens; 0: all"
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)
@@ -342,7 +342,7 @@ def describe_error(error: ValidationError, body: object) -> tuple[str, str | Non
     return (f"{name}: {message}" if name else f"the body is not valid: {message}"), name or None
 
 
-def _path(loc: tuple[int | str, ...], body: object) -> list[int | str]:
+def _path(loc: tuple[int | str, ...], body: Any) -> list[int | str]:
     """Return the steps of an error's location that are in the body; pydantic adds names of types."""
     steps: list[int | str] = []
     for position, step in enumerate(loc):

@@ -146,7 +146,10 @@ class Dispatcher:
     def _sticky_worker(self, conversation: str | None, candidates: list[Worker]) -> Worker | None:
         name = self._sticky.get(conversation) if conversation is not None else None
         previous = next((worker for worker in candidates if worker.name == name), None)
-        if previous is None or previous.load > min(worker.load for worker in candidates) + STICKY_SLACK / previous.status.speed:
+        if (
+            previous is None
+            or previous.load > min(worker.load for worker in candidates) + STICKY_SLACK / previous.status.speed
+        ):
             return None
         return previous
 

@@ -126,15 +126,15 @@ class WorkerStatus:
         return {"model_names": list(self.model_names), "speed": self.speed, "queue_length": self.queue_length}
 
 
-def _count(values: Mapping[str, object], name: str) -> float:
-    value = values.get(name)
+def _count(values: object, name: str) -> float:
+    value = values.get(name) if isinstance(values, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
         raise InputError(f"{name!r} of a worker is {value!r}; it must be a number from 0")
     return value
 
 
 @dataclass(frozen=True)
-class Registration:
+class RegistrationBody:
     """The registration of a worker. Without a status the controller asks the worker for it."""
 
     worker_name: str
@@ -142,8 +142,9 @@ class Registration:
     status: WorkerStatus | None
 
     @classmethod
-    def parse(cls, body: Any) -> Registration:
+    def parse(cls, body: object) -> RegistrationBody:
         name = text_field(body, "worker_name")
+        assert isinstance(body, Mapping)
         if not name.startswith(("http://", "https://")):
             raise InputError(f"worker_name is {name!r}; it must be the worker's http address")
         if not isinstance(body.get("check_heart_beat"), bool):
@@ -153,16 +154,16 @@ class Registration:
 
 
 @dataclass(frozen=True)
-class HeartBeat:
+class HeartbeatBody:
     worker_name: str
     queue_length: int
 
     @classmethod
-    def parse(cls, body: object) -> HeartBeat:
+    def parse(cls, body: object) -> HeartbeatBody:
         return cls(text_field(body, "worker_name"), int(_count(body, "queue_length")))
 
 
-def text_field(body: Any, name: str) -> str:
+def text_field(body: object, name: str) -> str:
     """Return a field that a body must have, a string."""
     if not isinstance(body, Mapping) or not isinstance(body.get(name), str):
         raise InputError(f"the body must be a JSON object with {name!r}, a string")

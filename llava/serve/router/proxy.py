@@ -78,9 +78,7 @@ class Proxy:
             return self.client.build_request("POST", worker + path, content=body, headers=headers)
 
         async with asyncio.timeout_at(deadline):
-            response = await cancel_on_disconnect(
-                self._first_response(build, model, conversation), request.receive
-            )
+            response = await cancel_on_disconnect(self._first_response(build, model, conversation), request.receive)
         if response.rest is None:
             async with response.held:
                 return Response(response.first, response.status, media_type=response.media_type)

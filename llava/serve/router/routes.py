@@ -30,8 +30,8 @@ from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.protocol import (
     NO_WORKER,
     WORKER_UNREACHABLE,
-    HeartBeat,
-    Registration,
+    HeartbeatBody,
+    RegistrationBody,
     WorkerStatus,
     encode_chunk,
     text_field,
@@ -92,7 +92,7 @@ class ControllerApi:
         @router.post("/register_worker")
         async def register_worker(request: Request) -> None:
             """Register a worker; without `worker_status` it is asked for, and ignored where it does not answer."""
-            registration = Registration.parse(await read_json(request))
+            registration = RegistrationBody.parse(await read_json(request))
             name = registration.worker_name
             status = registration.status or await self._ask_status(name)
             if status is not None:
@@ -107,7 +107,7 @@ class ControllerApi:
         @router.post("/receive_heart_beat")
         async def receive_heart_beat(request: Request) -> dict[str, bool]:
             """Record a heartbeat; `exist` false asks the worker to register."""
-            beat = HeartBeat.parse(await read_json(request))
+            beat = HeartbeatBody.parse(await read_json(request))
             return {"exist": dispatcher.heart_beat(beat.worker_name, beat.queue_length)}
 
         @router.post("/refresh_all_workers")
@@ -134,7 +134,9 @@ class ControllerApi:
             """The same as a worker's, over all workers that answer."""
             statuses = [status for _, _, status in await self._statuses() if status is not None]
             names = dict.fromkeys(name for status in statuses for name in status.model_names)
-            speed, queue_length = (sum(getattr(status, name) for status in statuses) for name in ("speed", "queue_length"))
+            speed, queue_length = (
+                sum(getattr(status, name) for status in statuses) for name in ("speed", "queue_length")
+            )
             return WorkerStatus(tuple(names), speed, queue_length).as_json()
 
         @router.post("/worker_generate_stream", response_class=Response)

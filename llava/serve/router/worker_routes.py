@@ -1,6 +1,6 @@
 """The routes of a worker in the original's protocol.
 
-In: what clients of the original post. Out: chunks that end in zero bytes (protocol.py). A refusal is a chunk too, with a message
+In: what clients of the original post. Out: chunks that end in zero bytes (protocol.py). An error is a chunk too, with a message
 and an HTTP status that says whether another worker may be asked instead.
 """
 
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.engine.hf_engine import PromptTooLongError
+from llava.engine.request import PromptTooLongError
 from llava.serve.http.errors import as_api_error
 from llava.serve.http.limits import decode_images
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect, read_json
@@ -70,7 +70,7 @@ class WorkerApi:
             body = GenerateBody.parse(values)
             if body.sampling is None:
                 return _one_chunk(body.prompt + CONTEXT_FULL)
-            prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_mark)
+            prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_placeholder)
             asking = service.ask([prompt], body.sampling, body.images, opener=decode_images)
             async with asyncio.timeout_at(deadline):
                 admitted = await cancel_on_disconnect(asking, request.receive)
