@@ -13,7 +13,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class FaultCount:
     count: int
     first: str
 
+    def sentence(self, kind: str) -> str:
+        return f"{self.count} {kind} (first: {self.first}): {self.meaning}"
+
 
 @dataclass
 class Faults:
@@ -43,13 +46,10 @@ class Faults:
         known.count += 1
 
     def sentences(self) -> list[str]:
-        return [f"{fault.count} {kind} (first: {fault.first}): {fault.meaning}" for kind, fault in self.kinds.items()]
+        return [fault.sentence(kind) for kind, fault in self.kinds.items()]
 
     def as_dict(self) -> dict[str, JsonRow]:
-        return {
-            kind: {"count": fault.count, "first": fault.first, "meaning": fault.meaning}
-            for kind, fault in self.kinds.items()
-        }
+        return {kind: asdict(fault) for kind, fault in self.kinds.items()}
 
 
 def read_text(path: Path, what: str = "file") -> str:

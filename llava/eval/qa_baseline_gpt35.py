@@ -5,14 +5,13 @@ python llava/eval/qa_baseline_gpt35.py -q question.jsonl -o answer.jsonl
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 from llava.eval.common_flags import MAX_TOKENS, EvalScript, ScriptFlag
 from llava.eval.files import need, read_json_lines
-from llava.eval.harness.answer_log import answer_id, cut_half_line, whole_lines
+from llava.eval.harness.answer_log import RowWriter, answer_id, whole_lines
 from llava.eval.harness.judge import Judge
 from llava.eval.types import Question
 
@@ -25,12 +24,9 @@ FLAGS = (
 
 
 def run(args: Namespace) -> None:
-    file = Path(args.output)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    cut_half_line(file)
-    known = {row["question_id"] for row in whole_lines(file)}
+    known = {row["question_id"] for row in whole_lines(Path(args.output))}
     model = Judge(args.judge_url, args.judge_model)
-    with file.open("a", encoding="utf-8") as out:
+    with RowWriter(Path(args.output)) as out:
         for number, row in enumerate(read_json_lines(Path(args.question), "file of questions"), start=1):
             name, text = (need(row, field, f"question {number}") for field in ("question_id", "text"))
             if name in known:
@@ -38,9 +34,7 @@ def run(args: Namespace) -> None:
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
             answer = model.reply(messages, max_tokens=args.max_tokens, temperature=0.2)
             identity = answer_id(Question(name, text), answer, model.model)
-            line = {"answer_id": identity, "question_id": name, "text": answer, "model_id": model.model}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            out.flush()
+            out.write({"answer_id": identity, "question_id": name, "text": answer, "model_id": model.model})
 
 
 SCRIPT = EvalScript(

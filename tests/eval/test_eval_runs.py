@@ -90,17 +90,17 @@ import os, signal, sys
 from llava.eval.harness import answer_log
 from llava.eval.harness.main import main
 
-write, written = answer_log.PartWriter.write, []
+write, written = answer_log.RowWriter.write, []
 
-def dying(self, number, text):
-    write(self, number, text)
-    written.append(number)
+def dying(self, row):
+    write(self, row)
+    written.append(row)
     if len(written) == 7:
         self._out.write('{"question_id": "half a li')
         self._out.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-answer_log.PartWriter.write = dying
+answer_log.RowWriter.write = dying
 main(sys.argv[1:])
 """
 

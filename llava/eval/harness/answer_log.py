@@ -1,7 +1,7 @@
-"""Answers on disk while a run goes on: one line each as it comes, in a form that survives being killed at any point.
+"""Keep a run's answers on disk, one JSON line each, so that a killed run loses at most a half-written line.
 
-In: answers in any order. Out: a file with one line for each, in which a half-written last line is the only damage that can
-be; it is cut off when the file is opened again. Several shards write a file each; together they hold every answer once.
+In: answers in any order. Out: a file with one line for each. A half-written last line is cut off when the file is opened
+again. Several shards write a file each; together they hold every answer once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from llava.eval.tasks.answers import keys_of
 from llava.eval.types import JsonRow, Question, QuestionKey
@@ -21,7 +21,7 @@ _NAMESPACE = uuid.UUID("6c6c6176-6120-6576-616c-75617469006e")
 
 
 def answer_row(question: Question, text: str, model_id: str) -> JsonRow:
-    """An answer as the original writes it, with rounds and options where the task has them."""
+    """Return an answer as the original writes it, with rounds and options where the task has them."""
     row: JsonRow = {"question_id": question.id}
     if "option_char" in question.extra:
         row["round_id"] = question.round
@@ -32,7 +32,7 @@ def answer_row(question: Question, text: str, model_id: str) -> JsonRow:
 
 
 def answer_id(question: Question, text: str, model_id: str) -> str:
-    """22 letters and digits as the original's, but the same for the same answer, so that runs can be compared as files."""
+    """Make an id of 22 letters and digits. Unlike the original's it depends on the answer alone, so runs compare as files."""
     number = uuid.uuid5(_NAMESPACE, f"{model_id}\0{question.id}\0{question.round}\0{question.row_prompt}\0{text}").int
     letters = []
     for _ in range(_ID_LENGTH):
@@ -42,7 +42,7 @@ def answer_id(question: Question, text: str, model_id: str) -> str:
 
 
 def row_key(row: JsonRow, shared: frozenset[str]) -> QuestionKey:
-    """Which question a row answers; `shared` are the ids that several questions have."""
+    """Return the key of the question that a row answers; `shared` are the ids of several questions."""
     name = str(row["question_id"])
     return QuestionKey(name, row["prompt"] if name in shared else "", row.get("round_id", 0))
 
@@ -60,7 +60,7 @@ class AnswerLog:
         self._parts = folder / "parts"
 
     def answered(self) -> dict[QuestionKey, JsonRow]:
-        """The rows of all answers that are there, whoever wrote them."""
+        """Read the rows of all answers, of this and of earlier runs, by question."""
         known = set(self._keys)
         found: dict[QuestionKey, JsonRow] = {}
         for file in [self.file, *sorted(self._parts.glob("*.jsonl"))]:
@@ -71,19 +71,20 @@ class AnswerLog:
         return found
 
     def missing(self) -> list[tuple[int, Question]]:
-        """The questions without an answer, each with its number."""
-        there = self.answered()
+        """Return the questions without an answer, each with its number."""
+        known = self.answered()
         return [
-            (number, question) for number, question in enumerate(self._questions) if self._keys[number] not in there
+            (number, question) for number, question in enumerate(self._questions) if self._keys[number] not in known
         ]
 
     def part(self, name: str) -> PartWriter:
+        """Open the file of one shard's answers."""
         return PartWriter(self._parts / f"{name}.jsonl", self._questions, self._model_id)
 
     def merge(self) -> None:
-        """Write all answers in the order of the questions; the parts go only when that file is whole."""
-        there = self.answered()
-        rows = [there[key] for key in self._keys if key in there]
+        """Write all answers in the order of the questions, and delete the parts once that file is complete."""
+        known = self.answered()
+        rows = [known[key] for key in self._keys if key in known]
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(self.file)
@@ -92,37 +93,45 @@ class AnswerLog:
         if self._parts.is_dir():
             self._parts.rmdir()
 
-    def forget(self) -> None:
-        """Throw the answers away, to start over."""
+    def clear(self) -> None:
+        """Delete all answers."""
         for file in [self.file, *self._parts.glob("*.jsonl")]:
             file.unlink(missing_ok=True)
 
 
-class PartWriter:
-    """Appends answers to one file, a line each, handed to the system at once."""
+class RowWriter:
+    """Appends JSON rows to a file, a line each, flushed at once."""
 
-    def __init__(self, file: Path, questions: Sequence[Question], model_id: str) -> None:
+    def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(file)
-        self._questions = questions
-        self._model_id = model_id
         self._out: TextIO = file.open("a", encoding="utf-8")
 
-    def write(self, number: int, text: str) -> None:
-        self._out.write(
-            json.dumps(answer_row(self._questions[number], text, self._model_id), ensure_ascii=False) + "\n"
-        )
+    def write(self, row: JsonRow) -> None:
+        self._out.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._out.flush()
 
-    def __enter__(self) -> PartWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._out.close()
 
 
+class PartWriter(RowWriter):
+    """Appends answers to the file of one shard."""
+
+    def __init__(self, file: Path, questions: Sequence[Question], model_id: str) -> None:
+        super().__init__(file)
+        self._questions = questions
+        self._model_id = model_id
+
+    def write_answer(self, number: int, text: str) -> None:
+        self.write(answer_row(self._questions[number], text, self._model_id))
+
+
 def whole_lines(file: Path) -> list[JsonRow]:
-    """The rows of a file up to where its writer was stopped."""
+    """Read the rows of a file, without a half-written last line."""
     if not file.is_file():
         return []
     *lines, _ = file.read_bytes().split(b"\n")
@@ -130,7 +139,7 @@ def whole_lines(file: Path) -> list[JsonRow]:
 
 
 def cut_half_line(file: Path) -> None:
-    """Drop what stands after the last line break."""
+    """Cut off a half-written last line."""
     if file.is_file():
         data = file.read_bytes()
         end = data.rfind(b"\n") + 1

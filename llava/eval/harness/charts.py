@@ -1,6 +1,6 @@
-"""Charts of a report as inline SVG and HTML: a radar plot of tasks, bars of categories.
+"""Draw a report's charts as inline SVG and HTML: a radar plot of tasks, bars of categories.
 
-In: figures. Out: markup that needs nothing from outside.
+In: figures. Out: markup without links to other files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RINGS = (0.25, 0.5, 0.75, 1.0)
 
 
 def radar(axes: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
-    """A polygon for each series over the axes; values are shares from 0 to 1, None where a series has none."""
+    """Draw a polygon for each series over the axes; values are from 0 to 1, None where a series has no value."""
     middle = SIZE / 2
     corners = [_corner(number, len(axes), 1.0) for number in range(len(axes))]
     parts = [
@@ -40,8 +40,8 @@ def radar(axes: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> 
         )
         for n, value in known:
             x, y = _corner(n, len(axes), value)
-            told = escape(f"{name}, {axes[n]}: {value:.1%}")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{told}</title></circle>')
+            label = escape(f"{name}, {axes[n]}: {value:.1%}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{label}</title></circle>')
     return "".join([*parts, "</svg>", legend(list(series))])
 
 
@@ -59,7 +59,7 @@ def legend(names: Sequence[str]) -> str:
 
 
 def bars(values: Mapping[str, float], *, highest: float, unit: str = "") -> str:
-    """A horizontal bar for each value."""
+    """Draw a horizontal bar for each value."""
     rows = []
     for name, value in values.items():
         width = 100 * max(0.0, min(1.0, value / highest)) if highest else 0.0

@@ -1,6 +1,6 @@
-"""`llava eval compare A B`: which answers of two runs differ, and whether the difference in score means anything.
+"""`llava eval compare A B`: which answers of two runs differ, and whether the difference in score is significant.
 
-In: the folders of two runs. Out: for every task that both have, the scores, the questions that only one got right, and a
+In: the folders of two runs. Out: for every task in both, the scores, the questions that only one got right, and a
 p-value: McNemar's exact test where answers are right or wrong, else a bootstrap over questions.
 """
 
@@ -30,7 +30,7 @@ class TaskComparison:
     task: str
     questions: int
     only_in_one: int
-    changed: int  # other words
+    changed: int  # answers with another text
     first: float
     second: float
     gained: list[str]  # questions that the second scores higher on
@@ -71,7 +71,7 @@ def run(args: Namespace) -> None:
             f"\n{one.task}: {one.first:.2f} and {one.second:.2f} of 100 over {one.questions} questions; difference "
             f"{one.second - one.first:+.2f} ({one.low:+.2f} to {one.high:+.2f}), p = {one.p_value:.4f} by {one.test}: {verdict}"
         )
-        print(f"  {one.changed} answers in other words, {len(one.gained)} scored higher, {len(one.lost)} lower")
+        print(f"  {one.changed} answers changed, {len(one.gained)} scored higher, {len(one.lost)} lower")
         if one.only_in_one:
             print(f"  {one.only_in_one} questions are in one run only and are left out")
         for sign, names in (("+", one.gained), ("-", one.lost)):
@@ -97,8 +97,8 @@ def compare_task(task: str, first: Path, second: Path) -> TaskComparison:
         sum(a[key]["text"] != b[key]["text"] for key in shared),
         100 * sum(before for before, _ in scores) / len(scores),
         100 * sum(after for _, after in scores) / len(scores),
-        [_told(a[key], b[key]) for key in gained],
-        [_told(a[key], b[key]) for key in lost],
+        [_change(a[key], b[key]) for key in gained],
+        [_change(a[key], b[key]) for key in lost],
         "McNemar's exact test" if binary else "bootstrap",
         mcnemar(len(gained), len(lost)) if binary else bootstrap_p_value(steps),
         100 * low,
@@ -110,30 +110,30 @@ def _by_question(rows: Sequence[JsonRow]) -> dict[tuple[str, str, int], JsonRow]
     return {(str(row["question_id"]), row["prompt"], row["round_id"]): row for row in rows}
 
 
-def _told(before: JsonRow, after: JsonRow) -> str:
+def _change(before: JsonRow, after: JsonRow) -> str:
     question = before["prompt"].split("\n")[0]
     return f"{before['question_id']}: {question!r} was answered {before['text']!r}, now {after['text']!r}"
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The chance of a split at least as uneven as this one, if either direction were as likely (exact, two-sided)."""
+    """Return the p-value of McNemar's exact test (two-sided) for questions that only one of two runs has right."""
     total = gained + lost
     tail = sum(math.comb(total, number) for number in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
 def _resampled_means(steps: Sequence[float]) -> list[float]:
-    chance = random.Random(0)
-    return sorted(sum(chance.choices(steps, k=len(steps))) / len(steps) for _ in range(_num_resamples(len(steps))))
+    generator = random.Random(0)
+    return sorted(sum(generator.choices(steps, k=len(steps))) / len(steps) for _ in range(_num_resamples(len(steps))))
 
 
 def _num_resamples(size: int) -> int:
-    """Fewer for large tasks, where means vary little; some seconds at most."""
+    """Take fewer for large tasks, where means vary little, so that it takes some seconds at most."""
     return max(1000, min(NUM_RESAMPLES, 20_000_000 // size))
 
 
 def bootstrap_interval(steps: Sequence[float]) -> tuple[float, float]:
-    """Where the mean of a step lies in 95 of 100 samples of the questions."""
+    """Return the 95 % interval of the mean difference, by resampling the questions."""
     if len(set(steps)) == 1:
         return steps[0], steps[0]
     means = _resampled_means(steps)
@@ -141,7 +141,7 @@ def bootstrap_interval(steps: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_p_value(steps: Sequence[float]) -> float:
-    """Twice the share of samples whose mean is on the other side of 0."""
+    """Return twice the share of samples whose mean is on the other side of 0."""
     if not any(steps):
         return 1.0
     means = _resampled_means(steps)

@@ -1,8 +1,8 @@
-"""Ask a language model to judge free answers, over any server that speaks OpenAI's chat API.
+"""Ask a language model to judge free-form answers, through any server with OpenAI's chat API.
 
-In: answered items of LLaVA-Bench or MM-Vet, and a judge. Out: rows with the raw reply, the judge's model and a hash of the
-prompt, appended to a file as they come. A row whose prompt is the same is not asked for again, so a file of reviews replays
-without a judge. Scores of rows are the tasks' business (eval/tasks/judged.py).
+In: answered questions of LLaVA-Bench or MM-Vet, and a judge. Out: rows with the raw reply, the judge's model and a hash of the
+prompt, appended to a file as they come. A prompt whose hash is in the file is not sent again, so a file of reviews can be
+scored without a judge. eval/tasks/judged.py scores the rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.files import Faults, find_file, read_json_object
-from llava.eval.harness.answer_log import cut_half_line, whole_lines
+from llava.eval.harness.answer_log import RowWriter, whole_lines
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
 from llava.eval.tasks.judged import mmvet_name, summarise_grades, summarise_reviews
 from llava.eval.types import AnsweredQuestion, JsonRow, Scores
@@ -31,7 +31,7 @@ OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 NUM_TRIES = 5
 
-# MM-Vet's prompt as published: what the judge completes is the last cell of the last row.
+# MM-Vet's prompt as published: the judge completes the last cell of the last row.
 MMVET_PROMPT = Path(__file__).resolve().parents[1] / "table" / "mmvet_prompt.txt"
 
 
@@ -44,7 +44,11 @@ class Judge:
     timeout_s: float = 120.0
 
     def reply(self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float) -> str:
-        """One completion; a busy server or a broken connection is tried again after a while."""
+        """Return one completion; a busy server or a broken connection is tried again after a pause.
+
+        Raises:
+            InputError: the server refuses, or does not answer in `NUM_TRIES` tries.
+        """
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
@@ -75,7 +79,7 @@ def _detail(error: urllib.error.HTTPError) -> str:
 
 
 def add_judge_flags(parser: ArgumentParser, *, model: str | None) -> None:
-    """Which server judges. With a default model its default is OpenAI's own, else there is no judge unless it is named."""
+    """Add --judge-url and --judge-model. With a default model the default server is OpenAI's, else there is no judge."""
     url = os.environ.get("OPENAI_BASE_URL", OPENAI) if model else None
     group = parser.add_argument_group(
         "judge", f"any server with OpenAI's API; the key is in {KEY_VARIABLE}; replies are kept"
@@ -92,7 +96,7 @@ def prompt_hash(messages: Sequence[Mapping[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One thing to judge: the row so far, what the judge is asked, and how its reply becomes fields of the row."""
+    """One answer to judge: the row so far, the messages, and how the judge's reply becomes fields of the row."""
 
     row: JsonRow
     messages: list[dict[str, str]]
@@ -102,18 +106,20 @@ class JudgeRequest:
 
 
 def review(requests: Sequence[JudgeRequest], judge: Judge | None, file: Path) -> list[JsonRow]:
-    """The rows of all cases: those in `file` with the same prompt as they are, the others from the judge."""
-    there = whole_lines(file)
-    known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in there if "prompt_sha256" in row}
-    # Reviews of the original have no hash: they stand for their question.
-    foreign = {str(row.get("question_id")): row for row in there if "prompt_sha256" not in row}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    cut_half_line(file)
-    rows = []
-    with file.open("a", encoding="utf-8") as out:
+    """Return the rows of all requests: from `file` where it has the same prompt, the others from the judge.
+
+    Raises:
+        InputError: an answer is not in `file`, and there is no judge.
+    """
+    rows = whole_lines(file)
+    known = {(str(row["question_id"]), row["prompt_sha256"]): row for row in rows if "prompt_sha256" in row}
+    # Reviews of the original have no hash and go by their question.
+    unhashed = {str(row.get("question_id")): row for row in rows if "prompt_sha256" not in row}
+    found = []
+    with RowWriter(file) as out:
         for request in requests:
             question, digest = str(request.row["question_id"]), prompt_hash(request.messages)
-            row = known.get((question, digest)) or foreign.get(question)
+            row = known.get((question, digest)) or unhashed.get(question)
             if row is None:
                 if judge is None:
                     raise InputError(
@@ -123,10 +129,9 @@ def review(requests: Sequence[JudgeRequest], judge: Judge | None, file: Path) ->
                 row = {
                     **request.row, "content": content, **request.read(content), "judge": judge.model, "prompt_sha256": digest,
                 }  # fmt: skip
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                out.flush()
-            rows.append(row)
-    return rows
+                out.write(row)
+            found.append(row)
+    return found
 
 
 # --- pairs of answers, as LLaVA-Bench has them ----------------------------------------------------------------------
@@ -137,7 +142,7 @@ def read_rules(file: Path = RULES) -> dict[str, dict[str, str]]:
 
 
 def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], context: str | None = None) -> str:
-    """What the judge reads: the image in words, the question, both answers, and what it shall do."""
+    """Format what the judge reads: the image in words, the question, both answers, and its instructions."""
     role = rule["role"]
     parts = [f"[Context]\n{context}\n\n"] if context is not None else []
     parts.append(f"[Question]\n{question}\n\n")
@@ -210,7 +215,19 @@ def parse_grade(reply: str) -> float | None:
 def judge_answers(
     kind: str, answered: Sequence[AnsweredQuestion], home: Path, judge: Judge | None, file: Path, faults: Faults
 ) -> Scores:
-    """Judge the answers of a task and score the verdicts; a question's verdict is its grade, or a tenth of its score."""
+    """Judge the answers of a task and score the reviews.
+
+    Args:
+        kind: "llava-bench" or "mmvet".
+        answered: the task's questions with their answers.
+        home: the task's folder.
+        judge: who is asked about answers that `file` has no review of; None for nobody.
+        file: the reviews, read and appended to.
+        faults: where answers that could not be judged are counted.
+
+    Returns:
+        Scores, with the grade of each question or a tenth of its score as its verdict.
+    """
     if kind == "llava-bench":
         rows = review(llava_bench_requests(answered, faults), judge, file)
         scores = summarise_reviews(rows, faults)

@@ -1,7 +1,7 @@
-"""What a run was made of, so that two runs can be told apart and one can be repeated.
+"""Record model, questions, settings and versions of a run, so that runs can be compared and repeated.
 
-In: the model's folder, the questions, the settings. Out: a dict for manifest.json. `settings` holds what decides the
-answers; a run is gone on with only where they are the same. The rest tells where and with what it was computed.
+In: the model's folder, the questions. Out: parts of manifest.json. Its `settings` hold what decides the answers: a run is
+continued only where they are the same. The rest says where and with which versions it was computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ END_BYTES = 4 * 2**20
 
 
 def model_hash(folder: Path) -> str:
-    """A hash of the files in a model folder: small ones whole, of large ones the size and both ends."""
+    """Hash the files in a model folder: small ones whole, of large ones the size and both ends."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in WEIGHTS for file in folder.rglob(pattern)}):
         size = file.stat().st_size
@@ -41,7 +41,7 @@ def model_hash(folder: Path) -> str:
 
 
 def prompts_hash(questions: Sequence[Question]) -> str:
-    """A hash of the questions as they are put, with the names of their images."""
+    """Hash the questions as the model gets them, with the names of their images."""
     digest = hashlib.sha256()
     for question in questions:
         images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in question.images]
@@ -52,7 +52,7 @@ def prompts_hash(questions: Sequence[Question]) -> str:
 
 
 def environment() -> JsonRow:
-    """Versions, machine, and the revision of this package's repository, where it is in one."""
+    """Return versions, machine, and the revision of this package's repository, where it is in one."""
     import llava
 
     versions = {"python": platform.python_version(), "llava": llava.__version__}
@@ -71,7 +71,7 @@ def environment() -> JsonRow:
 
 
 def git_revision() -> str | None:
-    """The commit that the package is at, with a mark if files were changed since; None outside of a repository."""
+    """Return the package's commit, with "+changes" where files were changed since; None outside of a repository."""
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -88,7 +88,7 @@ def git_revision() -> str | None:
 
 
 def differences(first: Mapping[str, object], second: Mapping[str, object], prefix: str = "") -> list[str]:
-    """Names and both values of what differs between two settings."""
+    """List what differs between two settings, with both values."""
     found = []
     for name in dict.fromkeys([*first, *second]):
         a, b = first.get(name), second.get(name)

@@ -1,6 +1,6 @@
-"""A line on stderr that tells how far a run is and how long it will take.
+"""Show on stderr how far a run is and how long it will take.
 
-In: numbers of answers. Out: in a terminal one line that is written over; elsewhere a line now and then. Nothing on stdout.
+In: numbers of answers. Out: in a terminal one line that is overwritten; elsewhere a line every 30 s. Nothing on stdout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ProgressBar:
         self.begin()
 
     def begin(self) -> None:
-        """The time counts from here."""
+        """Start the clock."""
         self._started = time.monotonic()
         self._shown = 0.0 if self._is_terminal else self._started
 

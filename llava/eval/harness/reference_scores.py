@@ -1,7 +1,7 @@
-"""Figures that were published for LLaVA-1.5 and LLaVA-1.6, to stand beside one's own.
+"""Published figures of LLaVA-1.5 and LLaVA-1.6, for comparison in reports.
 
-In: a task's name. Out: figures by model. They are headline figures, in the unit of the task's; where two sources differ, the
-model zoo's is taken, since it belongs to the released weights.
+In: a task's name. Out: headline figures by model, in the task's unit. Where two sources differ, the model zoo's figure is
+taken, since it belongs to the released weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ _TABLE: Mapping[str, tuple[float | None, ...]] = {
 
 
 def reference_scores(task: str) -> dict[str, float]:
-    """The figures of a task by model; none for tasks that the papers do not have."""
+    """Return the figures of a task by model; empty for tasks that the papers do not have."""
     row = _TABLE.get(task, ())
     return {model: value for model, value in zip(MODELS, row, strict=False) if value is not None}

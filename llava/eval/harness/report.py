@@ -1,7 +1,7 @@
-"""One HTML file that shows a run: scores beside published ones, a radar plot, bars, and answers with their images.
+"""Write the HTML report of a run: scores beside published ones, a radar plot, bars, and answers with their images.
 
-In: a run's folder. Out: report.html, which needs no other file and no network. The page itself is webpage/report.html, the
-charts are charts.py's; here the figures are put into it, and images are made small.
+In: a run's folder. Out: report.html, which needs no other file and no network. The template is eval/webpage/report.html, the
+charts are from charts.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.eval.harness.charts import bars, radar
 from llava.eval.harness.reference_scores import SOURCES, reference_scores
-from llava.eval.harness.results import read_results, read_verdicts
+from llava.eval.harness.results import read_results, read_verdicts, remarks
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 from llava.eval.types import JsonRow
@@ -35,7 +35,7 @@ SHARES = ("f1", "spearman", "accuracy")  # figures that may be given as a share 
 
 
 def write_report(folder: Path, results: JsonRow) -> Path:
-    """Make report.html from what a run's folder holds."""
+    """Make report.html from the results and verdicts in a run's folder."""
     images = _Thumbnails()
     gallery = [card for task in results["tasks"] for card in gallery_cards(folder, task, images)]
     page = PAGE.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def about(manifest: JsonRow) -> str:
 
 
 def summary(tasks: Sequence[JsonRow], model: str) -> str:
-    """The headline figures beside published ones."""
+    """Format the headline figures beside published ones."""
     has_published = any(reference_scores(task["task"]) for task in tasks)
     others = COMPARED if has_published else ()
     head = "".join(f"<th>LLaVA-{escape(name)}</th>" for name in others)
@@ -93,7 +93,7 @@ def summary(tasks: Sequence[JsonRow], model: str) -> str:
 
 
 def overview(tasks: Sequence[JsonRow], model: str) -> str:
-    """A radar plot of three tasks or more, bars of fewer."""
+    """Draw a radar plot of three tasks or more, bars of fewer."""
     scored = [task for task in tasks if task["headline"]["value"] is not None]
     highest = {task["task"]: TASKS[task["task"]].highest if task["task"] in TASKS else 100.0 for task in scored}
     if len(scored) < 3:
@@ -116,18 +116,14 @@ def _share(task: JsonRow, highest: Mapping[str, float]) -> float:
 
 
 def section(task: JsonRow) -> str:
-    """One task: its figures, its categories as bars, and what to know about them."""
+    """Format one task: its figures, its categories as bars, and its notes."""
     headline = task["headline"]
     value = "" if headline["value"] is None else f'<span class="headline">{headline["value"]:.2f}</span>'
     figures = "".join(
         f"<dt>{escape(name)}</dt><dd>{value if isinstance(value, int) else f'{value:.4f}'}</dd>"
         for name, value in task["figures"].items()
     )
-    remarks = [
-        *task["notes"],
-        *(f"{f['count']} {kind} (first: {f['first']}): {f['meaning']}" for kind, f in task["faults"].items()),
-    ]
-    notes = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in remarks(task))
     return (
         f'<section id="{escape(task["task"])}"><h2>{escape(task["title"])} {value}</h2>'
         f'<dl class="figures">{figures}</dl>{category_bars(task["categories"])}'
@@ -151,7 +147,7 @@ def category_bars(categories: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def gallery_cards(folder: Path, task: JsonRow, images: _Thumbnails) -> list[JsonRow]:
-    """Some wrong and some right answers of a task, spread evenly over it."""
+    """Choose some wrong and some right answers of a task, spread evenly over it."""
     rows = [row for row in read_verdicts(folder, task["task"]) if row["score"] is not None]
     wrong, right = ([row for row in rows if (row["score"] >= 1) is good] for good in (False, True))
     chosen = [*_spread(wrong, NUM_WRONG), *_spread(right, NUM_RIGHT)]
@@ -172,14 +168,14 @@ def gallery_cards(folder: Path, task: JsonRow, images: _Thumbnails) -> list[Json
 
 
 def _question(prompt: str) -> str:
-    """A prompt without the last line that asks for a short answer, which is the same in every card."""
+    """Return a prompt without the last line that asks for a short answer, which is the same in every card."""
     for suffix in SUFFIXES:
         prompt = prompt.removesuffix(suffix).rstrip()
     return prompt
 
 
 def _reference(row: JsonRow) -> str:
-    """The right answer in words; of ten people's answers the most frequent ones."""
+    """Return the right answer in words; of several answers the most frequent ones."""
     reference, options = row["reference"], row["options"]
     if isinstance(reference, int) and options:
         return str(options[reference])

@@ -1,6 +1,6 @@
-"""What a run leaves: results.json, a Markdown table beside published figures, verdicts for comparison.
+"""Write and read a run's results: results.json, a Markdown table beside published figures, verdicts for comparison.
 
-In: the reports of all tasks, and the manifest. Out: files in the run's folder, and the same read back.
+In: the reports of all tasks, and the manifest. Out: files in the run's folder.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.files import read_json_lines, read_json_object, write_json, write_json_lines
+from llava.eval.files import FaultCount, read_json_lines, read_json_object, write_json, write_json_lines
 from llava.eval.harness.reference_scores import MODELS, SOURCES, reference_scores
 from llava.eval.harness.scoring import TaskReport, shown
-from llava.eval.types import AnsweredQuestion, JsonRow
+from llava.eval.types import AnsweredQuestion, Figures, JsonRow
 
 RESULTS, MANIFEST, TABLE, VERDICTS = "results.json", "manifest.json", "results.md", "verdicts.jsonl"
 
 
 def write_results(folder: Path, reports: Sequence[TaskReport], manifest: JsonRow) -> JsonRow:
-    """Write results.json and results.md, and with every task its verdicts; give what results.json holds."""
+    """Write results.json, results.md and every task's verdicts; return the results without the manifest."""
     results = {"model": manifest["settings"]["model"]["name"], "tasks": [report.as_dict() for report in reports]}
     write_json(folder / RESULTS, results | {"manifest": dict(manifest)})
     for report in reports:
@@ -31,7 +31,7 @@ def write_results(folder: Path, reports: Sequence[TaskReport], manifest: JsonRow
 
 
 def verdict_row(one: AnsweredQuestion, score: float | None) -> JsonRow:
-    """A question with its answer and verdict, with all that a comparison or the gallery shows."""
+    """Return a question with its answer and verdict, and all that a comparison or the gallery shows."""
     question = one.question
     images = [str(image.resolve()) if isinstance(image, Path) else None for image in question.images]
     return {
@@ -48,7 +48,7 @@ def verdict_row(one: AnsweredQuestion, score: float | None) -> JsonRow:
 
 
 def markdown(tasks: Sequence[JsonRow], model: str) -> str:
-    """Headline figures beside the published ones, then each task's categories."""
+    """Format headline figures beside published ones, then each task's categories, as Markdown."""
     lines = [f"| task | figure | {model} | {' | '.join(MODELS)} |", "|---|---|---:" + "|---:" * len(MODELS) + "|"]
     for task in tasks:
         others = reference_scores(task["task"])
@@ -64,15 +64,18 @@ def markdown(tasks: Sequence[JsonRow], model: str) -> str:
         lines += _figures({"all": task["figures"]})
         if task["categories"]:
             lines += ["", *_figures(task["categories"])]
-        remarks = [
-            *task["notes"],
-            *(f"{f['count']} {kind} (first: {f['first']}): {f['meaning']}" for kind, f in task["faults"].items()),
-        ]
-        lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+        notes = remarks(task)
+        lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines) + "\n"
 
 
-def _figures(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+def remarks(task: JsonRow) -> list[str]:
+    """Return the notes and the counted faults of a task of results.json, a sentence each."""
+    faults = (FaultCount(**fault).sentence(kind) for kind, fault in task["faults"].items())
+    return [*task["notes"], *faults]
+
+
+def _figures(rows: Mapping[str, Figures]) -> list[str]:
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     lines = [f"| | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
     return lines + [

@@ -186,7 +186,7 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
     file = out / MANIFEST
     if fresh:
         for p in plans:
-            AnswerLog(p.folder, p.questions, "").forget()
+            AnswerLog(p.folder, p.questions, "").clear()
     elif file.is_file():
         whole = read_json_object(file, "manifest")
         before = whole["settings"]

@@ -125,7 +125,7 @@ def _ask_all(
                 if isinstance(text, Failure):
                     seen(place, number, text.reason)
                 else:
-                    writer.write(number, text)
+                    writer.write_answer(number, text)
                     seen(place, number, None)
 
             asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)

@@ -1,7 +1,7 @@
-"""Score answers that are there already, with no model and no torch.
+"""Score files of answers, without a model and without torch, and `llava eval score`, which does just that.
 
-In: a task, a file or folder of answers, the data folder. Out: a `TaskReport`: figures at full precision, what was
-wrong with the answers, and with each question its verdict. `llava eval` uses the same function after asking a model.
+In: a task, a file or folder of answers, the data folder. Out: a `TaskReport`: figures at full precision, faults of the
+answers, and each question's verdict. `llava eval TASKS` scores with the same functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DATA_DIR = "./playground/data/eval"
 
 @dataclass(frozen=True)
 class TaskReport:
-    """A task's scores and the answers that they come from (none, where a result file was scored by itself)."""
+    """A task's scores, and the answers they come from (none where a result file with its own references was scored)."""
 
     task: Task
     scores: Scores
@@ -46,7 +46,11 @@ class TaskReport:
 
 
 def score_file(task: Task, answers: Path, data_dir: Path) -> TaskReport:
-    """Score a file or folder of answers, in our form or in the benchmark's own."""
+    """Score a file or folder of answers, in JSON lines or in the benchmark's own form.
+
+    Raises:
+        InputError: the file or the task's data is missing, or no answer belongs to the task.
+    """
     if not answers.exists():
         raise InputError(f"there are no answers at {str(answers)!r}")
     home = task.home(data_dir)
@@ -59,7 +63,7 @@ def score_file(task: Task, answers: Path, data_dir: Path) -> TaskReport:
 
 
 def score_questions(task: Task, questions: Sequence[Question], path: Path, faults: Faults) -> TaskReport:
-    """The same for questions that are read already."""
+    """Score answers to questions that are read already."""
     answers = read_answers(path, faults)
     if task.fit_answers is not None:
         answers = task.fit_answers(answers, questions)
@@ -68,7 +72,7 @@ def score_questions(task: Task, questions: Sequence[Question], path: Path, fault
 
 
 def load_questions(task: Task, data_dir: Path) -> list[Question]:
-    """The task's questions, or one sentence about what is missing."""
+    """Read a task's questions, or raise an `InputError` that says what is missing."""
     if not data_dir.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}; give the one with the benchmarks' folders in it")
     questions = task.read(task.home(data_dir))
@@ -78,7 +82,7 @@ def load_questions(task: Task, data_dir: Path) -> list[Question]:
 
 
 def table(report: TaskReport) -> str:
-    """A report as text for a terminal: the headline, the categories, and what to know about them."""
+    """Format a report for a terminal: the headline, the categories, and notes."""
     scores = report.scores
     lines = [report.task.title]
     if scores.headline is not None:
@@ -98,7 +102,7 @@ def _columns(rows: Mapping[str, Figures]) -> list[str]:
 
 
 def shown(value: float | int | None) -> str:
-    """A figure for people: counts whole, everything else with four digits after the point."""
+    """Format a figure: counts whole, everything else with four digits after the point."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -18,4 +18,4 @@ def run(_: Namespace) -> None:
         judged = "; needs a judge" if task.judge else ""
         print(f"{name:<{width}}  {task.title} ({task.folder}/): {task.headline}{judged}")
     print("\nseveral by one name: " + "; ".join(f"{name} ({', '.join(parts)})" for name, parts in SUITES.items()))
-    print("or a .jsonl or .yaml file with questions of your own; docs/evaluate.md tells the files of each task")
+    print("or a .jsonl or .yaml file with questions of your own; docs/evaluate.md lists the files of each task")
