@@ -1,9 +1,9 @@
-"""Composition: a vision tower and a projector beside any causal language model of transformers.
+"""LLaVA's composition: a vision tower and a projector added to any causal language model of transformers.
 
 In: token ids with -200 for each image, and pixels. Out: the same batch as embeddings, with attention mask, positions and
-labels to match. How many features an image has is arithmetic (images/layout.py), joining its tiles' features is merge.py,
-putting them into the sequence is splice.py, projector files are read by model/multimodal_projector/pretrained.py, and
-what differs from one language model to another is in language_model/.
+labels to match. The number of features of an image is computed in images/layout.py; its tiles' features are merged in
+merge.py and inserted into the sequence in splice.py; projector files are read by multimodal_projector/pretrained.py. What
+differs between language models is in language_model/.
 
     N tiles, P patches per tile, V width of the tower, D text width, B rows, L tokens before and T after the splice
 """
@@ -11,7 +11,7 @@ what differs from one language model to another is in language_model/.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,27 +34,33 @@ from llava.model.multimodal_projector.pretrained import load_new_token_embedding
 from llava.model.splice import PackedRow, PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
 from llava.model.transformers_internals import register_recorded_outputs
 
-if TYPE_CHECKING:  # what the two mixins below are mixed into
-    from transformers import PreTrainedModel as CausalLanguageModel
-    from transformers import PreTrainedModel as InnerModel
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig, PreTrainedConfig
+
+    # What the two mixins below are mixed into.
+    from transformers import PreTrainedModel as _CausalBase
+    from transformers import PreTrainedModel as _InnerBase
+
+    from llava.model.protocols import InnerModel, VisionArguments, VisionTower
+    from llava.text.tokenization import Tokenizer
 else:
-    InnerModel = CausalLanguageModel = object
+    _InnerBase = _CausalBase = object
 
 
-class LlavaMetaModel(InnerModel):
-    """What a language model's inner model gains: `vision_tower`, `mm_projector` and, where asked for, `image_newline`."""
+class LlavaMetaModel(_InnerBase):
+    """Mixin for a language model's inner model: `vision_tower`, `mm_projector` and, for spatial_unpad, `image_newline`."""
 
-    config: Any
+    config: PreTrainedConfig
 
     def add_vision_modules(self) -> None:
-        """Create the modules that the config declares; called once, when the language model has been built."""
+        """Create the modules that the config declares; called once, after the language model is built."""
         settings = LlavaSettings.from_hf(self.config)
         if settings.vision.tower is None:
             return
         tower = build_vision_tower(self.config, delay_load=True)
         if settings.vision.in_checkpoint:
             tower.build_model()
-        self.vision_tower: Any = tower
+        self.vision_tower: CLIPVisionTower | list[CLIPVisionTower] = tower
         self.mm_projector = build_vision_projector(self.config)
         if settings.image.merge == "spatial_unpad":
             self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size).normal_(std=self._newline_std()))
@@ -66,10 +72,12 @@ class LlavaMetaModel(InnerModel):
         tower = getattr(self, "vision_tower", None)
         return tower[0] if isinstance(tower, list) else tower
 
-    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
-        """Add tower and projector for training as `ModelArguments` say, and write what they are into the config.
+    def initialize_vision_modules(self, model_args: VisionArguments, fsdp: object = None) -> None:
+        """Add tower and projector for training, and write their settings to the config.
 
-        Modules that are there already keep their weights. `fsdp` keeps the frozen tower out of the sharded module.
+        Args:
+            model_args: The settings; modules that exist already keep their weights.
+            fsdp: If true, the frozen tower is kept out of the sharded module.
         """
         config = self.config
         config.mm_vision_tower = model_args.vision_tower
@@ -95,48 +103,49 @@ class LlavaMetaModel(InnerModel):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())
         for parameter in self.mm_projector.parameters():  # LoRA may have frozen it
             parameter.requires_grad = True
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        if adapter is not None:
-            load_projector(self, adapter)
+        projector_file = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if projector_file is not None:
+            load_projector(self, projector_file)
 
 
 @cache
-def with_vision(inner_class: Any) -> type:
-    """An inner model's class with LlavaMetaModel before it."""
+def with_vision(inner_class: type) -> type:
+    """Derive a class from an inner model's class and LlavaMetaModel."""
     return type(f"Llava{inner_class.__name__}", (LlavaMetaModel, inner_class), {"__module__": __name__})
 
 
-class LlavaMetaForCausalLM(CausalLanguageModel):
-    """What a causal language model gains: images in `forward` and `generate`.
+class LlavaMetaForCausalLM(_CausalBase):
+    """Mixin for a causal language model: images in `forward` and `generate`.
 
-    Put before the language model's class in the list of bases. The language model builds itself, whatever it is; then
-    its inner model becomes a `model_class` (left out: its own class plus LlavaMetaModel) and gets the vision modules.
-    torch's fully_shard changes the class of a built module in the same way: parameters and their names stay.
+    It stands before the language model's class in the list of bases. The language model builds itself; then the class of
+    its inner model is changed to `model_class` (by default its own class with LlavaMetaModel) and the vision modules are
+    added. torch's fully_shard changes the class of a built module in the same way; parameters and their names stay.
     """
 
     model_class: type | None = None
-    config: Any
+    config: PreTrainedConfig
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         inner = self.get_model()
         inner_class: Any = type(inner)
         inner.__class__ = self.model_class or with_vision(inner_class)
         register_recorded_outputs(inner)
         inner.add_vision_modules()
-        # Once more, since transformers keeps what it learns here by class, and by the modules that are there.
+        # Again, since post_init depends on the class and on the modules that exist.
         inner.post_init()
         self.post_init()
 
-    def get_model(self) -> Any:
+    def get_model(self) -> InnerModel:
         """The inner model, which holds embeddings, layers, vision tower and projector."""
-        return getattr(self, self.base_model_prefix)
+        inner: InnerModel = getattr(self, self.base_model_prefix)
+        return inner
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         return self.get_model().get_vision_tower()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`, which takes along what the tower's name refers to in this model's folder."""
+        """Save as transformers does, with the tower's files where its name refers to this model's folder."""
         super().save_pretrained(save_directory, **kwargs)
         tower = self.get_vision_tower()
         if tower is not None and kwargs.get("is_main_process", True):
@@ -152,12 +161,12 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         return policy_of(tower, LlavaSettings.from_hf(self.config).image)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""
-        inner = self.get_model()
-        features = inner.get_vision_tower()(images)  # (N, P, V)
-        projector = inner.mm_projector
+        """Encode pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        assert tower is not None, "a model without a vision tower was given images"
+        features = tower(images)  # (N, P, V)
         weight = next(projector.parameters(), features)
-        # A projector on quantized or sharded weights casts for itself; floating-point ones are met in their own dtype.
+        # A projector with quantized weights casts its input itself.
         if weight.is_floating_point():
             features = features.to(device=weight.device, dtype=weight.dtype)
         return projector(features)
@@ -165,23 +174,30 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     def image_features(
         self,
         images: Tensor | Sequence[Tensor],
-        image_sizes: Any,
+        image_sizes: Sequence[Sequence[int]] | None,
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """One (n, D) tensor per image. A batch (N, 3, H, W) is plain tiles; a list or (N, tiles, 3, H, W) is merged.
+        """Encode images and merge the features of each image's tiles.
 
-        `encode` stands in for `encode_images` where a caller has a faster one.
+        Args:
+            images: A batch (N, 3, H, W) of single tiles, whose features are not merged; or a list of (tiles, 3, H, W) or a
+                tensor (images, tiles, 3, H, W), whose tiles are.
+            image_sizes: (width, height) of each image, needed where tiles are merged by position.
+            encode: Used in place of `encode_images`.
+
+        Returns:
+            One (n, D) tensor per image.
         """
         if len(images) == 0:
             return []
         plain = isinstance(images, Tensor) and images.ndim == 4
         tiles = images if plain else [image[None] if image.ndim == 3 else image for image in images]
-        # On one device, so that they can be joined; the tower's own door moves them to where it is.
+        # On one device, so that they can be joined; the tower moves them to its own.
         encoded = (encode or self.encode_images)(tiles if plain else torch.cat([t.to(tiles[0].device) for t in tiles]))
-        # Both weights for either kind of batch: ZeRO-3 gathers what is looked at, which ranks must do in the same order.
+        # Read for either kind of batch: ZeRO-3 gathers weights when they are read, which ranks must do in the same order.
         newline = getattr(self.get_model(), "image_newline", None)
-        # Cast together: under mixed precision the splice would cast them to the text's precision one by one.
+        # Cast together: under mixed precision the splice would cast them to the text's dtype one by one.
         encoded = encoded.to(self.get_input_embeddings().weight.dtype)
         if plain:
             return with_newline_in_graph(list(encoded), newline)
@@ -206,18 +222,24 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         input_ids: Tensor,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
-        past_key_values: Any,
+        past_key_values: Cache | None,
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor] | None,
         image_sizes: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
-        """Exchange ids for embeddings in which each -200 has become its image's features.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None]:
+        """Replace ids (B, L) by embeddings (B, T, D) in which each -200 is replaced by its image's features.
 
-        Returns `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. With nothing to
-        exchange (no images, no tower, or a decoding step of one token) the arguments come back with `inputs_embeds`
-        None; otherwise `input_ids` is None, and what was None of the mask, positions and labels stays None. Rows are
-        padded on `config.tokenizer_padding_side`. Training rows longer than `config.tokenizer_model_max_length` keep
-        their beginning, with a warning; a prompt that long is an error, since its end is the question.
+        Rows are padded on `config.tokenizer_padding_side`. Training rows longer than `config.tokenizer_model_max_length`
+        are truncated at the end, with a warning.
+
+        Returns:
+            `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. Without images or a tower,
+            or for a decoding step of one token, the arguments are returned with `inputs_embeds` None. Otherwise
+            `input_ids` is None, and of mask, positions and labels those stay None that were.
+
+        Raises:
+            InputError: A prompt is longer than the limit (its end is the question), or images and image tokens differ in
+                number.
         """
         if images is None or self.get_vision_tower() is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -240,7 +262,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor],
-        image_sizes: Any,
+        image_sizes: Sequence[Sequence[int]] | None,
         *,
         side: str,
         settings: LlavaSettings,
@@ -254,9 +276,9 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Any,
+        image_sizes: Sequence[Sequence[int]] | None,
     ) -> PackedRow:
-        """A batch's rows, spliced, one after another in a single row."""
+        """Splice a batch and pack its rows into one."""
         self.check_packable()
         settings = LlavaSettings.from_hf(self.config)
         if images is None:
@@ -266,7 +288,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         return pack(spliced, max_length=settings.max_length)
 
     def check_packable(self) -> None:
-        """Raise where samples in one row would see each other."""
+        """Raise an `InputError` if samples packed into one row would attend to each other."""
         kind = language_model_type({"model_type": self.config.model_type})
         if kind not in PLAIN_DECODERS:
             raise InputError(
@@ -280,7 +302,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor],
-        image_sizes: Any,
+        image_sizes: Sequence[Sequence[int]] | None,
         settings: LlavaSettings,
     ) -> Spliced:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -291,19 +313,19 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
 
     def _embed(self, ids: Tensor) -> Tensor:
         table = self.get_input_embeddings()
-        # Only from the host: an offloaded table is elsewhere now, and where the ids are when it is called.
+        # Only from the host: an offloaded table is moved to the device of the ids when it is called.
         if ids.device.type == "cpu" and table.weight.device.type == "cuda":
             ids = on_device(ids, table.weight.device)
         return table(ids)
 
-    # The two calls that outside code makes.
+    # Forward and generate.
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -315,18 +337,24 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         packed: bool = False,
         loss_only: bool = False,
         **kwargs: Any,
-    ) -> Any:
-        """The language model's forward, with `images` (and their `(width, height)` sizes) for the -200 in `input_ids`.
+    ) -> CausalLMOutputWithPast:
+        """Run the language model with images in place of the -200 in `input_ids`.
 
-        `packed` lays the batch's rows one after another in a single row, for training: no padding is computed, and no
-        sample sees another. `loss_only` leaves the logits out of the answer where labels are given and the language
-        model allows it, which saves the largest tensors of a training step.
+        Arguments that are not listed are those of the language model.
+
+        Args:
+            input_ids: (B, L), with -200 for each image.
+            images: Pixels, as `image_features` takes them.
+            image_sizes: (width, height) of each image.
+            packed: Pack the batch's rows into one, for training: no padding is computed and no sample sees another.
+            loss_only: Leave out the logits, the largest tensors of a training step, where labels are given and the
+                language model allows it.
         """
         if packed:
             row = self._pack(input_ids, attention_mask, labels, images, image_sizes)
             attention_mask, boundaries = packed_arguments(self.config, row)
             input_ids, inputs_embeds, labels, position_ids = None, row.embeds, row.labels, row.positions
-            use_cache = False  # with a cache, transformers would not look where positions begin anew
+            use_cache = False  # with a cache, transformers would not look for positions that restart
             kwargs |= boundaries
         elif inputs_embeds is None and input_ids is not None:
             if images is None and input_ids.shape[1] > 1:
@@ -341,7 +369,7 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
                 and attention_mask is not None
                 and LlavaSettings.from_hf(self.config).padding_side == "left"
             ):
-                # Models with absolute positions would else count the padding before a row.
+                # Models with absolute positions would otherwise count the padding before a row.
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         asked = {
             "output_attentions": output_attentions,
@@ -361,10 +389,10 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     def _forward_to_loss(
         self, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None, **arguments: Any
     ) -> CausalLMOutputWithPast:
-        """The mean loss over trained tokens (or the sum over `num_items_in_batch`), without logits."""
+        """Compute the mean loss over trained tokens (or the sum over `num_items_in_batch`), without logits."""
         hidden = self.get_model()(**arguments).last_hidden_state
         total, num_trained = next_token_loss(self.get_output_embeddings(), hidden, labels)
-        # A batch that lost all its answers to a limit counts for nothing, on every rank alike, rather than for NaN.
+        # A batch whose answers were all truncated has the loss 0 on every rank, not NaN.
         count = max(num_trained, 1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
@@ -375,11 +403,15 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate` for prompts with images; gives the new tokens only.
+    ) -> Tensor:
+        """Generate for prompts with images, and return the new tokens only.
 
-        `inputs` (or `input_ids`) has -200 for each image. Rows are padded on the left whatever the config says, since
-        new tokens follow the end of a row.
+        Args:
+            inputs: (B, L) with -200 for each image; `input_ids` is another name for it. Rows are padded on the left
+                whatever the config says, since new tokens follow the end of a row.
+            images: Pixels, as `image_features` takes them.
+            image_sizes: (width, height) of each image.
+            **kwargs: Those of transformers' `generate`, except `inputs_embeds`.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if "inputs_embeds" in kwargs:
@@ -388,13 +420,13 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
             )
         if input_ids is None:
             raise InputError("generate needs token ids as its first argument")
-        kwargs.pop("position_ids", None)  # counted from the mask by transformers
+        kwargs.pop("position_ids", None)  # transformers computes them from the mask
         if not kwargs.get("do_sample", True):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("temperature", "top_p", "top_k")}
         input_ids = input_ids.to(self.device)
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
-            attention_mask = self._mask_of_padding(input_ids, kwargs)
+            attention_mask = self._padding_mask(input_ids, kwargs)
         if images is None:
             self._refuse_image_tokens_without_images(input_ids)
             images = []
@@ -404,9 +436,9 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
         )
         return super().generate(inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), **kwargs)
 
-    def _mask_of_padding(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """As transformers does for ids: padding is a pad token that is not also an end token; a single row has none."""
-        config = kwargs.get("generation_config") or self.generation_config
+    def _padding_mask(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Infer the mask as transformers does: padding is a pad token that is not also an end token; a single row has none."""
+        config: GenerationConfig = kwargs.get("generation_config") or self.generation_config
         pad_id = kwargs.get("pad_token_id", config.pad_token_id)
         ends = kwargs.get("eos_token_id", config.eos_token_id)
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -417,13 +449,13 @@ class LlavaMetaForCausalLM(CausalLanguageModel):
     def _refuse_image_tokens_without_images(self, input_ids: Tensor) -> None:
         lowest = int(input_ids.min()) if input_ids.numel() else 0
         if lowest < 0:
-            raise InputError(f"the prompt has an <image> mark (id {lowest}), but no images were given")
+            raise InputError(f"the prompt has an <image> placeholder (id {lowest}), but no images were given")
 
-    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
-        """Add the marker tokens that training asks for, and give their embeddings a sensible start.
+    def initialize_vision_tokenizer(self, model_args: VisionArguments, tokenizer: Tokenizer) -> None:
+        """Add the image tokens that training asks for and initialise their embeddings.
 
-        `<im_start>` and `<im_end>` begin as the mean of all older rows, in and out. With `tune_mm_mlp_adapter` only the
-        input embeddings train; with a pretrained adapter they come from its file.
+        `<im_start>` and `<im_end>` start as the mean of the other rows, in the input and the output embeddings. With
+        `tune_mm_mlp_adapter` only the input embeddings are trained; with a pretrained projector they come from its file.
         """
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

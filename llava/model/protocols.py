@@ -1,4 +1,4 @@
-"""Protocols for the models that the package works on: language model, LLaVA model, vision tower.
+"""Protocols for what the package works on: language model, LLaVA model, vision tower, vision arguments.
 
 A function that takes such an object annotates it with the Protocol, so that our own classes, those of transformers and
 models wrapped by PEFT all pass. Only what the package calls is listed. Nothing here imports torch. The tokenizer's
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import GenerationConfig, PreTrainedConfig
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
     from llava.images.image_processor import ClipImageProcessor
     from llava.images.layout import ImagePolicy
@@ -90,6 +90,20 @@ class LanguageModel(TorchModule, Protocol):
     def save_pretrained(self, save_directory: str | Path, **options: object) -> None: ...
 
 
+class VisionArguments(Protocol):
+    """The training arguments by which vision modules and tokens are added to a language model."""
+
+    vision_tower: str | None
+    mm_vision_select_layer: int
+    mm_vision_select_feature: str
+    mm_patch_merge_type: str
+    mm_projector_type: str | None
+    mm_use_im_start_end: bool
+    mm_use_im_patch_token: bool
+    tune_mm_mlp_adapter: bool
+    pretrain_mm_mlp_adapter: str | None
+
+
 class VisionTower(TorchModule, Protocol):
     """An image encoder: pixels (N, 3, H, W) to the features (N, P, V) of one of its hidden states."""
 
@@ -153,7 +167,13 @@ class InnerModel(TorchModule, Protocol):
     mm_projector: nn.Module
     image_newline: nn.Parameter  # only where mm_patch_merge_type is spatial_unpad
 
+    def __call__(self, **kwargs: object) -> BaseModelOutputWithPast: ...
+
     def get_vision_tower(self) -> VisionTower | None: ...
+
+    def add_vision_modules(self) -> None: ...
+
+    def post_init(self) -> None: ...
 
 
 class LlavaModel(LanguageModel, Protocol):

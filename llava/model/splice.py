@@ -1,10 +1,10 @@
-"""One primitive that puts image features into sequences of token embeddings, and two that lay sequences out.
+"""Insert image features into sequences of token embeddings, then pad the sequences or pack them into one row.
 
-In: token ids with -200 for each image, and the features of the images. Out: embeddings in which every -200 has become
-its image's features, as a padded batch or packed into one row. Batches, packed rows and the engine use the same splice,
-so they cannot disagree. There is no Python loop over tokens.
+In: token ids with -200 for each image, and the features of the images. Out: embeddings in which every -200 is replaced by
+its image's features, as a padded batch or as one packed row. Training and the engine use the same splice. There is no
+Python loop over tokens.
 
-    B rows, L tokens of the longest row before the splice, T tokens after it, D text width
+    B rows, L tokens of the longest row before the splice, T tokens after it, n features of an image, D text width
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Spliced:
-    """Rows one after another, without padding: `embeds` (sum of lengths, D), `labels` (sum of lengths,)."""
+    """Rows concatenated without padding: `embeds` (sum of lengths, D), `labels` (sum of lengths,)."""
 
     embeds: Tensor
     labels: Tensor | None
@@ -39,28 +39,36 @@ def splice(
     *,
     labels: Tensor | None = None,
 ) -> Spliced:
-    """Replace each -200 of the valid tokens of `input_ids` (B, L) by the features (n, D) of the next image.
+    """Replace each -200 by the features of the next image.
 
-    The ids may be on the host while the features are on a GPU: where everything goes is then worked out without waiting
-    for it, and `embed` takes ids from the host.
+    Images are taken in the order of the placeholders, row by row. A row without a placeholder may have one image, since
+    training batches give every row one: it adds nothing to the row, but its features stay in the gradient graph, so that
+    every rank of a distributed run does the same work.
 
-    Images are taken in the order of the marks, row by row. A row without a mark may own one image all the same, as
-    training batches give every row one: it contributes nothing but keeps its place, and its features stay in the
-    gradient graph so that every rank of a distributed run does the same work.
+    Args:
+        input_ids: (B, L). They may be on the host while the features are on a GPU: indices are then computed without a
+            synchronisation, and `embed` gets ids on the host.
+        valid: (B, L) bool, False for padding.
+        features: One (n, D) per image.
+        embed: Token ids (T,) to embeddings (T, D).
+        labels: (B, L); features get the label -100.
+
+    Raises:
+        InputError: The number of images does not match the placeholders.
     """
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & valid
-    marks_per_row = is_image.sum(dim=1).tolist()
-    used = _used_images(marks_per_row, len(features))
+    placeholders_per_row = is_image.sum(dim=1).tolist()
+    used = _used_images(placeholders_per_row, len(features))
     unused = sorted(set(range(len(features))) - set(used))
     feature_lengths = [len(features[index]) for index in used]
 
     flat_ids = input_ids[valid]
     flat_is_image = flat_ids == IMAGE_TOKEN_INDEX
     text_embeds = embed(flat_ids[~flat_is_image])
-    # Unused features come last, where no index points at them.
+    # Unused features come last; no index refers to them.
     source = torch.cat([text_embeds, *(features[index].to(text_embeds.dtype) for index in [*used, *unused])])
 
-    # How many positions each valid token takes, and where in `source` its first one is read.
+    # The number of positions of each valid token, and the index in `source` of the first.
     device = flat_ids.device
     spans = torch.ones_like(flat_ids)
     spans[flat_is_image] = torch.tensor(feature_lengths, dtype=spans.dtype, device=device)
@@ -79,12 +87,18 @@ def splice(
     if labels is not None:
         flat_labels = labels[valid].masked_fill(flat_is_image, IGNORE_INDEX)
         spliced_labels = flat_labels[token]
-    lengths = _row_lengths(valid.sum(dim=1).tolist(), marks_per_row, feature_lengths)
+    lengths = _row_lengths(valid.sum(dim=1).tolist(), placeholders_per_row, feature_lengths)
     return Spliced(embeds, spliced_labels, lengths)
 
 
 def check_max_length(lengths: Sequence[int], limit: int | None, *, is_prompt: bool) -> None:
-    """Say which training rows will be cut, and refuse a prompt that would be: its end is the question."""
+    """Warn of training rows that will be truncated; raise for a prompt, whose end is the question.
+
+    Args:
+        lengths: Tokens of each row, image features included.
+        limit: The longest row, `tokenizer_model_max_length`; None: any length.
+        is_prompt: Whether the rows are prompts rather than training rows.
+    """
     longest = max(lengths)
     if limit is None or longest <= limit:
         return
@@ -111,7 +125,7 @@ class PaddedBatch:
 
 
 def pad(spliced: Spliced, *, side: str, max_length: int | None = None) -> PaddedBatch:
-    """Lay spliced rows in one rectangle, padded on `side`; rows longer than `max_length` keep their beginning."""
+    """Pad spliced rows on `side` to (B, T); rows longer than `max_length` are truncated at the end."""
     device = spliced.embeds.device
     lengths = torch.tensor(spliced.lengths, device=device)
     kept = lengths if max_length is None else lengths.clamp(max=max_length)
@@ -131,10 +145,11 @@ def pad(spliced: Spliced, *, side: str, max_length: int | None = None) -> Padded
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that begin anew with each sample, `labels` (1, T), which
+    """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that restart with each sample, `labels` (1, T), which
     may be on the host.
 
-    `boundaries` (samples + 1,) int32: where each sample begins, and the end; `longest` is the longest sample's length.
+    `boundaries` (samples + 1,) int32 are the starts of the samples and the end of the last; `longest` is the length of
+    the longest sample.
     """
 
     embeds: Tensor
@@ -145,10 +160,10 @@ class PackedRow:
 
 
 def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
-    """Leave spliced rows one after another; those longer than `max_length` keep their beginning.
+    """Pack spliced rows into one; rows longer than `max_length` are truncated at the end.
 
-    A sample's first label is masked, as nothing before it may predict it: what stands there is another sample's end.
-    Labels stay where they are, on the host if the ids are: rows are laid out there, and nothing waits for a GPU.
+    The first label of a sample is masked, since the token before it is another sample's. Labels stay on their device, the
+    host if the ids are there, so that nothing waits for a GPU.
     """
     device = spliced.embeds.device
     embeds, labels, row_lengths = spliced.embeds, spliced.labels, spliced.lengths
@@ -161,7 +176,7 @@ def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
     if labels is not None:
         labels = labels.masked_fill(on_device(positions == 0, labels.device), IGNORE_INDEX)[None]
     boundaries = torch.tensor([0, *row_lengths]).cumsum(0).to(torch.int32)
-    # A copy, not a view: a compiled first layer would otherwise be a program of its own.
+    # A copy, not a view: a compiled first layer would otherwise be compiled a second time.
     row = torch.stack([embeds])
     return PackedRow(
         row, on_device(positions, device)[None], labels, on_device(boundaries, device), longest=max(row_lengths)
@@ -174,33 +189,33 @@ def _positions(row_lengths: list[int]) -> Tensor:
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Numbers where they are needed; from the host to a GPU by a copy that nobody waits for."""
+    """Move a tensor to a device; from the host to a GPU by an asynchronous copy."""
     if values.device.type == "cpu" and device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
-def _used_images(marks_per_row: list[int], num_images: int) -> list[int]:
-    """Which images the marks stand for, in order; the others belong to rows without a mark."""
-    num_marks = sum(marks_per_row)
-    if num_images == num_marks:
+def _used_images(placeholders_per_row: list[int], num_images: int) -> list[int]:
+    """The indices of the images that placeholders stand for; the others belong to rows without a placeholder."""
+    num_placeholders = sum(placeholders_per_row)
+    if num_images == num_placeholders:
         return list(range(num_images))
-    if num_images == sum(max(1, marks) for marks in marks_per_row):
+    if num_images == sum(max(1, count) for count in placeholders_per_row):
         used: list[int] = []
         position = 0
-        for marks in marks_per_row:
-            used += range(position, position + marks)
-            position += max(1, marks)
+        for count in placeholders_per_row:
+            used += range(position, position + count)
+            position += max(1, count)
         return used
     raise InputError(
-        f"the prompt has {num_marks} <image> placeholder{'s' * (num_marks != 1)} but {num_images} "
+        f"the prompt has {num_placeholders} <image> placeholder{'s' * (num_placeholders != 1)} but {num_images} "
         f"image{'s' * (num_images != 1)} came with it; give one image for each placeholder"
     )
 
 
-def _row_lengths(valid_per_row: list[int], marks_per_row: list[int], feature_lengths: list[int]) -> list[int]:
+def _row_lengths(valid_per_row: list[int], placeholders_per_row: list[int], feature_lengths: list[int]) -> list[int]:
     lengths, position = [], 0
-    for valid, marks in zip(valid_per_row, marks_per_row, strict=True):
-        lengths.append(valid - marks + sum(feature_lengths[position : position + marks]))
-        position += marks
+    for valid, count in zip(valid_per_row, placeholders_per_row, strict=True):
+        lengths.append(valid - count + sum(feature_lengths[position : position + count]))
+        position += count
     return lengths

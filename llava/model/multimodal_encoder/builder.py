@@ -1,14 +1,14 @@
-"""Which vision tower a config means, and what a saved model takes along so that its tower is found again.
+"""Build the vision tower that a config names, and save what a checkpoint needs to find its tower again.
 
-In: a config (or training arguments) that names a tower. Out: a tower module, its weights read, promised by the checkpoint,
-or still to be loaded. The kind of tower is what its config declares, never how its path is spelled.
+In: a config (or training arguments) that names a tower. Out: a tower module whose weights are loaded, expected from the
+checkpoint, or loaded later. The type of tower is what its config declares, never how its path is spelled.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.files import read_json
@@ -17,6 +17,11 @@ from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from llava.model.protocols import VisionTower
 
 # model_type in the tower's config.json -> (one scale, several scales)
 TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | None]] = {
@@ -27,10 +32,12 @@ TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | No
 }
 
 
-def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
-    """Build the tower named by `mm_vision_tower` (a config) or `vision_tower` (training arguments).
+def build_vision_tower(vision_tower_cfg: object, **kwargs: Any) -> CLIPVisionTower:
+    """Build the tower that a config names.
 
-    `delay_load=True` leaves its weights for `load_model()`.
+    Args:
+        vision_tower_cfg: A model's config with `mm_vision_tower`, or training arguments with `vision_tower`.
+        **kwargs: Those of the tower's class; `delay_load=True` leaves the weights to `load_model()`.
     """
     vision = LlavaSettings.from_hf(vision_tower_cfg).vision
     if vision.tower is None:
@@ -57,8 +64,8 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> CLIPVisionTower:
     return tower_class(str(folder), args=vision_tower_cfg, described=described, **kwargs)
 
 
-def policy_of(tower: CLIPVisionTower, image: ImageSettings) -> ImagePolicy:
-    """How a model with this tower cuts images and joins their features; the tower's weights are not needed."""
+def policy_of(tower: VisionTower, image: ImageSettings) -> ImagePolicy:
+    """How a model with this tower tiles images and merges their features; the tower's weights are not needed."""
     return ImagePolicy(
         mode=image.mode,
         tile_size=tower.tile_size,
@@ -69,11 +76,11 @@ def policy_of(tower: CLIPVisionTower, image: ImageSettings) -> ImagePolicy:
     )
 
 
-def save_tower(tower: CLIPVisionTower, config: Any, target: Path) -> None:
-    """Write into a saved checkpoint what its config's `mm_vision_tower` will be looked for there.
+def save_tower(tower: VisionTower, config: PreTrainedConfig, target: Path) -> None:
+    """Write the files of the tower that a saved checkpoint's `mm_vision_tower` refers to within its folder.
 
-    Nothing, where the name finds the tower from anywhere: an absolute folder, one relative to the working directory, a
-    hub repository. Of a tower whose weights are among the model's, only the description is written.
+    Nothing is written where the name finds the tower from anywhere: an absolute folder, one relative to the working
+    directory, a hub repository. Of a tower whose weights are in the checkpoint, only the config files are written.
     """
     vision = LlavaSettings.from_hf(config).vision
     name, place = str(vision.tower), Path(tower.vision_tower_name)
@@ -88,7 +95,7 @@ def save_tower(tower: CLIPVisionTower, config: Any, target: Path) -> None:
         shutil.copytree(place, target / name, dirs_exist_ok=True)
 
 
-def _own_folder(config: Any) -> Path | None:
+def _own_folder(config: object) -> Path | None:
     """The checkpoint folder that a config was read from, against which a relative tower name is looked up first."""
     name = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     return Path(name) if name and Path(name).is_dir() else None

@@ -1,7 +1,7 @@
 """Vision towers over transformers' CLIPVisionModel, with one scale (CLIPVisionTower) or several (CLIPVisionTowerS2).
 
-In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden layer.
-The image processor is in images/image_processor.py; which tower a checkpoint means is decided in builder.py.
+In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden state.
+The image processor is in images/image_processor.py; builder.py decides which tower a checkpoint has.
 
     N tiles, P patches per tile, V width of the tower, S scales
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from llava.errors import InputError
 from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 
 class VisionModel(nn.Module):
     """A transformers vision model under the parameter names of published LLaVA weights.
 
-    Those have a level `vision_model.` that transformers 5 dropped from its classes. Calls and attributes pass through.
+    Those have a level `vision_model.` that transformers 5 dropped from its classes.
     """
 
     def __init__(self, vision_model: nn.Module) -> None:
@@ -32,7 +36,7 @@ class VisionModel(nn.Module):
         self.vision_model = vision_model
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         return self.vision_model.config
 
     @property
@@ -44,27 +48,30 @@ class VisionModel(nn.Module):
         return self._some_weight().device
 
     def _some_weight(self) -> Tensor:
-        """Whether weights are parameters or, frozen under ZeRO-3 (train/performance.py), buffers."""
+        """A parameter, or a buffer, which frozen weights are under ZeRO-3 (train/performance.py)."""
         return next(value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.vision_model(*args, **kwargs)
 
 
 class CLIPVisionTower(nn.Module):
-    """A CLIP image encoder and the choice of its layer.
+    """A CLIP image encoder, of which one hidden state is used.
 
-    `vision_tower` is a folder with config.json and preprocessor_config.json; `described` is the tower's config where that
-    folder is a checkpoint whose own config.json holds it. With `delay_load` nothing else is read, and `load_model()` brings
-    the weights later. `build_model()` makes the module without reading weights, for a checkpoint that holds them itself.
+    Args:
+        vision_tower: A folder with config.json and preprocessor_config.json.
+        args: A model's config or training arguments, with `mm_vision_select_layer` and `mm_vision_select_feature`.
+        delay_load: Read the configs only. `load_model()` reads the weights later, or `build_model()` makes the module
+            without reading weights, for a checkpoint that holds them.
+        described: The tower's config, where `vision_tower` is a checkpoint whose config.json holds it.
     """
 
-    has_class_token = True  # whether hidden states begin with one for the whole tile
-    resamples_pixels = False  # whether pixels are computed with before the first layer rounds them to its precision
-    passes_once = True  # whether a batch of images goes through the layers once, or once for each scale
+    has_class_token = True  # whether hidden states begin with a class token
+    resamples_pixels = False  # whether pixels are resampled before the first layer casts them to its dtype
+    passes_once = True  # whether a batch of images runs through the layers once, or once for each scale
 
     def __init__(
-        self, vision_tower: str, args: Any, delay_load: bool = False, described: dict[str, Any] | None = None
+        self, vision_tower: str, args: object, delay_load: bool = False, described: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         settings = LlavaSettings.from_hf(args).vision
@@ -79,14 +86,14 @@ class CLIPVisionTower(nn.Module):
         if not delay_load:
             self.load_model()
 
-    # What differs between families of towers.
+    # Overridden by other families of towers.
 
-    def config_class(self) -> Any:
+    def config_class(self) -> type[PreTrainedConfig]:
         from transformers import CLIPVisionConfig
 
         return CLIPVisionConfig
 
-    def model_class(self) -> Any:
+    def model_class(self) -> type[PreTrainedModel]:
         from transformers import CLIPVisionModel
 
         return CLIPVisionModel
@@ -95,25 +102,25 @@ class CLIPVisionTower(nn.Module):
         return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
 
     def input_modules(self) -> list[nn.Module]:
-        """What makes the first hidden state of pixels, in order."""
+        """The modules that compute the first hidden state from pixels, in order."""
         vision_model = self._vision_model()
         return [vision_model.embeddings, vision_model.pre_layrnorm]
 
-    # The same for all of them.
+    # Common to all.
 
-    def load_model(self, device_map: Any = None) -> None:
-        """Read the tower's own weights; a tower that is loaded already stays as it is."""
+    def load_model(self, device_map: str | torch.device | None = None) -> None:
+        """Load the tower's own weights, once; `device_map` may name the device to move it to."""
         if self.is_loaded:
             return
         from llava.model.checkpoints.loading import load_tower_weights
 
         self.build_model()
         load_tower_weights(self, Path(self.vision_tower_name))
-        if isinstance(device_map, (str, torch.device)) and device_map != "auto":
+        if device_map is not None and device_map != "auto":
             self.to(device_map)
 
     def build_model(self) -> None:
-        """Make the module on the current default device with whatever numbers are there, for weights that follow."""
+        """Build the module on the default device with uninitialised weights, to be loaded afterwards."""
         if self.is_loaded:
             return
         from transformers.initialization import no_init_weights
@@ -124,13 +131,13 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower.eval()
         self.is_loaded = True
 
-    def _vision_model(self) -> Any:
+    def _vision_model(self) -> nn.Module:
         assert self.vision_tower is not None, "the tower's weights were not loaded"
         return self.vision_tower.vision_model
 
     @property
     def hidden_state_index(self) -> int:
-        """Number of the hidden state that the projector reads, counted from 0, which no layer has seen."""
+        """Index of the hidden state that the projector reads; 0 is the input of the first layer."""
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= self.select_layer < num_states:
             raise InputError(
@@ -140,19 +147,19 @@ class CLIPVisionTower(nn.Module):
         return self.select_layer % num_states
 
     def layers_used(self) -> list[nn.Module]:
-        """The layers before the hidden state that is read."""
+        """The layers that compute the hidden state that is used."""
         return list(islice(self._vision_model().encoder.layers, self.hidden_state_index))
 
     def modules_used(self) -> list[nn.Module]:
-        """What makes features of pixels, in order; the layers behind the one that is read do not."""
+        """The modules that compute features from pixels, in order, without the layers behind the hidden state used."""
         return [*self.input_modules(), *self.layers_used()]
 
-    def feature_select(self, image_forward_outs: Any) -> Tensor:
-        """The features among what the whole model gives where it is called with `output_hidden_states=True`."""
+    def feature_select(self, image_forward_outs: BaseModelOutputWithPooling) -> Tensor:
+        """Select the features from the output of the whole model, called with `output_hidden_states=True`."""
         return self._without_class_feature(image_forward_outs.hidden_states[self.hidden_state_index])
 
     def _without_class_feature(self, features: Tensor) -> Tensor:
-        """(N, 1 + P, V), or (N, P, V) from a family without a class feature; unless `cls_patch` asks for it."""
+        """Drop the class feature of (N, 1 + P, V), if the family has one and `select_feature` is "patch"."""
         if self.select_feature == "patch":
             return features[:, 1:] if self.has_class_token else features
         if self.select_feature == "cls_patch" and self.has_class_token:
@@ -161,10 +168,10 @@ class CLIPVisionTower(nn.Module):
         raise InputError(f"unknown mm_vision_select_feature {self.select_feature!r} for this tower; known: {known}")
 
     def forward_feature(self, images: Tensor) -> Tensor:
-        """Features of one batch of tiles, (N, 3, H, W) -> (N, P, V).
+        """Compute the features of one batch of tiles, (N, 3, H, W) -> (N, P, V).
 
-        Layers behind the one that is read are not run, and no hidden state outlives the next one: transformers' own
-        forward pass would compute all of them and keep them until its end.
+        Layers behind the hidden state that is used are not run, and earlier hidden states are freed, unlike in
+        transformers' own forward pass with `output_hidden_states=True`.
         """
         states = images.to(device=self.device, dtype=self.dtype)
         for module in self.input_modules():
@@ -174,7 +181,7 @@ class CLIPVisionTower(nn.Module):
         return self._without_class_feature(states)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Features of a batch; a list of single images gives a list, as callers of the original expect."""
+        """Compute the features of a batch; a list of single images gives a list, as in the original."""
         # A frozen tower keeps no activations, whatever the caller's gradient mode is.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             if isinstance(images, list):
@@ -186,7 +193,7 @@ class CLIPVisionTower(nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         return self.vision_tower.config if self.vision_tower is not None else self.cfg_only
 
     @property
@@ -203,7 +210,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def tile_size(self) -> int:
-        """Pixels per side of what the tower is given."""
+        """Pixels per side of a tile."""
         return self.config.image_size
 
     @property
@@ -216,7 +223,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def has_class_feature(self) -> bool:
-        """Whether the features that come out begin with one for the whole tile."""
+        """Whether the features begin with the class feature."""
         return self.select_feature == "cls_patch"
 
     @property
@@ -225,16 +232,16 @@ class CLIPVisionTower(nn.Module):
 
 
 class CLIPVisionTowerS2(CLIPVisionTower):
-    """The same encoder at several scales, concatenated feature by feature: (N, P, S * V).
+    """The same encoder at several scales, whose features are concatenated: (N, P, S * V).
 
-    Scaling on Scales (Shi et al., 2024, arXiv:2403.13043): each larger scale is cut into pieces of the smallest scale's
-    size, the pieces' feature maps are laid side by side again and averaged down to the smallest scale's grid.
+    Scaling on Scales (Shi et al., 2024, arXiv:2403.13043): the image at each larger scale is cut into pieces of the
+    smallest scale's size; the feature maps of the pieces are put together and averaged to the smallest scale's grid.
     """
 
     resamples_pixels = True
     passes_once = False
 
-    def __init__(self, vision_tower: str, args: Any, *rest: Any, **kwargs: Any) -> None:
+    def __init__(self, vision_tower: str, args: object, *rest: Any, **kwargs: Any) -> None:
         self.s2_scales = LlavaSettings.from_hf(args).vision.s2_scales
         super().__init__(vision_tower, args, *rest, **kwargs)
         if self.s2_scales[0] != self.cfg_only.image_size:
@@ -252,10 +259,10 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         return torch.cat([self._features_at(images, scale) for scale in self.s2_scales], dim=-1)
 
     def _features_at(self, images: Tensor, scale: int) -> Tensor:
-        """(N, 3, H, W) at one scale -> (N, P, V) on the smallest scale's grid."""
+        """Compute features (N, P, V) on the smallest scale's grid from (N, 3, H, W) at one scale."""
         piece, pieces = self.s2_scales[0], scale // self.s2_scales[0]
         side = self.num_patches_per_side
-        # Resampled in float32: bicubic weights in half precision move features visibly.
+        # Resampled in float32: bicubic weights in half precision change features noticeably.
         pixels = F.interpolate(images.float(), size=(scale, scale), mode="bicubic").to(images.dtype)
         num_images = pixels.shape[0]
         pixels = pixels.reshape(num_images, 3, pieces, piece, pieces, piece).permute(2, 4, 0, 1, 3, 5)

@@ -1,25 +1,28 @@
-"""Vision tower over transformers' SiglipVisionModel: as CLIPVisionTower, without a class feature."""
+"""The vision tower over transformers' SiglipVisionModel: CLIPVisionTower without a class feature."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 class SigLipVisionTower(CLIPVisionTower):
-    """A SigLIP image encoder; every hidden state is a patch, so `select_feature` can only be `patch`."""
+    """A SigLIP image encoder; it has no class token, so `select_feature` can only be `patch`."""
 
     has_class_token = False
 
-    def config_class(self) -> Any:
+    def config_class(self) -> type[PreTrainedConfig]:
         from transformers import SiglipVisionConfig
 
         return SiglipVisionConfig
 
-    def model_class(self) -> Any:
+    def model_class(self) -> type[PreTrainedModel]:
         from transformers import SiglipVisionModel
 
         return SiglipVisionModel

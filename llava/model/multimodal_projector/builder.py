@@ -1,4 +1,4 @@
-"""Projectors: the layers that turn the vision tower's features into the language model's embeddings.
+"""Projectors: the layers that map the vision tower's features to the language model's embeddings.
 
 In: a config with `mm_projector_type`, `mm_hidden_size` (V, the tower's width) and `hidden_size` (D, the text width).
 Out: a module from (..., V) to (..., D). The parameter names (`0.weight`, `2.weight`, …) are those of published weights.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class IdentityMap(nn.Module):
-    """Passes features through unchanged, for a tower that is as wide as the language model."""
+    """Return features unchanged, for a tower that is as wide as the language model."""
 
-    def forward(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, features: Tensor, *args: object, **kwargs: object) -> Tensor:
         return features
 
     @property
@@ -31,7 +34,7 @@ def linear(vision_dim: int, text_dim: int) -> nn.Module:
 
 
 def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
-    """`depth` linear layers with a GELU between each two; the first changes the width."""
+    """Build `depth` linear layers with a GELU between each two; the first changes the width."""
     layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
@@ -49,12 +52,12 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
 
 PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "identity": identity}
 
-# A family beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
+# A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
 MLP_NAME = re.compile(r"mlp([1-9]\d*)x_gelu")
 
 
-def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the projector that a config names; `delay_load` is accepted because callers pass it, and changes nothing."""
+def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, **kwargs: object) -> nn.Module:
+    """Build the projector that a config names; `delay_load` and other keywords of the original have no effect."""
     name = getattr(config, "mm_projector_type", None) or "linear"
     vision_dim, text_dim = getattr(config, "mm_hidden_size", None), config.hidden_size
     if vision_dim is None:

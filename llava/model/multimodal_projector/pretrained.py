@@ -1,13 +1,14 @@
-"""Projector files: what a pretraining run saved as mm_projector.bin, read back into a model.
+"""Load a pretrained projector, which a pretraining run saved as mm_projector.bin, into a model.
 
-In: a .bin or .safetensors file and a model with a projector. Out: the same model, its projector (and `image_newline`, and
-the rows of marker tokens) filled. Saving is train/save.py's; whole checkpoints are model/builder.py's.
+In: a .bin or .safetensors file and a model with a projector. Out: the same model with the weights of its projector (and of
+`image_newline`, and of the embeddings of added tokens) loaded. Saving is in train/save.py, whole checkpoints are loaded by
+model/builder.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,16 +16,19 @@ from torch import Tensor
 from llava.errors import InputError
 from llava.model.checkpoints.weight_files import open_tensors, read_headers
 
+if TYPE_CHECKING:
+    from llava.model.protocols import InnerModel
 
-def load_projector(model: Any, path: str) -> None:
-    """Fill `model.mm_projector` and, where the file has it, `model.image_newline`; every tensor must fit."""
+
+def load_projector(model: InnerModel, path: str) -> None:
+    """Load `model.mm_projector` and, if the file has it, `model.image_newline`; all shapes must match."""
     wanted = {f"mm_projector.{name}": tensor for name, tensor in model.mm_projector.named_parameters()}
     newline = getattr(model, "image_newline", None)
     saved = read_projector_weights(path)
     if newline is not None and any(name.endswith("image_newline") for name in saved):
         wanted["image_newline"] = newline
     for name, tensor in wanted.items():
-        # Saved under the name of whatever module held it: model.mm_projector.0.weight, base_model.model.model.….
+        # Saved names begin with the path of the module: model.mm_projector.0.weight, base_model.model.model.….
         found = next((value for key, value in saved.items() if key == name or key.endswith("." + name)), None)
         if found is None:
             raise InputError(f"{path!r} has no tensor {name!r}, which the projector of this model needs")
@@ -35,7 +39,10 @@ def load_projector(model: Any, path: str) -> None:
 
 
 def load_new_token_embeddings(table: Tensor, path: str, num_new: int) -> None:
-    """Take the last `num_new` rows of the embedding `table` from a projector file that holds them or the whole table."""
+    """Load the last `num_new` rows of the embedding `table` (vocabulary, D) from a projector file.
+
+    The file holds these rows alone or a whole table.
+    """
     saved = next(
         (rows for name, rows in read_projector_weights(path).items() if name.endswith("embed_tokens.weight")), None
     )
@@ -50,7 +57,7 @@ def load_new_token_embeddings(table: Tensor, path: str, num_new: int) -> None:
 
 
 def read_projector_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a projector file."""
+    """Read the tensors of a projector file, by name."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"there is no file {path!r} to take the projector from (pretrain_mm_mlp_adapter)")
