@@ -1,12 +1,12 @@
-"""Attention over samples that lie one after another in a single row, each seeing itself alone.
+"""Attention over packed samples: each sample of a row attends to itself alone.
 
-In: what transformers hands to an attention function, with `cu_seq_lens_q` (where samples begin, and where the last one
-ends) in a packed forward. Out: (B, T, heads, width). The function is registered with transformers as `varlen`. On GPUs it
-uses torch's own variable-length kernel, whose work grows with the square of each sample's length, not of the row's. Rows
-that are not packed take torch's usual attention under the same name. Rows are made in splice.py.
+In: what transformers passes to an attention function, with `cu_seq_lens_q` (the boundaries of the samples) in a packed
+forward. Out: (B, T, heads, width). The function is registered with transformers as `varlen`. On GPUs it uses torch's
+variable-length kernel, whose work grows with the square of each sample's length, not of the row's. Rows that are not packed
+go to torch's usual attention. Rows are packed in splice.py.
 
-Without that kernel (CPU, old GPUs, float32) nothing here is needed: transformers makes a mask of blocks from positions that
-begin anew, for its sdpa, eager and flex attention, and its flash kernels read `cu_seq_lens_q` for themselves.
+Without that kernel (CPU, old GPUs, float32) nothing here is needed: for its sdpa, eager and flex attention transformers
+builds a block mask from positions that restart, and its flash kernels read `cu_seq_lens_q` themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,17 @@ from llava.errors import InputError
 from llava.model.splice import PackedRow
 from llava.model.transformers_internals import attention_of, set_attention
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 VARLEN = "varlen"
 
-# The oldest generation of NVIDIA GPUs that the kernel runs on.
+# The lowest compute capability of NVIDIA GPUs that the kernel runs on.
 MIN_CAPABILITY = (8, 0)
 
 
-def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Choose this attention for the model with this config, if torch's kernel runs there; whether it was chosen."""
+def use_varlen(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Select this attention in a model's config if torch's kernel runs on the device; return whether it was selected."""
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.bfloat16, torch.float16):
         return False
     kernel = varlen_kernel()
@@ -47,14 +50,14 @@ def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def register_varlen(kernel: VarlenKernel) -> None:
-    """Make `attn_implementation="varlen"` known; rows that are not packed get the masks of sdpa."""
-    # Bound here: a compiler that traces the layers cannot look into an import.
+    """Register `attn_implementation="varlen"`; rows that are not packed get the masks of sdpa."""
+    # Bound here: torch.compile cannot trace an import.
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
     AttentionMaskInterface.register(VARLEN, sdpa_mask)
 
 
-def packed_arguments(config: Any, row: PackedRow) -> tuple[Tensor | None, dict[str, Any]]:
-    """The mask, and the keyword arguments, of a packed forward, for whichever attention the model has."""
+def packed_arguments(config: PreTrainedConfig, row: PackedRow) -> tuple[Tensor | None, dict[str, object]]:
+    """Build the mask and keyword arguments of a packed forward for the model's attention implementation."""
     boundaries = {
         "cu_seq_lens_q": row.boundaries,
         "cu_seq_lens_k": row.boundaries,
@@ -62,8 +65,8 @@ def packed_arguments(config: Any, row: PackedRow) -> tuple[Tensor | None, dict[s
         "max_length_k": row.longest,
     }
     if attention_of(config) != VARLEN:
-        return None, boundaries  # a mask that is given would keep transformers from looking where positions begin anew
-    # transformers takes any mask of four dimensions as it is: this one keeps it from making one of T times T.
+        return None, boundaries  # with a mask, transformers would not look for positions that restart
+    # transformers takes any 4-D mask as it is: this one keeps it from building one of T times T.
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.boundaries.device), boundaries
 
 
@@ -80,9 +83,9 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """(B, heads, T, width) queries against keys and values with as many or fewer heads -> (B, T, heads, width)."""
+    """Compute attention as transformers' interface asks: queries (B, heads, T, width) -> (B, T, heads, width)."""
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -98,7 +101,7 @@ def varlen_attention(
         options["enable_gqa"] = True
     elif num_groups > 1:
         key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
-    # Under mixed precision rotary positions give float32; the kernel takes half precision only.
+    # Under mixed precision the rotary embedding returns float32; the kernel takes half precision only.
     query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
     bounds, longest = cu_seq_lens_q, max_length_q
     return kernel.function(query, key, value, bounds, bounds, longest, longest, **options)[None], None
@@ -106,15 +109,15 @@ def varlen_attention(
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """torch's function, and what its arguments are called in the torch that is installed."""
+    """torch's function, and which arguments it has in the installed version."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Tensor]
     has_window: bool  # causality is a window (all before, none after) rather than a flag
     shares_heads: bool  # several query heads may read one key head
 
 
 def varlen_kernel() -> VarlenKernel | None:
-    """The kernel, if this torch has it."""
+    """Return the kernel, if the installed torch has it."""
     try:
         function = import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
@@ -125,8 +128,8 @@ def varlen_kernel() -> VarlenKernel | None:
     return VarlenKernel(function, has_window="window_size" in known, shares_heads="enable_gqa" in known)
 
 
-def _options(kernel: VarlenKernel, sliding_window: int | None) -> dict[str, Any]:
-    """Each token sees itself and what is before it, `sliding_window` tokens in all where there is a window."""
+def _options(kernel: VarlenKernel, sliding_window: int | None) -> dict[str, object]:
+    """The arguments for causal attention, over `sliding_window` tokens where there is a window."""
     if kernel.has_window:
         return {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     if sliding_window is not None:

@@ -1,9 +1,9 @@
-"""Every layout of a LLaVA config.json, seen through one typed view.
+"""Read the config.json of a LLaVA, in any published version, as one typed view.
 
-In: a transformers config object (or the dictionary of a config.json). Out: `LlavaSettings`, frozen and checked, and the
-name of the language model that a dictionary declares. This is the only module that knows legacy key names and their
-defaults; everybody else writes `settings.vision.select_layer`. The config *classes* stand beside their models in
-language_model/; what a folder holds is model/checkpoints/inspect.py's business.
+In: a transformers config object (or the dictionary of a config.json). Out: `LlavaSettings`, frozen and validated, and the
+language model's type. Only this module knows legacy key names and their defaults; other modules read
+`settings.vision.select_layer`. The config classes are beside their models in language_model/; what a folder holds is
+decided in checkpoints/inspect.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava.images.layout import MERGES, ImageSize, Merge, Mode, image_mode, pars
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
-# The prefix that marks a language model of transformers as composed with a vision tower: llama -> llava_llama.
+# The model type of a LLaVA is that of its language model with this prefix: llama -> llava_llama.
 PREFIX = "llava_"
 
 # The name of a tower whose config (`vision_config`) and weights are the checkpoint's own.
@@ -29,19 +29,21 @@ OWN_FOLDER = "."
 # compute their own loss, and are read by no other program after a conversion.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
-# Published model types that the prefix rule does not explain.
+# Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
 
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Which tower is meant, and which of its hidden states are used."""
+    """Which vision tower a model has, and which of its hidden states is used."""
 
     tower: str | None
     select_layer: int = -2
     select_feature: str = "patch"
     hidden_size: int | None = None
-    in_checkpoint: bool = False  # the tower's weights are in the checkpoint and win over the tower's own folder
+    in_checkpoint: bool = (
+        False  # the tower's weights are in the checkpoint, and replace those of the tower's own folder
+    )
     s2_scales: tuple[int, ...] = ()  # pixels per side of each scale, ascending; empty: one scale
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class ProjectorSettings:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How an image becomes tiles, and how the tiles' features become one sequence."""
+    """How an image is cut into tiles, and how the tiles' features are merged into one sequence."""
 
     mode: Mode = "square"
     merge: Merge = "flat"
@@ -77,7 +79,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """Which marker tokens the vocabulary holds beside `<image>`, which never is in it."""
+    """Which image tokens are in the vocabulary; `<image>` itself never is."""
 
     use_im_start_end: bool = False
     use_im_patch: bool = False
@@ -95,8 +97,8 @@ class LlavaSettings:
     padding_side: str = "right"
 
     @classmethod
-    def from_hf(cls, config: Any) -> LlavaSettings:
-        """Read the view off a config object, whose `mm_*` attributes may be absent or of any published age."""
+    def from_hf(cls, config: object) -> LlavaSettings:
+        """Read the settings from an object whose attributes are config keys, of any published version and possibly absent."""
 
         def read(key: str, default: Any = None) -> Any:
             value = getattr(config, key, None)
@@ -131,19 +133,20 @@ class LlavaSettings:
         )
 
 
-def is_multimodal(values: Mapping[str, Any]) -> bool:
+def is_multimodal(values: Mapping[str, object]) -> bool:
     """Whether a config.json declares a vision tower in the original layout, whatever its model_type says."""
     return any(values.get(key) is not None for key in ("mm_vision_tower", "mm_hidden_size", "mm_projector_type"))
 
 
-def language_model_type(values: Mapping[str, Any]) -> str:
-    """The transformers model type of the language model inside: `llama` for `llava_llama`, for v0's `llama`, for `llava`.
+def language_model_type(values: Mapping[str, object]) -> str:
+    """The transformers model type of the language model: `llama` for `llava_llama`, for v0's `llama`, and for `llava`.
 
-    The type `llava` was published for LLaMA-based checkpoints before transformers used the word for its own layout, which
-    is told apart by its `text_config`.
+    The type `llava` was published for LLaMA-based checkpoints before transformers used it for its own layout, which has a
+    `text_config`.
     """
-    if isinstance(values.get("text_config"), Mapping):
-        return str(values["text_config"].get("model_type", "llama"))
+    text_config = values.get("text_config")
+    if isinstance(text_config, Mapping):
+        return str(text_config.get("model_type", "llama"))
     model_type = str(values.get("model_type", ""))
     if model_type == "llava":
         return "llama"

@@ -50,8 +50,6 @@ else:
 class LlavaMetaModel(_InnerBase):
     """Mixin for a language model's inner model: `vision_tower`, `mm_projector` and, for spatial_unpad, `image_newline`."""
 
-    config: PreTrainedConfig
-
     def add_vision_modules(self) -> None:
         """Create the modules that the config declares; called once, after the language model is built."""
         settings = LlavaSettings.from_hf(self.config)
@@ -123,7 +121,6 @@ class LlavaMetaForCausalLM(_CausalBase):
     """
 
     model_class: type | None = None
-    config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

@@ -1,33 +1,36 @@
-"""The training loss straight from hidden states, without ever holding the logits of all tokens.
+"""The training loss from hidden states, without the logits of all tokens in memory.
 
-In: hidden states, labels, and the output layer. Out: the sum of the cross-entropies of the trained tokens, and how many
-there are. A vocabulary is some ten times wider than a model, so logits (and their gradient, in float32) are the largest
-tensors of a training step. Here only trained tokens are projected, a chunk of them at a time, and the gradients are
-made beside the loss, when the chunk's probabilities are at hand; what is kept is as large as the hidden states.
-Nothing is approximated: sums are taken in another order, that is all.
+In: hidden states, labels, and the output layer. Out: the sum of the cross-entropies of the trained tokens, and their number.
+The logits and their gradient, in float32, would be the largest tensors of a training step. Here only trained tokens are
+projected, in chunks, and the gradients are computed with the loss from the probabilities of the chunk; what is kept has
+the size of the hidden states. The result is exact, except for the order of sums.
 
-    T trained tokens, D width, V vocabulary
+    B rows, L tokens of a row, T trained tokens, D width, V vocabulary
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava.constants import IGNORE_INDEX
 from llava.model.splice import on_device
 
-# Logits at a time: large enough for matrix products at full speed, small beside the weights of the output layer.
+# Logits per chunk: large enough for fast matrix products, small compared with the weights of the output layer.
 CHUNK_VALUES = 2**26
 
 
 def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Sum of the losses of `labels` (B, T), each predicted from the hidden state (B, T, D) before it, and their number.
+    """Sum the losses of the trained labels, each predicted from the hidden state before it.
 
-    Labels may be on the host while states are on a GPU: nothing then waits for it to count them.
+    Args:
+        head: The output layer.
+        hidden: Hidden states (B, L, D).
+        labels: (B, L), -100 where nothing is trained. On the host they are counted without a synchronisation.
+
+    Returns:
+        The sum of the losses, and the number of trained tokens.
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     trained = (following != IGNORE_INDEX).nonzero().flatten()
@@ -37,7 +40,7 @@ def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Te
     def project_to_loss(states: Tensor) -> Tensor:
         return linear_cross_entropy(states, head.weight, targets, head.bias)
 
-    # Called through the module: where its weight lies in pieces on several GPUs, hooks around the call gather it.
+    # Called through the module: where its weight is sharded over GPUs, hooks around the call gather it.
     head.forward = project_to_loss  # type: ignore[method-assign]
     try:
         total = head(states)
@@ -46,13 +49,20 @@ def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Te
     return total, len(trained)
 
 
-def can_fuse(head: Any) -> bool:
-    """Whether an output layer is a plain matrix product: not quantized, not adapted, its `forward` not replaced."""
+def can_fuse(head: nn.Module) -> bool:
+    """Whether an output layer is a plain matrix product: not quantized, without LoRA, its `forward` not replaced."""
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`cross_entropy(linear(hidden, weight, bias), targets, reduction="sum")`, in float32, of (T, D) states."""
+    """Compute `cross_entropy(linear(hidden, weight, bias), targets, reduction="sum")` in float32.
+
+    Args:
+        hidden: (T, D).
+        weight: (V, D).
+        targets: (T,) token ids.
+        bias: (V,).
+    """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, dtype)
@@ -61,7 +71,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(dtype, torch.float32)
@@ -82,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += (scale - logits.gather(1, wanted)).sum()
                 if grad_hidden is None and grad_weight is None and grad_bias is None:
                     continue
-                # The gradient of a loss by its logits: the probabilities, less one for the token that was right.
+                # The gradient of the loss by the logits: the probabilities, minus one for the target.
                 errors = logits.sub_(scale).exp_()
                 errors.scatter_add_(1, wanted, errors.new_full(wanted.shape, -1.0))
                 if grad_bias is not None:
@@ -98,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             None if grad is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)

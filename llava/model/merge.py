@@ -1,6 +1,6 @@
-"""Join the features of one image's tiles into one sequence, as its layout says.
+"""Merge the features of one image's tiles into one sequence, as its layout says.
 
-In: features per tile, an `ImageLayout` (images/layout.py). Out: the image's features in the order the language model reads.
+In: features per tile, an `ImageLayout` (images/layout.py). Out: the image's features in the order of the sequence.
 
     P patches per tile, D width
 """
@@ -14,13 +14,18 @@ from llava.images.layout import ImageLayout
 
 
 def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
-    """Join one image's tiles (tiles, P, D) as its layout says -> (num_features, D).
+    """Merge the features of one image's tiles, (tiles, P, D) -> (num_features, D).
 
-    The overview comes first. The other tiles are laid side by side as they lie in the image, read by rows; where the
-    layout crops padding away, each row of features ends in the learned newline.
+    The overview comes first. The features of the other tiles are put together as the tiles lie in the image and read by
+    rows, without the layout's padding.
+
+    Args:
+        features: (tiles, P, D), the overview first.
+        layout: The image's layout.
+        newline: (D,), appended to each row of features where the layout has newlines.
     """
     overview, tiles = features[0], features[1:]
-    ends = []  # the newline as one row, where the layout has any
+    ends = []  # the newline as one row, if the layout has newlines
     if layout.num_newlines:
         assert newline is not None, "a layout with newlines needs image_newline"
         ends = [newline.to(features)[None]]
@@ -44,10 +49,10 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
 
 
 def with_newline_in_graph(features: list[Tensor], newline: Tensor | None) -> list[Tensor]:
-    """The same features of plain tiles, from which gradients (of zero) flow to the learned newline, of which they have none.
+    """Return the features of single tiles with the learned newline in their gradient graph, with gradients of zero.
 
-    A batch of them may be all that one rank of a distributed run has, its samples being text alone, while the others'
-    images end their rows in newlines and wait for each weight's gradients.
+    One rank of a distributed run may have such features alone, while the others use the newline and wait for the gradients
+    of each weight.
     """
     if newline is None or not (torch.is_grad_enabled() and newline.requires_grad):
         return features

@@ -1,6 +1,6 @@
-"""How a model is talked to, as its config tells: the conversation template and how much text it takes.
+"""The conversation template and the context length that a model's config and name imply.
 
-In: a config.json's keys and the model's name. Out: the name of a template, a number of tokens. Nothing is loaded for it.
+In: the keys of a config.json and the model's name. Out: the name of a template, a number of tokens. Nothing is loaded.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from llava.conversation import conv_mode_for_model_name, conv_templates
 from llava.model.config import language_model_type
 
-DEFAULT_CONTEXT_LEN = 2048  # where no file says how much text a model takes
+DEFAULT_CONTEXT_LEN = 2048  # tokens, where no file declares a context length
 CONTEXT_KEYS = ("max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len")
 CHATML_START = "<|im_start|>"
 
-# The conversation template that a language model's type tells, where its name says nothing better.
+# The conversation templates of language models whose type decides it.
 CONV_MODES = {
     "mpt": "mpt",
     "mistral": "mistral_instruct",
@@ -27,7 +27,7 @@ LLAMA_CONV_MODES = ("llava_v1", "llava_llama_2", "chatml_direct", "llava_v0")
 
 
 def declared_context_len(config: Mapping[str, Any]) -> int:
-    """How many tokens, image features included, the model takes: what its files say, the positions it has at most."""
+    """The context length that a config declares, in tokens with image features, and at most its number of positions."""
     explicit = config.get("max_sequence_length")
     if explicit is not None:
         return int(explicit)
@@ -36,10 +36,13 @@ def declared_context_len(config: Mapping[str, Any]) -> int:
     return int(min(trained, positions or trained))
 
 
-def template_name(config: Mapping[str, Any], name: str, *, uses_chatml: bool) -> str:
-    """The conversation template: what the config says, then what the language model tells, then the model's name.
+def template_name(config: Mapping[str, object], name: str, *, uses_chatml: bool) -> str:
+    """Choose the conversation template: by the config's `conv_mode`, then the language model's type, then the model's name.
 
-    `uses_chatml` says whether the vocabulary or the chat template knows ChatML's marks.
+    Args:
+        config: The keys of a config.json.
+        name: The model's name.
+        uses_chatml: Whether the vocabulary or the chat template has ChatML's tokens.
     """
     declared = config.get("conv_mode")
     if declared in conv_templates:
@@ -50,7 +53,7 @@ def template_name(config: Mapping[str, Any], name: str, *, uses_chatml: bool) ->
         return by_model
     if uses_chatml:
         return "chatml_direct"
-    # `llava_v0` is what the rule answers to any name it does not know: believe it only where the name says so.
+    # `llava_v0` is also the result for names that are not known: use it only where the name contains "v0".
     if by_name in LLAMA_CONV_MODES and (by_name != "llava_v0" or "v0" in name.lower()):
         return by_name
     return "llava_v1"

@@ -1,7 +1,7 @@
-"""What belongs to a loaded model beside its weights: tokenizer, vocabulary rows, context length, conversation template.
+"""Set up what a loaded model has besides its weights: tokenizer, vocabulary size, generation config, context length, template.
 
-In: a model folder's files and the config. Out: each of these as the model was trained with it. Reading tokenizer files is
-text/tokenization.py's matter, templates are data in conversation.py; builder.py calls this when the weights are in place.
+In: the files of a model folder and the config. Out: each of these as the model was trained with it. Tokenizer files are
+read by text/tokenization.py, templates are data in conversation_templates.py; model/builder.py calls this after loading.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,18 +20,24 @@ from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.template_defaults import CHATML_START, CONTEXT_KEYS, declared_context_len, template_name
 from llava.text import tokenization
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from llava.model.protocols import LanguageModel
+    from llava.text.tokenization import Tokenizer
+
 logger = logging.getLogger(__name__)
 
 
 class ConfigView:
-    """A config.json's keys as attributes, for `LlavaSettings.from_hf`."""
+    """The keys of a config.json as attributes, for `LlavaSettings.from_hf`."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, object]) -> None:
         self.__dict__.update(values)
 
 
-def read_tokenizer(folder: Path, config: Any) -> Any:
-    """The folder's tokenizer, with the marker tokens that the config asks for."""
+def read_tokenizer(folder: Path, config: PreTrainedConfig | ConfigView) -> Tokenizer:
+    """Load the tokenizer of a folder and add the image tokens that the config asks for."""
     tokenizer = tokenization.load_tokenizer(folder)
     if is_multimodal(vars(config) if isinstance(config, ConfigView) else config.to_dict()):
         tokens = LlavaSettings.from_hf(config).tokens
@@ -42,8 +48,8 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
     return tokenizer
 
 
-def fit_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Give every token an embedding row; rows beyond the tokenizer's stay, since some layouts pad them."""
+def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Add embedding rows for tokens that have none; rows beyond the tokenizer's are kept, since some layouts pad them."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= rows:
         return
@@ -56,23 +62,30 @@ def fit_vocabulary(model: Any, tokenizer: Any) -> None:
             layer.weight[rows:] = layer.weight[:rows].float().mean(dim=0).to(layer.weight.dtype)
 
 
-def read_generation_config(model: Any, info: CheckpointInfo, base_info: CheckpointInfo | None) -> None:
+def read_generation_config(model: LanguageModel, info: CheckpointInfo, base_info: CheckpointInfo | None) -> None:
+    """Set the model's generation config from the checkpoint's file or, without one, its base's."""
     from transformers import GenerationConfig
 
     for folder in [info.folder] + ([base_info.folder] if base_info is not None else []):
         if (folder / "generation_config.json").is_file():
-            read_json(folder / "generation_config.json")  # says so where it is damaged
+            read_json(folder / "generation_config.json")  # raises an InputError if it is damaged
             model.generation_config = GenerationConfig.from_pretrained(folder)
             return
 
 
-def context_len(config: Any) -> int:
-    """How many tokens, image features included, the model takes."""
+def context_len(config: PreTrainedConfig) -> int:
+    """The context length of a model in tokens, image features included."""
     return declared_context_len({key: getattr(config, key, None) for key in CONTEXT_KEYS})
 
 
-def conv_mode(config: Mapping[str, Any], tokenizer: Any, name: str) -> str:
-    """The conversation template of a loaded model."""
+def conv_mode(config: Mapping[str, object], tokenizer: Tokenizer, name: str) -> str:
+    """The name of the conversation template of a loaded model.
+
+    Args:
+        config: The keys of its config.json.
+        tokenizer: Its tokenizer, whose vocabulary or chat template may use ChatML.
+        name: The model's name.
+    """
     template = getattr(tokenizer, "chat_template", None)
-    marks = CHATML_START in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_START in template)
-    return template_name(config, name, uses_chatml=marks)
+    uses_chatml = CHATML_START in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_START in template)
+    return template_name(config, name, uses_chatml=uses_chatml)

@@ -1,7 +1,7 @@
-"""`auto_upgrade`: bring the config of a first-generation checkpoint, whose model_type says `llama`, to today's words.
+"""`auto_upgrade`: update the config of a first-generation checkpoint, whose model_type is `llama`.
 
-In: a model folder. Out: the same folder with two keys of its config.json changed, after a yes at the terminal. Loading needs
-none of this (model/checkpoints/inspect.py reads old configs as they are); programs that expect the file to be changed do.
+In: a model folder. Out: the same folder with two keys of its config.json changed, after a confirmation at the terminal.
+Loading does not need it (checkpoints/inspect.py reads old configs as they are); programs that expect the change do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ QUESTION = "Please confirm that you want to upgrade the checkpoint. [Y/N]"
 
 
 def auto_upgrade(config: str | Path) -> None:
-    """Upgrade the config.json of a LLaVA folder whose model_type does not say so; others stay as they are.
+    """Upgrade the config.json of a LLaVA folder whose model_type does not say so, after asking; others are not changed.
 
-    A no ends the program with status 1, as it always did.
+    The answer "no" ends the program with status 1, as in the original.
     """
     folder = Path(config)
     values = read_config(folder)
