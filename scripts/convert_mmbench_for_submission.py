@@ -4,25 +4,23 @@ python scripts/convert_mmbench_for_submission.py --annotation-file mmbench_dev_2
     --upload-dir answers_upload --experiment llava-v1.5-13b
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
+from llava.eval.common_flags import EvalScript, ScriptFlag
 from llava.eval.files import read_json_lines, read_table, write_xlsx
 from llava.eval.tasks.mmbench import submission
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="convert_mmbench_for_submission.py", description="Make MMBench's upload.")
-    parser.add_argument("--annotation-file", type=str, required=True, help="MMBench's table, .tsv")
-    parser.add_argument("--result-dir", type=str, required=True, help="folder of the answers")
-    parser.add_argument("--upload-dir", type=str, required=True, help="folder to write to")
-    parser.add_argument("--experiment", type=str, required=True, help="name of the answers file, without .jsonl")
-    return parser
+FLAGS = (
+    ScriptFlag("--annotation-file", "MMBench's table, .tsv", required=True),
+    ScriptFlag("--result-dir", "folder of the answers", required=True),
+    ScriptFlag("--upload-dir", "folder to write to", required=True),
+    ScriptFlag("--experiment", "name of the answers file, without .jsonl", required=True),
+)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     rows = read_table(Path(args.annotation_file), "MMBench's table", needed=("index", "question"))
     answers = read_json_lines(Path(args.result_dir) / f"{args.experiment}.jsonl", "answers file")
     texts = {str(row["question_id"]): row["text"] for row in answers if not row.get("round_id")}
@@ -30,9 +28,8 @@ def run(args: argparse.Namespace) -> None:
     write_xlsx(Path(args.upload_dir) / f"{args.experiment}.xlsx", lines, columns)
 
 
-def main() -> int:
-    return build_parser().run(run)
-
+SCRIPT = EvalScript("convert_mmbench_for_submission.py", "Make MMBench's upload.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

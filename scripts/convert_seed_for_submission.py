@@ -4,28 +4,26 @@ python scripts/convert_seed_for_submission.py --annotation-file SEED-Bench.json 
     --result-upload-file upload.jsonl
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import EvalScript, ScriptFlag
 from llava.eval.files import read_json_lines, write_json_lines
 from llava.eval.metrics.accuracy import by_category
 from llava.eval.tasks.seed import read_truths, type_order
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="convert_seed_for_submission.py", description="Score SEED-Bench and make its upload.")
-    parser.add_argument("--annotation-file", type=str, required=True, help="SEED-Bench.json")
-    parser.add_argument("--result-file", type=str, required=True, help="the answers, JSON lines")
-    parser.add_argument("--result-upload-file", type=str, required=True, help="the file to write")
-    return parser
+FLAGS = (
+    ScriptFlag("--annotation-file", "SEED-Bench.json", required=True),
+    ScriptFlag("--result-file", "the answers, JSON lines", required=True),
+    ScriptFlag("--result-upload-file", "the file to write", required=True),
+)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     truths = read_truths(Path(args.annotation_file))
     results = {str(row["question_id"]): row["text"] for row in read_json_lines(Path(args.result_file), "answers file")}
     verdicts = [(name, float(results.get(name) == row["answer"])) for name, row in truths.items()]
@@ -56,9 +54,8 @@ def write_upload(file: Path, truths: Mapping[str, Mapping[str, Any]], results: M
         )
 
 
-def main() -> int:
-    return build_parser().run(run)
-
+SCRIPT = EvalScript("convert_seed_for_submission.py", "Score SEED-Bench and make its upload.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

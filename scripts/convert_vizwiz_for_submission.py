@@ -4,25 +4,23 @@ python scripts/convert_vizwiz_for_submission.py --annotation-file llava_test.jso
     --result-upload-file upload.json
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
 from llava.errors import InputError
+from llava.eval.common_flags import EvalScript, ScriptFlag
 from llava.eval.files import Faults, read_json_lines, write_json
 from llava.eval.metrics.vqa import normalise
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="convert_vizwiz_for_submission.py", description="Make VizWiz's upload.")
-    parser.add_argument("--annotation-file", type=str, required=True, help="the questions, JSON lines")
-    parser.add_argument("--result-file", type=str, required=True, help="the answers, JSON lines")
-    parser.add_argument("--result-upload-file", type=str, required=True, help="the file to write")
-    return parser
+FLAGS = (
+    ScriptFlag("--annotation-file", "the questions, JSON lines", required=True),
+    ScriptFlag("--result-file", "the answers, JSON lines", required=True),
+    ScriptFlag("--result-upload-file", "the file to write", required=True),
+)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     faults = Faults()
     rows = read_json_lines(Path(args.result_file), "answers file", faults=faults)
     results = {row["question_id"]: row["text"] for row in rows}
@@ -39,9 +37,8 @@ def run(args: argparse.Namespace) -> None:
     write_json(Path(args.result_upload_file), answers)
 
 
-def main() -> int:
-    return build_parser().run(run)
-
+SCRIPT = EvalScript("convert_vizwiz_for_submission.py", "Make VizWiz's upload.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,24 +3,22 @@
 python scripts/convert_vqav2_for_submission.py --split llava_vqav2_mscoco_test-dev2015 --ckpt llava-v1.5-13b
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
+from llava.eval.common_flags import EvalScript, ScriptFlag
 from llava.eval.files import Faults, read_json_lines, write_json
 from llava.eval.metrics.vqa import normalise
 
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="convert_vqav2_for_submission.py", description="Make VQAv2's upload.")
-    parser.add_argument("--dir", type=str, default="./playground/data/eval/vqav2", help="VQAv2's folder")
-    parser.add_argument("--ckpt", type=str, required=True, help="name of the model's folder below answers/SPLIT/")
-    parser.add_argument("--split", type=str, required=True, help="name of the folder below answers/")
-    return parser
+FLAGS = (
+    ScriptFlag("--dir", "VQAv2's folder", "./playground/data/eval/vqav2"),
+    ScriptFlag("--ckpt", "name of the model's folder below answers/SPLIT/", required=True),
+    ScriptFlag("--split", "name of the folder below answers/", required=True),
+)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     folder, faults = Path(args.dir), Faults()
     source = folder / "answers" / args.split / args.ckpt / "merge.jsonl"
     results = {row["question_id"]: row["text"] for row in read_json_lines(source, "answers file", faults=faults)}
@@ -32,9 +30,8 @@ def run(args: argparse.Namespace) -> None:
     write_json(folder / "answers_upload" / args.split / f"{args.ckpt}.json", answers)
 
 
-def main() -> int:
-    return build_parser().run(run)
-
+SCRIPT = EvalScript("convert_vqav2_for_submission.py", "Make VQAv2's upload.", FLAGS, run)
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

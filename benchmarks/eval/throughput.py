@@ -116,7 +116,7 @@ def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple
                 if isinstance(text, Failure):
                     raise SystemExit(f"question {number} could not be asked: {text.reason}")
                 texts[number] = text
-                writer.write(number, text)
+                writer.write_answer(number, text)
 
             asker.ask(list(enumerate(items)), done, max_new_tokens=setting.max_new_tokens)
         return Timing.since(started, len(items)), texts

@@ -1,4 +1,4 @@
-"""Let GPT-4 compare two answers to text questions, in the original's form.
+"""Let GPT-4 compare two answers to text questions, as the original does.
 
 python llava/eval/eval_gpt_review.py -q question.jsonl -a answer_a.jsonl answer_b.jsonl -r rule.json -o review.jsonl
 """

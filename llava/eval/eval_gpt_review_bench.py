@@ -1,4 +1,4 @@
-"""Let GPT-4 compare two answers of LLaVA-Bench, whose images it reads as a caption, in the original's form.
+"""Let GPT-4 compare two answers of LLaVA-Bench, whose images it gets as captions.
 
     python llava/eval/eval_gpt_review_bench.py -q questions.jsonl -c context.jsonl -a answers_gpt4.jsonl answers.jsonl \\
         -r llava/eval/table/rule.json -o reviews.jsonl

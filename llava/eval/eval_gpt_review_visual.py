@@ -1,4 +1,4 @@
-"""Let GPT-4 compare two answers about images that it reads as captions and boxes, in the original's form.
+"""Let GPT-4 compare two answers about images, which it gets as captions and boxes.
 
     python llava/eval/eval_gpt_review_visual.py -q questions.jsonl -c caps_boxes.jsonl -a first.jsonl second.jsonl \\
         -r llava/eval/table/rule.json -o reviews.jsonl

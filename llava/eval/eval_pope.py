@@ -1,9 +1,9 @@
-"""POPE's figures for an answers file, in the original's words.
+"""Print POPE's figures for an answers file as the original does.
 
     python llava/eval/eval_pope.py --annotation-dir coco --question-file llava_pope_test.jsonl --result-file answers.jsonl
 
 Answers belong to questions by id, so their order does not matter; splits are printed in a fixed order. The metric is
-metrics/yes_no.py's, and `llava eval score pope` gives the same figures.
+in eval/metrics/yes_no.py, and `llava eval score pope` gives the same figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ScienceQA's accuracy for an answers file, in the original's words and with its two output files.
+"""Print ScienceQA's accuracy for an answers file as the original does, and write its two output files.
 
     python llava/eval/eval_science_qa.py --base-dir scienceqa --result-file answers.jsonl --output-file analysis.json \\
         --output-result result.json
@@ -36,7 +36,7 @@ FLAGS = (
 
 
 def read_predictions(file: str, faults: Faults) -> dict[str, JsonRow]:
-    """Answer rows by question; the last of several counts."""
+    """Read answer rows by question; the last of several counts."""
     found: dict[str, JsonRow] = {}
     for number, row in enumerate(read_json_lines(Path(file), "answers file", faults=faults), start=1):
         name = str(need(row, "question_id", f"answer {number} of {file!r}"))
@@ -47,7 +47,7 @@ def read_predictions(file: str, faults: Faults) -> dict[str, JsonRow]:
 
 
 def choice_index(letter: str | None, problem: JsonRow, options: Sequence[str]) -> int:
-    """The place of a letter among a problem's choices, or -1."""
+    """Return the index of a letter among a problem's choices, or -1."""
     letters = list(options[: len(problem["choices"])])
     return letters.index(letter) if letter in letters else -1
 

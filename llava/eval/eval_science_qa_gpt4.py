@@ -1,8 +1,8 @@
-"""ScienceQA with GPT-4's answers, ours where GPT-4 gives none, in the original's words.
+"""Print ScienceQA's accuracy for GPT-4's answers, with ours where GPT-4 gives none, as the original does.
 
     python llava/eval/eval_science_qa_gpt4.py --base-dir scienceqa --gpt4-result gpt4.json --our-result answers.jsonl
 
-Only problems that both answered count. An answer of ours without a letter counts as wrong; the original guessed at random.
+Only problems with both answers count. An answer of ours without a letter counts as wrong; the original guessed at random.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ScienceQA with GPT-4 as the judge between its own answer and ours, in the original's words.
+"""Print ScienceQA's accuracy where GPT-4 chooses between its own answer and ours, as the original does.
 
     python llava/eval/eval_science_qa_gpt4_requery.py --base-dir scienceqa --gpt4-result gpt4.json \\
         --requery-result requery.jsonl --our-result answers.jsonl --output-result result.json

@@ -1,4 +1,4 @@
-"""TextVQA's accuracy for an answers file, or for each in a folder, in the original's words.
+"""Print TextVQA's accuracy for an answers file, or for each in a folder, as the original does.
 
     python llava/eval/eval_textvqa.py --annotation-file TextVQA_0.5.1_val.json --result-file answers.jsonl
 
@@ -39,7 +39,7 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
     faults = Faults()
     rows = read_json_lines(file, "answers file", faults=faults)
     pairs = []
-    asked = set()
+    seen = set()
     for number, row in enumerate(rows, start=1):
         where = f"answer {number} of {str(file)!r}"
         name, text = str(need(row, "question_id", where)), str(need(row, "text", where))
@@ -47,9 +47,9 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
         if (name, question) not in annotations:
             faults.add("answers to unknown questions", "they count nowhere", f"{question!r} about {name!r}")
             continue
-        if (name, question) in asked:
+        if (name, question) in seen:
             faults.add("repeated answers", "each of them counts, as in the original", f"{question!r} about {name!r}")
-        asked.add((name, question))
+        seen.add((name, question))
         pairs.append((text, annotations[name, question]))
     if not pairs:
         raise InputError(f"{str(file)!r} answers no question of the annotation file, so there is nothing to score")

@@ -1,4 +1,4 @@
-"""The classes that outside code imports for TextVQA's and ST-VQA's metrics, over metrics/vqa.py."""
+"""Provide the original's classes for TextVQA's and ST-VQA's metrics to outside code; eval/metrics/vqa.py computes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava.eval.types import JsonRow
 
 
 class EvalAIAnswerProcessor:
-    """An answer's text as EvalAI compares it."""
+    """Normalises an answer as EvalAI does."""
 
     def __call__(self, question: str) -> str:
         return normalise(question)
@@ -34,7 +34,7 @@ class EvalAIAnswerProcessor:
 
 
 class _Evaluator:
-    """Takes rows with `pred_answer` and `gt_answers`, and gives their mean score."""
+    """Computes the mean score of rows with `pred_answer` and `gt_answers`."""
 
     score: Callable[[str, Sequence[str]], float]
 

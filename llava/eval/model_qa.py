@@ -1,4 +1,4 @@
-"""Answer text questions with a language model, or with a LLaVA that is shown nothing.
+"""Answer text questions with a language model, or with a LLaVA without images.
 
 python llava/eval/model_qa.py --model-name ./vicuna-7b --question-file table/question.jsonl --answers-file answer.jsonl
 """

@@ -1,4 +1,4 @@
-"""Answer questions about images at length: LLaVA-Bench, MM-Vet, questions of one's own.
+"""Answer questions about images with long answers: LLaVA-Bench, MM-Vet, and other files of questions.
 
     python -m llava.eval.model_vqa --model-path llava-v1.5-13b --question-file questions.jsonl --image-folder images \\
         --answers-file answers.jsonl --temperature 0 --conv-mode vicuna_v1

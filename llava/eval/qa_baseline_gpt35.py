@@ -1,4 +1,4 @@
-"""Answer text questions with a language model on a server, as a baseline without images, in the original's form.
+"""Answer text questions with a language model on a server, as a baseline without images.
 
 python llava/eval/qa_baseline_gpt35.py -q question.jsonl -o answer.jsonl
 """

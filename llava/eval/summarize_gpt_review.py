@@ -1,9 +1,9 @@
-"""Summarise files of GPT-4's reviews: relative and absolute scores by category, in the original's words.
+"""Print a summary of GPT-4's reviews as the original does: relative and absolute scores by category.
 
     python llava/eval/summarize_gpt_review.py -f reviews/llava-v1.5-7b.jsonl
     python llava/eval/summarize_gpt_review.py -d reviews
 
-Means are rounded to three places before the rest is computed from them, as in published scores.
+Means are rounded to three places before the other figures are computed, as in published scores.
 """
 
 from __future__ import annotations
