@@ -1,20 +1,20 @@
-"""The Triton kernels against the plain ones in float64, on fresh random numbers: the beginning of engine_kernels.py.
+"""The comparison with which kernels.py begins: the Triton kernels and the reference in float64, on random inputs.
 
-In: kernels on a GPU. Out: a table of the worst relative error (of norms) of each, and whether all are below 1 %.
+In: kernels on a GPU. Out: a table of each kernel's worst relative error (of norms), and whether all are below 1 %.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors, Weight
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
 from llava.engine.kernels.quantized import quantize
 from llava.engine.kernels.reference import ReferenceKernels
 
@@ -104,26 +104,27 @@ def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, blo
     for lengths in ([(1, 3000)], decoding, mixed):
         plan, num_blocks = random_plan(lengths, block)
         num_tokens = len(plan.slots)
-        caches = [random(num_blocks, block, kv_heads, width) for _ in range(2)]
+        ours = KVCache(random(num_blocks, block, kv_heads, width), random(num_blocks, block, kv_heads, width))
+        wanted = KVCache(ours.k.double(), ours.v.double())
         qkv = random(num_tokens, (heads + 2 * kv_heads) * width)
         angles = torch.rand(4096, width // 2, device=DEVICE) * 6
         norms = {"q_norm": random(width), "k_norm": random(width)} if kv_heads == 4 else {}
         what = f"{heads} heads of {width} over {kv_heads}, {len(lengths)} sequences"
-        ours, wanted = [c.clone() for c in caches], [c.double() for c in caches]
-        q = kernels.rope_store_(qkv, angles.cos(), angles.sin(), plan, *ours, heads, kv_heads, **norms)
-        q64 = ReferenceKernels().rope_store_(
-            qkv.double(), angles.double().cos(), angles.double().sin(), plan, *wanted, heads, kv_heads,
+        params = AttentionParams(heads, kv_heads, width**-0.5, angles.cos(), angles.sin(), **norms)
+        wide = replace(
+            params, cos=angles.double().cos(), sin=angles.double().sin(),
             **{name: norm.double() for name, norm in norms.items()},
         )  # fmt: skip
-        for name, got, expected in (("q", q, q64), ("k", ours[0], wanted[0]), ("v", ours[1], wanted[1])):
+        q = kernels.rope_store_(qkv, ours, params, plan)
+        q64 = ReferenceKernels().rope_store_(qkv.double(), wanted, wide, plan)
+        for name, got, expected in (("q", q, q64), ("k", ours.k, wanted.k), ("v", ours.v, wanted.v)):
             yield Case("rope_store_", f"{what}, {name}", got, expected)
         for window in (None, 100, 1024):
             for alibi in (None, torch.rand(heads, device=DEVICE) * 0.2):
-                options = {"window": window, "alibi": alibi}
-                got = kernels.attend(q, *ours, plan, width**-0.5, **options)
-                expected = ReferenceKernels().attend(
-                    q.double(), *[c.double() for c in ours], plan, width**-0.5, **options
-                )
+                limited = replace(params, window=window, alibi=alibi)
+                got = kernels.attend(q, ours, limited, plan)
+                stored = KVCache(ours.k.double(), ours.v.double())
+                expected = ReferenceKernels().attend(q.double(), stored, limited, plan)
                 yield Case(
                     "attend", f"{what}, window {window}, {'ALiBi' if alibi is not None else 'none'}", got, expected
                 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.engine.kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_rows
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors, Weight
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
 from llava.engine.kernels.quantized import QuantizedWeight
 from llava.engine.kernels.reference import ReferenceKernels
 from llava.engine.kernels.triton.kernels import TritonKernels
@@ -180,12 +180,18 @@ def prefill_linear_table(kernels: Kernels) -> None:
     print()
 
 
+def tables() -> list[Tensor]:
+    """Tables in place of cosines and sines: a kernel's time does not depend on their values."""
+    return [torch.rand(4096, HEAD // 2, device=DEVICE)] * 2
+
+
 @dataclass(frozen=True)
 class Paged:
-    """Caches of some layers, and a step over them."""
+    """KV caches of some layers, and a step over them."""
 
     plan: AttentionPlan
-    caches: list[tuple[Tensor, Tensor]]
+    params: AttentionParams
+    caches: list[KVCache]
     q: Tensor
 
     @classmethod
@@ -194,15 +200,17 @@ class Paged:
         shape = (num_blocks, BLOCK, kv_heads, HEAD)
         if layers is None:
             layers = max(1, min(LAYERS, CACHE // (4 * num_blocks * BLOCK * kv_heads * HEAD)))
-        caches = [(random(*shape), random(*shape)) for _ in range(layers)]
-        return cls(plan, caches, random(len(plan.slots), HEADS, HEAD))
+        caches = [KVCache(random(*shape), random(*shape)) for _ in range(layers)]
+        return cls(
+            plan, AttentionParams(HEADS, kv_heads, HEAD**-0.5, *tables()), caches, random(len(plan.slots), HEADS, HEAD)
+        )
 
     def time(self, kernels: Kernels) -> float:
         """Microseconds of one layer."""
 
         def work() -> None:
-            for k_cache, v_cache in self.caches:
-                kernels.attend(self.q, k_cache, v_cache, self.plan, HEAD**-0.5)
+            for cache in self.caches:
+                kernels.attend(self.q, cache, self.params, self.plan)
 
         return graph_us(work) / len(self.caches)
 
@@ -251,15 +259,12 @@ def prefill_table(kernels: Kernels) -> None:
 class Gathered(ReferenceKernels):
     """Keys and values copied out of the cache, then the library's attention; whole prompts of equal lengths only."""
 
-    def attend(self, q, k_cache, v_cache, plan, scale, *, window=None, alibi=None):  # type: ignore[no-untyped-def]
-        rows = len(plan.context_lens)
-        k, v = (
-            cache.index_select(0, plan.block_tables.reshape(-1)).view(rows, -1, *cache.shape[2:])[:, : plan.max_context]
-            for cache in (k_cache, v_cache)
-        )
-        q = q.view(rows, -1, *q.shape[1:])
+    def attend(self, q: Tensor, cache: KVCache, params: AttentionParams, plan: AttentionPlan) -> Tensor:
+        num, blocks = len(plan.context_lens), plan.block_tables.reshape(-1)
+        k, v = (part.index_select(0, blocks).view(num, -1, *part.shape[2:])[:, : plan.max_context] for part in cache)
+        q = q.view(num, -1, *q.shape[1:])
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale)
 
 
 def prefill_rivals() -> dict[str, Callable[[int, int, int], float]]:
@@ -310,14 +315,14 @@ def rows_table(kernels: Kernels) -> None:
         plan, num_blocks = random_plan([(1, 32)] * count, BLOCK)
         x, residual, weight = random(count, WIDTH), random(count, WIDTH), random(WIDTH)
         gate_up, qkv = random(count, 2 * INNER), random(count, 3 * WIDTH)
-        caches = [random(num_blocks, BLOCK, HEADS, HEAD) for _ in range(2)]
-        table = torch.rand(4096, HEAD // 2, device=DEVICE)
+        cache = KVCache(*(random(num_blocks, BLOCK, HEADS, HEAD) for _ in range(2)))
+        params = AttentionParams(HEADS, HEADS, HEAD**-0.5, *tables())
         logits, rows = random(count, VOCABULARY), sampling_rows(count)
         greedy = replace(rows, all_greedy=True)
         unlimited = replace(rows, temperature=torch.ones_like(rows.temperature), unlimited=True)
         works: dict[str, Callable[[Kernels], object]] = {
             "add_rms_norm_": lambda k: k.add_rms_norm_(x, residual, weight, 1e-5),
-            "rope_store_": lambda k: k.rope_store_(qkv, table, table, plan, *caches, HEADS, HEADS),
+            "rope_store_": lambda k: k.rope_store_(qkv, cache, params, plan),
             "silu_mul": lambda k: k.silu_mul(gate_up),
             "sample, greedy": lambda k: k.sample(logits, greedy),
             "sample, unlimited": lambda k: k.sample(logits, unlimited),
@@ -359,12 +364,11 @@ def step_table(kernels: Kernels) -> None:
 def decode_step(kernels: Kernels, model: Model, paged: Paged) -> Tensor:
     count = len(paged.q)
     hidden, residual = random(count, WIDTH), random(count, WIDTH)
-    table = torch.rand(4096, HEAD // 2, device=DEVICE)
-    for layer, (k_cache, v_cache) in zip(model.layers, paged.caches, strict=True):
+    for layer, cache in zip(model.layers, paged.caches, strict=True):
         normed = kernels.add_rms_norm_(hidden, residual, model.norm, 1e-5)
         qkv = kernels.linear(normed, layer["qkv"])
-        q = kernels.rope_store_(qkv, table, table, paged.plan, k_cache, v_cache, HEADS, HEADS)
-        attended = kernels.attend(q, k_cache, v_cache, paged.plan, HEAD**-0.5)
+        q = kernels.rope_store_(qkv, cache, paged.params, paged.plan)
+        attended = kernels.attend(q, cache, paged.params, paged.plan)
         hidden = kernels.linear(attended, layer["o"])
         normed = kernels.add_rms_norm_(hidden, residual, model.norm, 1e-5)
         hidden = kernels.linear(kernels.gated_linear(normed, layer["gate_up"]), layer["down"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.engine.config import UnsupportedModelError
-from llava.engine.kernels.base import AttentionPlan, Kernels, Weight
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, Weight
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
 
@@ -85,8 +85,16 @@ class Decoder:
         store = _Storage(kernels, weights, copies=copies)
         self.shape, self.layers, self.final_norm = read(model, store)
         self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
-        self.cos, self.sin = _angles(model, max_positions, self.dtype)
-        self.caches: list[tuple[Tensor, Tensor]] = []
+        cos, sin = _angles(model, max_positions, self.dtype)
+        shape = self.shape
+        self.attention = [
+            AttentionParams(
+                shape.num_heads, shape.num_kv_heads, shape.scale, cos=cos, sin=sin, q_norm=layer.q_norm,
+                k_norm=layer.k_norm, norm_eps=shape.qk_norm_eps, window=layer.window, alibi=shape.alibi,
+            )
+            for layer in self.layers
+        ]  # fmt: skip
+        self.caches: list[KVCache] = []
 
     @property
     def bytes_per_token(self) -> int:
@@ -102,7 +110,7 @@ class Decoder:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         size = (num_blocks, block_size, self.shape.num_kv_heads, self.shape.head_dim)
-        self.caches = [(self._zeros(size), self._zeros(size)) for _ in self.layers]
+        self.caches = [KVCache(self._zeros(size), self._zeros(size)) for _ in self.layers]
 
     def _zeros(self, size: tuple[int, ...]) -> Tensor:
         """Zeros, since kernels may read beyond what was written. numpy's take no memory before they are touched."""
@@ -115,16 +123,13 @@ class Decoder:
         """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D)."""
         kernels, shape = self.kernels, self.shape
         residual, update = embeds, None
-        for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
+        for layer, attention, cache in zip(self.layers, self.attention, self.caches, strict=True):
             x = self._norm(layer.attention_norm, residual, update)
             qkv = kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
             if shape.qkv_limit is not None:
                 qkv = qkv.clamp(-shape.qkv_limit, shape.qkv_limit)
-            q = kernels.rope_store_(
-                qkv, self.cos, self.sin, plan, k_cache, v_cache, shape.num_heads, shape.num_kv_heads,
-                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=shape.qk_norm_eps,
-            )  # fmt: skip
-            x = kernels.attend(q, k_cache, v_cache, plan, shape.scale, window=layer.window, alibi=shape.alibi)
+            q = kernels.rope_store_(qkv, cache, attention, plan)
+            x = kernels.attend(q, cache, attention, plan)
             x = self._norm(layer.mlp_norm, residual, kernels.linear(x, layer.out.weight, layer.out.bias))
             if shape.gated and layer.up.bias is None:
                 x = kernels.gated_linear(x, layer.up.weight)

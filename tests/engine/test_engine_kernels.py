@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.engine.kernels import pick_kernels
-from llava.engine.kernels.base import AttentionPlan, Kernels, SamplingTensors
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors
 from llava.engine.kernels.cpu import build as native_build
 from llava.engine.kernels.cpu.kernels import CpuKernels, packs
 from llava.engine.kernels.cpu.native import NativeKernels
@@ -68,9 +68,9 @@ def a_plan(lengths: Sequence[tuple[int, int]], *, padding: int = 0) -> Attention
     )
 
 
-def caches(plan: AttentionPlan, num_kv_heads: int, width: int) -> tuple[Tensor, Tensor]:
+def a_cache(plan: AttentionPlan, num_kv_heads: int, width: int) -> KVCache:
     shape = (plan.block_tables.numel(), BLOCK, num_kv_heads, width)
-    return torch.randn(shape), torch.randn(shape)
+    return KVCache(torch.randn(shape), torch.randn(shape))
 
 
 def contiguous(cache: Tensor, plan: AttentionPlan, row: int) -> Tensor:
@@ -124,18 +124,18 @@ def test_rotation_is_llama_s_and_keys_land_in_their_slots(kernels: Kernels, full
     want_q, want_k = apply_rotary_pos_emb(
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[:, plan.positions], sin[:, plan.positions]
     )
-    k_cache, v_cache = caches(plan, kv_heads, width)
-    before = k_cache.clone()
+    cache = a_cache(plan, kv_heads, width)
+    before = cache.k.clone()
     tables = (cos[0], sin[0]) if full_tables else (cos[0, :, : width // 2], sin[0, :, : width // 2])
-    got = kernels.rope_store_(qkv, *tables, plan, k_cache, v_cache, heads, kv_heads)
+    got = kernels.rope_store_(qkv, cache, AttentionParams(heads, kv_heads, 1.0, *tables), plan)
     torch.testing.assert_close(got, want_q[0].transpose(0, 1))
     stored = plan.slots >= 0
     slots = plan.slots[stored]
-    torch.testing.assert_close(k_cache.flatten(0, 1)[slots], want_k[0].transpose(0, 1)[stored])
-    assert torch.equal(v_cache.flatten(0, 1)[slots], v[stored])
-    others = torch.ones(k_cache.shape[0] * BLOCK, dtype=torch.bool)
+    torch.testing.assert_close(cache.k.flatten(0, 1)[slots], want_k[0].transpose(0, 1)[stored])
+    assert torch.equal(cache.v.flatten(0, 1)[slots], v[stored])
+    others = torch.ones(cache.k.shape[0] * BLOCK, dtype=torch.bool)
     others[slots] = False
-    assert torch.equal(k_cache.flatten(0, 1)[others], before.flatten(0, 1)[others])
+    assert torch.equal(cache.k.flatten(0, 1)[others], before.flatten(0, 1)[others])
 
 
 def test_query_and_key_norms_are_qwen3_s(kernels: Kernels) -> None:
@@ -147,12 +147,12 @@ def test_query_and_key_norms_are_qwen3_s(kernels: Kernels) -> None:
     for norm in norms:
         torch.nn.init.normal_(norm.weight)
     qkv = torch.randn(len(plan.slots), (heads + 2 * kv_heads) * width)
-    k_cache, v_cache = caches(plan, kv_heads, width)
-    weights = {"q_norm": norms[0].weight, "k_norm": norms[1].weight}
-    q = kernels.rope_store_(qkv, None, None, plan, k_cache, v_cache, heads, kv_heads, eps=1e-6, **weights)
+    cache = a_cache(plan, kv_heads, width)
+    params = AttentionParams(heads, kv_heads, 1.0, q_norm=norms[0].weight, k_norm=norms[1].weight, norm_eps=1e-6)
+    q = kernels.rope_store_(qkv, cache, params, plan)
     parts = qkv.view(len(qkv), -1, width)
     torch.testing.assert_close(q, norms[0](parts[:, :heads]))
-    torch.testing.assert_close(k_cache.flatten(0, 1)[plan.slots], norms[1](parts[:, heads : heads + kv_heads]))
+    torch.testing.assert_close(cache.k.flatten(0, 1)[plan.slots], norms[1](parts[:, heads : heads + kv_heads]))
 
 
 # Attention
@@ -164,16 +164,16 @@ def test_attention_is_sdpa_over_contiguous_keys(
     kernels: Kernels, lengths: list[tuple[int, int]], heads: int, kv_heads: int
 ) -> None:
     plan, width = a_plan(lengths), 16
-    k_cache, v_cache = caches(plan, kv_heads, width)
+    cache = a_cache(plan, kv_heads, width)
     q = torch.randn(len(plan.slots), heads, width)
-    got = kernels.attend(q, k_cache, v_cache, plan, 0.3)
+    got = kernels.attend(q, cache, AttentionParams(heads, kv_heads, 0.3), plan)
     for row, (new, context) in enumerate(lengths):
         start = int(plan.query_starts[row])
         if not context:
             assert not got[start : start + new].any()
             continue
         mask = torch.ones(new, context, dtype=torch.bool).tril(context - new)
-        k, v = (contiguous(cache, plan, row) for cache in (k_cache, v_cache))
+        k, v = (contiguous(part, plan, row) for part in cache)
         mine = q[start : start + new].transpose(0, 1)[None]
         want = F.scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(got[start : start + new], want[0].transpose(0, 1).flatten(1))
@@ -184,16 +184,16 @@ def test_window_is_mistral_s(kernels: Kernels, lengths: list[tuple[int, int]]) -
     from transformers.masking_utils import sliding_window_causal_mask_function
 
     plan, window = a_plan(lengths), 10
-    k_cache, v_cache = caches(plan, 2, 16)
+    cache = a_cache(plan, 2, 16)
     q = torch.randn(len(plan.slots), 4, 16)
-    got = kernels.attend(q, k_cache, v_cache, plan, 0.25, window=window)
+    got = kernels.attend(q, cache, AttentionParams(4, 2, 0.25, window=window), plan)
     sees = sliding_window_causal_mask_function(window)
     for row, (new, context) in enumerate(lengths):
         start = int(plan.query_starts[row])
         at = torch.arange(context - new, context)[:, None], torch.arange(context)[None]
         mask = torch.as_tensor(sees(0, 0, *at)) & (at[1] <= at[0])
         if context:
-            k, v = (contiguous(cache, plan, row) for cache in (k_cache, v_cache))
+            k, v = (contiguous(part, plan, row) for part in cache)
             mine = q[start : start + new].transpose(0, 1)[None]
             want = F.scaled_dot_product_attention(mine, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
             torch.testing.assert_close(got[start : start + new], want[0].transpose(0, 1).flatten(1))
@@ -215,9 +215,9 @@ def test_alibi_is_mpt_s(kernels: Kernels, new: int) -> None:
     slopes = -build_mpt_alibi_tensor(4, 2)[:, 0, 0]
     prompt, last = a_plan([(context, context)]), a_plan([(new, context)])
     last = replace(last, block_tables=prompt.block_tables)
-    k_cache, v_cache = caches(prompt, 4, 16)
-    q = kernels.rope_store_(layer.Wqkv(hidden[0]), None, None, prompt, k_cache, v_cache, 4, 4)
-    got = layer.out_proj(kernels.attend(q[-new:], k_cache, v_cache, last, 16**-0.5, alibi=slopes))
+    cache, params = a_cache(prompt, 4, 16), AttentionParams(4, 4, 16**-0.5, alibi=slopes)
+    q = kernels.rope_store_(layer.Wqkv(hidden[0]), cache, params, prompt)
+    got = layer.out_proj(kernels.attend(q[-new:], cache, params, last))
     torch.testing.assert_close(got, want)
 
 
@@ -226,16 +226,16 @@ def test_alibi_is_mpt_s(kernels: Kernels, new: int) -> None:
 def test_many_at_once_give_what_each_gives_alone(kernels: Kernels, window: int | None, biased: bool) -> None:
     lengths = STEPS["decoding"]
     plan = a_plan(lengths)
-    k_cache, v_cache = caches(plan, 2, 16)
+    cache = a_cache(plan, 2, 16)
     q = torch.randn(len(lengths), 4, 16)
-    options: Any = {"window": window, "alibi": torch.rand(4) if biased else None}
-    together = kernels.attend(q, k_cache, v_cache, plan, 0.25, **options)
+    params = AttentionParams(4, 2, 0.25, window=window, alibi=torch.rand(4) if biased else None)
+    together = kernels.attend(q, cache, params, plan)
     for row, (_, context) in enumerate(lengths):
         alone = AttentionPlan(
             torch.tensor([0, 1]).int(), plan.context_lens[row : row + 1], plan.block_tables[row : row + 1],
             plan.slots[row : row + 1], plan.positions[row : row + 1], 1, context,
         )  # fmt: skip
-        got = kernels.attend(q[row : row + 1], k_cache, v_cache, alone, 0.25, **options)
+        got = kernels.attend(q[row : row + 1], cache, params, alone)
         torch.testing.assert_close(got, together[row : row + 1])
 
 
@@ -403,16 +403,16 @@ def test_a_packed_weight_multiplies_as_it_did(kernels: Kernels, rows: int, dtype
 
 def test_a_sequence_s_keys_are_read_where_they_lie_or_gathered() -> None:
     """One sequence whose blocks follow one another, and the same with its blocks exchanged."""
-    kernels, cache = CpuKernels(), torch.randn(9, 4, 2, 8)
-    values, q = torch.randn_like(cache), torch.randn(1, 2, 8)
+    kernels, cache = CpuKernels(), KVCache(*torch.randn(2, 9, 4, 2, 8))
+    q, params = torch.randn(1, 2, 8), AttentionParams(2, 2, 0.3)
     one = torch.tensor([0, 1], dtype=torch.int32)
     results = []
     for blocks in ([3, 4, 5], [3, 7, 5]):
         table = torch.tensor([blocks], dtype=torch.int32)
         context = torch.tensor([11], dtype=torch.int32)
         plan = AttentionPlan(one, context, table, torch.tensor([0]), torch.tensor([10]), 1, 11)
-        results.append(kernels.attend(q, cache, values, plan, 0.3))
-        torch.testing.assert_close(results[-1], ReferenceKernels().attend(q, cache, values, plan, 0.3))
+        results.append(kernels.attend(q, cache, params, plan))
+        torch.testing.assert_close(results[-1], ReferenceKernels().attend(q, cache, params, plan))
     assert not torch.equal(*results)
 
 

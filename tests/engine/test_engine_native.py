@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from llava.engine.engine import Engine
 from llava.engine.kernels import pick_kernels
-from llava.engine.kernels.base import AttentionPlan
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, KVCache
 from llava.engine.kernels.cpu import build as native_build
 from llava.engine.kernels.cpu.kernels import CpuKernels
 from llava.engine.kernels.cpu.native import NativeKernels
@@ -59,16 +60,16 @@ def test_a_layer_is_that_of_pytorch_s_operators(
     qkv, cos, sin = (
         torch.randn(rows, n).to(dtype) for rows, n in [(5, (heads + 2 * kv_heads) * width), *[(70, width // 2)] * 2]
     )
-    norms: dict[str, Any] = {name: torch.rand(width).to(dtype) for name in ("q_norm", "k_norm")}
+    params = AttentionParams(heads, kv_heads, 0.2, cos, sin, *torch.rand(2, width).to(dtype))
     keys, values = torch.randn(2, 25, 16, kv_heads, width).to(dtype)
     slopes = torch.rand(heads)
     results = []
     for kernels in (native, ReferenceKernels()):
-        k_cache, v_cache = keys.clone(), values.clone()
-        q = kernels.rope_store_(qkv, cos, sin, plan, k_cache, v_cache, heads, kv_heads, **norms)
-        out = kernels.attend(q, k_cache, v_cache, plan, 0.2)
-        limited = kernels.attend(q, k_cache, v_cache, plan, 0.2, window=20, alibi=slopes)
-        results.append((q, k_cache, v_cache, out, limited, kernels.silu_mul(qkv)))
+        cache = KVCache(keys.clone(), values.clone())
+        q = kernels.rope_store_(qkv, cache, params, plan)
+        out = kernels.attend(q, cache, params, plan)
+        limited = kernels.attend(q, cache, replace(params, window=20, alibi=slopes), plan)
+        results.append((q, *cache, out, limited, kernels.silu_mul(qkv)))
     assert torch.equal(results[0][2], results[1][2])
     for ours, theirs in zip(*results, strict=True):
         assert far_from(ours, theirs) < (1e-5 if dtype == torch.float32 else 1e-2)

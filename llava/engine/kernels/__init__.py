@@ -1,7 +1,7 @@
-"""The arithmetic of the engine: one set of methods, by PyTorch, by Triton, or compiled for a CPU.
+"""The engine's kernels: one interface, implemented by PyTorch's operators, by Triton, and by C++ for a CPU.
 
-In: packed tokens, a paged cache, an `AttentionPlan`. Out: tensors. `pick_kernels` chooses; what the methods promise is
-in base.py; weights of 8 and 4 bits are in quantized.py.
+In: packed tokens, a paged KV cache, an `AttentionPlan`. Out: tensors. `pick_kernels` chooses the back end; base.py is the
+interface; weights of 8 and 4 bits are in quantized.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def pick_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels that run here; all of them compute the same within rounding.
+    """Return the fastest kernels for this machine; all compute the same, but for rounding.
 
-    Triton's are for half precision on GPUs from Ampere on; launches overlap from Hopper on.
+    Triton's need half precision and a GPU from Ampere on; launches overlap from Hopper on.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Random numbers that are a function of two numbers, the same on every device and in every batch.
+"""A counter-based random number generator: the same numbers on every device and in every batch.
 
-Philox4x32 with 10 rounds (Salmon et al. 2011): the seed is the key and the position the counter.
+Philox4x32 with 10 rounds (Salmon et al. 2011): the seed is the key, the position the counter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Number = TypeVar("Number", int, Tensor)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each pair of int64, as float32 with 24 random bits."""
-    if seeds.device.type == "cpu":  # a hundred operators on a handful of numbers cost more than Python's arithmetic
+    """Return one number in [0, 1) for each pair of int64, as float32 with 24 random bits."""
+    if seeds.device.type == "cpu":  # a hundred operators on a few numbers cost more than Python's arithmetic
         words = [_first_word(*pair) for pair in zip(seeds.tolist(), positions.tolist(), strict=True)]
         bits = torch.tensor(words, dtype=torch.int64)
     else:
@@ -29,7 +29,7 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def _first_word(key: Number, counter: Number) -> Number:
-    """The first 32 bits of a block. Products of int64 tensors wrap, which leaves all 64 bits right."""
+    """Return the first 32 bits of a block. Products of int64 tensors wrap, and all 64 bits are right."""
     k0, k1 = key & WORD, (key >> 32) & WORD
     c0, c1, c2, c3 = counter & WORD, (counter >> 32) & WORD, key & 0, key & 0
     for _ in range(ROUNDS):

@@ -1,6 +1,6 @@
-"""Weights of a linear layer in 8 or 4 bits.
+"""Weights of a linear layer in 8 or 4 bits; activations are not quantized.
 
-In: a weight (out, in). Out: `QuantizedWeight`, small integers or floats with scales; activations stay as they are.
+In: a weight (out, in). Out: `QuantizedWeight`, small integers or floats with scales.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`data` times `scales`.
+    """A weight (out, in), which is `data` times `scales`.
 
     int8, fp8: data (out, in), scales (out,) float32. int4: data (out, in / 2) uint8, scales (out, in / 128); byte j of a
     group holds feature j in its low half and feature j + 64 in its high half, each with 8 added.
     """
 
-    kind: WeightKind | Literal["panels"]  # the last in engine/kernels/cpu/packing.py
+    kind: WeightKind | Literal["packed"]  # "packed": a `PackedWeight` of cpu/packing.py
     data: Tensor
     scales: Tensor
 
@@ -40,7 +40,7 @@ class QuantizedWeight:
         return self.data.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the numbers stand for."""
+        """Return the weight (out, in)."""
         if self.kind != "int4":
             return (self.data.float() * self.scales[:, None]).to(dtype)
         rows, width = self.shape
@@ -50,7 +50,7 @@ class QuantizedWeight:
 
 
 def quantize(weight: Tensor, kind: WeightKind) -> QuantizedWeight:
-    """Round a weight (out, in) to the nearest numbers that `kind` can hold."""
+    """Round a weight (out, in) to the nearest values of `kind`."""
     if kind not in get_args(WeightKind):
         raise InputError(f"unknown kind of weights {kind!r}; known: {', '.join(get_args(WeightKind))}")
     if kind == "int4":
@@ -68,7 +68,7 @@ def _quantize_int4(weight: Tensor) -> QuantizedWeight:
     if width % GROUP:
         raise InputError(f"int4 weights need a width that {GROUP} divides; this layer's is {width}; use int8")
     groups = weight.float().view(rows, width // GROUP, GROUP)
-    # The number farthest from 0 becomes -8, whichever sign it has: 16 steps are used instead of 15.
+    # The value farthest from 0 becomes -8, whichever sign it has, so that all 16 steps are used and not 15.
     farthest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
     scales = torch.where(farthest == 0, 1.0, farthest / -8).bfloat16()
     values = (groups / scales.float()).round().clamp(-8, 7).to(torch.int8) + 8

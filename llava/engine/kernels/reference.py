@@ -1,7 +1,7 @@
-"""The engine's arithmetic in PyTorch's own operators: the reference, and what runs on a CPU.
+"""The kernels in PyTorch's operators: the reference for the other back ends, and their fallback.
 
-Letters as in base.py. On a GPU, attention of a step with more than one new token per sequence reads lengths on the
-host, so such a step cannot be captured in a graph; everything else can.
+Shapes as in base.py. On a GPU, attention of a step in which a sequence has several new tokens reads lengths on the host,
+so that such a step cannot be captured in a CUDA graph; everything else can.
 """
 
 from __future__ import annotations
@@ -10,54 +10,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.engine.kernels.base import AttentionPlan, SamplingTensors, Weight
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
 from llava.engine.kernels.philox import uniform
 from llava.engine.kernels.quantized import QuantizedWeight
 
-CACHED_WEIGHTS = 1 << 20  # so many weights at a time are expanded on a CPU: they stay in its cache until they are used
+CACHED_WEIGHTS = 1 << 20  # int8 weights that a CPU expands at a time: they stay in its cache until they are multiplied
 
 
-class ReferenceKernels:
-    """`Kernels` by PyTorch operators."""
-
+class ReferenceKernels(Kernels):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def add_rms_norm_(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.rms_norm(residual.add_(x), weight, eps)
-
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    def add_layer_norm_(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        return self.layer_norm(residual.add_(x), weight, bias, eps)
-
-    def rope_store_(
-        self,
-        qkv: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        plan: AttentionPlan,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        *,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> Tensor:
+    def rope_store_(self, qkv: Tensor, cache: KVCache, params: AttentionParams, plan: AttentionPlan) -> Tensor:
+        num_heads, num_kv_heads, eps = params.num_heads, params.num_kv_heads, params.norm_eps
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
-        turned, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
-        if q_norm is not None and k_norm is not None:
-            q, k = turned.split([num_heads, num_kv_heads], dim=1)
-            turned = torch.cat([self.rms_norm(q, q_norm, eps), self.rms_norm(k, k_norm, eps)], dim=1)
-        if cos is not None and sin is not None:
-            turned = rotate(turned, *self._angles(cos, sin, plan))
-        q, k = turned.split([num_heads, num_kv_heads], dim=1)
-        self._store_(k_cache, k, plan)
-        self._store_(v_cache, v, plan)
+        qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
+        if params.q_norm is not None and params.k_norm is not None:
+            q, k = qk.split([num_heads, num_kv_heads], dim=1)
+            qk = torch.cat([self.rms_norm(q, params.q_norm, eps), self.rms_norm(k, params.k_norm, eps)], dim=1)
+        if params.cos is not None and params.sin is not None:
+            qk = rotate(qk, *self._angles(params.cos, params.sin, plan))
+        q, k = qk.split([num_heads, num_kv_heads], dim=1)
+        self._store_(cache.k, k, plan)
+        self._store_(cache.v, v, plan)
         return q
 
     def _angles(self, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
@@ -66,40 +45,27 @@ class ReferenceKernels:
     def _store_(self, cache: Tensor, new: Tensor, plan: AttentionPlan) -> None:
         store_(cache, new, plan.slots)
 
-    def attend(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        *,
-        window: int | None = None,
-        alibi: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, cache: KVCache, params: AttentionParams, plan: AttentionPlan) -> Tensor:
         decoding = plan.max_query == 1 and len(q) == len(plan.context_lens)
         if decoding and (len(q) > 1 or q.device.type != "cpu"):
-            return _attend_one_token_each(q, k_cache, v_cache, plan, scale, window, alibi)
+            k, v = (_gather(part, plan.block_tables, plan.max_context) for part in cache)
+            out = attend_decoding(q, k, v, decoding_mask(params, plan, k.shape[1], q.dtype), params.scale)
+            # A sequence with an empty context has attended to its first slot, since no mask may hide every key.
+            return torch.where(plan.context_lens[:, None] > 0, out, 0)
         out = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         starts, context_lens = plan.query_starts.tolist(), plan.context_lens.tolist()
-        for row, (start, end, context) in enumerate(zip(starts[:-1], starts[1:], context_lens, strict=True)):
+        for number, (start, end, context) in enumerate(zip(starts[:-1], starts[1:], context_lens, strict=True)):
             if start < end and context:
-                k, v = (_gather(cache, plan.block_tables[row : row + 1], context)[0] for cache in (k_cache, v_cache))
-                out[start:end] = attend_sequence(q[start:end], k, v, scale, window, alibi)
+                k, v = (_gather(part, plan.block_tables[number : number + 1], context)[0] for part in cache)
+                out[start:end] = attend_sequence(q[start:end], k, v, params)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def gated_linear(self, x: Tensor, weight: Weight) -> Tensor:
-        return self.silu_mul(self.linear(x, weight))
-
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x)
-
-    def pack(self, weight: Weight) -> Weight:
-        return weight
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, Tensor):
@@ -107,18 +73,20 @@ class ReferenceKernels:
         out = _linear_int8(x, weight) if weight.kind == "int8" else F.linear(x, weight.dequantize(x.dtype))
         return out if bias is None else out + bias
 
-    def sample(self, logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, sampling: SamplingTensors) -> tuple[Tensor, Tensor]:
         logits = logits.float()
         tokens = logits.argmax(dim=-1)
-        if not rows.all_greedy:
-            tokens = torch.where(rows.temperature == 0, tokens, _draw(logits, rows))
+        if not sampling.all_greedy:
+            tokens = torch.where(sampling.temperature == 0, tokens, _draw(logits, sampling))
         logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
         return tokens, logprobs
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of x (T, heads, d) by the angles of each token (T, d/2 or d). Angles in float32 make the
-    arithmetic float32."""
+    """Rotate pairs (i, i + d/2) of x (T, heads, d) by each token's angles (T, d/2 or d).
+
+    Angles in float32 make the arithmetic float32.
+    """
     half = x.shape[-1] // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half]
     first, second = x[..., :half], x[..., half:]
@@ -129,7 +97,7 @@ def store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     """Write (T, K, d) to the slots of (B, b, K, d) that are not -1."""
     stored = slots >= 0
     if slots.device.type != "cpu":
-        # Without asking the device how many there are: a row that is not stored repeats what the first stored one does.
+        # Without reading back how many there are: a token that is not stored repeats the write of the first stored one.
         source = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
         slots, new = slots[source], new[source]
     elif not stored.all():
@@ -138,55 +106,39 @@ def store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
 
 
 def _gather(cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
-    """The first tokens of each sequence as (S, num_tokens, K, d). `index_select` is three times as fast as indexing."""
+    """Return the first tokens of each sequence, (S, num_tokens, K, d). `index_select` is three times as fast as indexing."""
     block = cache.shape[1]
     tables = block_tables[:, : -(-num_tokens // block)]
     gathered = cache.index_select(0, tables.reshape(-1))
     return gathered.view(len(tables), tables.shape[1] * block, *cache.shape[2:])[:, :num_tokens]
 
 
-def _attend_one_token_each(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    alibi: Tensor | None,
-) -> Tensor:
-    """Decoding: every sequence has one query."""
-    k, v = (_gather(cache, plan.block_tables, plan.max_context) for cache in (k_cache, v_cache))
-    out = attend_rows(q, k, v, decoding_mask(plan, k.shape[1:3], window, alibi, q.dtype), scale)
-    # An empty row has read its first slot, so that no row is without a key.
-    return torch.where(plan.context_lens[:, None] > 0, out, 0)
+def attend_decoding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return the attention (S, H d) of one query of each sequence, q (S, H, d), over its keys (S, n, K, d).
 
-
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """One query each, q (S, H, d), over keys (S, n, K, d); (S, H d). Queries that share a key head stand where a
-    sequence's queries would."""
-    num_rows, num_heads, width = q.shape
-    grouped = q.reshape(num_rows, k.shape[2], -1, width)
+    SDPA gets the queries that share a key head in the dimension of a sequence's queries.
+    """
+    num_sequences, num_heads, width = q.shape
+    grouped = q.reshape(num_sequences, k.shape[2], -1, width)
     out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
-    return out.reshape(num_rows, num_heads * width)
+    return out.reshape(num_sequences, num_heads * width)
 
 
-def decoding_mask(
-    plan: AttentionPlan, size: tuple[int, ...], window: int | None, alibi: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """What is added to the scores of each sequence's one query, for `size` keys and key heads: (S, 1 or K, 1 or H / K, n)."""
-    num_keys, num_kv_heads = size
+def decoding_mask(params: AttentionParams, plan: AttentionPlan, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of each sequence's one query, (S, 1 or K, 1 or H / K, num_keys)."""
+    window, alibi = params.window, params.alibi
     last = plan.context_lens.clamp(min=1)[:, None] - 1
-    back = last - torch.arange(num_keys, device=last.device, dtype=last.dtype)  # (S, n): how far each key lies back
+    back = last - torch.arange(num_keys, device=last.device, dtype=last.dtype)  # (S, num_keys): distance to the query
     hidden = back < 0 if window is None else (back < 0) | (back >= window)
     bias = torch.zeros((), dtype=dtype, device=last.device)
     if alibi is not None:
-        bias = (alibi.view(1, num_kv_heads, -1, 1) * -back[:, None, None, :]).to(dtype)
+        bias = (alibi.view(1, params.num_kv_heads, -1, 1) * -back[:, None, None, :]).to(dtype)
     return torch.where(hidden[:, None, None, :], -torch.inf, bias)
 
 
-def attend_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, alibi: Tensor | None) -> Tensor:
-    """Attention of the last tokens q (n, H, d) of a sequence over all its keys (m, K, d); returns (n, H d)."""
-    num_new, num_keys = len(q), len(k)
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+    """Return the attention (n, H d) of a sequence's last tokens q (n, H, d) over all its keys and values (m, K, d)."""
+    window, alibi, num_new, num_keys = params.window, params.alibi, len(q), len(k)
     mask = None
     if (num_new > 1 and num_new < num_keys) or alibi is not None or (window is not None and window < num_keys):
         back = torch.arange(num_keys - num_new, num_keys, device=q.device)[:, None] - torch.arange(
@@ -201,7 +153,7 @@ def attend_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int |
         v.transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None and num_new > 1,
-        scale=scale,
+        scale=params.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1).reshape(num_new, -1)
@@ -218,28 +170,28 @@ def _linear_int8(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return torch.cat(parts, dim=1) * scales
 
 
-def _draw(logits: Tensor, rows: SamplingTensors) -> Tensor:
-    """One token for each row of (S, V), by inverting the cumulative distribution at the row's random number."""
-    warm = torch.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
-    scaled = logits / warm
-    if not rows.unlimited:
-        scaled = scaled.masked_fill(scaled < _lowest_kept(scaled, rows), -torch.inf)
-    # In float64: float32 sums of a large vocabulary would favour some tokens by more than its rounding.
+def _draw(logits: Tensor, sampling: SamplingTensors) -> Tensor:
+    """Sample one token of each row of logits (S, V), by inverting the cumulative distribution at its random number."""
+    temperature = torch.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
+    scaled = logits / temperature
+    if not sampling.unlimited:
+        scaled = scaled.masked_fill(scaled < _lowest_kept(scaled, sampling), -torch.inf)
+    # In float64: sums in float32 over a large vocabulary favour some tokens by more than rounding.
     cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
-    target = uniform(rows.seeds, rows.positions).double()[:, None] * cumulative[:, -1:]
+    target = uniform(sampling.seeds, sampling.positions).double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _lowest_kept(scaled: Tensor, rows: SamplingTensors) -> Tensor:
-    """The smallest value (S, 1) that top_k, top_p and min_p all keep. Equal values are kept or dropped together."""
+def _lowest_kept(scaled: Tensor, sampling: SamplingTensors) -> Tensor:
+    """Return the smallest value (S, 1) that top_k, top_p and min_p all keep. Equal values are kept or dropped together."""
     ordered = scaled.sort(dim=-1, descending=True).values
     num_tokens = scaled.shape[1]
-    num_kept = torch.where(rows.top_k == 0, num_tokens, rows.top_k).clamp(max=num_tokens)
+    num_kept = torch.where(sampling.top_k == 0, num_tokens, sampling.top_k).clamp(max=num_tokens)
     kth = ordered.gather(1, num_kept[:, None].long() - 1)
     ordered = ordered.masked_fill(ordered < kth, -torch.inf)
     probabilities = ordered.softmax(dim=-1)
-    above = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
-    top_p = rows.top_p[:, None]
-    inside = ((above < top_p) | (top_p == 1)) & (ordered >= ordered[:, :1] + rows.min_p[:, None].log())
+    above = probabilities.cumsum(dim=-1) - probabilities  # the probability of all more probable tokens
+    top_p = sampling.top_p[:, None]
+    inside = ((above < top_p) | (top_p == 1)) & (ordered >= ordered[:, :1] + sampling.min_p[:, None].log())
     inside &= ordered > -torch.inf
     return torch.where(inside, ordered, torch.inf).amin(dim=-1, keepdim=True)

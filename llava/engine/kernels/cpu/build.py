@@ -1,8 +1,8 @@
-"""Compiles native.cpp for this machine, once, and loads it.
+"""Compile native.cpp for this machine, once, and load it.
 
-In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None, which is no error: PyTorch's
-operators do all that, too. The library lies in the user's cache, by a name that changes with whatever it was made from.
-LLAVA_NATIVE=0 in the environment leaves it out.
+In: a C++ compiler, if the machine has one. Out: the functions of native.cpp, or None; PyTorch's operators then compute the
+same. The library is kept in the user's cache folder under a hash of the source, flags and processor. LLAVA_NATIVE=0 in the
+environment turns it off.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from llava.files import cache_folder
 logger = logging.getLogger(__name__)
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("native.cpp", "native_threads.h"))
-COMPILERS = ("g++", "clang++", "c++") if os.name == "posix" else ()  # native.cpp counts in `long`, of 64 bits there
+COMPILERS = ("g++", "clang++", "c++") if os.name == "posix" else ()  # native.cpp needs `long` to have 64 bits
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     *("-pthread", "-shared", "-fPIC"),
 )
-COMPILE_SECONDS = 60  # the longest to wait for the compiler
+COMPILE_SECONDS = 60
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ARGUMENTS = {  # the last of each is the number of threads
@@ -43,8 +43,8 @@ ARGUMENTS = {  # the last of each is the number of threads
 }
 
 
-class Functions:
-    """What native.cpp does with one type of numbers."""
+class NativeFunctions:
+    """The functions of native.cpp for one dtype."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         functions = [getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}") for name in ARGUMENTS]
@@ -53,13 +53,13 @@ class Functions:
         self.rms_norm, self.silu_mul, self.rope_store, self.attend, self.linear, self.linear_int8 = functions
 
 
-def load() -> dict[torch.dtype, Functions] | None:
-    """By type of numbers; None on a machine without a compiler where it was not compiled before."""
+def load() -> dict[torch.dtype, NativeFunctions] | None:
+    """Return the functions by dtype; None where nothing is compiled and no compiler is found."""
     path = None if os.environ.get("LLAVA_NATIVE") == "0" else _compiled()
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    return {dtype: Functions(library, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {dtype: NativeFunctions(library, dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def _compiled() -> Path | None:
 
 
 def _processor() -> str:
-    """What the compiler's idea of "native" depends on."""
+    """Return what the compiler's -march=native depends on."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else [platform.processor()]
     features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -1,8 +1,9 @@
-"""The engine's arithmetic on a CPU: engine/kernels/reference.py's, with what costs most there done otherwise.
+"""The kernels for a CPU without a compiler: those of engine/kernels/reference.py with less overhead.
 
-Small weights are multiplied in oneDNN's own layout. What a layer gathers goes into memory that the next one uses again:
-the system takes large pieces back when they are freed, and giving them out anew costs more than the arithmetic. And what
-is the same for all layers of a step is worked out once. None of this would survive a CUDA graph.
+- Small weights are multiplied in oneDNN's own layout.
+- Gathered keys and values go into a buffer that the next layer uses again: the system takes back large blocks when they
+  are freed, and allocating them anew costs more than the arithmetic.
+- What is the same for all layers of a step (masks, angles, lengths) is computed once.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llava.engine.kernels.base import AttentionPlan, Weight
-from llava.engine.kernels.reference import ReferenceKernels, attend_rows, attend_sequence, decoding_mask, store_
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, KVCache, Weight
+from llava.engine.kernels.reference import ReferenceKernels, attend_decoding, attend_sequence, decoding_mask, store_
 
 
 @dataclass
-class _Step:
-    """What layers of a step share."""
+class _StepValues:
+    """What the layers of a step share."""
 
     plan: AttentionPlan
     all_stored: bool
@@ -30,7 +31,7 @@ class _Step:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a layout of its own for such weights on this processor, as for bfloat16 not on every one."""
+    """Return whether oneDNN has a layout of its own for weights of this type on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -41,7 +42,7 @@ class CpuKernels(ReferenceKernels):
 
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
-        self._last: _Step | None = None
+        self._last: _StepValues | None = None
 
     def pack(self, weight: Weight) -> Weight:
         """In oneDNN's layout, which multiplies few rows two to four times as fast."""
@@ -54,39 +55,27 @@ class CpuKernels(ReferenceKernels):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return super().linear(x, weight, bias)
 
-    def attend(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        *,
-        window: int | None = None,
-        alibi: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, cache: KVCache, params: AttentionParams, plan: AttentionPlan) -> Tensor:
         step = self._step(plan)
         if plan.max_query == 1 and len(step.context_lens) == len(q) > 1:
-            k, v = (
-                self._gather("k", k_cache, plan, plan.max_context),
-                self._gather("v", v_cache, plan, plan.max_context),
-            )
-            if window not in step.masks:
-                step.masks[window] = decoding_mask(plan, k.shape[1:3], window, alibi, q.dtype)
-            out = attend_rows(q, k, v, step.masks[window], scale)
+            k, v = (self._gather(cache, name, plan, plan.max_context) for name in cache._fields)
+            mask = step.masks.get(params.window)
+            if mask is None:
+                mask = step.masks[params.window] = decoding_mask(params, plan, k.shape[1], q.dtype)
+            out = attend_decoding(q, k, v, mask, params.scale)
             return out if step.none_empty else torch.where(plan.context_lens[:, None] > 0, out, 0)
         out = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-        for row, context in enumerate(step.context_lens):
-            start, end = step.query_starts[row : row + 2]
+        for number, context in enumerate(step.context_lens):
+            start, end = step.query_starts[number : number + 2]
             if start < end and context:
-                k, v = self._keys("k", k_cache, plan, row, context), self._keys("v", v_cache, plan, row, context)
-                out[start:end] = attend_sequence(q[start:end], k, v, scale, window, alibi)
+                k, v = (self._tokens(cache, name, plan, number, context) for name in cache._fields)
+                out[start:end] = attend_sequence(q[start:end], k, v, params)
         return out
 
-    def _step(self, plan: AttentionPlan) -> _Step:
+    def _step(self, plan: AttentionPlan) -> _StepValues:
         if self._last is None or self._last.plan is not plan:
             contexts = plan.context_lens.tolist()
-            self._last = _Step(
+            self._last = _StepValues(
                 plan, bool((plan.slots >= 0).all()), min(contexts) > 0, contexts, plan.query_starts.tolist()
             )
         return self._last
@@ -103,22 +92,24 @@ class CpuKernels(ReferenceKernels):
         else:
             store_(cache, new, plan.slots)
 
-    def _keys(self, name: str, cache: Tensor, plan: AttentionPlan, row: int, context: int) -> Tensor:
-        """The keys (n, K, d) of one sequence: where they lie, if its blocks follow one another, else gathered."""
-        blocks = plan.block_tables[row, : -(-context // cache.shape[1])].tolist()
+    def _tokens(self, cache: KVCache, name: str, plan: AttentionPlan, number: int, context: int) -> Tensor:
+        """Return the keys or values (context, K, d) of one sequence: a view if its blocks are consecutive, else gathered."""
+        pool: Tensor = getattr(cache, name)
+        blocks = plan.block_tables[number, : -(-context // pool.shape[1])].tolist()
         if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-            return cache[blocks[0] : blocks[-1] + 1].view(-1, *cache.shape[2:])[:context]
-        return self._gather(name, cache, plan, context, slice(row, row + 1))[0]
+            return pool[blocks[0] : blocks[-1] + 1].view(-1, *pool.shape[2:])[:context]
+        return self._gather(cache, name, plan, context, slice(number, number + 1))[0]
 
     def _gather(
-        self, name: str, cache: Tensor, plan: AttentionPlan, num_tokens: int, rows: slice = slice(None)
+        self, cache: KVCache, name: str, plan: AttentionPlan, num_tokens: int, sequences: slice = slice(None)
     ) -> Tensor:
-        """The first tokens of each sequence as (S, num_tokens, K, d)."""
-        tables = plan.block_tables[rows, : -(-num_tokens // cache.shape[1])]
-        flat = cache.detach().view(len(cache), -1)  # nobody trains through this
+        """Return the first tokens' keys or values of some sequences, (S, num_tokens, K, d)."""
+        pool: Tensor = getattr(cache, name)
+        tables = plan.block_tables[sequences, : -(-num_tokens // pool.shape[1])]
+        flat = pool.detach().view(len(pool), -1)
         size, num = (tables.numel(), flat.shape[1]), tables.numel() * flat.shape[1]
         held = self._scratch.get(name)
-        if held is None or held.dtype != cache.dtype or held.numel() < num:
-            held = self._scratch[name] = torch.empty(num + num // 2, dtype=cache.dtype)
+        if held is None or held.dtype != pool.dtype or held.numel() < num:
+            held = self._scratch[name] = torch.empty(num + num // 2, dtype=pool.dtype)
         gathered = torch.index_select(flat, 0, tables.reshape(-1), out=held[:num].view(size))
-        return gathered.view(len(tables), -1, *cache.shape[2:])[:, :num_tokens]
+        return gathered.view(len(tables), -1, *pool.shape[2:])[:, :num_tokens]

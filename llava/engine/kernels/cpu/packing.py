@@ -1,7 +1,7 @@
-"""Weights in panels of 32 outputs, for native.cpp: of each panel, what one input adds to all its outputs lies together.
+"""Packed weights for native.cpp: panels of 32 outputs, in which the 32 weights of each input are contiguous.
 
-In: a weight as it is, or in 8 bits. Out: `PanelWeight`, a copy of it. A product then needs no sums across a vector, and
-reads memory in order.
+In: a weight (out, in), or one in 8 bits. Out: `PackedWeight`, a copy. A product then needs no sums across a vector
+register, and reads memory in order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PANEL = 32  # as in native.cpp
 
 
 @dataclass(frozen=True)
-class PanelWeight(QuantizedWeight):
-    """data (panels, in, 32), the last panel filled up with zeros, times scales (out,) float32 or, where empty, 1."""
+class PackedWeight(QuantizedWeight):
+    """data (panels, in, 32), the last panel padded with zeros, times scales (out,) float32; empty scales are 1."""
 
     num_outputs: int
 
@@ -32,9 +32,9 @@ class PanelWeight(QuantizedWeight):
         return rows.to(dtype) if not len(self.scales) else (rows.float() * self.scales[:, None]).to(dtype)
 
 
-def in_panels(weight: Tensor, scales: Tensor | None = None) -> PanelWeight:
-    """Of a weight (out, in)."""
+def pack_weight(weight: Tensor, scales: Tensor | None = None) -> PackedWeight:
+    """Pack a weight (out, in) and its scales (out,), if any."""
     num_outputs, width = weight.shape
     full = F.pad(weight, (0, 0, 0, -num_outputs % PANEL))
     data = full.view(-1, PANEL, width).transpose(1, 2).contiguous()
-    return PanelWeight("panels", data, torch.empty(0) if scales is None else scales, num_outputs)
+    return PackedWeight("packed", data, torch.empty(0) if scales is None else scales, num_outputs)

@@ -1,8 +1,8 @@
-"""Attention over a paged cache: one new token per sequence (`decode`), or runs of them (`prefill`).
+"""Attention over a paged KV cache: sequences with one new token (`decode`), or with several (`prefill`).
 
-Both are called for every step that has both kinds of sequences, and each passes over those of the other kind. `decode`
-splits a context among programs, so that one sequence fills the chip; the last to finish joins what they found. Letters
-as in engine/kernels/base.py; scores are kept as powers of 2.
+A step that has both kinds calls both, and each skips the sequences of the other kind. `decode` splits a context among
+programs, so that one sequence fills the chip; the last program to finish combines the parts. Shapes as in
+engine/kernels/base.py; scores are exponents of 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llava.engine.kernels.base import AttentionPlan
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, KVCache
 from llava.engine.kernels.triton.launch import MULTIPROCESSORS, let_next_start, prefetch, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -22,8 +22,8 @@ MAX_SPLITS = tl.constexpr(32)
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Keys that a program reads at a time, queries it has (prefill), warps, and pipeline stages."""
+class AttentionTile:
+    """How attention kernels cut their work: keys read at a time, queries of a program (prefill), warps, pipeline stages."""
 
     keys: int
     queries: int = 1
@@ -31,30 +31,28 @@ class Tile:
     stages: int = 1
 
 
-SINGLE_TILE = Tile(keys=32, warps=2, stages=3)  # decoding where every query head has its own key head
-GROUPED_TILE = Tile(keys=64, warps=2, stages=3)
-PREFILL_TILE = Tile(keys=64, queries=64, warps=4, stages=2)
+SINGLE_TILE = AttentionTile(keys=32, warps=2, stages=3)  # decoding where every query head has its own key head
+GROUPED_TILE = AttentionTile(keys=64, warps=2, stages=3)
+PREFILL_TILE = AttentionTile(keys=64, queries=64, warps=4, stages=2)
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def decode(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     out: Tensor,
+    params: AttentionParams,
     plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    alibi: Tensor | None,
     counters: Tensor,
     *,
     overlap: bool,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Attention of the sequences with one new token, written to their rows of `out` (T, H d)."""
+    """Write the attention of the sequences with one new token to their tokens of `out` (T, H d)."""
     num_heads, head_dim = q.shape[1:]
-    block_size, num_kv_heads = k_cache.shape[1:3]
+    block_size, num_kv_heads = cache.k.shape[1:3]
+    window = params.window
     num_sequences, group = len(plan.context_lens), num_heads // num_kv_heads
     tile = tile or (SINGLE_TILE if group == 1 else GROUPED_TILE)
     reach = plan.max_context if window is None else min(window, plan.max_context)
@@ -64,41 +62,39 @@ def decode(
     stats = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     kernel = _decode_single if group == 1 else _decode_grouped
     kernel[(num_sequences, num_kv_heads, splits)](
-        q, k_cache, v_cache, out, partial, *stats, counters,
-        plan.query_starts, plan.context_lens, plan.block_tables, alibi,
-        scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads, splits,
+        q, *cache, out, partial, *stats, counters,
+        plan.query_starts, plan.context_lens, plan.block_tables, params.alibi,
+        params.scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads, splits,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=head_dim, DIMS=triton.next_power_of_2(head_dim),
         BLOCK=block_size, KEYS=tile.keys, SHARED=splits > 1, STAGES=tile.stages, WINDOWED=window is not None,
         OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
     )  # fmt: skip
 
 
-def pick_splits(num_rows: int, num_steps: int) -> int:
-    """Among how many programs a context is split."""
-    return max(1, min(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS // num_rows, num_steps, MAX_SPLITS.value))
+def pick_splits(num_pairs: int, num_steps: int) -> int:
+    """Return among how many programs the context of each pair of sequence and key head is split."""
+    return max(1, min(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS // num_pairs, num_steps, MAX_SPLITS.value))
 
 
 def prefill(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     out: Tensor,
+    params: AttentionParams,
     plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    alibi: Tensor | None,
     *,
     overlap: bool,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> None:
-    """Attention of the sequences with several new tokens, written to their rows of `out` (T, H d)."""
+    """Write the attention of the sequences with several new tokens to their tokens of `out` (T, H d)."""
     num_heads, head_dim = q.shape[1:]
-    block_size, num_kv_heads = k_cache.shape[1:3]
+    block_size, num_kv_heads = cache.k.shape[1:3]
+    window = params.window
     tile = tile or PREFILL_TILE
     grid = (triton.cdiv(plan.max_query, tile.queries), num_heads, len(plan.context_lens))
     _prefill[grid](
-        q, k_cache, v_cache, out, plan.query_starts, plan.context_lens, plan.block_tables, alibi,
-        scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads,
+        q, *cache, out, plan.query_starts, plan.context_lens, plan.block_tables, params.alibi,
+        params.scale * LOG2_E.value, window or 0, plan.block_tables.stride(0), q.stride(0), num_kv_heads,
         GROUP=num_heads // num_kv_heads, DIM=head_dim, DIMS=triton.next_power_of_2(head_dim),
         BLOCK=block_size, KEYS=tile.keys, QUERIES=tile.queries, STAGES=tile.stages, WINDOWED=window is not None,
         OVERLAP=overlap, num_warps=tile.warps, launch_pdl=overlap,
@@ -107,7 +103,7 @@ def prefill(
 
 @triton.jit
 def _share(context, window, splits, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
-    """The first key in reach, this program's keys from begin to end, and how many programs have any."""
+    """Return the first key in reach, this program's keys from begin to end, and how many programs have any."""
     reach = 0
     if WINDOWED:
         reach = tl.maximum(context - window, 0)
@@ -120,9 +116,9 @@ def _share(context, window, splits, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _locate(table, start, end, kv_head, num_kv_heads, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """Where `dims` of KEYS keys from `start` lie: a common beginning, and an offset for each."""
+    """Return where `dims` of KEYS keys from `start` lie: a common base, and an offset for each."""
     stride = num_kv_heads * DIM
-    if BLOCK >= KEYS:  # all in one block: one number is looked up, and the offsets are the same for every tile
+    if BLOCK >= KEYS:  # all in one block: one lookup, and the same offsets for every tile
         block = tl.load(table + start // BLOCK).to(tl.int64)
         first = (block * BLOCK + start % BLOCK) * stride + kv_head * DIM
         offsets = tl.arange(0, KEYS)[:, None] * stride + dims[None, :]
@@ -139,7 +135,7 @@ def _read(
     k_cache, v_cache, table, start, end, kv_head, num_kv_heads,
     WHOLE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """KEYS keys and values of one head from `start`, zeros from `end`; WHOLE says that none is beyond the end."""
+    """Load KEYS keys and values of one head from `start`, zeros from `end`; WHOLE means that none is beyond the end."""
     dims = tl.arange(0, DIMS)
     first, offsets = _locate(table, start, end, kv_head, num_kv_heads, dims, DIM, BLOCK, KEYS)
     if WHOLE and DIM == DIMS:
@@ -152,11 +148,11 @@ def _read(
 
 
 @triton.jit
-def _ask_for(
+def _prefetch_keys(
     k_cache, v_cache, table, begin, end, kv_head, num_kv_heads,
     DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Have the first keys and values on their way before the kernel before has ended: only the newest are its work."""
+    """Prefetch the first keys and values before the previous kernel has ended, which writes only the newest ones."""
     SIZE: tl.constexpr = 128 * 8 // k_cache.dtype.element_ty.primitive_bitwidth
     lines = tl.arange(0, (DIM + SIZE - 1) // SIZE) * SIZE
     for start in range(begin, tl.minimum(end, begin + 4 * KEYS), KEYS):
@@ -167,14 +163,14 @@ def _ask_for(
 
 @triton.jit
 def _is_last(counters, line, num_parts):
-    """Whether this program is the last of those that share a line; what the others stored is then visible."""
+    """Return whether this program is the last of those that share a line; what the others stored is then visible."""
     tl.debug_barrier()  # all threads have stored before one of them says so
     return tl.atomic_add(counters + line, 1, sem="acq_rel") == num_parts - 1
 
 
 @triton.jit
 def _join(partial, tops, totals, head_line, target, splits, num_parts, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """The attention of one query from the parts of its context. All parts are read at once."""
+    """Combine the parts of one query's context. All parts are read at once."""
     parts = tl.arange(0, MAX_SPLITS)
     there = parts < num_parts
     line = head_line.to(tl.int64) * splits + parts
@@ -195,8 +191,11 @@ def _decode_single(
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One query and one key head. Each of KEYS places keeps a softmax of its own; they meet after the last key, so that
-    the loop has no exchange between threads but the sums over a head's width."""
+    """One query head and its own key head.
+
+    Each of the KEYS lanes keeps a softmax of its own, and they are combined after the last key, so that the only exchange
+    between threads in the loop is the sum over a head's width.
+    """
     let_next_start(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
@@ -205,7 +204,7 @@ def _decode_single(
     table = block_tables + sequence * table_stride
     reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
     if SHARED and OVERLAP:
-        _ask_for(k_cache, v_cache, table, begin, end, head, num_kv_heads, DIM, BLOCK, KEYS)
+        _prefetch_keys(k_cache, v_cache, table, begin, end, head, num_kv_heads, DIM, BLOCK, KEYS)
     wait_for_previous(OVERLAP)
     if next_row - row == 1:
         dims = tl.arange(0, DIMS)
@@ -260,7 +259,7 @@ def _decode_grouped(
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """All queries that share a key head, as rows of a product by tensor cores."""
+    """All query heads that share a key head, as the rows of a tensor-core product."""
     let_next_start(OVERLAP)
     sequence, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_starts + sequence)
@@ -269,7 +268,7 @@ def _decode_grouped(
     table = block_tables + sequence * table_stride
     reach, begin, end, num_parts = _share(context, window, splits, KEYS, WINDOWED)
     if SHARED and OVERLAP:
-        _ask_for(k_cache, v_cache, table, begin, end, kv_head, num_kv_heads, DIM, BLOCK, KEYS)
+        _prefetch_keys(k_cache, v_cache, table, begin, end, kv_head, num_kv_heads, DIM, BLOCK, KEYS)
     wait_for_previous(OVERLAP)
     if next_row - row == 1:
         dims = tl.arange(0, DIMS)
@@ -313,16 +312,8 @@ def _decode_grouped(
                     for member in tl.static_range(GROUP):
                         head = kv_head * GROUP + member
                         _join(
-                            partial,
-                            tops,
-                            totals,
-                            line * GROUP + member,
-                            target + head * DIM,
-                            splits,
-                            num_parts,
-                            DIM,
-                            DIMS,
-                        )
+                            partial, tops, totals, line * GROUP + member, target + head * DIM, splits, num_parts, DIM, DIMS
+                        )  # fmt: skip
                     tl.store(counters + line, 0)
             else:
                 tl.store(target + places, (sums / total[:, None]).to(out.dtype.element_ty), mask=filled)
@@ -335,7 +326,7 @@ def _prefill(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of QUERIES new tokens of a sequence. The last tokens have the longest way, and are begun first."""
+    """One head of QUERIES new tokens of a sequence. The last tokens have the most keys, and are started first."""
     let_next_start(OVERLAP)
     wait_for_previous(OVERLAP)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -358,7 +349,7 @@ def _prefill(
         if WINDOWED:
             begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
         end = tl.minimum(first + QUERIES, context)
-        # Tiles of keys that every query sees whole need no mask.
+        # Tiles of keys that every query attends to as a whole need no mask.
         whole = begin if WINDOWED else tl.maximum(first + 1, 0) // KEYS * KEYS
         table = block_tables + sequence * table_stride
         top = tl.full((QUERIES,), -1e30, tl.float32)
@@ -399,7 +390,7 @@ def _prefill_keys(
             if WINDOWED:
                 seen &= tokens[None, :] > positions[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
-        rate = 1.0 if BIASED else scale  # multiplied as late as possible: then it costs nothing beside the subtraction
+        rate = 1.0 if BIASED else scale  # multiplied late, where it is fused with the subtraction
         higher = tl.maximum(top, tl.max(scores, axis=1) * rate)
         shrink = tl.exp2(top - higher)
         weights = tl.exp2(scores * rate - higher[:, None])

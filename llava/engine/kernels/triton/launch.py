@@ -1,8 +1,8 @@
-"""What every Triton kernel here shares: how launches overlap, and whether Triton only pretends.
+"""Programmatic dependent launch, which all Triton kernels here use, and Triton's interpreter.
 
-A kernel launched with `launch_pdl` may start while the one before it still runs. It says so to its own successor at once,
-may read what never changes (weights), and waits before it reads anything else. So the memory bus is not idle between
-kernels. Triton's interpreter, which runs kernels on a CPU for tests, knows neither this nor inline PTX.
+A kernel launched with `launch_pdl` may start while the previous one still runs. It lets its own successor start at once,
+may read what never changes (weights), and waits before it reads anything else. The memory bus is then not idle between
+kernels. Triton's interpreter, which runs kernels on a CPU for tests, supports neither this nor inline PTX.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-MULTIPROCESSORS = 132  # of a Hopper chip; a smaller one merely gets more programs than it needs
+MULTIPROCESSORS = 132  # of an H100 or H200; a smaller GPU gets more programs than it needs
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 
 @triton.jit
 def prefetch(lines):
-    """Ask for the lines of 128 bytes that these pointers lie in, and go on."""
+    """Prefetch the lines of 128 bytes that these pointers lie in, without waiting for them."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -1,9 +1,9 @@
-"""Linear layers of few rows, where reading the weight is what takes the time.
+"""Linear layers of few tokens, where reading the weight takes the time.
 
-One row: `gemv`, each program sums products of a few rows of the weight (out, in). 2 to 64 rows: `skinny`, products by
-tensor cores with the weight as the left operand, so that 16 columns are enough; where there are too few programs, several
-share a tile of the output and the last to finish adds up what the others left. More rows are the library's work, after
-`expand` has unpacked a quantized weight.
+- One row of x: `gemv`. Each program sums the products of a few rows of the weight (out, in).
+- 2 to 64 rows: `skinny`. Tensor cores multiply with the weight as the left operand, so that 16 columns are enough. Where
+  there are too few programs, several share an output tile, and the last to finish adds up the partial sums (split-K).
+- More rows: PyTorch's product, after `expand` has dequantized the weight.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ HALF_GROUP = GROUP // 2
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts its work: rows of the weight and bytes or numbers along them, warps, and depth."""
+class LinearTile:
+    """How linear kernels cut their work: rows of the weight, elements along them, warps, and pipeline depth."""
 
     rows: int
     width: int
     warps: int = 4
-    depth: int = 1  # stages of the pipeline
-    ahead: int = 8  # lines of 128 bytes of each row that are asked for before the kernel before has ended
-    programs: int = 1  # skinny: for each multiprocessor, from which follows how many share a tile of the output
+    depth: int = 1  # pipeline stages
+    ahead: int = 8  # lines of 128 bytes of each row that are prefetched before the previous kernel has ended
+    programs: int = 1  # skinny: programs for each multiprocessor, which decides how many share an output tile
 
 
-# The fastest of those tried in whole decoding steps of a 7B model on an H200.
+# The fastest of those that were tried in whole decoding steps of a 7B model on an H200.
 GEMV_TILES = {
-    "plain": Tile(2, 4096, ahead=0),
-    "int8": Tile(8, 512, warps=2, depth=6),
-    "fp8": Tile(8, 512, warps=2, depth=4),
-    "int4": Tile(8, 512, warps=2, depth=3, ahead=4),
+    "plain": LinearTile(2, 4096, ahead=0),
+    "int8": LinearTile(8, 512, warps=2, depth=6),
+    "fp8": LinearTile(8, 512, warps=2, depth=4),
+    "int4": LinearTile(8, 512, warps=2, depth=3, ahead=4),
 }
 LONG_GEMV_TILES = {
-    "plain": Tile(4, 1024, warps=2, ahead=0),
-    "int8": Tile(8, 1024, depth=3),
-    "fp8": Tile(8, 1024, depth=3),
-    "int4": Tile(4, 2048, depth=2, ahead=4),
+    "plain": LinearTile(4, 1024, warps=2, ahead=0),
+    "int8": LinearTile(8, 1024, depth=3),
+    "fp8": LinearTile(8, 1024, depth=3),
+    "int4": LinearTile(4, 2048, depth=2, ahead=4),
 }
 SKINNY_TILES = {
-    "plain": Tile(64, 128, depth=6, ahead=1),
-    "int8": Tile(32, 256, depth=4, ahead=4, programs=5),
-    "fp8": Tile(64, 128, depth=6, ahead=0, programs=3),
-    "int4": Tile(128, HALF_GROUP, depth=4, ahead=0, programs=6),
+    "plain": LinearTile(64, 128, depth=6, ahead=1),
+    "int8": LinearTile(32, 256, depth=4, ahead=4, programs=5),
+    "fp8": LinearTile(64, 128, depth=6, ahead=0, programs=3),
+    "int4": LinearTile(128, HALF_GROUP, depth=4, ahead=0, programs=6),
 }
 # At 64 rows a step took 9.1 ms with the tile of int8 and 6.1 ms with that of fp8, on weights of the same size.
 WIDE_SKINNY_TILES = SKINNY_TILES | {"int8": SKINNY_TILES["fp8"]}
@@ -68,9 +68,9 @@ def gemv(
     *,
     overlap: bool,
     gated: bool = False,
-    tile: Tile | None = None,
+    tile: LinearTile | None = None,
 ) -> Tensor:
-    """One row x (1, in) times the transposed weight (out, in); gated, silu of its first half times its second."""
+    """Return x (1, in) times the transposed weight (out, in); with `gated`, silu of its first half times its second."""
     kind = kind_of(weight)
     data, scales = _parts(weight)
     num_out, width = data.shape
@@ -87,8 +87,8 @@ def gemv(
     return out
 
 
-def gemv_tile(kind: str, width: int, gated: bool) -> Tile:
-    """The best of those measured: rows of 4096 numbers in one or two steps, longer ones in small steps."""
+def gemv_tile(kind: str, width: int, gated: bool) -> LinearTile:
+    """Return the fastest tile measured: rows of 4096 elements in one or two steps, longer ones in small steps."""
     tile = LONG_GEMV_TILES[kind] if width > 8192 else GEMV_TILES[kind]
     return replace(tile, rows=tile.rows // 2) if gated else tile
 
@@ -100,10 +100,13 @@ def skinny(
     counters: Tensor,
     *,
     overlap: bool,
-    tile: Tile | None = None,
+    tile: LinearTile | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """2 to 64 rows x (T, in) times the transposed weight (out, in). `counters` are zeros, and zeros again afterwards."""
+    """Return x (T, in), T from 2 to 64, times the transposed weight (out, in).
+
+    `counters` must be zeros, and are zeros again when the kernel ends.
+    """
     kind = kind_of(weight)
     data, scales = _parts(weight)
     num_rows, (num_out, width) = len(x), data.shape
@@ -123,14 +126,14 @@ def skinny(
     return out
 
 
-def pick_splits(tile: Tile, num_tiles: int, num_steps: int) -> int:
-    """How many programs share a tile: enough to fill the chip, each with at least four steps."""
+def pick_splits(tile: LinearTile, num_tiles: int, num_steps: int) -> int:
+    """Return how many programs share an output tile: enough to fill the GPU, each with at least four steps."""
     wanted = round(tile.programs * MULTIPROCESSORS / num_tiles)
     return max(1, min(wanted, num_steps // 4, 16))
 
 
 def expand(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) that the numbers stand for, in one pass."""
+    """Dequantize a weight to (out, in), in one pass."""
     rows, width = weight.data.shape
     out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
     tile = 2048
@@ -143,8 +146,8 @@ def _parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     return (weight.data, weight.scales) if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
-# Four bytes of a register become four floats: the byte is laid into the mantissa of 2^23, and 2^23 is subtracted. Triton's
-# own conversion takes about twice as many instructions, too many at the speed that bytes come in.
+# Four bytes of a register become four floats: each byte is put into the mantissa of 2^23, and 2^23 is subtracted. Triton's
+# own conversion takes about twice as many instructions, which would make it slower than the memory.
 _INT8_TO_FLOAT = tl.constexpr("""{
 .reg .b32 w, a, b, c, d;
 xor.b32 w, $4, 0x80808080;
@@ -207,7 +210,7 @@ def _as_float(tile, KIND: tl.constexpr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def _halves(tile, PORTABLE: tl.constexpr):
-    """The low and the high four bits of each byte, as floats with 8 taken off."""
+    """Return the low and the high four bits of each byte, as floats less 8."""
     if PORTABLE:
         return (tile & 15).to(tl.float32) - 8, (tile >> 4).to(tl.float32) - 8
     return tl.inline_asm_elementwise(
@@ -221,8 +224,8 @@ def _halves(tile, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def _ask_for(rows, first, end, LINES: tl.constexpr):
-    """Have LINES lines of each row (a column of pointers) on their way, from `first` and none beyond `end`."""
+def _prefetch_rows(rows, first, end, LINES: tl.constexpr):
+    """Prefetch LINES lines of each row (a column of pointers) from `first`, and none beyond `end`."""
     SIZE: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
     prefetch(rows + tl.minimum(first + tl.arange(0, LINES) * SIZE, end - 1)[None, :])
 
@@ -246,7 +249,7 @@ def _gemv(
         if GATED:
             up_tile = tl.load(up_start + columns, mask=columns < width, other=0.0, eviction_policy="evict_first")
         if AHEAD > 0 and OVERLAP:
-            _ask_for(start, WIDTH, width, AHEAD)
+            _prefetch_rows(start, WIDTH, width, AHEAD)
         wait_for_previous(OVERLAP)
         factors = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
         sums = _as_float(tile, KIND, PORTABLE) * factors
@@ -255,9 +258,9 @@ def _gemv(
         begin = WIDTH
     else:
         if AHEAD > 0 and OVERLAP:
-            _ask_for(start, 0, width, AHEAD)
+            _prefetch_rows(start, 0, width, AHEAD)
             if GATED:
-                _ask_for(up_start, 0, width, AHEAD)
+                _prefetch_rows(up_start, 0, width, AHEAD)
         wait_for_previous(OVERLAP)
         begin = 0
     for k in tl.range(begin, width, WIDTH, num_stages=STAGES):
@@ -293,7 +296,7 @@ def _gemv_int4(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(rows, num_out - 1).to(tl.int64)[:, None]
     if AHEAD > 0 and OVERLAP:
-        _ask_for(weight + row * width, 0, width, AHEAD)
+        _prefetch_rows(weight + row * width, 0, width, AHEAD)
     columns = tl.arange(0, WIDTH)[None, :]
     low = columns // 64 * 128 + columns % 64  # the feature in the low half of each byte
     groups = tl.arange(0, WIDTH // 64)[None, :]
@@ -332,7 +335,7 @@ def _skinny(
     first = tl.program_id(1) * steps * WIDTH
     last = tl.minimum(first + steps * WIDTH, width)
     if AHEAD > 0 and OVERLAP:
-        _ask_for(start, first, width, AHEAD)
+        _prefetch_rows(start, first, width, AHEAD)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait_for_previous(OVERLAP)
     for k in tl.range(first, last, WIDTH, num_stages=STAGES):

@@ -1,6 +1,6 @@
-"""What is done to each token by itself: norms, rotating and storing keys and values, the gate of the MLP.
+"""Norms, rotary embeddings with the write to the KV cache, and the activation of the MLP.
 
-Each kernel reads its input once; the arithmetic is float32.
+Each kernel reads its input once; the arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava.engine.kernels.base import AttentionParams, AttentionPlan, KVCache
 from llava.engine.kernels.triton.launch import let_next_start, wait_for_previous
 
-MANY_TOKENS = 256  # from here on programs of rope_store_ take more heads each
+MANY_TOKENS = 256  # from this number on, a program of rope_store_ takes more heads
 GATE_WIDTH = 2048
 
 
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, overlap: bool) -> Tensor:
-    """The norm of x (T, D), or with a residual, of residual + x, which is written to residual."""
+    """Return the RMS norm of x (T, D); with a residual, that of residual + x, which is written to `residual`."""
     out = torch.empty_like(x)
     num_rows, width = x.shape
     block = triton.next_power_of_2(width)
@@ -28,28 +29,15 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, 
     return out
 
 
-def rope_store_(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    slots: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    *,
-    overlap: bool,
-) -> Tensor:
-    num_tokens, head_dim = len(qkv), k_cache.shape[3]
+def rope_store_(qkv: Tensor, cache: KVCache, params: AttentionParams, plan: AttentionPlan, *, overlap: bool) -> Tensor:
+    """`Kernels.rope_store_`."""
+    num_tokens, head_dim = len(qkv), cache.k.shape[3]
+    num_heads, num_kv_heads, cos = params.num_heads, params.num_kv_heads, params.cos
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     heads = 16 if num_tokens >= MANY_TOKENS else 8
     groups = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
     _rope_store[(num_tokens, groups[0] + 2 * groups[1])](
-        qkv, q, cos, sin, slots, positions, k_cache, v_cache, q_norm, k_norm, eps,
+        qkv, q, cos, params.sin, plan.slots, plan.positions, *cache, params.q_norm, params.k_norm, params.norm_eps,
         0 if cos is None else cos.stride(0), num_heads, num_kv_heads, groups[0], groups[1],
         HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=heads,
         OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
@@ -58,6 +46,7 @@ def rope_store_(
 
 
 def silu_mul(gate_up: Tensor, *, overlap: bool) -> Tensor:
+    """`Kernels.silu_mul`."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (num_rows, triton.cdiv(width, GATE_WIDTH))
@@ -96,7 +85,7 @@ def _rope_store(
     group = tl.program_id(1)
     is_query = group < q_groups
     is_value = group >= q_groups + kv_groups
-    # The number of this program's first head among its own kind, and where its kind begins.
+    # This program's first head among its own kind (query, key, value), and where its kind begins.
     head = (group - tl.where(is_query, 0, tl.where(is_value, q_groups + kv_groups, q_groups))) * HEADS
     before = tl.where(is_query, 0, tl.where(is_value, num_heads + num_kv_heads, num_heads))
     heads = head + tl.arange(0, HEADS)[:, None]

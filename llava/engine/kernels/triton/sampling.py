@@ -1,8 +1,8 @@
-"""Choosing tokens on the device: greedy, or at random among those that top_k, top_p and min_p keep.
+"""Sampling on the device: greedy, or at random among the tokens that top_k, top_p and min_p keep.
 
-One program has one row of logits, which stay in its cache while it passes over them. Nothing is sorted: the smallest logit
-that is kept is found by halving the range of float32, taken as ordered integers, until one number is left. Equal logits
-are kept or dropped together. Then a random number is looked up in the cumulative distribution, in the order of token ids.
+One program has one row of logits, which stay in the GPU's cache while it passes over them. Nothing is sorted: the smallest
+logit that is kept is found by bisection over float32 as ordered integers. Equal logits are kept or dropped together. Then
+a random number is looked up in the cumulative distribution, in the order of token ids.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ BLOCK = 4096
 LOWEST = tl.constexpr(-(2**31))  # below every number's integer
 
 
-def sample(logits: Tensor, rows: SamplingTensors) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, sampling: SamplingTensors) -> tuple[Tensor, Tensor]:
+    """`Kernels.sample`."""
     num_rows, num_tokens = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     _sample[(num_rows,)](
-        logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.positions, tokens, logprobs,
-        logits.stride(0), num_tokens,
-        GREEDY=rows.all_greedy, UNLIMITED=rows.unlimited, BLOCK=BLOCK, num_warps=16,
+        logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seeds, sampling.positions,
+        tokens, logprobs, logits.stride(0), num_tokens,
+        GREEDY=sampling.all_greedy, UNLIMITED=sampling.unlimited, BLOCK=BLOCK, num_warps=16,
     )  # fmt: skip
     return tokens, logprobs
 
@@ -37,7 +38,7 @@ def _sample(
 ):  # fmt: skip
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * stride
-    best, token, total = _likeliest(line, num_tokens, BLOCK)
+    best, token, total = _greedy(line, num_tokens, BLOCK)
     if not GREEDY:
         temperature = tl.load(temperatures + row)
         if temperature > 0:
@@ -70,19 +71,19 @@ def _part(line, start, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _order(values, line):
-    """Integers in the order of the numbers; as few bits as the type of the logits has, so that halving ends soon."""
+    """Return integers in the order of the values, with no more bits than the dtype has, so that the bisection is short."""
     dtype: tl.constexpr = line.dtype.element_ty
     UNUSED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13 if dtype == tl.float16 else 0
     bits = values.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> UNUSED
 
 
-# In what follows every lane keeps a result of its own until the last part: meetings of all threads are what takes time.
+# Below, every lane keeps a result of its own until the last block: reductions over all threads take most of the time.
 
 
 @triton.jit
-def _likeliest(line, num_tokens, BLOCK: tl.constexpr):
-    """The largest logit, the first token that has it, and the sum of exp(logit - largest)."""
+def _greedy(line, num_tokens, BLOCK: tl.constexpr):
+    """Return the largest logit, the first token that has it, and the sum of exp(logit - largest)."""
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     token = tl.full((BLOCK,), 0, tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -90,7 +91,7 @@ def _likeliest(line, num_tokens, BLOCK: tl.constexpr):
         places, values = _part(line, start, num_tokens, BLOCK)
         higher = tl.maximum(best, values)
         token = tl.where(values > best, places, token)
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf would be no number
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
         total = total * tl.exp(best - safe) + tl.exp(values - safe)
         best = higher
     largest = tl.max(best, axis=0)
@@ -100,7 +101,7 @@ def _likeliest(line, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mass(line, num_tokens, best, rate, bound, floor, BLOCK: tl.constexpr):
-    """The sum of the unnormalized probabilities of tokens that are not below the bound, an integer, nor the floor."""
+    """Return the sum of the unnormalized probabilities of tokens not below `bound` (an integer) nor `floor` (a logit)."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_tokens, BLOCK):
         _, values = _part(line, start, num_tokens, BLOCK)
@@ -120,7 +121,7 @@ def _count(line, num_tokens, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bound(line, num_tokens, best, rate, top_k, top_p, BLOCK: tl.constexpr):
-    """The integer of the smallest logit that top_k and top_p keep, or less where no logit lies between."""
+    """Return the integer of the smallest logit that top_k and top_p keep, or a smaller one with no logit between."""
     largest = tl.max(_order(tl.full((1,), 0.0, tl.float32) + best, line), axis=0).to(tl.int64)
     bound = tl.full((), LOWEST, tl.int64)
     if (top_k > 0) & (top_k < num_tokens):
@@ -136,7 +137,7 @@ def _bound(line, num_tokens, best, rate, top_k, top_p, BLOCK: tl.constexpr):
             else:
                 above = middle
     if top_p < 1:
-        # What lies above `low` has top_p or more of the mass; what lies above `high` has less, so that `high` is kept.
+        # Logits above `low` have at least top_p of the mass; those above `high` have less, so that `high` is kept.
         everything = float("-inf")
         wanted = top_p * _mass(line, num_tokens, best, rate, bound.to(tl.int32), everything, BLOCK)
         smallest = tl.min(_order(tl.full((1,), float("-inf"), tl.float32), line), axis=0).to(tl.int64)
@@ -154,7 +155,7 @@ def _bound(line, num_tokens, best, rate, top_k, top_p, BLOCK: tl.constexpr):
 
 @triton.jit
 def _look_up(line, num_tokens, best, rate, bound, floor, target, BLOCK: tl.constexpr):
-    """The first token at which the cumulative mass passes the target; rounding at the end gives the last kept one."""
+    """Return the first token at which the cumulative mass passes the target; the last kept one if rounding prevents that."""
     token = num_tokens
     last = 0
     before = 0.0
