@@ -14,8 +14,8 @@ __version__ = "2.0.0"
 
 if TYPE_CHECKING:
     from llava.conversation import Conversation, SeparatorStyle, conv_templates
-    from llava.engine.engine import Engine, EngineConfig
-    from llava.engine.hf_engine import Sampling, stream_answer
+    from llava.engine.config import EngineConfig
+    from llava.engine.engine import Engine
     from llava.engine.request import Request, SamplingParams, ScoreRequest
     from llava.errors import InputError
     from llava.images.io import ImageLimits, load_image
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 # The public names, by the module that defines them.
 EXPORTS = {
     "llava.conversation": ("Conversation", "SeparatorStyle", "conv_templates"),
-    "llava.engine.engine": ("Engine", "EngineConfig"),
+    "llava.engine.config": ("EngineConfig",),
+    "llava.engine.engine": ("Engine",),
     "llava.engine.request": ("Request", "SamplingParams", "ScoreRequest"),
     "llava.errors": ("InputError",),
-    "llava.engine.hf_engine": ("Sampling", "stream_answer"),
     "llava.images.io": ("ImageLimits", "load_image"),
     "llava.diagnose.tracer.hooks": ("trace",),
     "llava.model.builder": ("LoadedModel", "load", "load_pretrained_model"),
@@ -48,7 +48,6 @@ __all__ = [
     "LoadedModel",
     "Processor",
     "Request",
-    "Sampling",
     "SamplingParams",
     "ScoreRequest",
     "SeparatorStyle",
@@ -58,7 +57,6 @@ __all__ = [
     "load",
     "load_image",
     "load_pretrained_model",
-    "stream_answer",
     "trace",
 ]
 

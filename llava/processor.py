@@ -85,17 +85,38 @@ class Processor:
         return image_placeholder(self.config.tokens.use_im_start_end)
 
     def __call__(
-        self, conversation: Conversation | str, images: Sequence[Image.Image] = (), *, with_labels: bool = False
+        self,
+        conversation: Conversation | str,
+        images: Sequence[Image.Image] = (),
+        *,
+        with_labels: bool = False,
+        details: Sequence[str] = (),
     ) -> ModelInputs:
         ids, labels = self.encode(conversation, len(images))
+        return self.inputs(ids, images, labels=labels if with_labels else None, details=details)
+
+    def inputs(
+        self,
+        ids: Sequence[int],
+        images: Sequence[Image.Image],
+        *,
+        labels: Sequence[int] | None = None,
+        details: Sequence[str] = (),
+    ) -> ModelInputs:
+        """Model inputs of token ids with -200 for each image; `details` as in `plan`."""
         rgb = [to_rgb(image) for image in images]
         sizes = [image.size for image in rgb]
+        layouts = self.plan(sizes, details)
         return ModelInputs(
             input_ids=torch.tensor(ids, dtype=torch.long),
-            labels=torch.tensor(labels, dtype=torch.long) if with_labels else None,
-            pixels=self.pixels(rgb),
+            labels=None if labels is None else torch.tensor(labels, dtype=torch.long),
+            # The overview comes first, and is alone where little detail was asked for.
+            pixels=[
+                pixels if pixels.dim() == 3 else pixels[: layout.num_tiles]
+                for pixels, layout in zip(self.pixels(rgb), layouts, strict=True)
+            ],
             image_sizes=sizes,
-            layouts=self.plan(sizes),
+            layouts=layouts,
         )
 
     def encode(self, conversation: Conversation | str, num_images: int) -> tuple[list[int], list[int]]:

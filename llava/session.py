@@ -1,35 +1,31 @@
 """A conversation with a model as `llava chat` holds it: what was asked, shown and answered so far.
 
-In: a loaded model, questions and images. Out: streams of answers, and the conversation as JSON that can be read back.
-An engine answers, so that a follow-up pays for its new words only; where it has no arithmetic for a model, and for beams,
-`model.generate` does. How it is typed and shown is in cli/chat.py and cli/terminal.py; the prompt is rendered by
-conversation.py and processor.py.
+In: a loaded model, questions and images. Out: handles that stream answers, and the conversation as JSON that can be read back.
+One engine answers all questions, so a follow-up is computed for its new tokens only. How a conversation is typed and shown is
+in cli/chat.py and cli/terminal.py; the prompt is rendered by conversation.py.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.conversation import Conversation, answer_end, get_template, with_image_placeholders
-from llava.engine.hf_engine import Answer, AnswerStream, Sampling, stream_answer
-from llava.engine.request import PromptSize
+from llava.conversation import Conversation, get_template, image_placeholder, with_image_placeholders
+from llava.engine.config import EngineConfig
+from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS, ImageLimits, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.engine.answer_stream import EngineStream
-    from llava.engine.engine import Engine
+    from llava.engine.base import BaseEngine
+    from llava.engine.handle import RequestHandle
     from llava.model.builder import LoadedModel
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "llava-conversation-1"
 
@@ -56,52 +52,41 @@ class Exchange:
     answer: str
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question on its way: its stream, its prompt, and how much of the context that takes."""
-
-    stream: AnswerStream | EngineStream
-    prompt: str
-    size: PromptSize
-    num_new_tokens: int  # at most, after what the context has room for
-
-
 class Session:
     """The state of one conversation. `waiting` are images that go with the next question.
 
-    `template` is the model's own unless one is given, `sampling` is greedy unless it says otherwise. `use_engine=False`
-    answers by `model.generate`, for whoever wants to watch the model's own methods.
+    Args:
+        loaded: What `llava.load` returned.
+        template: The conversation so far, usually empty; None: the model's own template.
+        sampling: How tokens are chosen; None: greedy.
+        engine: What answers; None: the one that `open_engine` chooses, opened at the first question.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         template: Conversation | None = None,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
-        use_engine: bool = True,
+        engine: BaseEngine | None = None,
     ) -> None:
         from llava.model.config import LlavaSettings
-        from llava.processor import Processor
 
-        settings = LlavaSettings.from_hf(loaded.model.config)
         self._loaded = loaded
         self._template = template or get_template(loaded.conv_mode)
-        self._sampling = sampling or Sampling()
-        self._use_engine = use_engine and self._sampling.num_beams == 1
-        # A language model without a vision tower comes without a processor; its prompts need only the tokenizer.
-        self._processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
+        self._sampling = sampling or SamplingParams()
+        self._given_engine = engine
+        self._placeholder = image_placeholder(LlavaSettings.from_hf(loaded.model.config).tokens.use_im_start_end)
         self.exchanges: list[Exchange] = []
         self.waiting: tuple[LoadedImage, ...] = ()
 
     def answer(self, question: str, *images: str | Path | Image.Image) -> str:
         """Ask about images (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
         self.attach([LoadedImage.open(image) for image in images])
-        with self.ask(question).stream as stream:
-            for _ in stream:
-                pass
-        self.record(question, stream.answer)
-        return stream.answer.text
+        with self.ask(question) as handle:
+            text: str = handle.result().text
+        self.record(question, text)
+        return text
 
     def attach(self, images: Sequence[LoadedImage]) -> None:
         self.refuse_without_tower(images)
@@ -113,67 +98,42 @@ class Session:
                 f"{self._loaded.info.folder} is a language model without a vision tower; it takes no images"
             )
 
-    def ask(self, question: str) -> Asked:
-        """Start answering. The question and the waiting images become history with `record`."""
-        conversation = self.conversation(question)
+    def ask(self, question: str) -> RequestHandle:
+        """Start answering.
+
+        Returns:
+            The request's handle: iterate over it for chunks of text; its `result()` is the whole answer. The question and
+            the waiting images become history with `record`.
+        """
         given = [*(image for exchange in self.exchanges for image in exchange.images), *self.waiting]
-        images = [image.image for image in given]
-        engine = self._engine if self._use_engine else None
-        return (
-            self._ask_model(conversation, images) if engine is None else self._ask_engine(engine, conversation, images)
-        )
-
-    def _ask_engine(self, engine: Engine, conversation: Conversation, images: list[Image.Image]) -> Asked:
-        from llava.engine.answer_stream import EngineStream, sampling_params
-        from llava.engine.request import Request
-
-        stream = EngineStream(engine, Request(conversation, images, sampling_params(self._sampling)))
-        return Asked(stream, conversation.get_prompt(), stream.size, stream.max_new_tokens)
-
-    def _ask_model(self, conversation: Conversation, images: list[Image.Image]) -> Asked:
-        inputs = self._processor(conversation, images)
-        num_image_tokens = inputs.num_image_tokens
-        size = PromptSize(inputs.num_tokens - num_image_tokens, num_image_tokens)
-        sampling = self._sampling.fitted(size, self._loaded.context_len)
-        stream = stream_answer(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            inputs.input_ids[None],
-            images=inputs.images,
-            image_sizes=inputs.image_sizes or None,
-            sampling=sampling,
-            stop=[answer_end(conversation)],
-        )
-        return Asked(stream, conversation.get_prompt(), size, sampling.max_new_tokens)
+        request = Request(self.conversation(question), [image.image for image in given], self._sampling)
+        return self._engine.stream(request)
 
     @cached_property
-    def _engine(self) -> Engine | None:
-        """One for the whole conversation, made at its first question; None where it cannot run the model."""
-        from llava.engine.engine import Engine, EngineConfig, unsupported_reason
+    def _engine(self) -> BaseEngine:
+        """One for the whole conversation."""
+        if self._given_engine is not None:
+            return self._given_engine
+        from llava.engine.selection import open_engine
 
-        reason = unsupported_reason(self._loaded.model)
-        if reason is not None:
-            logger.info("answering by model.generate: %s", reason)
-            return None
-        return Engine.from_loaded(self._loaded, EngineConfig(max_running=1))
+        return open_engine(self._loaded, EngineConfig(max_running=1), num_beams=self._sampling.num_beams)
 
-    def record(self, question: str, answer: Answer) -> None:
-        """Keep an answered question, a broken off one too. Without any answer it leaves no trace, and its images wait."""
-        if answer.text:
-            self.exchanges.append(Exchange(question, self.waiting, answer.text))
+    def record(self, question: str, answer: str) -> None:
+        """Keep a question and its answer, a cancelled one too. An empty answer is not kept, and its images wait."""
+        if answer:
+            self.exchanges.append(Exchange(question, self.waiting, answer))
             self.waiting = ()
 
     def conversation(self, question: str) -> Conversation:
         """The history and a question not answered yet, in the template's words."""
         conversation = self._template.copy()
         user, assistant = conversation.roles
-        placeholder = self._processor.image_placeholder
         for exchange in self.exchanges:
             conversation.append_message(
-                user, with_image_placeholders(exchange.question, len(exchange.images), placeholder)
+                user, with_image_placeholders(exchange.question, len(exchange.images), self._placeholder)
             )
             conversation.append_message(assistant, exchange.answer)
-        conversation.append_message(user, with_image_placeholders(question, len(self.waiting), placeholder))
+        conversation.append_message(user, with_image_placeholders(question, len(self.waiting), self._placeholder))
         conversation.append_message(assistant, None)
         return conversation
 

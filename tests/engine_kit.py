@@ -105,6 +105,6 @@ def expected(kind: str) -> tuple[tuple[int, ...], ...]:
 
 def answers_together(engine: Any, requests: Sequence[Request]) -> list[Result]:
     """All in the same first step: the engine's thread reads its mail when the last one is in."""
-    with engine._loop._changed:
+    with engine._worker._changed:
         handles = [engine.submit(request) for request in requests]
     return [handle.result(60) for handle in handles]

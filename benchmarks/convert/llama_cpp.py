@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks import ROOT
 from llava.assets import embedded_model_path
 from llava.convert.convert import ConversionOptions, convert
-from llava.engine.hf_engine import Sampling
+from llava.engine.request import SamplingParams
 from llava.mm_utils import expand2square
 from llava.model.builder import load
 from llava.session import Session
@@ -72,7 +72,9 @@ def main() -> None:
                         square.resize((side, side), Image.Resampling.BICUBIC).save(file)
                     for question in QUESTIONS:
                         theirs = ask_llama(args.program, pair, file, question)
-                        mine = Session(ours, sampling=Sampling(max_new_tokens=NUM_TOKENS)).answer(question, str(file))
+                        mine = Session(ours, sampling=SamplingParams(max_new_tokens=NUM_TOKENS)).answer(
+                            question, str(file)
+                        )
                         equal += mine.strip() == theirs
                         if mine.strip() != theirs:
                             different.append(

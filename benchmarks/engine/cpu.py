@@ -22,7 +22,8 @@ import transformers
 
 from llava.assets import embedded_model_path
 from llava.cli.bench import SHORT, Requests, memory_bandwidth
-from llava.engine.engine import Engine, EngineConfig
+from llava.engine.config import EngineConfig
+from llava.engine.engine import Engine
 from llava.engine.request import Request
 from llava.model.builder import load
 
@@ -54,7 +55,7 @@ def measure(name: str, sequences: Sequence[int], rounds: int, new: int, clock: C
     lines = []
     with Engine.from_loaded(ours, config) as engine:
         draw = Requests(engine)
-        decoder = engine._loop.runner.decoder
+        decoder = engine._worker.runner.decoder
         for num in sequences:
             ways: dict[str, Callable[[list[Request]], Any]] = {"stock": partial(stock, plain), "ours": engine.generate}
             times: dict[tuple[str, int], list[float]] = {}

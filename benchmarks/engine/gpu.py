@@ -31,7 +31,8 @@ from benchmarks.engine.stock import measure_stock
 from benchmarks.engine.workload import Subject, allocated, graph_seconds, tidy
 from benchmarks.plots import Panel, draw
 from benchmarks.train.single_gpu import FULL, TINY, say
-from llava.engine.engine import Engine, EngineConfig
+from llava.engine.config import EngineConfig
+from llava.engine.engine import Engine
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 
 # What the issue asks for, the measured peers (transformers 5.17, vLLM 0.22.0), and the limit, by row: (unit, ...).
@@ -262,7 +263,7 @@ def scale(bench: Bench) -> None:
     for num in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         if num <= bench.max_running:
             bench.tell(f"scale {num}", bench.decode_rate(num, runs=1, new=64 if num < 256 else 32))
-    decoder = bench.engine._loop.runner.decoder
+    decoder = bench.engine._worker.runner.decoder
     bench.tell("memory per request, MB", 700 * decoder.bytes_per_token / 1e6, bytes_per_token=decoder.bytes_per_token)
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava.engine.kv_cache import BlockPool
+from llava.engine.prompt import Prompt
 from llava.engine.scheduler import Scheduler
-from llava.engine.sequence import Prompt
-from llava.engine.sequence import Sequence as Completion
+from llava.engine.sequence import Sequence as RunningSequence
 
 IMAGE_TOKENS = 576
 LAYERS = 32
@@ -54,16 +54,18 @@ def steps(num_blocks: int, block_size: int, step_tokens: int) -> Iterator[Step]:
     for _ in range(512):
         num_text, num_new = chosen.randint(32, 256), chosen.randint(16, 512)
         length = 1 + num_text + IMAGE_TOKENS
-        scheduler.add(Completion(Prompt([5] * length, ()), max_total=length + num_new))
+        scheduler.add(RunningSequence(Prompt([5] * length, ()), max_total=length + num_new))
     while scheduler.has_work:
         step = scheduler.schedule()
-        yield Step(len(step.decode), sum(work.stop for work in step.decode), sum(work.count for work in step.prefill))
-        for work in step.work:
-            if work.chooses:
-                work.sequence.num_pending -= 1
-                work.sequence.ids.append(5)
-            if len(work.sequence.ids) >= work.sequence.max_total and not work.sequence.done:
-                scheduler.remove(work.sequence)
+        yield Step(
+            len(step.decode), sum(chunk.stop for chunk in step.decode), sum(chunk.count for chunk in step.prefill)
+        )
+        for chunk in step.chunks:
+            if chunk.samples:
+                chunk.sequence.num_pending -= 1
+                chunk.sequence.ids.append(5)
+            if len(chunk.sequence.ids) >= chunk.sequence.max_total and not chunk.sequence.done:
+                scheduler.remove(chunk.sequence)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ from benchmarks import ROOT
 from benchmarks.random_checkpoint import in_memory
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
-from llava.engine.hf_engine import Sampling
+from llava.engine.request import SamplingParams
 from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import Asker, Failure, ask
 from llava.eval.tasks.task import WORD_SUFFIX
@@ -105,7 +105,7 @@ def now() -> tuple[float, float]:
 
 def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple[Timing, list[str]]:
     """The runner's way: the engine, and every answer on disk."""
-    sampling = Sampling()
+    sampling = SamplingParams()
     texts = [""] * len(items)
     with Asker(setting.loaded, sampling, conv_mode="v1") as asker:
         asker.ask(list(enumerate(items))[:PER_IMAGE], lambda number, text: None, max_new_tokens=2)

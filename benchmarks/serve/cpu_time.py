@@ -21,7 +21,7 @@ import uvicorn
 from benchmarks.serve.overhead import MODEL, NUM_WORDS, Clients, Questions
 from llava.assets import embedded_model_path
 from llava.engine.config import EngineConfig
-from llava.engine.job import AnswerJob
+from llava.engine.sequence import GenerationState
 from llava.model.builder import load
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.app import make_app
@@ -66,16 +66,16 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
         schemas=SCHEMAS,
         lifespans=[service.lifespan],
     )
-    handing, add = [0.0], AnswerJob.add
+    handing, add = [0.0], GenerationState.add
 
-    def timed(self: AnswerJob, *given: object) -> bool:
+    def timed(self: GenerationState, *given: object) -> bool:
         started = time.thread_time()
         try:
             return add(self, *given)  # type: ignore[arg-type]
         finally:
             handing[0] += time.thread_time() - started
 
-    AnswerJob.add = timed  # type: ignore[method-assign,assignment]
+    GenerationState.add = timed  # type: ignore[method-assign,assignment]
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, http=PARSER, loop="asyncio", log_config=None, access_log=False))
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")

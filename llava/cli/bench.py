@@ -114,7 +114,7 @@ def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int
     draw = Requests(engine)
     result = engine.generate(draw(1))  # compiles and warms what there is to
     num_prompt = result.usage.num_prompt_tokens
-    decoder = engine._loop.runner.decoder
+    decoder = engine._worker.runner.decoder
     bandwidth = memory_bandwidth(decoder.device)
 
     def limit(num: int) -> float:

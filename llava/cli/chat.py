@@ -15,17 +15,17 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llava.cli.model_flags import add_model_flags, find_model, quantization_from
+from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
 from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, closest
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
 from llava.conversation import check_question, get_template
-from llava.engine.hf_engine import Answer, Sampling
+from llava.engine.request import Result
 from llava.errors import InputError
 from llava.images.io import ImageLimits
-from llava.session import Asked, LoadedImage, Session
+from llava.session import LoadedImage, Session
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
@@ -92,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    if args.top_p is not None and args.temperature == 0:
-        raise InputError("--top-p has no effect at temperature 0; give --temperature as well")
-    sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    sampling = sampling_from(args)
     sources, question = split_words(args.words)
     if args.conv_mode is not None:
         get_template(args.conv_mode)
@@ -209,35 +207,38 @@ class Chat:
 
     def answer(self, question: str) -> None:
         sources = [image.source for image in self.session.waiting]
-        asked = self.session.ask(question)
+        handle = self.session.ask(question)
         if self.args.verbose:
-            self.terminal.info(f"prompt: {asked.prompt!r}")
+            size, room = handle.size, handle.max_new_tokens
+            self.terminal.info(f"prompt: {self.session.conversation(question).get_prompt()!r}")
             self.terminal.info(
-                f"{asked.size.num_text_tokens} text and {asked.size.num_image_tokens} image tokens; "
-                f"at most {asked.num_new_tokens} new ones"
-                + (" (all that the context holds)" if asked.num_new_tokens < self.args.max_new_tokens else "")
+                f"{size.num_text_tokens} text and {size.num_image_tokens} image tokens; at most {room} new ones"
+                + (" (all that the context holds)" if room < self.args.max_new_tokens else "")
             )
-        answer = show(asked.stream, (lambda text: None) if self.args.json else self.terminal.write)
-        self.terminal.write((self.as_json(question, sources, asked, answer) if self.args.json else "") + "\n")
-        self.session.record(question, answer)
+        result = show(handle, (lambda text: None) if self.args.json else self.terminal.write)
+        self.terminal.write((self.as_json(question, sources, result) if self.args.json else "") + "\n")
+        self.session.record(question, result.text)
         if self.args.verbose:
-            speed = len(answer.token_ids) / max(answer.total_s, 1e-9)
-            first = f"first after {answer.first_token_s:.2f} s, " if answer.first_token_s is not None else ""
-            self.terminal.info(f"{len(answer.token_ids)} tokens, {first}{speed:.1f} per second; {answer.finish_reason}")
+            num_new, timings = result.usage.num_new_tokens, result.timings
+            speed = num_new / max(timings.total_s, 1e-9)
+            first = f"first after {timings.first_token_s:.2f} s, " if timings.first_token_s is not None else ""
+            reason = result.completions[0].finish_reason
+            self.terminal.info(f"{num_new} tokens, {first}{speed:.1f} per second; {reason}")
 
-    def as_json(self, question: str, sources: list[str], asked: Asked, answer: Answer) -> str:
-        row: dict[str, Any] = {
+    def as_json(self, question: str, sources: list[str], result: Result) -> str:
+        usage, timings = result.usage, result.timings
+        row = {
             "question": question,
             "images": sources,
-            "answer": answer.text,
-            "finish_reason": answer.finish_reason,
-            "num_text_tokens": asked.size.num_text_tokens,
-            "num_image_tokens": asked.size.num_image_tokens,
-            "num_new_tokens": len(answer.token_ids),
+            "answer": result.text,
+            "finish_reason": result.completions[0].finish_reason,
+            "num_text_tokens": usage.num_text_tokens,
+            "num_image_tokens": usage.num_image_tokens,
+            "num_new_tokens": usage.num_new_tokens,
             "seconds": {
                 "load": round(self.load_s, 3),
-                "first_token": None if answer.first_token_s is None else round(answer.first_token_s, 3),
-                "total": round(answer.total_s, 3),
+                "first_token": None if timings.first_token_s is None else round(timings.first_token_s, 3),
+                "total": round(timings.total_s, 3),
             },
         }
         return json.dumps(row, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""The flags that choose a model, the same in all programs, and the path that they mean.
+"""The flags that choose a model and say how it samples, the same in all programs, and what they mean.
 
-In: a parser, or a group of its flags; what was parsed. Out: flags; the path to load; the quantization. Nothing here
-imports torch. Loading itself is model/builder.py.
+In: a parser, or a group of its flags; what was parsed. Out: flags; the path to load; the quantization; the sampling
+parameters. Nothing here imports torch. Loading itself is model/builder.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 from argparse import Namespace
 from pathlib import Path
 
+from llava.engine.request import SamplingParams
+from llava.errors import InputError
 from llava.model.checkpoints.hub import looks_like_repository
 from llava.model.checkpoints.inspect import inspect
 
@@ -48,6 +50,17 @@ def add_model_flags(flags: Flags, *, bits: bool = True) -> None:
 def quantization_from(args: Namespace) -> str | None:
     """Translate --load-8bit and --load-4bit to the `quantization` argument of `llava.load`."""
     return "8bit" if args.load_8bit else "4bit" if args.load_4bit else None
+
+
+def sampling_from(args: Namespace) -> SamplingParams:
+    """Build the sampling parameters of --temperature, --top-p, --num-beams and --max-new-tokens.
+
+    A flag that the program does not have, or that was left out, is not given: the model's default holds.
+    """
+    if getattr(args, "top_p", None) is not None and args.temperature == 0:
+        raise InputError("--top-p has no effect at temperature 0; give --temperature as well")
+    names = ("temperature", "top_p", "num_beams", "max_new_tokens")
+    return SamplingParams.given(**{name: getattr(args, name, None) for name in names})
 
 
 def find_model(path: str | None) -> str:

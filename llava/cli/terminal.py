@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.cli.colors import RESET, Colors, style_code, wants_colors
-from llava.engine.hf_engine import Answer, AnswerStream
 from llava.errors import InputError
 
 if TYPE_CHECKING:
-    from llava.engine.answer_stream import EngineStream
+    from llava.engine.handle import RequestHandle
+    from llava.engine.request import Result
 
 
 class Terminal:
@@ -76,17 +76,18 @@ class Terminal:
         return Colors(self.use_colors and sys.stderr.isatty())(text, style)
 
 
-def show(stream: AnswerStream | EngineStream, write: Callable[[str], None]) -> Answer:
-    """Write an answer as it is generated, and return it. Ctrl-C ends the answer after the current token."""
-    with stream:
+def show(handle: RequestHandle, write: Callable[[str], None]) -> Result:
+    """Write an answer as it comes. Ctrl-C cancels the answer, after the token being computed, and not the program."""
+    with handle:
         try:
-            for piece in stream:
-                write(piece)
+            for chunk in handle:
+                write(chunk.text)
         except KeyboardInterrupt:
-            stream.cancel()
-            for piece in stream:  # text generated before the stop
-                write(piece)
-        return stream.answer
+            handle.abort()
+            for chunk in handle:  # what had come before the stop
+                write(chunk.text)
+        result: Result = handle.result()
+        return result
 
 
 def quiet_libraries() -> None:

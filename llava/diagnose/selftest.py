@@ -172,7 +172,7 @@ def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
 def check_length(loaded: LoadedModel) -> SelfTestItem:
     item = SelfTestItem(
         "the length of a sequence, by hand",
-        ("llava/images/layout.py:plan", "llava/engine/hf_engine.py:measure_prompt", "llava/model/splice.py:pad"),
+        ("llava/images/layout.py:plan", "llava/engine/request.py:PromptSize", "llava/model/splice.py:pad"),
     )
     for number in range(4):
         _, inputs = ask(loaded, number)
@@ -264,7 +264,8 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
         ),
     )
     from llava.conversation import answer_end, get_template
-    from llava.engine.hf_engine import Sampling
+    from llava.engine.hf_engine import HFEngine
+    from llava.engine.request import SamplingParams
     from llava.session import Session
     from llava.text.detokenizer import IncrementalDetokenizer
 
@@ -292,7 +293,9 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()
     item.check("4 stop text", reader.stopped and end not in text, f"after {end!r} nothing is shown: {text.strip()!r}")
-    answer = Session(loaded, sampling=Sampling(max_new_tokens=32), use_engine=False).answer(QUESTION, sample_image())
+    with HFEngine.from_loaded(loaded) as engine:
+        session = Session(loaded, sampling=SamplingParams(max_new_tokens=32), engine=engine)
+        answer = session.answer(QUESTION, sample_image())
     item.add("answer", answer, "text")
     left = [token for token in {*special, "<image>"} if token in answer]
     item.check(

@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from llava.cli.colors import Colors, shows_unicode, wants_colors
-from llava.cli.model_flags import add_model_flags
+from llava.cli.model_flags import add_model_flags, sampling_from
 from llava.cli.program import ArgumentParser
 from llava.conversation import check_question, get_template
 from llava.diagnose.tracer.record import POINTS, Trace
-from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
 
 EXIT_FAILED = 1
@@ -97,7 +96,7 @@ def _trace_question(args: Namespace) -> int:
     images = [LoadedImage.open(source) for source in sources]
     check_question(question, len(images))
     args.model_path = find_model(args.model_path)
-    sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+    sampling = sampling_from(args)
     args.load_8bit, args.load_4bit, args.verbose = False, False, False
 
     loaded = load_model(args)

@@ -16,7 +16,7 @@ WEIGHTS = ("int8", "fp8", "int4")
 class EngineConfig:
     """What an engine may use, and how it schedules."""
 
-    max_running: int | None = None  # sequences computed together; None: 256 on a GPU, 32 on a CPU
+    max_running: int | None = None  # sequences that run together; None: 256 on a GPU, 32 on a CPU
     max_waiting: int = 2048  # requests that may wait; one more is refused with QueueFull
     max_step_tokens: int | None = None  # prompt tokens computed in one step; None: 4096 on a GPU, 512 on a CPU
     context_len: int | None = None  # positions of one sequence; None: what the model was trained with
@@ -26,7 +26,7 @@ class EngineConfig:
     prefix_cache: bool = True  # keep keys and values of finished prompts for those that begin alike
     feature_cache_bytes: int = 512 * 2**20  # image features kept for images that come again; 0 keeps none
     weights: str | None = None  # "int8", "fp8" or "int4": hold the language model's weights in that form
-    speculation: int = 0  # tokens guessed ahead from the text so far, for greedy answers; 0 guesses none
+    speculation: int = 0  # draft tokens from n-grams of the text so far, for greedy answers; 0: none
     graphs: bool = True  # record decoding steps as CUDA graphs (nothing on a CPU)
     overlap: bool = True  # begin a step before the last one's tokens have been read (nothing on a CPU)
 
@@ -58,7 +58,7 @@ class QueueFull(EngineError):
 
 
 class EngineClosed(EngineError):
-    """The engine was closed before the request was finished, or before it was handed in."""
+    """The engine was closed before the request was finished, or before it was submitted."""
 
 
 class Cancelled(EngineError):

@@ -19,7 +19,7 @@ from llava.engine.decoder import Decoder
 from llava.engine.input_batch import StepArrays, StepTensors
 
 PROMPT_TOKENS = (16, 32, 64, 128, 256)  # beyond, a GPU is busy for longer than Python needs to launch
-PROMPT_ROWS = 8  # sequences in a recorded step of prompts
+PROMPT_SEQUENCES = 8  # sequences in a recorded step of prompts
 TILES = (1, 2, 3, 4, 5, 6, 8)  # of the vision tower
 
 
@@ -37,7 +37,7 @@ class _Recorded:
 
 
 class StepGraphs:
-    """Recordings of a decoder's steps. `newest` (rows,) are the running sequences' last tokens."""
+    """Recordings of a decoder's steps. `newest` (slots,) are the running sequences' last tokens."""
 
     def __init__(self, decoder: Decoder, newest: Tensor, *, max_running: int, num_table: int, max_context: int) -> None:
         self._decoder, self._newest = decoder, newest
@@ -51,21 +51,21 @@ class StepGraphs:
             self._prompt[size] = self._record_prompt(size)
         self._decode_sizes, self._prompt_sizes = sorted(self._decode), sorted(self._prompt)
 
-    def decode_size(self, num_rows: int) -> tuple[int, int, int] | None:
+    def decode_size(self, num_sequences: int) -> tuple[int, int, int] | None:
         """How large the arrays of a decoding step must be; None where it was not recorded."""
-        size = _at_least(num_rows, self._decode_sizes)
+        size = _at_least(num_sequences, self._decode_sizes)
         return None if size is None else (size, size, self._num_table)
 
-    def prompt_size(self, num_tokens: int, num_rows: int) -> tuple[int, int, int] | None:
-        size = _at_least(num_tokens, self._prompt_sizes) if num_rows <= PROMPT_ROWS else None
-        return None if size is None else (size, PROMPT_ROWS, self._num_table)
+    def prompt_size(self, num_tokens: int, num_sequences: int) -> tuple[int, int, int] | None:
+        size = _at_least(num_tokens, self._prompt_sizes) if num_sequences <= PROMPT_SEQUENCES else None
+        return None if size is None else (size, PROMPT_SEQUENCES, self._num_table)
 
     def decode(self, arrays: StepArrays) -> tuple[Tensor, Tensor]:
-        """Logits (S, V) and the rows (S,) that they belong to; good until the next replay."""
+        """Logits (S, V) and the slots (S,) that they belong to; good until the next replay."""
         recorded = self._decode[arrays.size[0]]
         step = arrays.sent(self._decoder.device, into=recorded.buffers[0])
         recorded.graph.replay()
-        return recorded.result, step.rows
+        return recorded.result, step.slots
 
     def prompt(self, arrays: StepArrays, embeds: Tensor) -> Tensor:
         """Hidden states (T, D)."""
@@ -81,14 +81,14 @@ class StepGraphs:
         plan = step.plan(1, self._max_context)
 
         def run() -> Tensor:
-            embeds = decoder.embedding[self._newest[step.rows]]
+            embeds = decoder.embedding[self._newest[step.slots]]
             return decoder.logits(decoder.hidden_states(embeds, plan))
 
         return _record(run, (step.flat,), self._pool)
 
     def _record_prompt(self, size: int) -> _Recorded:
         decoder = self._decoder
-        step = StepTensors.empty((size, PROMPT_ROWS, self._num_table), decoder.device)
+        step = StepTensors.empty((size, PROMPT_SEQUENCES, self._num_table), decoder.device)
         plan = step.plan(size, self._max_context)
         embeds = torch.zeros(size, decoder.embedding.shape[1], dtype=decoder.dtype, device=decoder.device)
         return _record(lambda: decoder.hidden_states(embeds.clone(), plan), (step.flat, embeds), self._pool)

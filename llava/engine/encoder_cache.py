@@ -1,4 +1,4 @@
-"""Image features kept for images that come again, bounded in bytes, the one not used for longest dropped first.
+"""A cache of image features, bounded in bytes; the least recently used are dropped first.
 
 In and out: an image's key (content and layout) and its features (n, D). Whoever holds features keeps them alive, whatever
 happens here.

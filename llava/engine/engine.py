@@ -1,7 +1,7 @@
-"""Many questions to one model at a time: the interface of the engine.
+"""The engine: many questions to one model at a time, over a paged key-value cache.
 
-In: requests (request.py) from any thread. Out: results, or handles that give chunks as they come. Prompts are made in the
-caller's thread (prompt.py); loop.py computes in a thread of its own, whatever asks: chat, a server, an evaluation.
+In: requests (request.py) from any thread. Out: results, or handles that give chunks as they come. What its interface is stands
+in base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py computes in a thread of its own.
 
     with Engine.from_loaded(llava.load(path)) as engine:
         results = engine.generate([Request(conversation, [image]), ...])
@@ -10,72 +10,35 @@ caller's thread (prompt.py); loop.py computes in a thread of its own, whatever a
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 
-from llava.conversation import Conversation, answer_end
-from llava.engine.config import EngineClosed, EngineConfig, EngineError, QueueFull, UnsupportedModelError
-from llava.engine.decoder import Decoder, unsupported_reason
+from llava.engine.base import BaseEngine, EngineStats, end_ids_of
+from llava.engine.config import EngineConfig
+from llava.engine.decoder import Decoder
 from llava.engine.encoder_cache import EncoderCache
-from llava.engine.grammar import GrammarMaker
+from llava.engine.grammar import Grammar, GrammarMaker
 from llava.engine.handle import RequestHandle
-from llava.engine.job import AnswerJob, Job, ScoreJob
 from llava.engine.kernels import pick_kernels
-from llava.engine.kv_cache import BlockPool
-from llava.engine.loop import Loop
-from llava.engine.memory import num_blocks_for
-from llava.engine.ngram import guess
-from llava.engine.prompt import PromptBuilder
-from llava.engine.request import PromptSize, Request, Result, SamplingParams, Score, ScoreRequest
+from llava.engine.kv_cache import BlockPool, num_blocks_for
+from llava.engine.loop import EngineLoop
+from llava.engine.prompt import Prompt
+from llava.engine.prompt_builder import PromptBuilder
+from llava.engine.request import Request, SamplingParams, Score, ScoreRequest
 from llava.engine.runner import Runner
-from llava.engine.sampler import Choice, Sampler
+from llava.engine.sampler import Sampler
 from llava.engine.scheduler import Scheduler
-from llava.engine.sequence import Prompt
-from llava.engine.sequence import Sequence as Completion
+from llava.engine.sequence import ScoringState
+from llava.engine.sequence import Sequence as RunningSequence
 from llava.errors import InputError
 from llava.images.gpu_preprocess import GpuPreprocessor
-from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
-from llava.text.detokenizer import IncrementalDetokenizer
-
-__all__ = [
-    "Engine",
-    "EngineClosed",
-    "EngineConfig",
-    "EngineError",
-    "EngineStats",
-    "QueueFull",
-    "UnsupportedModelError",
-    "unsupported_reason",
-]
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """The state of an engine now, and what it has done so far."""
-
-    num_waiting: int
-    num_running: int
-    num_blocks: int
-    num_blocks_used: int
-    block_size: int
-    num_cached_blocks_found: int
-    num_features_found: int
-    feature_cache_bytes: int
-    num_preemptions: int
-    num_steps: int
-    num_prompt_tokens: int  # computed; those found in the cache are not among them
-    num_new_tokens: int
-    num_finished: int
-
-
-class Engine:
+class Engine(BaseEngine):
     """Answers requests with one model, as many together as there is memory for.
 
     The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away.
@@ -83,26 +46,23 @@ class Engine:
 
     def __init__(self, model: Any, processor: Processor, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
-        self.config = config
-        self.model = model
-        self.tokenizer = processor.tokenizer
         on_gpu = torch.device(model.device).type == "cuda"
-        self.context_len = min(config.context_len or context_len(model.config), context_len(model.config))
+        max_positions = min(config.context_len or context_len(model.config), context_len(model.config))
         max_running = config.max_running or (256 if on_gpu else 32)
         max_step_tokens = config.max_step_tokens or (4096 if on_gpu else 512)
         block_size = config.block_size or (64 if on_gpu else 16)
         kernels = pick_kernels(model.device, model.dtype)
-        decoder = Decoder(model, kernels, weights=config.weights, max_positions=self.context_len)
+        decoder = Decoder(model, kernels, weights=config.weights, max_positions=max_positions)
         num_blocks = config.num_blocks or num_blocks_for(
             decoder,
             block_size=block_size,
             memory_fraction=config.memory_fraction,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
-            context_len=self.context_len,
+            context_len=max_positions,
         )
         decoder.allocate(num_blocks, block_size)
-        self._limit = min(self.context_len, num_blocks * block_size)
+        limit = min(max_positions, num_blocks * block_size)
         vocab_size = decoder.embedding.shape[0]
         self._pool = BlockPool(num_blocks, caching=config.prefix_cache)
         self._features = EncoderCache(config.feature_cache_bytes)
@@ -114,7 +74,7 @@ class Engine:
             self._features,
             block_size=block_size,
             max_running=max_running,
-            max_blocks=-(-self._limit // block_size),
+            max_blocks=-(-limit // block_size),
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
             gpu_preprocessor=gpu_preprocessor,
         )
@@ -127,52 +87,29 @@ class Engine:
             block_size=block_size,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
-            draft=(lambda sequence: guess(sequence, config.speculation)) if config.speculation else None,
+            draft=(lambda sequence: sequence.draft_tokens(config.speculation)) if config.speculation else None,
         )
-        self._build_prompt = PromptBuilder(
+        self._prompt_builder = PromptBuilder(
             processor,
             vocab_size=vocab_size,
-            knows=self._features.__contains__,
+            is_cached=self._features.__contains__,
             on_device=gpu_preprocessor is not None,
         )
-        self._vocab_size = vocab_size
-        self._end_ids = _end_ids(model, self.tokenizer)
-        self._make_grammar = GrammarMaker(self.tokenizer, vocab_size=vocab_size, end_ids=self._end_ids)
-        self._names = itertools.count()
+        self._make_grammar_of = GrammarMaker(
+            processor.tokenizer, vocab_size=vocab_size, end_ids=end_ids_of(model, processor.tokenizer)
+        )
         overlap = on_gpu and config.overlap and not config.speculation
-        self._loop = Loop(scheduler, runner, overlap=overlap, max_waiting=config.max_waiting)
-        # The loop knows nothing of this object, so forgetting the engine, or leaving the program, ends the thread.
-        self._close = weakref.finalize(self, self._loop.close)
-
-    @classmethod
-    def from_loaded(cls, loaded: Any, config: EngineConfig | None = None) -> Engine:
-        """The engine of what `llava.load` gave. A language model without a vision tower answers text."""
-        processor = loaded.processor or Processor(loaded.tokenizer, None, LlavaSettings.from_hf(loaded.model.config))
-        return cls(loaded.model, processor, config)
-
-    # Asking.
-
-    @overload
-    def generate(self, requests: Request) -> Result: ...
-    @overload
-    def generate(self, requests: Sequence[Request]) -> list[Result]: ...
-    def generate(self, requests: Request | Sequence[Request]) -> Result | list[Result]:
-        """Answer one request, or many together in the order given; waits for all, and for room in the queue."""
-        if isinstance(requests, Request):
-            return self._submit(requests, streamed=False, wait=True).result()
-        return self._results([self._submit(request, streamed=False, wait=True) for request in requests])
-
-    def submit(
-        self, request: Request, *, streamed: bool = True, make_handle: Callable[..., RequestHandle] = RequestHandle
-    ) -> RequestHandle:
-        """Hand a request in. Raises InputError for what cannot work, and QueueFull.
-
-        Without `streamed` there are no chunks, only the result, for which less has to be done at every token. A handle
-        of another kind can take what comes in the engine's own thread.
-        """
-        return self._submit(request, streamed=streamed, wait=False, make_handle=make_handle)
-
-    stream = submit  # the handle is the stream
+        self._worker: EngineLoop
+        super().__init__(
+            model,
+            processor,
+            config,
+            EngineLoop(scheduler, runner, overlap=overlap, max_waiting=config.max_waiting),
+            max_running=max_running,
+            context_len=max_positions,
+            limit=limit,
+            vocab_size=vocab_size,
+        )
 
     @overload
     def score(self, requests: ScoreRequest) -> Score: ...
@@ -184,15 +121,12 @@ class Engine:
             return self._submit_score(requests).result()
         return self._results([self._submit_score(request) for request in requests])
 
-    def abort(self, request_id: str) -> None:
-        """End a request within a step; one that is unknown, or over, is left alone."""
-        self._loop.abort(request_id)
-
     def stats(self) -> EngineStats:
-        loop, scheduler, pool = self._loop, self._loop.scheduler, self._pool
+        worker, scheduler, pool = self._worker, self._worker.scheduler, self._pool
         return EngineStats(
-            num_waiting=loop.num_waiting,
+            num_waiting=worker.num_waiting,
             num_running=len(scheduler.running),
+            num_finished=worker.num_finished,
             num_blocks=pool.num_blocks,
             num_blocks_used=pool.num_used,
             block_size=scheduler.block_size,
@@ -200,114 +134,37 @@ class Engine:
             num_features_found=self._features.num_hits,
             feature_cache_bytes=self._features.num_bytes,
             num_preemptions=scheduler.num_preemptions,
-            num_steps=loop.stats.num_steps,
-            num_prompt_tokens=loop.stats.num_prompt_tokens,
-            num_new_tokens=loop.stats.num_new_tokens,
-            num_finished=loop.stats.num_finished,
+            num_steps=worker.stats.num_steps,
+            num_prompt_tokens=worker.stats.num_prompt_tokens,
+            num_new_tokens=worker.stats.num_new_tokens,
         )
 
-    @property
-    def alive(self) -> bool:
-        """Whether requests are being answered; False after `close`, and where the thread that computes has died."""
-        return self._loop.alive
+    def _build_prompt(self, request: Request) -> Prompt:
+        return self._prompt_builder(request)
 
-    def close(self) -> None:
-        """Cancel what runs, and end the thread. The model stays."""
-        self._close()
+    def _make_grammar(self, params: SamplingParams) -> Grammar | None:
+        return self._make_grammar_of(params)
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    # Handing in.
-
-    def _submit(
-        self,
-        request: Request,
-        *,
-        streamed: bool,
-        wait: bool,
-        make_handle: Callable[..., RequestHandle] = RequestHandle,
-    ) -> RequestHandle:
-        params = request.sampling
-        self._check(params)
-        prompt = self._build_prompt(request)
-        handle = self._handle(request.request_id, prompt, params.max_new_tokens, make_handle)
-        ends, stop = self._ends_of(request)
-        readers = [
-            IncrementalDetokenizer(
-                self.tokenizer, stop, end_ids=ends, min_tokens=params.min_new_tokens,
-                keep_space=params.json_schema is not None or params.regex is not None,
+    def _check(self, params: SamplingParams) -> None:
+        super()._check(params)
+        if params.num_beams > 1:
+            raise InputError(
+                f"num_beams is {params.num_beams}, and the engine searches one beam; give 1, or use llava.engine.HFEngine"
             )
-            for _ in range(params.n)
-        ]  # fmt: skip
-        job = AnswerJob(handle, prompt, readers, streamed=streamed)
-        job.sequences = [
-            Completion(
-                prompt,
-                max_total=len(prompt.ids) + handle.max_new_tokens,
-                owner=job,
-                index=index,
-                choice=Choice(params, index, frozenset(readers[0].end_ids), self._make_grammar(params)),
-            )
-            for index in range(params.n)
-        ]
-        return self._hand_in(job, wait=wait)
 
     def _submit_score(self, request: ScoreRequest) -> RequestHandle:
-        prompt, continuation = self._build_prompt.with_continuation(request)
+        prompt, continuation = self._prompt_builder.with_continuation(request)
         handle = self._handle(None, prompt, len(continuation))
         if handle.max_new_tokens < len(continuation):
             raise InputError(
                 f"a prompt of {handle.size.total} tokens and a continuation of {len(continuation)} do not fit a context of "
                 f"{self._limit}"
             )
-        job = ScoreJob(handle, prompt)
+        state = ScoringState(handle, prompt)
         total = len(prompt.ids) + len(continuation)
-        job.sequences = [Completion(prompt, max_total=total, owner=job, continuation=continuation)]
-        return self._hand_in(job, wait=True)
-
-    def _hand_in(self, job: Job, *, wait: bool) -> RequestHandle:
-        self._loop.add(job, wait=wait)
-        return job.handle
-
-    def _handle(
-        self,
-        name: str | None,
-        prompt: Prompt,
-        wanted: int,
-        make_handle: Callable[..., RequestHandle] = RequestHandle,
-    ) -> RequestHandle:
-        size = PromptSize(prompt.num_text_tokens, prompt.num_image_tokens)
-        # The handle keeps this engine alive until it is forgotten itself.
-        room = size.room(self._limit, wanted)
-        return make_handle(name or f"request-{next(self._names)}", self.abort, self._loop.wakeups, size, room)
-
-    def _results(self, handles: list[RequestHandle]) -> list[Any]:
-        try:
-            return [handle.result() for handle in handles]
-        except BaseException:  # one has failed, or Ctrl-C: nobody waits for the others
-            for handle in handles:
-                handle.abort()
-            raise
-
-    def _check(self, params: SamplingParams) -> None:
-        for what, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            wrong = next((token for token in tokens if token >= self._vocab_size), None)
-            if wrong is not None:
-                raise InputError(f"{what} names token {wrong}, and this model's tokens are 0 to {self._vocab_size - 1}")
-
-    def _ends_of(self, request: Request) -> tuple[set[int], list[str]]:
-        """Ids and strings that end an answer: the model's, the template's of a conversation, and the request's."""
-        params = request.sampling
-        ends, stop = set(params.stop_token_ids), list(params.stop)
-        if not params.ignore_eos:
-            ends |= self._end_ids
-            if isinstance(request.prompt, Conversation):
-                stop.append(answer_end(request.prompt))
-        return ends, stop
+        state.sequences = [RunningSequence(prompt, max_total=total, request=state, continuation=continuation)]
+        self._worker.add(state, wait=True)
+        return handle
 
 
 def _gpu_preprocessor(processor: Processor, device: torch.device) -> GpuPreprocessor | None:
@@ -319,10 +176,3 @@ def _gpu_preprocessor(processor: Processor, device: torch.device) -> GpuPreproce
     ):
         return None
     return GpuPreprocessor(processor.image_processor, processor.policy, device)
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens at which `model.generate` ends too."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = named if isinstance(named, (list, tuple)) else [named]
-    return frozenset(int(token) for token in [*named, tokenizer.eos_token_id] if token is not None)

@@ -1,4 +1,4 @@
-"""A request that was handed in, on the side of whoever waits for it: in a thread, or in an event loop.
+"""The handle of a submitted request, for whoever waits for it: in a thread, or in an event loop.
 
 In: chunks and the end, put by the engine's thread. Out: an iterator of `Chunk` (`for` or `async for`), and the result.
 """
@@ -10,13 +10,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from llava.engine.request import Chunk, PromptSize
 
 
 class Wakeups:
-    """Whom to tell, after a step, that something has come. All readers in an event loop are woken by one call."""
+    """Readers to wake after a step. All readers in an event loop are woken by one call."""
 
     def __init__(self) -> None:
         self._events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
@@ -47,7 +47,10 @@ def _set_all(events: list[asyncio.Event]) -> None:
 
 
 class PendingAnswer:
-    """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not."""
+    """Chunks come once, to one reader. `result()` waits for the end, whether chunks are read or not.
+
+    Leaving a `with` block aborts a request that is not finished.
+    """
 
     def __init__(self, request_id: str, abort: Callable[[str], None], wakeups: Wakeups) -> None:
         self.request_id = request_id
@@ -65,6 +68,14 @@ class PendingAnswer:
         """Stop within a step. What has come stays; completions not finished end as "cancelled"."""
         self._abort(self.request_id)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._done:
+            self.abort()
+            self.wait_until_done()
+
     @property
     def done(self) -> bool:
         return self._done
@@ -78,7 +89,7 @@ class PendingAnswer:
         return self._result
 
     def wait_until_done(self, timeout: float | None = None) -> bool:
-        """Wait for the end, whatever it is; False where the time is over first."""
+        """Wait for the end, whatever it is; returns False after `timeout` seconds without it."""
         with self._changed:
             # In pieces, which let Ctrl-C through on systems where a waiting lock does not.
             while timeout is None and not self._done:
@@ -145,7 +156,7 @@ class PendingAnswer:
             raise self._error
         return None
 
-    # The side of the thread that answers, which sends the wakeups when it has put all that there is.
+    # The side of the thread that computes, which sends the wakeups when it has put all chunks of a step.
 
     def put(self, chunk: Chunk) -> None:
         with self._changed:
@@ -172,7 +183,7 @@ class PendingAnswer:
 
 
 class RequestHandle(PendingAnswer):
-    """A request in an engine of this process, of which it is known how long it is."""
+    """The handle of a request in an engine of this process, whose prompt is measured."""
 
     def __init__(
         self, request_id: str, abort: Callable[[str], None], wakeups: Wakeups, size: PromptSize, max_new_tokens: int

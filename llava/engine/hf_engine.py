@@ -1,231 +1,261 @@
-"""One answer, as text that arrives piece by piece.
+"""An engine over `model.generate`: one request after another, for what the engine does not do.
 
-In: a loaded model and its tokenizer, a prompt as token ids (-200 for each image) and pixels. Out: an `AnswerStream`,
-an iterator of text, and after its end an `Answer`; one token at most after `cancel()`. Prompts come from conversation.py
-and processor.py, the text is read off the tokens by text/detokenizer.py, and the loop over tokens is the model's `generate`.
-This is for what the engine does not do: beams, and language models that it has no arithmetic for.
+In: requests (request.py) from any thread. Out: results, or handles that give chunks as they come. This runs beam search, and
+language models that the engine has no arithmetic for. serve/cli.py, eval/run_llava.py and diagnose/tracer/generation.py ask for
+it by name, because it calls the model's own `generate` and `forward`.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
-import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import check_placeholders
-from llava.engine.request import PromptSize
+from llava.conversation import Conversation, check_placeholders
+from llava.engine.base import BaseEngine, EngineStats
+from llava.engine.config import EngineConfig
+from llava.engine.prompt import Prompt
+from llava.engine.prompt_builder import check_token_ids
+from llava.engine.request import Request, SamplingParams, ScoreRequest
+from llava.engine.sequence import GenerationState, RequestState, SamplingState
+from llava.engine.sequence import Sequence as RunningSequence
+from llava.engine.worker import Worker
 from llava.errors import InputError
-from llava.images.layout import ImagePolicy, plan
-from llava.text.detokenizer import IncrementalDetokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from llava.model.config import LlavaSettings
+from llava.model.tokenizer_setup import context_len
+from llava.processor import ModelInputs, Processor
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. Temperature 0 takes the likeliest one each time."""
+class ModelPrompt(Prompt):
+    """A prompt as `model.generate` takes it. In `ids`, every image feature is -1."""
 
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"the temperature is {self.temperature}; give 0 (always the likeliest token) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top-p is {self.top_p}; give a share of probability above 0 and at most 1")
-        if self.num_beams < 1:
-            raise InputError(f"the number of beams is {self.num_beams}; give 1 or more")
-        if self.max_new_tokens < 1:
-            raise InputError(f"the number of new tokens is limited to {self.max_new_tokens}; allow 1 or more")
-
-    def fitted(self, prompt: PromptSize, context_len: int) -> Sampling:
-        """The same with no more new tokens than the context has room for after a prompt."""
-        return replace(self, max_new_tokens=prompt.room(context_len, self.max_new_tokens))
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """The same for `model.generate`."""
-        sampled = self.temperature > 0
-        chosen = {"temperature": self.temperature, "top_p": self.top_p} if sampled else {}
-        return {
-            "do_sample": sampled,
-            "num_beams": self.num_beams,
-            **{name: value for name, value in chosen.items() if value is not None},
-        }
-
-
-def measure_prompt(
-    input_ids: Sequence[int], image_sizes: Sequence[Sequence[int]], policy: ImagePolicy | None
-) -> PromptSize:
-    """Count a prompt's positions before anything is computed, and its image placeholders against its images."""
-    num_placeholders = sum(1 for token in input_ids if token == IMAGE_TOKEN_INDEX)
-    check_placeholders(num_placeholders, len(image_sizes))
-    num_image_tokens = sum(plan(size, policy).num_features for size in image_sizes) if policy else 0
-    return PromptSize(len(input_ids) - num_placeholders, num_image_tokens)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer. `finish_reason` is "stop", "length" or "cancelled"; times count from the start, in seconds."""
-
-    text: str
-    finish_reason: str
-    token_ids: tuple[int, ...] = field(repr=False)
-    first_token_s: float | None
-    total_s: float
-
-
-def stream_answer(
-    model: Any,
-    tokenizer: Any,
-    input_ids: Tensor,
-    *,
-    images: Tensor | Sequence[Tensor] | None = None,
-    image_sizes: Sequence[Sequence[int]] | None = None,
-    sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
-) -> AnswerStream:
-    """Start answering one prompt (1, L) in a thread of its own, and hand its text out as it comes.
-
-    Use it as `with stream_answer(...) as stream:`; leaving the block early cancels. With several beams nothing is
-    certain before the end, so the text then comes in one piece.
-    """
-    sampling = sampling or Sampling()
-    return AnswerStream(model, tokenizer, input_ids, images, image_sizes, sampling, stop)
-
-
-class AnswerStream:
-    """Iterator of text pieces, never empty; joined they are `answer.text`."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        input_ids: Tensor,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-    ) -> None:
-        self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._sampling = sampling
-        self._started = time.perf_counter()
-        self._first_token_s: float | None = None
-        self._answer: Answer | None = None
-        self._reader = IncrementalDetokenizer(tokenizer, stop)
-        arguments = sampling.generate_arguments()
-        self._num_prompt = 0
-        if hasattr(model, "image_policy"):
-            arguments.update(images=images, image_sizes=image_sizes)
-        else:  # a plain language model: takes ids on its own device, and repeats them before the new ones
-            input_ids, self._num_prompt = input_ids.to(model.device), input_ids.shape[1]
-        if model.generation_config.pad_token_id is None:  # a single row is never padded; transformers wants one named
-            arguments["pad_token_id"] = tokenizer.eos_token_id
-        self._thread = threading.Thread(target=self._run, args=(model, input_ids, arguments), daemon=True)
-        self._thread.start()
-        # A program that ends in the middle of an answer waits for the token being computed: torch must not be cut short.
-        weakref.finalize(self, _stop, self._cancelled, self._thread)
-
-    # The reader's side.
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            try:
-                # The timeout lets Ctrl-C through on systems where a waiting lock does not.
-                piece = self._pieces.get(timeout=1.0)
-            except queue.Empty:
-                continue
-            if piece is None:
-                self._pieces.put(None)  # whoever asks again after the end is told again
-                self._thread.join()
-                raise StopIteration
-            if isinstance(piece, BaseException):
-                self._pieces.put(None)
-                raise piece
-            return piece
-
-    def cancel(self) -> None:
-        """Stop after the token that is being computed; what has come so far stays."""
-        self._cancelled.set()
-
-    def __enter__(self) -> AnswerStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.cancel()
-        self._thread.join()
+    inputs: ModelInputs
 
     @property
-    def answer(self) -> Answer:
-        """The whole answer, once the stream has ended or was cancelled; waits for that."""
-        self._thread.join()
-        if self._answer is None:
-            raise RuntimeError("generation failed, so there is no answer; the iterator raised why")
-        return self._answer
+    def num_image_tokens(self) -> int:
+        return self.inputs.num_image_tokens
 
-    # The model's side, in the thread.
 
-    def _run(self, model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> None:
-        import torch
+class HFEngine(BaseEngine):
+    """Answers requests through `model.generate`, one after another."""
 
-        try:
-            with torch.inference_mode():
-                output = model.generate(
-                    input_ids,
-                    max_new_tokens=self._sampling.max_new_tokens,
-                    use_cache=True,
-                    stopping_criteria=[self._watch],
-                    **arguments,
-                )
-            if self._sampling.num_beams > 1:
-                self._read(output[0, self._num_prompt :].tolist())
-            self._put(self._reader.finish())
-            self._answer = Answer(
-                text=self._reader.text,
-                finish_reason=self._finish_reason(),
-                token_ids=tuple(self._reader.token_ids),
-                first_token_s=self._first_token_s,
-                total_s=time.perf_counter() - self._started,
+    def __init__(self, model: Any, processor: Processor, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        if config.weights is not None:
+            raise InputError(
+                f"weights is {config.weights!r}, and model.generate takes the model's weights as they are; load the model "
+                "with load_8bit or load_4bit instead"
             )
-            self._pieces.put(None)
-        except BaseException as error:  # handed to the thread that reads, which raises it
-            self._pieces.put(error)
+        positions = min(config.context_len or context_len(model.config), context_len(model.config))
+        self._processor = processor
+        self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
+        self._worker: GenerateLoop
+        super().__init__(
+            model,
+            processor,
+            config,
+            GenerateLoop(model, processor.tokenizer, max_waiting=config.max_waiting),
+            max_running=1,
+            context_len=positions,
+            limit=positions,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+        )
 
-    def _watch(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Called by `generate` after every token with all new ones; says for each row whether to stop."""
-        import torch
+    @classmethod
+    def of_parts(cls, model: Any, tokenizer: Any, image_processor: Any) -> HFEngine:
+        """The engine of what `load_pretrained_model` returned."""
+        settings = LlavaSettings.from_hf(model.config)
+        return cls(model, Processor(tokenizer, image_processor, settings, policy=model.image_policy()))
 
-        if self._sampling.num_beams == 1:
-            self._read(input_ids[0, self._num_prompt + len(self._reader.token_ids) :].tolist())
-        done = self._reader.stopped or self._cancelled.is_set()
-        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+    def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Any:
+        raise InputError("model.generate scores no continuations; the engine does, for models that it can run")
 
-    def _read(self, token_ids: list[int]) -> None:
-        if self._first_token_s is None and token_ids:
-            self._first_token_s = time.perf_counter() - self._started
-        self._put(self._reader.read(token_ids))
+    def stats(self) -> EngineStats:
+        worker = self._worker
+        return EngineStats(worker.num_waiting, worker.num_running, worker.num_finished)
 
-    def _put(self, text: str) -> None:
-        if text:
-            self._pieces.put(text)
+    def _build_prompt(self, request: Request) -> Prompt:
+        if request.images and self._processor.image_processor is None:
+            raise InputError("this model has no vision tower, so it cannot look at images")
+        prompt, images = request.prompt, request.images
+        with self._lock:
+            if isinstance(prompt, (Conversation, str)):
+                inputs = self._processor(prompt, images, details=request.details)
+            else:
+                given = check_token_ids(prompt, self._vocab_size, with_images=True)
+                check_placeholders(given.count(IMAGE_TOKEN_INDEX), len(images))
+                inputs = self._processor.inputs(given, images, details=request.details)
+        ids: list[int] = []
+        layouts = iter(inputs.layouts)
+        for token in inputs.input_ids.tolist():
+            ids += [-1] * next(layouts).num_features if token == IMAGE_TOKEN_INDEX else [token]
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ModelPrompt(ids, (), inputs)
 
-    def _finish_reason(self) -> str:
-        if not self._reader.stopped and len(self._reader.token_ids) >= self._sampling.max_new_tokens:
-            return "length"
-        return "cancelled" if self._cancelled.is_set() and not self._reader.stopped else "stop"
+    def _check(self, params: SamplingParams) -> None:
+        super()._check(params)
+        for name in ("logprobs", "json_schema", "regex"):
+            if getattr(params, name) is not None:
+                raise InputError(
+                    f"model.generate answers this request, and takes no {name}; leave it out, or use a model that the engine "
+                    "can run, and num_beams 1"
+                )
 
 
-def _stop(cancelled: threading.Event, thread: threading.Thread) -> None:
-    cancelled.set()
-    thread.join()
+class GenerateLoop(Worker):
+    """The thread that calls `model.generate`."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_waiting: int) -> None:
+        super().__init__(max_waiting=max_waiting)
+        self._model, self._tokenizer = model, tokenizer
+        self._queue: deque[RequestState] = deque()
+        self.num_running = 0
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while self._read_inbox(wait=not self._queue):
+            if not self._queue:
+                continue
+            request = self._queue.popleft()
+            assert isinstance(request, GenerationState)
+            self._begin(request)
+            self.num_running = 1
+            try:
+                for sequence in request.sequences:
+                    with _seeded(sequence, self._model.device):
+                        output = self._model.generate(**self._arguments(request, sequence))
+                    if sequence.done or self._closing:  # cancelled
+                        break
+                    self._finish(request, sequence, output)
+                else:
+                    self._complete(request)
+            except Exception as error:
+                if not request.handle.done:
+                    self._fail(request, error)
+            self.num_running = 0
+            self.wakeups.send()
+
+    def _admit(self, request: RequestState) -> None:
+        super()._admit(request)
+        self._queue.append(request)
+
+    def _remove(self, request: RequestState) -> None:
+        super()._remove(request)
+        for sequence in request.sequences:
+            sequence.done = True
+        if request in self._queue:
+            self._queue.remove(request)
+
+    def _arguments(self, request: GenerationState, sequence: RunningSequence) -> dict[str, Any]:
+        """What `generate` is called with; every field of the sampling parameters is in it."""
+        prompt, state = request.prompt, sequence.sampling
+        assert isinstance(prompt, ModelPrompt)
+        assert state is not None
+        params, inputs = state.params, prompt.inputs
+        input_ids = inputs.input_ids[None]
+        arguments: dict[str, object] = {
+            "max_new_tokens": sequence.max_total - sequence.num_prompt,
+            "min_new_tokens": params.min_new_tokens or None,
+            "do_sample": not params.greedy,
+            "num_beams": params.num_beams,
+            "repetition_penalty": 1.0,  # by _LogitsAdjustment, which also knows the prompt's tokens
+            "eos_token_id": sorted(state.end_ids),
+            "use_cache": True,
+        }
+        if not params.greedy:
+            arguments |= {"temperature": params.temperature, "top_p": state.top_p, "top_k": state.top_k}
+            arguments["min_p"] = state.min_p or None
+        if state.is_penalized or params.logit_bias:
+            arguments["logits_processor"] = [
+                _LogitsAdjustment(prompt.ids, state, num_echoed=self._num_echoed(sequence))
+            ]
+        if hasattr(self._model, "image_policy"):
+            arguments |= {"images": inputs.images, "image_sizes": inputs.image_sizes or None}
+        else:  # a plain language model takes ids on its own device
+            input_ids = input_ids.to(self._model.device)
+        if (
+            self._model.generation_config.pad_token_id is None
+        ):  # a single row is never padded; transformers wants one named
+            arguments["pad_token_id"] = self._tokenizer.eos_token_id
+        watch = partial(self._watch, request, sequence)
+        return {"inputs": input_ids, "stopping_criteria": [watch], **arguments}
+
+    def _watch(
+        self,
+        request: GenerationState,
+        sequence: RunningSequence,
+        input_ids: Tensor,
+        scores: object,
+        **kwargs: object,
+    ) -> Tensor:
+        """Called by `generate` after every token with all so far; delivers new ones, and says for each row whether to stop.
+
+        With several beams nothing is certain before the end.
+        """
+        self._read_inbox(wait=False)
+        if not sequence.done and len(input_ids) == 1:
+            request.add(sequence, self._new_tokens(sequence, input_ids))
+            self.wakeups.send()
+        stop = sequence.done or sequence.finish_reason is not None or self._closing
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+
+    def _finish(self, request: GenerationState, sequence: RunningSequence, output: Tensor) -> None:
+        """Deliver what `generate` returned beyond the tokens seen before, and the end."""
+        if sequence.finish_reason is None:
+            request.add(sequence, self._new_tokens(sequence, output))
+        if sequence.finish_reason is None:  # by a limit of the checkpoint's generation_config
+            request.end(sequence, "length")
+        sequence.done = True
+
+    def _new_tokens(self, sequence: RunningSequence, ids: Tensor) -> list[int]:
+        """The tokens in `generate`'s (B, L) that the sequence does not have yet."""
+        return ids[0, self._num_echoed(sequence) + sequence.num_new :].tolist()
+
+    def _num_echoed(self, sequence: RunningSequence) -> int:
+        """How many tokens of the prompt `generate` puts before the new ones: all, for a plain language model."""
+        return 0 if hasattr(self._model, "image_policy") else sequence.num_prompt
+
+
+@contextmanager
+def _seeded(sequence: RunningSequence, device: torch.device) -> Iterator[None]:
+    """Draw by the sequence's own seed where the request has one, else by torch's generator as it is."""
+    state = sequence.sampling
+    assert state is not None
+    if state.params.seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(state.seed)
+        yield
+
+
+class _LogitsAdjustment:
+    """Penalties and biases, as sampler.py applies them: `generate` has some of them, and does not see the prompt's tokens."""
+
+    def __init__(self, prompt_ids: Sequence[int], state: SamplingState, *, num_echoed: int) -> None:
+        self._prompt = torch.tensor([token for token in prompt_ids if token >= 0])
+        self._state, self._num_echoed = state, num_echoed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Adjust scores (B, V) for the tokens so far (B, L)."""
+        state, params = self._state, self._state.params
+        new = input_ids[:, self._num_echoed :]
+        counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones_like(new, dtype=scores.dtype))
+        seen = counts > 0
+        seen[:, self._prompt.to(scores.device)] = True
+        factor = torch.where(seen, state.repetition_penalty, 1.0)
+        scores = torch.where(scores > 0, scores / factor, scores * factor)
+        scores = scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+        for token, bias in params.logit_bias.items():
+            scores[:, token] += bias
+        return scores

@@ -1,6 +1,6 @@
-"""The numbers that say what a step attends to, in one buffer: written on the host, sent to the device in one copy.
+"""The input batch of a step: what it attends to, in one buffer that is written on the host and copied to the device once.
 
-In: the work of a step and the running sequences' lists of blocks. Out: an `AttentionPlan`. A step may be padded to more
+In: the chunks of a step and the block tables of the running sequences. Out: an `AttentionPlan`. A step may be padded to more
 tokens and sequences than it has, as a recorded graph needs; what is padded is stored nowhere and attends to nothing.
 
     T tokens, S sequences
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 from llava.engine.kernels.base import AttentionPlan
-from llava.engine.scheduler import Work
+from llava.engine.scheduler import ScheduledChunk
 
 
 class StepArrays:
-    def __init__(self, num_tokens: int, num_rows: int, num_blocks: int, *, pinned: bool = False) -> None:
-        self.size = (num_tokens, num_rows, num_blocks)
+    def __init__(self, num_tokens: int, num_sequences: int, num_blocks: int, *, pinned: bool = False) -> None:
+        self.size = (num_tokens, num_sequences, num_blocks)
         self.max_context = 0
         self._flat = torch.empty(_length(self.size), dtype=torch.int64, pin_memory=pinned)
         parts = _split(self._flat, self.size)
-        self._slots, self._positions, self._rows, self._starts, self._contexts, self._tables = (
+        self._slot_mapping, self._positions, self._slots, self._starts, self._contexts, self._tables = (
             part.numpy() for part in parts
         )
 
     @classmethod
     def of(
         cls,
-        work: Sequence[Work],
+        chunks: Sequence[ScheduledChunk],
         tables: np.ndarray,
         block_size: int,
         *,
@@ -40,34 +40,34 @@ class StepArrays:
         whole_tables: bool = False,
         pinned: bool = False,
     ) -> StepArrays:
-        """`tables` (rows, blocks) are the running sequences' blocks; `padded_to` is the size to fill up to (T, S, blocks).
+        """`tables` (slots, blocks) are the running sequences' blocks; `padded_to` is the size to fill up to (T, S, blocks).
 
         `whole_tables` keeps their width, where kernels are compiled for it; else only blocks in use are taken.
         """
-        starts = np.array([item.start for item in work])
-        stops = np.array([item.stop for item in work])
-        rows = np.array([item.sequence.row for item in work])
+        starts = np.array([chunk.start for chunk in chunks])
+        stops = np.array([chunk.stop for chunk in chunks])
+        slots = np.array([chunk.sequence.slot for chunk in chunks])
         counts = stops - starts
-        num_tokens, num_rows = int(counts.sum()), len(work)
+        num_tokens, num_sequences = int(counts.sum()), len(chunks)
         max_context = int(stops.max())
         num_table = tables.shape[1] if whole_tables else -(-max_context // block_size)
-        arrays = cls(*(padded_to or (num_tokens, num_rows, num_table)), pinned=pinned)
+        arrays = cls(*(padded_to or (num_tokens, num_sequences, num_table)), pinned=pinned)
         arrays.max_context = max_context
         ends = np.cumsum(counts)
-        arrays._starts[0], arrays._starts[1 : num_rows + 1] = 0, ends
+        arrays._starts[0], arrays._starts[1 : num_sequences + 1] = 0, ends
         # Sequences of the padding take a token of the padding each, while there are any.
-        padding = num_tokens + np.arange(1, arrays.size[1] - num_rows + 1)
-        arrays._starts[num_rows + 1 :] = np.minimum(padding, arrays.size[0])
-        arrays._contexts[:num_rows], arrays._contexts[num_rows:] = stops, 0
-        arrays._rows[:num_rows], arrays._rows[num_rows:] = rows, 0
-        own = tables[rows, : arrays.size[2]]
-        arrays._tables[:num_rows], arrays._tables[num_rows:] = own, 0
-        owner = np.repeat(np.arange(num_rows), counts)
+        padding = num_tokens + np.arange(1, arrays.size[1] - num_sequences + 1)
+        arrays._starts[num_sequences + 1 :] = np.minimum(padding, arrays.size[0])
+        arrays._contexts[:num_sequences], arrays._contexts[num_sequences:] = stops, 0
+        arrays._slots[:num_sequences], arrays._slots[num_sequences:] = slots, 0
+        own = tables[slots, : arrays.size[2]]
+        arrays._tables[:num_sequences], arrays._tables[num_sequences:] = own, 0
+        owner = np.repeat(np.arange(num_sequences), counts)
         positions = np.arange(num_tokens) + (starts - (ends - counts))[owner]
         arrays._positions[:num_tokens], arrays._positions[num_tokens:] = positions, 0
         block, offset = np.divmod(positions, block_size)
-        arrays._slots[:num_tokens] = own[owner, block].astype(np.int64) * block_size + offset
-        arrays._slots[num_tokens:] = -1
+        arrays._slot_mapping[:num_tokens] = own[owner, block].astype(np.int64) * block_size + offset
+        arrays._slot_mapping[num_tokens:] = -1
         return arrays
 
     def sent(self, device: torch.device, into: Tensor | None = None) -> StepTensors:
@@ -92,36 +92,36 @@ class StepTensors:
         return tensors
 
     @property
-    def rows(self) -> Tensor:
-        """(S,) the row of each sequence."""
+    def slots(self) -> Tensor:
+        """(S,) the slot of each sequence."""
         return _split(self.flat, self.size)[2]
 
     def plan(self, max_query: int, max_context: int) -> AttentionPlan:
-        slots, positions, _, starts, contexts, tables = _split(self.flat, self.size)
-        return AttentionPlan(starts, contexts, tables, slots, positions, max_query, max_context)
+        slot_mapping, positions, _, starts, contexts, tables = _split(self.flat, self.size)
+        return AttentionPlan(starts, contexts, tables, slot_mapping, positions, max_query, max_context)
 
 
 def _split(flat: Tensor, size: tuple[int, int, int]) -> list[Tensor]:
-    """slots, positions (T,), rows (S,) of int64, then starts (S + 1,), contexts (S,), tables (S, blocks) of int32."""
-    num_tokens, num_rows, num_blocks = size
-    rest = len(flat) - 2 * num_tokens - _even(num_rows)
-    slots, positions, rows, small = flat.split([num_tokens, num_tokens, _even(num_rows), rest])
+    """slot mapping, positions (T,), slots (S,) of int64, then starts (S + 1,), contexts (S,), tables (S, blocks) of int32."""
+    num_tokens, num_sequences, num_blocks = size
+    rest = len(flat) - 2 * num_tokens - _even(num_sequences)
+    slot_mapping, positions, slots, small = flat.split([num_tokens, num_tokens, _even(num_sequences), rest])
     starts, contexts, tables, _ = small.view(torch.int32).split(_int32_parts(size))
     return [
-        slots,
+        slot_mapping,
         positions,
-        rows[:num_rows],
-        starts[: num_rows + 1],
-        contexts[:num_rows],
-        tables.view(num_rows, num_blocks),
+        slots[:num_sequences],
+        starts[: num_sequences + 1],
+        contexts[:num_sequences],
+        tables.view(num_sequences, num_blocks),
     ]
 
 
 def _int32_parts(size: tuple[int, int, int]) -> list[int]:
     """Each begins at a multiple of 16 bytes, which kernels load fastest from."""
-    _, num_rows, num_blocks = size
-    num_table = num_rows * num_blocks
-    return [-(-(num_rows + 1) // 4) * 4, -(-num_rows // 4) * 4, num_table, num_table % 2]
+    _, num_sequences, num_blocks = size
+    num_table = num_sequences * num_blocks
+    return [-(-(num_sequences + 1) // 4) * 4, -(-num_sequences // 4) * 4, num_table, num_table % 2]
 
 
 def _even(number: int) -> int:
@@ -129,11 +129,11 @@ def _even(number: int) -> int:
 
 
 def _length(size: tuple[int, int, int]) -> int:
-    num_tokens, num_rows, _ = size
-    return 2 * num_tokens + _even(num_rows) + sum(_int32_parts(size)) // 2
+    num_tokens, num_sequences, _ = size
+    return 2 * num_tokens + _even(num_sequences) + sum(_int32_parts(size)) // 2
 
 
-def sent(values: np.ndarray | list[int], device: torch.device) -> Tensor:
-    """Numbers to the device by a copy that nobody waits for."""
+def to_device(values: np.ndarray | list[int], device: torch.device) -> Tensor:
+    """Copy numbers to the device without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

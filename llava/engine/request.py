@@ -1,15 +1,15 @@
-"""What goes into the engine and what comes out, as values.
+"""What goes into an engine and what comes out, as values.
 
-In: a `Request`, a conversation or a finished prompt with its images and how to choose tokens. Out: a `Result` when
-all is done, or `Chunk`s as text becomes certain; joined, the chunks of a completion are its text. Nothing here imports
-torch: servers check what a stranger sent by making these values before a model is asked.
+In: a `Request`, a conversation or a finished prompt with its images and `SamplingParams`. Out: a `Result` at the end, or
+`Chunk`s as text becomes certain; joined, the chunks of a completion are its text. No torch: servers validate what a client
+sent by making these values before a model is asked.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava.conversation import Conversation
@@ -28,34 +28,63 @@ MAX_COMPLETIONS = 128
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when an answer ends. The defaults are greedy: the likeliest token each time."""
+class SamplingDefaults:
+    """What a field of `SamplingParams` that is None means for one model: its generation_config, else transformers' default."""
 
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0  # keep the likeliest tokens that together have this much probability
-    top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
-    min_p: float = 0.0  # keep tokens with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or answer (Keskar et al. 2019)
+    top_p: float = 1.0
+    top_k: int = 50
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, generation_config: object) -> SamplingDefaults:
+        """The defaults of a model with this `GenerationConfig`."""
+        named = {entry.name: getattr(generation_config, entry.name, None) for entry in fields(cls)}
+        return cls(**{name: value for name, value in named.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when an answer ends.
+
+    Without a temperature decoding is greedy: the argmax each time. The four fields that are None by default mean what the
+    checkpoint's generation_config.json says, else what transformers' `generate` does (top_k 50), so that every program
+    answers alike when asked alike.
+    """
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float | None = None  # keep the likeliest tokens that together have this much probability
+    top_k: int | None = None  # keep this many of the likeliest tokens; 0 keeps all
+    min_p: float | None = None  # keep tokens with at least this share of the likeliest one's probability
+    repetition_penalty: float | None = (
+        None  # divides positive logits of tokens in prompt or answer (Keskar et al. 2019)
+    )
     presence_penalty: float = 0.0  # subtracted once from the logit of each token already in the answer
-    frequency_penalty: float = 0.0  # subtracted for every time that a token stands in the answer
+    frequency_penalty: float = 0.0  # subtracted for every occurrence of a token in the answer
+    num_beams: int = 1  # beam search, by `model.generate` only; the answer comes in one piece
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token id
-    seed: int | None = None  # the same seed gives the same answer, whoever else is being answered
+    seed: int | None = None  # the same seed gives the same answer, whatever else runs
     max_new_tokens: int = 512
-    min_new_tokens: int = 0  # until then no end token is chosen and no stop string looked for
+    min_new_tokens: int = 0  # until then no end token is sampled and no stop string ends the answer
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # go on after the end token, for measurements
-    logprobs: int | None = None  # how many alternatives to report beside each chosen token; None reports nothing
+    logprobs: int | None = None  # how many alternatives to report beside each token; None reports nothing
     n: int = 1  # completions of one prompt, each with its own random numbers
     json_schema: str | Mapping[str, Any] | None = None  # the answer is JSON that this schema allows
     regex: str | None = None  # the answer matches this expression as a whole
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.top_k <= MAX_TOP_K, "top_k", self.top_k, f"0 (all tokens) to {MAX_TOP_K}")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
-        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        if self.top_p is not None:
+            _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        if self.top_k is not None:
+            _require(0 <= self.top_k <= MAX_TOP_K, "top_k", self.top_k, f"0 (all tokens) to {MAX_TOP_K}")
+        if self.min_p is not None:
+            _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        if self.repetition_penalty is not None:
+            _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(self.num_beams >= 1, "num_beams", self.num_beams, "1 or more")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "-2 to 2")
         for token, bias in self.logit_bias.items():
@@ -78,9 +107,19 @@ class SamplingParams:
         if self.json_schema is not None and self.regex is not None:
             raise InputError("json_schema and regex exclude each other; give one of them")
 
+    @classmethod
+    def given(cls, **values: Any) -> SamplingParams:
+        """Build from what a user gave, by flags or JSON; a value of None was not given."""
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    def resolved(self, defaults: SamplingDefaults) -> SamplingParams:
+        """The same with the model's defaults for what is None."""
+        missing = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -119,9 +158,12 @@ class PromptSize:
 class Request:
     """One prompt and how to answer it.
 
-    `prompt` is a conversation whose last turn is unanswered, a finished prompt, or token ids with -200 for each image;
-    there are as many `<image>` marks as images. `request_id` is the caller's name for it, unique among those running.
-    `details`, one for each image where given, ask with "low" for the overview tile alone of a model that cuts into tiles.
+    Args:
+        prompt: A conversation whose last turn is unanswered, a finished prompt, or token ids with -200 for each image.
+        images: As many as the prompt has `<image>` placeholders.
+        sampling: How tokens are chosen.
+        request_id: Unique among those running; made up where it is None.
+        details: One for each image, or none; "low" asks for the overview tile alone of a model that cuts into tiles.
     """
 
     prompt: Conversation | str | Sequence[int]
@@ -133,7 +175,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token's log probability, and the likeliest alternatives as (token id, log probability)."""
+    """A token's log probability, and the likeliest alternatives as (token id, log probability)."""
 
     token_id: int
     logprob: float
@@ -156,7 +198,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds since the request was handed in."""
+    """Seconds since the request was submitted."""
 
     queued_s: float  # until its first step began
     first_token_s: float | None  # None when it was cancelled before
@@ -165,7 +207,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a completion that is certain to stay. The last one of each completion has the finish reason.
+    """Text and tokens of a completion that will not change. The last chunk of each completion has the finish reason.
 
     `text` may be empty where tokens came whose text is not certain yet, and in the last chunk.
     """
@@ -179,7 +221,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished completion: what its chunks said, joined."""
+    """A finished completion: its chunks, joined."""
 
     index: int
     text: str
@@ -199,13 +241,13 @@ class Result:
 
     @property
     def text(self) -> str:
-        """The text of the first completion, which is the only one unless `n` said otherwise."""
+        """The text of the first completion, which is the only one unless `n` is more."""
         return self.completions[0].text
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """How likely is `continuation` (text, or token ids) after `prompt`? Nothing is chosen.
+    """How probable `continuation` (text, or token ids) is after `prompt`. Nothing is sampled.
 
     Text is tokenized together with the prompt's where that leaves the prompt's tokens as they are, as a model would have
     seen it; mind the space before a first word.

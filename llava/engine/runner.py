@@ -1,17 +1,17 @@
-"""Computes a step: builds its tensors, runs the language model over them, has tokens chosen.
+"""Compute a step: build its tensors, run the language model over them, sample tokens.
 
-In: a `Step` of the scheduler. Out: `Launched`, work on its way; `collect` waits for it and reads the tokens. On a GPU the
-next step is launched before the last one is collected: the newest token of each running sequence stays on the device, in
-the sequence's row, where the next step finds it. Image features come from the model's own tower, projector and merge, and
-enter by the one splice.
+In: a `SchedulerOutput`. Out: an `InFlightStep`; `collect` waits for it and reads the tokens. On a GPU the next step is
+launched before the last one is collected: the newest token of each running sequence stays on the device, in the sequence's
+slot, where the next step finds it. Image features come from the model's own tower, projector and merge, and enter by the
+one splice (model/splice.py).
 
     T tokens of a step, S sequences, V vocabulary
 """
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.decoder import Decoder
 from llava.engine.encoder_cache import EncoderCache
-from llava.engine.input_batch import StepArrays, sent
+from llava.engine.input_batch import StepArrays, to_device
 from llava.engine.prompt import PromptImage
 from llava.engine.request import TokenLogprob
-from llava.engine.sampler import Chosen, Sampler
-from llava.engine.scheduler import Step, Work
+from llava.engine.sampler import Sampler, SamplerOutput
+from llava.engine.scheduler import ScheduledChunk, SchedulerOutput
 from llava.engine.sequence import Sequence
 from llava.images.gpu_preprocess import GpuPreprocessor
 from llava.model.splice import splice
@@ -34,37 +34,35 @@ from llava.model.splice import splice
 if TYPE_CHECKING:
     from llava.engine.cuda_graphs import StepGraphs
 
-SCORED_ROWS = 256  # logits in float32 that exist at once when a continuation is scored
+SCORED_POSITIONS = 256  # logits in float32 that exist at once when a continuation is scored
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step gave one sequence: tokens chosen, or what was asked about a continuation's tokens."""
+class StepOutput:
+    """What a step gave one sequence: sampled tokens, or what was asked about a continuation's tokens."""
 
-    work: Work
+    chunk: ScheduledChunk
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    scores: tuple[
-        tuple[float, bool], ...
-    ] = ()  # of each given token: its log probability, and whether it is the likeliest
+    scores: tuple[tuple[float, bool], ...] = ()  # of each given token: log probability, and whether it is the argmax
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Rows of one launch: those of `work` begin at `firsts`, in `chosen`."""
+class _SampledChunks:
+    """Chunks whose tokens were sampled together; those of each begin at its number in `firsts`, in `output`."""
 
-    work: list[Work]
+    chunks: list[ScheduledChunk]
     firsts: list[int]
-    chosen: Chosen | None
+    output: SamplerOutput | None
 
 
 @dataclass(frozen=True)
-class Launched:
-    """Work under way. Its tensors are on the host, or on their way there until `arrived` has happened."""
+class InFlightStep:
+    """A launched step. Its tensors are on the host, or on their way there until `arrived` has happened."""
 
-    step: Step
-    parts: list[_Part]
-    scores: list[tuple[Work, Tensor, Tensor]]
+    step: SchedulerOutput
+    parts: list[_SampledChunks]
+    scores: list[tuple[ScheduledChunk, Tensor, Tensor]]
     arrived: torch.cuda.Event | None
 
 
@@ -89,9 +87,9 @@ class Runner:
         self._max_context = max_blocks * block_size
         # A width that 16 divides: kernels are compiled for what divides it.
         self._tables = np.zeros((max_running, -(-max_blocks // 16) * 16), dtype=np.int32)
-        self._placed = [-1] * max_running  # who has a row, by number of placement
+        self._assigned = [-1] * max_running  # the assignment that each slot has now
         self._num_listed = [0] * max_running
-        self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)  # each row's last token
+        self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)  # each slot's last token
         self._graphs: StepGraphs | None = None
         self._encode: Callable[[Tensor], Tensor] | None = None
         self._pixel_table = None if pixel_table is None else torch.from_numpy(pixel_table).to(self.device)
@@ -108,121 +106,118 @@ class Runner:
         if tile is not None:
             self._encode = TowerGraphs(self._model.encode_images, tile, self._model.get_vision_tower())
 
-    def read_images(self, work: Work) -> None:
-        """Make the pixels that this work will need; what is wrong with an image shows here."""
-        for image in _images_in(work):
+    def read_images(self, chunk: ScheduledChunk) -> None:
+        """Make the pixels that a chunk needs; what is wrong with an image shows here."""
+        for image in _images_in(chunk):
             if image.key not in self.features:
                 image.prepare()
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: SchedulerOutput) -> InFlightStep:
         """Begin a step. On a CPU it is over when this returns."""
-        parts: list[_Part] = []
-        scores: list[tuple[Work, Tensor, Tensor]] = []
+        parts: list[_SampledChunks] = []
+        scores: list[tuple[ScheduledChunk, Tensor, Tensor]] = []
         if step.decode:
             parts.append(self._decode(step.decode))
         if step.prefill:
             part, scores = self._prefill(step.prefill)
             parts.append(part)
-        return self._sent_home(step, parts, scores)
+        return self._copy_to_host(step, parts, scores)
 
-    def collect(self, launched: Launched) -> list[Outcome]:
+    def collect(self, step: InFlightStep) -> list[StepOutput]:
         """Wait for a step and read what it gave."""
-        if launched.arrived is not None:
-            launched.arrived.synchronize()
-        outcomes = []
-        for part in launched.parts:
-            chosen = part.chosen
-            if chosen is None:
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        outputs = []
+        for part in step.parts:
+            sampled = part.output
+            if sampled is None:
                 continue
-            tokens = chosen.tokens.tolist()
-            logprobs = _read_logprobs(chosen)
-            for work, first in zip(part.work, part.firsts, strict=True):
-                if work.drafts:
-                    accepted = _accepted(work.drafts, tokens[first : first + 1 + len(work.drafts)])
-                    self.set_newest(work.sequence, accepted[-1])
-                    outcomes.append(Outcome(work, tuple(accepted)))
-                elif work.chooses:
-                    outcomes.append(Outcome(work, (tokens[first],), logprobs.get(first, ())))
-        outcomes += [
-            Outcome(work, scores=tuple(zip(values.tolist(), likeliest.tolist(), strict=True)))
-            for work, values, likeliest in launched.scores
+            tokens = sampled.tokens.tolist()
+            logprobs = _read_logprobs(sampled)
+            for chunk, first in zip(part.chunks, part.firsts, strict=True):
+                if chunk.drafts:
+                    accepted = _accepted(chunk.drafts, tokens[first : first + 1 + len(chunk.drafts)])
+                    self._newest[chunk.slot] = accepted[-1]  # where the next step looks for it
+                    outputs.append(StepOutput(chunk, tuple(accepted)))
+                elif chunk.samples:
+                    outputs.append(StepOutput(chunk, (tokens[first],), logprobs.get(first, ())))
+        outputs += [
+            StepOutput(chunk, scores=tuple(zip(values.tolist(), is_argmax.tolist(), strict=True)))
+            for chunk, values, is_argmax in step.scores
         ]
-        return outcomes
-
-    def set_newest(self, sequence: Sequence, token: int) -> None:
-        """Put a token that was decided on the host where the next step looks for it."""
-        assert sequence.row is not None
-        self._newest[sequence.row] = token
+        return outputs
 
     # Decoding: one position of each sequence, whose token is on the device.
 
-    def _decode(self, work: list[Work]) -> _Part:
-        size = self._graphs.decode_size(len(work)) if self._graphs else None
-        arrays = self._arrays(work, size)
+    def _decode(self, chunks: list[ScheduledChunk]) -> _SampledChunks:
+        size = self._graphs.decode_size(len(chunks)) if self._graphs else None
+        arrays = self._arrays(chunks, size)
         if self._graphs and size:
-            logits, rows = self._graphs.decode(arrays)
-            logits, rows = logits[: len(work)], rows[: len(work)]
+            logits, slots = self._graphs.decode(arrays)
+            logits, slots = logits[: len(chunks)], slots[: len(chunks)]
         else:
             step = arrays.sent(self.device)
-            rows = step.rows
-            embeds = self.decoder.embedding[self._newest[rows]]
+            slots = step.slots
+            embeds = self.decoder.embedding[self._newest[slots]]
             logits = self.decoder.logits(self.decoder.hidden_states(embeds, step.plan(1, self._reach(arrays))))
-        return self._choose(logits, work, list(range(len(work))), rows)
+        return self._sample(logits, chunks, list(range(len(chunks))), slots)
 
     # Prompts: any number of positions, whose tokens and images are known here.
 
-    def _prefill(self, work: list[Work]) -> tuple[_Part, list[tuple[Work, Tensor, Tensor]]]:
-        num_tokens = sum(item.count for item in work)
-        size = self._graphs.prompt_size(num_tokens, len(work)) if self._graphs else None
-        arrays = self._arrays(work, size)
-        embeds = self._prompt_embeds(work)
+    def _prefill(
+        self, chunks: list[ScheduledChunk]
+    ) -> tuple[_SampledChunks, list[tuple[ScheduledChunk, Tensor, Tensor]]]:
+        num_tokens = sum(chunk.count for chunk in chunks)
+        size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs else None
+        arrays = self._arrays(chunks, size)
+        embeds = self._prompt_embeds(chunks)
         if self._graphs and size:
             hidden = self._graphs.prompt(arrays, embeds)
         else:
-            plan = arrays.sent(self.device).plan(max(item.count for item in work), self._reach(arrays))
+            plan = arrays.sent(self.device).plan(max(chunk.count for chunk in chunks), self._reach(arrays))
             hidden = self.decoder.hidden_states(embeds, plan)
-        # The hidden states from which tokens are chosen: the last one of each that chooses, and those of its guesses.
-        chooses: list[Work] = []
+        # The hidden states from which tokens are sampled: the last one of each chunk that samples, and its drafts'.
+        sampling: list[ScheduledChunk] = []
         firsts: list[int] = []
         index: list[int] = []
         end = 0
-        for item in work:
-            end += item.count
-            if item.chooses:
-                chooses.append(item)
+        for chunk in chunks:
+            end += chunk.count
+            if chunk.samples:
+                sampling.append(chunk)
                 firsts.append(len(index))
-                index += range(end - 1 - len(item.drafts), end)
-        scores = self._scores(work, hidden)
-        if not chooses:
-            return _Part([], [], None), scores
-        rows = sent([_row_of(item) for item in chooses], self.device)
-        logits = self.decoder.logits(hidden[sent(index, self.device)])
-        return self._choose(logits, chooses, firsts, rows), scores
+                index += range(end - 1 - len(chunk.drafts), end)
+        scores = self._scores(chunks, hidden)
+        if not sampling:
+            return _SampledChunks([], [], None), scores
+        slots = to_device([chunk.slot for chunk in sampling], self.device)
+        logits = self.decoder.logits(hidden[to_device(index, self.device)])
+        return self._sample(logits, sampling, firsts, slots), scores
 
-    def _prompt_embeds(self, work: list[Work]) -> Tensor:
+    def _prompt_embeds(self, chunks: list[ScheduledChunk]) -> Tensor:
         """Embeddings (T, D) of text and images, by the splice that training and `generate` use."""
         ids: list[int] = []
         slices: list[Tensor] = []
-        features = self._features([image for item in work for image in _images_in(item)])
-        for item in work:
-            tokens = [*item.sequence.ids[item.start : item.stop - len(item.drafts)], *item.drafts]
-            at = item.start
-            for image in _images_in(item):
-                ids += [*tokens[at - item.start : max(image.start - item.start, 0)], IMAGE_TOKEN_INDEX]
-                slices.append(features[image.key][max(item.start - image.start, 0) : item.stop - image.start])
-                at = min(image.stop, item.stop)
-            ids += tokens[at - item.start :]
-        if not slices:  # text alone, as most of a conversation is: nothing to work out
+        features = self._features([image for chunk in chunks for image in _images_in(chunk)])
+        for chunk in chunks:
+            tokens = [*chunk.sequence.ids[chunk.start : chunk.stop - len(chunk.drafts)], *chunk.drafts]
+            at = chunk.start
+            for image in _images_in(chunk):
+                ids += [*tokens[at - chunk.start : max(image.start - chunk.start, 0)], IMAGE_TOKEN_INDEX]
+                slices.append(features[image.key][max(chunk.start - image.start, 0) : chunk.stop - image.start])
+                at = min(image.stop, chunk.stop)
+            ids += tokens[at - chunk.start :]
+        if not slices:  # text alone: no splice
             return self._embed(torch.tensor(ids))
         # The ids stay on the host: where everything goes is worked out there, while the device is busy.
-        row = torch.tensor([ids])
-        return splice(row, torch.ones_like(row, dtype=torch.bool), slices, self._embed).embeds
+        batch = torch.tensor([ids])  # (1, T)
+        return splice(batch, torch.ones_like(batch, dtype=torch.bool), slices, self._embed).embeds
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.decoder.embedding[sent(ids.numpy(), self.device)]
+        return self.decoder.embedding[to_device(ids.numpy(), self.device)]
 
-    def _features(self, images: Items[PromptImage]) -> dict[bytes, Tensor]:
-        """Features of images by their keys: those that are at hand, and the others computed together."""
+    def _features(self, images: abc.Sequence[PromptImage]) -> dict[bytes, Tensor]:
+        """Features of images by their keys: cached ones, and the others computed together."""
         found = {image.key: self.features.get(image.key) for image in images}
         missing = list({image.key: image for image in images if found[image.key] is None}.values())
         if missing:
@@ -237,8 +232,8 @@ class Runner:
         """Bytes (n, 3, side, side), on the device."""
         if image.colours is not None:
             assert self._gpu_preprocessor is not None
-            return self._gpu_preprocessor(sent(image.colours, self.device), image.num_tiles)
-        return sent(image.pixels().numpy(), self.device)
+            return self._gpu_preprocessor(to_device(image.colours, self.device), image.num_tiles)
+        return to_device(image.pixels().numpy(), self.device)
 
     def _normalised(self, tiles: Tensor) -> Tensor:
         """What the image processor makes of bytes (n, 3, side, side), looked up in its table (3, 256)."""
@@ -248,11 +243,11 @@ class Runner:
 
     # Both.
 
-    def _arrays(self, work: list[Work], size: tuple[int, int, int] | None = None) -> StepArrays:
-        for item in work:
-            self._list_blocks(item.sequence)
+    def _arrays(self, chunks: list[ScheduledChunk], size: tuple[int, int, int] | None = None) -> StepArrays:
+        for chunk in chunks:
+            self._list_blocks(chunk.sequence)
         on_gpu = self.device.type == "cuda"
-        return StepArrays.of(work, self._tables, self._block_size, padded_to=size, whole_tables=on_gpu, pinned=on_gpu)
+        return StepArrays.of(chunks, self._tables, self._block_size, padded_to=size, whole_tables=on_gpu, pinned=on_gpu)
 
     def _reach(self, arrays: StepArrays) -> int:
         """An upper bound for contexts: exact on a CPU, a few different ones on a GPU, where kernels depend on it."""
@@ -261,97 +256,98 @@ class Runner:
         return min(1 << (arrays.max_context - 1).bit_length(), self._max_context)
 
     def _list_blocks(self, sequence: Sequence) -> None:
-        """Bring what is noted of a row up to date: who has it, and the list of its blocks."""
-        row, blocks = sequence.row, sequence.blocks
-        assert row is not None
-        if self._placed[row] != sequence.placement:
-            self._placed[row], self._num_listed[row] = sequence.placement, 0
-            if sequence.choice is not None:
-                self.sampler.seat(sequence)
-        listed = self._num_listed[row]
+        """Update a slot's block table, and its sampling state where another sequence has it now."""
+        slot, blocks = sequence.slot, sequence.blocks
+        assert slot is not None
+        if self._assigned[slot] != sequence.assignment:
+            self._assigned[slot], self._num_listed[slot] = sequence.assignment, 0
+            if sequence.sampling is not None:
+                self.sampler.assign_slot(sequence)
+        listed = self._num_listed[slot]
         if listed < len(blocks):
-            self._tables[row, listed : len(blocks)] = blocks[listed:]
-            self._num_listed[row] = len(blocks)
+            self._tables[slot, listed : len(blocks)] = blocks[listed:]
+            self._num_listed[slot] = len(blocks)
 
-    def _choose(self, logits: Tensor, work: list[Work], firsts: list[int], rows_there: Tensor) -> _Part:
-        """Tokens for logits whose rows for `work` begin at `firsts`; `rows_there` (len(work),) is on the device."""
-        rows: list[int] = []
+    def _sample(
+        self, logits: Tensor, chunks: list[ScheduledChunk], firsts: list[int], device_slots: Tensor
+    ) -> _SampledChunks:
+        """Tokens for logits, of which those of `chunks` begin at `firsts`; `device_slots` (len(chunks),) are theirs."""
+        slots: list[int] = []
         num_new: list[int] = []
-        for item in work:
-            before = item.stop - len(item.drafts) - item.sequence.num_prompt
-            rows += [_row_of(item)] * (1 + len(item.drafts))
-            num_new += range(before, before + 1 + len(item.drafts))
-        chosen = self.sampler.choose(logits, rows, num_new)
-        # Of guesses, the first choice is put there; which one is the newest is known when they have been read.
-        tokens = chosen.tokens if len(work) == len(rows) else chosen.tokens[sent(firsts, self.device)]
-        self._newest.index_copy_(0, rows_there, tokens)
-        return _Part(work, firsts, chosen)
+        for chunk in chunks:
+            before = chunk.stop - len(chunk.drafts) - chunk.sequence.num_prompt
+            slots += [chunk.slot] * (1 + len(chunk.drafts))
+            num_new += range(before, before + 1 + len(chunk.drafts))
+        output = self.sampler.sample(logits, slots, num_new)
+        # With drafts, the first token is stored; which one is the newest is known when they have been read.
+        tokens = output.tokens if len(chunks) == len(slots) else output.tokens[to_device(firsts, self.device)]
+        self._newest.index_copy_(0, device_slots, tokens)
+        return _SampledChunks(chunks, firsts, output)
 
-    def _scores(self, work: list[Work], hidden: Tensor) -> list[tuple[Work, Tensor, Tensor]]:
+    def _scores(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[tuple[ScheduledChunk, Tensor, Tensor]]:
         """Of each token of a continuation that the next position's logits are computed for here."""
         scores, end = [], 0
-        for item in work:
-            end += item.count
-            sequence = item.sequence
-            first = max(item.start, sequence.num_prompt - 1)
-            if not sequence.is_scored or first >= item.stop:
+        for chunk in chunks:
+            end += chunk.count
+            sequence = chunk.sequence
+            first = max(chunk.start, sequence.num_prompt - 1)
+            if not sequence.is_scored or first >= chunk.stop:
                 continue
-            targets = sent(sequence.ids[first + 1 : item.stop + 1], self.device)
-            states = hidden[end - (item.stop - first) : end]
-            values, likeliest = [], []
-            for at in range(0, len(targets), SCORED_ROWS):
-                logprobs = self.decoder.logits(states[at : at + SCORED_ROWS]).float().log_softmax(dim=-1)
-                wanted = targets[at : at + SCORED_ROWS]
+            targets = to_device(sequence.ids[first + 1 : chunk.stop + 1], self.device)
+            states = hidden[end - (chunk.stop - first) : end]
+            values, is_argmax = [], []
+            for at in range(0, len(targets), SCORED_POSITIONS):
+                logprobs = self.decoder.logits(states[at : at + SCORED_POSITIONS]).float().log_softmax(dim=-1)
+                wanted = targets[at : at + SCORED_POSITIONS]
                 values.append(logprobs.gather(1, wanted[:, None]).squeeze(1))
-                likeliest.append(logprobs.argmax(dim=-1) == wanted)
-            scores.append((item, torch.cat(values), torch.cat(likeliest)))
+                is_argmax.append(logprobs.argmax(dim=-1) == wanted)
+            scores.append((chunk, torch.cat(values), torch.cat(is_argmax)))
         return scores
 
-    def _sent_home(self, step: Step, parts: list[_Part], scores: list[tuple[Work, Tensor, Tensor]]) -> Launched:
+    def _copy_to_host(
+        self, step: SchedulerOutput, parts: list[_SampledChunks], scores: list[tuple[ScheduledChunk, Tensor, Tensor]]
+    ) -> InFlightStep:
         if self.device.type != "cuda":
-            return Launched(step, parts, scores, None)
-        parts = [_Part(part.work, part.firsts, _to_host(part.chosen)) for part in parts if part.chosen is not None]
-        scores = [(work, _copied(values), _copied(likeliest)) for work, values, likeliest in scores]
+            return InFlightStep(step, parts, scores, None)
+        parts = [
+            _SampledChunks(part.chunks, part.firsts, _to_host(part.output)) for part in parts if part.output is not None
+        ]
+        scores = [(chunk, _copied(values), _copied(is_argmax)) for chunk, values, is_argmax in scores]
         arrived = torch.cuda.Event()
         arrived.record()
-        return Launched(step, parts, scores, arrived)
+        return InFlightStep(step, parts, scores, arrived)
 
 
-def _row_of(work: Work) -> int:
-    assert work.sequence.row is not None
-    return work.sequence.row
+def _images_in(chunk: ScheduledChunk) -> list[PromptImage]:
+    """The images that have features among the positions of a chunk."""
+    return [image for image in chunk.sequence.images if image.start < chunk.stop and image.stop > chunk.start]
 
 
-def _images_in(work: Work) -> list[PromptImage]:
-    """The images that have features among the positions of this work."""
-    return [image for image in work.sequence.images if image.start < work.stop and image.stop > work.start]
+def _accepted(drafts: abc.Sequence[int], sampled: abc.Sequence[int]) -> list[int]:
+    """The tokens that would have come one by one: accepted drafts, and the token sampled after the last of them."""
+    num_accepted = 0
+    while num_accepted < len(drafts) and drafts[num_accepted] == sampled[num_accepted]:
+        num_accepted += 1
+    return list(sampled[: num_accepted + 1])
 
 
-def _accepted(drafts: Items[int], chosen: Items[int]) -> list[int]:
-    """The tokens that would have come one by one: right guesses, and the choice after the last of them."""
-    num_right = 0
-    while num_right < len(drafts) and drafts[num_right] == chosen[num_right]:
-        num_right += 1
-    return list(chosen[: num_right + 1])
-
-
-def _read_logprobs(chosen: Chosen) -> dict[int, tuple[TokenLogprob, ...]]:
-    if chosen.logprobs is None or chosen.top_ids is None or chosen.top_logprobs is None:
+def _read_logprobs(output: SamplerOutput) -> dict[int, tuple[TokenLogprob, ...]]:
+    if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
         return {}
-    tokens = chosen.tokens.tolist()
+    tokens = output.tokens.tolist()
     return {
         row: (TokenLogprob(tokens[row], own, tuple(zip(ids, values, strict=True))),)
         for row, own, ids, values in zip(
-            chosen.asked, chosen.logprobs.tolist(), chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True
+            output.rows, output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist(), strict=True
         )
     }
 
 
-def _to_host(chosen: Chosen) -> Chosen:
-    tensors = (chosen.tokens, chosen.logprobs, chosen.top_ids, chosen.top_logprobs)
+def _to_host(output: SamplerOutput) -> SamplerOutput:
+    tensors = (output.tokens, output.logprobs, output.top_ids, output.top_logprobs)
     tokens, *others = [None if tensor is None else _copied(tensor) for tensor in tensors]
     assert tokens is not None
-    return Chosen(tokens, chosen.asked, *others)
+    return SamplerOutput(tokens, output.rows, *others)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -1,79 +1,134 @@
-"""One completion on its way: its tokens, how far they are computed, and where its keys and values lie.
+"""A request while it is computed: its sequences, their tokens, and how these are sampled.
 
-In: a prompt with a place for every image feature. The scheduler decides what is computed of it and gives it blocks, the
-runner computes, and the engine adds the tokens that come back. Nothing here imports torch.
+In: a prompt with a position for every image feature; then tokens, as steps give them. Out: chunks and a result, put into
+the request's handle. The scheduler decides what is computed of a sequence and gives it blocks; text is read off its tokens by
+text/detokenizer.py. No torch.
 
-Positions count text tokens and image features alike. An image feature stands in `ids` as -1 minus its place in its image.
+Positions count text tokens and image features alike. An image feature has the id -1 minus its index in its image.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as Ids
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+import random
+import time
+from abc import ABC, abstractmethod
+from collections import abc
 
+from llava.engine.config import Cancelled
+from llava.engine.grammar import Grammar
+from llava.engine.handle import RequestHandle
 from llava.engine.kv_cache import block_hash
-from llava.engine.ngram import Lookup
+from llava.engine.ngram import NgramProposer
+from llava.engine.prompt import Prompt
+from llava.engine.request import (
+    MAX_SEED,
+    Chunk,
+    Completion,
+    FinishReason,
+    Result,
+    SamplingParams,
+    Score,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from llava.text.detokenizer import IncrementalDetokenizer
 
-if TYPE_CHECKING:
-    from llava.engine.prompt import PromptImage
+SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's completions: odd, and far from small numbers
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model reads it."""
+class SamplingState:
+    """How one completion's tokens are chosen.
 
-    ids: list[int]  # text tokens, and a negative number for each image feature
-    images: tuple[PromptImage, ...]
+    Args:
+        params: With the model's defaults filled in; a value of None does nothing.
+        index: Which of the request's completions this is.
+        end_ids: Tokens that end it, held back until `min_new_tokens` are there.
+        grammar: What the completion must match, and how far it has come.
+    """
 
-    @property
-    def num_image_tokens(self) -> int:
-        return sum(image.num_features for image in self.images)
+    def __init__(
+        self, params: SamplingParams, index: int, end_ids: frozenset[int], grammar: Grammar | None = None
+    ) -> None:
+        seed = random.getrandbits(62) if params.seed is None else params.seed
+        self.params = params
+        self.seed = (seed + index * SEED_STRIDE) & MAX_SEED
+        self.top_p = 1.0 if params.top_p is None else params.top_p
+        self.top_k = params.top_k or 0
+        self.min_p = params.min_p or 0.0
+        self.repetition_penalty = params.repetition_penalty or 1.0
+        self.end_ids = end_ids
+        self.grammar = grammar
+        self.is_penalized = (
+            self.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
+        # The argmax and nothing else: what draft tokens are exact for.
+        self.is_plain = (
+            params.greedy
+            and not self.is_penalized
+            and not params.logit_bias
+            and grammar is None
+            and params.logprobs is None
+        )
 
-    @property
-    def num_text_tokens(self) -> int:
-        return len(self.ids) - self.num_image_tokens
+    def biases(self, num_new: int) -> dict[int, float]:
+        """What is added to single logits after `num_new` tokens, by token id."""
+        biases = dict(self.params.logit_bias)
+        if num_new < self.params.min_new_tokens:
+            biases |= dict.fromkeys(self.end_ids, -math.inf)
+        return biases
 
 
 class Sequence:
-    """`owner` is whose completion this is, and `index` which of them; `choice` is how its tokens are chosen.
+    """One completion, or one scored continuation: its tokens, how far they are computed, and where its keys and values are.
 
-    `max_total` is the number of positions that it may take altogether. With a `continuation`, nothing is chosen: the
-    probabilities of these tokens are asked for.
+    Args:
+        prompt: What it begins with.
+        max_total: The number of positions it may take altogether.
+        request: The request it belongs to.
+        index: Which of the request's completions it is.
+        sampling: How its tokens are chosen; None for a continuation.
+        detokenizer: Reads its text; None for a continuation.
+        continuation: Given tokens whose probabilities are asked for; nothing is sampled then.
     """
 
-    _placements = itertools.count()
+    _assignments = itertools.count()
 
     def __init__(
         self,
         prompt: Prompt,
         *,
         max_total: int,
-        owner: Any = None,
+        request: RequestState | None = None,
         index: int = 0,
-        choice: Any = None,
-        continuation: Ids[int] = (),
+        sampling: SamplingState | None = None,
+        detokenizer: IncrementalDetokenizer | None = None,
+        continuation: abc.Sequence[int] = (),
     ):
-        self.owner = owner
+        self.request = request
         self.index = index
-        self.choice = choice
+        self.sampling = sampling
+        self.detokenizer = detokenizer
         self.images = prompt.images
         self.num_prompt = len(prompt.ids)
         self.ids = [*prompt.ids, *continuation]
         self.is_scored = bool(continuation)
         self.max_total = max_total
-        self.num_computed = 0  # positions whose keys and values are there, or being made by a step under way
-        self.num_pending = 0  # tokens being chosen by a step under way
-        self.num_cached = 0  # positions that were found when it was admitted first
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self.num_computed = 0  # positions whose keys and values are there, or being computed by a step in flight
+        self.num_pending = 0  # tokens being sampled by a step in flight
+        self.num_cached = 0  # positions found in the prefix cache when it was first admitted
         self.blocks: list[int] = []
-        self.placement = -1  # a new number whenever it gets blocks and a row
-        self.row: int | None = None  # its place among the running ones, where its newest token and counts are kept
-        self.has_token_in_row = False
+        self.slot: int | None = None  # its index among the running ones, where its newest token and counts are kept
+        self.assignment = -1  # a new number whenever it gets blocks and a slot
+        self.has_token_in_slot = False
         self.done = False
-        self.lookup = Lookup()
+        self._proposer = NgramProposer()
         self._hashes: list[bytes] = []
-        self._num_remembered = 0
+        self._num_cached_blocks = 0
 
     @property
     def num_new(self) -> int:
@@ -81,21 +136,21 @@ class Sequence:
 
     @property
     def num_total(self) -> int:
-        """Positions with a token, chosen or being chosen."""
+        """Positions with a token, sampled or being sampled."""
         return len(self.ids) + self.num_pending
 
     @property
     def num_missing(self) -> int:
-        """Positions still to be computed before the next token can be chosen."""
+        """Positions still to be computed before the next token can be sampled."""
         return self.num_total - self.is_scored - self.num_computed
 
     @property
     def is_exhausted(self) -> bool:
-        """The last token that it may have is chosen, or being chosen."""
+        """Whether the last token it may have is sampled, or being sampled."""
         return self.num_total >= self.max_total and not self.is_scored
 
     def block_hashes(self, block_size: int) -> list[bytes]:
-        """Of every full block of tokens that are known."""
+        """The hash of every full block of known tokens."""
         for index in range(len(self._hashes), len(self.ids) // block_size):
             start, stop = index * block_size, (index + 1) * block_size
             keys = [image.key for image in self.images if image.start < stop and image.stop > start]
@@ -103,22 +158,180 @@ class Sequence:
         return self._hashes
 
     def newly_full(self, block_size: int) -> list[tuple[int, bytes]]:
-        """Blocks that have become full since this was asked last, with their hashes."""
+        """Blocks that have become full since the last call, with their hashes."""
         num_full = min(self.num_computed, len(self.ids)) // block_size
-        first, self._num_remembered = self._num_remembered, max(num_full, self._num_remembered)
+        first, self._num_cached_blocks = self._num_cached_blocks, max(num_full, self._num_cached_blocks)
         if num_full <= first:
             return []
         hashes = self.block_hashes(block_size)
         return [(self.blocks[index], hashes[index]) for index in range(first, num_full)]
 
-    def place(self, blocks: list[int], num_found: int, row: int) -> None:
-        """Begin with these blocks, of which the first hold `num_found` positions already."""
-        self.blocks, self.row, self.num_computed = blocks, row, num_found
-        self.placement = next(self._placements)
-        self._num_remembered = 0
+    def assign_slot(self, slot: int, blocks: list[int], *, num_computed: int) -> None:
+        """Begin to run in a slot with these blocks, of which the first hold `num_computed` positions already."""
+        self.slot, self.blocks, self.num_computed = slot, blocks, num_computed
+        self.assignment = next(self._assignments)
+        self._num_cached_blocks = 0
 
-    def displace(self) -> list[int]:
-        """Lose all that is computed, and give the blocks back."""
+    def release_slot(self) -> list[int]:
+        """Give up the slot and everything computed; returns the blocks."""
         blocks, self.blocks = self.blocks, []
-        self.row, self.num_computed, self.has_token_in_row = None, 0, False
+        self.slot, self.num_computed, self.has_token_in_slot = None, 0, False
         return blocks
+
+    def draft_tokens(self, count: int) -> tuple[int, ...]:
+        """Propose at most `count` next tokens; none where sampling is more than the argmax, as drafts are exact only there."""
+        sampling = self.sampling
+        if sampling is None or not sampling.is_plain or self.num_new < sampling.params.min_new_tokens:
+            return ()
+        return self._proposer.propose(self.ids, count)
+
+
+class RequestState(ABC):
+    """A request on the side of the thread that computes it: its sequences, its handle, and its times."""
+
+    def __init__(self, handle: RequestHandle, prompt: Prompt) -> None:
+        self.handle = handle
+        self.prompt = prompt
+        self.sequences: list[Sequence] = []
+        self.later: list[Sequence] = []  # those that wait for the first one's prompt
+        self.submitted = time.perf_counter()
+        self.begun: float | None = None
+        self.first_token: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(sequence.done for sequence in self.sequences)
+
+    def usage(self, num_new: int) -> Usage:
+        prompt = self.prompt
+        return Usage(prompt.num_text_tokens, prompt.num_image_tokens, self.sequences[0].num_cached, num_new)
+
+    def timings(self) -> Timings:
+        now = time.perf_counter()
+        first = None if self.first_token is None else self.first_token - self.submitted
+        return Timings((self.begun or now) - self.submitted, first, now - self.submitted)
+
+    def release(self) -> None:
+        """Drop the sequences of a request that is over: they refer to it, a cycle that would keep its images."""
+        self.sequences, self.later = [], []
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Finish the handle; all sequences have ended."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Finish the handle before the sequences have ended; they have been removed."""
+
+
+class GenerationState(RequestState):
+    """Completions of a prompt. Without `streamed` and without stop strings, text is read off the tokens at the end."""
+
+    def __init__(self, handle: RequestHandle, prompt: Prompt, *, streamed: bool, has_stop_strings: bool) -> None:
+        super().__init__(handle, prompt)
+        self._streamed = streamed
+        self._reads_at_end = not streamed and not has_stop_strings
+
+    def add(self, sequence: Sequence, token_ids: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprob] = ()) -> bool:
+        """Append tokens to one completion and put their text into the handle.
+
+        Returns:
+            Whether they ended it. Tokens after the end are dropped.
+        """
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        detokenizer, sampling = sequence.detokenizer, sequence.sampling
+        assert detokenizer is not None
+        assert sampling is not None
+        grammar = sampling.grammar
+        num_before = len(sequence.ids)
+        text = ""
+        for token in token_ids:
+            is_end = detokenizer.is_end(token, sequence.num_new)
+            sequence.ids.append(token)
+            if not self._reads_at_end:
+                text += detokenizer.read([token])
+            if grammar is not None and not is_end:
+                grammar.accept(token)
+            if detokenizer.stopped or is_end or (grammar is not None and grammar.is_over):
+                sequence.finish_reason = "stop"
+            elif len(sequence.ids) >= sequence.max_total:
+                sequence.finish_reason = "length"
+            if sequence.finish_reason is not None:
+                break
+        sequence.logprobs += logprobs
+        ended = sequence.finish_reason is not None
+        if ended:
+            text += self._rest_of_text(sequence)
+        self._put(sequence, text, sequence.ids[num_before:], logprobs)
+        return ended
+
+    def cancel(self) -> None:
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                self.end(sequence, "cancelled")
+        self.complete()
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a completion without another token."""
+        sequence.finish_reason = reason
+        self._put(sequence, self._rest_of_text(sequence))
+
+    def complete(self) -> None:
+        completions = tuple(
+            Completion(
+                sequence.index,
+                sequence.detokenizer.text,
+                tuple(sequence.ids[sequence.num_prompt :]),
+                tuple(sequence.logprobs),
+                sequence.finish_reason,
+            )
+            for sequence in self.sequences
+            if sequence.detokenizer is not None and sequence.finish_reason is not None
+        )
+        num_new = sum(sequence.num_new for sequence in self.sequences)
+        self.handle.finish(Result(self.handle.request_id, completions, self.usage(num_new), self.timings()))
+
+    def _rest_of_text(self, sequence: Sequence) -> str:
+        """The last of a completion's text: what was held back, or all of it where nothing was read before."""
+        detokenizer = sequence.detokenizer
+        assert detokenizer is not None
+        read = detokenizer.read(sequence.ids[sequence.num_prompt :]) if self._reads_at_end else ""
+        return read + detokenizer.finish()
+
+    def _put(
+        self,
+        sequence: Sequence,
+        text: str,
+        token_ids: abc.Sequence[int] = (),
+        logprobs: abc.Sequence[TokenLogprob] = (),
+    ) -> None:
+        if self._streamed:
+            self.handle.put(Chunk(sequence.index, text, tuple(token_ids), tuple(logprobs), sequence.finish_reason))
+
+
+class ScoringState(RequestState):
+    """The probabilities of a continuation."""
+
+    def __init__(self, handle: RequestHandle, prompt: Prompt) -> None:
+        super().__init__(handle, prompt)
+        self._scores: list[tuple[float, bool]] = []
+
+    def add(self, sequence: Sequence, scores: abc.Sequence[tuple[float, bool]]) -> bool:
+        """Append scores, in order; returns whether these were the last."""
+        self._scores += scores
+        return len(self._scores) == len(sequence.ids) - sequence.num_prompt
+
+    def complete(self) -> None:
+        sequence = self.sequences[0]
+        self.handle.finish(
+            Score(
+                tuple(sequence.ids[sequence.num_prompt :]),
+                tuple(logprob for logprob, _ in self._scores),
+                all(is_argmax for _, is_argmax in self._scores),
+                self.usage(0),
+            )
+        )
+
+    def cancel(self) -> None:
+        self.handle.fail(Cancelled(f"request {self.handle.request_id} was cancelled"))

@@ -12,17 +12,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.cli.model_flags import choose_conv_mode, find_model
+from llava.cli.model_flags import choose_conv_mode, find_model, sampling_from
 from llava.cli.startup import quick_imports
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import (
-    answer_end,
     get_model_name_from_path,
     get_template,
     image_placeholder,
     with_image_placeholders,
 )
-from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
+from llava.engine.request import Request
 from llava.errors import InputError
 from llava.eval.common_flags import MODEL_BASE, MODEL_PATH, SAMPLING_FLAGS, EvalScript, ScriptFlag
 from llava.images.io import load_image
@@ -47,16 +46,16 @@ def eval_model(args: Namespace) -> str:
 
     A loaded model may come along as `args.model`, `args.tokenizer` and `args.image_processor`.
     """
-    sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    sampling = sampling_from(args)
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     path = find_model(args.model_path)
     name = get_model_name_from_path(path)
     images = load_images(image_parser(args))
     with quick_imports():
-        from llava.mm_utils import process_images, tokenizer_image_token
+        from llava.engine.hf_engine import HFEngine
         from llava.model.builder import load_pretrained_model
-        from llava.model.tokenizer_setup import context_len, conv_mode
+        from llava.model.tokenizer_setup import conv_mode
 
         tokenizer, model, image_processor = (
             getattr(args, part, None) for part in ("tokenizer", "model", "image_processor")
@@ -72,21 +71,10 @@ def eval_model(args: Namespace) -> str:
     query = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     conv.append_message(conv.roles[0], with_image_placeholders(query, len(images), placeholder))
     conv.append_message(conv.roles[1], None)
-    prompt = conv.get_prompt()
-    input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
-    sizes = [image.size for image in images]
-    size = measure_prompt(input_ids[0].tolist(), sizes, model.image_policy())
-    stream = stream_answer(
-        model,
-        tokenizer,
-        input_ids,
-        images=process_images(images, image_processor, model.config),
-        image_sizes=sizes,
-        sampling=sampling.fitted(size, context_len(model.config)),
-        stop=[answer_end(conv)],
-    )
-    print(stream.answer.text)
-    return stream.answer.text
+    with HFEngine.of_parts(model, tokenizer, image_processor) as engine:
+        text = engine.generate(Request(conv, images, sampling)).text
+    print(text)
+    return text
 
 
 def run(args: Namespace) -> None:

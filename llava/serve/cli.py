@@ -1,8 +1,7 @@
 """The original command line: one image, a conversation about it, the original's flags, prompts and look.
 
-In: flags and typed lines. Out: answers, streamed. The way of a question to the model: template (conversation.py) -> ids
-with -200 (`tokenizer_image_token`) and pixels (`process_images`) -> `model.generate` through engine/hf_engine.py. `llava chat`
-(cli/chat.py) is the friendlier program.
+In: flags and typed lines. Out: answers, streamed. The path of a question to the model: template (conversation.py) -> ids with
+-200 and pixels (processor.py) -> `model.generate` (engine/hf_engine.py). `llava chat` (cli/chat.py) is the friendlier program.
 """
 
 from __future__ import annotations
@@ -11,21 +10,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.model_flags import choose_conv_mode, find_model
+from llava.cli.model_flags import choose_conv_mode, find_model, sampling_from
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import quiet_libraries, show
-from llava.constants import (
-    IMAGE_TOKEN_INDEX,
-)
 from llava.conversation import (
-    answer_end,
     get_model_name_from_path,
     get_template,
     image_placeholder,
     with_image_placeholders,
 )
-from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
+from llava.engine.request import Request
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.utils import disable_torch_init
@@ -62,7 +57,7 @@ def main(argv: Sequence[str] | Namespace | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    sampling = sampling_from(args)
     model_path = find_model(args.model_path)
     model_name = get_model_name_from_path(model_path)
     if args.conv_mode is not None:
@@ -71,19 +66,19 @@ def run(args: Namespace) -> None:
 
     with quick_imports():
         quiet_libraries()
-        from llava.mm_utils import process_images, tokenizer_image_token
+        from llava.engine.hf_engine import HFEngine
         from llava.model.builder import load_pretrained_model
         from llava.model.tokenizer_setup import conv_mode
 
         with disable_torch_init():
-            tokenizer, model, image_processor, context_len = load_pretrained_model(
+            tokenizer, model, image_processor, _ = load_pretrained_model(
                 model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
             )
     if image_processor is None:
         raise InputError(f"{model_path!r} is a language model without a vision tower, so it cannot look at an image")
     conv = get_template(choose_conv_mode(args.conv_mode, conv_mode(model.config.to_dict(), tokenizer, model_name)))
     roles = ("user", "assistant") if conv.version == "mpt" else conv.roles
-    image_tensor = process_images([image], image_processor, model.config)
+    engine = HFEngine.of_parts(model, tokenizer, image_processor)
     placeholder: str | None = image_placeholder(getattr(model.config, "mm_use_im_start_end", False))
 
     while True:
@@ -100,19 +95,7 @@ def run(args: Namespace) -> None:
         conv.append_message(conv.roles[0], question)
         conv.append_message(conv.roles[1], None)
         prompt = conv.get_prompt()
-
-        input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
-        size = measure_prompt(input_ids[0].tolist(), [image.size], model.image_policy())
-        stream = stream_answer(
-            model,
-            tokenizer,
-            input_ids,
-            images=image_tensor,
-            image_sizes=[image.size],
-            sampling=sampling.fitted(size, context_len),
-            stop=[answer_end(conv)],
-        )
-        outputs = show(stream, _write).text
+        outputs = show(engine.stream(Request(conv, [image], sampling)), _write).text
         print()
         conv.messages[-1][-1] = outputs
         if args.debug:

@@ -14,21 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from cli_kit import CHECKPOINT, IMAGE, environment, run_llava, run_python, start_llava
 from golden_data import HERE, golden
 from PIL import Image
 
 from llava.cli.chat import build_parser, split_words
 from llava.conversation import get_template
-from llava.engine.hf_engine import Sampling, measure_prompt, stream_answer
-from llava.engine.request import PromptSize
+from llava.engine.config import EngineError
+from llava.engine.hf_engine import HFEngine
+from llava.engine.request import PromptSize, Request, SamplingParams
 from llava.errors import InputError
 from llava.images.io import DEFAULT_LIMITS
 from llava.session import LoadedImage, Session
 from llava.text.detokenizer import IncrementalDetokenizer, overlap, stream_decoder
-from llava.text.tokenization import load_tokenizer, tokenizer_image_token
+from llava.text.tokenization import load_tokenizer
 
 SHORT = ["-m", CHECKPOINT, "--max-new-tokens", "8"]
 ANSWER = "yp\ufffd phri NMUuct"  # recorded: greedy, 8 tokens, to "What is it?" about IMAGE
@@ -120,70 +121,98 @@ def loaded() -> Iterator[Any]:
     os.chdir(before)
 
 
-@pytest.fixture
-def inputs(loaded: Any) -> dict[str, Any]:
-    prompt = "A chat. USER: <image>\nWhat is it? ASSISTANT:"
-    ids = tokenizer_image_token(prompt, loaded.tokenizer, return_tensors="pt")[None]
-    pixels = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "images": pixels, "image_sizes": [(56, 56)]}
+@pytest.fixture(scope="module")
+def engine(loaded: Any) -> Iterator[HFEngine]:
+    with HFEngine.from_loaded(loaded) as engine:
+        yield engine
 
 
-def test_a_stream_is_what_generate_gives(loaded: Any, inputs: dict[str, Any]) -> None:
+PROMPT = "A chat. USER: <image>\nWhat is it? ASSISTANT:"
+
+
+def request(**sampling: Any) -> Request:
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    return Request(PROMPT, [Image.fromarray(pixels)], SamplingParams(**{"max_new_tokens": 40} | sampling))
+
+
+def generated(loaded: Any, **arguments: Any) -> list[int]:
+    """What `model.generate` gives for the same prompt."""
+    asked = request()
+    inputs = loaded.processor(asked.prompt, asked.images)
     output = loaded.model.generate(
-        inputs["input_ids"], images=inputs["images"], image_sizes=[(56, 56)], do_sample=False, max_new_tokens=40
+        inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, max_new_tokens=40, **arguments
     )
+    return output[0].tolist()
+
+
+def test_a_stream_is_what_generate_gives(loaded: Any, engine: HFEngine) -> None:
+    expected = generated(loaded, do_sample=False)
     for num_beams in (1, 3):
-        with stream_answer(
-            loaded.model, loaded.tokenizer, **inputs, sampling=Sampling(max_new_tokens=40, num_beams=num_beams)
-        ) as stream:
-            pieces = list(stream)
-            assert list(stream) == []  # the end stays the end
-        assert "".join(pieces) == stream.answer.text
+        handle = engine.stream(request(num_beams=num_beams))
+        chunks = list(handle)
+        assert list(handle) == []  # the end stays the end
+        result = handle.result()
+        completion = result.completions[0]
+        assert "".join(chunk.text for chunk in chunks) == completion.text == result.text
+        assert [token for chunk in chunks for token in chunk.token_ids] == list(completion.token_ids)
         if num_beams == 1:
-            assert list(stream.answer.token_ids) == output[0].tolist()
-            assert stream.answer.text == loaded.tokenizer.decode(output[0], skip_special_tokens=True).strip()
-            assert len(pieces) > 20
-            assert stream.answer.finish_reason == "length"
-        assert 0 < stream.answer.first_token_s <= stream.answer.total_s
+            assert list(completion.token_ids) == expected
+            assert completion.text == loaded.tokenizer.decode(expected, skip_special_tokens=True).strip()
+            assert len(chunks) > 20
+        else:
+            assert list(completion.token_ids) == generated(loaded, do_sample=False, num_beams=3)
+        assert completion.finish_reason == "length"
+        assert 0 < result.timings.first_token_s <= result.timings.total_s
+        assert result.usage.num_image_tokens == 16
 
 
-def test_cancelling_stops_within_a_token(loaded: Any, inputs: dict[str, Any]) -> None:
-    with stream_answer(loaded.model, loaded.tokenizer, **inputs, sampling=Sampling(max_new_tokens=1500)) as stream:
-        first = next(stream)
-        stream.cancel()
-        rest = list(stream)
-    answer = stream.answer
-    assert answer.finish_reason == "cancelled"
-    assert answer.text == first + "".join(rest)
-    assert 0 < len(answer.token_ids) < 1500
+def test_cancelling_stops_within_a_token(engine: HFEngine) -> None:
+    waiting = engine.submit(request(max_new_tokens=1500))
+    with engine.stream(request(max_new_tokens=1500)) as behind:
+        behind.abort()
+        with waiting:
+            first = next(chunk.text for chunk in waiting if chunk.text)
+            waiting.abort()
+            rest = [chunk.text for chunk in waiting]
+    completion = waiting.result().completions[0]
+    assert completion.finish_reason == "cancelled"
+    assert completion.text.startswith(first)
+    assert completion.text.endswith("".join(rest))
+    assert 0 < len(completion.token_ids) < 1500
+    assert behind.result().completions[0].token_ids == ()
 
 
-def test_a_stop_string_ends_the_generation(loaded: Any, inputs: dict[str, Any]) -> None:
-    sampling = Sampling(max_new_tokens=40)
-    with stream_answer(loaded.model, loaded.tokenizer, **inputs, sampling=sampling) as stream:
-        whole = "".join(stream)
+def test_a_stop_string_ends_the_generation(engine: HFEngine) -> None:
+    whole = engine.generate(request()).text
     stop = whole[10:14]
-    with stream_answer(loaded.model, loaded.tokenizer, **inputs, sampling=sampling, stop=[stop]) as stream:
-        assert "".join(stream) == whole[: whole.index(stop)].strip()
-    assert stream.answer.finish_reason == "stop"
-    assert len(stream.answer.token_ids) < 40
+    completion = engine.generate(request(stop=(stop,))).completions[0]
+    assert completion.text == whole[: whole.index(stop)].strip()
+    assert completion.finish_reason == "stop"
+    assert len(completion.token_ids) < 40
 
 
-def test_a_fault_in_the_thread_is_raised_where_one_reads(loaded: Any, inputs: dict[str, Any]) -> None:
-    with (
-        pytest.raises(ValueError, match="image"),
-        stream_answer(loaded.model, loaded.tokenizer, inputs["input_ids"], images=None) as stream,
-    ):
-        list(stream)
-    with pytest.raises(RuntimeError):
-        _ = stream.answer
+def test_a_fault_in_the_thread_is_raised_where_one_waits(
+    engine: HFEngine, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.model, "forward", breaks)
+        handle = engine.stream(request())
+        with pytest.raises(EngineError, match="ValueError: no such thing"):
+            list(handle)
+    assert engine.generate(request(max_new_tokens=2)).completions[0].finish_reason == "length"
+    assert engine.alive
 
 
-def test_prompts_are_measured_as_the_model_sees_them(loaded: Any, inputs: dict[str, Any]) -> None:
-    size = measure_prompt(inputs["input_ids"][0].tolist(), [(56, 56)], loaded.model.image_policy())
+def test_prompts_are_measured_as_the_model_sees_them(loaded: Any, engine: HFEngine) -> None:
+    asked = request(max_new_tokens=1)
+    inputs = loaded.processor(asked.prompt, asked.images)
     embeds = loaded.model.prepare_inputs_labels_for_multimodal(
-        inputs["input_ids"], None, None, None, None, inputs["images"], [(56, 56)]
+        inputs.input_ids[None], None, None, None, None, inputs.images, inputs.image_sizes
     )[4]
+    size = engine.submit(asked).size
     assert size.total == embeds.shape[1]
     assert size.num_image_tokens == 16
     assert PromptSize(90, 10).room(128, 512) == 28
@@ -197,7 +226,7 @@ def test_prompts_are_measured_as_the_model_sees_them(loaded: Any, inputs: dict[s
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        Sampling(**wrong)
+        SamplingParams(**wrong)
 
 
 # A session
@@ -205,15 +234,16 @@ def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.fixture
 def session(loaded: Any) -> Session:
-    return Session(loaded, get_template("llava_v1"), Sampling(max_new_tokens=6))
+    return Session(loaded, get_template("llava_v1"), SamplingParams(max_new_tokens=6))
 
 
 def ask(session: Session, question: str) -> tuple[str, str]:
-    asked = session.ask(question)
-    with asked.stream as stream:
-        text = "".join(stream)
-    session.record(question, stream.answer)
-    return asked.prompt, text
+    prompt = session.conversation(question).get_prompt()
+    with session.ask(question) as handle:
+        text = "".join(chunk.text for chunk in handle)
+    assert text == handle.result().text
+    session.record(question, text)
+    return prompt, text
 
 
 def test_a_session_remembers_questions_images_and_answers(session: Session, tmp_path: Path) -> None:
@@ -228,7 +258,7 @@ def test_a_session_remembers_questions_images_and_answers(session: Session, tmp_
 
     saved = tmp_path / "talk.json"
     session.save(str(saved))
-    copy = Session(session._loaded, get_template("llava_v1"), Sampling(max_new_tokens=6))
+    copy = Session(session._loaded, get_template("llava_v1"), SamplingParams(max_new_tokens=6))
     copy.load(str(saved), DEFAULT_LIMITS)
     assert copy.conversation("More?").get_prompt() == session.conversation("More?").get_prompt()
     assert ask(copy, "More?") == ask(session, "More?")
@@ -245,22 +275,19 @@ def test_a_session_remembers_questions_images_and_answers(session: Session, tmp_
 
 
 def test_a_broken_off_answer_stays_and_an_empty_one_does_not(session: Session, loaded: Any) -> None:
-    session._sampling = Sampling(max_new_tokens=1500)
+    session._sampling = SamplingParams(max_new_tokens=1500)
     session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
-    asked = session.ask("What is it?")
-    with asked.stream as stream:
-        next(stream)
-        stream.cancel()
-    session.record("What is it?", stream.answer)
-    assert session.exchanges[0].answer == stream.answer.text != ""
+    with session.ask("What is it?") as handle:
+        next(chunk for chunk in handle if chunk.text)
+    text = handle.result().text
+    session.record("What is it?", text)
+    assert session.exchanges[0].answer == text != ""
     assert session.waiting == ()
 
     session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
-    asked = session.ask("And?")
-    asked.stream.cancel()
-    with asked.stream as stream:
+    with session.ask("And?"):
         pass
-    session.record("And?", type(stream.answer)("", "cancelled", (), None, 0.0))
+    session.record("And?", "")
     assert len(session.exchanges) == 1
     assert len(session.waiting) == 1
 
@@ -446,12 +473,12 @@ def test_several_images_in_the_order_given(loaded: Any) -> None:
 
 def test_a_program_that_ends_within_an_answer_ends_cleanly() -> None:
     code = """
-import torch
-from llava.engine.hf_engine import Sampling, stream_answer
+from llava.engine import HFEngine, Request, SamplingParams
 from llava.model.builder import load
 loaded = load("checkpoints/llava-v1.5-tiny-vicuna", device="cpu")
-stream = stream_answer(loaded.model, loaded.tokenizer, torch.arange(3, 20)[None], sampling=Sampling(max_new_tokens=1900))
-print(len(next(stream)) > 0)
+engine = HFEngine.from_loaded(loaded)
+chunks = iter(engine.stream(Request(list(range(3, 20)), sampling=SamplingParams(max_new_tokens=1900))))
+print(len(next(chunks).token_ids) > 0)
 """
     done = run_python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

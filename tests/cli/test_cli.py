@@ -10,8 +10,8 @@ import pytest
 from cli_kit import CHECKPOINT, IMAGE, run_llava, run_python
 from golden_data import HERE, golden
 
-import llava.text.tokenization
-from llava.conversation import conv_mode_for_model_name
+from llava.conversation import Conversation, conv_mode_for_model_name
+from llava.processor import Processor
 from llava.serve import cli
 
 RECORDED = json.loads(golden("cli/recorded.json").read_text())
@@ -48,12 +48,12 @@ def test_template_by_model_name(row: dict[str, str], capsys: pytest.CaptureFixtu
 def replay(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tuple[str, list[int]]]:
     """Run a recorded conversation in this process; gives the prompts and ids that reached the model."""
     asked: list[tuple[str, list[int]]] = []
-    plain = llava.text.tokenization.tokenizer_image_token
+    plain = Processor.encode
 
-    def recording(prompt: str, *args: Any, **kwargs: Any) -> Any:
-        ids = plain(prompt, *args, **kwargs)
-        asked.append((prompt, ids.tolist()))
-        return ids
+    def recording(self: Processor, conversation: Conversation, num_images: int) -> Any:
+        ids, labels = plain(self, conversation, num_images)
+        asked.append((conversation.get_prompt(), ids))
+        return ids, labels
 
     lines = iter(run["stdin"].splitlines())
 
@@ -64,7 +64,7 @@ def replay(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any)
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr(llava.text.tokenization, "tokenizer_image_token", recording)
+    monkeypatch.setattr(Processor, "encode", recording)
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.chdir(HERE)
     arguments = vars(cli.build_parser().parse_args(run["args"])) | changes

@@ -26,7 +26,8 @@ def loaded_by(code: str) -> list[str]:
     "code",
     [
         "import llava",
-        "import llava.constants, llava.errors, llava.cli.program, llava.engine.hf_engine, llava.cli.startup, llava.utils",
+        "import llava.constants, llava.errors, llava.cli.program, llava.cli.startup, llava.utils",
+        "import llava.engine, llava.engine.request, llava.engine.config, llava.engine.kv_cache",
         "import llava.conversation, llava.images.layout, llava.images.io",
         "import llava.serve.cli, llava.cli.chat",
         "import llava.train.train, llava.train.train_mem",

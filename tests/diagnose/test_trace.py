@@ -20,7 +20,7 @@ from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.hooks import trace
 from llava.diagnose.tracer.hooks_sequence import segments
 from llava.diagnose.tracer.record import POINTS
-from llava.engine.hf_engine import Sampling, measure_prompt
+from llava.engine.request import PromptSize, SamplingParams
 from llava.model.builder import LoadedModel, load
 from llava.model.splice import splice
 from llava.session import LoadedImage, Session
@@ -69,7 +69,7 @@ def test_all_points_come_in_the_order_of_the_flow(answered: TracedAnswer) -> Non
 def test_recorded_models_pass_every_check(name: str) -> None:
     loaded = load(golden(f"checkpoints/{name}"), device="cpu")
     images = [LoadedImage.open("images/text_200x80.png"), LoadedImage.open("images/noise_40x90.png")]
-    seen = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=4))
+    seen = trace_question(loaded, images, "What are these?", sampling=SamplingParams(max_new_tokens=4))
     assert [point.point for point in seen.record] == ANSWERING
     assert seen.record.failed == []
     views = compute_views(seen)
@@ -83,7 +83,7 @@ def test_recorded_models_pass_every_check(name: str) -> None:
 @pytest.mark.parametrize("settings", [{}, tiny.ANYRES], ids=["pad", "anyres"])
 def test_built_models_pass_every_check(language_model: str, settings: dict[str, Any], tmp_path: Path) -> None:
     loaded = load(tiny.build(tmp_path / "model", language_model, conv_mode="llava_v1", **settings), device="cpu")
-    seen = trace_question(loaded, [star()], QUESTION, sampling=Sampling(max_new_tokens=3))
+    seen = trace_question(loaded, [star()], QUESTION, sampling=SamplingParams(max_new_tokens=3))
     assert seen.record.failed == []
     assert len(seen.record["layers"]["layers"]) == 2
     assert compute_views(seen) is not None
@@ -103,7 +103,7 @@ def test_ids_and_lengths_are_those_of_the_functions(answered: TracedAnswer, embe
     record = answered.record
     ids = tokenizer_image_token(record["prompt"]["text"], embedded.tokenizer)
     assert record["input_ids"]["ids"] == ids
-    size = measure_prompt(ids, [(448, 448)], embedded.model.image_policy())
+    size = PromptSize(sum(token >= 0 for token in ids), embedded.processor.plan([(448, 448)])[0].num_features)
     limit, row = record["limit"], record["splice"]["rows"][0]
     assert (limit["text_tokens"], limit["image_tokens"]) == (size.num_text_tokens, size.num_image_tokens) == (14, 64)
     assert limit["allowed"] == limit["given_to_generate"] == 512
@@ -113,7 +113,7 @@ def test_ids_and_lengths_are_those_of_the_functions(answered: TracedAnswer, embe
 
 
 def test_the_limit_is_shown_before_and_after_it_is_cut(embedded: LoadedModel) -> None:
-    record = trace_question(embedded, [star()], QUESTION, sampling=Sampling(max_new_tokens=2000)).record
+    record = trace_question(embedded, [star()], QUESTION, sampling=SamplingParams(max_new_tokens=2000)).record
     assert (record["limit"]["wanted"], record["limit"]["allowed"], record["limit"]["given_to_generate"]) == (
         2000,
         946,

@@ -26,7 +26,7 @@ from llava.diagnose.tracer.attention import AttentionViews, compute_views
 from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.html import page_of_answer, page_of_sample
 from llava.diagnose.tracer.training import trace_sample
-from llava.engine.hf_engine import Sampling
+from llava.engine.request import SamplingParams
 from llava.images.layout import ImagePolicy, feature_boxes, plan
 from llava.mm_utils import process_images
 from llava.model.builder import load
@@ -241,7 +241,10 @@ def test_the_brightest_patch_is_the_one_that_mattered_most(tmp_path: Path) -> No
     loaded = load(embedded_model_path(), device="cpu")
     Image.new("RGB", (448, 448), (200, 200, 200)).save(tmp_path / "grey.png")
     answered = trace_question(
-        loaded, [LoadedImage.open(str(tmp_path / "grey.png"))], "What is this?", sampling=Sampling(max_new_tokens=4)
+        loaded,
+        [LoadedImage.open(str(tmp_path / "grey.png"))],
+        "What is this?",
+        sampling=SamplingParams(max_new_tokens=4),
     )
     views = compute_views(answered)
     assert views is not None
@@ -256,7 +259,7 @@ def test_tiles_and_training_samples_have_pages_too(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(HERE)
     loaded = load(tiny.build(tmp_path / "model", **tiny.ANYRES), device="cpu")
     images = [LoadedImage.open("images/text_200x80.png"), LoadedImage.open("images/noise_40x90.png")]
-    answered = trace_question(loaded, images, "What are these?", sampling=Sampling(max_new_tokens=3))
+    answered = trace_question(loaded, images, "What are these?", sampling=SamplingParams(max_new_tokens=3))
     count = "({ images: document.querySelectorAll('canvas').length, parts: !$('part-label').hidden })"
     shown = browse(page_of_answer(answered, compute_views(answered)), tmp_path, count, width=390)
     assert shown == {"found": {"images": 2, "parts": True}, "errors": [], "wide": shown["wide"]}

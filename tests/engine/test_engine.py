@@ -25,7 +25,8 @@ from engine_kit import (
     sampled,
 )
 
-from llava.engine.engine import Engine, EngineClosed, EngineConfig, EngineError, QueueFull, UnsupportedModelError
+from llava.engine.config import EngineClosed, EngineConfig, EngineError, QueueFull, UnsupportedModelError
+from llava.engine.engine import Engine
 from llava.engine.request import Chunk, Request, SamplingParams, ScoreRequest
 from llava.errors import InputError
 
@@ -66,7 +67,7 @@ def test_steps_may_be_launched_before_the_last_one_is_read(way: str, monkeypatch
     """As on a GPU; here a launched step is over at once, but nobody looks at it until the next one is launched."""
     requests = mixed_requests()
     with Engine.from_loaded(loaded("llama"), WAYS[way]) as engine:
-        monkeypatch.setattr(engine._loop, "_overlap", True)
+        monkeypatch.setattr(engine._worker, "_overlap", True)
         results = answers_together(engine, [*requests, *requests[::-1]])
         constrained = SamplingParams(max_new_tokens=20, regex="[a-c]{9}")
         assert re.fullmatch("[a-c]{9}", engine.generate([Request("x", sampling=constrained), *requests])[0].text)
@@ -232,7 +233,7 @@ def test_wrong_requests_are_refused_where_they_are_made(engine: Engine) -> None:
 def test_a_fault_reaches_its_request_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded("llama")
     with Engine.from_loaded(model, EngineConfig(feature_cache_bytes=0, prefix_cache=False)) as engine:
-        runner = engine._loop.runner
+        runner = engine._worker.runner
         launch, read_images = runner.launch, runner.read_images
         bad = random_image(9, 44, 33)
 
@@ -270,7 +271,7 @@ def test_a_fault_of_the_scheduler_s_ends_the_engine_and_leaves_nobody_waiting(
         def breaks() -> Any:
             raise ZeroDivisionError("a count went wrong")
 
-        monkeypatch.setattr(engine._loop.scheduler, "schedule", breaks)
+        monkeypatch.setattr(engine._worker.scheduler, "schedule", breaks)
         with pytest.raises(EngineError, match="the engine stopped: ZeroDivisionError: a count went wrong"):
             running.result(30)
         with pytest.raises(EngineClosed):
@@ -287,7 +288,9 @@ def test_a_closed_engine_says_so() -> None:
     assert handle.result(30).completions[0].finish_reason == "cancelled"
     with pytest.raises(EngineClosed, match="closed"):
         engine.submit(Request("hello"))
-    assert not any(thread.name == "llava-engine" and thread is engine._loop._thread for thread in threading.enumerate())
+    assert not any(
+        thread.name == "llava-engine" and thread is engine._worker._thread for thread in threading.enumerate()
+    )
 
 
 # Models

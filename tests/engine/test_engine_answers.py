@@ -22,7 +22,8 @@ from engine_kit import (
 )
 
 from llava.conversation import get_template
-from llava.engine.engine import Engine, EngineConfig
+from llava.engine.config import EngineConfig
+from llava.engine.engine import Engine
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.errors import InputError
 

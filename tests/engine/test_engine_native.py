@@ -116,7 +116,7 @@ def test_two_threads_of_a_program_share_the_workers(native: NativeKernels, monke
 def test_greedy_tokens_without_a_compiler_are_those_of_generate(kind: str, empty_cache: Path) -> None:
     requests = mixed_requests()
     with Engine.from_loaded(loaded(kind)) as engine:
-        assert not isinstance(engine._loop.runner.decoder.kernels, NativeKernels)
+        assert not isinstance(engine._worker.runner.decoder.kernels, NativeKernels)
         results = answers_together(engine, requests)
     assert [result.completions[0].token_ids for result in results] == list(expected(kind))
 

@@ -14,15 +14,15 @@ from engine_kit import greedy, loaded, mixed_requests, random_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.engine.config import EngineConfig
 from llava.engine.encoder_cache import EncoderCache
-from llava.engine.engine import Engine, EngineConfig
-from llava.engine.job import AnswerJob
+from llava.engine.engine import Engine
 from llava.engine.kv_cache import BlockPool, block_hash
-from llava.engine.ngram import Lookup
-from llava.engine.prompt import PromptImage
+from llava.engine.ngram import NgramProposer
+from llava.engine.prompt import Prompt, PromptImage
 from llava.engine.request import Request, SamplingParams, ScoreRequest
-from llava.engine.scheduler import Scheduler, Step
-from llava.engine.sequence import Prompt, Sequence
+from llava.engine.scheduler import Scheduler, SchedulerOutput
+from llava.engine.sequence import GenerationState, Sequence
 
 
 class Plan:
@@ -44,8 +44,8 @@ def in_use(scheduler: Scheduler) -> None:
         for block in sequence.blocks:
             users[block] = users.get(block, 0) + 1
     assert pool.num_used == len(users)
-    assert {block: count for block, count in enumerate(pool._users) if count} == users
-    rows = [sequence.row for sequence in scheduler.running]
+    assert {block: count for block, count in enumerate(pool._num_users) if count} == users
+    rows = [sequence.slot for sequence in scheduler.running]
     assert len(set(rows)) == len(rows)
 
 
@@ -85,23 +85,23 @@ def test_every_sequence_ends_and_nothing_leaks(
     )
     sequences, aborts = [], {}
     coming = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
-    under_way: Step | None = None
+    under_way: SchedulerOutput | None = None
 
-    def read(step: Step | None) -> None:
-        for work in step.work if step else []:
-            sequence = work.sequence
-            if work.chooses and not sequence.done:
-                sequence.num_pending -= 1 + len(work.drafts)
-                num_right = chosen.randrange(len(work.drafts) + 1)
-                sequence.ids += [*work.drafts[:num_right], chosen.randrange(5)]
+    def read(step: SchedulerOutput | None) -> None:
+        for chunk in step.chunks if step else []:
+            sequence = chunk.sequence
+            if chunk.samples and not sequence.done:
+                sequence.num_pending -= 1 + len(chunk.drafts)
+                num_accepted = chosen.randrange(len(chunk.drafts) + 1)
+                sequence.ids += [*chunk.drafts[:num_accepted], chosen.randrange(5)]
                 assert len(sequence.ids) <= sequence.max_total
-                if work.drafts:
+                if chunk.drafts:
                     sequence.num_computed = len(sequence.ids) - 1
-                scheduler.settle(sequence)
+                scheduler.cache_full_blocks(sequence)
                 if len(sequence.ids) == sequence.max_total:
                     scheduler.remove(sequence)
             elif not sequence.done:
-                scheduler.settle(sequence)
+                scheduler.cache_full_blocks(sequence)
 
     for now in range(5000):
         while coming and coming[0][0] <= now:
@@ -119,9 +119,9 @@ def test_every_sequence_ends_and_nothing_leaks(
             break
         step = scheduler.schedule()
         in_use(scheduler)
-        assert sum(work.count for work in step.prefill if not work.drafts) <= max_step_tokens
-        for work in step.work:
-            assert 0 <= work.start < work.stop <= len(work.sequence.blocks) * 4
+        assert sum(chunk.count for chunk in step.prefill if not chunk.drafts) <= max_step_tokens
+        for chunk in step.chunks:
+            assert 0 <= chunk.start < chunk.stop <= len(chunk.sequence.blocks) * 4
         if not lag:
             read(step)
         else:
@@ -130,7 +130,7 @@ def test_every_sequence_ends_and_nothing_leaks(
     assert all(sequence.done for sequence in sequences)
     read(under_way)
     assert pool.num_used == 0
-    assert sorted(scheduler._rows) == list(range(max_running))
+    assert sorted(scheduler._free_slots) == list(range(max_running))
 
 
 @settings(max_examples=25, deadline=None)
@@ -182,25 +182,25 @@ def test_the_first_of_the_queue_is_never_passed_over() -> None:
     )
     for sequence in (running, long, short):
         scheduler.add(sequence)
-    assert [work.sequence for work in scheduler.schedule().work] == [running]
+    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [running]
     assert list(scheduler.waiting) == [long, short]
     scheduler.remove(running)
-    assert [work.sequence for work in scheduler.schedule().work] == [long, short]
+    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [long, short]
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_computed() -> None:
     scheduler = Scheduler(BlockPool(100), block_size=4, max_running=4, max_step_tokens=10)
     first, long = Sequence(Prompt([1] * 4, ()), max_total=50), Sequence(Prompt([2] * 95, ()), max_total=100)
     scheduler.add(first)
-    assert [work.sequence for work in scheduler.schedule().prefill] == [first]
+    assert [chunk.sequence for chunk in scheduler.schedule().prefill] == [first]
     first.num_pending, first.ids = 0, [*first.ids, 7]
     scheduler.add(long)
     pieces = []
-    while not long.has_token_in_row:
+    while not long.has_token_in_slot:
         step = scheduler.schedule()
-        assert [work.sequence for work in step.decode] == [first]
+        assert [chunk.sequence for chunk in step.decode] == [first]
         first.num_pending, first.ids = 0, [*first.ids, 7]
-        pieces += [work.count for work in step.prefill]
+        pieces += [chunk.count for chunk in step.prefill]
     assert pieces == [10] * 9 + [5]
 
 
@@ -217,7 +217,7 @@ def test_a_request_that_is_over_needs_no_garbage_collector() -> None:
             handle.abort()
             handle.wait_until_done()
             engine.generate(requests[0])  # the thread has let go of what was before
-            kept = [thing for thing in gc.get_objects() if type(thing) in (AnswerJob, Sequence, PromptImage)]
+            kept = [thing for thing in gc.get_objects() if type(thing) in (GenerationState, Sequence, PromptImage)]
             assert len(kept) <= 3  # of the last one
         finally:
             gc.enable()
@@ -226,21 +226,21 @@ def test_a_request_that_is_over_needs_no_garbage_collector() -> None:
 # The parts
 
 
-def test_a_pool_gives_idle_blocks_out_last_and_the_oldest_first() -> None:
+def test_a_pool_allocates_evictable_blocks_last_and_the_oldest_first() -> None:
     pool = BlockPool(4)
-    first = pool.take(3)
+    first = pool.allocate(3)
     assert first == [0, 1, 2]
     for place, block in enumerate(first):
-        pool.remember(block, bytes([place]))
+        pool.register_hash(block, bytes([place]))
     pool.release(first)
     assert (pool.num_used, pool.num_available) == (0, 4)
     assert pool.find([b"\0", b"\1", b"\7"]) == [0, 1]
-    assert pool.take(1) == [3]  # free, before any whose content is known
-    pool.share([0])
-    assert pool.take(1) == [2]  # the end of the released sequence goes first
+    assert pool.allocate(1) == [3]  # free, before any whose content is known
+    pool.incref([0])
+    assert pool.allocate(1) == [2]  # the end of the released sequence goes first
     assert pool.find([b"\0", b"\1", b"\2"]) == [0, 1]
-    assert pool.take(2) is None
-    assert pool.take(1) == [1]
+    assert pool.allocate(2) is None
+    assert pool.allocate(1) == [1]
     assert pool.find([b"\0", b"\1"]) == [0]
     with pytest.raises(AssertionError, match="more often"):
         pool.release([0, 0])
@@ -269,9 +269,9 @@ def test_features_are_bounded_in_bytes_and_the_oldest_go_first() -> None:
     assert cache.num_bytes == 80
 
 
-def test_guesses_are_what_followed_the_last_time() -> None:
-    lookup = Lookup()
-    assert lookup.guess([1, 2, 3, 4, 1, 2, 3], 2) == (4, 1)
-    assert lookup.guess([1, 2, 3, 4, 1, 2, 3, 9], 2) == ()
-    assert lookup.guess([1, 2, 3, 4, 1, 2, 3, 9, 1, 2, 3], 5) == (9, 1, 2, 3)  # the newest place
-    assert Lookup().guess([1, 2, 8, -1, -2, 5, 1, 2], 4) == (8,)  # an image's features cannot be guessed
+def test_draft_tokens_are_what_followed_the_last_time() -> None:
+    proposer = NgramProposer()
+    assert proposer.propose([1, 2, 3, 4, 1, 2, 3], 2) == (4, 1)
+    assert proposer.propose([1, 2, 3, 4, 1, 2, 3, 9], 2) == ()
+    assert proposer.propose([1, 2, 3, 4, 1, 2, 3, 9, 1, 2, 3], 5) == (9, 1, 2, 3)  # the newest place
+    assert NgramProposer().propose([1, 2, 8, -1, -2, 5, 1, 2], 4) == (8,)  # an image's features cannot be proposed

@@ -117,11 +117,11 @@ def test_a_killed_run_goes_on_without_repeating_or_losing(
     assert part.read_bytes().count(b"\n") == 7
     assert not part.read_bytes().endswith(b"\n")
     asked = []
-    request = runner.Asker._request
+    answer = runner.Asker._answer
     monkeypatch.setattr(
         runner.Asker,
-        "_request",
-        lambda self, question, limit: (asked.append(question.id), request(self, question, limit))[1],
+        "_answer",
+        lambda self, question, limit: (asked.append(question.id), answer(self, question, limit))[1],
     )
     assert main([DRAWN, *flags(tmp_path)]) == 0
     assert len(asked) == 3 * int(LIMIT) - 7

@@ -82,8 +82,8 @@ def test_an_engine_that_cuts_on_its_device_answers_the_same(kind: str) -> None:
     processor: Processor = model.processor
     with Engine.from_loaded(model) as engine:
         # As on a GPU, where these two are set.
-        engine._build_prompt._on_device = True
-        engine._loop.runner._gpu_preprocessor = GpuPreprocessor(
+        engine._prompt_builder._on_device = True
+        engine._worker.runner._gpu_preprocessor = GpuPreprocessor(
             processor.image_processor, processor.policy, model.model.device
         )
         results = answers_together(engine, mixed_requests())

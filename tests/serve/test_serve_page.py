@@ -84,7 +84,7 @@ def test_an_answer_breaks_off_when_the_page_lets_go(
     from llava.serve.backends.in_process import EngineBackend
 
     backend = EngineBackend(load(build(tmp_path / "model"), device="cpu"), name="endless-llava-v1")
-    runner = backend.engine._loop.runner
+    runner = backend.engine._worker.runner
     launch = runner.launch
 
     def slowly(*work: Any) -> Any:

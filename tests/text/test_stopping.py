@@ -93,7 +93,7 @@ def test_generate_takes_it(mini):
 
 def test_an_end_mark_that_only_the_vocabulary_calls_special_ends_an_answer():
     """MPT's `<|im_end|>` is special in tokenizer.json and not among all_special_ids; decoding hides it all the same."""
-    from llava.engine.hf_engine import IncrementalDetokenizer
+    from llava.text.detokenizer import IncrementalDetokenizer
 
     tokenizer = load_tokenizer(golden("checkpoints/llava-tiny-mpt"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llava.diagnose.checks.sample_image import QUESTION
 from llava.diagnose.tracer.record import SelfTestItem
+from llava.engine.request import SamplingParams
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +58,6 @@ def exercise_projector(loaded: LoadedModel, path: str, *, steps: int) -> SelfTes
 def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -> None:
     import torch
 
-    from llava.engine.hf_engine import Sampling
     from llava.model.builder import load
     from llava.model.multimodal_encoder.builder import save_tower
     from llava.session import Session
@@ -103,7 +103,7 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     item.check(
         "loaded", same and again.model.config.mm_projector_type == TYPE, "loaded over its base, number for number"
     )
-    answer = Session(again, sampling=Sampling(max_new_tokens=16)).answer(QUESTION, _draw("red", "circle"))
+    answer = Session(again, sampling=SamplingParams(max_new_tokens=16)).answer(QUESTION, _draw("red", "circle"))
     item.check("run", bool(answer.strip()), f"asked {QUESTION!r} about a red circle, it says {answer!r}")
 
 

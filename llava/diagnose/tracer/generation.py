@@ -1,8 +1,8 @@
 """Trace the answer to one question: `trace_question`.
 
 In: a loaded model, images, a question. Out: `TracedAnswer`: the trace with all points of answering, the answer, and the
-inputs that the page needs. The conversation is `llava chat`'s own (Session), answered by `model.generate`, whose
-steps the road map names; the engine gives the same tokens (tests/engine/test_engine.py).
+inputs that the page needs. The conversation is `llava chat`'s own (Session), answered by engine/hf_engine.py, which calls the
+model's own methods; the engine gives the same tokens (tests/engine/test_engine.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Conversation, Span, answer_end, get_template
 from llava.diagnose.tracer.hooks import install_hooks, wrap
 from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
-from llava.engine.hf_engine import Answer, Sampling
-from llava.engine.request import PromptSize
+from llava.engine.config import EngineError
+from llava.engine.hf_engine import HFEngine
+from llava.engine.request import Completion, PromptSize, Result, SamplingParams
 from llava.images.image_processor import ImageProcessor
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize
 from llava.model.builder import LoadedModel
@@ -53,7 +54,7 @@ class TracedAnswer:
     images: Sequence[LoadedImage]
     ids: list[int] = field(default_factory=list)
     pixels: Pixels | None = None
-    answer: Answer | None = None
+    answer: Completion | None = None
 
 
 def trace_question(
@@ -61,7 +62,7 @@ def trace_question(
     images: Sequence[LoadedImage],
     question: str,
     *,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     conv_mode: str | None = None,
     break_at: str | None = None,
     record: Trace | None = None,
@@ -73,16 +74,18 @@ def trace_question(
     template = get_template(conv_mode or loaded.conv_mode)
     with install_hooks(record), _hook_inputs(traced):
         record.add(arguments_observation(loaded, conv_mode), loaded=loaded)
-        session = Session(loaded, template, sampling, use_engine=False)
+        engine = HFEngine.from_loaded(loaded)
+        session = Session(loaded, template, sampling, engine=engine)
         session.attach(images)
         _record_template(record, template, conv_mode or loaded.conv_mode)
-        asked = session.ask(question)
-        with asked.stream as stream:
-            for _ in stream:
-                pass
+        with engine:
+            try:
+                result: Result = session.ask(question).result()
+            except EngineError as error:  # show what failed in a hooked method as it is
+                raise error.__cause__ or error from None
         with record.stage("text"):
-            traced.answer = stream.answer
-            _record_text(record, traced.answer, answer_end(template))
+            traced.answer = result.completions[0]
+            _record_text(record, result, answer_end(template))
     record_cost(record)
     return traced
 
@@ -262,8 +265,8 @@ def _sum_of_features(layout: ImageLayout, policy: ImagePolicy) -> str:
     return " + ".join(terms)
 
 
-def _record_text(record: Trace, answer: Answer, end: str) -> None:
-    tokenizer = record.tokenizer
+def _record_text(record: Trace, result: Result, end: str) -> None:
+    tokenizer, answer = record.tokenizer, result.completions[0]
     assert tokenizer is not None
     raw = tokenizer.decode(list(answer.token_ids))
     left = [
@@ -277,8 +280,8 @@ def _record_text(record: Trace, answer: Answer, end: str) -> None:
         "finish_reason": answer.finish_reason,
         "leftover": left,
         "stop": end,
-        "first_token_s": answer.first_token_s,
-        "total_s": answer.total_s,
+        "first_token_s": result.timings.first_token_s,
+        "total_s": result.timings.total_s,
     }
     obs.add("ids", " ".join(map(str, answer.token_ids[:SHOWN_IDS])))
     obs.add("as decoded", raw, "text")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from llava.conversation import get_model_name_from_path
-from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
 from llava.eval.harness.answer_log import answer_row
 from llava.eval.harness.client import Asker, Failure, ModelChoice, missing_images
@@ -44,12 +43,12 @@ def get_chunk(questions: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_tokens: int) -> None:
     """Answer the questions of a chunk into the answers file."""
-    from llava.cli.model_flags import find_model
+    from llava.cli.model_flags import find_model, sampling_from
 
     missing = missing_images(questions)
     if missing:
         raise InputError(f"{len(missing)} images of the questions are missing; the first is {str(missing[0])!r}")
-    sampling = Sampling(args.temperature, getattr(args, "top_p", None), getattr(args, "num_beams", 1), max_new_tokens)
+    sampling = sampling_from(args)
     path = find_model(args.model_path)
     choice = ModelChoice(path, args.model_base, args.device, conv_mode=args.conv_mode)
     model_id = get_model_name_from_path(path)

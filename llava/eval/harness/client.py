@@ -1,6 +1,6 @@
 """Put questions to a model: the one place where evaluation and the engine meet.
 
-In: items, a model folder, how to choose tokens. Out: the text of each answer, as they come, in any order. Greedy answers do
+In: items, a model folder, sampling parameters. Out: the text of each answer, as they come, in any order. Greedy answers do
 not depend on what else is asked at the time; sampled ones have a seed of their own each, made from the run's seed and the
 question, so that shards and resumed runs give the same. Torch is imported when a model is loaded.
 """
@@ -12,16 +12,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, answer_end, get_template, with_image_placeholders
-from llava.engine.hf_engine import Sampling, stream_answer
-from llava.engine.request import PromptSize
+from llava.conversation import Conversation, get_template, with_image_placeholders
+from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
 from llava.eval.types import Question
 from llava.images.io import load_image
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     from llava.model.builder import LoadedModel
 
-THREADS_ON_GPU, THREADS_ON_CPU = 320, 48  # somewhat more than the engine computes together, so that it never waits
 NUM_IMAGES_KEPT = 64  # decoded images; the next question is often about the same one
 
 
@@ -60,17 +58,21 @@ Done = Callable[[int, "str | Failure"], None]
 class Asker:
     """A loaded model that answers items. Use it as `with Asker.open(choice, sampling) as asker`."""
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, *, conv_mode: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedModel, sampling: SamplingParams, *, conv_mode: str | None = None, seed: int = 0
+    ) -> None:
+        from llava.engine.selection import open_engine
+
         self.loaded = loaded
         self.conv_mode = conv_mode or loaded.conv_mode
         self.sampling = sampling
         self.seed = seed
         self._image_cache = _ImageCache()
         self._placeholder = loaded.processor.image_placeholder if loaded.processor is not None else DEFAULT_IMAGE_TOKEN
-        self._engine = None if sampling.num_beams > 1 else _engine_of(loaded)
+        self._engine = open_engine(loaded, num_beams=sampling.num_beams)
 
     @classmethod
-    def open(cls, choice: ModelChoice, sampling: Sampling, *, seed: int = 0) -> Asker:
+    def open(cls, choice: ModelChoice, sampling: SamplingParams, *, seed: int = 0) -> Asker:
         if choice.conv_mode is not None:
             get_template(choice.conv_mode)  # a name that nobody knows is refused before anything is loaded
         with quick_imports():
@@ -89,8 +91,7 @@ class Asker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._engine is not None:
-            self._engine.close()
+        self._engine.close()
 
     def conversation(self, item: Question) -> Conversation:
         """A question in the template's words, its images marked where it says so, else before it."""
@@ -98,21 +99,17 @@ class Asker:
 
     def ask(self, items: Sequence[tuple[int, Question]], done: Done, *, max_new_tokens: int) -> None:
         """Answer numbered items and call `done` with each number and text, in this thread."""
-        if self._engine is None:
-            for number, item in items:
-                done(number, self._guarded(self._generate, item, max_new_tokens))
-            return
-        num_threads = THREADS_ON_GPU if self.loaded.model.device.type == "cuda" else THREADS_ON_CPU
+        num_threads = self._engine.max_running * 5 // 4 + 8  # so many that the engine never waits for a prompt
         items = in_rounds(items, min(num_threads, self._num_prompts_kept(items)))
         with ThreadPoolExecutor(num_threads) as pool:
             waiting: dict[Future[str | Failure], int] = {}
             try:
                 for number, item in items:
                     if len(waiting) >= 2 * num_threads:
-                        _hand_over(waiting, done)
-                    waiting[pool.submit(self._guarded, self._request, item, max_new_tokens)] = number
+                        _deliver(waiting, done)
+                    waiting[pool.submit(self._answer, item, max_new_tokens)] = number
                 while waiting:
-                    _hand_over(waiting, done)
+                    _deliver(waiting, done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._engine.close()
@@ -121,7 +118,7 @@ class Asker:
     def _num_prompts_kept(self, items: Sequence[tuple[int, Question]]) -> int:
         """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
         processor = self.loaded.processor
-        if processor is None or self._engine is None:  # no images, nothing to share
+        if processor is None:  # no images, nothing to share
             return 1
         stats = self._engine.stats()
         for _, item in items:
@@ -134,51 +131,17 @@ class Asker:
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 
-    def _guarded(self, answer: Callable[[Question, int], str], item: Question, max_new_tokens: int) -> str | Failure:
-        """What is wrong with one question (a broken image, a prompt too long) must not end the others."""
+    def _answer(self, item: Question, max_new_tokens: int) -> str | Failure:
+        """Answer one question. What is wrong with it (a broken image, a prompt too long) must not end the others."""
+        seed = None if self.sampling.greedy else item_seed(self.seed, item)
+        params = replace(self.sampling, max_new_tokens=max_new_tokens, seed=seed)
         try:
-            return answer(item, max_new_tokens)
+            request = Request(self.conversation(item), self._images(item), params)
+            result = self._engine.submit(request, streamed=False, wait=True).result()
         except InputError as error:
             return Failure(str(error))
-
-    def _request(self, item: Question, max_new_tokens: int) -> str:
-        from llava.engine.request import Request, SamplingParams
-
-        assert self._engine is not None
-        params = SamplingParams(
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p or 1.0,
-            max_new_tokens=max_new_tokens,
-            seed=None if self.sampling.temperature == 0 else item_seed(self.seed, item),
-        )
-        return self._engine.generate(Request(self.conversation(item), self._images(item), params)).text
-
-    def _generate(self, item: Question, max_new_tokens: int) -> str:
-        """One by one by the model's own `generate`: for beam search, and for models that the engine cannot run."""
-        import torch
-
-        processor = self.loaded.processor
-        if processor is None:
-            raise InputError(
-                f"{self.loaded.info.folder} is a language model without a vision tower; it takes no images"
-            )
-        conversation = self.conversation(item)
-        inputs = processor(conversation, self._images(item))
-        size = PromptSize(inputs.num_tokens - inputs.num_image_tokens, inputs.num_image_tokens)
-        sampling = Sampling(
-            self.sampling.temperature, self.sampling.top_p, self.sampling.num_beams, max_new_tokens
-        ).fitted(size, self.loaded.context_len)
-        torch.manual_seed(item_seed(self.seed, item))
-        stream = stream_answer(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            inputs.input_ids[None],
-            images=inputs.images,
-            image_sizes=inputs.image_sizes or None,
-            sampling=sampling,
-            stop=[answer_end(conversation)],
-        )
-        return stream.answer.text
+        text: str = result.text
+        return text
 
     def _images(self, item: Question) -> list[Image.Image]:
         return [self._image_cache.get(source) for source in item.images]
@@ -206,15 +169,8 @@ def ask(conv_mode: str, question: str, num_images: int, placeholder: str) -> Con
     return conversation
 
 
-def _engine_of(loaded: LoadedModel) -> Any:
-    """The engine around a model, or None where it cannot run this one."""
-    from llava.engine.engine import Engine, unsupported_reason
-
-    return Engine.from_loaded(loaded) if unsupported_reason(loaded.model) is None else None
-
-
-def _hand_over(waiting: dict[Future[str | Failure], int], done: Done) -> None:
-    """Wait for at least one answer and hand out all that are there."""
+def _deliver(waiting: dict[Future[str | Failure], int], done: Done) -> None:
+    """Wait for at least one answer, and call `done` for all that are there."""
     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
         done(waiting.pop(future), future.result())
 

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.cli.model_flags import add_model_flags, find_model, quantization_from
+from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
 from llava.cli.program import ArgumentParser
 from llava.conversation import get_model_name_from_path, get_template
-from llava.engine.hf_engine import Sampling
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json_object, write_json
 from llava.eval.harness.answer_log import AnswerLog
@@ -105,7 +104,7 @@ def run(args: Namespace) -> None:
         get_template(args.conv_mode)
     if (args.judge_url is None) != (args.judge_model is None):
         raise InputError("--judge-url and --judge-model go together; give both or neither")
-    sampling = Sampling(args.temperature, args.top_p, args.num_beams)
+    sampling = sampling_from(args)
     model_path = find_model(args.model_path)
     name = get_model_name_from_path(model_path)
     out = args.out or Path("eval-runs") / name

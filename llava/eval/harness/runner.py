@@ -9,19 +9,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava.engine.hf_engine import Sampling
+from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.eval.files import Faults
-from llava.eval.harness.answer_log import AnswerLog
-from llava.eval.harness.client import Asker, Failure, ModelChoice
+from llava.eval.harness.answer_log import AnswerLog, PartWriter
+from llava.eval.harness.client import Asker, Done, Failure, ModelChoice
 from llava.eval.harness.progress import ProgressBar
 from llava.eval.types import Question
 
+Numbered = Sequence[tuple[int, Question]]
+Seen = Callable[[int, int, "str | None"], None]  # a job's place, a question's number, why it failed
 NOT_ASKED = "questions that could not be asked"
 
 
@@ -42,7 +44,7 @@ class AskSettings:
 
     model: ModelChoice
     model_id: str
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int = 0
     shards: int = 1
     quiet: bool = False
@@ -76,7 +78,8 @@ def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
         else:
             with Asker.open(settings.model, settings.sampling, seed=settings.seed) as asker:
                 watcher.template = asker.conv_mode
-                _ask_all(asker, jobs, missing, settings.model_id, "0", watcher.seen)
+                for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, "0", watcher.seen):
+                    asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
         watcher.close()
         template = watcher.template
         for place, number in sorted(watcher.failures):
@@ -113,22 +116,23 @@ class _Watcher:
             self._current = None
 
 
-def _ask_all(
-    asker: Asker, jobs: Sequence[TaskJob], missing: Sequence[Any], model_id: str, part: str, seen: Any
-) -> None:
+def _open_jobs(
+    jobs: Sequence[TaskJob], missing: Sequence[Numbered], model_id: str, part: str, seen: Seen
+) -> Iterator[tuple[TaskJob, Numbered, Done]]:
+    """Each job that has questions left, with these and what to call with an answer, while its part of the log is open."""
     for place, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
         if not numbered:
             continue
         with AnswerLog(job.folder, job.questions, model_id).part(part) as writer:
 
-            def done(number: int, text: str | Failure, place: int = place, writer: Any = writer) -> None:
+            def done(number: int, text: str | Failure, place: int = place, writer: PartWriter = writer) -> None:
                 if isinstance(text, Failure):
                     seen(place, number, text.reason)
                 else:
                     writer.write_answer(number, text)
                     seen(place, number, None)
 
-            asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
+            yield job, numbered, done
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
@@ -140,7 +144,9 @@ def share(numbered: Sequence[tuple[int, Question]], index: int, count: int) -> l
     return list(numbered[start:stop])
 
 
-def _ask_in_shards(jobs: Sequence[TaskJob], missing: Sequence[Any], settings: AskSettings, watcher: _Watcher) -> None:
+def _ask_in_shards(
+    jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, watcher: _Watcher
+) -> None:
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
     workers = []
@@ -183,7 +189,7 @@ def _ask_in_shards(jobs: Sequence[TaskJob], missing: Sequence[Any], settings: As
         raise InputError(problem)
 
 
-def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Any], settings: AskSettings, news: Any) -> None:
+def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, news: Any) -> None:
     import torch
 
     try:
@@ -194,9 +200,9 @@ def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Any], settings
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.shards))
         with Asker.open(model, settings.sampling, seed=settings.seed) as asker:
             news.put(("template", index, asker.conv_mode))
-            _ask_all(
-                asker, jobs, missing, settings.model_id, f"{index}", lambda *seen: news.put(("answer", index, *seen))
-            )
+            seen: Seen = lambda *found: news.put(("answer", index, *found))  # noqa: E731
+            for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, f"{index}", seen):
+                asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
         news.put(("end", index))
     except InputError as error:
         news.put(("error", index, str(error)))

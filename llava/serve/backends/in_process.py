@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llava.engine.base import EngineStats
 from llava.engine.config import EngineError, QueueFull
-from llava.engine.engine import Engine, EngineStats
 from llava.engine.request import Chunk, Request, Result, Timings, Usage
+from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError
 from llava.serve.backends.served_model import KnownModel
@@ -32,7 +33,7 @@ class EngineBackend:
         conv_mode: str | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self.engine = Engine.from_loaded(loaded, config)
+        self.engine = open_engine(loaded, config)
         self.model = KnownModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
 
     async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:

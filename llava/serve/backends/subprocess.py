@@ -29,8 +29,8 @@ from llava.serve.backends.served_model import KnownModel
 from llava.serve.backends.subprocess_main import Abort, Ask, Ended, News, Order, Said, name_of
 
 if TYPE_CHECKING:
+    from llava.engine.base import EngineStats
     from llava.engine.config import EngineConfig
-    from llava.engine.engine import EngineStats
     from llava.model.builder import LoadedModel
 
 logger = logging.getLogger("llava.serve")

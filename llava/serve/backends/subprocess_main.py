@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
-from llava.engine.engine import Engine, EngineStats
 from llava.engine.handle import RequestHandle
 from llava.engine.request import Chunk, Request
+from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.pipe import Line
 from llava.serve.backends.served_model import KnownModel
@@ -82,7 +83,7 @@ class News(NamedTuple):
 class Host:
     """An engine that is asked, and answers, over a line."""
 
-    def __init__(self, engine: Engine, line: Line) -> None:
+    def __init__(self, engine: BaseEngine, line: Line) -> None:
         self._engine = engine
         self._line = line
         self._events: deque[Taken | Said | Ended] = deque()
@@ -179,7 +180,7 @@ def main(descriptor: int) -> None:
     set_up_logging(order.log_level)
     try:
         loaded = order.load()
-        with Engine.from_loaded(loaded, order.config) as engine:
+        with open_engine(loaded, order.config) as engine:
             line.tell(KnownModel.of(loaded, name=order.name, conv_mode=order.conv_mode, context_len=engine.context_len))
             freeze_heap()
             Host(engine, line).serve()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, check_placeholders, with_image_placeholders
@@ -102,15 +101,15 @@ def sampling_of(
     """Translate the sampling fields that a body has."""
     fields = dict(body)
     stop = fields.get("stop") or ()
-    given: dict[str, Any] = {name: fields.get(name) for name in SAME_NAMES} | {"min_new_tokens": body.min_tokens}
-    return SamplingParams(
+    return SamplingParams.given(
         max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
+        min_new_tokens=body.min_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logit_bias={int(token): bias for token, bias in (fields.get("logit_bias") or {}).items()},
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         json_schema=json_schema,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: fields.get(name) for name in SAME_NAMES},
     )
 
 

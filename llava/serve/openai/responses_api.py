@@ -250,7 +250,7 @@ class ResponsesWriter(ReplyWriter):
             temperature=self._sampling.temperature,
             tool_choice="none",
             tools=[],
-            top_p=self._sampling.top_p,
+            top_p=1.0 if self._sampling.top_p is None else self._sampling.top_p,
         )
 
     def _item(self, status: Status, content: list[TextContent]) -> OutputMessage:

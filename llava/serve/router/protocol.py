@@ -83,9 +83,9 @@ class GenerateBody:
         sampling = None
         if num_new_tokens >= 1:
             greedy = temperature <= GREEDY_BELOW
-            sampling = SamplingParams(
+            sampling = SamplingParams.given(
                 temperature=0.0 if greedy else temperature,
-                top_p=1.0 if greedy else _number(body, "top_p", 1.0, float),
+                top_p=None if greedy else _number(body, "top_p", 1.0, float),
                 max_new_tokens=num_new_tokens,
                 stop=(stop,) if stop else (),
             )

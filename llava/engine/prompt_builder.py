@@ -1,0 +1,111 @@
+"""Build the engine's prompts: tokenize a request's conversation and lay its images out.
+
+In: a `Request`. Out: a `Prompt`. This runs in the thread of whoever submits. A GPU scales images and cuts them into tiles
+itself (images/gpu_preprocess.py). Elsewhere, and for very large images, that happens here, and only for an image whose
+features are not cached yet or that is too large to be kept whole.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, check_placeholders
+from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage
+from llava.engine.request import Request, ScoreRequest
+from llava.errors import InputError
+from llava.images.io import to_rgb
+from llava.processor import Processor
+
+
+class PromptBuilder:
+    """Builds prompts for one model.
+
+    Args:
+        processor: The model's tokenizer and image processor.
+        vocab_size: Token ids are below this.
+        is_cached: Whether the features of an image with this key are in the encoder cache.
+        on_device: Leave images that are not too large for the device to cut into tiles.
+    """
+
+    def __init__(
+        self, processor: Processor, *, vocab_size: int, is_cached: Callable[[bytes], bool], on_device: bool = False
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._is_cached = is_cached
+        self._on_device = on_device
+        self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
+        self._processor = processor
+        if processor.image_processor is not None:
+            as_bytes = replace(processor.image_processor, do_rescale=False, do_normalize=False)
+            self._processor = Processor(processor.tokenizer, as_bytes, processor.config, policy=processor.policy)
+
+    def __call__(self, request: Request | ScoreRequest) -> Prompt:
+        if request.images and self._processor.image_processor is None:
+            raise InputError("this model has no vision tower, so it cannot look at images")
+        ids = self._encode(request.prompt, len(request.images))
+        rgb = [to_rgb(image) for image in request.images]
+        details = request.details if isinstance(request, Request) else ()
+        layouts = self._processor.plan([image.size for image in rgb], details)
+        spread: list[int] = []
+        images: list[PromptImage] = []
+        for token in ids:
+            if token == IMAGE_TOKEN_INDEX:
+                index = len(images)
+                on_device = self._on_device and math.prod(rgb[index].size) <= KEPT_PIXELS
+                to_pixels = None if on_device else self._processor.pixels
+                images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels))
+                spread.extend(range(-1, -1 - layouts[index].num_features, -1))
+            else:
+                spread.append(token)
+        for image in images:
+            if not self._is_cached(image.key) or math.prod(image.size) > KEPT_PIXELS:
+                image.prepare()
+        return Prompt(spread, tuple(images))
+
+    def with_continuation(self, request: ScoreRequest) -> tuple[Prompt, list[int]]:
+        """A prompt, and the ids that continue it."""
+        prompt = self(request)
+        if not isinstance(request.continuation, str):
+            ids = check_token_ids(request.continuation, self._vocab_size)
+        else:
+            ids = self._encode_continuation(request)
+        if not ids:
+            raise InputError("the continuation is empty; give at least one token to score")
+        return prompt, ids
+
+    def _encode_continuation(self, request: ScoreRequest) -> list[int]:
+        text = request.prompt.get_prompt() if isinstance(request.prompt, Conversation) else request.prompt
+        if isinstance(text, str):
+            before = self._encode(text, len(request.images))
+            together = self._encode(text + str(request.continuation), len(request.images))
+            if together[: len(before)] == before:
+                return together[len(before) :]
+        with self._lock:
+            return list(self._processor.tokenizer(request.continuation, add_special_tokens=False)["input_ids"])
+
+    def _encode(self, prompt: Conversation | str | Sequence[int], num_images: int) -> list[int]:
+        if isinstance(prompt, (Conversation, str)):
+            with self._lock:
+                ids = self._processor.encode_ids(prompt, num_images)
+        else:
+            ids = check_token_ids(prompt, self._vocab_size, with_images=True)
+            check_placeholders(ids.count(IMAGE_TOKEN_INDEX), num_images)
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ids
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, *, with_images: bool = False) -> list[int]:
+    """The ids as integers; raises where one is not a token (or, `with_images`, the id that stands for an image)."""
+    checked = [int(token) for token in ids]
+    wrong = [t for t in checked if not 0 <= t < vocab_size and not (with_images and t == IMAGE_TOKEN_INDEX)]
+    if wrong:
+        raise InputError(
+            f"token id {wrong[0]} is not one of this model's, which are 0 to {vocab_size - 1}"
+            + (f", or {IMAGE_TOKEN_INDEX} for an image" if with_images else "")
+        )
+    return checked
