@@ -18,7 +18,7 @@ from PIL import Image
 from serve_kit import bind, make_greedy, running, wait_until, worker
 
 from llava.conversation import get_template, web_conv_mode_for_model_name
-from llava.serve.web.client import ConversationLog, Servers, Settings, Turn, body_of, conversation_of
+from llava.serve.web.client import ConversationLog, PageClient, PageSettings, PageTurn, conversation_of, request_body
 
 RECORDED = json.loads(golden("serving_behaviours.json").read_text())
 WHITE = Image.new("RGB", (60, 40), (255, 255, 255))
@@ -34,9 +34,9 @@ def image_file(tmp_path: Path) -> str:
 @pytest.mark.parametrize("row", RECORDED["gradio_http_bot"], ids=lambda row: row["model"])
 def test_the_page_posts_what_the_original_s_did(row: dict[str, Any], image_file: str) -> None:
     recorded = row["posts"][-1]["json"]
-    turn = Turn("What is it?", (image_file,) if recorded["images"] else ())
-    settings = Settings(row["model"], 0.2, 0.7, 2000)
-    body = body_of([turn], settings, get_template(web_conv_mode_for_model_name(row["model"])))
+    turn = PageTurn("What is it?", (image_file,) if recorded["images"] else ())
+    settings = PageSettings(row["model"], 0.2, 0.7, 2000)
+    body = request_body([turn], settings, get_template(web_conv_mode_for_model_name(row["model"])))
     images = body.pop("images")
     assert list(recorded) == [*body, "images"]
     assert body == {name: value for name, value in recorded.items() if name != "images"}
@@ -48,9 +48,9 @@ def test_the_page_posts_what_the_original_s_did(row: dict[str, Any], image_file:
 def test_several_images_and_turns(image_file: str) -> None:
     """Each image has its mark before the question that it came with; failed turns are no part of the conversation."""
     turns = [
-        Turn("One?", (image_file, image_file), "Two."),
-        Turn("Nobody heard this.", (image_file,), "no worker", failed=True),
-        Turn("Now?", (image_file,)),
+        PageTurn("One?", (image_file, image_file), "Two."),
+        PageTurn("Nobody heard this.", (image_file,), "no worker", failed=True),
+        PageTurn("Now?", (image_file,)),
     ]
     conversation, images = conversation_of(turns, get_template("v1"), "Pad")
     questions = [text for role, text in conversation.messages if role == "USER"]
@@ -60,12 +60,12 @@ def test_several_images_and_turns(image_file: str) -> None:
 
 
 def test_conversations_are_logged_where_a_folder_is_given(tmp_path: Path, image_file: str) -> None:
-    turns, template = [Turn("One?", (image_file,), "Two.")], get_template("v1")
-    ConversationLog(None).write("chat", turns, Settings("m"), template)
+    turns, template = [PageTurn("One?", (image_file,), "Two.")], get_template("v1")
+    ConversationLog(None).write("chat", turns, PageSettings("m"), template)
     assert list(tmp_path.iterdir()) == [Path(image_file)]
     log = ConversationLog(tmp_path)
     for kind in ("chat", "upvote"):
-        log.write(kind, turns, Settings("m"), template, ip="127.0.0.1")
+        log.write(kind, turns, PageSettings("m"), template, ip="127.0.0.1")
     (file,) = tmp_path.glob("*-conv.json")
     first, second = (json.loads(line) for line in file.read_text().splitlines())
     assert (first["type"], second["type"]) == ("chat", "upvote")
@@ -94,10 +94,10 @@ def test_an_answer_breaks_off_when_the_page_lets_go(
     monkeypatch.setattr(runner, "launch", slowly)
 
     async def ask_a_little(address: str) -> list[str]:
-        servers = Servers(address)
+        servers = PageClient(address)
         assert await servers.models() == ["endless-llava-v1"]
         pieces = []
-        stream = servers.answer([Turn("Go on.", (image_file,))], Settings("endless-llava-v1", 0.0, 1.0, 1500))
+        stream = servers.answer([PageTurn("Go on.", (image_file,))], PageSettings("endless-llava-v1", 0.0, 1.0, 1500))
         async for piece in stream:
             assert not piece.failed, piece
             pieces.append(piece.answer)

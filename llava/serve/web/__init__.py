@@ -1,1 +1,1 @@
-"""The web page."""
+"""The web page: its parts, and its requests to servers."""

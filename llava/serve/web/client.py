@@ -1,7 +1,7 @@
-"""What the web page says to servers: prompts of its conversations, requests to workers, and what it writes down.
+"""The web page's requests to servers, and its log of conversations.
 
-In: turns with images, the template of a model, addresses. Out: the bodies that the original's page posts, and chunks as they
-stream back. How it looks is serve/gradio_web_server.py.
+In: turns with images, a model's template, addresses. Out: the bodies that the original's page posts; answers as they stream
+back; lines of a log. The parts of the page are in page.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,41 +29,44 @@ from llava.images.io import load_image
 from llava.serve.router.protocol import OK, ChunkReader
 
 HEADERS = {"User-Agent": "LLaVA Client"}
-MAX_NEW_TOKENS = 1536  # as the original's page asks at most
+MAX_NEW_TOKENS = 1536  # as in the original's page
 CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A question with its images (files of the page's own), and as much of the answer as there is."""
+class PageTurn:
+    """A question with its images (files that the page keeps), and the answer so far."""
 
     question: str
     images: tuple[str, ...] = ()
     answer: str | None = None
-    failed: bool = False  # the answer is a sentence about what went wrong
+    failed: bool = False  # the answer is an error message
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a visitor chose."""
+class PageSettings:
+    """The visitor's settings."""
 
     model: str
     temperature: float = 0.2
     top_p: float = 0.7
     max_new_tokens: int = 512
     image_mode: str = "Default"
-    key: str = ""  # of the servers, where they want one
+    key: str = ""  # for the servers, where they need one
 
 
-def conversation_of(turns: Sequence[Turn], template: Conversation, image_mode: str) -> tuple[Conversation, list[str]]:
-    """The turns in a template, and their images as base64, in the order of their marks.
+def conversation_of(
+    turns: Sequence[PageTurn], template: Conversation, image_mode: str
+) -> tuple[Conversation, list[str]]:
+    """Render turns in a template. Failed turns are left out.
 
-    Failed turns are left out: they were no part of the conversation.
+    Returns:
+        The conversation, and the images in base64, in the order of their placeholders.
     """
     conversation = template.copy()
     kept = [turn for turn in turns[:-1] if not turn.failed and turn.answer] + list(turns[-1:])
     images = [load_image(Path(path)) for turn in kept for path in turn.images]
-    if len(images) == 1 and kept[0].images:  # the template knows where a lone image goes
+    if len(images) == 1 and kept[0].images:  # the template decides where a single image goes
         question = kept[0].question
         text = question if "<image>" in question else f"{question}\n<image>"
         conversation.append_message(conversation.roles[0], (text, images[0], image_mode))
@@ -79,8 +82,8 @@ def conversation_of(turns: Sequence[Turn], template: Conversation, image_mode: s
     return conversation, [conversation.process_image(image, image_mode) for image in images]
 
 
-def body_of(turns: Sequence[Turn], settings: Settings, template: Conversation) -> dict[str, Any]:
-    """The body that the original's page posts to a worker."""
+def request_body(turns: Sequence[PageTurn], settings: PageSettings, template: Conversation) -> dict[str, Any]:
+    """Return the body that the original's page posts to a worker."""
     conversation, images = conversation_of(turns, template, settings.image_mode)
     return {
         "model": settings.model,
@@ -94,23 +97,26 @@ def body_of(turns: Sequence[Turn], settings: Settings, template: Conversation) -
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The answer so far; at the end perhaps what it cost; or a sentence about what went wrong."""
+class PartialAnswer:
+    """The answer so far, or an error message; at the end what the answer took, where the worker reports it."""
 
     answer: str
     failed: bool = False
-    cost: dict[str, Any] | None = None
+    stats: AnswerStats | None = None
 
 
-class Servers:
-    """A controller, or a server that answers a controller's questions about itself."""
+AnswerStats = Mapping[str, Mapping[str, Any]]  # "usage" and "inspect", as in openai/schema.py
+
+
+class PageClient:
+    """Requests to a controller, or to a single server that has a controller's routes."""
 
     def __init__(self, address: str) -> None:
         self._address = address.rstrip("/")
         self._templates: dict[str, str] = {}
 
     async def models(self, key: str = "") -> list[str]:
-        """The names of the models there are. An original controller is asked in the original's way."""
+        """Return the names of the models. A controller of the original is asked by its own routes."""
         async with self._client(key) as client:
             try:
                 response = await client.get(f"{self._address}/v1/models")
@@ -120,7 +126,7 @@ class Servers:
                     response.raise_for_status()
                     return sorted(response.json()["models"])
                 if response.status_code == 401:
-                    raise InputError("the server wants an API key; write it into the settings")
+                    raise InputError("the server needs an API key; enter it in the settings")
                 response.raise_for_status()
                 entries = response.json()["data"]
             except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -129,23 +135,23 @@ class Servers:
         return sorted(row["id"] for row in entries)
 
     def template(self, model: str) -> Conversation:
-        """The template that the worker told, else the one that the model's name suggests."""
+        """Return the template that the worker reported, else the one that the model's name implies."""
         return get_template(self._templates.get(model) or web_conv_mode_for_model_name(model))
 
-    async def answer(self, turns: Sequence[Turn], settings: Settings) -> AsyncIterator[Piece]:
-        """Ask a worker about the last turn. What goes wrong comes as a piece, in words."""
+    async def answer(self, turns: Sequence[PageTurn], settings: PageSettings) -> AsyncIterator[PartialAnswer]:
+        """Send the last turn to a worker, and yield the answer as it grows. Errors are yielded as messages."""
         try:
             async with self._client(settings.key) as client:
                 worker = await self._worker(client, settings.model)
-                body = body_of(turns, settings, self.template(settings.model))
+                body = request_body(turns, settings, self.template(settings.model))
                 url = f"{worker}/worker_generate_stream"
                 async with client.stream("POST", url, json={**body, "inspect": True}) as response:
-                    async for piece in _pieces(response, body["prompt"]):
-                        yield piece
+                    async for partial in _partial_answers(response, body["prompt"]):
+                        yield partial
         except InputError as error:
-            yield Piece(str(error), failed=True)
+            yield PartialAnswer(str(error), failed=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            yield Piece(f"the connection to the worker was lost: {error or type(error).__name__}", failed=True)
+            yield PartialAnswer(f"the connection to the worker was lost: {error or type(error).__name__}", failed=True)
 
     async def _worker(self, client: httpx.AsyncClient, model: str) -> str:
         response = await client.post(f"{self._address}/get_worker_address", json={"model": model})
@@ -161,22 +167,22 @@ class Servers:
         return httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=False)
 
 
-async def _pieces(response: httpx.Response, prompt: str) -> AsyncIterator[Piece]:
-    reader, came = ChunkReader(), False
+async def _partial_answers(response: httpx.Response, prompt: str) -> AsyncIterator[PartialAnswer]:
+    reader, received = ChunkReader(), False
     async for data in response.aiter_raw():
         for chunk in reader.feed(data):
-            came = True
+            received = True
             if chunk["error_code"] != OK:
-                yield Piece(f"{chunk['text']} (error_code: {chunk['error_code']})", failed=True)
+                yield PartialAnswer(f"{chunk['text']} (error_code: {chunk['error_code']})", failed=True)
                 return
-            cost: dict[str, Any] = {name: chunk[name] for name in ("usage", "inspect") if name in chunk}
-            yield Piece(chunk["text"][len(prompt) :].strip(), cost=cost or None)
-    if not came:
+            stats: AnswerStats = {name: chunk[name] for name in ("usage", "inspect") if name in chunk}
+            yield PartialAnswer(chunk["text"][len(prompt) :].strip(), stats=stats or None)
+    if not received:
         raise InputError(f"the worker answered with status {response.status_code} and nothing else")
 
 
 class ConversationLog:
-    """Conversations and votes as lines of JSON in `<day>-conv.json`, and images once each, as the original keeps them.
+    """The original's log: conversations and votes as lines of JSON in `<day>-conv.json`, and each image once.
 
     Without a folder nothing is written.
     """
@@ -185,7 +191,9 @@ class ConversationLog:
         self._folder = folder
         self._lock = threading.Lock()
 
-    def write(self, kind: str, turns: Sequence[Turn], settings: Settings, template: Conversation, **more: Any) -> None:
+    def write(
+        self, kind: str, turns: Sequence[PageTurn], settings: PageSettings, template: Conversation, **more: object
+    ) -> None:
         if self._folder is None or not turns:
             return
         conversation, _ = conversation_of(turns, template, settings.image_mode)
@@ -199,7 +207,7 @@ class ConversationLog:
             file.write(line + "\n")
 
     def _keep(self, path: str) -> str:
-        """The name of an image by its content; the file is written once."""
+        """Return the name of an image, which is a hash of its content; the file is written once."""
         assert self._folder is not None
         data = Path(path).read_bytes()
         name = hashlib.md5(data, usedforsecurity=False).hexdigest()

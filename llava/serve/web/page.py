@@ -1,7 +1,7 @@
-"""How the web page looks and what its parts do, in Gradio.
+"""The parts of the web page and their event handlers, in Gradio.
 
-In: clicks and typing, as Gradio's events. Out: the states of the page. What it asks of servers is client.py; the state of a
-conversation is a list of `Turn`s, of which all that is shown is made anew each time.
+In: Gradio's events. Out: new values of the page's parts. The state of a conversation is a list of `PageTurn`s, from which all
+that is shown is derived. Requests to servers are in client.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 
 from llava.errors import InputError
-from llava.serve.web.client import ConversationLog, Servers, Settings, Turn
+from llava.serve.web.client import AnswerStats, ConversationLog, PageClient, PageSettings, PageTurn
 
 EXAMPLES = [
     ("What do you see in this picture?", ["demo.jpg"]),
@@ -39,16 +40,19 @@ footer {display: none !important}
   #chat {height: 62vh !important}
 }
 """
-KEPT_S = (3600, 86_400)  # every hour, visitors' images that are a day old are deleted
-NOTHING_SEEN = "Nothing yet."
+KEPT_S = (3600, 86_400)  # every hour, delete visitors' images that are a day old
+NO_STATS = "Nothing yet."
 INTRODUCTION = "Ask about images: drop or paste one or several into the box, write a question, press Enter."
+
+Value = str | float | None  # of one of the settings
+Update = tuple[object, object, object, object]  # question, conversation, turns, statistics
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page stands on."""
+    """What a page needs: the servers and the log."""
 
-    servers: Servers
+    servers: PageClient
     log: ConversationLog
     reload_models: bool = True
 
@@ -57,11 +61,11 @@ class Page:
         folder = Path(log_dir) if log_dir else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(Servers(address), ConversationLog(folder), reload_models)
+        return cls(PageClient(address), ConversationLog(folder), reload_models)
 
 
-def mount(app: Any, page: Page, path: str, *, embed: bool = False, concurrency: int = 16) -> Any:
-    """Add the page to an application."""
+def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurrency: int = 16) -> FastAPI:
+    """Add the page to an application, and return the application."""
     blocks = build_page(page, embed=embed)
     blocks.queue(default_concurrency_limit=concurrency, api_open=False)
     system = ["system-ui", "sans-serif"]
@@ -79,7 +83,7 @@ def mount(app: Any, page: Page, path: str, *, embed: bool = False, concurrency: 
     )
 
 
-def build_page(page: Page, *, embed: bool = False) -> Any:
+def build_page(page: Page, *, embed: bool = False) -> gr.Blocks:
     examples = Path(__file__).parent / "examples"
     with gr.Blocks(title="LLaVA", analytics_enabled=False, fill_height=True, delete_cache=KEPT_S) as blocks:
         turns = gr.State([])
@@ -119,29 +123,29 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown([], label="Model", elem_id="model", interactive=True)
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    temperature = gr.Slider(
-                        0.0, 2.0, value=0.2, step=0.05, label="Temperature", info="0: always the likeliest"
-                    )
+                    temperature = gr.Slider(0.0, 2.0, value=0.2, step=0.05, label="Temperature", info="0: greedy")
                     top_p = gr.Slider(0.05, 1.0, value=0.7, step=0.05, label="Top P")
                     max_new_tokens = gr.Slider(16, 1536, value=512, step=16, label="Max output tokens")
                     image_mode = gr.Radio(IMAGE_MODES, value="Default", label="Images that are not square")
-                    key = gr.Textbox(label="API key", type="password", info="only where the server wants one", value="")
+                    key = gr.Textbox(label="API key", type="password", info="only where the server needs one", value="")
                 with gr.Accordion("What the model saw", open=True, elem_id="inspect-panel"):
-                    inspect = gr.Markdown(NOTHING_SEEN, elem_id="inspect")
+                    inspect = gr.Markdown(NO_STATS, elem_id="inspect")
 
         chosen = [model, temperature, top_p, max_new_tokens, image_mode, key]
         shown = [question, chat, turns, inspect]
 
-        async def ask(request: gr.Request, message: dict[str, Any], past: list[Turn], *values: Any) -> Any:
+        async def ask(
+            request: gr.Request, message: dict[str, Any], past: list[PageTurn], *values: Value
+        ) -> AsyncIterator[Update]:
             text, files = (message["text"] or "").strip(), tuple(message["files"] or ())
             if not text and not files:
                 gr.Info("Write a question, or drop an image.")
                 yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
                 return
-            async for state in _answer(page, [*past, Turn(text, files)], _settings(values), request):
+            async for state in _answer(page, [*past, PageTurn(text, files)], _settings(values), request):
                 yield state
 
-        async def again(request: gr.Request, past: list[Turn], *values: Any) -> Any:
+        async def again(request: gr.Request, past: list[PageTurn], *values: Value) -> AsyncIterator[Update]:
             if not past:
                 gr.Info("There is nothing to answer again yet.")
                 yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
@@ -150,18 +154,22 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
             async for state in _answer(page, [*past[:-1], turn], _settings(values), request):
                 yield state
 
-        async def edit(request: gr.Request, edited: gr.EditData, past: list[Turn], *values: Any) -> Any:
+        async def edit(
+            request: gr.Request, edited: gr.EditData, past: list[PageTurn], *values: Value
+        ) -> AsyncIterator[Update]:
             number = _turn_at(past, edited.index)
             turn = replace(past[number], question=html.unescape(str(edited.value)), answer=None, failed=False)
             async for state in _answer(page, [*past[:number], turn], _settings(values), request):
                 yield state
 
-        async def retry(request: gr.Request, at: gr.RetryData, past: list[Turn], *values: Any) -> Any:
+        async def retry(
+            request: gr.Request, at: gr.RetryData, past: list[PageTurn], *values: Value
+        ) -> AsyncIterator[Update]:
             number = _turn_at(past, at.index)
             async for state in again(request, past[: number + 1], *values):
                 yield state
 
-        def vote(request: gr.Request, data: gr.LikeData, past: list[Turn], *values: Any) -> None:
+        def vote(request: gr.Request, data: gr.LikeData, past: list[PageTurn], *values: Value) -> None:
             kind = {True: "upvote", False: "downvote", "Report": "flag"}.get(data.liked)
             if kind is not None:
                 settings = _settings(values)
@@ -171,10 +179,10 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
                 )
                 gr.Info("Thank you for your vote.")
 
-        async def load() -> Any:
+        async def load() -> gr.Dropdown:
             return await _models(page, "")
 
-        async def reload(value: str) -> Any:
+        async def reload(value: str) -> gr.Dropdown:
             return await _models(page, value)
 
         running: list[Any] = [
@@ -184,7 +192,7 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
             chat.retry(retry, [turns, *chosen], shown),
         ]
         stop.click(None, None, None, cancels=running)
-        gr.on([clear.click, chat.clear], lambda: (None, [], [], NOTHING_SEEN), None, shown, cancels=running)
+        gr.on([clear.click, chat.clear], lambda: (None, [], [], NO_STATS), None, shown, cancels=running)
         chat.like(vote, [turns, *chosen], None)
         key.submit(reload, [key], [model])
         key.blur(reload, [key], [model])
@@ -192,16 +200,18 @@ def build_page(page: Page, *, embed: bool = False) -> Any:
     return blocks
 
 
-async def _answer(page: Page, turns: list[Turn], settings: Settings, request: Any) -> AsyncIterator[Any]:
-    """The states of the page while the last turn is being answered: box, conversation, turns, inspection."""
+async def _answer(
+    page: Page, turns: list[PageTurn], settings: PageSettings, request: gr.Request
+) -> AsyncIterator[Update]:
+    """Yield updates of the page while the last turn is answered."""
     started = time.time()
     yield None, _messages(turns), turns, gr.skip()
-    inspection: Any = gr.skip()
-    async for piece in page.servers.answer(turns, settings):
-        turns = [*turns[:-1], replace(turns[-1], answer=piece.answer, failed=piece.failed)]
-        if piece.cost:
-            inspection = describe(piece.cost)
-        yield gr.skip(), _messages(turns), turns, inspection
+    stats: object = gr.skip()
+    async for partial in page.servers.answer(turns, settings):
+        turns = [*turns[:-1], replace(turns[-1], answer=partial.answer, failed=partial.failed)]
+        if partial.stats:
+            stats = describe(partial.stats)
+        yield gr.skip(), _messages(turns), turns, stats
     page.log.write(
         "chat",
         turns,
@@ -213,12 +223,13 @@ async def _answer(page: Page, turns: list[Turn], settings: Settings, request: An
     )
 
 
-def _settings(values: Sequence[Any]) -> Settings:
+def _settings(values: Sequence[Value]) -> PageSettings:
     model, temperature, top_p, max_new_tokens, image_mode, key = values
-    return Settings(str(model or ""), float(temperature), float(top_p), int(max_new_tokens), image_mode, key or "")
+    numbers = float(temperature or 0), float(top_p or 1), int(max_new_tokens or 0)
+    return PageSettings(str(model or ""), *numbers, str(image_mode), str(key or ""))
 
 
-async def _models(page: Page, key: str) -> Any:
+async def _models(page: Page, key: str) -> gr.Dropdown:
     try:
         names = await page.servers.models(key)
     except InputError as error:
@@ -227,8 +238,8 @@ async def _models(page: Page, key: str) -> Any:
     return gr.Dropdown(choices=names, value=names[0] if names else None)
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The conversation as Gradio shows it."""
+def _messages(turns: Sequence[PageTurn]) -> list[dict[str, Any]]:
+    """Return the conversation as Gradio's messages."""
     rows: list[dict[str, Any]] = []
     for turn in turns:
         rows += [{"role": "user", "content": {"path": path}} for path in turn.images]
@@ -241,27 +252,27 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _without_tags(text: str) -> str:
-    """Markdown in which a < is a character and begins no tag: `<image>` would be taken for an image. Code is left alone."""
+    """Escape < outside of code, so that Markdown does not take `<image>` for a tag."""
     parts = re.split(r"(```.*?(?:```|$)|`[^`\n]*`)", text, flags=re.DOTALL)
     return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
 
 
-def _turn_at(turns: Sequence[Turn], index: Any) -> int:
-    """The turn that a message shown at `index` belongs to."""
-    index = index[0] if isinstance(index, (list, tuple)) else int(index)
+def _turn_at(turns: Sequence[PageTurn], index: int | Sequence[int]) -> int:
+    """Return the number of the turn whose message is shown at `index`."""
+    index = index[0] if isinstance(index, Sequence) else index
     for number in range(len(turns)):
         if index < len(_messages(turns[: number + 1])):
             return number
     raise InputError("that message is not there any more")
 
 
-def _address(request: Any) -> str | None:
+def _address(request: gr.Request) -> str | None:
     return request.client.host if request is not None and request.client else None
 
 
-def describe(cost: dict[str, Any]) -> str:
-    """What an answer cost, as a table of its images and a few lines."""
-    usage, seen = cost["usage"], cost["inspect"]
+def describe(stats: AnswerStats) -> str:
+    """Return what an answer took, as a Markdown table of its images and a few lines."""
+    usage, seen = stats["usage"], stats["inspect"]
     details = usage["prompt_tokens_details"]
     lines = []
     if seen["images"]:
