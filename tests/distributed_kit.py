@@ -22,12 +22,12 @@ from batches import batch_of
 from torch import nn
 
 from llava.model.builder import load
+from llava.train.arguments import disable_memory_efficient_linear
 from llava.train.memory import estimate
 from llava.train.model_setup import unfreeze_tower
 from llava.train.performance import (
     FETCH_LIMIT_ATTRIBUTE,
     compile_layers,
-    disable_memory_efficient_linear,
     raise_fetch_limit,
     replicate_frozen_tower,
     set_leaf_modules,

@@ -23,9 +23,8 @@ from transformers import HfArgumentParser
 
 from llava.errors import InputError
 from llava.train.config_file import as_yaml, expand_config
-from llava.train.distributed import program_name
+from llava.train.distributed import import_collectives, program_name
 from llava.train.legacy_flags import parse_flags, translate
-from llava.train.performance import disable_memory_efficient_linear, enable_bfloat16_states, uses_zero3
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +175,16 @@ class TrainingArguments(transformers.TrainingArguments):
             self._fit_to_cpu()
         if self.global_batch_size is not None:
             self._split_global_batch(self.global_batch_size)
-        super().__post_init__()
+        import_collectives()
+        super().__post_init__()  # begins the process group of a distributed run
         if self.keep_activations is not None:
             self._check_keep_activations()
-        if uses_zero3(self) and self.bits != 16:
+        if self.uses_zero3 and self.bits != 16:
             raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
         if self.deepspeed and self.trainable_dtype in ("bfloat16", "float16"):
             self._check_deepspeed_precision()
             enable_bfloat16_states(self.hf_deepspeed_config.config)
-        if uses_zero3(self) and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
+        if self.uses_zero3 and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
             disable_memory_efficient_linear(self.hf_deepspeed_config.config)
 
     def _split_global_batch(self, global_batch: int) -> None:
@@ -237,6 +237,10 @@ class TrainingArguments(transformers.TrainingArguments):
             logger.warning("--tf32 has no effect on a CPU")
 
     @property
+    def uses_zero3(self) -> bool:
+        return bool(self.deepspeed) and self.hf_deepspeed_config.is_zero3()
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What matrix products are computed in, and what frozen weights are held in."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
@@ -251,6 +255,26 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.trainable_dtype != "auto":
             return getattr(torch, self.trainable_dtype)
         return self.compute_dtype if self.deepspeed else torch.float32
+
+
+def disable_memory_efficient_linear(deepspeed_config: dict[str, Any]) -> None:
+    """Have DeepSpeed keep torch's linear function, for a run whose layers are compiled.
+
+    A compiled layer gathers a weight again for its backward pass. An eager layer would keep the gathered weight, so this
+    is for compiled layers only.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    if zero.get("memory_efficient_linear"):
+        raise InputError(
+            "memory_efficient_linear: true in --deepspeed's file and --compile_layers exclude each other, since layers with "
+            "that function cannot share a compiled program; take it out of the file, or leave the layers uncompiled"
+        )
+    zero["memory_efficient_linear"] = False
+
+
+def enable_bfloat16_states(deepspeed_config: dict[str, Any]) -> None:
+    """Have DeepSpeed hold trained weights and optimizer states in bfloat16, without a float32 copy."""
+    deepspeed_config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {

@@ -35,7 +35,7 @@ from llava.train.eval_samples import generate_answers, write_answers
 from llava.train.failures import SampleLoss, explain_non_finite, explain_out_of_memory, is_out_of_memory
 from llava.train.indexed_dataset import ITEM_INDICES, IndexedCollator, IndexedDataset, find_samples
 from llava.train.metrics import Throughput, base_model, measure_matmul_rate
-from llava.train.performance import one_host_thread, raise_fetch_limit, uses_zero3
+from llava.train.performance import one_host_thread, raise_fetch_limit
 from llava.train.sampler import LengthGroupedSampler
 from llava.train.save import (
     NON_LORA_FILE,
@@ -101,7 +101,7 @@ class LLaVATrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if uses_zero3(self.args):
+        if self.args.uses_zero3:
             raise_fetch_limit(self.deepspeed)
         return prepared
 

@@ -1,19 +1,16 @@
-"""What lets a GPU train at its rate: a model's layers compiled, as much of what they compute kept as there is room for, and
-a host that is not in the way.
+"""Compile a model's layers, keep as many activations as fit, and adapt ZeRO-3 to many small weights.
 
-In: a model, and the arguments of its run. Out: the same model, whose layers run as compiled programs: their many small
-operations (norms, rotations, gates, sums) become a few, which is most of what keeps a GPU from its rate in training.
-Layers are alike, so one is compiled and all use it. The language model's are, and those of a vision tower that learns; the
-splice, whose shapes change from batch to batch, stays as it is.
+In: a model and the arguments of its run. Out: the same model, prepared in place before the trainer takes it.
 
-Under ZeRO-3 weights are fetched and given away by hooks. With hooks around whole layers rather than around each of their
-parts, fetching goes on beside the computation, and layers can be compiled, from within the hooks. A frozen vision tower is
-left whole on each GPU: it is small, but of many weights, each of which takes time; and fetching may run ahead by whole
-layers, not by weights. DeepSpeed also puts a product of its own in the place of torch's, which knows each weight by its
-number, so that no two layers are alike to the compiler; `disable_memory_efficient_linear` keeps torch's.
+Compilation fuses a layer's small operations (norms, rotary embeddings, activations, additions). Layers are alike, so one
+compiled program serves all. The language model's layers are compiled, and those of a trained vision tower; the splice,
+whose shapes change with each batch, is not. A compiled layer decides per operation whether to keep its result for the
+backward pass or to compute it again; `keep` is the share to keep (0: the layer's input only, as gradient checkpointing
+does; 1: everything that is not cheap to compute again).
 
-A compiled layer can decide operation by operation what to keep and what to compute again. `keep` says how much: 0 keeps its
-input only, as gradient checkpointing does, and 1 everything that is worth it. What is cheap to compute again goes first.
+Under ZeRO-3 each layer is a DeepSpeed leaf module: its weights are gathered together, and the hooks stay outside the
+compiled program. A frozen vision tower is replicated on each GPU. DeepSpeed's own linear function is disabled, since it
+identifies each weight by its id, so that no two layers could share a program.
 """
 
 from __future__ import annotations
@@ -21,48 +18,61 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from llava.errors import InputError
+from llava.train.arguments import TrainingArguments
 from llava.train.metrics import language_model, vision_tower
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from llava.model.protocols import VisionTower
+
+# Private to DeepSpeed, which has no setting for it; checked with 0.19. A version without it keeps its own limit.
 FETCH_LIMIT_ATTRIBUTE = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
-def prepare_layers(model: Any, args: Any, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Do to a model's layers what the arguments of a run ask for, before its trainer takes the model."""
-    zero3 = uses_zero3(args)
-    if zero3:
+def prepare_layers(
+    model: nn.Module, args: TrainingArguments, *, backend: str | Callable[..., object] = "inductor"
+) -> None:
+    """Prepare a model's layers as the arguments of a run ask, before its trainer takes the model."""
+    if args.uses_zero3:
         replicate_frozen_tower(model, args.device, args.compute_dtype)
         set_leaf_modules(model)
     if args.compile_layers:
         dynamic = True if args.packing else None
-        compile_layers(model, keep=args.keep_activations, dynamic=dynamic, backend=backend, within_hooks=zero3)
+        compile_layers(
+            model, keep=args.keep_activations, dynamic=dynamic, backend=backend, within_hooks=args.uses_zero3
+        )
 
 
 def compile_layers(
-    model: Any,
+    model: nn.Module,
     *,
     keep: float | None = None,
     dynamic: bool | None = None,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Callable[..., object] = "inductor",
     within_hooks: bool = False,
 ) -> None:
-    """Compile the decoder layers, and those of a tower that is trained, each at its first call. `dynamic` promises that
-    lengths will vary, as packed rows do.
+    """Compile the decoder layers, and those of a trained tower, each at its first call.
 
-    `within_hooks` leaves hooks around a layer out of the program, which DeepSpeed's need.
+    Args:
+        model: a LLaVA or language model, with or without adapters.
+        keep: share of activations to keep for the backward pass, 0 to 1; None leaves it to torch.
+        dynamic: True where sequence lengths vary, as those of packed sequences do.
+        backend: what `torch.compile` takes.
+        within_hooks: leave a layer's hooks out of the program, as DeepSpeed's require.
     """
     if keep is not None:
-        # Read when a layer is compiled; there is no other way to pass it on.
+        # Read when a layer is compiled; torch has no public setting for it. Checked with torch 2.13.
         torch._functorch.config.activation_memory_budget = keep
     tower = vision_tower(model)
-    # Layers that ZeRO-3 does not fetch whole have hooks inside.
-    learns = tower is not None and tower.trainable and (tower.passes_once or not within_hooks)
-    for layer in [*language_model(model).layers, *(tower.layers_used() if learns else [])]:
+    # A tower's layers that are not leaf modules have ZeRO-3's hooks inside.
+    compiles_tower = tower is not None and tower.trainable and (tower.passes_once or not within_hooks)
+    for layer in [*language_model(model).layers, *(tower.layers_used() if compiles_tower else [])]:
         if within_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:
@@ -70,15 +80,15 @@ def compile_layers(
 
 
 @contextmanager
-def one_host_thread(args: Any) -> Iterator[None]:
+def one_host_thread(args: TrainingArguments) -> Iterator[None]:
     """Keep torch to one thread on the host while a GPU trains.
 
-    What is left to the host is laying out ids and counting tokens, which is over in microseconds; but torch divides any
-    tensor of 32,768 numbers among as many threads as there are cores, where loader processes run, and each such operation
-    waits for the last of them, for milliseconds. torchrun sets OMP_NUM_THREADS for this reason, which is heeded here. A run
-    that leaves the optimizer's work to the host keeps its threads.
+    The host only lays out ids and counts tokens, which takes microseconds. But torch divides any tensor of 32,768 numbers
+    among as many threads as there are cores, where loader processes run, and each such operation then waits
+    milliseconds for the last thread. OMP_NUM_THREADS, which torchrun sets for this reason, takes precedence. A run that
+    offloads the optimizer to the host keeps its threads.
     """
-    if args.device.type != "cuda" or _works_on_host(args) or "OMP_NUM_THREADS" in os.environ:
+    if args.device.type != "cuda" or _offloads_optimizer(args) or "OMP_NUM_THREADS" in os.environ:
         yield
         return
     before = torch.get_num_threads()
@@ -89,42 +99,18 @@ def one_host_thread(args: Any) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _works_on_host(args: Any) -> bool:
+def _offloads_optimizer(args: TrainingArguments) -> bool:
     """Whether DeepSpeed or FSDP keep the optimizer's states in main memory."""
     if args.deepspeed:
         return bool(args.hf_deepspeed_config.is_offload())
     return bool(args.fsdp and args.fsdp_config.get("cpu_offload"))
 
 
-def uses_zero3(args: Any) -> bool:
-    return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+def replicate_frozen_tower(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make a frozen tower's weights buffers, which ZeRO-3 does not partition. Checkpoints keep their names.
 
-
-def disable_memory_efficient_linear(deepspeed_config: dict[str, Any]) -> None:
-    """Have DeepSpeed leave torch's product as it is, in this configuration of a run whose layers are compiled.
-
-    A compiled layer keeps a weight itself for its backward pass, which is fetched anew. An eager product would keep the
-    gathered numbers, so this is for compiled layers alone.
-    """
-    zero = deepspeed_config["zero_optimization"]
-    if zero.get("memory_efficient_linear"):
-        raise InputError(
-            "memory_efficient_linear: true in --deepspeed's file and --compile_layers exclude each other, since layers with "
-            "that product cannot share a compiled program; take it out of the file, or leave the layers uncompiled"
-        )
-    zero["memory_efficient_linear"] = False
-
-
-def enable_bfloat16_states(deepspeed_config: dict[str, Any]) -> None:
-    """Have DeepSpeed hold trained weights and the optimizer's states in bfloat16, without its copy in float32."""
-    deepspeed_config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-
-
-def replicate_frozen_tower(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Make a frozen tower's weights buffers, which ZeRO-3 does not shard. Their names in checkpoints stay the same.
-
-    A CLIP tower has a twentieth of LLaVA-1.5-7B's numbers, in more weights than the language model: fetching and giving
-    away each of them at every step takes far longer than all that the tower computes, and the GPU has nothing else to do.
+    A CLIP tower has a twentieth of LLaVA-1.5-7B's parameters in more tensors than the language model. Gathering and
+    releasing each of them at every step takes far longer than the tower's computation.
     """
     tower = vision_tower(model)
     if tower is None or tower.trainable:
@@ -133,44 +119,44 @@ def replicate_frozen_tower(model: Any, device: torch.device, dtype: torch.dtype)
 
     for module in tower.modules():
         weights = dict(module.named_parameters(recurse=False))
-        # transformers may have scattered them as it read them
+        # transformers may have partitioned them as it read them
         with deepspeed.zero.GatheredParameters(list(weights.values())):
             for name, weight in weights.items():
                 delattr(module, name)
                 module.register_buffer(name, weight.detach().to(device, dtype, copy=hasattr(weight, "ds_id")))
 
 
-def set_leaf_modules(model: Any) -> None:
-    """Let ZeRO-3 gather the weights of a layer together, in the language model and in a vision tower that is trained."""
+def set_leaf_modules(model: nn.Module) -> None:
+    """Let ZeRO-3 gather the weights of a layer together, in the language model and in a trained vision tower."""
     from deepspeed.utils import set_z3_leaf_module
 
-    for layer in [*getattr(language_model(model), "layers", []), *_parts_of_tower(vision_tower(model))]:
+    for layer in [*getattr(language_model(model), "layers", []), *_leaf_modules_of_tower(vision_tower(model))]:
         set_z3_leaf_module(layer, True)
 
 
-def raise_fetch_limit(engine: Any) -> None:
-    """Let a DeepSpeed engine have the weights of two layers under way, as many as it would let of two modules with one each.
+def raise_fetch_limit(engine: DeepSpeedEngine) -> None:
+    """Let a DeepSpeed engine fetch the weights of two layers at a time, instead of two weights.
 
-    It waits on the host when more than two fetched weights are not in place yet. A layer's nine come at once, so that it
-    would wait within each layer, and submit the next one's work late. No setting reaches that number.
+    The engine waits on the host when more than two fetched weights are not there yet. A layer's nine weights are fetched
+    together, so that it would wait within each layer and submit the next one's work late.
     """
     from deepspeed.utils import z3_leaf_module
 
     layers = [module for module in engine.module.modules() if z3_leaf_module(module)]
     most = max((sum(1 for _ in layer.parameters()) for layer in layers), default=1)
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-    if hasattr(coordinator, FETCH_LIMIT_ATTRIBUTE):  # another version may count otherwise
+    if hasattr(coordinator, FETCH_LIMIT_ATTRIBUTE):
         setattr(coordinator, FETCH_LIMIT_ATTRIBUTE, getattr(coordinator, FETCH_LIMIT_ATTRIBUTE) * most)
 
 
-def _parts_of_tower(tower: Any) -> list[nn.Module]:
-    """What hooks go around: all of a frozen tower, which has nothing to fetch, and the layers of another.
+def _leaf_modules_of_tower(tower: VisionTower | None) -> list[nn.Module]:
+    """A frozen tower as a whole, which has nothing to gather, or the layers of a trained one.
 
-    DeepSpeed notices by a layer's output when its gradients come, and takes them after its first backward pass. A layer
-    that has looked at several scales has several.
+    DeepSpeed recognizes a layer's gradients by its output, and collects them after its first backward pass. A layer that
+    runs at several scales has several, so it is no leaf.
     """
     if tower is None:
         return []
     if not tower.trainable:
-        return [tower]
+        return [tower]  # type: ignore[list-item]
     return tower.layers_used() if tower.passes_once else []

@@ -43,7 +43,7 @@ from llava.train.model_setup import (
     prepare_tokenizer,
 )
 from llava.train.packing import pack_data_module
-from llava.train.performance import prepare_layers, uses_zero3
+from llava.train.performance import prepare_layers
 from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         )
     if training_args.eval_generate and not data_args.eval_data_path:
         raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
-    if training_args.eval_generate and (training_args.fsdp or uses_zero3(training_args)):
+    if training_args.eval_generate and (training_args.fsdp or training_args.uses_zero3):
         raise InputError(
             "--eval_generate needs a whole model on each GPU, which FSDP and ZeRO-3 do not have; leave it at 0"
         )

@@ -121,20 +121,27 @@ def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int
         import transformers
 
         import llava.train.run  # noqa: F401  # with what a run needs
-        from llava.train.callbacks import Stopped
-    if not sys.stderr.isatty():  # where bars would become lines without end
+    if not sys.stderr.isatty():  # a bar would fill a file with lines
         transformers.utils.logging.disable_progress_bar()
     try:
-        train(attn_implementation=attn_implementation, argv=argv)
-        barrier_and_destroy_process_group()
-    except Stopped as stopped:
-        barrier_and_destroy_process_group()
-        if is_first_process():
-            print(f"{program_name()}: {stopped}", file=sys.stderr)
-        return stopped.status
+        status = _train_to_status(argv, attn_implementation)
     except InputError as error:
         # One from a data loading process arrives wrapped in that process's traceback; the message itself is at its end.
         raise InputError(str(error).strip().rsplit("InputError: ", 1)[-1]) from error
+    barrier_and_destroy_process_group()
+    return status
+
+
+def _train_to_status(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
+    """Train and return the exit status. A function of its own, so that its end drops the trainer."""
+    from llava.train.callbacks import Stopped
+
+    try:
+        train(attn_implementation=attn_implementation, argv=argv)
+    except Stopped as stopped:
+        if is_first_process():
+            print(f"{program_name()}: {stopped}", file=sys.stderr)
+        return stopped.status
     return 0
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from train_kit import BASE, argv
 from llava.train.train import main
 
 ROOT = Path(__file__).parents[2]
+# A thread of gloo's that is left may abort the process while the interpreter exits.
+CHECKS_THREADS = """
+import pathlib, sys
+from llava.train.train import main
+assert main(sys.argv[1:]) == 0
+names = [(task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*")]
+assert not any("gloo" in name for name in names), names
+"""
 # Both ranks' batches weigh the same, as accumulated ones do. SGD, since Adam makes the least difference a whole step.
 FLAGS: dict[str, Any] = {"save_strategy": "steps", "optim": "sgd", "model": BASE}
 
@@ -33,9 +42,9 @@ def in_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
 
 
-def run_on_two(folder: Path, **flags: Any) -> None:
+def run_on_two(folder: Path, program: Sequence[str] = ("-m", "llava", "train"), **flags: Any) -> None:
     words = argv(folder, **FLAGS, **flags)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llava", "train"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launch, *words],
@@ -112,7 +121,9 @@ def test_text_on_one_rank_and_tiles_on_the_other_under_ddp(tmp_path: Path) -> No
         "mm_patch_merge_type": "spatial_unpad", "unfreeze_mm_vision_tower": True, "per_device_train_batch_size": 1,
         "max_steps": 4, "save_steps": 4,
     }  # fmt: skip
-    run_on_two(tmp_path / "two", **flags)
+    program = tmp_path / "train_and_check_threads.py"
+    program.write_text(CHECKS_THREADS)
+    run_on_two(tmp_path / "two", [str(program)], **flags)
     run_alone(tmp_path / "one", **flags)
     expected = weights_of(tmp_path / "one")
     for name, weight in weights_of(tmp_path / "two").items():
