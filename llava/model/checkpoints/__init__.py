@@ -1,1 +1,1 @@
-"""Checkpoint folders: what they hold, and reading it into a model."""
+"""Checkpoint folders: what they hold, and their tensors."""

@@ -1,11 +1,11 @@
-"""The layout of transformers' own LLaVA classes, translated into the original one.
+"""Translate the layout of transformers' own LLaVA classes to the original one.
 
 In: the config.json and tensor names of a folder that `LlavaForConditionalGeneration` or
-`LlavaNextForConditionalGeneration` saved, by today's version or an older one. Out: the same config with `mm_*` keys, and
-published tensor names. Nothing of this needs torch; what a folder holds is decided in inspect.py.
+`LlavaNextForConditionalGeneration` saved, in any version. Out: the same config with `mm_*` keys, and published tensor names.
+Nothing here needs torch; what a folder holds is decided in inspect.py.
 
-The two layouts differ in more than names: transformers writes grid pinpoints as (height, width), keeps the tower's config
-and weights inside, and has `<image>` as a real token whose embedding row stays in the vocabulary unused.
+The layouts differ in more than names: transformers writes grid pinpoints as (height, width), keeps the tower's config and
+weights in the checkpoint, and has `<image>` as a token of the vocabulary with an unused embedding row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAME_RULES = (
     (re.compile(r"^language_model\."), ""),
 )
 
-# What this layout has no words for and a conversion of ours writes into its config all the same; other readers pass over it.
+# Keys that this layout does not have and our conversion writes to its config; other readers ignore them.
 OWN_KEYS = ("conv_mode", "tokenizer_model_max_length")
 
 # "full" keeps all features; "default" drops the first one, which only CLIP has beside the patches'.
@@ -43,12 +43,12 @@ SELECT_FEATURES = {
 
 
 def is_transformers_layout(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json has a text and a vision part; the bare word `llava` means either layout."""
+    """Whether a config.json is in this layout; the model type `llava` alone means either layout."""
     return config.get("model_type") in MODEL_TYPES and isinstance(config.get("text_config"), Mapping)
 
 
 def published_name(name: str) -> str:
-    """The name under which published checkpoints in the original layout hold this tensor."""
+    """The name of a tensor in published checkpoints in the original layout."""
     for pattern, replacement in NAME_RULES:
         if pattern.match(name):
             return pattern.sub(replacement, name, count=1)
@@ -56,10 +56,16 @@ def published_name(name: str) -> str:
 
 
 def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
-    """The config in the original layout: the text part's keys at the top.
+    """Translate a config to the original layout, with the keys of the text part at the top level.
 
     The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
-    Whether images are padded to squares is told by the folder's image processor.
+
+    Args:
+        config: The keys of a config.json in this layout.
+        folder: Its folder, whose image processor decides whether images are padded to squares.
+
+    Raises:
+        InputError: The config has a feature that LLaVA's original layout does not have.
     """
     source = folder / "config.json"
     full = _with_defaults(config)
@@ -113,14 +119,14 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
         if config.get(key) is not None:
             values[key] = config[key]
     if text.get("max_position_embeddings") and not config.get("tokenizer_model_max_length"):
-        # This layout itself has no other word on how much a model takes.
+        # This layout has no other key for the context length.
         values["max_sequence_length"] = text["max_position_embeddings"]
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return values | ({"dtype": dtype} if dtype else {})
 
 
 def pads_images(folder: Path) -> bool:
-    """The image processor's file is of its own, or inside the whole processor's."""
+    """Whether the folder's image processor pads images; its settings are in a file of their own or in the processor's."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if (folder / name).is_file():
             values = read_json(folder / name)
@@ -131,7 +137,7 @@ def pads_images(folder: Path) -> bool:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Old files hold only what differs from the class's defaults: let transformers fill in the rest."""
+    """Fill in the defaults of transformers' config classes, which config files leave out."""
     from transformers import LlavaConfig, LlavaNextConfig
 
     classes = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}

@@ -1,8 +1,7 @@
-"""Where a model named on a command line is: a folder here, or a repository of the Hugging Face hub.
+"""Find a model: a local folder, or a repository of the Hugging Face hub.
 
-In: a path or a repository id. Out: a local folder. The network is asked only when the text is no local folder and has the
-form `owner/name`; the library's own switch for working offline (HF_HUB_OFFLINE) is honoured, and every failure is one
-sentence that names all places tried.
+In: a path or a repository id. Out: a local folder. The network is used only for a text of the form `owner/name` that is no
+local folder; the hub library's switch for working offline (HF_HUB_OFFLINE) applies, and an error names all places tried.
 """
 
 from __future__ import annotations
@@ -14,13 +13,21 @@ from llava.errors import InputError
 
 REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# Everything a checkpoint may need except the weights in old formats, which are asked for only when nothing else is there.
+# All files of a checkpoint except weights; those in the old format are downloaded only where there is no other.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
-    """The folder of a model: itself when it is one, else the local copy of the hub repository that it names."""
+    """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
+
+    Args:
+        path: A folder or a repository id.
+        what: How errors call it.
+
+    Raises:
+        InputError: Neither is found.
+    """
     text = str(path)
     folder = Path(text).expanduser()
     if folder.is_dir():
@@ -35,9 +42,12 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
 
 
 def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, download: bool = True) -> str:
-    """The folder of a vision tower named in a config: beside the checkpoint, then here, then on the hub.
+    """Find the folder of a vision tower: beside the checkpoint, then in the working directory, then on the hub.
 
-    Without `download`, of the hub only what is on this disk already.
+    Args:
+        name: As a config names it.
+        checkpoint_folder: The folder that a relative name is looked up in first.
+        download: Whether to download from the hub what is not in the local cache.
     """
     places = _tower_places(name, checkpoint_folder)
     here = find_vision_tower(name, checkpoint_folder=checkpoint_folder)
@@ -52,7 +62,7 @@ def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, do
 
 
 def find_vision_tower(name: str, *, checkpoint_folder: Path | None = None) -> Path | None:
-    """The same without the hub."""
+    """Find the folder of a vision tower without the hub; None if it is not on this disk."""
     places = _tower_places(name, checkpoint_folder)
     return next((place for place in places if (place / "config.json").is_file()), None)
 
@@ -64,12 +74,12 @@ def _tower_places(name: str, checkpoint_folder: Path | None) -> list[Path]:
 
 
 def looks_like_repository(text: str) -> bool:
-    """`owner/name`, unless the owner is a folder here: then a missing folder is meant, not a repository."""
+    """Whether a text has the form `owner/name`, and the owner is no local folder, in which the name would be missing."""
     return REPOSITORY_ID.fullmatch(text) is not None and not Path(text).parent.is_dir()
 
 
 def fetch_repository(repository: str, *, what: str, tried: list[str], download: bool = True) -> Path:
-    """The local copy of a hub repository, downloaded when it is not there yet."""
+    """Return the local copy of a hub repository, downloaded if need be; `tried` are the places that an error names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""What a model folder holds, decided by its files and never by its name, and without torch.
+"""Inspect a model folder: decide by its files, never by its name, what it holds. torch is not needed.
 
 In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor under its published name, the adapter.
 
@@ -8,8 +8,8 @@ In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor u
     transformers  the layout of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration
     language      a language model without a vision tower
 
-Headers of weight files are read by weight_files.py, other layouts are translated by hf_layout.py, tensors are
-put into a model by loading.py, and hub repositories are found by hub.py.
+Headers of weight files are read by weight_files.py, transformers' layout is translated by hf_layout.py, tensors are loaded
+by loading.py, and hub repositories are found by hub.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import is_multimodal, language_model_type
 
-# The forms in which a whole model's weights are saved, best first: an index of shards, or a single file.
+# The files that hold a whole model's weights, in order of preference: (name, whether it is an index of shards).
 WEIGHT_FORMS = (
     ("model.safetensors.index.json", True),
     ("model.safetensors", False),
@@ -41,17 +41,18 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 
+# Parts of the names of a LLaVA's tensors.
 TOWER_INFIX = ".vision_tower.vision_tower."
 PROJECTOR_INFIX = "mm_projector."
 
-# What a folder of a whole image-and-text model holds beside the image encoder.
-TOWER_PREFIX = "vision_tower."
-OTHER_TOWER_PART = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
+# Names in a tower module begin with this; a whole CLIP or SigLIP model has parts that a tower does not.
+TOWER_MODULE_PREFIX = "vision_tower."
+NOT_IN_TOWER = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One model folder. `tensors` and `extras` are keyed by published names; each header keeps the stored one."""
+    """The contents of a model folder. `tensors` and `extras` are keyed by published names; headers have the stored ones."""
 
     folder: Path
     kind: str
@@ -61,7 +62,7 @@ class CheckpointInfo:
     extras: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)  # projector or non-LoRA tensors
     adapter: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
     adapter_config: Mapping[str, Any] | None = None
-    base_hint: str | None = None  # the base model that the folder's own files name
+    base_hint: str | None = None  # the base model that the folder's files name
     has_legacy_config: bool = False  # written before model_type said llava; read as llava_llama
 
     @property
@@ -78,27 +79,31 @@ class CheckpointInfo:
 
     @property
     def stores_quantized(self) -> bool:
-        """Whether the weights were saved quantized; a config that only remembers a quantized training run does not count."""
+        """Whether the weights were saved quantized; the config of a quantized training run of an adapter does not count."""
         return bool(self.config.get("quantization_config")) and not self.needs_base
 
     @property
     def declares_tower(self) -> bool:
-        """Whether a stored tower is one that was trained, not a frozen copy of the folder that the config names."""
+        """Whether a stored tower was trained, rather than being a copy of the one that the config names."""
         return self.kind == "transformers" or bool(self.config.get("unfreeze_mm_vision_tower"))
 
     @property
     def tower_in_checkpoint(self) -> bool:
-        """Whether the tower to use is stored in this very folder."""
+        """Whether the tower to use is stored in this checkpoint."""
         return self.declares_tower and self.stores_tower
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all stored tensors at two bytes an element: what the model needs in half precision."""
+        """The bytes of all stored tensors at two bytes an element."""
         return sum(2 * header.num_elements for header in (*self.tensors.values(), *self.extras.values()))
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """Look into a model folder; a folder that is not loadable raises an `InputError` that says why."""
+    """Inspect a model folder or hub repository.
+
+    Raises:
+        InputError: The folder is no model folder, or files are missing or damaged.
+    """
     folder = resolve_checkpoint(path)
     adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     config = read_config(folder, required=adapter_config is None)
@@ -147,7 +152,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
 
 
 def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
-    """The folder's config.json as it stands."""
+    """Read the folder's config.json; without one, return {} unless it is `required`."""
     file = folder / "config.json"
     if not file.is_file():
         if not required:
@@ -165,7 +170,7 @@ def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorHeader]:
-    """The headers of the model's own weights, whichever way they are saved; empty when there are none."""
+    """Read the headers of a model's weights in any of `WEIGHT_FORMS`, or shards without an index; {} without weights."""
     for name, is_index in WEIGHT_FORMS:
         if (folder / name).is_file():
             return _indexed_tensors(folder / name) if is_index else read_headers(folder / name)
@@ -180,12 +185,12 @@ def stored_tensors(folder: Path) -> dict[str, TensorHeader]:
 
 
 def tower_headers(folder: Path) -> dict[str, TensorHeader]:
-    """The tensors of a tower's own folder under the names that they have in a tower module."""
+    """Read the headers of a vision tower's folder, under the names of a tower module."""
     headers = stored_tensors(folder)
     if not headers:
         raise InputError(f"the vision tower's folder {folder} holds no weights")
-    in_tower = {TOWER_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
-    return {name: header for name, header in in_tower.items() if not OTHER_TOWER_PART.match(name)}
+    in_tower = {TOWER_MODULE_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
+    return {name: header for name, header in in_tower.items() if not NOT_IN_TOWER.match(name)}
 
 
 def _indexed_tensors(index_file: Path) -> dict[str, TensorHeader]:
@@ -229,13 +234,13 @@ def _without_peft_prefix(name: str) -> str:
 
 
 def is_legacy_config(config: Mapping[str, Any]) -> bool:
-    """The first released checkpoints call themselves what their language model is, and later ones plain `llava`."""
+    """Whether a LLaVA's model_type is that of its language model, or `llava`, as in the first releases."""
     model_type = str(config.get("model_type", ""))
     return is_multimodal(config) and not is_transformers_layout(config) and not model_type.startswith("llava_")
 
 
 def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a model type that says LLaVA, as today's checkpoints have it; the file stays as it is."""
+    """The config with today's model type; the file is not changed."""
     values = dict(config)
     if is_legacy_config(config):
         values["model_type"] = f"llava_{language_model_type(config)}"

@@ -1,8 +1,8 @@
-"""Put stored tensors into a model, and account for every name on both sides.
+"""Load stored tensors into a model, and check the names and shapes on both sides.
 
-In: the folders that make up a model (`CheckpointInfo` of a checkpoint and of its base) and the names and shapes that the
-model expects. Out: a model whose every weight came from a file, or one `InputError` that names file, tensor, expected and
-found shapes. What a folder holds is inspect.py's matter; which model is built, on what device, is model/builder.py's.
+In: the folders of a model (`CheckpointInfo` of a checkpoint and of its base) and the names and shapes that the model
+expects. Out: a model with every weight loaded from a file, or an `InputError` that names file, tensor, expected and found
+shapes. What a folder holds is decided in inspect.py; which model is built, on which device, in model/builder.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,18 @@ from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, Checkp
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
-# Buffers that old versions of transformers saved and every version computes: no model waits for them.
+# Buffers that old versions of transformers saved and every version computes; they are skipped.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids|\.attn\.(masked_)?bias|\.rotary_emb\.(cos|sin)_cached)$")
 
-# Stored names that only a model of other dimensions can explain: one layer more, another kind of projector.
+# Stored names whose absence in the model means that the config is wrong: one layer more, another type of projector.
 STRUCTURAL = re.compile(r"(\.(layers|blocks|h)\.\d+\.|mm_projector\.)")
 
-# Where a projector file's tensors belong, whatever module path was saved in front of them.
+# A projector file's tensors, whose saved names may begin with any module path.
 ADDED_PART = re.compile(
     r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|(?:embed_tokens|wte)\.weight)"
 )
@@ -43,17 +46,23 @@ VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
 
 @dataclass(frozen=True)
 class WeightSources:
-    """Where each tensor of a model comes from, by published name, and the adapter to merge on the way."""
+    """The stored tensor for each published name of a model, and the adapter to merge while loading."""
 
     headers: Mapping[str, TensorHeader] = field(repr=False)
     folder: str
     merge: LoraMerge | None = None
     stores_tower: bool = False  # the checkpoint's or its base's stored tower is the one to use
-    may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds marker tokens to it
+    may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds image tokens
 
 
 def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: str) -> WeightSources:
-    """Lay a checkpoint's tensors over its base model's; `prefix` is what the language model calls its inner model."""
+    """Combine a checkpoint's tensors with its base model's, which they override.
+
+    Args:
+        info: The checkpoint.
+        base: Its base model, if it has one.
+        prefix: The name of the inner model within the language model, `model` for LLaMA.
+    """
     own = dict(info.tensors)
     for name, header in info.extras.items():
         match = ADDED_PART.fullmatch(name)
@@ -74,19 +83,26 @@ def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: s
 
 
 def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
-    """An adapter without the biases of tower and projector, which `lora_bias all` puts into it as well: they are trained
-    and stored with their own modules, or not at all."""
+    """The adapter without the biases of tower and projector, which `lora_bias all` adds.
+
+    These are trained and stored with their own modules, or not at all.
+    """
     return {
         name: header
         for name, header in info.adapter.items()
-        if "lora_" in name or not any(mark in name for mark in (TOWER_INFIX, PROJECTOR_INFIX))
+        if "lora_" in name or not any(infix in name for infix in (TOWER_INFIX, PROJECTOR_INFIX))
     }
 
 
 def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[str, TensorHeader]:
-    """Find the stored tensor for every name that a model expects, or say what does not fit.
+    """Find the stored tensor for every name that a model expects.
 
-    `expected` may hold one tensor under several names (tied weights); one stored name is enough for them.
+    Args:
+        expected: The model's tensors by name; a tied one appears under several names, of which one must be stored.
+        sources: The stored tensors.
+
+    Raises:
+        InputError: Keys are missing or unexpected, or shapes differ.
     """
     own_names = {_key(name): name for name in expected}
     found = {own_names[_key(name)]: header for name, header in sources.headers.items() if _key(name) in own_names}
@@ -119,8 +135,8 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[
 def read_tensors(
     found: Mapping[str, TensorHeader], expected: Mapping[str, Tensor], sources: WeightSources
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) file by file, merged and with its full number of rows; each file is open only meanwhile."""
-    by_file: dict[Any, list[str]] = {}
+    """Yield (name, tensor) file by file, with the adapter merged and the vocabulary grown; one file is open at a time."""
+    by_file: dict[Path, list[str]] = {}
     for name, header in found.items():
         by_file.setdefault(header.file, []).append(name)
     for file, names in by_file.items():
@@ -133,8 +149,8 @@ def read_tensors(
 
 
 def load_weights(model: nn.Module, sources: WeightSources) -> None:
-    """Fill a model that stands on its device, in its dtype; tensors are copied, so files can be overwritten later."""
-    if hasattr(model, "tie_weights"):  # a model built without initial weights is not tied yet
+    """Load weights into a model, keeping its device and dtype; tensors are copied, so files can be overwritten later."""
+    if hasattr(model, "tie_weights"):  # a model built with empty weights is not tied yet
         model.tie_weights()
     expected = expected_tensors(model)
     with torch.no_grad():
@@ -143,12 +159,12 @@ def load_weights(model: nn.Module, sources: WeightSources) -> None:
 
 
 def load_tower_weights(tower: nn.Module, folder: Path) -> None:
-    """Fill a built vision tower from its own folder, which may hold a whole CLIP or SigLIP model with a text part."""
+    """Load the weights of a vision tower from its folder, which may hold a whole CLIP or SigLIP model with a text part."""
     load_weights(tower, WeightSources(tower_headers(folder), str(folder)))
 
 
 def read_state_dict(meta_model: nn.Module, sources: WeightSources, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors at once under the model's own names, for transformers' loader; `meta_model` may be on the meta device."""
+    """Read all tensors under the model's own names, for transformers' loader; `meta_model` may be on the meta device."""
     expected = expected_tensors(meta_model)
     found = match_names(expected, sources)
     return {
@@ -158,43 +174,49 @@ def read_state_dict(meta_model: nn.Module, sources: WeightSources, dtype: torch.
 
 
 def build_with_transformers(
-    model_class: Any, config: Any, sources: WeightSources, dtype: torch.dtype, options: Mapping[str, Any]
-) -> Any:
-    """The way for weights that get quantized or spread over devices: transformers and accelerate place them."""
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    sources: WeightSources,
+    dtype: torch.dtype,
+    options: Mapping[str, object],
+) -> PreTrainedModel:
+    """Build a quantized or sharded model by `from_pretrained`, with `options` for transformers and accelerate."""
     with torch.device("meta"):
         meta_model = model_class(copy.deepcopy(config))
     state = read_state_dict(meta_model, sources, dtype)
     name = config.name_or_path
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
-    model.name_or_path = model.config.name_or_path = name  # "None" now, which adapters would give as their base
+    model.name_or_path = model.config.name_or_path = (
+        name  # from_pretrained(None) set "None", which adapters would name as their base
+    )
     return model
 
 
 def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's persistent tensors by name; tied weights appear under each of their names."""
+    """The persistent tensors of a model by name; tied weights appear under each of their names."""
     return dict(model.state_dict(keep_vars=True))
 
 
 def _key(name: str) -> str:
-    """Names are compared without the tower's `vision_model.` level, which not every version of transformers writes."""
+    """The name without the tower's `vision_model.` level, which not every version of transformers writes."""
     return VISION_MODEL_LEVEL.sub(r"\1", name)
 
 
 def _report_unexpected_keys(names: list[str], sources: WeightSources) -> None:
-    strangers = [name for name in names if not COMPUTED.search(name)]
-    structural = [name for name in strangers if STRUCTURAL.search(name)]
+    unexpected = [name for name in names if not COMPUTED.search(name)]
+    structural = [name for name in unexpected if STRUCTURAL.search(name)]
     if structural:
         header = sources.headers[structural[0]]
         raise InputError(
-            f"{header.file}: tensor {header.name!r} {list(header.shape)} has no place in the model that the config.json "
+            f"{header.file}: tensor {header.name!r} {list(header.shape)} is unexpected in the model that the config.json "
             f"describes{_and_more(structural)}; " + _advice(structural[0])
         )
-    if strangers:
+    if unexpected:
         logger.warning(
-            "%s: %d tensors have no place in the model and are left out, %r first",
+            "%s: %d unexpected tensors are not loaded, %r first",
             sources.folder,
-            len(strangers),
-            strangers[0],
+            len(unexpected),
+            unexpected[0],
         )
 
 
@@ -213,12 +235,12 @@ def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sour
 
 
 def grow_vocabulary(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    """New vocabulary rows begin as the mean of the old ones, as they do when training adds marker tokens."""
+    """Append vocabulary rows that are the mean of the others, as training does when it adds image tokens."""
     if VOCABULARY.search(name) is None or tensor.shape[0] >= shape[0]:
         return tensor
     num_new = shape[0] - tensor.shape[0]
     logger.warning(
-        "%s: %d rows for new tokens are not stored; they begin as the mean of the %d others",
+        "%s: %d rows for new tokens are not stored; they are set to the mean of the %d others",
         name,
         num_new,
         tensor.shape[0],

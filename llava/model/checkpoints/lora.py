@@ -1,8 +1,8 @@
-"""Merge a LoRA adapter into the weights that it was trained beside.
+"""Merge a LoRA adapter into the weights of its base model.
 
 In: an adapter's tensors and its adapter_config.json. Out: `LoraMerge.apply(name, weight)`, the merged weight of one tensor,
-computed in float32 whatever the weight's own type is. Plain, rank-stabilised and DoRA adapters, on linear layers and
-embeddings; nothing of this needs the peft package. Training adapters is train/'s matter.
+computed in float32 whatever its dtype. Plain, rank-stabilised and DoRA adapters, on linear layers and embeddings; the peft
+package is not needed. Adapters are trained in train/.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ADAPTER_NAME = re.compile(
 
 @dataclass(frozen=True)
 class LoraMerge:
-    """An adapter, ready to be merged tensor by tensor. `parts` is keyed by the name of the weight it belongs to."""
+    """An adapter that is merged tensor by tensor. `parts` and `scales` are keyed by the names of the base's weights."""
 
     parts: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
     scales: Mapping[str, float] = field(repr=False)
-    replaced: Mapping[str, Tensor] = field(repr=False)  # tensors that the adapter holds whole (modules_to_save, biases)
+    replaced: Mapping[str, Tensor] = field(repr=False)  # tensors that the adapter replaces (modules_to_save, biases)
     fan_in_fan_out: bool
     source: str
 
@@ -40,7 +40,7 @@ class LoraMerge:
         return {*self.parts, *self.replaced}
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
-        """The weight with the adapter's share added; other tensors come back as they are."""
+        """Merge the adapter into one weight of the base; a weight that it does not change is returned as it is."""
         if name in self.replaced:
             weight = self._checked(name, self.replaced[name], weight)
         if name not in self.parts:
@@ -53,7 +53,7 @@ class LoraMerge:
         delta = self._checked(name, (b @ a).T if is_embedding or self.fan_in_fan_out else b @ a, weight)
         merged = weight.float() + delta * self.scales[name]
         if "lora_magnitude_vector" in part:
-            # DoRA: the direction is the merged weight's, the length of each output row is learned on its own.
+            # DoRA: the direction is that of the merged weight, the norm of each output row is learned.
             axis = 0 if self.fan_in_fan_out else 1
             merged = merged * (part["lora_magnitude_vector"].flatten() / merged.norm(dim=axis)).unsqueeze(axis)
         return merged
@@ -68,7 +68,15 @@ class LoraMerge:
 
 
 def load_adapter(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> LoraMerge:
-    """Read an adapter's tensors and work out what each is scaled by."""
+    """Read an adapter's tensors and compute their scales.
+
+    Args:
+        headers: The adapter's tensors by the names of the base's modules.
+        config: The keys of its adapter_config.json.
+
+    Raises:
+        InputError: It is no LoRA adapter, or not complete.
+    """
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise InputError(f"the adapter is of type {kind!r}; only LORA adapters can be merged")
@@ -108,7 +116,7 @@ def _scale(module: str, config: Mapping[str, Any]) -> float:
 
 
 def _by_pattern(module: str, patterns: Mapping[str, float] | None, default: float) -> float:
-    """Per-module ranks and alphas are keyed by the end of a module's name, or a pattern for it."""
+    """Look up a rank or alpha, whose keys are patterns for the end of a module's name."""
     for pattern, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
@@ -116,7 +124,7 @@ def _by_pattern(module: str, patterns: Mapping[str, float] | None, default: floa
 
 
 def merge_into(model: torch.nn.Module, merge: LoraMerge) -> None:
-    """Merge an adapter into a model that is loaded already, in place."""
+    """Merge an adapter into a loaded model, in place."""
     own = dict(model.named_parameters())
     absent = sorted(merge.targets - own.keys())
     if absent:

@@ -1,8 +1,8 @@
-"""A model without memory for its weights: what it needs from where, and running it while weights are read one by one.
+"""Models without memory for their weights, and running them with weights that are read layer by layer.
 
-In: a model folder (and its base). Out: `MetaModel`, a model module whose parameters take no memory, with the stored tensor
-for each of its names, the tower's included wherever that lies. `stream_weights` lets such a module compute: each
-weight is in memory only while its layer works, so a model of any size runs in that of its largest layer.
+In: a model folder (and its base). Out: `MetaModel`, a module whose parameters take no memory, with the stored tensor for
+each of its names, the tower's included wherever it is. `stream_weights` lets such a module compute: a weight is in memory
+only while its layer runs, so that a model of any size takes the memory of its largest layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,34 +23,47 @@ from llava.model.checkpoints.loading import WeightSources, expected_tensors, gro
 from llava.model.checkpoints.model_config import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 
+if TYPE_CHECKING:
+    from llava.model.protocols import LlavaModel
+
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A multimodal model that takes no memory. `found` holds the stored tensor for each name that is stored."""
+    """A LLaVA without memory for its weights, with the stored tensor of each name in `found`."""
 
-    model: Any
+    model: LlavaModel
     info: CheckpointInfo
     base: CheckpointInfo | None
     sources: WeightSources
     found: Mapping[str, TensorHeader]
     shapes: Mapping[str, tuple[int, ...]]
-    tower_folder: Path | None  # where the tower's own weights are; None: in the checkpoint or its base
+    tower_folder: Path | None  # with the tower's own weights; None: they are in the checkpoint or its base
 
     def read(self, name: str) -> Tensor:
-        """A tensor as the loaded model would have it, in its stored precision (a merged one in float32)."""
+        """Read a tensor as the loaded model would have it, in its stored dtype (a merged one in float32)."""
         tensor = read_tensor(self.found[name])
         if self.sources.merge is not None:
             tensor = self.sources.merge.apply(name, tensor)
         return grow_vocabulary(name, tensor, torch.Size(self.shapes[name]))
 
     def is_stored_as_is(self, name: str) -> bool:
-        """Whether `read` gives just what the file holds."""
+        """Whether `read` returns the tensor of the file unchanged."""
         merge = self.sources.merge
         return self.found[name].shape == self.shapes[name] and (merge is None or name not in merge.targets)
 
 
 def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaModel:
-    """Match a checkpoint's files with the model that they describe; whatever does not fit is an `InputError`."""
+    """Build the meta model of a checkpoint and match its files with it.
+
+    Args:
+        path: A model folder or hub repository in any layout.
+        base: The base model of an adapter or projector.
+
+    Raises:
+        InputError: It is no LLaVA, its weights are quantized, or files and config do not fit together.
+    """
     from llava.model.language_model.registry import llava_classes
 
     info = inspect(path)
@@ -67,7 +80,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     config = build_config(info, base_info)
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-    # As if the tower were always stored, so that it is built and its tensors are asked for too.
+    # stored=True, so that the tower is built and its tensors are expected too.
     with resolved_tower_path(config, info, base_info, stored=True):
         tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
@@ -82,9 +95,11 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     return MetaModel(model, info, base_info, sources, found, shapes, tower_folder)
 
 
-def build_empty_model(build: Callable[[], Any]) -> Any:
-    """A module whose parameters take no memory: each is one number seen as many, and that number is NaN, so that a weight
-    which was never read shows. Buffers are computed as usual."""
+def build_empty_model(build: Callable[[], M]) -> M:
+    """Build a module whose parameters take no memory; buffers are computed as usual.
+
+    Each parameter is a single NaN, expanded to its shape, so that a weight that was never read shows in the result.
+    """
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -110,13 +125,17 @@ def build_empty_model(build: Callable[[], Any]) -> Any:
 
 @contextmanager
 def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
-    """Within the block the model computes in float32 with weights that `read(name)` brings when a layer begins.
+    """Within the block, let an empty model compute in float32, reading the weights of a layer when it begins.
 
-    Parameters that stand beside other modules are used by these as they please: they are read at once and stay until the end.
+    Parameters of a module that has submodules may be used by them at any time: they are read at once and kept until the end.
+
+    Args:
+        model: A model of `build_empty_model`.
+        read: Returns the weight of a parameter's name.
     """
     aliases = _first_names(model)
     handles = []
-    # Put back as the same objects: it is by identity that tied weights are known, in the next block too.
+    # Restored as the same objects, since tied weights are recognised by identity, in the next block too.
     empty = {module: dict(module._parameters) for module in model.modules()}
     for prefix, module in model.named_modules():
         names = {key: aliases[id(value)] for key, value in module._parameters.items() if value is not None}
@@ -142,7 +161,7 @@ def _empty(parameter: Tensor) -> nn.Parameter:
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:
-    """Parameters by identity; of tied ones, the name that comes first."""
+    """The names of parameters by identity; of tied ones, the first name."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -150,7 +169,7 @@ def _first_names(model: nn.Module) -> dict[int, str]:
 
 
 def _is_read_by_its_parent(model: nn.Module, prefix: str) -> bool:
-    """torch's own attention takes the weight of its output layer without calling that layer."""
+    """Whether the parent uses a layer's weight without calling the layer, as torch's attention does with its output layer."""
     return isinstance(model.get_submodule(prefix.rpartition(".")[0]), nn.MultiheadAttention)
 
 

@@ -1,10 +1,9 @@
-"""What a weight file holds, read from its header, and its tensors, one at a time.
+"""Read weight files: what they hold, from their headers, and their tensors, one at a time.
 
-In: a `.safetensors` or `.bin` file. Out: name -> `TensorHeader` (dtype, shape) without torch and without reading any
-weight; and, once torch is wanted, the tensors themselves. Both kinds of file are taken as untrusted: a safetensors header
-is bounded and checked against the file's length, and the pickle in a `.bin` is read by an unpickler that knows a tensor's
-building blocks and refuses everything else (torch reads it with `weights_only=True` for the same reason).
-Which files make up a checkpoint is inspect.py's matter; which tensor goes where is loading.py's.
+In: a `.safetensors` or `.bin` file. Out: name -> `TensorHeader` (dtype, shape), without torch and without reading weights;
+and the tensors themselves, for which torch is imported. Files are not trusted: a safetensors header is bounded and checked
+against the file's length, and the pickle in a `.bin` is read by an unpickler that knows only what a tensor is built of
+(torch reads it with `weights_only=True`). The files of a checkpoint are found by inspect.py, and loaded by loading.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +82,13 @@ TORCH_STORAGES = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where one tensor lies and what it is: the file, its name there, dtype and shape."""
+    """A stored tensor: its file, its name there, dtype and shape."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    # The byte of the file at which its numbers begin, row after row; None where they do not lie in one piece.
+    # Byte offset in the file of its data, in row-major order; None where the data are not contiguous in the file.
     start: int | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -102,7 +101,11 @@ class TensorHeader:
 
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
-    """The tensors of one weight file, by name, in the file's order."""
+    """Read the headers of one weight file, by name, in the file's order.
+
+    Raises:
+        InputError: The file is missing, truncated, damaged, or no weight file.
+    """
     if not file.is_file():
         raise InputError(
             f"the weight file {file} does not exist; the download or the copy of this checkpoint is not complete"
@@ -114,7 +117,7 @@ def read_headers(file: Path) -> dict[str, TensorHeader]:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Tensors]:
-    """One weight file, open: `keys()` and `get_tensor(name)`, on the CPU and mapped from the file where its format allows."""
+    """Open one weight file; tensors are on the CPU, and mapped from the file where its format allows."""
     if not file.is_file():
         raise InputError(f"the weight file {file} does not exist")
     if file.suffix != ".safetensors":
@@ -130,7 +133,7 @@ def open_tensors(file: Path) -> Iterator[Tensors]:
 
 
 class Tensors(Protocol):
-    """What a weight file offers once it is open."""
+    """An open weight file."""
 
     def keys(self) -> Iterable[str]: ...
 
@@ -139,7 +142,7 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class PickledTensors:
-    """The table of a `.bin` file behind the same two methods as a safetensors file."""
+    """The tensors of a `.bin` file, with the two methods of an open safetensors file."""
 
     table: dict[str, torch.Tensor]
 
@@ -151,33 +154,33 @@ class PickledTensors:
 
 
 def read_tensor(header: TensorHeader) -> torch.Tensor:
-    """One tensor in memory of its own: the file is read there and not mapped, so nothing else of it is held."""
+    """Read one tensor into memory of its own, without mapping the file."""
     import torch
 
     if header.start is None:
         with open_tensors(header.file) as tensors:
             return tensors.get_tensor(header.name).clone()
-    numbers = torch.empty(header.shape, dtype=getattr(torch, TORCH_DTYPES[header.dtype]))
+    tensor = torch.empty(header.shape, dtype=getattr(torch, TORCH_DTYPES[header.dtype]))
     if header.num_bytes:
         with header.file.open("rb", buffering=0) as stream:
             stream.seek(header.start)
-            target = memoryview(numbers.view(-1).view(torch.uint8).numpy())
-            while target:  # the system hands out at most 2 GiB at once
+            target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            while target:  # the system reads at most 2 GiB at once
                 count = stream.readinto(target)
                 if not count:
                     raise InputError(f"the weight file {header.file} ends within tensor {header.name!r}; copy it again")
                 target = target[count:]
-    return numbers
+    return tensor
 
 
 def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a `.bin` file, mapped from disk where its format allows, and nothing that is not a tensor."""
+    """Load all tensors of a `.bin` file, mapped from disk where its format allows; anything but tensors is an `InputError`."""
     import torch
 
     mapped = zipfile.is_zipfile(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # bytes that are no pickle stop the unpickler anywhere, with any error
+    except Exception as error:  # bytes that are no pickle can raise any error
         raise InputError(_cannot_read_pickle(file, error)) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
@@ -256,48 +259,48 @@ def _read_pickle_headers(file: Path) -> dict[str, TensorHeader]:
                 )
             with archive.open(members[0]) as stream:
                 state = _HeaderUnpickler(stream).load()
-            places = _member_places(file, archive, members[0].removesuffix("data.pkl"))
+            offsets = _member_offsets(file, archive, members[0].removesuffix("data.pkl"))
     except InputError:
         raise
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         raise InputError(_cannot_read_pickle(file, error)) from error
     if not isinstance(state, dict) or not all(isinstance(value, _Stub) for value in state.values()):
         raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
     return {
-        name: TensorHeader(file, name, stub.storage.dtype, stub.shape, _start_of(stub, places))
+        name: TensorHeader(file, name, stub.storage.dtype, stub.shape, _data_offset(stub, offsets))
         for name, stub in state.items()
     }
 
 
-def _member_places(file: Path, archive: zipfile.ZipFile, prefix: str) -> dict[str, int]:
-    """Storage key -> the byte of the file at which its numbers begin; members that are packed have no such place."""
+def _member_offsets(file: Path, archive: zipfile.ZipFile, prefix: str) -> dict[str, int]:
+    """Storage key -> byte offset of its data in the file; compressed members have none."""
     order = f"{prefix}byteorder"
     if order in archive.namelist() and archive.read(order) != sys.byteorder.encode():
         return {}
-    places = {}
+    offsets = {}
     with file.open("rb") as stream:
         for member in archive.infolist():
             if member.filename.startswith(f"{prefix}data/") and member.compress_type == zipfile.ZIP_STORED:
-                # What stands in front of a member repeats its name, and may have another extra field than the directory.
+                # The local header of a member repeats its name, and may have another extra field than the directory.
                 stream.seek(member.header_offset + 26)
-                places[member.filename.removeprefix(f"{prefix}data/")] = (
+                offsets[member.filename.removeprefix(f"{prefix}data/")] = (
                     member.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
                 )
-    return places
+    return offsets
 
 
-def _start_of(stub: _Stub, places: dict[str, int]) -> int | None:
+def _data_offset(stub: _Stub, offsets: dict[str, int]) -> int | None:
     dense, expected = True, 1
     for side, step in zip(reversed(stub.shape), reversed(stub.strides), strict=True):
         dense &= side == 1 or step == expected
         expected *= side
-    if not dense or stub.storage.key not in places:
+    if not dense or stub.storage.key not in offsets:
         return None
-    return places[stub.storage.key] + stub.offset * DTYPE_BYTES[stub.storage.dtype]
+    return offsets[stub.storage.key] + stub.offset * DTYPE_BYTES[stub.storage.dtype]
 
 
 def _read_legacy_pickle_headers(file: Path) -> dict[str, TensorHeader]:
-    """The form that torch wrote before 1.6 scatters its sizes through the file: read it whole."""
+    """Read a file of torch before 1.6 whole, since its sizes are distributed over the file."""
     state = load_pickled_tensors(file)
     return {name: TensorHeader(file, name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
@@ -306,21 +309,21 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return TORCH_STORAGES[tensor.type().rsplit(".", 1)[-1].replace("Tensor", "Storage")]
 
 
-class _Storage(NamedTuple):
+class _StubStorage(NamedTuple):
     dtype: str
     key: str
 
 
 @dataclass(frozen=True)
 class _Stub:
-    storage: _Storage
+    storage: _StubStorage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 def _rebuild_stub(
-    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: object
+    storage: _StubStorage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: object
 ) -> _Stub:
     return _Stub(storage, offset, tuple(shape), tuple(strides))
 
@@ -330,30 +333,30 @@ def _rebuild_parameter_stub(data: _Stub, *rest: object) -> _Stub:
 
 
 class _Table(dict):  # type: ignore[type-arg]
-    """Stands in for the OrderedDict of a state dict, which carries attributes."""
+    """In place of the OrderedDict of a state dict, which has attributes."""
 
 
 class _HeaderUnpickler(pickle.Unpickler):
-    """Builds stubs instead of tensors, and only from the names that a saved state dict needs."""
+    """An unpickler that builds stubs in place of tensors, and knows only the names that a saved state dict needs."""
 
-    KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
+    KNOWN: ClassVar[dict[tuple[str, str], Callable[..., object]]] = {
         ("collections", "OrderedDict"): _Table,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_stub,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter_stub,
     }
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module == "torch" and name in TORCH_STORAGES:
             return TORCH_STORAGES[name]
         if (module, name) in self.KNOWN:
             return self.KNOWN[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of tensors needs")
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: tuple[object, ...]) -> _StubStorage:
         kind, dtype, key, *_ = pid
         if kind != "storage" or not isinstance(dtype, str):
             raise pickle.UnpicklingError(f"it refers to {kind!r}, which no table of tensors needs")
-        return _Storage(dtype, str(key))
+        return _StubStorage(dtype, str(key))
 
 
 def _cannot_read_pickle(file: Path, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""LLaVA over Mistral, whose sliding attention window is honoured where the config has one."""
+"""LLaVA over Mistral, with its sliding attention window where the config has one."""
 
 from __future__ import annotations
 

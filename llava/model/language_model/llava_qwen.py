@@ -1,4 +1,4 @@
-"""LLaVA over Qwen2 (and 2.5), under the names that newer research code imports, and over Qwen3."""
+"""LLaVA over Qwen2 and 2.5 (under the class names that research code imports), and over Qwen3."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How a causal language model of transformers becomes a LLaVA, and how a model type finds its class.
+"""The LLaVA classes over each language model, found by model type.
 
 A language model with published checkpoints has a module of its own (llava_llama.py, …) because outside code imports its
-classes by name. Any other one needs no module: `compose("gemma2")` gives its config and model classes, registered with
-transformers' Auto classes under the model type `llava_gemma2`.
+classes by name. Any other one needs no module: `compose("gemma2")` creates its config and model classes and registers them
+with transformers' Auto classes under the model type `llava_gemma2`.
 
 In: a model type of transformers. Out: the LLaVA config class and model class over it.
 """
@@ -10,11 +10,14 @@ In: a model type of transformers. Out: the LLaVA config class and model class ov
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava.errors import InputError
 from llava.model.config import PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Language models with a module of their own: model type in transformers -> (module, config class, model class).
 NAMED = {
@@ -25,11 +28,11 @@ NAMED = {
     "qwen3": ("llava_qwen", "LlavaQwen3Config", "LlavaQwen3ForCausalLM"),
 }
 
-_composed: dict[str, tuple[type, type]] = {}
+_composed: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
 
 
-def llava_classes(model_type: str) -> tuple[Any, Any]:
-    """The LLaVA config class and model class over the language model that transformers calls `model_type`."""
+def llava_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Look up the LLaVA config class and model class over the language model of type `model_type`."""
     if model_type in NAMED:
         module_name, config_name, model_name = NAMED[model_type]
         module = import_module(f"llava.model.language_model.{module_name}")
@@ -37,16 +40,19 @@ def llava_classes(model_type: str) -> tuple[Any, Any]:
     return compose(model_type)
 
 
-def compose(model_type: str) -> tuple[Any, Any]:
-    """Make LLaVA classes over any causal language model that transformers knows by `model_type`.
+def compose(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Create LLaVA classes over any causal language model of transformers, once for each type.
 
-    The result is the same for the same type. The inner model must take `inputs_embeds`, as all of today's do.
+    The inner model must take `inputs_embeds`.
+
+    Raises:
+        InputError: transformers has no causal language model of this type.
     """
     if model_type not in _composed:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        # The mapping loads its entries when they are indexed; its `get` finds only those that were.
+        # The mapping loads its entries when they are indexed; its `get` finds only loaded ones.
         known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
         if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise InputError(
@@ -63,8 +69,8 @@ def compose(model_type: str) -> tuple[Any, Any]:
     return _composed[model_type]
 
 
-def register(config_class: Any, model_class: Any) -> None:
-    """Make transformers' AutoConfig and AutoModelForCausalLM know a pair of classes."""
+def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """Register a pair of classes with transformers' AutoConfig and AutoModelForCausalLM."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
