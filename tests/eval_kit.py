@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import base64
+import importlib
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from repository import ROOT
+
+from llava.eval.harness.scoring import TaskReport, score_file
+from llava.eval.tasks import TASKS
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -224,3 +232,22 @@ def write_all(data: Path) -> Path:
     for write in ALL:
         write(data)
     return data
+
+
+def load_script(path: str) -> ModuleType:
+    if path.startswith("llava/"):
+        return importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def scored(task: str, path: Path, data: Path) -> TaskReport:
+    return score_file(TASKS[task], path, data)
+
+
+def kinds(report: TaskReport) -> dict[str, int]:
+    return {kind: fault.count for kind, fault in report.faults.kinds.items()}

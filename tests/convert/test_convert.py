@@ -12,9 +12,9 @@ import torch
 from golden_data import HERE, golden
 from PIL import Image
 from safetensors.torch import load_file
-from test_transformers_parity import save_peer, small_llava, small_llava_next
 from tiny import ANYRES, build
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig
+from transformers_kit import save_peer, small_llava, small_llava_next
 
 from llava.assets import embedded_model_path
 from llava.conversation import get_template

@@ -11,8 +11,8 @@ from typing import Any
 
 import eval_kit as kit
 import pytest
-import test_eval_scripts as scripts
 import torch
+from eval_kit import load_script
 from golden_data import HERE, golden
 
 RUNS = {run["name"]: run for run in json.loads(golden("script_runs.json").read_text(encoding="utf-8"))}
@@ -78,7 +78,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     recorded = RUNS[name]
     monkeypatch.setattr(sys, "argv", [recorded["script"], *recorded["args"], "--device", "cpu", *more])
-    return scripts.load_script(recorded["script"]).main()
+    return load_script(recorded["script"]).main()
 
 
 @pytest.mark.parametrize("name", ["loader", "loader anyres", "vqa", "science text-only", "mmbench"])

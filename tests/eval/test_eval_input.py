@@ -10,9 +10,9 @@ from typing import Any
 
 import eval_kit as kit
 import pytest
+from eval_kit import kinds, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_eval_tasks import kinds, scored
 
 from llava.errors import InputError
 from llava.eval.files import Faults

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import eval_kit as kit
 import pytest
-import test_eval_scripts as scripts
+from eval_kit import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "scripts/v1_5/eval").glob("*.sh") if path.name != "common.sh")
@@ -60,7 +60,7 @@ def test_commands_are_accepted(recipe: str, tmp_path: Path) -> None:
             script = module.replace(".", "/") + ".py"
         else:
             script, words = str(Path(command[0]).resolve().relative_to(ROOT)), command[1:]
-        scripts.load_script(script).build_parser().parse_args(words)
+        load_script(script).build_parser().parse_args(words)
     chunked = [command for command in commands if "--num-chunks" in command]
     if chunked:
         assert [command[command.index("--chunk-idx") + 1] for command in sorted(chunked)] == ["0", "1"]

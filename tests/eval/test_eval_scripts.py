@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from eval_kit import load_script
 from golden_data import HERE, golden
 
 ROOT = HERE.parents[1]
@@ -23,17 +21,6 @@ FLAGS = json.loads(golden("eval_flags.json").read_text(encoding="utf-8"))
 # Where the original ends with a Python error, ours goes on or says why not.
 CURED = {"sqa_no_images", "seed"}
 REFUSED = {"pope_bad_file", "textvqa_bad_prompt", "vizwiz_missing", "seed_missing"}
-
-
-def load_script(path: str) -> ModuleType:
-    if path.startswith("llava/"):
-        return importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_inputs(folder: Path, inputs: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import eval_kit as kit
 import pytest
+from eval_kit import kinds, scored
 
 from llava.errors import InputError
-from llava.eval.harness.scoring import TaskReport, load_questions, score_file
+from llava.eval.harness.scoring import load_questions
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 
@@ -18,14 +19,6 @@ from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return kit.write_all(tmp_path / "data")
-
-
-def scored(task: str, path: Path, data: Path) -> TaskReport:
-    return score_file(TASKS[task], path, data)
-
-
-def kinds(report: TaskReport) -> dict[str, int]:
-    return {kind: fault.count for kind, fault in report.faults.kinds.items()}
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Small models of transformers' own LLaVA classes, saved as its different versions write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tokenizer
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
+
+IMAGE_TOKEN = 300  # a real row of the vocabulary in this layout
+TEXT = {
+    "llama": lambda: LlamaConfig(**SIZES, num_key_value_heads=2),
+    "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
+}
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+# (height, width), as transformers writes them; not symmetric, so that a swap shows.
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
+
+# The names of three generations of files, made from what today's version writes.
+GENERATIONS: dict[str, Callable[[str], str]] = {
+    "today": lambda name: name,
+    "4.3x": lambda name: name.replace("vision_tower.", "vision_tower.vision_model.", 1),
+    "4.5x": lambda name: {"language_model.lm_head.weight": "lm_head.weight"}.get(
+        name, "model." + name.replace("language_model.model.", "language_model.", 1)
+    ),
+}
+
+
+def save_peer(folder: Path, model: Any, generation: str = "today", image_size: int = 28) -> Path:
+    torch.manual_seed(7)
+    for parameter in model.parameters():  # transformers starts some of them at zero, where a mix-up cannot show
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    file = folder / "model.safetensors"
+    state = {GENERATIONS[generation](name): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    return folder
+
+
+def small_llava(
+    text: str = "llama", *, layer: int = -2, strategy: str = "default", tower: Any = None, side: int = 28
+) -> Any:
+    vision = tower or CLIPVisionConfig(**TOWER, image_size=side, patch_size=14)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=TEXT[text](),
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            tie_word_embeddings=text == "qwen2",
+        )
+    ).eval()
+
+
+def small_llava_next(text: str = "llama", side: int = 28) -> Any:
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=CLIPVisionConfig(**TOWER, image_size=side, patch_size=14),
+            text_config=TEXT[text](),
+            image_token_index=IMAGE_TOKEN,
+            image_grid_pinpoints=[[h * side // 28, w * side // 28] for h, w in PINPOINTS],
+        )
+    ).eval()
