@@ -20,7 +20,7 @@ from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.convert import writer
 from llava.convert.convert import ConversionOptions, ConversionReport, convert
-from llava.convert.layouts.hf import NAMES, HFLayout
+from llava.convert.layouts.hf import NAME_RULES, HFLayout
 from llava.convert.source import open_source
 from llava.convert.verify import VerificationError, collapsed
 from llava.errors import InputError
@@ -96,7 +96,7 @@ def test_their_class_and_processor_give_our_answers(embedded_in_theirs: tuple[Pa
         )
 
 
-@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("names", NAME_RULES)
 @pytest.mark.parametrize("checkpoint", [V15, V16])
 def test_every_kind_of_names_is_loaded_by_transformers(checkpoint: str, names: str, tmp_path: Path) -> None:
     convert(checkpoint, tmp_path / "theirs", to="transformers", options=ConversionOptions(names=names))
@@ -145,7 +145,7 @@ def test_vocabulary_as_in_published_conversions(tmp_path: Path) -> None:
 # There and back
 
 
-PAIRS = [(checkpoint, names) for checkpoint in (V15, V16) for names in NAMES]
+PAIRS = [(checkpoint, names) for checkpoint in (V15, V16) for names in NAME_RULES]
 PAIRS += [(checkpoint, "4.36") for checkpoint in ("embedded", "chatml", "qwen2", "mistral")]
 
 
@@ -261,9 +261,9 @@ def test_a_changed_byte_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_swapped_projector_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = tuple((p, r.replace("linear_1", "linear_9").replace("linear_2", "linear_1")) for p, r in NAMES["4.36"])
+    swapped = tuple((p, r.replace("linear_1", "linear_9").replace("linear_2", "linear_1")) for p, r in NAME_RULES["4.36"])
     swapped = tuple((p, r.replace("linear_9", "linear_2")) for p, r in swapped)
-    monkeypatch.setitem(NAMES, "4.36", swapped)
+    monkeypatch.setitem(NAME_RULES, "4.36", swapped)
     with pytest.raises((VerificationError, InputError)):
         convert(V15, tmp_path / "x", to="transformers")
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +278,7 @@ def test_a_wrong_chat_template_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 # Names
 
 
-@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("names", NAME_RULES)
 def test_names_of_real_sizes_come_back(names: str) -> None:
     """For the tensors of published models of 7B and 13B: each has one name of its own, and it leads back."""
     layout = HFLayout(open_source(V15), names=names)
