@@ -261,7 +261,9 @@ def test_a_changed_byte_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_swapped_projector_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = tuple((p, r.replace("linear_1", "linear_9").replace("linear_2", "linear_1")) for p, r in NAME_RULES["4.36"])
+    swapped = tuple(
+        (p, r.replace("linear_1", "linear_9").replace("linear_2", "linear_1")) for p, r in NAME_RULES["4.36"]
+    )
     swapped = tuple((p, r.replace("linear_9", "linear_2")) for p, r in swapped)
     monkeypatch.setitem(NAME_RULES, "4.36", swapped)
     with pytest.raises((VerificationError, InputError)):
