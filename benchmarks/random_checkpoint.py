@@ -102,7 +102,6 @@ def make(
 def in_memory(size: str, device: str = "auto") -> LoadedModel:
     """The model as `llava.load` gives it; the prompt of a 7B is tokenized and decoded at the cost of LLaVA-1.5's."""
     from llava.model.checkpoints.inspect import inspect
-    from llava.model.config import LlavaSettings
     from llava.model.device import pick_device, pick_dtype
     from llava.model.language_model.registry import llava_classes
     from llava.model.tokenizer_setup import read_tokenizer
@@ -131,7 +130,7 @@ def in_memory(size: str, device: str = "auto") -> LoadedModel:
         is_scale = "norm" in name and name.endswith("weight")
         torch.nn.init.constant_(parameter.data, 1.0) if is_scale else torch.nn.init.normal_(parameter.data, std=STD)
     images = model.get_vision_tower().image_processor
-    processor = Processor(tokenizer, images, LlavaSettings.from_hf(model.config), policy=model.image_policy())
+    processor = Processor(tokenizer, images, model.image_policy())
     return LoadedModel(tokenizer, model, images, values["tokenizer_model_max_length"], "v1", processor, info)
 
 

@@ -1,8 +1,8 @@
 """Turn a conversation and its images into model inputs.
 
 In: a Conversation (or a finished prompt) and PIL images. Out: ModelInputs: ids, labels, pixels, sizes and layouts, with
-the number of tokens that the model will see. Image arithmetic is in images/layout.py, pixels are made in mm_utils.py,
-templates are data in conversation.py, and training samples become ids in text/labels.py.
+the number of tokens that the model will see. Layouts are planned in images/layout.py, pixels are made in mm_utils.py,
+templates are in conversation.py, and training samples become ids in text/labels.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,8 @@ from llava.text.tokenization import tokenizer_image_token
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.model.config import LlavaSettings
+    from llava.images.image_processor import ClipImageProcessor
+    from llava.text.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class ModelInputs:
 
     @property
     def num_tokens(self) -> int:
-        """The length of the sequence inside the model, where features stand in the place of each image's mark."""
+        """The length of the sequence inside the model, where features replace each image's placeholder."""
         return len(self.input_ids) - len(self.layouts) + self.num_image_tokens
 
     def require_room(self, context_len: int, num_new_tokens: int = 1) -> None:
-        """Raise where the prompt leaves no room for `num_new_tokens` more in a context of `context_len`."""
+        """Raise InputError where the prompt leaves no room for `num_new_tokens` more in a context of `context_len`."""
         if self.num_tokens + num_new_tokens > context_len:
             raise InputError(
                 f"the prompt takes {self.num_tokens} tokens ({self.num_image_tokens} of them image features), which "
@@ -68,21 +69,32 @@ class ModelInputs:
 
 
 class Processor:
-    """Makes ModelInputs for one model: its tokenizer, its image processor, and what its config says about images."""
+    """Makes ModelInputs for one model.
+
+    Args:
+        tokenizer: the model's.
+        image_processor: the vision tower's; None for a language model without one.
+        policy: the model's `image_policy()`, needed for inputs with images.
+        use_im_start_end: whether an image's placeholder has <im_start> and <im_end> around it.
+    """
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, config: LlavaSettings, *, policy: ImagePolicy | None = None
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ClipImageProcessor | None = None,
+        policy: ImagePolicy | None = None,
+        *,
+        use_im_start_end: bool = False,
     ) -> None:
-        """`policy` is the model's `image_policy()`: without it, inputs with images cannot be planned."""
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.config = config
         self.policy = policy
+        self.use_im_start_end = use_im_start_end
 
     @property
     def image_placeholder(self) -> str:
         """The text that stands for one image in a prompt of this model."""
-        return image_placeholder(self.config.tokens.use_im_start_end)
+        return image_placeholder(self.use_im_start_end)
 
     def __call__(
         self,
@@ -92,6 +104,16 @@ class Processor:
         with_labels: bool = False,
         details: Sequence[str] = (),
     ) -> ModelInputs:
+        """Make the inputs of one prompt.
+
+        Args:
+            conversation: its last turn is unanswered, or a finished prompt; one placeholder for each image.
+            images: in the order of their placeholders.
+            with_labels: also make labels, as training does.
+
+        Raises:
+            InputError: placeholders and images differ in number, or an image cannot be used.
+        """
         ids, labels = self.encode(conversation, len(images))
         return self.inputs(ids, images, labels=labels if with_labels else None, details=details)
 
@@ -120,14 +142,13 @@ class Processor:
         )
 
     def encode(self, conversation: Conversation | str, num_images: int) -> tuple[list[int], list[int]]:
-        """Ids, with -200 for each image, and labels."""
+        """Encode to ids, with -200 for each image, and labels."""
         return encode_spans(self._spans(conversation, num_images), self.tokenizer)
 
     def encode_ids(self, conversation: Conversation | str, num_images: int) -> list[int]:
-        """The ids alone, which takes less time."""
+        """Encode to ids alone, which takes less time."""
         text = "".join([span.text for span in self._spans(conversation, num_images)])
-        ids: list[int] = tokenizer_image_token(text, self.tokenizer)
-        return ids
+        return tokenizer_image_token(text, self.tokenizer)
 
     def _spans(self, conversation: Conversation | str, num_images: int) -> list[Span]:
         spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()
@@ -135,27 +156,33 @@ class Processor:
         return spans
 
     def pixels(self, rgb: Sequence[Image.Image]) -> list[torch.Tensor]:
-        """Per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles."""
-        return list(process_images(rgb, self.image_processor, self._image_config()))
+        """Make the pixels of RGB images: per image (3, side, side), or (tiles, 3, side, side) where they are cut into tiles."""
+        if not rgb:
+            return []
+        policy = self._policy()
+        assert self.image_processor is not None  # of a model that has a policy
+        config = SimpleNamespace(image_aspect_ratio=policy.mode, image_grid_pinpoints=policy.pinpoints)
+        return list(process_images(rgb, self.image_processor, config))
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[str] = ()) -> list[ImageLayout]:
-        """The layouts of images of these sizes: how many tiles and features each becomes.
+        """Lay out images.
 
-        With the detail "low" an image that would be cut into tiles becomes its overview tile alone.
+        Args:
+            sizes: (width, height) of each image.
+            details: for each image, or empty; "low" takes the overview tile alone of an image that would be cut.
         """
         if not sizes:
             return []
-        if self.policy is None:
-            raise InputError("this processor does not know how its model lays images out; build it with policy=.")
+        policy = self._policy()
         if details and len(details) != len(sizes):
             raise InputError(f"{len(details)} details were given for {len(sizes)} images; give one for each, or none")
-        is_cut = self.policy.mode == "anyres"
+        is_cut = policy.mode == "anyres"
         alone = [is_cut and detail == "low" for detail in details] or [False] * len(sizes)
         return [
-            plan(ImageSize(*size), self.policy, num_tiles=1 if low else None)
-            for size, low in zip(sizes, alone, strict=True)
+            plan(ImageSize(*size), policy, num_tiles=1 if low else None) for size, low in zip(sizes, alone, strict=True)
         ]
 
-    def _image_config(self) -> SimpleNamespace:
-        image = self.config.image
-        return SimpleNamespace(image_aspect_ratio=image.mode, image_grid_pinpoints=list(image.pinpoints))
+    def _policy(self) -> ImagePolicy:
+        if self.policy is None:
+            raise InputError("this processor does not know how its model lays images out; build it with policy=.")
+        return self.policy

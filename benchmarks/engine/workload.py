@@ -17,7 +17,6 @@ from PIL import Image
 
 from benchmarks.train.single_gpu import Shapes, built
 from llava.engine.request import Request, SamplingParams
-from llava.model.config import LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.processor import Processor
 
@@ -64,10 +63,7 @@ class Subject:
         self.model.config.image_aspect_ratio = "anyres" if anyres else "pad"
         self.model.config.mm_patch_merge_type = "spatial_unpad" if anyres else "flat"
         self.processor = Processor(
-            self.tokenizer,
-            self.model.get_vision_tower().image_processor,
-            LlavaSettings.from_hf(self.model.config),
-            policy=self.model.image_policy(),
+            self.tokenizer, self.model.get_vision_tower().image_processor, self.model.image_policy()
         )
 
     def image(self, side: int | None = None) -> Image.Image:

@@ -149,7 +149,8 @@ class VerificationSample:
 def make_sample(source: Source) -> VerificationSample:
     conversation = get_template(source.conv_mode)
     image = draw_image(source.policy.tile_size)
-    processor = Processor(source.tokenizer, source.image_processor, source.settings, policy=source.policy)
+    use_im_start_end = source.settings.tokens.use_im_start_end
+    processor = Processor(source.tokenizer, source.image_processor, source.policy, use_im_start_end=use_im_start_end)
     question = with_image_placeholders(SAMPLE_QUESTION, 1, processor.image_placeholder)
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)

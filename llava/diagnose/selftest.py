@@ -216,16 +216,15 @@ def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
         ]
         records[0]["image"] = "drawing.png"
         (Path(scratch) / "samples.json").write_text(json.dumps(records), encoding="utf-8")
-        image = loaded.processor.config.image if loaded.processor is not None else None
+        processor = loaded.processor
+        policy = processor.policy if processor is not None else None
         settings = SimpleNamespace(
             image_folder=scratch,
             image_processor=loaded.image_processor,
-            image_aspect_ratio=image.mode if image is not None else "square",
-            image_grid_pinpoints=[list(size) for size in image.pinpoints] if image is not None else None,
+            image_aspect_ratio=policy.mode if policy is not None else "square",
+            image_grid_pinpoints=policy.pinpoints if policy is not None else None,
             is_multimodal=True,
-            mm_use_im_start_end=loaded.processor.config.tokens.use_im_start_end
-            if loaded.processor is not None
-            else False,
+            mm_use_im_start_end=processor is not None and processor.use_im_start_end,
         )
         dataset = LazySupervisedDataset(str(Path(scratch) / "samples.json"), tokenizer, settings, conv=template)
         batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])

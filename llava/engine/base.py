@@ -24,7 +24,6 @@ from llava.engine.sequence import GenerationState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import Worker
 from llava.errors import InputError
-from llava.model.config import LlavaSettings
 from llava.processor import Processor
 from llava.text.detokenizer import IncrementalDetokenizer
 
@@ -91,7 +90,7 @@ class BaseEngine(ABC):
     @classmethod
     def from_loaded(cls, loaded: Any, config: EngineConfig | None = None) -> Self:
         """The engine of what `llava.load` returned. A language model without a vision tower answers text."""
-        processor = loaded.processor or Processor(loaded.tokenizer, None, LlavaSettings.from_hf(loaded.model.config))
+        processor = loaded.processor or Processor(loaded.tokenizer)
         return cls(loaded.model, processor, config)  # type: ignore[call-arg,arg-type]
 
     # Asking.

@@ -73,8 +73,10 @@ class HFEngine(BaseEngine):
     @classmethod
     def of_parts(cls, model: Any, tokenizer: Any, image_processor: Any) -> HFEngine:
         """The engine of what `load_pretrained_model` returned."""
-        settings = LlavaSettings.from_hf(model.config)
-        return cls(model, Processor(tokenizer, image_processor, settings, policy=model.image_policy()))
+        use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
+        return cls(
+            model, Processor(tokenizer, image_processor, model.image_policy(), use_im_start_end=use_im_start_end)
+        )
 
     def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Any:
         raise InputError("model.generate scores no continuations; the engine does, for models that it can run")

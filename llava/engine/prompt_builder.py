@@ -41,7 +41,7 @@ class PromptBuilder:
         self._processor = processor
         if processor.image_processor is not None:
             as_bytes = replace(processor.image_processor, do_rescale=False, do_normalize=False)
-            self._processor = Processor(processor.tokenizer, as_bytes, processor.config, policy=processor.policy)
+            self._processor = Processor(processor.tokenizer, as_bytes, processor.policy)
 
     def __call__(self, request: Request | ScoreRequest) -> Prompt:
         if request.images and self._processor.image_processor is None:
@@ -72,20 +72,20 @@ class PromptBuilder:
         if not isinstance(request.continuation, str):
             ids = check_token_ids(request.continuation, self._vocab_size)
         else:
-            ids = self._encode_continuation(request)
+            ids = self._encode_continuation(request, request.continuation)
         if not ids:
             raise InputError("the continuation is empty; give at least one token to score")
         return prompt, ids
 
-    def _encode_continuation(self, request: ScoreRequest) -> list[int]:
+    def _encode_continuation(self, request: ScoreRequest, continuation: str) -> list[int]:
         text = request.prompt.get_prompt() if isinstance(request.prompt, Conversation) else request.prompt
         if isinstance(text, str):
             before = self._encode(text, len(request.images))
-            together = self._encode(text + str(request.continuation), len(request.images))
+            together = self._encode(text + continuation, len(request.images))
             if together[: len(before)] == before:
                 return together[len(before) :]
         with self._lock:
-            return list(self._processor.tokenizer(request.continuation, add_special_tokens=False)["input_ids"])
+            return list(self._processor.tokenizer(continuation, add_special_tokens=False).input_ids)
 
     def _encode(self, prompt: Conversation | str | Sequence[int], num_images: int) -> list[int]:
         if isinstance(prompt, (Conversation, str)):

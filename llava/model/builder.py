@@ -198,9 +198,8 @@ def load(
     if image_processor is not None:
         from llava.processor import Processor
 
-        processor = Processor(
-            tokenizer, image_processor, LlavaSettings.from_hf(model.config), policy=model.image_policy()
-        )
+        use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
+        processor = Processor(tokenizer, image_processor, model.image_policy(), use_im_start_end=use_im_start_end)
     return LoadedModel(
         tokenizer=tokenizer,
         model=model,

@@ -13,27 +13,18 @@ from llava.errors import InputError
 from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy, ImageSize
 from llava.mm_utils import tokenizer_image_token
-from llava.model.config import ImageSettings, LlavaSettings, ProjectorSettings, TokenSettings, VisionSettings
 from llava.processor import Processor
 from llava.text.tokenization import load_tokenizer
 
 PINPOINTS = tuple(ImageSize(*size) for size in ((28, 56), (56, 28), (56, 56)))
 
 
-def settings(mode: str, *, use_im_start_end: bool = False) -> LlavaSettings:
-    return LlavaSettings(
-        vision=VisionSettings(tower=None),
-        projector=ProjectorSettings(),
-        image=ImageSettings(mode=mode, merge="spatial_unpad" if mode == "anyres" else "flat", pinpoints=PINPOINTS),
-        tokens=TokenSettings(use_im_start_end=use_im_start_end),
-    )
-
-
-def processor(mode: str, **tokens: bool) -> Processor:
-    config = settings(mode, **tokens)
-    policy = ImagePolicy(mode, 28, 14, pinpoints=PINPOINTS, merge=config.image.merge)
+def processor(mode: str, *, use_im_start_end: bool = False) -> Processor:
+    merge = "spatial_unpad" if mode == "anyres" else "flat"
+    policy = ImagePolicy(mode, 28, 14, pinpoints=PINPOINTS, merge=merge)
     pixels = ClipImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return Processor(load_tokenizer(golden("tokenizers/llama-mini1k-legacy")), pixels, config, policy=policy)
+    tokenizer = load_tokenizer(golden("tokenizers/llama-mini1k-legacy"))
+    return Processor(tokenizer, pixels, policy, use_im_start_end=use_im_start_end)
 
 
 def conversation(*messages: str | None):
@@ -96,7 +87,7 @@ def test_room_is_counted_with_features():
 
 def test_a_processor_without_policy_says_so():
     make = processor("pad")
-    bare = Processor(make.tokenizer, make.image_processor, make.config)
+    bare = Processor(make.tokenizer, make.image_processor)
     assert len(bare("text", []).input_ids)
     with pytest.raises(InputError, match="policy="):
         bare("<image>", [Image.new("RGB", (9, 9))])

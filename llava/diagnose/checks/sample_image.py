@@ -38,11 +38,9 @@ def prepare_question(
     A model without a vision tower gets the question alone.
     """
     from llava.conversation import get_template, with_image_placeholders
-    from llava.model.config import LlavaSettings
     from llava.processor import Processor
 
-    settings = LlavaSettings.from_hf(loaded.model.config)
-    processor = loaded.processor or Processor(loaded.tokenizer, None, settings)
+    processor = loaded.processor or Processor(loaded.tokenizer)
     images = images if loaded.processor is not None else []
     conversation = get_template(loaded.conv_mode)
     conversation.messages = []
