@@ -1,7 +1,6 @@
-"""LLaVA: models that look at images and answer, in one package.
+"""LLaVA: large multimodal models for images and text.
 
-The names below are imported from where they live when they are first used, so that `import llava` costs nothing and
-needs no torch.
+The names below are imported from their modules at first use, so that `import llava` is fast and needs no torch.
 """
 
 from __future__ import annotations

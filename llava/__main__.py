@@ -1,7 +1,7 @@
-"""The program `llava`: one word picks a program, the rest is that program's.
+"""The program `llava`: run the command named by the first argument.
 
-In: a command line. Out: an exit status. Programs are imported when they are picked, so `llava --help` needs no torch
-and answers at once. A new program is one line in `COMMANDS`; what it does lives in the module named there.
+In: a command line. Out: an exit status. A command's module is imported when it is run, so that `llava --help` needs no
+torch. A new command is one line in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava.cli.program import closest, print_error, run_program
 
 @dataclass(frozen=True)
 class Command:
-    """A program: `module.function(argv)` gives an exit status."""
+    """A command: `module.function(argv)` returns an exit status."""
 
     module: str
     help: str
@@ -25,25 +25,23 @@ class Command:
 
 COMMANDS = {
     "chat": Command("llava.cli.chat", "ask a model about images: one question, or a conversation"),
-    "cli": Command("llava.serve.cli", "the same with the flags and the look of the original command line"),
+    "cli": Command("llava.serve.cli", "the same with the flags and output of the original command line"),
     "serve": Command("llava.serve.serve", "serve a model: OpenAI-compatible API and web page, at one address"),
-    "controller": Command("llava.serve.controller", "for many machines: know the workers and pass requests on to them"),
+    "controller": Command("llava.serve.controller", "for many machines: register workers and route requests to them"),
     "worker": Command("llava.serve.model_worker", "for many machines: serve a model to a controller"),
     "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),
     "bench": Command("llava.cli.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
-    "data": Command("llava.data.check", "check training data before a run, or show a sample as it will be trained on"),
-    "trace": Command(
-        "llava.diagnose.trace", "show all that happens from a question to its answer, or in a training step"
-    ),
+    "data": Command("llava.data.check", "check training data before a run, or show a sample as training reads it"),
+    "trace": Command("llava.diagnose.trace", "show every stage from a question to its answer, or of a training step"),
     "doctor": Command(
-        "llava.diagnose.doctor", "find the cause of what goes wrong with a checkpoint, data, a training run or a server"
+        "llava.diagnose.doctor", "find the cause of a fault of a checkpoint, data, a training run or a server"
     ),
-    "selftest": Command("llava.diagnose.selftest", "show on a model, with numbers, that its parts do what they should"),
+    "selftest": Command("llava.diagnose.selftest", "check the parts of a model, with numbers"),
     "eval": Command("llava.eval.harness.main", "run benchmarks; score, compare and show answers"),
-    "info": Command("llava.convert.info", "say what a model folder holds, without loading it"),
-    "convert": Command("llava.convert.program", "write a checkpoint in another layout, with a proof"),
-    "merge": Command("llava.convert.merge_lora", "lay a LoRA adapter into its base model"),
+    "info": Command("llava.convert.info", "describe a model folder without loading it"),
+    "convert": Command("llava.convert.program", "write a checkpoint in another layout, and verify it"),
+    "merge": Command("llava.convert.merge_lora", "merge a LoRA adapter into its base model"),
 }
 
 EXAMPLES = """\
@@ -54,11 +52,11 @@ examples:
   llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda
   llava serve ./llava-v1.5-7b                          an API and a web page on this machine
   llava train scripts/configs/finetune_lora.yaml learning_rate=1e-4
-  llava data check train.json --image-folder images    what is wrong with training data, before a run
+  llava data check train.json --image-folder images    the faults of training data, before a run
   llava eval pope --model-path ./llava-v1.5-7b         a benchmark, with a report
   llava convert ./llava-v1.5-7b ./hf --to transformers
-  llava trace photo.jpg "What is this?" --html t.html  everything between a question and its answer
-  llava doctor ./llava-v1.5-7b                         what is wrong with it, and the remedy
+  llava trace photo.jpg "What is this?" --html t.html  every stage between a question and its answer
+  llava doctor ./llava-v1.5-7b                         its faults, and the remedies
   llava COMMAND --help                                 the flags of a command
 """
 
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(name: str, argv: Sequence[str]) -> int:
-    """Import a program and run it."""
+    """Import a command's module and run it."""
     command = COMMANDS[name]
     return getattr(import_module(command.module), command.function)(argv) or 0
 
@@ -93,7 +91,7 @@ def print_help() -> None:
     for name, command in COMMANDS.items():
         print(f"  {name:<{width}}  {command.help}")
     print(
-        f"\n  --help     show this\n  --version  show the versions that a fault report should name\n\n{EXAMPLES}",
+        f"\n  --help     show this\n  --version  show the versions that a bug report should name\n\n{EXAMPLES}",
         end="",
     )
 

@@ -1,10 +1,10 @@
-"""Conversations: who said what, and how a template renders it as a prompt.
+"""Conversations, and the templates that render them as prompts.
 
-In: turns (role, text), a text possibly with an image. Out: the prompt as one string (`get_prompt`), or the same text
-cut into spans that say which characters a model is trained to produce (`spans`). Joined, the spans are the prompt.
+In: turns (role, text), a text possibly with an image. Out: the prompt as one string (`get_prompt`), or the same text as
+spans that say which characters a model is trained to produce (`spans`).
 
-The templates are data in conversation_templates.py; turning spans into ids and labels is the work of text/labels.py. This file
-imports neither torch nor an image library: images are touched only by the methods that a web page needs.
+The templates are data in conversation_templates.py; text/labels.py turns spans into ids and labels. This file imports
+neither torch nor an image library; only the methods for web pages handle images.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation_templates import DEFAULT_NAME, NAMES, TEMPLATES
 from llava.errors import InputError
 
-_Record = dict[str, Any]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training images
 
 
 class SeparatorStyle(IntEnum):
-    """How a template puts system text, roles, messages and separators together."""
+    """How a template joins system text, roles, messages and separators."""
 
     SINGLE = 1  # one separator after every turn
     TWO = 2  # one separator after a question, another after an answer
@@ -37,13 +39,15 @@ class SeparatorStyle(IntEnum):
 
 
 class Span(NamedTuple):
-    """A stretch of the prompt; `trained` says whether the model should learn to write it."""
+    """A part of the prompt; `trained` says whether the model learns to write it."""
 
     text: str
     trained: bool
 
 
-class Turn(NamedTuple):
+class PromptTurn(NamedTuple):
+    """A message as the text that a template renders."""
+
     role: str
     text: str | None  # None: not answered yet
     is_answer: bool
@@ -59,7 +63,7 @@ class Conversation:
     system: str
     roles: tuple[str, str]
     messages: list[list[Any]]
-    offset: int  # how many messages the template brought along; web pages do not show them
+    offset: int  # number of messages that belong to the template; web pages do not show them
     sep_style: SeparatorStyle = SeparatorStyle.SINGLE
     sep: str = "###"
     sep2: str | None = None
@@ -70,14 +74,15 @@ class Conversation:
         self.messages.append([role, message])
 
     def get_prompt(self) -> str:
-        """The dialogue as the text that the model reads; it ends where the next answer begins."""
+        """Render the dialogue as the text that the model reads; it ends where the next answer begins."""
         return "".join(span.text for span in self.spans())
 
     def spans(self, *, keep_empty_answers: bool = False) -> list[Span]:
-        """The prompt cut into stretches to be trained on and not: an answer and its end mark are trained.
+        """Render the prompt as spans; answers and the separators that end them are trained.
 
-        An answer of "" renders like None, an answer not given yet, since outside code opens a turn with either. With
-        `keep_empty_answers` it renders as an answer without text, end mark included.
+        Args:
+            keep_empty_answers: render an answer of "" as an answer without text, with the separator that ends it.
+                Otherwise it renders like None, an answer not given yet, since outside code opens a turn with either.
         """
         turns = [
             turn._replace(text=None) if turn.text == "" and not (keep_empty_answers and turn.is_answer) else turn
@@ -85,8 +90,8 @@ class Conversation:
         ]
         return [span for span in _STYLES[self.sep_style].render(self, turns) if span.text]
 
-    def _turns(self) -> list[Turn]:
-        """Messages as plain text, with the mark of an image in the first one where the template wants it."""
+    def _turns(self) -> list[PromptTurn]:
+        """Messages as plain text, with an image placeholder in the first one where it has an image."""
         messages = [(role, message) for role, message in self.messages]
         if messages and isinstance(messages[0][1], tuple):
             role, (text, *_) = messages[0]
@@ -99,25 +104,25 @@ class Conversation:
                 messages[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
         same_roles = self.roles[0] == self.roles[1]
         return [
-            Turn(role, _text_of(message), index % 2 == 1 if same_roles else role == self.roles[1])
+            PromptTurn(role, _text_of(message), index % 2 == 1 if same_roles else role == self.roles[1])
             for index, (role, message) in enumerate(messages)
         ]
 
     def with_system(self, text: str) -> Conversation:
-        """A copy whose system text is `text`; markup that the template puts before its own system text stays."""
-        head, mark, _ = self.system.partition("<|im_start|>system\n")
+        """Copy with another system text; markup that the template puts before its own stays."""
+        head, found, _ = self.system.partition("<|im_start|>system\n")
         needs_markup = self.sep_style in (SeparatorStyle.MPT, SeparatorStyle.CHATML)
         copy = self.copy()
-        copy.system = f"{head if mark else ''}<|im_start|>system\n{text}" if needs_markup else text
+        copy.system = f"{head if found else ''}<|im_start|>system\n{text}" if needs_markup else text
         return copy
 
     def copy(self) -> Conversation:
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
 
-    def dict(self) -> _Record:
-        """What a web page posts: the fields of the template and the messages, images left out.
+    def dict(self) -> dict[str, object]:
+        """The fields of the template and the messages, as web pages post them.
 
-        A dialogue that shows no image is given as it is, whatever the template's own messages hold.
+        Images are left out, unless the user's turns have none: then the template's own messages stay as they are.
         """
         shows_image = any(isinstance(message, tuple) for _, message in self._questions())
         return {
@@ -131,8 +136,8 @@ class Conversation:
 
     # Images, for web pages
 
-    def get_images(self, return_pil: bool = False) -> list[Any]:
-        """Images of the human's turns, each prepared as its message asks, as PNG in base64 or as PIL images."""
+    def get_images(self, return_pil: bool = False) -> list[str | Image]:
+        """Prepare the images of the user's turns as their messages ask: PNG in base64, or PIL images."""
         return [
             self.process_image(message[1], message[2], return_pil=return_pil)
             for _, message in self._questions()
@@ -143,7 +148,7 @@ class Conversation:
         return self.messages[self.offset :: 2]
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """Rows of [question, answer] for a chat window; an image becomes an HTML tag before its question."""
+        """List [question, answer] for a chat window; an image becomes an HTML tag before its question."""
         rows: list[list[str | None]] = []
         for index, (_, message) in enumerate(self.messages[self.offset :]):
             if index % 2 == 1:
@@ -159,14 +164,26 @@ class Conversation:
 
     def process_image(
         self,
-        image: Any,
+        image: Image,
         image_process_mode: str,
         return_pil: bool = False,
         image_format: str = "PNG",
         max_len: int = 1344,
         min_len: int = 672,
-    ) -> Any:
-        """An image made fit for sending: padded or stretched as the mode says, then reduced if too large."""
+    ) -> str | Image:
+        """Prepare an image for sending.
+
+        Args:
+            image: a PIL image.
+            image_process_mode: "Pad" pads to a square, "Resize" stretches to 336 x 336; "Default" and "Crop" keep it.
+            return_pil: return a PIL image in place of base64.
+            image_format: "PNG" or "JPEG".
+            max_len: pixels of the long side above which the image is reduced.
+            min_len: pixels of the short side that it is reduced to, at most.
+
+        Raises:
+            InputError: the mode is unknown, or the image too thin to be reduced.
+        """
         if image_process_mode not in _IMAGE_MODES:
             known = ", ".join(_IMAGE_MODES)
             raise InputError(f"Invalid image_process_mode: {image_process_mode}; known modes are {known}.")
@@ -174,7 +191,7 @@ class Conversation:
         if return_pil:
             return image
         buffer = BytesIO()
-        if image_format == "JPEG" and image.mode not in ("RGB", "L"):  # the format knows no transparency
+        if image_format == "JPEG" and image.mode not in ("RGB", "L"):  # the format has no transparency
             image = image.convert("RGB")
         image.save(buffer, format=image_format)
         return base64.b64encode(buffer.getvalue()).decode()
@@ -187,25 +204,25 @@ def _text_of(message: Any) -> str | None:
 # Rendering: one function per style, from turns to spans.
 
 
-def _render_single(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_single(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     return _render_named(conv, turns, (conv.sep, conv.sep))
 
 
-def _render_two(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_two(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     return _render_named(conv, turns, (conv.sep, conv.sep2 or ""))
 
 
-def _render_named(conv: Conversation, turns: list[Turn], separators: tuple[str, str]) -> list[Span]:
+def _render_named(conv: Conversation, turns: list[PromptTurn], separators: tuple[str, str]) -> list[Span]:
     spans = [Span(conv.system + separators[0], False)]
     for index, (role, text, is_answer) in enumerate(turns):
         spans.append(Span(f"{role}:", False))
         if text is not None:
-            # The space belongs to the answer: tokenizers glue it to the first word.
+            # The space belongs to the answer, since tokenizers join it to the first word.
             spans.append(Span(f" {text}{separators[index % 2]}", is_answer))
     return spans
 
 
-def _render_mpt(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_mpt(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     spans = [Span(conv.system + conv.sep, False)]
     for role, text, is_answer in turns:
         spans.append(Span(role, False))
@@ -214,7 +231,7 @@ def _render_mpt(conv: Conversation, turns: list[Turn]) -> list[Span]:
     return spans
 
 
-def _render_chatml(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_chatml(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     spans = [Span(f"{conv.system}{conv.sep}\n", False)] if conv.system else []
     for role, text, is_answer in turns:
         spans.append(Span(f"{role}\n", False))
@@ -223,7 +240,7 @@ def _render_chatml(conv: Conversation, turns: list[Turn]) -> list[Span]:
     return spans
 
 
-def _render_llama_2(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_llama_2(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     if turns and turns[0].role != conv.roles[0]:
         raise InputError(
             f"first message should come from user: this template starts with {conv.roles[0]!r}, not {turns[0].role!r}."
@@ -243,7 +260,7 @@ def _render_llama_2(conv: Conversation, turns: list[Turn]) -> list[Span]:
     return spans
 
 
-def _render_plain(conv: Conversation, turns: list[Turn]) -> list[Span]:
+def _render_plain(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     spans = [Span(conv.system, False)]
     for index, (_, text, is_answer) in enumerate(turns):
         if text is not None:
@@ -253,7 +270,7 @@ def _render_plain(conv: Conversation, turns: list[Turn]) -> list[Span]:
 
 
 class _Style(NamedTuple):
-    render: Callable[[Conversation, list[Turn]], list[Span]]
+    render: Callable[[Conversation, list[PromptTurn]], list[Span]]
     cli_stop: str  # name of the field whose text ends an answer, by the rule of the command line
     web_stop: str  # ... by the rule of the web server
     answer_end: str  # ... as the template really renders it
@@ -270,17 +287,17 @@ _STYLES: dict[SeparatorStyle, _Style] = {
 
 
 def stop_string(conv: Conversation) -> str:
-    """The stop text that command-line programs hand to `KeywordsStoppingCriteria`."""
+    """The stop string that command-line programs pass to `KeywordsStoppingCriteria`."""
     return getattr(conv, _STYLES[conv.sep_style].cli_stop)
 
 
 def web_stop_string(conv: Conversation) -> str | None:
-    """The stop text that the web server posts to a worker."""
+    """The stop string that the web server posts to a worker."""
     return getattr(conv, _STYLES[conv.sep_style].web_stop)
 
 
 def answer_end(conv: Conversation) -> str:
-    """The text that ends an answer in this template, never empty: what a decoder should stop at."""
+    """The text that ends an answer in this template, which generation stops at; never empty."""
     return getattr(conv, _STYLES[conv.sep_style].answer_end)
 
 
@@ -333,8 +350,8 @@ def check_placeholders(num_placeholders: int, num_images: int) -> None:
 # Images
 
 
-def _pad_to_square(image: Any) -> Any:
-    from PIL import Image
+def _pad_to_square(image: Image) -> Image:
+    from PIL.Image import new
 
     if image.mode not in ("RGB", "RGBA"):
         image = image.convert("RGB")
@@ -342,12 +359,12 @@ def _pad_to_square(image: Any) -> Any:
     side = max(width, height)
     if width == height:
         return image
-    square = Image.new(image.mode, (side, side), _PAD_COLOUR)
+    square = new(image.mode, (side, side), _PAD_COLOUR)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
-_IMAGE_MODES: dict[str, Callable[[Any], Any]] = {
+_IMAGE_MODES: dict[str, Callable[[Image], Image]] = {
     "Pad": _pad_to_square,
     "Default": lambda image: image,
     "Crop": lambda image: image,
@@ -355,7 +372,7 @@ _IMAGE_MODES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _reduce(image: Any, max_len: int, min_len: int) -> Any:
+def _reduce(image: Image, max_len: int, min_len: int) -> Image:
     """Scale an image down so that its short side is at most `min_len` and its long side at most `max_len`."""
     width, height = image.size
     if max(width, height) <= max_len:
@@ -374,7 +391,7 @@ def _reduce(image: Any, max_len: int, min_len: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _NameRule:
     """The template for model names that hold every word of `words` and none of `without`."""
 
     template: str
@@ -382,7 +399,7 @@ class _Rule:
     without: tuple[str, ...] = field(default=())
 
 
-def _matching(rules: tuple[_Rule, ...], model_name: str) -> str:
+def _matching(rules: tuple[_NameRule, ...], model_name: str) -> str:
     name = model_name.lower()
     matches = (
         rule.template
@@ -393,51 +410,51 @@ def _matching(rules: tuple[_Rule, ...], model_name: str) -> str:
 
 
 _NAME_RULES = (
-    _Rule("qwen_1_5", ("qwen",)),
-    _Rule("llava_llama_2", ("llama-2",)),
-    _Rule("mistral_instruct", ("mistral",)),
-    _Rule("chatml_direct", ("v1.6-34b",)),
-    _Rule("llava_v1", ("v1",)),
-    _Rule("mpt", ("mpt",)),
-    _Rule("llava_v0"),
+    _NameRule("qwen_1_5", ("qwen",)),
+    _NameRule("llava_llama_2", ("llama-2",)),
+    _NameRule("mistral_instruct", ("mistral",)),
+    _NameRule("chatml_direct", ("v1.6-34b",)),
+    _NameRule("llava_v1", ("v1",)),
+    _NameRule("mpt", ("mpt",)),
+    _NameRule("llava_v0"),
 )
 
-# The web server looks closer at the name. Two templates that it once named never existed: what those models speak
-# stands in their place (OpenOrca's Mistral and MPT's chat model both speak ChatML).
+# The web server has more rules. The original names two templates that never existed; ChatML replaces them, the format of
+# those models (OpenOrca's Mistral and MPT's chat model).
 _WEB_NAME_RULES = (
-    _Rule("qwen_1_5", ("qwen",)),
-    _Rule("llava_llama_2", ("llava", "llama-2")),
-    _Rule("chatml_direct", ("llava", "mistral", "orca")),
-    _Rule("chatml_direct", ("llava", "mistral", "hermes")),
-    _Rule("chatml_direct", ("llava", "mixtral", "hermes")),
-    _Rule("mistral_instruct", ("llava", "mistral")),
-    _Rule("mistral_instruct", ("llava", "mixtral")),
-    _Rule("chatml_direct", ("llava-v1.6-34b",)),
-    _Rule("v1_mmtag", ("llava", "v1", "mmtag")),
-    _Rule("v1_mmtag", ("llava", "v1", "plain"), without=("finetune",)),
-    _Rule("llava_v1", ("llava", "v1")),
-    _Rule("mpt", ("llava", "mpt")),
-    _Rule("v0_mmtag", ("llava", "mmtag")),
-    _Rule("v0_mmtag", ("llava", "plain"), without=("finetune",)),
-    _Rule("llava_v0", ("llava",)),
-    _Rule("mpt", ("mpt",)),
-    _Rule("llama_2", ("llama-2",)),
-    _Rule("vicuna_v1"),
+    _NameRule("qwen_1_5", ("qwen",)),
+    _NameRule("llava_llama_2", ("llava", "llama-2")),
+    _NameRule("chatml_direct", ("llava", "mistral", "orca")),
+    _NameRule("chatml_direct", ("llava", "mistral", "hermes")),
+    _NameRule("chatml_direct", ("llava", "mixtral", "hermes")),
+    _NameRule("mistral_instruct", ("llava", "mistral")),
+    _NameRule("mistral_instruct", ("llava", "mixtral")),
+    _NameRule("chatml_direct", ("llava-v1.6-34b",)),
+    _NameRule("v1_mmtag", ("llava", "v1", "mmtag")),
+    _NameRule("v1_mmtag", ("llava", "v1", "plain"), without=("finetune",)),
+    _NameRule("llava_v1", ("llava", "v1")),
+    _NameRule("mpt", ("llava", "mpt")),
+    _NameRule("v0_mmtag", ("llava", "mmtag")),
+    _NameRule("v0_mmtag", ("llava", "plain"), without=("finetune",)),
+    _NameRule("llava_v0", ("llava",)),
+    _NameRule("mpt", ("mpt",)),
+    _NameRule("llama_2", ("llama-2",)),
+    _NameRule("vicuna_v1"),
 )
 
 
 def conv_mode_for_model_name(name: str) -> str:
-    """The template that command-line programs choose for a model of this name."""
+    """Name the template that command-line programs choose for a model of this name."""
     return _matching(_NAME_RULES, name)
 
 
 def web_conv_mode_for_model_name(name: str) -> str:
-    """The template that the web server chooses for a model of this name."""
+    """Name the template that the web server chooses for a model of this name."""
     return _matching(_WEB_NAME_RULES, name)
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last folder of a path; a training checkpoint is called after its run as well."""
+    """Return the last folder of a path, for a training checkpoint with that of its run: `run_checkpoint-100`."""
     parts = model_path.strip("/").split("/")
     if parts[-1].startswith("checkpoint-") and len(parts) > 1:
         return f"{parts[-2]}_{parts[-1]}"
@@ -456,7 +473,7 @@ default_conversation = conv_templates[DEFAULT_NAME]
 
 
 def get_template(name: str) -> Conversation:
-    """A fresh copy of a template, or one sentence that lists the names there are."""
+    """Copy a template; raise InputError with the known names for an unknown one."""
     if name not in conv_templates:
         raise InputError(f"unknown conversation mode {name!r}; known modes are {', '.join(conv_templates)}.")
     return conv_templates[name].copy()

@@ -1,8 +1,7 @@
-"""The one error type for what a user gave, and the one way to ask for an optional package.
+"""The error type for a user's input, and the import of optional packages.
 
-`InputError` carries a single sentence that names the value, the place and the remedy. Command-line programs print that
-sentence and exit with status 2; libraries catch it as the `ValueError` that it is. Anything else that escapes is our bug
-and keeps its traceback.
+The message of an `InputError` is one sentence that names the value, the place and the remedy. Command-line programs print
+it and exit with status 2; libraries catch it as a `ValueError`. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Something a user gave cannot work; the message is one complete sentence that says what to do instead."""
+    """A user's input cannot work; the message is one sentence that says what to do instead."""
 
 
 class MissingPackageError(InputError, ImportError):
@@ -20,9 +19,9 @@ class MissingPackageError(InputError, ImportError):
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional module, or raise `MissingPackageError` naming the extra that brings it.
+    """Import an optional module, or raise `MissingPackageError` with the name of the extra that installs it.
 
-    A package that is present but broken keeps its own error: only its absence is translated.
+    Errors of a package that is installed but broken are raised as they are.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,7 @@
-"""Atomic folders, errors of a full disk, and JSON files.
+"""Atomic folders, errors of a full disk, JSON files, the cache folder.
 
-In: a folder to be written. Out: the same folder under its name once every byte has reached the disk, so that no half-written
-folder goes by the final name. What is in the folder is the caller's matter. `read_json` reads one JSON object.
+`atomic_folder` gives a new folder its name when every byte of it has reached the disk, so that no incomplete folder has
+the final name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.errors import InputError
 
-STAGING, TRASH = "incomplete-", "deleted-"  # what is being written or deleted goes by such a name
+STAGING, TRASH = "incomplete-", "deleted-"  # prefixes of folders that are being written or deleted
 
 # A folder with none of these has no tokenizer; transformers would make an empty one without a warning.
 TOKENIZER_FILES = (
@@ -35,10 +35,15 @@ _DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforc
 
 
 @contextmanager
-def written_whole(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
-    """A folder to write into, which takes the name `target` when the block ends well and is gone when it does not.
+def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
+    """Create a folder to write into. It gets the name `target` when the block ends, and is deleted when the block raises.
 
-    `num_bytes` is about how much will be written: a disk without that much room is refused before anything is.
+    Args:
+        target: a name that does not exist, in a folder that does.
+        num_bytes: about how much will be written; a disk with less space is refused at once.
+
+    Raises:
+        InputError: the target exists, its parent does not, or the disk is full.
     """
     refuse_existing(target)
     parent = target.absolute().parent
@@ -82,7 +87,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    if os.name == "nt":  # which flushes no file that is open for reading, and no folder
+    if os.name == "nt":  # Windows flushes no file that is open for reading, and no folder
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -92,11 +97,11 @@ def flush(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a file could not grow."""
+    """Whether an error, or a cause of it, says that the disk or a limit on files is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
-        # safetensors and torch have errors of their own, without a number.
+        # errors of safetensors and torch have no errno
         if any(words in str(error).lower() for words in _DISK_FULL_WORDS):
             return True
         error = error.__cause__ or error.__context__

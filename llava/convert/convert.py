@@ -21,7 +21,7 @@ from llava.convert.options import NAME_VERSIONS, NEEDS_BASE, PRECISIONS, TOWER_P
 from llava.convert.source import Source, open_source
 from llava.convert.verify import LogitComparison, TensorComparison, Verification
 from llava.convert.writer import SHARD_BYTES, ByteProgress, write_json
-from llava.files import flush_tree, refuse_existing, written_whole
+from llava.files import atomic_folder, flush_tree, refuse_existing
 
 RECORD = "conversion.json"
 
@@ -128,7 +128,7 @@ def convert(
     refuse_existing(Path(target))
     source = open_source(path, base=None if to in NEEDS_BASE else base, dtype=options.dtype)
     layout = LAYOUT_BUILDERS[to](source, options, base)
-    with written_whole(Path(target), num_bytes=layout.num_bytes) as folder:
+    with atomic_folder(Path(target), num_bytes=layout.num_bytes) as folder:
         started = time.perf_counter()
         with ByteProgress("writing", layout.num_bytes) as progress:
             layout.write(folder, progress)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.files import cache_folder, read_json, written_whole
+from llava.files import atomic_folder, cache_folder, read_json
 from llava.model.checkpoints.hf_layout import is_transformers_layout
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import read_config
@@ -106,7 +106,7 @@ def companion(path: str | Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         layout = open_layout(folder)
         try:
-            with written_whole(target) as begun:
+            with atomic_folder(target) as begun:
                 layout.write_small_files(begun)
         except (InputError, OSError):
             if not target.is_dir():  # else another process of the same server was faster
