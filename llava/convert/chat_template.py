@@ -1,8 +1,8 @@
-"""A conversation template as the Jinja text that other programs render prompts with.
+"""A conversation template as the Jinja chat template from which other programs render prompts.
 
-In: the name of a template and what stands for one image. Out: Jinja whose result for a list of messages is, to the
-character, what `Conversation.get_prompt` gives for the same turns. A message's content is a string, or a list of parts of
-type `image` and `text`; images stand first, each on a line of its own.
+In: the name of a template and the placeholder of one image. Out: Jinja text whose result for a list of messages equals
+`Conversation.get_prompt` for the same turns, to the character. A message's content is a string, or a list of parts of type
+`image` and `text`; images come first, each on a line of its own.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import re
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
 
-_HEAD = """\
+_TEMPLATE = """\
 {%- set first = messages[0] if messages else none -%}
 {%- if first and first['role'] == 'system' -%}
 {%- set turns = messages[1:] -%}
 {%- if first['content'] is string -%}
-{%- set said = first['content'] -%}
+{%- set system_message = first['content'] -%}
 {%- else -%}
-{%- set said = first['content'][0]['text'] -%}
+{%- set system_message = first['content'][0]['text'] -%}
 {%- endif -%}
-{%- set system = SYSTEM_OF_SAID -%}
+{%- set system = SYSTEM_OF_MESSAGE -%}
 {%- else -%}
 {%- set turns = messages -%}
 {%- set system = SYSTEM -%}
 {%- endif -%}
 {{- OPENING -}}
 {%- for message in turns -%}
-{{- BEFORE -}}
+{{- PREFIX -}}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -40,14 +40,22 @@ _HEAD = """\
 {%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- AFTER -}}
+{{- SUFFIX -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- ASKING -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- GENERATION_PROMPT -}}{%- endif -%}
 """
 
 
 def chat_template(conv_mode: str, image_placeholder: str) -> str:
-    """The Jinja text of a template; `image_placeholder` is what stands for one image, usually `<image>`."""
+    """Build the Jinja text of a conversation template.
+
+    Args:
+        conv_mode: The name of the template.
+        image_placeholder: The text that stands for one image, usually `<image>`.
+
+    Raises:
+        InputError: The template cannot be expressed as a chat template.
+    """
     conv = get_template(conv_mode)
     if "mmtag" in conv.version:
         raise InputError(
@@ -58,7 +66,7 @@ def chat_template(conv_mode: str, image_placeholder: str) -> str:
         "PLACEHOLDER": _text(image_placeholder + "\n"),
         "SYSTEM": _text(conv.system),
     }
-    return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _HEAD)
+    return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _TEMPLATE)
 
 
 def _text(value: str) -> str:
@@ -74,31 +82,31 @@ def _named(conv: Conversation) -> dict[str, str]:
     end = conv.sep if conv.sep_style == SeparatorStyle.SINGLE else conv.sep2 or ""
     opening = "".join(span.text for span in conv.spans()).removeprefix(conv.system)
     return {
-        "SYSTEM_OF_SAID": "said",
+        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": f"system + {_text(opening)}",  # with the turns that the template brings along
-        "BEFORE": _by_role(conv, f"{conv.roles[0]}: ", f"{conv.roles[1]}: "),
-        "AFTER": _by_role(conv, conv.sep, end),
-        "ASKING": _text(f"{conv.roles[1]}:"),
+        "PREFIX": _by_role(conv, f"{conv.roles[0]}: ", f"{conv.roles[1]}: "),
+        "SUFFIX": _by_role(conv, conv.sep, end),
+        "GENERATION_PROMPT": _text(f"{conv.roles[1]}:"),
     }
 
 
 def _mpt(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_SAID": _text("<|im_start|>system\n") + " + said",
+        "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
         "OPENING": f"system + {_text(conv.sep)}",
-        "BEFORE": _by_role(conv, *conv.roles),
-        "AFTER": _text(conv.sep),
-        "ASKING": _text(conv.roles[1]),
+        "PREFIX": _by_role(conv, *conv.roles),
+        "SUFFIX": _text(conv.sep),
+        "GENERATION_PROMPT": _text(conv.roles[1]),
     }
 
 
 def _chatml(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_SAID": _text("<|im_start|>system\n") + " + said",
+        "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
         "OPENING": f"(system + {_text(conv.sep + chr(10))} if system else '')",
-        "BEFORE": _by_role(conv, f"{conv.roles[0]}\n", f"{conv.roles[1]}\n"),
-        "AFTER": _text(conv.sep + "\n"),
-        "ASKING": _text(f"{conv.roles[1]}\n"),
+        "PREFIX": _by_role(conv, f"{conv.roles[0]}\n", f"{conv.roles[1]}\n"),
+        "SUFFIX": _text(conv.sep + "\n"),
+        "GENERATION_PROMPT": _text(f"{conv.roles[1]}\n"),
     }
 
 
@@ -106,21 +114,21 @@ def _llama_2(conv: Conversation) -> dict[str, str]:
     opening = f"({_text('<<SYS>>' + chr(10))} + system + {_text(chr(10) + '<</SYS>>' + chr(10) * 2)} if system else '')"
     question = f"({_text('[INST] ')} + {opening} if loop.first else {_text(conv.sep + '[INST] ')})"
     return {
-        "SYSTEM_OF_SAID": "said",
+        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "''",
-        "BEFORE": f"({question} if message['role'] == 'user' else ' ')",
-        "AFTER": _by_role(conv, " [/INST]", f" {conv.sep2 or ''}"),
-        "ASKING": "''",
+        "PREFIX": f"({question} if message['role'] == 'user' else ' ')",
+        "SUFFIX": _by_role(conv, " [/INST]", f" {conv.sep2 or ''}"),
+        "GENERATION_PROMPT": "''",
     }
 
 
 def _plain(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_SAID": "said",
+        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "system",
-        "BEFORE": "''",
-        "AFTER": _by_role(conv, conv.sep, conv.sep if conv.sep2 is None else conv.sep2),
-        "ASKING": "''",
+        "PREFIX": "''",
+        "SUFFIX": _by_role(conv, conv.sep, conv.sep if conv.sep2 is None else conv.sep2),
+        "GENERATION_PROMPT": "''",
     }
 
 

@@ -37,19 +37,24 @@ BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """Facts by the names under which they are shown; `missing` and `notes` are sentences."""
+    """What `llava info` shows; `facts` by their labels, `missing` as sentences, `readers` by program."""
 
     path: str
     layout: str
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     parameters: Mapping[str, int]
-    stored: Mapping[str, int]  # bytes on the disk by precision
-    memory: Mapping[str, int]  # bytes of weights, once loaded
+    stored: Mapping[str, int]  # bytes on the disk by dtype
+    memory: Mapping[str, int]  # bytes of weights once loaded, by dtype
     missing: tuple[str, ...] = ()
     readers: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe_checkpoint(path: str | Path) -> CheckpointDescription:
+    """Describe a model folder, a GGUF file or a folder of GGUF files on this disk.
+
+    Raises:
+        InputError: There is no such folder or file, or it is damaged.
+    """
     place = Path(path).expanduser()
     if place.is_file() and place.suffix == ".gguf":
         return _describe_gguf(place, [place])
@@ -64,12 +69,12 @@ def describe_checkpoint(path: str | Path) -> CheckpointDescription:
 
 
 class _Folder:
-    """One model folder; each property is a fact about it."""
+    """A model folder; each method finds out one fact."""
 
     def __init__(self, info: CheckpointInfo) -> None:
         self.info = info
         self.folder = info.folder
-        self.values = _in_original_words(info)
+        self.values = _original_config(info)
         self.is_multimodal = info.is_multimodal
         self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if self.is_multimodal else None
         self.base = self._find_base()
@@ -84,12 +89,12 @@ class _Folder:
         return inspect(place) if place is not None else None
 
     def _find_tower(self) -> Path | None:
-        """The folder that the config names, if it is on this disk."""
+        """The vision tower's folder, if it is on this disk."""
         name = self.settings.vision.tower if self.settings else None
         if name is None or name == OWN_FOLDER:
             return None
-        homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
-        found = (find_vision_tower(name, checkpoint_folder=home) for home in homes)
+        folders = [self.folder, *([self.base.folder] if self.base is not None else [])]
+        found = (find_vision_tower(name, checkpoint_folder=home) for home in folders)
         return next((place for place in found if place is not None), None)
 
     def _tower_config(self) -> dict[str, Any]:
@@ -127,7 +132,7 @@ class _Folder:
         return dict(sizes.most_common())
 
     def memory(self) -> dict[str, int]:
-        """Quantized models keep tower, projector and the vocabulary's tables in half precision."""
+        """The bytes of the weights by dtype; quantized models keep tower, projector and embeddings in 16 bits."""
         parameters = self.parameters()
         total = sum(count for name, count in parameters.items() if name != "adapter")
         layers = sum(h.num_elements for n, h in self.headers().items() if _is_quantized(n, h))
@@ -166,16 +171,16 @@ class _Folder:
     def _kind(self) -> str:
         if not self.is_multimodal:
             return "a language model without a vision tower"
-        words = {
+        kinds = {
             "full": "a whole model in the original layout",
             "projector": "a projector for a base model",
             "lora": "an adapter for a base model",
             "transformers": f"a whole model in the layout of {(self.info.config.get('architectures') or ['?'])[0]}",
         }
-        return f"{words[self.info.kind]} ({self._generation()})"
+        return f"{kinds[self.info.kind]} ({self._generation()})"
 
     def _generation(self) -> str:
-        """Which published models are built like this one; a name says nothing here."""
+        """The generation of published models that are built like this one; the name is not considered."""
         assert self.settings is not None
         if self.info.has_legacy_config and self.info.config.get("mm_projector_type") is None:
             return "as LLaVA v0 and v1"
@@ -222,8 +227,8 @@ class _Folder:
         if self.settings is None:
             return None
         image = self.settings.image
-        words = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
-        text = words[image.mode]
+        modes = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
+        text = modes[image.mode]
         if "image_size" in self.tower and "patch_size" in self.tower:
             policy = ImagePolicy(
                 image.mode, self.tower["image_size"], self.tower["patch_size"], image.pinpoints, image.merge,
@@ -239,8 +244,8 @@ class _Folder:
         return template_name(self.values, name, uses_chatml=self._uses_chatml())
 
     def _tokenizer_folder(self) -> Path | None:
-        homes = [self.folder, *([self.base.folder] if self.base is not None else [])]
-        return next((home for home in homes if holds_tokenizer(home)), None)
+        folders = [self.folder, *([self.base.folder] if self.base is not None else [])]
+        return next((home for home in folders if holds_tokenizer(home)), None)
 
     def _uses_chatml(self) -> bool:
         home = self._tokenizer_folder()
@@ -279,7 +284,7 @@ class _Folder:
             yield "the projector's weights"
 
     def _readers(self) -> dict[str, str]:
-        """Who reads this folder as it is, and what makes it readable for the others."""
+        """Which programs read this folder as it is, and which conversion the others need."""
         if not self.is_multimodal:
             return {"llava": "text only"}
         assert self.settings is not None
@@ -299,7 +304,7 @@ class _Folder:
         }
 
     def _sglang(self, *, is_plain: bool) -> str:
-        """By its source: the original layout, with a tower that its own loader finds by name."""
+        """SGLang reads the original layout with a tower that its own loader finds by name."""
         assert self.settings is not None
         if not is_plain:
             return "no"
@@ -310,8 +315,8 @@ class _Folder:
         return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
 
 
-def _in_original_words(info: CheckpointInfo) -> dict[str, Any]:
-    """The config's keys in the original layout, as far as they are written down: defaults of transformers are not asked for."""
+def _original_config(info: CheckpointInfo) -> dict[str, Any]:
+    """The config's keys in the original layout, as far as the file has them; transformers' defaults are not loaded."""
     config = dict(info.config)
     if info.kind != "transformers":
         return config
@@ -321,7 +326,7 @@ def _in_original_words(info: CheckpointInfo) -> dict[str, Any]:
     is_next = config.get("model_type") == "llava_next"
     pinpoints = config.get("image_grid_pinpoints") or []
     return {
-        "num_hidden_layers": 32,  # what transformers' class has where a file says nothing
+        "num_hidden_layers": 32,  # the defaults of transformers' class
         "hidden_size": 4096,
         "num_attention_heads": 32,
         **text,
@@ -363,7 +368,7 @@ def _is_added(name: str) -> bool:
 
 
 def _is_quantized(name: str, header: TensorHeader) -> bool:
-    """Whether 4 and 8 bits would take hold of a tensor: matrices of the language model's layers."""
+    """Whether 4-bit and 8-bit quantization applies to a tensor, a matrix of the language model's layers."""
     table = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
     return len(header.shape) == 2 and TOWER_INFIX not in name and not _is_added(name) and not table
 
@@ -373,12 +378,12 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
-    """One GGUF file, or a folder of them."""
-    heads = {file.name: read_gguf_header(file) for file in files}
-    facts: dict[str, Any] = {}
+    """Describe one GGUF file, or a folder of them."""
+    headers = {file.name: read_gguf_header(file) for file in files}
+    facts: dict[str, object] = {}
     stored: Counter[str] = Counter()
     parameters = {}
-    for name, head in heads.items():
+    for name, head in headers.items():
         is_vision = head.architecture == "clip"
         prefix = "clip.vision" if is_vision else head.architecture
         facts[name] = ", ".join(
@@ -394,7 +399,7 @@ def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
         parameters["tower and projector" if is_vision else "language model"] = head.num_parameters
         for tensor in head.tensors.values():
             stored[tensor.kind] += tensor.num_bytes or 0
-    is_pair = {head.architecture == "clip" for head in heads.values()} == {True, False}
+    is_pair = {head.architecture == "clip" for head in headers.values()} == {True, False}
     missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
     command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image PICTURE -p QUESTION"
     readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}

@@ -1,6 +1,6 @@
-"""`llava info`: what a model folder or GGUF file is, printed.
+"""`llava info`: describe a model folder or GGUF file.
 
-In: a path. Out: lines, or JSON. What is found out is in describe.py.
+In: a path. Out: lines, or JSON. The facts come from describe.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a sentencepiece model's file says that its library does not: the kind of model and of each piece.
+"""Read what the sentencepiece library does not tell: the type of a model, and the type of each piece.
 
-In: a `tokenizer.model`. Out: `SentencePieceFile`. The file is in protobuf's wire format, of which five fields are needed;
-reading them here spares a dependency.
+In: a `tokenizer.model`. Out: `SentencePieceFile`. The file is in protobuf's wire format, of which five fields are read here
+without a dependency.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class SentencePieceFile:
 
 
 def read_sentencepiece(file: Path) -> SentencePieceFile:
+    """Read the type of a sentencepiece model, and its pieces; a file that is none is an `InputError`."""
     pieces, kind = [], UNIGRAM
     try:
         for number, value in _fields(file.read_bytes()):
@@ -56,7 +57,7 @@ def _piece(message: bytes) -> ScoredPiece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The numbered fields of a message: whole numbers as such, everything else as bytes."""
+    """Yield the numbered fields of a message: varints as integers, all others as bytes."""
     at = 0
 
     def number() -> int:

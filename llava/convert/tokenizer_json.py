@@ -1,9 +1,9 @@
-"""Tokenizers as a `tokenizer.json` that gives the ids that a model was trained with, `<image>` among them.
+"""Convert a tokenizer to a `tokenizer.json` that gives the ids that the model was trained with, and `<image>` an id.
 
-In: a loaded tokenizer. Out: a `Fast` tokenizer of the library that other programs read; texts for which its ids or its
-decoded text differ from ours. A sentencepiece model becomes its pieces and merges, and the historical rule for the space
-before a text becomes a normalizer: before every stretch between special tokens, or only where a text or the text after
-an image begins.
+In: a loaded tokenizer. Out: one of the tokenizers library, which other programs read, and the texts for which its ids or its
+decoded text differ from ours. Of a sentencepiece model pieces and merges are converted, and the historical rule for the
+space before a text becomes a normalizer: it is added before every segment between special tokens, or only where a text or
+the text after an image begins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.convert.sentencepiece_file import BPE, UNIGRAM, read_sentencepiece
@@ -21,11 +21,16 @@ from llava.errors import InputError
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 from llava.text.tokenization import tokenizer_image_token
 
+if TYPE_CHECKING:
+    import tokenizers
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
 PAD_TOKEN = "<pad>"
 
 
-def convert_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer as one of the tokenizers library, with `<image>` and `<pad>` as its last tokens where it lacks them."""
+def convert_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
+    """Convert a tokenizer to the tokenizers library; `<image>` and `<pad>` are appended where it lacks them."""
     from tokenizers import AddedToken, Tokenizer
 
     if isinstance(tokenizer, LlamaSentencePieceTokenizer):
@@ -42,8 +47,14 @@ def convert_tokenizer(tokenizer: Any) -> Any:
     return fast
 
 
-def save_tokenizer(fast: Any, tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json and a tokenizer_config.json by which every version of transformers takes it literally."""
+def save_tokenizer(fast: tokenizers.Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write tokenizer.json, and a tokenizer_config.json with which every version of transformers uses it unchanged.
+
+    Args:
+        fast: The converted tokenizer.
+        tokenizer: The tokenizer that it was made of.
+        folder: Where the files go.
+    """
     fast.save(str(folder / "tokenizer.json"))
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str) and value}
     values = {
@@ -61,7 +72,7 @@ def save_tokenizer(fast: Any, tokenizer: Any, folder: Path) -> None:
 # --- sentencepiece ----------------------------------------------------------------------------------------------------
 
 
-def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
+def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
     sp = tokenizer.sp_model
@@ -79,8 +90,8 @@ def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
     fast = Tokenizer(model)
 
     added = sorted(tokenizer.added_tokens_decoder.items())
-    # A legacy tokenizer puts a space before every stretch between special tokens: they are cut out before the space is
-    # put. The later rule puts it only where a text begins: they are cut out of the text that has it.
+    # A legacy tokenizer adds a space before every segment between special tokens, so that these are split off before the
+    # space is added. The later rule adds it only at the start of a text, so that they are split off after it.
     late = not tokenizer.legacy
     if late:
         special = "|".join(re.escape(str(token.content)) for _, token in added) or r"\z"
@@ -100,14 +111,14 @@ def _from_sentencepiece(tokenizer: LlamaSentencePieceTokenizer) -> Any:
         pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in before + after],
     )
-    # The library drops the space that it put before a text, and ours dropped one more after the legacy rule.
+    # The library removes the space that it added before a text, and ours removes one more under the legacy rule.
     strip = decoders.Strip(" ", 2 if tokenizer.legacy else 1, 0)
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     return fast
 
 
-def _merges(sp: Any, pieces: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best score first: sentencepiece joins the pair whose result scores best."""
+def _merges(sp: SentencePieceProcessor, pieces: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that form a piece, best score first: sentencepiece merges the pair with the best result."""
     merges = []
     for index, piece in enumerate(pieces):
         if sp.is_byte(index) or sp.is_control(index) or sp.is_unknown(index):
@@ -119,8 +130,8 @@ def _merges(sp: Any, pieces: list[str], ids: dict[str, int]) -> list[tuple[str, 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
 
-# Where conversions of tokenizers are known to go wrong: spaces in front, behind and in rows, what follows a special token
-# or an image, bytes without pieces, scripts, digits, code.
+# Texts for which conversions of tokenizers are known to fail: leading, trailing and repeated spaces, text after a special
+# token or an image, bytes without pieces, scripts, digits, code.
 TEXTS = (
     "A chat between a curious human and an artificial intelligence assistant. USER: <image>\nWhat is this? ASSISTANT:",
     "USER: <image>\n<image>\nCompare them. ASSISTANT: The first is red.</s>USER: And the second? ASSISTANT:",
@@ -148,29 +159,32 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class TokenizerDifference:
     """A text for which two tokenizers disagree."""
 
     text: str
     what: str  # "ids" or "decoded text"
-    ours: Any
-    theirs: Any
+    ours: list[int] | str
+    theirs: list[int] | str
 
     def __str__(self) -> str:
         return f"{self.what} of {self.text!r}: {self.ours} here, {self.theirs} there"
 
 
-def differences(tokenizer: Any, fast: Any, texts: Iterable[str] = TEXTS) -> list[Difference]:
-    """Where a converted tokenizer gives other ids than ours, or other text for them."""
+def differences(
+    tokenizer: PreTrainedTokenizerBase, fast: tokenizers.Tokenizer, texts: Iterable[str] = TEXTS
+) -> list[TokenizerDifference]:
+    """Find the texts for which a converted tokenizer gives other ids than ours, or decodes them to other text."""
     image = fast.token_to_id(DEFAULT_IMAGE_TOKEN)
-    marks = set(tokenizer.all_special_ids)
+    assert image is not None, "a converted tokenizer has <image>"
+    special = set(tokenizer.all_special_ids)
     found = []
     for text in texts:
         ours, theirs = tokenizer_image_token(text, tokenizer, image), fast.encode(text).ids
         if ours != theirs:
-            found.append(Difference(text, "ids", ours, theirs))
-        plain = [index for index in ours if index != image and index not in marks]
+            found.append(TokenizerDifference(text, "ids", ours, theirs))
+        plain = [index for index in ours if index != image and index not in special]
         before, after = tokenizer.decode(plain, skip_special_tokens=True), fast.decode(plain)
         if before != after:
-            found.append(Difference(text, "decoded text", before, after))
+            found.append(TokenizerDifference(text, "decoded text", before, after))
     return found

@@ -1,7 +1,7 @@
-"""Tensors into safetensors shards, one at a time: a file's header is known before its first number is read.
+"""Write tensors to safetensors shards, one at a time: the header of a file is known before its first tensor is computed.
 
-In: `PlannedTensor` tensors, in the order in which they are to be written. Out: `model.safetensors`, or numbered shards with an
-index. A tensor whose numbers stay as they are goes from file to file in pieces, without a library between.
+In: `PlannedTensor`s, in the order in which they are written. Out: `model.safetensors`, or numbered shards with an index. A
+tensor that does not change is copied from file to file in pieces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from llava.errors import InputError
 from llava.model.checkpoints.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
@@ -19,16 +19,16 @@ from llava.model.checkpoints.weight_files import DTYPE_BYTES, TORCH_DTYPES, Tens
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 2**20  # bytes copied at once; four times as fast as 32 MiB, for which fresh memory is mapped every time
+PIECE = 2**20  # bytes copied at once; four times as fast as 32 MiB, for which new memory is mapped every time
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of a target. `stored` is the tensor of the source whose bytes it has, if it has; `make` computes it."""
+    """One tensor of a target. `make` computes it; `stored` is a tensor of the source with the same bytes, if there is one."""
 
     name: str
-    dtype: str  # by the names of the safetensors format
+    dtype: str  # as in the safetensors format
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
     stored: TensorHeader | None = None
@@ -42,7 +42,7 @@ class PlannedTensor:
 
 
 class ByteProgress:
-    """A bar over bytes on a terminal, nothing elsewhere."""
+    """A progress bar over bytes, shown on a terminal only."""
 
     def __init__(self, what: str, total: int) -> None:
         from tqdm import tqdm
@@ -66,7 +66,7 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     progress: ByteProgress | None = None,
 ) -> None:
-    """Write a model's weights as transformers names them: one file, or several with an index."""
+    """Write `model.safetensors`, or numbered shards of at most `shard_bytes` with an index."""
     shards = split(tensors, shard_bytes)
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", shards[0], progress=progress)
@@ -84,7 +84,7 @@ def write_shards(
 
 
 def split(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
-    """Tensors into files of at most so many bytes; a tensor larger than that has a file of its own."""
+    """Split tensors into shards of at most `shard_bytes`; a larger tensor has a shard of its own."""
     if shard_bytes < 1:
         raise InputError(f"the size of a shard is {shard_bytes} bytes; give 1 or more")
     shards: list[list[PlannedTensor]] = [[]]
@@ -99,7 +99,8 @@ def split(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Plann
 
 
 def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], *, progress: ByteProgress | None = None) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Write one safetensors file, tensor by tensor."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for planned in tensors:
         header[planned.name] = {
@@ -109,7 +110,7 @@ def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], *, progress:
         }
         end += planned.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     with file.open("wb", buffering=0) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for planned in tensors:
@@ -122,7 +123,7 @@ def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], *, progress:
 
 
 def tensor_bytes(planned: PlannedTensor) -> memoryview:
-    """A planned tensor's bytes as they are stored."""
+    """Compute a planned tensor and return its bytes as they are stored."""
     import torch
 
     tensor = planned.make().to(getattr(torch, TORCH_DTYPES[planned.dtype])).contiguous()
@@ -130,13 +131,14 @@ def tensor_bytes(planned: PlannedTensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def write_bytes(stream: IO[bytes], numbers: memoryview) -> None:
-    while numbers:  # the system takes at most 2 GiB at once
-        numbers = numbers[stream.write(numbers) :]
+def write_bytes(stream: IO[bytes], data: memoryview) -> None:
+    """Write all of `data` to an unbuffered stream."""
+    while data:  # the system writes at most 2 GiB at once
+        data = data[stream.write(data) :]
 
 
 def pieces(header: TensorHeader) -> Iterable[bytes]:
-    """A stored tensor's bytes, some at a time."""
+    """Read a stored tensor's bytes in pieces."""
     assert header.start is not None
     left = header.num_bytes
     with header.file.open("rb", buffering=0) as stream:
@@ -156,5 +158,5 @@ def _copy(header: TensorHeader, stream: IO[bytes], progress: ByteProgress | None
             progress.add(len(piece))
 
 
-def write_json(file: Path, values: Any) -> None:
+def write_json(file: Path, values: object) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +34,9 @@ from llava.convert.verify import (
 from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
 from llava.model.tokenizer_setup import context_len
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 # The precisions, and the file type of a model whose matrices have that precision.
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
@@ -75,12 +78,12 @@ UNUSED = re.compile(TOWER + r"(post_layernorm|head)\.")
 
 @dataclass(frozen=True)
 class PlannedGgufTensor:
-    """One tensor of a GGUF file and the published name of the tensor that it holds."""
+    """One tensor of a GGUF file, and the published name of the tensor that it is made of."""
 
     name: str
     source: str
     shape: tuple[int, ...]
-    kind: Any  # gguf.GGMLQuantizationType
+    kind: GGMLQuantizationType
 
 
 class GgufPair:
@@ -102,7 +105,7 @@ class GgufPair:
             raise InputError(f"GGUF has no name for tensor {name!r} of {self.source.folder}")
         return PlannedGgufTensor(target, name, shape, self._kind(target, shape))
 
-    def _kind(self, target: str, shape: tuple[int, ...]) -> Any:
+    def _kind(self, target: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
         """Choose a tensor's type: the precision asked for, except where llama.cpp computes in another one.
 
         Vectors and position tables are float32; the patch convolution is float16.
@@ -140,7 +143,7 @@ class GgufPair:
         file: Path,
         architecture: str,
         entries: list[PlannedGgufTensor],
-        describe: Callable[[Any], None],
+        describe: Callable[[GGUFWriter], None],
         progress: ByteProgress,
     ) -> None:
         writer = self.gguf.GGUFWriter(file, architecture)
@@ -174,7 +177,7 @@ class GgufPair:
 
     # Keys
 
-    def _describe_text(self, writer: Any) -> None:
+    def _describe_text(self, writer: GGUFWriter) -> None:
         config = self.source.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope = config.rope_parameters
@@ -196,7 +199,7 @@ class GgufPair:
         writer.add_vocab_size(config.vocab_size)
         add_tokenizer(writer, self.source)
 
-    def _describe_vision(self, writer: Any) -> None:
+    def _describe_vision(self, writer: GGUFWriter) -> None:
         source, tower = self.source, self.source.tower
         config, processor = tower.config, source.image_processor
         writer.add_type("mmproj")
@@ -258,7 +261,7 @@ class GgufPair:
                 f"some numbers of {self.source.folder} are beyond the range of {self.precision}; use --precision bf16"
             )
         if self.precision == "f32" and largest:
-            raise VerificationError(f"tensors differ by {largest:.3g} in single precision")
+            raise VerificationError(f"tensors differ by {largest:.3g} in float32")
         if not logits:
             return Verification(tensors)
         sample = make_sample(self.source)

@@ -20,7 +20,7 @@ from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.options import NAME_VERSIONS
 from llava.convert.source import ORIGINAL_FILES, TOKENIZER_SET, Source, copy_files, stored_dtype
-from llava.convert.tokenizer_json import PAD_TOKEN, Difference, convert_tokenizer, differences, save_tokenizer
+from llava.convert.tokenizer_json import PAD_TOKEN, TokenizerDifference, convert_tokenizer, differences, save_tokenizer
 from llava.convert.verify import Verification, verify_folder
 from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_shards
 from llava.errors import InputError
@@ -72,7 +72,7 @@ class HFLayout:
         _check_expressible(source)
         self.tokenizer = convert_tokenizer(source.tokenizer)
         self.image_token = self.tokenizer.token_to_id(DEFAULT_IMAGE_TOKEN)
-        self.differences: list[Difference] = differences(source.tokenizer, self.tokenizer)
+        self.differences: list[TokenizerDifference] = differences(source.tokenizer, self.tokenizer)
         if any(difference.what == "ids" for difference in self.differences):
             raise InputError(
                 f"the tokenizer of {source.folder} cannot be expressed as tokenizer.json: {self.differences[0]}; use the "

@@ -1,1 +1,1 @@
-"""The vLLM plugin."""
+"""The plugin by which vLLM reads checkpoints in the original layout."""

@@ -1,16 +1,17 @@
-"""vLLM's LLaVA classes over checkpoints in the original layout. Imported by vLLM alone (see plugin.py).
+"""vLLM's LLaVA classes for checkpoints in the original layout. Imported by vLLM alone (see plugin.py).
 
-In: vLLM's configuration of a server. Out: its own models, which get the tensors of a conversion made on the way, and the
-processor of the checkpoint's companion folder, with Pillow's pixels: those that the model was trained with.
+In: vLLM's configuration of a server. Out: its own models, which get the tensors of a conversion made on the fly, and the
+processor of the checkpoint's companion folder with Pillow's pixels, as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ProcessorMixin
 from transformers.models.llava import LlavaProcessor
 from transformers.models.llava_next import LlavaNextProcessor
 from vllm.model_executor.models.llava import (
@@ -30,23 +31,27 @@ from vllm.tokenizers.hf import CachedHfTokenizer
 from llava.convert.vllm.plugin import companion, converted_tensors, is_original
 from llava.files import read_json
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.multimodal.processing import InputProcessingContext
+
 
 class CompanionTokenizer(CachedHfTokenizer):
     """vLLM's own tokenizer, read from the companion folder where the model is in the original layout."""
 
     @classmethod
-    def from_pretrained(cls, path_or_repo_id: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path_or_repo_id: str | Path, *args: Any, **kwargs: Any) -> CachedHfTokenizer:
         place = companion(path_or_repo_id) if is_original(path_or_repo_id) else path_or_repo_id
         return super().from_pretrained(place, *args, **kwargs)
 
 
 class CompanionProcessor:
-    """Stands before one of vLLM's classes that know a model's processor."""
+    """Mixin for vLLM's processing info classes: the processor of the companion folder."""
 
-    processor_class: Any = LlavaProcessor
-    ctx: Any
+    processor_class: type[ProcessorMixin] = LlavaProcessor
+    ctx: InputProcessingContext
 
-    def get_hf_processor(self, **_: object) -> Any:
+    def get_hf_processor(self, **_: object) -> ProcessorMixin:
         if not hasattr(self, "_processor"):
             folder = companion(self.ctx.model_config.model)
             values = read_json(folder / "processor_config.json")
@@ -69,14 +74,14 @@ class OriginalLlavaNextInfo(CompanionProcessor, LlavaNextProcessingInfo):
 
 
 class FromOriginal:
-    """Stands before one of vLLM's models: the tensors that vLLM offers are in the original layout, ours are translated."""
+    """Mixin for vLLM's models: load the converted tensors in place of the original ones that vLLM reads."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._checkpoint = vllm_config.model_config.model
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        next(iter(weights), None)  # vLLM's clock for its log starts with the first tensor that is taken
+        next(iter(weights), None)  # vLLM's timer for its log starts with the first tensor that is read
         return super().load_weights(converted_tensors(self._checkpoint))  # type: ignore[misc]
 
 

@@ -1,9 +1,9 @@
-"""vLLM reads checkpoints in the original layout: `vllm serve ./llava-v1.5-7b`, without a conversion on the disk.
+"""A vLLM plugin that reads checkpoints in the original layout: `vllm serve ./llava-v1.5-7b`, without a conversion on disk.
 
-In: vLLM, which calls `register` in each of its processes (entry point `vllm.general_plugins`). Out: its tables know our
-configs, tokenizers and models. What a conversion to transformers' layout would write is made on the way: the small files
-into a folder of the user's cache (`companion`), the tensors one by one (`converted_tensors`). Models are in
-models.py; nothing here imports vLLM before it calls.
+In: vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Out: our configs, tokenizers and
+models in its registries. What a conversion to transformers' layout would write is made on the fly: the small files in a
+folder of the user's cache (`companion`), the tensors one by one (`converted_tensors`). The models are in models.py; vLLM is
+not imported here before it calls.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from llava.model.config import is_multimodal
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from llava.convert.layouts.hf import HFLayout
 
 logger = logging.getLogger(__name__)
 
-# The model types of published checkpoints; the first means transformers' own layout too.
+# The model types of published checkpoints; the first is also that of transformers' own layout.
 MODEL_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2", "llava_qwen3")
-# What transformers calls a model that we translated, and our class for vLLM.
+# The architecture that a conversion would write, and our class for vLLM.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "OriginalLlava",
     "LlavaNextForConditionalGeneration": "OriginalLlavaNext",
 }
 MODELS = "llava.convert.vllm.models"
-TOKENIZER_MODE = "hf"  # the one that vLLM takes by itself
+TOKENIZER_MODE = "hf"  # the default of vLLM
 
 
 def register() -> None:
-    """What vLLM calls: may be called several times, and must not disturb other models."""
+    """Register our models with vLLM; it may be called several times, and does not affect other models."""
     register_configs()
     try:
         from vllm import ModelRegistry
         from vllm.tokenizers.registry import TokenizerRegistry
     except ImportError as error:
         logger.warning(
-            "this version of vLLM has other tables than the plugin of llava knows (%s): checkpoints in the original layout "
-            "cannot be served; write them anew with llava convert --to transformers",
+            "this version of vLLM has other registries than the plugin of llava supports (%s): checkpoints in the original "
+            "layout cannot be served; convert them with llava convert --to transformers",
             error,
         )
         return
@@ -60,19 +61,19 @@ def register() -> None:
 
 
 def register_configs() -> None:
-    """Let transformers' AutoConfig answer with its own LLaVA config for a folder in the original layout."""
+    """Let transformers' AutoConfig return its own LLaVA config for a folder in the original layout."""
     from transformers import AutoConfig, LlavaConfig
 
     from llava.model.language_model.registry import NAMED, llava_classes
 
-    for language_model in NAMED:  # our own classes enter the same table when they are imported: let that be over
+    for language_model in NAMED:  # importing our own classes registers them in the same table: do that first
         llava_classes(language_model)
     for model_type in MODEL_TYPES:
         members = {"model_type": model_type, "from_dict": classmethod(_config_from_dict)}
         AutoConfig.register(model_type, type("OriginalLlavaConfig", (LlavaConfig,), members), exist_ok=True)
 
 
-def _config_from_dict(_: Any, values: dict[str, Any], **options: Any) -> Any:
+def _config_from_dict(_: type, values: dict[str, Any], **options: Any) -> PreTrainedConfig:
     from transformers import LlavaConfig, LlavaNextConfig
 
     if is_transformers_layout(values):
@@ -89,7 +90,7 @@ def _config_from_dict(_: Any, values: dict[str, Any], **options: Any) -> Any:
 
 
 def is_original(path: str | Path) -> bool:
-    """Whether a folder is a LLaVA checkpoint that vLLM would not know by itself."""
+    """Whether a folder is a LLaVA checkpoint in the original layout, which vLLM does not support itself."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return False
@@ -99,7 +100,7 @@ def is_original(path: str | Path) -> bool:
 
 @lru_cache(maxsize=4)
 def companion(path: str | Path) -> Path:
-    """A folder with what a conversion of this checkpoint would write beside the weights: config, tokenizer, processor."""
+    """Return a cached folder with config, tokenizer and processor as a conversion of this checkpoint would write them."""
     folder = resolve_checkpoint(path)
     target = cache_folder() / "vllm" / _fingerprint(folder)
     if not target.is_dir():
@@ -109,7 +110,7 @@ def companion(path: str | Path) -> Path:
             with atomic_folder(target) as begun:
                 layout.write_small_files(begun)
         except (InputError, OSError):
-            if not target.is_dir():  # else another process of the same server was faster
+            if not target.is_dir():  # otherwise another process of the server has written it
                 raise
     return target
 
@@ -122,13 +123,13 @@ def open_layout(folder: Path) -> HFLayout:
 
 
 def converted_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint as a conversion would write them, one at a time."""
+    """Yield all tensors of a checkpoint as a conversion would write them, one at a time."""
     for planned in open_layout(resolve_checkpoint(path)).tensors():
         yield planned.name, planned.make()
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes with every small file that a translation depends on."""
+    """A hash that changes with every small file that the conversion depends on."""
     import llava
 
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in (".safetensors", ".bin"))
