@@ -1,10 +1,11 @@
-"""The engine beside `model.generate` on a CPU, with the embedded model: `python -m benchmarks.engine.cpu`.
+"""The engine beside `model.generate` on a CPU, with the embedded model.
 
-Both answer the same kind of request (58 words and a new image) in the same process, one after the other in every round;
-the median of the rounds counts. Decode rate = 128 x sequences / (time for 136 new tokens - time for 8); "whole" is 136 new
-tokens with image and prompt. The limit is what the memory could feed: weights once a step, and every sequence's keys and
-values. `--tiny` runs one short round, to see that it runs. Run it on a quiet machine: two threads that wait for each other
-on a busy core measure the other programs.
+    python -m benchmarks.engine.cpu          table: results/engine_cpu.md
+
+Both answer requests of 58 words and a new image in the same process, in turns in every round; medians of the rounds count.
+Decode rate = 128 x sequences / (time for 136 new tokens - time for 8); "whole" is 136 new tokens with image and prompt. The
+limit is the memory bandwidth over what a step reads: the weights, and every sequence's keys and values. `--tiny` runs one
+short round as a check. Run it on a quiet machine: threads that wait for each other on a busy core measure other programs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from llava.engine.engine import Engine
 from llava.engine.request import Request
 from llava.model.builder import load
 
-FORMS = {  # name: (dtype, the engine's weights)
+FORMS = {  # name: (dtype, weights of the engine)
     "float32": ("fp32", None),
     "int8 weights": ("fp32", "int8"),
     "bfloat16": ("bf16", None),
@@ -59,7 +60,7 @@ def measure(name: str, sequences: Sequence[int], rounds: int, new: int, clock: C
         for num in sequences:
             ways: dict[str, Callable[[list[Request]], Any]] = {"stock": partial(stock, plain), "ours": engine.generate}
             times: dict[tuple[str, int], list[float]] = {}
-            for number in range(rounds + 1):  # the first warms
+            for number in range(rounds + 1):  # the first is a warm-up
                 for length in (SHORT, SHORT + new):
                     for way, take in ways.items():
                         requests = [draw(length) for _ in range(num)]
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--forms", default=",".join(FORMS), help=f"separated by commas: {', '.join(FORMS)}")
     parser.add_argument("--tiny", action="store_true", help="one short round")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time instead of the clock on the wall")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time instead of wall time")
     args = parser.parse_args(argv)
     print("# The engine on a CPU\n")
     how = " --cpu-time" if args.cpu_time else ""
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}; load of the machine before: "
         f"{os.getloadavg()[0]:.1f}.\n"
     )
-    titles = ["numbers", "sequences", "generate, tok/s", "engine, tok/s", "ratio", "limit, tok/s"]
+    titles = ["dtype", "sequences", "generate, tok/s", "engine, tok/s", "ratio", "limit, tok/s"]
     titles += ["whole: generate, s", "engine, s", "ratio"]
     print(f"| {' | '.join(titles)} |\n|---{'|---:' * (len(titles) - 1)}|")
     sequences, rounds, new = ((1, 2), 1, 8) if args.tiny else ((1, 8), args.rounds, 128)

@@ -1,7 +1,9 @@
-"""How fast the engine's compiled products are on this processor: `python -m benchmarks.engine.cpu_matmul`.
+"""Matrix products of the engine's compiled CPU kernels beside PyTorch's, in GFLOP/s.
 
-Out: a table in Markdown, GFLOP/s of a thread, beside PyTorch's product of the same numbers; the best quarter of many tries
-counts, since other programs only take time. Shapes are those of the embedded model's layers and of a 7B's.
+    python -m benchmarks.engine.cpu_matmul          table: results/engine_cpu.md
+
+Shapes are those of the embedded model's layers and of a 7B's. The best quarter of many runs counts, since other programs
+can only make a run slower.
 """
 
 from __future__ import annotations
@@ -39,11 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     functions = load()
     if functions is None:
-        raise SystemExit("there is no C++ compiler on this machine, so nothing is compiled")
+        raise SystemExit("the compiled kernels need a C++ compiler, and this machine has none")
     kernels = NativeKernels(functions)
-    print(
-        "| numbers | inputs | outputs | rows | ours | with int8 weights | PyTorch |\n|---|---:|---:|---:|---:|---:|---:|"
-    )
+    columns = ("dtype", "inputs", "outputs", "rows", "ours", "with int8 weights", "PyTorch")
+    print(f"| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
     for dtype in (torch.float32, torch.bfloat16):
         for width, outputs in SHAPES:
             weight = (torch.randn(outputs, width) * 0.02).to(dtype)

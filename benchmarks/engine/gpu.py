@@ -1,7 +1,7 @@
-"""How fast the engine answers with LLaVA-1.5-7B on one GPU, beside stock transformers and what the GPU can do.
+"""Latency and throughput of the engine with LLaVA-1.5-7B on one GPU, stock transformers, and the limits of the GPU.
 
-    python -m benchmarks.engine.gpu > results.jsonl        every row; the table comes last, on stderr
-    python -m benchmarks.engine.gpu --only decode,mixed    some rows;  --tiny: small shapes, also on a CPU, to see that they run
+    python -m benchmarks.engine.gpu > results.jsonl        every row; the table (results/engine.md) comes last, on stderr
+    python -m benchmarks.engine.gpu --only decode,mixed    some rows;  --tiny: small shapes, also on a CPU, as a check
 
 Random weights of the published shapes, bfloat16. A request is a 336-pixel PIL image with fresh random pixels and 58 text
 tokens; decode rate = 128 x sequences / (time for 136 new tokens - time for 8); "mixed" is 512 requests at once with 32 to
@@ -28,14 +28,15 @@ import torch
 import transformers
 
 from benchmarks.engine.stock import measure_stock
-from benchmarks.engine.workload import Subject, allocated, graph_seconds, tidy
+from benchmarks.engine.workload import Workload, allocated
+from benchmarks.measure import free_memory, gpu_bandwidth, gpu_matmul_rate, graph_seconds, print_figures
 from benchmarks.plots import Panel, draw
-from benchmarks.train.single_gpu import FULL, TINY, say
+from benchmarks.shapes import FULL, TINY
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 
-# What the issue asks for, the measured peers (transformers 5.17, vLLM 0.22.0), and the limit, by row: (unit, ...).
+# By row: unit, transformers 5.17, vLLM 0.22.0 (both measured before), what is required, and the limit of the GPU.
 REQUIRED: dict[str, tuple[str, float | None, float | None, float, str]] = {
     "first token": ("ms", 31.6, 48.1, 22, "14.5 + preprocessing"),
     "decode 1": ("tok/s", 38.7, 215, 260, "340"),
@@ -49,38 +50,38 @@ REQUIRED: dict[str, tuple[str, float | None, float | None, float, str]] = {
 }
 
 
-class Bench:
-    def __init__(self, subject: Subject, *, tiny: bool, out: Path | None) -> None:
-        self.subject, self.tiny, self.out = subject, tiny, out
+class EngineBench:
+    def __init__(self, workload: Workload, *, tiny: bool, out: Path | None) -> None:
+        self.workload, self.tiny, self.out = workload, tiny, out
         self.figures: dict[str, Any] = {}
         self.max_running = 8 if tiny else 512
         self._engine: Engine | None = None
 
-    def tell(self, what: str, value: float | None = None, **more: Any) -> None:
-        """A figure, at once as a line of JSON and later in the table."""
+    def record(self, what: str, value: float | None = None, **more: Any) -> None:
+        """Print a figure as a line of JSON, and keep it for the table."""
         if value is not None:
             self.figures[what] = value
-        say(what=what, **({} if value is None else {"v": value}), **more)
+        print_figures(what=what, **({} if value is None else {"v": value}), **more)
 
     @property
     def engine(self) -> Engine:
-        """One engine for all rows that need no other."""
+        """The engine of all rows that need no other configuration."""
         if self._engine is None:
             started = time.perf_counter()
             self._engine = self.fresh(EngineConfig(max_running=self.max_running, feature_cache_bytes=2**28))
-            self._engine.generate(self.subject.request(2))
+            self._engine.generate(self.workload.request(2))
             stats = self._engine.stats()
             first = "ready" not in self.figures  # later ones find the kernels compiled
             what = "ready" if first else "ready again"
-            self.tell(what, time.perf_counter() - started, blocks=stats.num_blocks, block=stats.block_size)
+            self.record(what, time.perf_counter() - started, blocks=stats.num_blocks, block=stats.block_size)
         return self._engine
 
     def fresh(self, config: EngineConfig) -> Engine:
-        return Engine(self.subject.model, self.subject.processor, config)
+        return Engine(self.workload.model, self.workload.processor, config)
 
     @contextmanager
     def another(self, config: EngineConfig) -> Iterator[Engine]:
-        """An engine of another kind, in the place of the usual one."""
+        """Close the usual engine, and open one of another configuration."""
         self.close()
         engine = self.fresh(config)
         try:
@@ -88,13 +89,13 @@ class Bench:
         finally:
             engine.close()
             del engine
-            tidy()
+            free_memory()
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-            tidy()
+            free_memory()
 
     def seconds(self, requests: Sequence[Request], engine: Engine | None = None) -> float:
         engine = engine or self.engine
@@ -106,9 +107,9 @@ class Bench:
         new = 8 if self.tiny else new
 
         def median(num_new: int) -> float:
-            subject = self.subject
+            workload = self.workload
             return statistics.median(
-                self.seconds([subject.request(num_new) for _ in range(num)], engine) for _ in range(runs)
+                self.seconds([workload.request(num_new) for _ in range(num)], engine) for _ in range(runs)
             )
 
         return num * new / (median(8 + new) - median(8))
@@ -117,29 +118,18 @@ class Bench:
 # Rows
 
 
-def limits(bench: Bench) -> None:
-    """What the GPU can do: bytes, products, and the weights' part of a decoding step and of a prompt."""
-    if bench.subject.device.type == "cuda":
-        bench.tell("reading and writing, TB/s", memory_rate() / 1e12)
-        bench.tell("matmul TFLOP/s", matmul_rate() / 1e12)
+def limits(bench: EngineBench) -> None:
+    """The GPU's bandwidth and matmul rate, and the linear layers alone of a decoding step and of a prompt."""
+    if bench.workload.device.type == "cuda":
+        bench.record("reading and writing, TB/s", gpu_bandwidth() / 1e12)
+        bench.record("matmul TFLOP/s", gpu_matmul_rate() / 1e12)
         for rows in (1, 8, 64, 640, 2928):
-            bench.tell(f"linears {rows} rows, ms", 1e3 * linear_seconds(bench.subject.model, rows))
-        tidy()
-
-
-def memory_rate() -> float:
-    source = torch.randn(2 * 2**30, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_seconds(lambda: torch.neg(source, out=target))
-
-
-def matmul_rate() -> float:
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / graph_seconds(lambda: left @ right)
+            bench.record(f"linears {rows} rows, ms", 1e3 * linear_seconds(bench.workload.model, rows))
+        free_memory()
 
 
 def linear_seconds(model: Any, rows: int) -> float:
-    """All linear layers of the language model by the library; of a prompt, the output layer for the last row alone."""
+    """Time all linear layers of the language model by cuBLAS; of a prompt, the output layer for the last token alone."""
     layers = [module for module in model.get_model().layers.modules() if isinstance(module, torch.nn.Linear)]
     widths = {module.in_features for module in layers}
     inputs = {width: torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for width in widths}
@@ -153,17 +143,17 @@ def linear_seconds(model: Any, rows: int) -> float:
     return graph_seconds(step)
 
 
-def correct(bench: Bench) -> None:
+def correct(bench: EngineBench) -> None:
     """The engine's greedy tokens and log probabilities beside those of model.generate, with graphs and without."""
-    subject, model = bench.subject, bench.subject.model
+    workload, model = bench.workload, bench.workload.model
     requests = [
-        subject.request(24),
-        replace(subject.request(24), prompt=[1, *subject.words(40)], images=[]),
-        subject.request(24, 20),
+        workload.request(24),
+        replace(workload.request(24), prompt=[1, *workload.words(40)], images=[]),
+        workload.request(24, 20),
     ]
     expected = []
     for request in requests:
-        ids, inputs = torch.tensor([request.prompt], device=model.device), pixels_of(subject, request)
+        ids, inputs = torch.tensor([request.prompt], device=model.device), pixels_of(workload, request)
         tokens = model.generate(ids, **inputs, do_sample=False, max_new_tokens=24, min_new_tokens=24)[0].tolist()
         with torch.inference_mode():
             whole = torch.cat([ids, torch.tensor([tokens], device=model.device)], dim=1)
@@ -185,48 +175,48 @@ def correct(bench: Bench) -> None:
                     .tolist()
                 )
                 worst = max(abs(a - b) for a, b in zip(score.logprobs, logprobs, strict=True))
-                bench.tell(
+                bench.record(
                     f"correct, graphs {'on' if graphs else 'off'}, request {number}", first_divergence=first,
-                    gap_of_likeliest_there=gap, worst_logprob_difference=worst, std_of_logits=float(logits.std()),
+                    gap_of_top_two_there=gap, worst_logprob_difference=worst, std_of_logits=float(logits.std()),
                 )  # fmt: skip
 
 
-def pixels_of(subject: Subject, request: Request) -> dict[str, Any]:
+def pixels_of(workload: Workload, request: Request) -> dict[str, Any]:
     if not request.images:
         return {}
-    inputs = subject.processor("<image>", request.images)
-    return {"images": inputs.images.to(subject.model.dtype), "image_sizes": inputs.image_sizes}
+    inputs = workload.processor("<image>", request.images)
+    return {"images": inputs.images.to(workload.model.dtype), "image_sizes": inputs.image_sizes}
 
 
-def stock(bench: Bench) -> None:
+def stock(bench: EngineBench) -> None:
     bench.close()
-    for what, value in measure_stock(bench.subject).items():
-        bench.tell(f"stock {what}", value)
+    for what, value in measure_stock(bench.workload).items():
+        bench.record(f"stock {what}", value)
 
 
-def first_token(bench: Bench) -> None:
+def first_token(bench: EngineBench) -> None:
     """From a PIL image to its first token."""
-    engine, subject = bench.engine, bench.subject
-    requests = [subject.request(1) for _ in range(13)]
+    engine, workload = bench.engine, bench.workload
+    requests = [workload.request(1) for _ in range(13)]
     times = [1e3 * bench.seconds([request], engine) for request in requests][3:]
     started = time.perf_counter()
     prompts = [engine._build_prompt(request) for request in requests]
     prepared = 1e3 * (time.perf_counter() - started) / len(prompts)
-    bench.tell("first token", statistics.median(times), best=min(times), worst=max(times), preprocessing_ms=prepared)
+    bench.record("first token", statistics.median(times), best=min(times), worst=max(times), preprocessing_ms=prepared)
 
 
-def follow_up(bench: Bench) -> None:
+def follow_up(bench: EngineBench) -> None:
     """A second question about the same image, 30 tokens long, after an answer of 32."""
-    engine, subject, times, cached = bench.engine, bench.subject, [], []
+    engine, workload, times, cached = bench.engine, bench.workload, [], []
     for _ in range(13):
-        request = subject.request(32)
+        request = workload.request(32)
         first = engine.generate(request)
-        following = [*request.prompt, *first.completions[0].token_ids, *subject.words(30)]
+        following = [*request.prompt, *first.completions[0].token_ids, *workload.words(30)]
         started = time.perf_counter()
         result = engine.generate(Request(following, request.images, SamplingParams(max_new_tokens=1, ignore_eos=True)))
         times.append(1e3 * (time.perf_counter() - started))
         cached.append(result.usage.num_prompt_tokens - result.usage.num_cached_tokens)
-    bench.tell(
+    bench.record(
         "follow-up first token",
         statistics.median(times[3:]),
         best=min(times),
@@ -235,123 +225,123 @@ def follow_up(bench: Bench) -> None:
     )
 
 
-def decode(bench: Bench) -> None:
+def decode(bench: EngineBench) -> None:
     for num in (1, 8, 64):
         if num <= bench.max_running:
-            bench.tell(f"decode {num}", bench.decode_rate(num))
+            bench.record(f"decode {num}", bench.decode_rate(num))
 
 
-def mixed(bench: Bench) -> None:
-    chosen, subject, engine = random.Random(0), bench.subject, bench.engine
+def mixed(bench: EngineBench) -> None:
+    rng, workload, engine = random.Random(0), bench.workload, bench.engine
     num = 512 if not bench.tiny else 16
     requests = []
     for _ in range(num):
-        num_text = chosen.randint(32, 256) if not bench.tiny else chosen.randint(4, 16)
-        requests.append(subject.request(chosen.randint(16, 512) if not bench.tiny else 9, num_text))
+        num_text = rng.randint(32, 256) if not bench.tiny else rng.randint(4, 16)
+        requests.append(workload.request(rng.randint(16, 512) if not bench.tiny else 9, num_text))
     before = engine.stats()
     took = bench.seconds(requests, engine)
     after = engine.stats()
     new = sum(request.sampling.max_new_tokens for request in requests)
-    bench.tell(
+    bench.record(
         "mixed 512", took, new_tok_s=new / took, steps=after.num_steps - before.num_steps,
         preemptions=after.num_preemptions - before.num_preemptions,
     )  # fmt: skip
 
 
-def scale(bench: Bench) -> None:
+def scale(bench: EngineBench) -> None:
     """Throughput against the number of running requests, and what one costs in memory."""
     for num in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         if num <= bench.max_running:
-            bench.tell(f"scale {num}", bench.decode_rate(num, runs=1, new=64 if num < 256 else 32))
+            bench.record(f"scale {num}", bench.decode_rate(num, runs=1, new=64 if num < 256 else 32))
     decoder = bench.engine._worker.runner.decoder
-    bench.tell("memory per request, MB", 700 * decoder.bytes_per_token / 1e6, bytes_per_token=decoder.bytes_per_token)
+    bench.record("memory per request, MB", 700 * decoder.bytes_per_token / 1e6, bytes_per_token=decoder.bytes_per_token)
 
 
-def many(bench: Bench) -> None:
+def many(bench: EngineBench) -> None:
     """10,000 short requests: the last thousand as fast as the first, and no more memory."""
-    engine, subject = bench.engine, bench.subject
+    engine, workload = bench.engine, bench.workload
     rounds, per_round = 10, 1000 if not bench.tiny else 200
     rates, memory = [], []
     for _ in range(rounds):
-        requests = [short_request(subject, with_image=number % 50 == 0) for number in range(per_round)]
+        requests = [short_request(workload, with_image=number % 50 == 0) for number in range(per_round)]
         rates.append(per_round / bench.seconds(requests, engine))
-        memory.append(allocated(subject.device))
-    bench.tell("many: second tenth, requests/s", rates[1])
-    bench.tell("many: last tenth, requests/s", rates[-1], memory_grew_MB=(memory[-1] - memory[1]) / 1e6,
+        memory.append(allocated(workload.device))
+    bench.record("many: second tenth, requests/s", rates[1])
+    bench.record("many: last tenth, requests/s", rates[-1], memory_grew_MB=(memory[-1] - memory[1]) / 1e6,
                blocks_in_use=engine.stats().num_blocks_used)  # fmt: skip
 
 
-def short_request(subject: Subject, *, with_image: bool) -> Request:
+def short_request(workload: Workload, *, with_image: bool) -> Request:
     if with_image:
-        return subject.request(8, 24)
-    return Request([1, *subject.words(24)], sampling=SamplingParams(max_new_tokens=8, ignore_eos=True))
+        return workload.request(8, 24)
+    return Request([1, *workload.words(24)], sampling=SamplingParams(max_new_tokens=8, ignore_eos=True))
 
 
-def anyres(bench: Bench) -> None:
+def anyres(bench: EngineBench) -> None:
     """An image of four tiles and an overview, 2,928 features."""
     bench.close()
-    subject = bench.subject
-    subject.cut_images(True)
+    workload = bench.workload
+    workload.set_tiling(True)
     try:
         with bench.another(EngineConfig(max_running=4)) as engine:
-            requests = [subject.request(1, image=subject.image(2 * subject.side)) for _ in range(9)]
+            requests = [workload.request(1, image=workload.image(2 * workload.side)) for _ in range(9)]
             times = [1e3 * bench.seconds([request], engine) for request in requests][2:]
             tokens = engine.generate(requests[0]).usage.num_image_tokens
-            bench.tell("anyres first token", statistics.median(times), best=min(times), image_tokens=tokens)
+            bench.record("anyres first token", statistics.median(times), best=min(times), image_tokens=tokens)
     finally:
-        subject.cut_images(False)
+        workload.set_tiling(False)
 
 
-def speculation(bench: Bench) -> None:
-    """Guessing ahead, where the answer repeats itself, as random weights make it do."""
-    for guesses in (0, 6):
-        with bench.another(EngineConfig(max_running=4, speculation=guesses)) as engine:
+def speculation(bench: EngineBench) -> None:
+    """Speculation by n-grams on answers that repeat themselves, as those of random weights do."""
+    for num_draft in (0, 6):
+        with bench.another(EngineConfig(max_running=4, speculation=num_draft)) as engine:
             before = engine.stats()
             rate = bench.decode_rate(1, engine, runs=1)
             after = engine.stats()
             per_step = (after.num_new_tokens - before.num_new_tokens) / (after.num_steps - before.num_steps)
-            bench.tell(f"guesses {guesses} decode 1", rate, tokens_per_step=per_step)
+            bench.record(f"speculation {num_draft} decode 1", rate, tokens_per_step=per_step)
 
 
-def profile(bench: Bench) -> None:
+def profile(bench: EngineBench) -> None:
     """Where the time of a step goes, kernel by kernel: 20 decoding steps of 1 and of 64 sequences, and 4 prompts."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    engine, subject = bench.engine, bench.subject
+    engine, workload = bench.engine, bench.workload
     for name, num, new in (("decode 1", 1, 24), ("decode 64", 64, 24), ("first token", 1, 1)):
-        requests = [subject.request(new) for _ in range(num)]
+        requests = [workload.request(new) for _ in range(num)]
         engine.generate(requests)
         with record(
-            activities=[ProfilerActivity.CUDA] if subject.device.type == "cuda" else [ProfilerActivity.CPU]
+            activities=[ProfilerActivity.CUDA] if workload.device.type == "cuda" else [ProfilerActivity.CPU]
         ) as recorded:
-            engine.generate([subject.request(new) for _ in range(num)])
+            engine.generate([workload.request(new) for _ in range(num)])
         table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70)
-        bench.tell(f"profile {name}", written=bool(bench.out))
+        bench.record(f"profile {name}", written=bool(bench.out))
         if bench.out:
             (bench.out / f"profile_{name.replace(' ', '_')}.txt").write_text(table)
 
 
-def rounded(bench: Bench) -> None:
-    """Weights in 8 and 4 bits. The engine gives the full ones up, so they are kept aside."""
-    linears = [m for m in bench.subject.model.modules() if isinstance(m, torch.nn.Linear)]
+def rounded(bench: EngineBench) -> None:
+    """Weights in 8 and 4 bits. The engine drops the full weights, so that they are kept here and put back."""
+    linears = [m for m in bench.workload.model.modules() if isinstance(m, torch.nn.Linear)]
     weights = [module.weight for module in linears]
     for kind in ("int8", "fp8", "int4") if not bench.tiny else ("int8",):
         try:
             with bench.another(EngineConfig(max_running=8, weights=kind)) as engine:
-                bench.tell(f"{kind} decode 1", bench.decode_rate(1, engine, runs=2))
-                bench.tell(f"{kind} decode 8", bench.decode_rate(8, engine, runs=1))
+                bench.record(f"{kind} decode 1", bench.decode_rate(1, engine, runs=2))
+                bench.record(f"{kind} decode 8", bench.decode_rate(8, engine, runs=1))
         finally:
             for module, weight in zip(linears, weights, strict=True):
                 module.weight = weight
 
 
-def ready(bench: Bench) -> None:
-    """From weights in memory to the first answer, everything compiled on the way."""
+def ready(bench: EngineBench) -> None:
+    """From weights in memory to the first answer, compilation included."""
     assert bench.engine.stats().num_finished == 1
 
 
-ROWS: dict[str, Callable[[Bench], None]] = {
+ROWS: dict[str, Callable[[EngineBench], None]] = {
     "ready": ready,
     "correct": correct,
     "first": first_token,
@@ -378,7 +368,7 @@ def report(figures: Mapping[str, Any], out: Path | None) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Markdown: what the issue asks for, then everything else that was measured."""
+    """Return a Markdown table of the required figures, then one of everything else that was measured."""
     lines = [
         "| what | unit | transformers, then | here | vLLM 0.22.0, then | required | engine | limit |",
         "|---|---|---|---|---|---|---|---|",
@@ -419,21 +409,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(gpu=name, torch=torch.__version__, transformers=transformers.__version__, python=sys.version.split()[0])
-    subject = Subject(TINY if args.tiny else FULL, device)
-    bench = Bench(subject, tiny=args.tiny, out=args.out)
-    say(what="built", s=time.perf_counter() - started)
+    print_figures(
+        gpu=name, torch=torch.__version__, transformers=transformers.__version__, python=sys.version.split()[0]
+    )
+    workload = Workload(TINY if args.tiny else FULL, device)
+    bench = EngineBench(workload, tiny=args.tiny, out=args.out)
+    print_figures(what="built", s=time.perf_counter() - started)
     for row in args.only.split(",") if args.only else ROWS:
         begun = time.perf_counter()
         if begun - started > args.seconds:
-            say(what=row, skipped="out of time")
+            print_figures(what=row, skipped="out of time")
             continue
         try:
             ROWS[row](bench)
         except Exception as error:
-            say(what=row, error=repr(error)[:300])
+            print_figures(what=row, error=repr(error)[:300])
             traceback.print_exc()
-        say(what=f"row {row}", s=time.perf_counter() - begun)
+        print_figures(what=f"row {row}", s=time.perf_counter() - begun)
     bench.close()
     report(bench.figures, args.out)
 

@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A kernel on some input: what it gave, and what it should."""
 
     kernel: str
@@ -41,7 +41,7 @@ class Case:
 
 
 def print_checks(kernels: Kernels) -> bool:
-    """One line for each kernel: its worst case. NaN is no small error."""
+    """Print the worst case of each kernel, NaN being the worst; return whether all are good."""
     cases = list(all_cases(kernels))
     print("## Against float64\n\nThe largest relative error of each kernel, in bfloat16 on fresh random numbers.\n")
     print("| kernel | cases | worst | where |\n| --- | ---: | ---: | --- |")
@@ -57,7 +57,7 @@ def print_checks(kernels: Kernels) -> bool:
     return not failed and agreed > 0.995 * drawn
 
 
-def all_cases(kernels: Kernels) -> Iterator[Case]:
+def all_cases(kernels: Kernels) -> Iterator[KernelCase]:
     for rows in (1, 3, 8, 100):
         for width in (4096, 3584, 320):
             yield from row_cases(kernels, rows, width)
@@ -70,34 +70,36 @@ def all_cases(kernels: Kernels) -> Iterator[Case]:
             yield from attention_cases(kernels, heads, kv_heads, width, block)
 
 
-def row_cases(kernels: Kernels, rows: int, width: int) -> Iterator[Case]:
+def row_cases(kernels: Kernels, rows: int, width: int) -> Iterator[KernelCase]:
     plain, what = ReferenceKernels(), f"{rows} x {width}"
     x, residual, weight = random(rows, width), random(rows, width), random(width)
-    yield Case("rms_norm", what, kernels.rms_norm(x, weight, 1e-5), norm64(x, weight))
+    yield KernelCase("rms_norm", what, kernels.rms_norm(x, weight, 1e-5), norm64(x, weight))
     total = residual.clone()
     normed = kernels.add_rms_norm_(x, total, weight, 1e-5)
-    yield Case("add_rms_norm_", what, normed, norm64(total, weight))
-    yield Case("add_rms_norm_", f"{what}, sum", total, residual.double() + x.double())
-    yield Case("silu_mul", what, kernels.silu_mul(x), plain.silu_mul(x.double()))
+    yield KernelCase("add_rms_norm_", what, normed, norm64(total, weight))
+    yield KernelCase("add_rms_norm_", f"{what}, sum", total, residual.double() + x.double())
+    yield KernelCase("silu_mul", what, kernels.silu_mul(x), plain.silu_mul(x.double()))
 
 
 def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
 
 
-def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str) -> Iterator[Case]:
+def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str) -> Iterator[KernelCase]:
     x, weight, bias = random(rows, shape[1]), random(*shape), random(shape[0])
     held: Weight = weight if kind == "bf16" else quantize(weight, kind)
     dense = held.double() if isinstance(held, Tensor) else held.dequantize(torch.float64)
     what = f"{rows} rows, {shape[0]} x {shape[1]}"
-    yield Case(f"linear, {kind}", what, kernels.linear(x, held), x.double() @ dense.T)
-    yield Case(f"linear, {kind}", f"{what}, bias", kernels.linear(x, held, bias), x.double() @ dense.T + bias.double())
+    yield KernelCase(f"linear, {kind}", what, kernels.linear(x, held), x.double() @ dense.T)
+    yield KernelCase(
+        f"linear, {kind}", f"{what}, bias", kernels.linear(x, held, bias), x.double() @ dense.T + bias.double()
+    )
     if shape[0] % 2 == 0:
         gated = ReferenceKernels().silu_mul(x.double() @ dense.T)
-        yield Case(f"gated_linear, {kind}", what, kernels.gated_linear(x, held), gated)
+        yield KernelCase(f"gated_linear, {kind}", what, kernels.gated_linear(x, held), gated)
 
 
-def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, block: int) -> Iterator[Case]:
+def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, block: int) -> Iterator[KernelCase]:
     """Decoding alone, with rows that pad a batch; and a step that has decoding, first and later chunks of prompts."""
     decoding = [(1, 704), (1, 1), (1, 0), (1, 3000), (1, 65)]
     mixed = [(1, 300), (640, 640), (100, 1500), (1, 0), (129, 129), (2, 2), (1, 64)]
@@ -118,14 +120,14 @@ def attention_cases(kernels: Kernels, heads: int, kv_heads: int, width: int, blo
         q = kernels.rope_store_(qkv, ours, params, plan)
         q64 = ReferenceKernels().rope_store_(qkv.double(), wanted, wide, plan)
         for name, got, expected in (("q", q, q64), ("k", ours.k, wanted.k), ("v", ours.v, wanted.v)):
-            yield Case("rope_store_", f"{what}, {name}", got, expected)
+            yield KernelCase("rope_store_", f"{what}, {name}", got, expected)
         for window in (None, 100, 1024):
             for alibi in (None, torch.rand(heads, device=DEVICE) * 0.2):
                 limited = replace(params, window=window, alibi=alibi)
                 got = kernels.attend(q, ours, limited, plan)
                 stored = KVCache(ours.k.double(), ours.v.double())
                 expected = ReferenceKernels().attend(q.double(), stored, limited, plan)
-                yield Case(
+                yield KernelCase(
                     "attend", f"{what}, window {window}, {'ALiBi' if alibi is not None else 'none'}", got, expected
                 )
 
@@ -153,11 +155,11 @@ def random_plan(lengths: Sequence[tuple[int, int]], block: int) -> tuple[Attenti
 
 
 def same_tokens(kernels: Kernels) -> tuple[int, int]:
-    """How often Triton and float64 choose alike, over rows that limit the choice in every way."""
+    """Return how many tokens Triton samples like float64, of how many, over rows with limits of every kind."""
     agreed = drawn = 0
     for vocabulary in (891, 32064, 151936):
         for dtype in (BF16, torch.float32):
-            rows = sampling_rows(256)
+            rows = sampling_tensors(256)
             logits = (torch.randn(256, vocabulary, device=DEVICE) * 3).to(dtype)
             tokens, logprobs = kernels.sample(logits, rows)
             wanted, wanted_logprobs = ReferenceKernels().sample(logits, rows)
@@ -167,7 +169,7 @@ def same_tokens(kernels: Kernels) -> tuple[int, int]:
     return agreed, drawn
 
 
-def sampling_rows(count: int) -> SamplingTensors:
+def sampling_tensors(count: int) -> SamplingTensors:
     def pick(*values: float) -> Tensor:
         return torch.tensor(values, device=DEVICE)[torch.randint(len(values), (count,), device=DEVICE)]
 

@@ -1,10 +1,11 @@
-"""The engine's kernels on one GPU, checked and timed: `python -m benchmarks.engine.kernels > benchmarks/results/kernels.md`.
+"""The engine's Triton kernels on one GPU: a comparison with float64, and times beside PyTorch's operators.
 
-First every kernel of `TritonKernels` is compared with `ReferenceKernels` in float64 (kernel_checks.py); where one is off, the
-run ends with status 1. Then each is timed beside the library's operator, in CUDA graphs whose launches rotate among enough
-tensors that nothing comes from the GPU's cache. Shapes are those of LLaVA-1.5-7B. Beside the times stand bytes or
-operations per second, to be read against what a simple operator and a large product reach on the same card.
-`--only linear,step` picks tables, `--check` stops after the comparison.
+    python -m benchmarks.engine.kernels > benchmarks/results/kernels.md
+
+First every kernel of `TritonKernels` is compared with `ReferenceKernels` in float64 (kernel_checks.py); if one is off, the
+exit status is 1. Then each is timed in CUDA graphs whose launches rotate among enough tensors that nothing comes from the
+GPU's cache. Shapes are those of LLaVA-1.5-7B. Beside the times stand bytes or operations per second, to be compared with
+the bandwidth and the matmul rate of the same GPU. `--only linear,step` picks tables, `--check` stops after the comparison.
 """
 
 # ruff: noqa: B023 - graph_us calls what it gets before the loop goes on
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.engine.kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_rows
+from benchmarks.engine.kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_tensors
+from benchmarks.measure import gpu_bandwidth, gpu_matmul_rate, graph_seconds
 from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
 from llava.engine.kernels.quantized import QuantizedWeight
 from llava.engine.kernels.reference import ReferenceKernels
@@ -55,40 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def graph_us(work: Callable[[], object], repeats: int = 7) -> float:
-    """Microseconds of some launches, replayed as a graph: the median."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
+def graph_us(work: Callable[[], object]) -> float:
+    """Return the median microseconds of some launches, replayed as a CUDA graph."""
+    return 1e6 * graph_seconds(work, 7)
 
 
 def print_heading() -> None:
     import triton
 
-    square = random(8192, 8192)
-    multiplied = 2 * 8192**3 / graph_us(lambda: square @ square) / 1e6
-    source, target = (torch.randn(2**31, device=DEVICE, dtype=BF16) for _ in range(2))
-    copied = 2 * source.nbytes / graph_us(lambda: torch.neg(source, out=target)) / 1e6
     print(f"# The engine's kernels\n\nOne {torch.cuda.get_device_name()}, torch {torch.__version__}, ", end="")
     print(f"triton {triton.__version__}, `python -m benchmarks.engine.kernels`.")
-    print(f"Negating 4 GB moves {copied:.2f} TB/s (read and written), ", end="")
-    print(f"a product of 8192 squares makes {multiplied:.0f} TFLOP/s.\n")
+    print(f"Negating 4 GB moves {gpu_bandwidth() / 1e12:.2f} TB/s (read and written), ", end="")
+    print(f"a product of 8192 squares makes {gpu_matmul_rate() / 1e12:.0f} TFLOP/s.\n")
 
 
 def random_weight(kind: str, shape: tuple[int, int]) -> Weight:
@@ -106,7 +86,7 @@ def random_weight(kind: str, shape: tuple[int, int]) -> Weight:
 
 
 @dataclass(frozen=True)
-class Model:
+class RandomModel:
     """Weights of all layers, fused as the engine fuses them."""
 
     layers: list[dict[str, Weight]]
@@ -114,7 +94,7 @@ class Model:
     norm: Tensor
 
     @classmethod
-    def random(cls, kind: str) -> Model:
+    def random(cls, kind: str) -> RandomModel:
         names = [name for name in SHAPES if name != "head"]
         layers = [{name: random_weight(kind, SHAPES[name]) for name in names} for _ in range(LAYERS)]
         return cls(layers, random_weight(kind, SHAPES["head"]), random(WIDTH))
@@ -131,13 +111,15 @@ def linear_table(kernels: Kernels) -> None:
     print("| weights | by | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in counts) + " |")
     print("| --- | --- |" + " ---: |" * len(counts))
     for kind in KINDS:
-        model = Model.random(kind)
+        model = RandomModel.random(kind)
         for name, linear in [("ours", kernels.linear)] + [("library", F.linear)] * (kind == "bf16"):
             cells = []
             for count in counts:
                 hidden, inner = random(count, WIDTH), random(count, INNER)
 
-                def step(hidden: Tensor = hidden, inner: Tensor = inner, linear=linear, model: Model = model) -> None:
+                def step(
+                    hidden: Tensor = hidden, inner: Tensor = inner, linear=linear, model: RandomModel = model
+                ) -> None:
                     for layer in model.layers:
                         for part, weight in layer.items():
                             linear(inner if part == "down" else hidden, weight)
@@ -238,16 +220,16 @@ def decode_table(kernels: Kernels) -> None:
 def prefill_table(kernels: Kernels) -> None:
     print("## Attention over prompts\n\nMicroseconds for one layer of 32 heads (TFLOP/s of the causal half). ", end="")
     print("The first column reads the paged cache; the others have keys and values contiguous.\n")
-    rivals = prefill_rivals()
-    print("| sequences | new tokens | context | ours, paged | gathered, then SDPA | " + " | ".join(rivals) + " |")
-    print("| ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(rivals))
+    peers = prefill_peers()
+    print("| sequences | new tokens | context | ours, paged | gathered, then SDPA | " + " | ".join(peers) + " |")
+    print("| ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(peers))
     for count, new, context in ((1, 640, 640), (1, 2928, 2928), (8, 640, 640), (1, 512, 2560), (1, 8192, 8192)):
         work = 4 * count * HEADS * HEAD * (new * context - new * (new - 1) // 2)
         paged = Paged.random([(new, context)] * count, HEADS, layers=4)
         times = [paged.time(kernels), paged.time(Gathered()) if new == context else float("nan")]
-        for rival in rivals.values():
+        for peer in peers.values():
             try:
-                times.append(rival(count, new, context))
+                times.append(peer(count, new, context))
             except (RuntimeError, TypeError, ValueError) as error:
                 print(f"{type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
                 times.append(float("nan"))
@@ -267,7 +249,7 @@ class Gathered(ReferenceKernels):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale)
 
 
-def prefill_rivals() -> dict[str, Callable[[int, int, int], float]]:
+def prefill_peers() -> dict[str, Callable[[int, int, int], float]]:
     """The library's operators, each taking (sequences, new tokens, context) to microseconds."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -306,7 +288,7 @@ def prefill_rivals() -> dict[str, Callable[[int, int, int], float]]:
     }
 
 
-def rows_table(kernels: Kernels) -> None:
+def token_table(kernels: Kernels) -> None:
     print("## Rows and sampling\n\nMicroseconds of one launch among 32 in a graph, ours and PyTorch's operators.\n")
     print("| kernel | 1 row | | 64 rows | | 640 rows | |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     plain = ReferenceKernels()
@@ -317,7 +299,7 @@ def rows_table(kernels: Kernels) -> None:
         gate_up, qkv = random(count, 2 * INNER), random(count, 3 * WIDTH)
         cache = KVCache(*(random(num_blocks, BLOCK, HEADS, HEAD) for _ in range(2)))
         params = AttentionParams(HEADS, HEADS, HEAD**-0.5, *tables())
-        logits, rows = random(count, VOCABULARY), sampling_rows(count)
+        logits, rows = random(count, VOCABULARY), sampling_tensors(count)
         greedy = replace(rows, all_greedy=True)
         unlimited = replace(rows, temperature=torch.ones_like(rows.temperature), unlimited=True)
         works: dict[str, Callable[[Kernels], object]] = {
@@ -349,7 +331,7 @@ def step_table(kernels: Kernels) -> None:
         "int4": ((1, 704),),
     }
     for kind, sizes in cases.items():
-        model = Model.random(kind)
+        model = RandomModel.random(kind)
         for count, context in sizes:
             paged = Paged.random([(1, context)] * count, HEADS, layers=LAYERS)
             cells = []
@@ -361,7 +343,7 @@ def step_table(kernels: Kernels) -> None:
     print()
 
 
-def decode_step(kernels: Kernels, model: Model, paged: Paged) -> Tensor:
+def decode_step(kernels: Kernels, model: RandomModel, paged: Paged) -> Tensor:
     count = len(paged.q)
     hidden, residual = random(count, WIDTH), random(count, WIDTH)
     for layer, cache in zip(model.layers, paged.caches, strict=True):
@@ -381,7 +363,7 @@ TABLES: dict[str, Callable[[Kernels], None]] = {
     "step": step_table,
     "linear": linear_table,
     "decode": decode_table,
-    "rows": rows_table,
+    "rows": token_table,
     "prefill": prefill_table,
 }
 

@@ -1,10 +1,10 @@
-"""Where the seconds of the row "mixed" of benchmarks/engine/gpu.py must go, by the rates that its kernels reach alone.
+"""An estimate of the row "mixed" of gpu.py from the rates of its kernels alone, and from the limits of the GPU.
 
-In: the engine's own scheduler, with 512 requests as the benchmark draws them and nothing computed, and rates measured on
-one H200 (results/kernels.md, and the profiles of engine.py). Out: a table of parts, beside what the card could do.
-
-    python -m benchmarks.engine.mixed_estimate
+    python -m benchmarks.engine.mixed_estimate          table: results/engine.md
     python -m benchmarks.engine.mixed_estimate --step-tokens 2048
+
+The engine's own scheduler schedules 512 requests as gpu.py draws them, and nothing is computed. The rates were measured on
+one H200 (results/kernels.md, and profiles of gpu.py).
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ BYTES_PER_TOKEN = 524_288  # keys and values
 ATTENTION = 4.39e12  # 200 sequences of 896 tokens
 PRODUCTS = 712e12  # of 4,096 rows, for seconds on end
 STEP_ROWS, STEP_MS = (1, 8, 32, 64, 128, 256, 512), (3.15, 3.45, 3.59, 3.84, 4.5, 5.81, 9.5)  # all linear layers
-SMALL_MS = 0.6  # norms, gates, choosing, of a decoding step
+SMALL_MS = 0.6  # norms, activations and sampling of a decoding step
 ROW_US = 0.0125 + 0.0151 + 2 * 0.0073  # a layer's store, gate and norms, per prompt token
 PROMPT_ATTENTION_MS = 3.3 / 4080  # per prompt token, of 680-token prompts, all layers
 IMAGE_MS = 0.85  # the tower, six tiles together
-# What the card could do.
+# The limits of the GPU.
 BEST_BYTES, BEST_PRODUCTS = 4.5e12, 793e12
 
 
 @dataclass
-class Step:
+class StepSize:
     running: int
     context: int  # of the running, together
     prompt_tokens: int
 
 
-def steps(num_blocks: int, block_size: int, step_tokens: int) -> Iterator[Step]:
-    """What the scheduler does to the requests, each token known as soon as it is asked for."""
-    chosen = random.Random(0)
+def steps(num_blocks: int, block_size: int, step_tokens: int) -> Iterator[StepSize]:
+    """Yield the steps of the scheduler, each token being known at once."""
+    rng = random.Random(0)
     pool = BlockPool(num_blocks, caching=False)
     scheduler = Scheduler(pool, block_size=block_size, max_running=512, max_step_tokens=step_tokens)
     for _ in range(512):
-        num_text, num_new = chosen.randint(32, 256), chosen.randint(16, 512)
+        num_text, num_new = rng.randint(32, 256), rng.randint(16, 512)
         length = 1 + num_text + IMAGE_TOKENS
         scheduler.add(RunningSequence(Prompt([5] * length, ()), max_total=length + num_new))
     while scheduler.has_work:
         step = scheduler.schedule()
-        yield Step(
+        yield StepSize(
             len(step.decode), sum(chunk.stop for chunk in step.decode), sum(chunk.count for chunk in step.prefill)
         )
         for chunk in step.chunks:
@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts * FLOPS_PER_TOKEN / PRODUCTS,
             prompts * FLOPS_PER_TOKEN / BEST_PRODUCTS,
         ),
-        "their attention, norms and gates; images": (
+        "their attention, norms and activations; images": (
             prompts * (LAYERS * ROW_US / 1e6 + PROMPT_ATTENTION_MS / 1e3) + 512 * IMAGE_MS / 1e3,
             0.0,
         ),
         "small kernels of decoding steps": (len(decoding) * SMALL_MS / 1e3, 0.0),
     }
-    print(f"{len(done)} steps, {sum(step.running for step in done) / len(done):.0f} running in the middle\n")
-    print("| | s, at the kernels' rates | s, at the card's |\n|---|---:|---:|")
+    print(f"{len(done)} steps, {sum(step.running for step in done) / len(done):.0f} running on average\n")
+    print("| | s, at the kernels' rates | s, at the GPU's |\n|---|---:|---:|")
     for name, (taken, least) in parts.items():
         print(f"| {name} | {taken:.1f} | {f'{least:.1f}' if least else '-'} |")
     print(

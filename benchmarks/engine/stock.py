@@ -1,4 +1,4 @@
-"""The peer of benchmarks/engine/gpu.py in the same run: transformers' own classes on the same shapes, with random numbers."""
+"""The peer of gpu.py, measured in the same run: transformers' own classes in the same shapes, with random weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from benchmarks.engine.workload import NUM_TEXT, PINPOINTS, Subject, median_seconds, tidy
-from benchmarks.train.single_gpu import built
+from benchmarks.engine.workload import NUM_TEXT, PINPOINTS, Workload
+from benchmarks.measure import free_memory, median_seconds
+from benchmarks.shapes import random_weights
 
 
-def measure_stock(subject: Subject) -> dict[str, float]:
-    """Milliseconds of a prompt's forward, and tokens per second of `generate` for 1, 8 and 64 prompts."""
-    shapes = subject.shapes
+def measure_stock(workload: Workload) -> dict[str, float]:
+    """Measure a prompt's forward in ms, and `generate` for 1, 8 and 64 prompts in tokens per second."""
+    shapes = workload.shapes
     common = {
         "vision_config": CLIPVisionConfig(**shapes.vision),
         "text_config": LlamaConfig(**shapes.text),
@@ -32,24 +33,28 @@ def measure_stock(subject: Subject) -> dict[str, float]:
         "attn_implementation": "sdpa",
     }
     figures = dict(
-        one_tile(subject, built(lambda: LlavaForConditionalGeneration(LlavaConfig(**common)), subject.device))
+        one_tile(
+            workload, random_weights(lambda: LlavaForConditionalGeneration(LlavaConfig(**common)), workload.device)
+        )
     )
-    tidy()
-    pinpoints = [[x * subject.side, y * subject.side] for x, y in PINPOINTS]
+    free_memory()
+    pinpoints = [[x * workload.side, y * workload.side] for x, y in PINPOINTS]
     config = LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
-    figures |= dict(five_tiles(subject, built(lambda: LlavaNextForConditionalGeneration(config), subject.device)))
-    tidy()
+    figures |= dict(
+        five_tiles(workload, random_weights(lambda: LlavaNextForConditionalGeneration(config), workload.device))
+    )
+    free_memory()
     return figures
 
 
 @torch.inference_mode()
-def one_tile(subject: Subject, model: Any) -> Iterator[tuple[str, float]]:
-    shapes, device, side = subject.shapes, subject.device, subject.side
+def one_tile(workload: Workload, model: Any) -> Iterator[tuple[str, float]]:
+    shapes, device, side = workload.shapes, workload.device, workload.side
     model.eval()
 
     def batch(num: int) -> dict[str, Any]:
         pixels = torch.randn(num, 3, side, side, device=device, dtype=torch.bfloat16)
-        return {**prompts(subject, num, shapes.image_tokens), "pixel_values": pixels}
+        return {**prompts(workload, num, shapes.image_tokens), "pixel_values": pixels}
 
     def generate(inputs: dict[str, Any], new: int) -> int:
         return int(model.generate(**inputs, do_sample=False, min_new_tokens=new, max_new_tokens=new)[0, -1])
@@ -62,23 +67,23 @@ def one_tile(subject: Subject, model: Any) -> Iterator[tuple[str, float]]:
 
 
 @torch.inference_mode()
-def five_tiles(subject: Subject, model: Any) -> Iterator[tuple[str, float]]:
-    """Four tiles and an overview, whose pixels are there already."""
-    device, side = subject.device, subject.side
+def five_tiles(workload: Workload, model: Any) -> Iterator[tuple[str, float]]:
+    """Four tiles and an overview; preprocessing is not measured."""
+    device, side = workload.device, workload.side
     model.eval()
-    per_side = side // subject.shapes.vision["patch_size"]
+    per_side = side // workload.shapes.vision["patch_size"]
     num_features = per_side**2 + 2 * per_side * (2 * per_side + 1)  # a newline after each row of the four
     inputs = {
-        **prompts(subject, 1, num_features),
+        **prompts(workload, 1, num_features),
         "pixel_values": torch.randn(1, 5, 3, side, side, device=device, dtype=torch.bfloat16),
         "image_sizes": torch.tensor([[2 * side, 2 * side]], device=device),
     }
     yield "anyres first token", 1e3 * median_seconds(partial(first, model, inputs), 5)
 
 
-def prompts(subject: Subject, num: int, num_features: int) -> dict[str, torch.Tensor]:
-    image_id = subject.shapes.image_id
-    ids = torch.randint(5, image_id, (num, NUM_TEXT + 1 + num_features), device=subject.device)
+def prompts(workload: Workload, num: int, num_features: int) -> dict[str, torch.Tensor]:
+    image_id = workload.shapes.image_id
+    ids = torch.randint(5, image_id, (num, NUM_TEXT + 1 + num_features), device=workload.device)
     ids[:, 30 : 30 + num_features] = image_id
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

@@ -28,7 +28,9 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.train.sides import FULL, TINY, Ours, Shapes, say
+from benchmarks.measure import print_figures
+from benchmarks.shapes import FULL, TINY, Shapes
+from benchmarks.train.sides import Ours
 
 TOKENIZER = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
 FSDP2 = json.loads((ROOT / "scripts/fsdp2.json").read_text())
@@ -80,7 +82,7 @@ def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str
         )
         result, fault = Path(folder, "figures.json"), Path(folder, "fault.txt")
         if done.returncode or not result.exists():
-            say(run=run.name, error=(fault.read_text() if fault.exists() else done.stdout)[-2500:])
+            print_figures(run=run.name, error=(fault.read_text() if fault.exists() else done.stdout)[-2500:])
             return None
         return json.loads(result.read_text())
 
@@ -236,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     found = torch.cuda.device_count() if torch.cuda.is_available() else 2
     counts = [int(count) for count in options.devices.split(",")] if options.devices else [found]
-    say(
+    print_figures(
         torch=torch.__version__, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", devices=found
     )
     rates: dict[str, float] = {}
@@ -248,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rates[run.name] = figures["images_per_second"] / figures["devices"]
             if run.beside in rates:
                 figures["efficiency"] = rates[run.name] / rates[run.beside]
-            say(run=run.name, **figures)
+            print_figures(run=run.name, **figures)
 
 
 if __name__ == "__main__":

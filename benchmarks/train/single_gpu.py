@@ -1,17 +1,18 @@
-"""How fast LLaVA-1.5-7B trains here and with stock transformers, on one GPU: `python -m benchmarks.train.single_gpu`.
+"""Training speed and memory of LLaVA-1.5-7B on one GPU, here and with stock transformers.
 
-Random weights of the published shapes, bfloat16, AdamW, both in one process, one JSON line per figure. `--only full,packed`
-picks measurements, `--tiny` runs all of them on small shapes (also on a CPU) to see that they run, `--estimate` only says how
-much memory `llava train` would foresee for ours, on any machine. A measurement that fails prints its error and the rest
-goes on. Model FLOPs are counted as in the peer's published figure: six per weight and token
-(four where the language model is frozen), attention at half of the square, the tower's forward pass; what is computed a
-second time does not count. The share is of the rate at which this GPU multiplies two square matrices of 8192.
+    python -m benchmarks.train.single_gpu          tables: results/train.md
+
+Random weights of the published shapes, bfloat16, AdamW, both in one process, one line of JSON per figure. `--only full,packed`
+picks measurements, `--tiny` runs all of them on small shapes (also on a CPU) as a check, `--estimate` prints only the
+memory that `llava train` estimates for ours, on any machine. A measurement that fails prints its error, and the rest go
+on. Model FLOPs: six per weight and token (four where the language model is frozen), attention at half of the square, the
+tower's forward pass; recomputation does not count. MFU is a share of the rate of a product of two squares of 8192 on the
+same GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,17 +23,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.train.sides import FULL, LORA, TINY, Ours, Sample, Shapes, Stock, built, realistic, say, token_squares
+from benchmarks.measure import free_memory, median_seconds, print_figures, synchronize
+from benchmarks.shapes import FULL, TINY, Shapes
+from benchmarks.train.sides import LORA, Ours, Sample, Stock, realistic, token_squares
 from llava.train.memory import GIB
 from llava.train.packing import plan_sequences
-
-__all__ = ["FULL", "TINY", "Shapes", "built", "say"]  # which engine.py imports from here
-
 
 # Measuring
 
 
-class Bench:
+class TrainBench:
     def __init__(
         self,
         shapes: Shapes,
@@ -51,7 +51,7 @@ class Bench:
         size = self.shapes.probe
         left, right = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         rate = 2 * size**3 / median_seconds(lambda: left @ right, 10, warm=3, device=self.device)
-        say(what=f"matmul{size}", TFLOPs=rate / 1e12)
+        print_figures(what=f"matmul{size}", TFLOPs=rate / 1e12)
         return rate
 
     def flops(self, side: Any, samples: Sequence[Sample], *, per_weight: int) -> float:
@@ -76,7 +76,7 @@ class Bench:
         if isinstance(side, Ours):
             about["estimated_GiB"] = side.estimated(batches) / GIB
         if self.device.type == "meta":
-            say(what=f"train_{what}", side=side.name, **about)
+            print_figures(what=f"train_{what}", side=side.name, **about)
             return
         weights = [p for p in side.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
@@ -99,7 +99,7 @@ class Bench:
         flops = self.flops(side, samples, per_weight=per_weight)
         peak = peak_gib(self.device)
         self.peaks[f"{side.name}_{what}"] = peak
-        say(
+        print_figures(
             what=f"train_{what}", side=side.name, samples_s=len(samples) / seconds,
             tok_s=token_squares(samples, self.shapes)[0] / seconds, seconds=seconds, model_TFLOPs=flops / seconds / 1e12,
             mfu=flops / seconds / self.rate, peak_GiB=peak, starting_s=starting, **about,
@@ -185,9 +185,9 @@ class Bench:
     def guarded(self, what: str, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # one figure that cannot be had is no reason to go without the others
-            say(what=what, error=f"{type(error).__name__}: {error}"[:600])
-        free(self.device)
+        except Exception as error:  # a measurement that fails does not stop the others
+            print_figures(what=what, error=f"{type(error).__name__}: {error}"[:600])
+        free_memory()
 
 
 def trains(side: Any, what: str) -> None:
@@ -200,24 +200,6 @@ def part_of(module: nn.Module, *wholes: nn.Module) -> bool:
     return any(module is part for whole in wholes for part in whole.modules())
 
 
-def median_seconds(work: Callable[[], Any], runs: int, *, warm: int, device: torch.device) -> float:
-    for _ in range(warm):
-        work()
-    times = []
-    for _ in range(runs):
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -225,12 +207,6 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 MEASUREMENTS = ("full", "packed", "projector", "lora")  # LoRA last: its adapters stay in the model
@@ -256,21 +232,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device("meta" if args.estimate else "cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    say(torch=torch.__version__, transformers=transformers.__version__, gpu=gpu)
+    print_figures(torch=torch.__version__, transformers=transformers.__version__, gpu=gpu)
     torch.manual_seed(0)
-    bench = Bench(TINY if args.tiny else FULL, device, args.keep, args.keep_frozen, args.steps, args.profiles)
+    bench = TrainBench(TINY if args.tiny else FULL, device, args.keep, args.keep_frozen, args.steps, args.profiles)
     for name in ["ours"] if args.estimate else args.sides.split(","):
         try:
             side = SIDES[name](bench.shapes, device)
             if isinstance(side, Ours):
                 side.backend = None if args.eager else side.backend
         except Exception as error:
-            say(what=f"build {name}", error=f"{type(error).__name__}: {error}"[:600])
+            print_figures(what=f"build {name}", error=f"{type(error).__name__}: {error}"[:600])
             continue
         for what in args.only.split(","):
             bench.guarded(f"{name} {what}", lambda what=what, side=side: getattr(bench, what)(side))  # type: ignore[misc]
         del side
-        free(device)
+        free_memory()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_every_measurement_has_a_figure_of_each_side(capsys: pytest.CaptureFixtu
 
 def test_the_same_work_is_counted_on_both_sides() -> None:
     device = torch.device("cpu")
-    bench = single_gpu.Bench(single_gpu.TINY, device, keeps=[0.3], keeps_frozen=[1.0], steps=1)
+    bench = single_gpu.TrainBench(single_gpu.TINY, device, keeps=[0.3], keeps_frozen=[1.0], steps=1)
     samples = single_gpu.realistic(single_gpu.TINY)
     stock, ours = (
         bench.flops(side(single_gpu.TINY, device), samples, per_weight=6) for side in single_gpu.SIDES.values()
