@@ -120,23 +120,23 @@ def pair(
     keys = keys_of(questions)
     if answers and all(answer.id is None for answer in answers):
         return _pair_in_order(questions, answers, faults, source)
-    places = {key: place for place, key in enumerate(keys)}
+    indexes = {key: index for index, key in enumerate(keys)}
     shared = {key.id for key in keys if key.prompt}
     texts: list[str | None] = [None] * len(questions)
     for answer in answers:
         name = str(answer.id)
         key = QuestionKey(name, answer.prompt or "" if name in shared else "", answer.round)
-        place = places.get(key)
-        if place is None and name in shared:
-            place = _place_by_question(questions, name, answer)
-        if place is None:
+        index = indexes.get(key)
+        if index is None and name in shared:
+            index = _index_by_question(questions, name, answer)
+        if index is None:
             faults.add(
                 "answers to unknown questions", "no such question in the task, so they count nowhere", repr(answer.id)
             )
             continue
-        if texts[place] is not None:
+        if texts[index] is not None:
             faults.add("repeated answers", "the last answer to a question counts", repr(answer.id))
-        texts[place] = answer.text
+        texts[index] = answer.text
     if answers and not any(text is not None for text in texts):
         raise InputError(
             f"none of the {len(answers)} answers in {source} belongs to a question of this task (the first is to "
@@ -145,11 +145,11 @@ def pair(
     return _with_missing_counted(questions, texts, faults)
 
 
-def _place_by_question(questions: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
+def _index_by_question(questions: Sequence[Question], name: str, answer: AnswerRecord) -> int | None:
     """Find the only question of a shared id whose text the answer's prompt contains; None if there are more or none."""
     fitting = [
-        place
-        for place, question in enumerate(questions)
+        index
+        for index, question in enumerate(questions)
         if str(question.id) == name and question.round == answer.round
         and _normalised(question.bare_prompt) in _normalised(answer.prompt or "")
     ]  # fmt: skip
@@ -167,14 +167,14 @@ def _pair_in_order(
     if len(answers) > len(questions):
         raise InputError(f"{source} has {len(answers)} answers without ids, for {len(questions)} questions")
     texts: list[str | None] = [None] * len(questions)
-    for place, answer in enumerate(answers):
-        forms = (questions[place].bare_prompt, questions[place].prompt)
+    for index, answer in enumerate(answers):
+        forms = (questions[index].bare_prompt, questions[index].prompt)
         if answer.prompt is not None and _normalised(answer.prompt) not in map(_normalised, forms):
             raise InputError(
                 f"{answer.where} answers {answer.prompt!r}, where the question in that place is {forms[0]!r}; answers "
                 "without ids must be in the order of the questions"
             )
-        texts[place] = answer.text
+        texts[index] = answer.text
     return _with_missing_counted(questions, texts, faults)
 
 
