@@ -1,8 +1,8 @@
-"""One question about one image or several, in the original's form: as a program, and as `eval_model(args)`.
+"""Answer one question about one image or several, as a program and as `eval_model(args)`, like the original.
 
     python -m llava.eval.run_llava --model-path llava-v1.5-7b --image-file a.jpg,b.jpg --query "What changed?"
 
-A question says where its images go by `<image-placeholder>`; without that, one placeholder for each comes first.
+`<image-placeholder>` in the question says where an image goes; without it, the images come first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["build_parser", "eval_model", "image_parser", "load_image", "load_ima
 
 
 def image_parser(args: Namespace) -> list[str]:
-    """The names of the images."""
+    """Return the names of the images."""
     return args.image_file.split(args.sep) if isinstance(args.image_file, str) else list(args.image_file)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llava.errors import InputError
 from llava.eval.files import Faults
 from llava.eval.harness.scoring import load_questions, score_file, table
-from llava.eval.tasks import SUITES, TASKS, find_task, find_tasks
+from llava.eval.tasks import SUITES, TASKS, custom_task, find_task, find_tasks
 from llava.eval.tasks.task import LETTER_SUFFIX
 
 
@@ -106,6 +106,13 @@ def test_custom_rows_and_yaml(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(InputError, match=named):
             find_task(str(tmp_path / "bad.yaml"))
+
+
+def test_a_task_is_added_to_the_table_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.write_lines(tmp_path / "mine.jsonl", [{"image": "a.png", "question": "Which?", "answer": "dog"}])
+    monkeypatch.setitem(TASKS, "mine", custom_task("mine", "mine.jsonl"))
+    report = score_file(find_task("mine"), kit.answers(tmp_path / "a.jsonl", {1: "dog"}), tmp_path)
+    assert report.scores.headline == 100.0
 
 
 def test_the_demo_s_photographs_are_optional(tmp_path: Path) -> None:

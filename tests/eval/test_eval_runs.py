@@ -81,7 +81,7 @@ def test_shards_give_the_same_files(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 13])
 def test_shares_lose_nothing(count: int) -> None:
     numbered: list[Any] = [(number, None) for number in range(12)]
-    parts = [runner.share(numbered, index, count) for index in range(count)]
+    parts = [runner.shard_of(numbered, index, count) for index in range(count)]
     assert [pair for part in parts for pair in part] == numbered
 
 
@@ -130,8 +130,8 @@ def test_a_killed_run_goes_on_without_repeating_or_losing(
     assert not part.exists()
 
 
-def dying_shard(index: int, jobs: Any, missing: Any, settings: Any, news: Any) -> None:
-    os._exit(9) if index else news.put(("end", index))
+def dying_shard(index: int, jobs: Any, missing: Any, settings: Any, events: Any) -> None:
+    os._exit(9) if index else events.put(runner.ShardEvent("end", index))
 
 
 def test_a_shard_that_dies_is_named(
@@ -163,9 +163,9 @@ def test_another_run_s_folder_is_not_gone_on_with(finished: Path, capsys: pytest
 
 
 def test_two_runs_in_one_folder_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llava.eval.harness.run import alone_in
+    from llava.eval.harness.run import locked
 
-    with alone_in(finished):
+    with locked(finished):
         assert main([DRAWN, *flags(finished)]) == 2
     assert "another run is writing to" in capsys.readouterr().err
 

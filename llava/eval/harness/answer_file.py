@@ -1,7 +1,7 @@
-"""What the original's answering scripts share: flags, chunks, and the run from questions to an answers file.
+"""Answer a file of questions, as the original's scripts model_vqa*.py do, whole or in chunks.
 
-In: a command line and the questions. Out: the answers file, a line for each question in their order. The scripts
-themselves, model_vqa*.py, say where questions come from and which flags they have.
+In: a command line and the questions. Out: the answers file, a line for each question in their order. The scripts read the
+questions; their flags are in eval/common_flags.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llava.eval.harness.progress import ProgressBar
 from llava.eval.types import Question
 
 T = TypeVar("T")
-FREE_TOKENS = 1024  # what scripts without a flag for it allow an answer
+FREE_TOKENS = 1024  # maximum number of tokens of an answer, in scripts without a flag for it
 
 
 def split_list(questions: Sequence[T], num_chunks: int) -> list[list[T]]:
-    """As many parts as were asked for, whose sizes differ by one at most and which together hold everything.
+    """Cut a list into `num_chunks` parts whose sizes differ by one at most.
 
     The original rounds up: 5 questions in 4 chunks make three, and asking for the fourth is an error.
     """
@@ -42,7 +42,11 @@ def get_chunk(questions: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 
 def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_tokens: int) -> None:
-    """Answer the questions of a chunk into the answers file."""
+    """Answer questions into the file `args.answers_file`.
+
+    Raises:
+        InputError: images are missing, the model cannot be loaded, or questions could not be asked (after all the others).
+    """
     from llava.cli.model_flags import find_model, sampling_from
 
     missing = missing_images(questions)
@@ -81,7 +85,7 @@ def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_token
 
 
 class _InOrder:
-    """Writes numbered lines in the order of their numbers, each as soon as all before it are there."""
+    """Writes numbered lines in the order of their numbers, each as soon as all before it are written."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

@@ -1,7 +1,7 @@
 """`llava eval TASKS`: ask a model the questions of benchmarks, score its answers, and write a report.
 
-In: a command line. Out: a folder with answers, results.json, results.md, report.html and manifest.json. The steps are the
-other files' work: tasks/ reads and scores, runner.py asks, results.py and report.py write.
+In: a command line. Out: a folder with answers, results.json, results.md, report.html and manifest.json. The tasks are read and
+scored by eval/tasks/, the model is asked by runner.py, and results.py and report.py write.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def build_parser() -> ArgumentParser:
     add_model_flags(model)
     answers = parser.add_argument_group("answers")
     answers.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default: 0)"
     )
     answers.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
+        "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
     )
     answers.add_argument(
         "--num-beams", type=int, default=1, metavar="N", help="beam search, one question at a time (default: 1)"
     )
     answers.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="at most so many per answer (default: the task's)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of an answer (default: the task's)"
     )
-    answers.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: 0)")
+    answers.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampled answers (default: 0)")
     answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
     answers.add_argument(
         "--shards", type=int, metavar="N", help="processes to spread the questions over (default: one per GPU)"
     )
-    answers.add_argument("--fresh", action="store_true", help="throw the answers in --out away first")
+    answers.add_argument("--fresh", action="store_true", help="delete the answers in --out first")
     answers.add_argument(
         "--skip-missing-images",
         action="store_true",
@@ -89,7 +89,7 @@ def build_parser() -> ArgumentParser:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task with its questions, before anything is asked."""
+    """A task with its questions, before the model is loaded."""
 
     task: Task
     questions: list[Question]
@@ -108,29 +108,37 @@ def run(args: Namespace) -> None:
     model_path = find_model(args.model_path)
     name = get_model_name_from_path(model_path)
     out = args.out or Path("eval-runs") / name
-    plans = [plan(task, args, out) for task in tasks]
+    plans = [plan_task(task, args, out) for task in tasks]
     choice = ModelChoice(model_path, args.model_base, args.device, args.dtype, quantization_from(args), args.conv_mode)
     settings = AskSettings(choice, name, sampling, args.seed, num_shards(args.shards), args.quiet)
 
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out):
+    with locked(out):
         manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
         prepare_folder(out, plans, manifest, fresh=args.fresh)
         jobs = [
-            TaskJob(p.task.title, p.questions, p.folder, args.max_new_tokens or p.task.max_new_tokens, p.left_out)
-            for p in plans
+            TaskJob(
+                plan.task.title,
+                plan.questions,
+                plan.folder,
+                args.max_new_tokens or plan.task.max_new_tokens,
+                plan.left_out,
+            )
+            for plan in plans
         ]
         outcome = answer_jobs(jobs, settings)
-        for p, faults in zip(plans, outcome.faults, strict=True):
-            p.faults.kinds.update(faults.kinds)
+        for plan, faults in zip(plans, outcome.faults, strict=True):
+            plan.faults.kinds.update(faults.kinds)
             failed = faults.kinds.get(NOT_ASKED)
-            if failed is not None and failed.count == len(p.questions):
-                raise InputError(f"{p.task.title}: none of its {failed.count} questions could be asked; {failed.first}")
+            if failed is not None and failed.count == len(plan.questions):
+                raise InputError(
+                    f"{plan.task.title}: none of its {failed.count} questions could be asked; {failed.first}"
+                )
         if outcome.template is not None:
             manifest["template"] = outcome.template
             write_json(out / MANIFEST, manifest)
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
-        reports = [score_plan(p, args.data_dir, judge) for p in plans]
+        reports = [score_plan(plan, args.data_dir, judge) for plan in plans]
         results = write_results(out, reports, manifest)
         from llava.eval.harness.report import write_report
 
@@ -140,8 +148,12 @@ def run(args: Namespace) -> None:
     print(f"\nwritten: {page}, {out / TABLE}, {out / 'results.json'}")
 
 
-def plan(task: Task, args: Namespace, out: Path) -> TaskPlan:
-    """Read a task's questions, and see before a model is loaded that their images are there."""
+def plan_task(task: Task, args: Namespace, out: Path) -> TaskPlan:
+    """Read a task's questions, and check before a model is loaded that their images exist.
+
+    Raises:
+        InputError: the task's data is missing, or images are and --skip-missing-images is not given.
+    """
     questions = load_questions(task, args.data_dir)[: args.limit]
     faults = Faults()
     missing = set(missing_images(questions))
@@ -158,7 +170,7 @@ def plan(task: Task, args: Namespace, out: Path) -> TaskPlan:
 
 
 def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> JsonRow:
-    """What decides the answers."""
+    """Return what decides the answers, for the manifest."""
     return {
         "model": {
             "name": name,
@@ -176,20 +188,24 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens or "each task's own",
         },
-        "prompts": {p.task.name: prompts_hash(p.questions) for p in plans},
+        "prompts": {plan.task.name: prompts_hash(plan.questions) for plan in plans},
     }
 
 
 def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, fresh: bool) -> None:
-    """Go on with a run only if it is the same one; else say what differs."""
+    """Write the manifest, where `out` is empty or holds answers of a run with the same settings.
+
+    Raises:
+        InputError: `out` holds answers of a run with other settings; the message names the first three.
+    """
     file = out / MANIFEST
     if fresh:
-        for p in plans:
-            AnswerLog(p.folder, p.questions, "").clear()
+        for plan in plans:
+            AnswerLog(plan.folder, plan.questions, "").clear()
     elif file.is_file():
-        whole = read_json_object(file, "manifest")
-        before = whole["settings"]
-        manifest["template"] = whole.get("template")
+        previous = read_json_object(file, "manifest")
+        before = previous["settings"]
+        manifest["template"] = previous.get("template")
         # Tasks may be added to a run; those that both have must be the same.
         shared = before["prompts"].keys() & manifest["settings"]["prompts"].keys()
         old, new = (
@@ -206,24 +222,26 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
     write_json(file, manifest)
 
 
-def score_plan(p: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
-    """Score a task's answers as if they had come from a file, which they have."""
-    report = score_questions(p.task, p.questions, p.folder / "answers.jsonl", p.faults)
-    if p.task.judge is not None and (judge is not None or (p.folder / "reviews.jsonl").is_file()):
-        home = p.task.home(data_dir)
-        scores = judge_answers(p.task.judge, report.answered, home, judge, p.folder / "reviews.jsonl", p.faults)
-        report = TaskReport(p.task, scores, p.faults, report.answered)
-    if p.task.write is not None:
+def score_plan(plan: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
+    """Score a task's answers from their file, ask the judge where there is one, and write the submission."""
+    report = score_questions(plan.task, plan.questions, plan.folder / "answers.jsonl", plan.faults)
+    if plan.task.judge is not None and (judge is not None or (plan.folder / "reviews.jsonl").is_file()):
+        home = plan.task.home(data_dir)
+        scores = judge_answers(
+            plan.task.judge, report.answered, home, judge, plan.folder / "reviews.jsonl", plan.faults
+        )
+        report = TaskReport(plan.task, scores, plan.faults, report.answered)
+    if plan.task.write is not None:
         try:
-            p.task.write(report.answered, p.task.home(data_dir), p.folder / "submission")
+            plan.task.write(report.answered, plan.task.home(data_dir), plan.folder / "submission")
         except InputError as error:
-            p.faults.add("submissions not written", str(error), p.task.name)
+            plan.faults.add("submissions not written", str(error), plan.task.name)
     return report
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Two runs in one folder would answer every question twice."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, since two runs in it would answer every question twice."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Answer a task's questions: what is missing is asked, in this process or spread over several, and written as it comes.
+"""Answer the open questions of tasks, in this process or in several, and write every answer as it comes.
 
-In: an `AnswerLog` and a model. Out: the log, complete. Which shard asks what changes no answer, and a run that was killed goes
-on where it stopped. Asking is client.py's, writing answer_log.py's.
+In: tasks' questions and the choice of a model. Out: complete `AnswerLog`s. Which shard asks a question changes no answer, and a
+run that was killed continues where it stopped. The model is asked by client.py, the log written by answer_log.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
@@ -22,8 +22,11 @@ from llava.eval.harness.client import Asker, Done, Failure, ModelChoice
 from llava.eval.harness.progress import ProgressBar
 from llava.eval.types import Question
 
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
 Numbered = Sequence[tuple[int, Question]]
-Seen = Callable[[int, int, "str | None"], None]  # a job's place, a question's number, why it failed
+OnAnswer = Callable[[int, int, "str | None"], None]  # index of the job, number of the question, why it failed
 NOT_ASKED = "questions that could not be asked"
 
 
@@ -40,7 +43,7 @@ class TaskJob:
 
 @dataclass(frozen=True)
 class AskSettings:
-    """How to ask: the model, how tokens are chosen, and how the work is spread."""
+    """The model, its sampling parameters, and the number of processes."""
 
     model: ModelChoice
     model_id: str
@@ -52,14 +55,18 @@ class AskSettings:
 
 @dataclass(frozen=True)
 class AskOutcome:
-    """What could not be asked, for each job, and the template that was used; None if nothing had to be asked."""
+    """Counted failures of each job, and the template that was used; None where no question was open."""
 
     faults: list[Faults]
     template: str | None
 
 
 def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
-    """Answer what is missing of every job."""
+    """Answer the open questions of every job.
+
+    Raises:
+        InputError: the model cannot be loaded, or a shard ended early.
+    """
     logs = [AnswerLog(job.folder, job.questions, settings.model_id) for job in jobs]
     missing = [
         [(number, question) for number, question in log.missing() if number not in job.left_out]
@@ -72,26 +79,26 @@ def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
             ProgressBar(job.title, len(job.questions), len(job.questions) - len(found), quiet=settings.quiet)
             for job, found in zip(jobs, missing, strict=True)
         ]
-        watcher = _Watcher(bars)
+        tracker = _ProgressTracker(bars)
         if settings.shards > 1:
-            _ask_in_shards(jobs, missing, settings, watcher)
+            _ask_in_shards(jobs, missing, settings, tracker)
         else:
             with Asker.open(settings.model, settings.sampling, seed=settings.seed) as asker:
-                watcher.template = asker.conv_mode
-                for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, "0", watcher.seen):
+                tracker.template = asker.conv_mode
+                for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, "0", tracker.on_answer):
                     asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
-        watcher.close()
-        template = watcher.template
-        for place, number in sorted(watcher.failures):
-            name = repr(jobs[place].questions[number].id)
-            reason = watcher.failures[place, number]
-            faults[place].add(NOT_ASKED, "they count as wrong", f"{name}: {reason}")
+        tracker.close()
+        template = tracker.template
+        for index, number in sorted(tracker.failures):
+            name = repr(jobs[index].questions[number].id)
+            reason = tracker.failures[index, number]
+            faults[index].add(NOT_ASKED, "they count as wrong", f"{name}: {reason}")
     for log in logs:
         log.merge()
     return AskOutcome(faults, template)
 
 
-class _Watcher:
+class _ProgressTracker:
     """Counts answers and failures as they come, from this process or another."""
 
     def __init__(self, bars: Sequence[ProgressBar]) -> None:
@@ -100,7 +107,7 @@ class _Watcher:
         self._current: int | None = None
         self.template: str | None = None
 
-    def seen(self, job: int, number: int, failure: str | None) -> None:
+    def on_answer(self, job: int, number: int, failure: str | None) -> None:
         bar = self._bars[job]
         if self._current not in (None, job):
             self.close()
@@ -117,20 +124,20 @@ class _Watcher:
 
 
 def _open_jobs(
-    jobs: Sequence[TaskJob], missing: Sequence[Numbered], model_id: str, part: str, seen: Seen
+    jobs: Sequence[TaskJob], missing: Sequence[Numbered], model_id: str, part: str, on_answer: OnAnswer
 ) -> Iterator[tuple[TaskJob, Numbered, Done]]:
-    """Each job that has questions left, with these and what to call with an answer, while its part of the log is open."""
-    for place, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
+    """Yield jobs with open questions, these, and the function that takes an answer while the job's log is open."""
+    for index, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
         if not numbered:
             continue
         with AnswerLog(job.folder, job.questions, model_id).part(part) as writer:
 
-            def done(number: int, text: str | Failure, place: int = place, writer: PartWriter = writer) -> None:
+            def done(number: int, text: str | Failure, index: int = index, writer: PartWriter = writer) -> None:
                 if isinstance(text, Failure):
-                    seen(place, number, text.reason)
+                    on_answer(index, number, text.reason)
                 else:
                     writer.write_answer(number, text)
-                    seen(place, number, None)
+                    on_answer(index, number, None)
 
             yield job, numbered, done
 
@@ -138,59 +145,75 @@ def _open_jobs(
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def share(numbered: Sequence[tuple[int, Question]], index: int, count: int) -> list[tuple[int, Question]]:
-    """One of `count` parts of the questions, neighbours together since they are often about one image; none is lost."""
+def shard_of(numbered: Sequence[tuple[int, Question]], index: int, count: int) -> list[tuple[int, Question]]:
+    """Return one of `count` parts of the questions. Neighbours stay together, since they are often about one image."""
     start, stop = (len(numbered) * edge // count for edge in (index, index + 1))
     return list(numbered[start:stop])
 
 
+@dataclass(frozen=True)
+class ShardEvent:
+    """A message from a shard. `kind` is "template", "answer", "error" or "end"."""
+
+    kind: str
+    shard: int
+    text: str | None = None  # the template, the error, or why a question could not be asked
+    job: int = 0
+    number: int = 0
+
+
 def _ask_in_shards(
-    jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, watcher: _Watcher
+    jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, tracker: _ProgressTracker
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    news: Any = context.Queue()
+    events: Queue[ShardEvent] = context.Queue()
     workers = []
     for index in range(settings.shards):
-        parts = [share(found, index, settings.shards) for found in missing]
-        worker = context.Process(target=_shard, args=(index, jobs, parts, settings, news), daemon=True)
+        parts = [shard_of(found, index, settings.shards) for found in missing]
+        worker = context.Process(target=_shard, args=(index, jobs, parts, settings, events), daemon=True)
         worker.start()
         workers.append(worker)
     open_shards = set(range(len(workers)))
-    problem = None
+    error: str | None = None
     try:
         while open_shards:
             try:
-                kind, index, *rest = news.get(timeout=0.5)
+                event = events.get(timeout=0.5)
             except queue.Empty:
                 dead = [index for index in open_shards if not workers[index].is_alive()]
-                if dead and news.empty():
+                if dead and events.empty():
                     ended = workers[dead[0]].exitcode
                     how = f"signal {-ended}" if ended is not None and ended < 0 else f"exit status {ended}"
                     raise InputError(
-                        f"process {dead[0]} of {len(workers)} ended with {how} before it was through; what was answered is "
-                        "kept, and the same command goes on from there"
+                        f"process {dead[0]} of {len(workers)} ended with {how} before it was done; the answers so far are "
+                        "kept, and the same command continues from there"
                     ) from None
                 continue
-            if kind == "answer":
-                watcher.seen(*rest)
-            elif kind == "template":
-                watcher.template = rest[0]
+            if event.kind == "answer":
+                tracker.on_answer(event.job, event.number, event.text)
+            elif event.kind == "template":
+                tracker.template = event.text
+            elif event.kind == "error":
+                error = event.text
+                break
             else:
-                open_shards.discard(index)
-                problem = problem or (rest[0] if kind == "error" else None)
-                if problem is not None:
-                    break
+                open_shards.discard(event.shard)
     finally:
         for worker in workers:
-            if problem is not None or open_shards:
+            if open_shards:
                 worker.terminate()
             worker.join()
-    if problem is not None:
-        raise InputError(problem)
+    if error is not None:
+        raise InputError(error)
 
 
-def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, news: Any) -> None:
+def _shard(
+    index: int, jobs: Sequence[TaskJob], missing: Sequence[Numbered], settings: AskSettings, events: Queue[ShardEvent]
+) -> None:
     import torch
+
+    def on_answer(job: int, number: int, failure: str | None) -> None:
+        events.put(ShardEvent("answer", index, failure, job, number))
 
     try:
         model = settings.model
@@ -199,19 +222,18 @@ def _shard(index: int, jobs: Sequence[TaskJob], missing: Sequence[Numbered], set
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.shards))
         with Asker.open(model, settings.sampling, seed=settings.seed) as asker:
-            news.put(("template", index, asker.conv_mode))
-            seen: Seen = lambda *found: news.put(("answer", index, *found))  # noqa: E731
-            for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, f"{index}", seen):
+            events.put(ShardEvent("template", index, asker.conv_mode))
+            for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, f"{index}", on_answer):
                 asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
-        news.put(("end", index))
+        events.put(ShardEvent("end", index))
     except InputError as error:
-        news.put(("error", index, str(error)))
+        events.put(ShardEvent("error", index, str(error)))
     except KeyboardInterrupt:
-        news.put(("end", index))
+        events.put(ShardEvent("end", index))
 
 
 def num_shards(wanted: int | None) -> int:
-    """As many processes as were asked for, else one for each GPU."""
+    """Return the number of processes: `wanted`, or one for each GPU."""
     if wanted is not None:
         if wanted < 1:
             raise InputError(f"the number of shards is {wanted}; give 1 or more")

@@ -7,8 +7,10 @@ from pathlib import Path
 from llava.cli.program import closest
 from llava.errors import InputError
 from llava.eval.tasks import judged, mmbench, mme, mmmu, pope, qbench, scienceqa, seed, short, tiny
-from llava.eval.tasks.custom import task_from_file
+from llava.eval.tasks.custom import custom_task, task_from_file
 from llava.eval.tasks.task import Task
+
+__all__ = ["SUITES", "TASKS", "custom_task", "find_task", "find_tasks"]
 
 TASKS: dict[str, Task] = {
     task.name: task
