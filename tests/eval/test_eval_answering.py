@@ -50,28 +50,29 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every prompt that is turned into ids, with the ids; each once, since the first is also measured."""
-    import llava.mm_utils
-    import llava.text.tokenization
     from llava.conversation import Conversation
     from llava.processor import Processor
 
     seen: list[dict[str, Any]] = []
-    encode, whole = Processor.encode_ids, llava.mm_utils.tokenizer_image_token
+    encode, encode_ids = Processor.encode, Processor.encode_ids
+
+    def record(conversation: Any, ids: list[int]) -> None:
+        text = conversation.get_prompt() if isinstance(conversation, Conversation) else conversation
+        row = {"prompt": text, "ids": list(ids)}
+        seen.extend([] if row in seen else [row])
 
     def watched(self: Processor, conversation: Any, num_images: int) -> Any:
-        ids = encode(self, conversation, num_images)
-        text = conversation.get_prompt() if isinstance(conversation, Conversation) else conversation
-        made = {"prompt": text, "ids": list(ids)}
-        seen.extend([] if made in seen else [made])
+        ids, labels = encode(self, conversation, num_images)
+        record(conversation, ids)
+        return ids, labels
+
+    def watched_ids(self: Processor, conversation: Any, num_images: int) -> Any:
+        ids = encode_ids(self, conversation, num_images)
+        record(conversation, ids)
         return ids
 
-    def watched_whole(prompt: str, *args: Any, **options: Any) -> Any:
-        ids = whole(prompt, *args, **options)
-        seen.append({"prompt": prompt, "ids": ids.tolist()})
-        return ids
-
-    monkeypatch.setattr(Processor, "encode_ids", watched)
-    monkeypatch.setattr(llava.mm_utils, "tokenizer_image_token", watched_whole)
+    monkeypatch.setattr(Processor, "encode", watched)
+    monkeypatch.setattr(Processor, "encode_ids", watched_ids)
     return seen
 
 
@@ -135,7 +136,7 @@ def test_chunks_lose_nothing(num_items: int, num_chunks: int) -> None:
 
 def test_chunks_and_beams_give_the_answers_of_one_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched by the engine, in two chunks, and one by one through `generate`: the same greedy answers."""
-    from llava.eval.harness import client as asking
+    from llava.engine import selection
 
     assert run("loader", monkeypatch) == 0
     whole = kit.rows_of(workplace / "o/a.jsonl")
@@ -144,7 +145,7 @@ def test_chunks_and_beams_give_the_answers_of_one_run(workplace: Path, monkeypat
         assert run("loader", monkeypatch, "--num-chunks", "2", "--chunk-idx", index) == 0
         parts += kit.rows_of(workplace / "o/a.jsonl")
     assert parts == whole
-    monkeypatch.setattr(asking, "_engine_of", lambda loaded: None)
+    monkeypatch.setattr(selection, "unsupported_reason", lambda model: "this test wants model.generate")
     assert run("loader", monkeypatch) == 0
     assert kit.rows_of(workplace / "o/a.jsonl") == whole
 
