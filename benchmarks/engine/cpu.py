@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from llava.assets import embedded_model_path
-from llava.cli.bench import SHORT, Requests, memory_bandwidth
+from llava.cli.bench import SHORT, RandomRequests, memory_bandwidth
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
 from llava.engine.request import Request
@@ -55,7 +55,7 @@ def measure(name: str, sequences: Sequence[int], rounds: int, new: int, clock: C
     config = EngineConfig(weights=weights, prefix_cache=False, feature_cache_bytes=0)
     lines = []
     with Engine.from_loaded(ours, config) as engine:
-        draw = Requests(engine)
+        draw = RandomRequests(engine)
         decoder = engine._worker.runner.decoder
         for num in sequences:
             ways: dict[str, Callable[[list[Request]], Any]] = {"stock": partial(stock, plain), "ours": engine.generate}

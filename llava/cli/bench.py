@@ -1,8 +1,8 @@
-"""`llava bench`: how fast a model answers on this machine, beside what the memory allows.
+"""`llava bench`: measure the speed of a model on this machine, and compare it to the memory bandwidth.
 
-In: a model folder. Out: the time to a first token, and tokens per second for some numbers of sequences answered together,
-each with the rate at which the memory could feed them: a step reads all weights once, and each sequence's keys and values.
-The full comparison with other software is benchmarks/engine/gpu.py and benchmarks/engine/cpu.py, which measure by this code.
+In: a model folder. Out: time to first token, and tokens per second at several batch sizes, each with the limit that memory
+bandwidth sets: a step reads all weights once, and the keys and values of each sequence. The comparison with other software
+is benchmarks/engine/gpu.py and benchmarks/engine/cpu.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.model_flags import add_loading_flags, add_path_flag, find_model
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from llava.engine.engine import Engine
     from llava.engine.request import Request
 
@@ -33,20 +36,20 @@ examples:
   llava bench --json > figures.json
 """
 NUM_TEXT = 58  # tokens of a question
-SHORT = 8  # new tokens of the run whose time is taken away, so that prompts do not count as decoding
+SHORT = 8  # new tokens of the run whose time is subtracted, which leaves the time of decoding alone
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="llava bench",
-        description="Measure how fast a model answers on this machine, beside what the memory allows.",
+        description="Measure how fast a model answers on this machine, and compare it to what the memory allows.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
     add_path_flag(parser)
     add_loading_flags(parser)
     parser.add_argument("--weights", metavar="KIND", help="hold the weights as int8, fp8 or int4")
-    parser.add_argument("--sequences", default="1,8,64", metavar="N,...", help="answered together (default: 1,8,64)")
+    parser.add_argument("--sequences", default="1,8,64", metavar="N,...", help="batch sizes (default: 1,8,64)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="of which the median counts (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -80,7 +83,7 @@ def run(args: Namespace) -> None:
 
 
 def read_numbers(text: str) -> list[int]:
-    """Numbers from 1, separated by commas."""
+    """Parse numbers from 1, separated by commas."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
@@ -92,7 +95,7 @@ def read_numbers(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Rate:
-    """New tokens per second of so many sequences together, and the limit that the memory sets."""
+    """New tokens per second of a batch, and the limit that memory bandwidth sets."""
 
     num_sequences: int
     tokens_per_s: float
@@ -100,7 +103,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     device: str
     weights: str
     weight_bytes: int
@@ -110,9 +113,9 @@ class Report:
     rates: list[Rate]
 
 
-def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int) -> Report:
-    draw = Requests(engine)
-    result = engine.generate(draw(1))  # compiles and warms what there is to
+def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int) -> BenchReport:
+    draw = RandomRequests(engine)
+    result = engine.generate(draw(1))  # compiles kernels and captures graphs
     num_prompt = result.usage.num_prompt_tokens
     decoder = engine._worker.runner.decoder
     bandwidth = memory_bandwidth(decoder.device)
@@ -123,7 +126,7 @@ def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int
 
     first = statistics.median(seconds(engine, [draw(1)]) for _ in range(max(runs, 3)))
     rates = [Rate(num, decode_rate(engine, draw, num, new_tokens, runs), limit(num)) for num in sequences]
-    return Report(
+    return BenchReport(
         device=device_name(decoder.device),
         weights=engine.config.weights or str(decoder.dtype).removeprefix("torch."),
         weight_bytes=decoder.weight_bytes,
@@ -134,8 +137,8 @@ def measure(engine: Engine, sequences: Sequence[int], new_tokens: int, runs: int
     )
 
 
-class Requests:
-    """Questions nobody has asked before: random words, and an image of random pixels where the model has a tower."""
+class RandomRequests:
+    """Make requests that no cache holds: random tokens, and an image of random pixels where the model has a tower."""
 
     def __init__(self, engine: Engine) -> None:
         import numpy as np
@@ -156,11 +159,11 @@ class Requests:
         if self._side is None:
             return Request(words, sampling=params)
         pixels = self._draw.integers(0, 256, (self._side, self._side, 3), dtype=np.uint8)
-        return Request([*words[:4], -200, *words[4:]], [Image.fromarray(pixels)], params)
+        return Request([*words[:4], IMAGE_TOKEN_INDEX, *words[4:]], [Image.fromarray(pixels)], params)
 
 
 def decode_rate(engine: Engine, draw: Callable[[int], Request], num: int, new_tokens: int, runs: int) -> float:
-    """Tokens per second between the short answers' end and the long ones'."""
+    """Return new tokens per second, from the difference of long and short answers."""
     long, short = (
         statistics.median(seconds(engine, [draw(new) for _ in range(num)]) for _ in range(runs))
         for new in (SHORT + new_tokens, SHORT)
@@ -174,8 +177,8 @@ def seconds(engine: Engine, requests: Sequence[Request]) -> float:
     return time.perf_counter() - started
 
 
-def memory_bandwidth(device: Any) -> float:
-    """Bytes per second: of a large copy on a GPU (read and written), of a large sum on a CPU (read)."""
+def memory_bandwidth(device: torch.device) -> float:
+    """Measure bytes per second: of a large copy on a GPU (read and written), of a large sum on a CPU (read)."""
     import torch
 
     buffer = torch.ones(2**28 if device.type == "cuda" else 2**25, dtype=torch.float32, device=device)
@@ -192,7 +195,7 @@ def memory_bandwidth(device: Any) -> float:
     return buffer.nbytes * (1 if target is None else 2) / min(times)
 
 
-def device_name(device: Any) -> str:
+def device_name(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
@@ -200,7 +203,7 @@ def device_name(device: Any) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def as_table(report: Report) -> str:
+def as_table(report: BenchReport) -> str:
     lines = [
         f"{report.device}: {report.weight_bytes / 1e6:,.0f} MB of {report.weights} weights to read for each step, "
         f"{report.bandwidth_bytes_per_s / 1e9:,.1f} GB/s measured",

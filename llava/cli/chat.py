@@ -1,7 +1,7 @@
 """`llava chat`: ask a model about images, once or in a conversation.
 
-In: images, a question or typed lines, flags. Out: answers on stdout as they are written, everything else on stderr. The
-conversation itself is session.py; what a terminal needs is terminal.py; the way to the model is engine/.
+In: images, a question or typed lines, flags. Out: answers on stdout, streamed; everything else on stderr. The conversation is
+in session.py, input and output in terminal.py, generation in engine/.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(args: Namespace) -> int:
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     limits = ImageLimits(timeout_s=args.image_timeout, allow_private_hosts=args.allow_private_hosts)
-    # What can be refused without torch is refused now.
+    # Check all that needs no torch before it is loaded.
     images = [LoadedImage.open(source, limits) for source in sources]
     if question is not None:
         check_question(question, len(images))
@@ -121,25 +121,23 @@ def run(args: Namespace) -> int:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Leading images and the question after them; "-" for the question reads it from stdin."""
-    num_images = next((place for place, word in enumerate(words) if not looks_like_image(word)), len(words))
+    """Split words into leading images and the question after them; the question "-" is read from stdin."""
+    num_images = next((index for index, word in enumerate(words) if not looks_like_image(word)), len(words))
     sources, rest = list(words[:num_images]), " ".join(words[num_images:]).strip()
     if rest == "-":
         rest = sys.stdin.read().strip()
         if not rest:
-            raise InputError("the question was to come from stdin (-), and nothing came")
+            raise InputError("the question was to be read from stdin (-), which is empty")
     return sources, rest or None
 
 
 def looks_like_image(word: str) -> bool:
-    """A URL, a file that exists, or a name that ends like an image's (which then gets its own complaint)."""
-    if URL.match(word):
-        return True
-    if word.lower().endswith(IMAGE_SUFFIXES):
+    """Return whether a word is a URL, an existing file, or has an image's suffix (where a missing file is then reported)."""
+    if URL.match(word) or word.lower().endswith(IMAGE_SUFFIXES):
         return True
     try:
         return Path(word).is_file()
-    except (OSError, ValueError):  # a question too long, or too odd, for a file name
+    except (OSError, ValueError):  # a question that cannot be a file name
         return False
 
 
@@ -159,7 +157,7 @@ def load_model(args: Namespace) -> LoadedModel:
 
 
 class Chat:
-    """A session, a terminal, and what the flags say about showing answers."""
+    """A conversation at a terminal: a session, and how its answers are shown."""
 
     def __init__(
         self, session: Session, terminal: Terminal, args: Namespace, limits: ImageLimits, *, load_s: float
@@ -171,7 +169,7 @@ class Chat:
         self.load_s = load_s
 
     def converse(self) -> int:
-        """Every line a question or a command, until the input ends. A line that cannot work is told and passed over."""
+        """Handle lines until the input ends. An error in one is printed, and the next one is read."""
         if self.terminal.interactive:
             num_images = len(self.session.waiting)
             self.terminal.info(
@@ -180,19 +178,19 @@ class Chat:
         status = 0
         for line in self.terminal.lines():
             try:
-                if not self.obey(line.strip()):
+                if not self.handle(line.strip()):
                     break
             except InputError as error:
                 self.terminal.error(error)
                 status = 0 if self.terminal.interactive else EXIT_BAD_INPUT
-            except KeyboardInterrupt:  # outside of an answer: a slow download, say
+            except KeyboardInterrupt:  # outside of an answer, as in a slow download
                 if not self.terminal.interactive:
                     raise
                 self.terminal.info("stopped")
         return status
 
-    def obey(self, line: str) -> bool:
-        """Do what one line says; False ends the conversation."""
+    def handle(self, line: str) -> bool:
+        """Answer a question or run a command; False ends the conversation."""
         if not line:
             return True
         if not line.startswith("/"):
@@ -209,11 +207,11 @@ class Chat:
         sources = [image.source for image in self.session.waiting]
         handle = self.session.ask(question)
         if self.args.verbose:
-            size, room = handle.size, handle.max_new_tokens
+            size, max_new_tokens = handle.size, handle.max_new_tokens
             self.terminal.info(f"prompt: {self.session.conversation(question).get_prompt()!r}")
             self.terminal.info(
-                f"{size.num_text_tokens} text and {size.num_image_tokens} image tokens; at most {room} new ones"
-                + (" (all that the context holds)" if room < self.args.max_new_tokens else "")
+                f"{size.num_text_tokens} text and {size.num_image_tokens} image tokens; at most {max_new_tokens} new ones"
+                + (" (all that the context holds)" if max_new_tokens < self.args.max_new_tokens else "")
             )
         result = show(handle, (lambda text: None) if self.args.json else self.terminal.write)
         self.terminal.write((self.as_json(question, sources, result) if self.args.json else "") + "\n")
@@ -251,7 +249,7 @@ class Chat:
         )
 
 
-# What a line that begins with a slash does. Each takes the rest of the line; False ends the conversation.
+# The commands. Each gets the rest of the line; False ends the conversation.
 
 
 def _image(chat: Chat, argument: str) -> bool:

@@ -82,7 +82,7 @@ def find_model(path: str | None) -> str:
 
 
 def choose_conv_mode(given: str | None, inferred: str) -> str:
-    """The template asked for, with a warning where the model itself implies another one, which is the default."""
+    """Return the given template, else the one that the model implies; warn where they differ."""
     if given is not None and given != inferred:
         print(
             f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"

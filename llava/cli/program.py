@@ -1,8 +1,8 @@
-"""What every program of this package does alike: parse flags, run, and end with one sentence and the right exit status.
+"""Argument parsing, error messages and exit statuses of all programs.
 
-In: a function and its arguments. Out: an exit status. 0: done. 2: the user gave something that cannot work, told in one
-sentence on stderr, which begins with the name by which the user called the program. 130: interrupted. 141: the reader of
-our output went away. Any other exception is our own fault and keeps its traceback. Nothing here imports torch.
+In: a function and its arguments. Out: an exit status. 0: done. 2: wrong input, described in one line on stderr that begins
+with the program's name as the user called it. 130: interrupted. 141: the reader of stdout is gone. Any other exception is
+a bug and keeps its traceback. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ EXIT_BROKEN_PIPE = 141
 
 
 def called_as(name: str) -> str:
-    """The name by which the user called a program: `name`, unless Python itself was told to run a module of this package.
+    """Return the name by which the user called a program.
 
-    `name` is that of the `llava` command (`llava eval score`), or of a program that has no command. Run as a module or as a
-    file, the former is `python -m llava.eval.harness.main score` or `eval/harness/main.py score`.
+    Args:
+        name: the `llava` command, as `llava eval score`, or a program that has no command.
+
+    Returns:
+        `name`, or where a module or a file of this package was run, `python -m llava.eval.harness.main score` or
+        `main.py score`.
     """
     main = sys.modules.get("__main__")
     file = os.path.abspath(getattr(main, "__file__", None) or "")
@@ -37,57 +41,57 @@ def called_as(name: str) -> str:
     return " ".join([f"python -m {spec.name}" if spec else os.path.basename(file), *words])
 
 
-def run_program(function: Callable[..., int | None], *args: Any, name: str) -> int:
-    """Call `function` and turn what ends it into an exit status; None counts as 0. `name` begins what is said on stderr."""
+def run_program(function: Callable[..., int | None], *args: object, name: str) -> int:
+    """Call `function`, and return its exit status or that of the exception; None counts as 0. `name` begins error lines."""
     try:
         status = function(*args) or 0
-        sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
         return status
     except InputError as error:
         return print_error(str(error), name=name)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends, and would complain then.
+        # The interpreter flushes stdout once more at its end, which would print a warning.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
 
 
-def print_error(sentence: str, *, name: str) -> int:
-    """Write the one line that a user reads about what they gave, whatever line breaks it came with."""
-    print(f"{name}: error: {' '.join(sentence.split())}", file=sys.stderr)
+def print_error(message: str, *, name: str) -> int:
+    """Print an error as one line on stderr, and return the exit status for wrong input."""
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
 def closest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` when something known is spelled like `word`, else nothing."""
+    """Return `; did you mean 'x'?` where a known word is spelled like `word`, else an empty string."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, with the known flag that an unknown one resembles.
+    """argparse with errors of one line, which suggest the flag that an unknown one resembles.
 
-    Words and flags may come in any order. `prog` is what `called_as` takes, and the name in every line of `--help` and of
-    errors, those of the run included.
+    Words and flags may come in any order. `prog` is the argument of `called_as`, whose result is the program's name in
+    `--help` and in errors.
     """
 
     def __init__(self, *, prog: str, **settings: Any) -> None:
         super().__init__(prog=called_as(prog), **settings)
 
-    def run(self, function: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> int:
-        """Call `function` on the parsed words (`sys.argv` without any) and turn what ends it into an exit status."""
+    def run(self, function: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
+        """Parse `argv`, else `sys.argv`, call `function` on the result, and return the exit status."""
         return run_program(function, self.parse_args(argv), name=self.prog)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # a namespace of another type is not used here
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else list(args)
-        words_only = (
-            args.index("--") if "--" in args else len(args)
-        )  # what follows "--" is no flag, whatever it looks like
-        args, plain = args[:words_only], args[words_only + 1 :]
-        # Before anything else: a misspelt flag is the reason for most other complaints.
+        end = args.index("--") if "--" in args else len(args)
+        args, plain = args[:end], args[end + 1 :]  # no word after "--" is a flag
+        # First of all: a misspelt flag causes most other errors.
         for word in args:
-            if word.startswith("--") and not self._flags_meant(word):
+            if word.startswith("--") and not self._matching_flags(word):
                 self._refuse(word)
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
@@ -100,8 +104,8 @@ class ArgumentParser(argparse.ArgumentParser):
             setattr(parsed, many.dest, [*getattr(parsed, many.dest), *plain])
         return parsed
 
-    def _flags_meant(self, word: str) -> list[str]:
-        """The long flags that a word may mean: itself, or those that it begins."""
+    def _matching_flags(self, word: str) -> list[str]:
+        """Return the long flags that a word may stand for: itself, or those that it begins."""
         flag = word.partition("=")[0]
         known = self._long_flags()
         return [flag] if flag in known else [option for option in known if option.startswith(flag)]
@@ -114,7 +118,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
         known = self._long_flags()
-        # People mix up hyphens and underlines more than letters.
+        # Hyphens and underscores are mixed up more often than letters.
         same = [option for option in known if option.replace("-", "_") == flag.replace("-", "_")]
         hint = f"; did you mean {same[0]!r}?" if same else closest(flag, known)
         self.error(f"unknown flag {flag!r}{hint}")

@@ -1,17 +1,17 @@
-"""Make a program's first second count: the imports between its start and its first token, cut to what they must be.
+"""Faster imports of torch and transformers, for programs.
 
-In: nothing. Out: the same modules that plain imports give, sooner. `prepare()` is called as early as possible, and works
-on while arguments are parsed and images are read; `quick_imports()` wraps the block that imports and loads the model.
-Only programs use this, those that answer questions and `llava train`; the package as a library imports as usual.
+In: nothing. Out: the same modules as by plain imports, sooner. `prepare()` is called as early as possible and works in the
+background while arguments are parsed and images are read; `quick_imports()` wraps the block that imports and loads the model.
+Only programs use this; the package as a library imports as usual.
 
-What it changes, each measured on two cores with torch 2.13 and transformers 5.23, where plain imports take 4.4 s:
+The changes, measured on two cores with torch 2.13 and transformers 5.23, where plain imports take 4.4 s:
 
-- no garbage collection while thousands of modules are built (-1.0 s): nothing that an import builds is garbage;
-- `torch._dynamo` is entered at its first use (-0.5 s): transformers imports the compiler for a few marks on functions;
-- `bitsandbytes`, which PEFT imports and which enters the compiler, at its first use (-2 s for `llava train`, of 9);
+- no garbage collection during imports (-1.0 s), which create no garbage;
+- `torch._dynamo` is executed at its first use (-0.5 s): transformers imports the compiler for a few decorators;
+- `bitsandbytes`, which PEFT imports and which imports the compiler, at its first use (-2 s of 9 for `llava train`);
 - transformers lists its own model files once instead of twice (-0.3 s);
-- the shared library of torch is mapped by a thread while Python works (-0.2 s);
-- threads that wait for each other sleep soon rather than spin, which on busy cores costs a second of loading.
+- a thread maps the shared library of torch meanwhile (-0.2 s);
+- waiting OpenMP threads sleep soon instead of spinning, which on busy cores costs a second of loading.
 """
 
 from __future__ import annotations
@@ -28,61 +28,63 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def prepare() -> None:
-    """Settings that torch reads when it is loaded, and its CPU library mapped in the background where that is simple."""
+    """Set variables that torch reads when it is imported, and map its CPU library in the background where that is simple."""
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return
-    if "OMP_WAIT_POLICY" not in os.environ:  # a user who has tuned this knows better
+    if "OMP_WAIT_POLICY" not in os.environ:  # do not override a setting of the user
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     spec = importlib.util.find_spec("torch")
-    for place in (spec and spec.submodule_search_locations) or ():
-        folder = Path(place) / "lib"
-        # A CUDA build finds its libraries in an order that `import torch` arranges; leave that to it.
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location) / "lib"
+        # `import torch` of a CUDA build loads its libraries in an order of its own.
         if (folder / "libtorch_cpu.so").is_file() and not (folder / "libtorch_cuda.so").exists():
-            # No daemon: a program that ends early must not end in the middle of this.
+            # No daemon: the program must not end while the library is being mapped.
             threading.Thread(target=_map_library, args=(folder / "libtorch_cpu.so",)).start()
 
 
 def _map_library(path: Path) -> None:
-    with suppress(OSError):  # `import torch` will meet the same trouble, and explains it better
+    with suppress(OSError):  # `import torch` will raise the same error, with an explanation
         ctypes.CDLL(str(path))
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Within the block, import torch and transformers the short way. Leaves the garbage collector on, as it was."""
+    """Shorten imports of torch and transformers within the block. The garbage collector is restored at its end."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        import transformers  # noqa: F401  # needs no torch, so it is read while the thread maps torch's library
+        import transformers  # noqa: F401  # needs no torch: imported while the thread maps torch's library
 
         with _compiler_deferred(), _models_listed_once():
-            defer("bitsandbytes")  # whose body runs the compiler's
+            defer("bitsandbytes")  # which imports the compiler
             yield
     finally:
-        gc.freeze()  # What is alive now stays alive until the end: later collections need not look at it again.
+        gc.freeze()  # objects that exist now live until the end; later collections skip them
         if collecting:
             gc.enable()
 
 
 @contextmanager
 def _compiler_deferred() -> Iterator[None]:
-    """Keep the body of `torch._dynamo` for its first use; marks put on functions within the block are made up for then."""
+    """Execute `torch._dynamo` at its first use; its decorators used within the block are applied then."""
     import torch
 
-    lazy_disable = getattr(torch, "_disable_dynamo", None)  # torch's own way to mark a function without the compiler
+    lazy_disable = getattr(torch, "_disable_dynamo", None)  # torch's own decorator that does not import the compiler
     if lazy_disable is None:
         yield
         return
 
-    def disable(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+    def disable(fn: object = None, recursive: bool = True, *, reason: str | None = None) -> object:
         return lazy_disable(fn, recursive)
 
-    # What transformers asks for while it is imported. Any other name or submodule runs the body at once, so another
-    # transformers is at worst slower here and never wrong.
+    # The names that transformers uses while it is imported. Any other name or submodule executes the package at once, so
+    # another version of transformers is at worst slower.
     defer(
         "torch._dynamo",
         marks=("assume_constant_result", "allow_in_graph"),
@@ -96,10 +98,12 @@ def _compiler_deferred() -> Iterator[None]:
 
 
 def defer(name: str, *, marks: Sequence[str] = (), free: Sequence[str] = ()) -> None:
-    """Register a package and leave its body for later, unless it is imported already.
+    """Register a package whose code is executed at its first use, unless it is imported already.
 
-    The body runs when anything is asked of the package but one of `marks` (decorators that return their function and are
-    applied again when the body has run) or one of the submodules `free`, which do not need the body.
+    Args:
+        name: of the package.
+        marks: decorators that do not count as a use. They return their function, and are applied when the code has run.
+        free: submodules that do not count as a use, since they do not need the package's code.
     """
     if name in sys.modules:
         return
@@ -109,10 +113,10 @@ def defer(name: str, *, marks: Sequence[str] = (), free: Sequence[str] = ()) -> 
     module = _DeferredPackage(name)
     module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
     module.__path__, module.__package__ = list(spec.submodule_search_locations), name
-    marked: list[tuple[str, Any]] = []
+    marked: list[tuple[str, Callable[..., object]]] = []
 
-    def marker(mark: str) -> Callable[[Any], Any]:
-        def apply(function: Any) -> Any:
+    def marker(mark: str) -> Callable[[F], F]:
+        def apply(function: F) -> F:
             marked.append((mark, function))
             return function
 
@@ -127,23 +131,23 @@ def defer(name: str, *, marks: Sequence[str] = (), free: Sequence[str] = ()) -> 
 
 
 class _DeferredPackage(types.ModuleType):
-    """A package whose own body runs once, at the first name it lacks or the first submodule that needs it."""
+    """A package whose code is executed at the first missing name or the first submodule that needs it."""
 
     _lock = threading.RLock()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # import machinery probing; a body is never run for that
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # probed by the import system, which is no use
             raise AttributeError(name)
         run_body(self)
         return getattr(self, name)
 
 
 def run_body(module: types.ModuleType) -> None:
-    """Run what `defer` left for later; nothing if that has happened."""
+    """Execute a deferred package; nothing if that has happened."""
     with _DeferredPackage._lock:
         if type(module) is not _DeferredPackage:
             return
-        module.__class__ = types.ModuleType  # type: ignore[assignment]  # first: the body imports its own package
+        module.__class__ = types.ModuleType  # type: ignore[assignment]  # first, since the code imports its own package
         spec = module.__spec__
         if spec is not None and spec.loader is not None:  # always; `defer` made sure
             spec.loader.exec_module(module)
@@ -152,7 +156,7 @@ def run_body(module: types.ModuleType) -> None:
 
 
 class _SubmoduleWatch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Runs a deferred body before any of its submodules is imported, since the submodules rely on the body's order."""
+    """Executes a deferred package before any of its submodules is imported, which rely on that order."""
 
     def __init__(self, package: types.ModuleType, free: tuple[str, ...]):
         self._package, self._free = package, free
@@ -165,8 +169,8 @@ class _SubmoduleWatch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         found = sys.modules.get(fullname)
         if found is None:
             return None
-        # The body has imported the very module that is being asked for: hand that one out, never a second copy. The
-        # import system prefers the spec that it finds on the module to the one returned here, so they are the same.
+        # The package's code has imported this module: return that one, not a second copy. The import system prefers the
+        # spec on the module to the one returned here, so both are the same.
         self._found_spec, found.__spec__ = found.__spec__, ModuleSpec(fullname, self)
         return found.__spec__
 
@@ -179,7 +183,7 @@ class _SubmoduleWatch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def _models_listed_once() -> Iterator[None]:
-    """Let `transformers.models` reuse the list that `transformers` made of the same folder when it was imported."""
+    """Let `transformers.models` reuse the listing of its folder that `transformers` made when it was imported."""
     from transformers.utils import import_utils
 
     original = getattr(import_utils, "define_import_structure", None)
@@ -187,7 +191,7 @@ def _models_listed_once() -> Iterator[None]:
         yield
         return
 
-    def reuse(module_path: str, prefix: str | None = None) -> Any:
+    def reuse(module_path: str, prefix: str | None = None) -> object:
         path = Path(module_path)
         if prefix is None and path.parts[-3:] == ("transformers", "models", "__init__.py"):
             listed = original(path.parent, prefix="models")

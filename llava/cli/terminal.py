@@ -10,9 +10,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.cli.colors import RESET, Colors, style_code, wants_colors
 from llava.errors import InputError
@@ -77,14 +77,14 @@ class Terminal:
 
 
 def show(handle: RequestHandle, write: Callable[[str], None]) -> Result:
-    """Write an answer as it comes. Ctrl-C cancels the answer, after the token being computed, and not the program."""
+    """Write an answer as it is generated, and return its result. Ctrl-C aborts the answer and not the program."""
     with handle:
         try:
             for chunk in handle:
                 write(chunk.text)
         except KeyboardInterrupt:
             handle.abort()
-            for chunk in handle:  # what had come before the stop
+            for chunk in handle:  # text generated before that
                 write(chunk.text)
         result: Result = handle.result()
         return result
@@ -99,28 +99,22 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-class _line_history:
-    """Line editing and history, kept between sessions where the system has readline."""
-
-    def __init__(self) -> None:
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        self._file = Path(state) / "llava" / "history"
-        self._readline: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            import readline
-        except ImportError:  # Windows
-            return
-        self._readline = readline
-        readline.set_history_length(1000)
-        with suppress(OSError):  # the first session, or an unreadable file: the history starts empty
-            readline.read_history_file(self._file)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._readline is None:
-            return
+@contextmanager
+def _line_history() -> Iterator[None]:
+    """Edit and recall typed lines within the block; they are kept between sessions. Nothing without readline."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    file = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "llava" / "history"
+    readline.set_history_length(1000)
+    with suppress(OSError):  # the first session, or an unreadable file: the history starts empty
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
         with suppress(OSError):  # an unwritable folder: no history next time
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._readline.write_history_file(self._file)
-            self._file.chmod(0o600)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+            file.chmod(0o600)
