@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation_templates import DEFAULT_NAME, NAMES, TEMPLATES
@@ -23,6 +23,8 @@ from llava.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Message: TypeAlias = str | tuple[str, Image, str] | None
 
 _PAD_COLOUR = (122, 116, 104)  # the mean colour of CLIP's training images
 
@@ -70,7 +72,7 @@ class Conversation:
     version: str = "Unknown"
     skip_next: bool = False
 
-    def append_message(self, role: str, message: Any) -> None:
+    def append_message(self, role: str, message: Message) -> None:
         self.messages.append([role, message])
 
     def get_prompt(self) -> str:
@@ -197,7 +199,7 @@ class Conversation:
         return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _text_of(message: Any) -> str | None:
+def _text_of(message: Message) -> str | None:
     return message[0] if isinstance(message, tuple) else message
 
 

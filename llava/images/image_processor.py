@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from llava.errors import InputError
 from llava.files import read_json
@@ -20,6 +20,10 @@ from llava.images.io import to_rgb
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+    from transformers import PreTrainedConfig
+
+    ImageInput: TypeAlias = Image.Image | np.ndarray
+    VisionConfig: TypeAlias = PreTrainedConfig | Mapping[str, Any]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,9 +85,9 @@ class ImageProcessor(Protocol):
     @property
     def image_std(self) -> Sequence[float]: ...
 
-    def __call__(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> Mapping[str, Any]: ...
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> PixelBatch: ...
 
-    def preprocess(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> Mapping[str, Any]: ...
+    def preprocess(self, images: Sequence[Image.Image], return_tensors: str | None = None) -> PixelBatch: ...
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -130,7 +134,7 @@ class ClipImageProcessor:
     # -- configuration ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> ClipImageProcessor:
+    def from_dict(cls, config: Mapping[str, Any], **overrides: object) -> ClipImageProcessor:
         """Read a parsed `preprocessor_config.json`, sizes as numbers (old files) or as dicts (new ones)."""
         values = {key: value for key, value in {**config, **overrides}.items() if value is not None}
         kind = _known_class(values.pop("image_processor_type", None) or values.pop("feature_extractor_type", None))
@@ -146,7 +150,7 @@ class ClipImageProcessor:
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
 
     @classmethod
-    def from_vision_config(cls, config: Any) -> ClipImageProcessor:
+    def from_vision_config(cls, config: VisionConfig) -> ClipImageProcessor:
         """Make the usual processor for a vision tower of which only the config (object or dict) is known."""
         values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         values = values.get("vision_config") or values
@@ -162,7 +166,9 @@ class ClipImageProcessor:
         return cls.from_dict({"image_processor_type": kind, "size": side, "crop_size": side})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, vision_config: Any = None, **overrides: Any) -> ClipImageProcessor:
+    def from_pretrained(
+        cls, folder: str | Path, *, vision_config: VisionConfig | None = None, **overrides: object
+    ) -> ClipImageProcessor:
         """Read the processor of a model folder.
 
         Args:
@@ -194,7 +200,7 @@ class ClipImageProcessor:
         own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
         return json.loads(json.dumps({**self.extra, **own}))  # a copy that shares no dict with this object
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> list[str]:
+    def save_pretrained(self, folder: str | Path, **_: object) -> list[str]:
         """Write `preprocessor_config.json` into a folder, which is created where it is absent."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -209,7 +215,9 @@ class ClipImageProcessor:
 
     # -- pixels -------------------------------------------------------------------------------------------------------
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> PixelBatch:
+    def preprocess(
+        self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = None, **overrides: object
+    ) -> PixelBatch:
         """Make the pixels of one image or of several.
 
         Args:
@@ -244,19 +252,19 @@ class ClipImageProcessor:
 
     __call__ = preprocess
 
-    def _overridden(self, overrides: dict[str, Any]) -> ClipImageProcessor:
+    def _overridden(self, overrides: Mapping[str, object]) -> ClipImageProcessor:
         known = {item.name for item in fields(self)} - {"extra", "image_processor_type"}
         unknown = set(overrides) - known
         if unknown:
             raise InputError(f"an image processor has no option {min(unknown)!r}; known: {', '.join(sorted(known))}.")
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         if "size" in given:
             given["size"] = _size_dict(given["size"], exact="shortest_edge" not in self.size)
         if "crop_size" in given:
             given["crop_size"] = _size_dict(given["crop_size"], exact=True)
         return replace(self, **given)
 
-    def _pixels(self, image: Any, table: np.ndarray) -> np.ndarray:
+    def _pixels(self, image: ImageInput, table: np.ndarray) -> np.ndarray:
         """One image as an array (3, height, width)."""
         import numpy as np
 
@@ -294,7 +302,7 @@ class ClipImageProcessor:
         return values
 
 
-def _as_rgb(image: Any, *, convert: bool) -> Image.Image:
+def _as_rgb(image: ImageInput, *, convert: bool) -> Image.Image:
     """Convert a Pillow image of any mode, or a uint8 array (H, W), (H, W, 3) or (3, H, W), to RGB."""
     from PIL import Image
 
@@ -305,7 +313,7 @@ def _as_rgb(image: Any, *, convert: bool) -> Image.Image:
     return to_rgb(image)
 
 
-def _hwc(image: Any) -> np.ndarray:
+def _hwc(image: np.ndarray) -> np.ndarray:
     import numpy as np
 
     array = np.asarray(image)
@@ -320,7 +328,7 @@ def _hwc(image: Any) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _image_list(images: Any) -> list[Any]:
+def _image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
     """List one image or many; an array of four dimensions holds many (the frames of a video)."""
     if isinstance(images, (list, tuple)):
         return list(images)
@@ -353,22 +361,22 @@ def resized(size: tuple[int, int], wanted: Mapping[str, int]) -> tuple[int, int]
     return (wanted["shortest_edge"], long) if size[0] <= size[1] else (long, wanted["shortest_edge"])
 
 
-def _size_dict(value: Any, *, exact: bool) -> dict[str, int]:
+def _size_dict(value: object, *, exact: bool) -> dict[str, int]:
     """Read a size as files spell it: 336, [336, 336] (height first), or a dict."""
     if isinstance(value, Mapping):
         return {key: side for key, side in value.items() if side is not None}
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         return {"height": value[0], "width": value[1]}
-    if _are_sides([value]):
+    if isinstance(value, int) and _are_sides([value]):
         return {"height": value, "width": value} if exact else {"shortest_edge": value}
     raise InputError(f"size {value!r} of an image processor is not a number, a pair or a dict.")
 
 
-def _output_side(size: Any) -> int | None:
+def _output_side(size: object) -> int | None:
     return size.get("shortest_edge") if isinstance(size, Mapping) else None
 
 
-def _are_sides(values: Iterable[Any]) -> bool:
+def _are_sides(values: Iterable[object]) -> bool:
     return all(type(value) is int and value > 0 for value in values)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, overload
 
 import sentencepiece
-from transformers.tokenization_python import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
 
 from llava.errors import InputError
 
@@ -69,7 +69,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         add_bos_token: bool = True,
         add_eos_token: bool = False,
         sp_model_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         self.vocab_file = os.fspath(vocab_file)
         self.legacy = legacy is None or legacy
@@ -112,10 +112,10 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
 
     # The library's object is rebuilt from the model's bytes, so that data-loader workers and copies get their own.
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start_processor()
 
@@ -129,8 +129,8 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
 
     # Encoding
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [piece.token for piece in self.pieces(text, split_special_tokens=kwargs.get("split_special_tokens"))]
+    def tokenize(self, text: str, split_special_tokens: bool | None = None, **_: object) -> list[str]:
+        return [piece.token for piece in self.pieces(text, split_special_tokens=split_special_tokens)]
 
     def pieces(self, text: str, *, split_special_tokens: bool | None = None) -> list[SentencePiece]:
         """Cut a text into tokens (without <s> and </s> around it), each with its offsets."""
@@ -304,7 +304,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """Decode ids. Tokens added to the vocabulary are written with spaces around them, as version 4 did."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
@@ -361,7 +361,11 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, filename_prefix: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: object,
+        filename_prefix: str | None = None,
+        **kwargs: object,
     ) -> tuple[str, ...]:
         """Write the files that every release of transformers reads, under the class name that it knows."""
         files = super().save_pretrained(save_directory, *args, filename_prefix=filename_prefix, **kwargs)

@@ -129,7 +129,7 @@ def _choose_loader(folder: Path) -> Callable[..., Tokenizer]:
 
 
 def _load_tokenizer_json(folder: str, **options: object) -> Tokenizer:
-    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     # Version 5 ignores this setting of a file unless asked not to; earlier versions obeyed it.
     if _tokenizer_config(Path(folder)).get("clean_up_tokenization_spaces"):
