@@ -25,6 +25,7 @@ from llava.model.checkpoints.inspect import (
     PROJECTOR_INFIX,
     TOWER_INFIX,
     CheckpointInfo,
+    folders_of,
     inspect,
     tower_headers,
 )
@@ -93,8 +94,7 @@ class _Folder:
         name = self.settings.vision.tower if self.settings else None
         if name is None or name == OWN_FOLDER:
             return None
-        folders = [self.folder, *([self.base.folder] if self.base is not None else [])]
-        found = (find_vision_tower(name, checkpoint_folder=home) for home in folders)
+        found = (find_vision_tower(name, checkpoint_folder=folder) for folder in folders_of(self.info, self.base))
         return next((place for place in found if place is not None), None)
 
     def _tower_config(self) -> dict[str, Any]:
@@ -244,8 +244,7 @@ class _Folder:
         return template_name(self.values, name, uses_chatml=self._uses_chatml())
 
     def _tokenizer_folder(self) -> Path | None:
-        folders = [self.folder, *([self.base.folder] if self.base is not None else [])]
-        return next((home for home in folders if holds_tokenizer(home)), None)
+        return next((folder for folder in folders_of(self.info, self.base) if holds_tokenizer(folder)), None)
 
     def _uses_chatml(self) -> bool:
         home = self._tokenizer_folder()

@@ -24,7 +24,7 @@ from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
-from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo
+from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.config import LlavaSettings
@@ -93,6 +93,12 @@ class Source:
     def policy(self) -> ImagePolicy:
         return self.model.image_policy()
 
+    def require_supported(self, layout: str, unsupported: Mapping[str, bool]) -> None:
+        """Raise an `InputError` for the first feature of `unsupported` that this checkpoint has."""
+        feature = next((feature for feature, is_there in unsupported.items() if is_there), None)
+        if feature is not None:
+            raise InputError(f"the {layout} layout cannot express {feature}, which {self.folder} has")
+
     # Tensors
 
     @cached_property
@@ -139,8 +145,9 @@ class Source:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        folders = [self.folder / ORIGINAL_FILES, self.folder] if self.is_restored else [self.folder]
-        folders += [self.meta_model.base.folder] if self.meta_model.base is not None else []
+        folders = folders_of(self.info, self.meta_model.base)
+        if self.is_restored:
+            folders.insert(0, self.folder / ORIGINAL_FILES)
         found = next((folder for folder in folders if holds_tokenizer(folder)), None)
         if found is None:
             raise InputError(
@@ -169,8 +176,7 @@ class Source:
             self.tokenizer.save_pretrained(target)
 
     def copy_generation_config(self, target: Path) -> None:
-        folders = [self.folder] + ([self.meta_model.base.folder] if self.meta_model.base is not None else [])
-        for folder in folders:
+        for folder in folders_of(self.info, self.meta_model.base):
             if (folder / "generation_config.json").is_file():
                 shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
                 return

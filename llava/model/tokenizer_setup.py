@@ -15,7 +15,7 @@ import torch
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.files import read_json
-from llava.model.checkpoints.inspect import CheckpointInfo
+from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.template_defaults import CHATML_START, CONTEXT_KEYS, declared_context_len, template_name
 from llava.text import tokenization
@@ -66,7 +66,7 @@ def read_generation_config(model: LanguageModel, info: CheckpointInfo, base_info
     """Set the model's generation config from the checkpoint's file or, without one, its base's."""
     from transformers import GenerationConfig
 
-    for folder in [info.folder] + ([base_info.folder] if base_info is not None else []):
+    for folder in folders_of(info, base_info):
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")  # raises an InputError if it is damaged
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -217,7 +217,7 @@ class GgufPair:
         writer.add_vision_image_mean([float(value) for value in processor.image_mean])
         writer.add_vision_image_std([float(value) for value in processor.image_std])
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
-        layer = feature_layer(source)
+        layer = tower.hidden_state_index
         if layer != config.num_hidden_layers - 1:  # the default
             writer.add_array("clip.vision.feature_layer", [layer])
         if source.policy.mode == "anyres":
@@ -299,11 +299,6 @@ class GgufPair:
         return numbers if heads is None else uninterleave(numbers, heads)
 
 
-def feature_layer(source: Source) -> int:
-    """The layer whose output is used, counted from the embeddings as 0."""
-    return source.tower.hidden_state_index
-
-
 def interleave(rows: Tensor, num_heads: int) -> Tensor:
     """Reorder the rows of each head from two halves to pairs of neighbours."""
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
@@ -339,6 +334,4 @@ def _check_expressible(source: Source) -> None:
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default")
         not in ("default", "linear"),
     }
-    feature = next((feature for feature, is_there in unsupported.items() if is_there), None)
-    if feature is not None:
-        raise InputError(f"the gguf layout cannot express {feature}, which {source.folder} has")
+    source.require_supported("gguf", unsupported)

@@ -8,7 +8,6 @@ multiple of 64 rows. This layout is read by model/checkpoints/hf_layout.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -229,7 +228,7 @@ def pad_rows(table: Tensor, num_rows: int) -> Tensor:
 def _check_expressible(source: Source) -> None:
     settings, tower = source.settings, source.tower
     select = SELECT_FEATURES.get(tower.config.model_type, {})
-    unsupported: Mapping[str, bool] = {
+    unsupported = {
         f"a projector of type {settings.projector.type!r}": settings.projector.type != "mlp2x_gelu",
         f"a language model of type {source.info.language_model!r}": source.prefix != "model.",
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
@@ -241,6 +240,4 @@ def _check_expressible(source: Source) -> None:
         "mm_patch_merge_type 'spatial_unpad' without tiles": settings.image.mode != "anyres"
         and settings.image.merge == "spatial_unpad",
     }
-    feature = next((feature for feature, is_there in unsupported.items() if is_there), None)
-    if feature is not None:
-        raise InputError(f"the transformers layout cannot express {feature}, which {source.folder} has")
+    source.require_supported("transformers", unsupported)

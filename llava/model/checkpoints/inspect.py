@@ -98,6 +98,11 @@ class CheckpointInfo:
         return sum(2 * header.num_elements for header in (*self.tensors.values(), *self.extras.values()))
 
 
+def folders_of(info: CheckpointInfo, base: CheckpointInfo | None) -> list[Path]:
+    """The folders in which a model's files are looked up: the checkpoint's, then its base's."""
+    return [info.folder] if base is None else [info.folder, base.folder]
+
+
 def inspect(path: str | Path) -> CheckpointInfo:
     """Inspect a model folder or hub repository.
 

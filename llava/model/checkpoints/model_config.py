@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.inspect import CheckpointInfo, folders_of, inspect
 from llava.model.config import OWN_FOLDER, is_multimodal
 
 if TYPE_CHECKING:
@@ -110,10 +110,11 @@ def resolved_tower_path(
         base_info: Its base model.
         stored: Whether the tower's weights are among the checkpoint's.
     """
-    folders = [info.folder] + ([base_info.folder] if base_info is not None else [])
     name, unfrozen = config.mm_vision_tower, getattr(config, "unfreeze_mm_vision_tower", None)
     if name != OWN_FOLDER:
-        beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), info.folder)
+        beside = next(
+            (folder for folder in folders_of(info, base_info) if (folder / name / "config.json").is_file()), info.folder
+        )
         config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside)
     config.unfreeze_mm_vision_tower = stored
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -27,26 +28,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
-# Bytes per element, by the dtype names of the safetensors format.
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
-
-# The same types by the names that torch gives them.
+# Dtypes: the names of the safetensors format -> those of torch.
 TORCH_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -64,6 +46,8 @@ TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+
+DTYPE_BYTES = {name: 1 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) // 8 for name in TORCH_DTYPES}
 
 # The storage classes that a torch pickle names, as safetensors dtypes.
 TORCH_STORAGES = {
