@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
     width = max(map(len, LAYOUTS))
     parser = ArgumentParser(
         prog="llava convert",
-        description="Write a checkpoint in another layout, tensor by tensor, and verify that it says the same.",
+        description="Write a checkpoint in another layout, tensor by tensor, and verify that it is the same model.",
         epilog=EXAMPLES + "\n".join(f"  {name:<{width}}  {what}" for name, what in LAYOUTS.items()),
         formatter_class=RawDescriptionHelpFormatter,
     )
