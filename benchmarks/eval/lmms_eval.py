@@ -97,14 +97,14 @@ def our_answers(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]
     from llava.assets import embedded_model_path
     from llava.engine.engine import Engine
     from llava.engine.request import Request, SamplingParams, ScoreRequest
-    from llava.eval.harness.client import ask
+    from llava.eval.harness.client import question_conversation
     from llava.model.builder import load
 
     loaded = load(embedded_model_path(), device="cpu")
     answers, losses = [], []
     with Engine.from_loaded(loaded) as engine:
         images = [Image.open(row["image"]).convert("RGB") for row in rows]
-        asked = [ask(TEMPLATE, row["question"], 1, "<image>") for row in rows]
+        asked = [question_conversation(TEMPLATE, row["question"], 1, "<image>") for row in rows]
         params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
         results = engine.generate([Request(c, [p], params) for c, p in zip(asked, images, strict=True)])
         answers = [result.text for result in results]

@@ -33,7 +33,7 @@ from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.engine.request import SamplingParams
 from llava.eval.harness.answer_log import AnswerLog
-from llava.eval.harness.client import Asker, Failure, ask
+from llava.eval.harness.client import EvalClient, Failure, question_conversation
 from llava.eval.tasks.task import WORD_SUFFIX
 from llava.eval.types import Question
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -107,8 +107,8 @@ def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple
     """The runner's way: the engine, and every answer on disk."""
     sampling = SamplingParams()
     texts = [""] * len(items)
-    with Asker(setting.loaded, sampling, conv_mode="v1") as asker:
-        asker.ask(list(enumerate(items))[:PER_IMAGE], lambda number, text: None, max_new_tokens=2)
+    with EvalClient(setting.loaded, sampling, conv_mode="v1") as client:
+        client.answer(list(enumerate(items))[:PER_IMAGE], lambda number, text: None, max_new_tokens=2)
         started = now()
         with AnswerLog(folder, items, "model").part("0") as writer:
 
@@ -118,7 +118,7 @@ def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple
                 texts[number] = text
                 writer.write_answer(number, text)
 
-            asker.ask(list(enumerate(items)), done, max_new_tokens=setting.max_new_tokens)
+            client.answer(list(enumerate(items)), done, max_new_tokens=setting.max_new_tokens)
         return Timing.since(started, len(items)), texts
 
 
@@ -154,7 +154,7 @@ def run_stock(setting: Setting, items: Sequence[Question]) -> tuple[Timing, list
     num_features = loaded.model.get_vision_tower().num_patches
 
     def prepare(item: Question) -> tuple[list[int], Any]:
-        ids = tokenizer_image_token(ask("v1", item.prompt, 1, "<image>").get_prompt(), tokenizer)
+        ids = tokenizer_image_token(question_conversation("v1", item.prompt, 1, "<image>").get_prompt(), tokenizer)
         spread = [token for one in ids for token in ([IMAGE_TOKEN] * num_features if one == -200 else [one])]
         image = Image.open(item.images[0]).convert("RGB")
         return spread, process_images([image], loaded.image_processor, loaded.model.config)

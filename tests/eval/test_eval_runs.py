@@ -66,7 +66,7 @@ def test_a_finished_run_is_scored_again_without_the_model(finished: Path, monkey
         raise AssertionError("the model was loaded, though every question is answered")
 
     before = (finished / "results.json").read_text()
-    monkeypatch.setattr("llava.eval.harness.client.Asker.open", fail)
+    monkeypatch.setattr("llava.eval.harness.client.EvalClient.open", fail)
     assert main([DRAWN, *flags(finished)]) == 0
     tasks = [json.loads(text)["tasks"] for text in (before, (finished / "results.json").read_text())]
     assert tasks[0] == tasks[1]
@@ -117,10 +117,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing(
     assert part.read_bytes().count(b"\n") == 7
     assert not part.read_bytes().endswith(b"\n")
     asked = []
-    answer = runner.Asker._answer
+    answer = runner.EvalClient._answer_one
     monkeypatch.setattr(
-        runner.Asker,
-        "_answer",
+        runner.EvalClient,
+        "_answer_one",
         lambda self, question, limit: (asked.append(question.id), answer(self, question, limit))[1],
     )
     assert main([DRAWN, *flags(tmp_path)]) == 0

@@ -16,7 +16,7 @@ from typing import TextIO, TypeVar
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError
 from llava.eval.harness.answer_log import answer_row
-from llava.eval.harness.client import Asker, Failure, ModelChoice, missing_images
+from llava.eval.harness.client import EvalClient, Failure, ModelChoice, missing_images
 from llava.eval.harness.progress import ProgressBar
 from llava.eval.types import Question
 
@@ -63,7 +63,7 @@ def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_token
     with file.open("w", encoding="utf-8") as out:
         lines = _InOrder(out)
 
-        def done(number: int, text: str | Failure) -> None:
+        def on_result(number: int, text: str | Failure) -> None:
             if isinstance(text, Failure):
                 failures[number] = text.reason
                 lines.put(number, "")
@@ -73,8 +73,8 @@ def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_token
             bar.update(bar.done + 1)
 
         if questions:
-            with Asker.open(choice, sampling) as asker:
-                asker.ask(list(enumerate(questions)), done, max_new_tokens=max_new_tokens)
+            with EvalClient.open(choice, sampling) as client:
+                client.answer(list(enumerate(questions)), on_result, max_new_tokens=max_new_tokens)
             bar.close()
     if failures:
         number = min(failures)

@@ -1,8 +1,8 @@
-"""Put questions to a model: the one place where evaluation and the engine meet.
+"""Ask a model the questions of benchmarks, through the engine.
 
-In: items, a model folder, sampling parameters. Out: the text of each answer, as they come, in any order. Greedy answers do
-not depend on what else is asked at the time; sampled ones have a seed of their own each, made from the run's seed and the
-question, so that shards and resumed runs give the same. Torch is imported when a model is loaded.
+In: questions, a model folder, sampling parameters. Out: the text of each answer as it comes, in any order. Greedy answers do
+not depend on what else is asked at the same time. Sampled answers have a seed each, made from the run's seed and the
+question, so that shards and resumed runs give the same answers. Torch is imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NUM_IMAGES_KEPT = 64  # decoded images; the next question is often about the sam
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to ask, and how it runs."""
+    """A model, and how it is loaded."""
 
     path: str
     base: str | None = None
@@ -47,16 +47,16 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a question could not be put to the model."""
+    """Why a question could not be asked."""
 
     reason: str
 
 
-Done = Callable[[int, "str | Failure"], None]
+OnResult = Callable[[int, "str | Failure"], None]  # number of the question, its answer
 
 
-class Asker:
-    """A loaded model that answers items. Use it as `with Asker.open(choice, sampling) as asker`."""
+class EvalClient:
+    """A loaded model that answers questions. Use it as `with EvalClient.open(choice, sampling) as client`."""
 
     def __init__(
         self, loaded: LoadedModel, sampling: SamplingParams, *, conv_mode: str | None = None, seed: int = 0
@@ -72,9 +72,9 @@ class Asker:
         self._engine = open_engine(loaded, num_beams=sampling.num_beams)
 
     @classmethod
-    def open(cls, choice: ModelChoice, sampling: SamplingParams, *, seed: int = 0) -> Asker:
+    def open(cls, choice: ModelChoice, sampling: SamplingParams, *, seed: int = 0) -> EvalClient:
         if choice.conv_mode is not None:
-            get_template(choice.conv_mode)  # a name that nobody knows is refused before anything is loaded
+            get_template(choice.conv_mode)  # an unknown name is refused before the model is loaded
         with quick_imports():
             from llava.model.builder import load
 
@@ -87,73 +87,72 @@ class Asker:
             )
         return cls(loaded, sampling, conv_mode=choice.conv_mode, seed=seed)
 
-    def __enter__(self) -> Asker:
+    def __enter__(self) -> EvalClient:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._engine.close()
 
-    def conversation(self, item: Question) -> Conversation:
-        """A question in the template's words, its images marked where it says so, else before it."""
-        return ask(self.conv_mode, item.prompt, len(item.images), self._placeholder)
+    def conversation(self, question: Question) -> Conversation:
+        """Put a question into the template, with its images where it says so, else before it."""
+        return question_conversation(self.conv_mode, question.prompt, len(question.images), self._placeholder)
 
-    def ask(self, items: Sequence[tuple[int, Question]], done: Done, *, max_new_tokens: int) -> None:
-        """Answer numbered items and call `done` with each number and text, in this thread."""
-        num_threads = self._engine.max_running * 5 // 4 + 8  # so many that the engine never waits for a prompt
-        items = in_rounds(items, min(num_threads, self._num_prompts_kept(items)))
+    def answer(self, questions: Sequence[tuple[int, Question]], on_result: OnResult, *, max_new_tokens: int) -> None:
+        """Answer numbered questions, and call `on_result` with each number and answer, in this thread."""
+        num_threads = self._engine.max_running * 5 // 4 + 8  # enough that the engine never waits for a prompt
+        questions = in_rounds(questions, min(num_threads, self._num_prompts_kept(questions)))
         with ThreadPoolExecutor(num_threads) as pool:
             waiting: dict[Future[str | Failure], int] = {}
             try:
-                for number, item in items:
+                for number, question in questions:
                     if len(waiting) >= 2 * num_threads:
-                        _deliver(waiting, done)
-                    waiting[pool.submit(self._answer, item, max_new_tokens)] = number
+                        _deliver(waiting, on_result)
+                    waiting[pool.submit(self._answer_one, question, max_new_tokens)] = number
                 while waiting:
-                    _deliver(waiting, done)
+                    _deliver(waiting, on_result)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._engine.close()
                 raise
 
-    def _num_prompts_kept(self, items: Sequence[tuple[int, Question]]) -> int:
-        """How many prompts like the first the engine's cache holds, with as much room again for those being computed."""
+    def _num_prompts_kept(self, questions: Sequence[tuple[int, Question]]) -> int:
+        """Return how many prompts like the first fit in half of the engine's cache."""
         processor = self.loaded.processor
         if processor is None:  # no images, nothing to share
             return 1
         stats = self._engine.stats()
-        for _, item in items:
+        for _, question in questions:
             try:
-                ids = processor.encode_ids(self.conversation(item), len(item.images))
-                layouts = processor.plan([image.size for image in self._images(item)])
-            except InputError:  # a broken image: the next one may do
+                ids = processor.encode_ids(self.conversation(question), len(question.images))
+                layouts = processor.plan([image.size for image in self._images(question)])
+            except InputError:  # a broken image; try the next
                 continue
             size = len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)
             return max(1, stats.num_blocks * stats.block_size // (2 * size))
         return 1
 
-    def _answer(self, item: Question, max_new_tokens: int) -> str | Failure:
-        """Answer one question. What is wrong with it (a broken image, a prompt too long) must not end the others."""
-        seed = None if self.sampling.greedy else item_seed(self.seed, item)
+    def _answer_one(self, question: Question, max_new_tokens: int) -> str | Failure:
+        """Answer one question. Its own faults (a broken image, a prompt too long) must not end the others."""
+        seed = None if self.sampling.greedy else question_seed(self.seed, question)
         params = replace(self.sampling, max_new_tokens=max_new_tokens, seed=seed)
         try:
-            request = Request(self.conversation(item), self._images(item), params)
+            request = Request(self.conversation(question), self._images(question), params)
             result = self._engine.submit(request, streamed=False, wait=True).result()
         except InputError as error:
             return Failure(str(error))
-        text: str = result.text
-        return text
+        return result.text
 
-    def _images(self, item: Question) -> list[Image.Image]:
-        return [self._image_cache.get(source) for source in item.images]
+    def _images(self, question: Question) -> list[Image.Image]:
+        return [self._image_cache.get(source) for source in question.images]
 
 
-def in_rounds(items: Sequence[tuple[int, Question]], width: int) -> list[tuple[int, Question]]:
-    """The same items, so that questions about one image follow each other at a distance of `width` images.
+def in_rounds(questions: Sequence[tuple[int, Question]], width: int) -> list[tuple[int, Question]]:
+    """Reorder questions so that those about one image follow each other at a distance of `width` images.
 
     Asked at the same time, each would compute the image's keys and values for itself; asked one after the other, the
-    later ones find them in the cache. Only neighbours are brought together, so the order is the benchmark's but for that.
+    later ones find them in the cache. Only neighbouring questions are regrouped.
     """
-    groups = [list(group) for _, group in groupby(items, key=lambda numbered: numbered[1].images or numbered[0])]
+    groups = [list(group) for _, group in groupby(questions, key=lambda numbered: numbered[1].images or numbered[0])]
     ordered = []
     for start in range(0, len(groups), width):
         for round_ in zip_longest(*groups[start : start + width]):
@@ -161,28 +160,28 @@ def in_rounds(items: Sequence[tuple[int, Question]], width: int) -> list[tuple[i
     return ordered
 
 
-def ask(conv_mode: str, question: str, num_images: int, placeholder: str) -> Conversation:
-    """A conversation of one question not answered yet."""
+def question_conversation(conv_mode: str, question: str, num_images: int, placeholder: str) -> Conversation:
+    """Make a conversation of one unanswered question."""
     conversation = get_template(conv_mode).copy()
     conversation.append_message(conversation.roles[0], with_image_placeholders(question, num_images, placeholder))
     conversation.append_message(conversation.roles[1], None)
     return conversation
 
 
-def _deliver(waiting: dict[Future[str | Failure], int], done: Done) -> None:
-    """Wait for at least one answer, and call `done` for all that are there."""
+def _deliver(waiting: dict[Future[str | Failure], int], on_result: OnResult) -> None:
+    """Wait for at least one answer, and call `on_result` for all that are there."""
     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-        done(waiting.pop(future), future.result())
+        on_result(waiting.pop(future), future.result())
 
 
-def item_seed(seed: int, item: Question) -> int:
-    """A question's own seed: the same whichever shard asks it, and in whatever order."""
-    text = f"{seed}\0{item.id}\0{item.round}\0{item.prompt}"
+def question_seed(seed: int, question: Question) -> int:
+    """Return a question's seed: the same in every shard and every order."""
+    text = f"{seed}\0{question.id}\0{question.round}\0{question.prompt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 class _ImageCache:
-    """The last decoded images, by file. Threads that ask for one at the same time decode it once."""
+    """Keeps the last decoded images. Threads that ask for one at the same time decode it once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -200,18 +199,18 @@ class _ImageCache:
                 self._kept.move_to_end(source)
         if is_mine:
             try:
-                # As the original sees it: not turned as a photograph's EXIF data say.
+                # Like the original, without the rotation in a photograph's EXIF data.
                 future.set_result(load_image(source, upright=False))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
 
 
-def missing_images(items: Iterable[Question]) -> list[Path]:
-    """Images that are not there, each once, in the order of the questions."""
+def missing_images(questions: Iterable[Question]) -> list[Path]:
+    """Return image files that do not exist, each once, in the order of the questions."""
     known: dict[Path, bool] = {}
-    for item in items:
-        for source in item.images:
+    for question in questions:
+        for source in question.images:
             if isinstance(source, Path) and source not in known:
                 known[source] = source.is_file()
     return [path for path, found in known.items() if not found]

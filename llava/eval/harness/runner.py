@@ -18,7 +18,7 @@ from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.eval.files import Faults
 from llava.eval.harness.answer_log import AnswerLog, PartWriter
-from llava.eval.harness.client import Asker, Done, Failure, ModelChoice
+from llava.eval.harness.client import EvalClient, Failure, ModelChoice, OnResult
 from llava.eval.harness.progress import ProgressBar
 from llava.eval.types import Question
 
@@ -83,10 +83,10 @@ def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
         if settings.shards > 1:
             _ask_in_shards(jobs, missing, settings, tracker)
         else:
-            with Asker.open(settings.model, settings.sampling, seed=settings.seed) as asker:
-                tracker.template = asker.conv_mode
-                for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, "0", tracker.on_answer):
-                    asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
+            with EvalClient.open(settings.model, settings.sampling, seed=settings.seed) as client:
+                tracker.template = client.conv_mode
+                for job, numbered, on_result in _open_jobs(jobs, missing, settings.model_id, "0", tracker.on_answer):
+                    client.answer(numbered, on_result, max_new_tokens=job.max_new_tokens)
         tracker.close()
         template = tracker.template
         for index, number in sorted(tracker.failures):
@@ -125,21 +125,21 @@ class _ProgressTracker:
 
 def _open_jobs(
     jobs: Sequence[TaskJob], missing: Sequence[Numbered], model_id: str, part: str, on_answer: OnAnswer
-) -> Iterator[tuple[TaskJob, Numbered, Done]]:
+) -> Iterator[tuple[TaskJob, Numbered, OnResult]]:
     """Yield jobs with open questions, these, and the function that takes an answer while the job's log is open."""
     for index, (job, numbered) in enumerate(zip(jobs, missing, strict=True)):
         if not numbered:
             continue
         with AnswerLog(job.folder, job.questions, model_id).part(part) as writer:
 
-            def done(number: int, text: str | Failure, index: int = index, writer: PartWriter = writer) -> None:
+            def on_result(number: int, text: str | Failure, index: int = index, writer: PartWriter = writer) -> None:
                 if isinstance(text, Failure):
                     on_answer(index, number, text.reason)
                 else:
                     writer.write_answer(number, text)
                     on_answer(index, number, None)
 
-            yield job, numbered, done
+            yield job, numbered, on_result
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
@@ -221,10 +221,10 @@ def _shard(
             model = replace(model, device=f"cuda:{index % torch.cuda.device_count()}")
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.shards))
-        with Asker.open(model, settings.sampling, seed=settings.seed) as asker:
-            events.put(ShardEvent("template", index, asker.conv_mode))
-            for job, numbered, done in _open_jobs(jobs, missing, settings.model_id, f"{index}", on_answer):
-                asker.ask(numbered, done, max_new_tokens=job.max_new_tokens)
+        with EvalClient.open(model, settings.sampling, seed=settings.seed) as client:
+            events.put(ShardEvent("template", index, client.conv_mode))
+            for job, numbered, on_result in _open_jobs(jobs, missing, settings.model_id, f"{index}", on_answer):
+                client.answer(numbered, on_result, max_new_tokens=job.max_new_tokens)
         events.put(ShardEvent("end", index))
     except InputError as error:
         events.put(ShardEvent("error", index, str(error)))
