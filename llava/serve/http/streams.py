@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,12 +23,12 @@ T = TypeVar("T")
 FINAL_CHUNK_S = 5.0
 
 
-async def read_json(request: Request) -> Any:
+async def read_json(request: Request) -> object:
     """Parse the body as JSON, whatever the Content-Type: the original's servers ignored it too."""
     return parse_json(await request.body())
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> object:
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
         if b"\\u" in body:  # an escape may be half of a surrogate pair, which no tokenizer takes

@@ -98,7 +98,7 @@ class ModelApi:
         parsed = parse_responses(body, self._service.card)
         return await self._answer(request, body, parsed, ResponsesWriter(body, parsed.sampling))
 
-    def _validated(self, values: Any, kind: type[B]) -> B:
+    def _validated(self, values: object, kind: type[B]) -> B:
         try:
             body = kind.model_validate(values)
         except ValidationError as error:

@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 
@@ -107,9 +106,12 @@ class Heartbeat:
     async def _beat(self, client: httpx.AsyncClient) -> bool:
         """Report the length of the queue; False where the controller does not know the worker."""
         body = {"worker_name": self._worker, "queue_length": self._status().queue_length}
-        return (await self._post(client, "/receive_heart_beat", body))["exist"]
+        answer = await self._post(client, "/receive_heart_beat", body)
+        return bool(answer and answer["exist"])
 
-    async def _post(self, client: httpx.AsyncClient, path: str, body: Mapping[str, object]) -> Any:
+    async def _post(
+        self, client: httpx.AsyncClient, path: str, body: Mapping[str, object]
+    ) -> Mapping[str, bool] | None:
         response = await client.post(path, json=body)
         response.raise_for_status()
         return response.json()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import check_placeholders
@@ -30,6 +30,8 @@ moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE 
 CONTEXT_FULL = "Exceeds max token length. Please start a new conversation, thanks."
 DEFAULT_NEW_TOKENS = 256
 GREEDY_BELOW = 0.001  # temperatures up to this mean greedy decoding
+
+N = TypeVar("N", int, float)
 
 
 def encode_chunk(text: str, error_code: int = OK, **more: object) -> bytes:
@@ -75,8 +77,8 @@ class GenerateBody:
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise InputError("'images' must be a list of images in base64")
         check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
-        num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, int)
-        temperature = _number(body, "temperature", 1.0, float)
+        num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS)
+        temperature = _number(body, "temperature", 1.0)
         stop = body.get("stop") or ""
         if not isinstance(stop, str):
             raise InputError("'stop' must be a string")
@@ -85,21 +87,21 @@ class GenerateBody:
             greedy = temperature <= GREEDY_BELOW
             sampling = SamplingParams.given(
                 temperature=0.0 if greedy else temperature,
-                top_p=None if greedy else _number(body, "top_p", 1.0, float),
+                top_p=None if greedy else _number(body, "top_p", 1.0),
                 max_new_tokens=num_new_tokens,
                 stop=(stop,) if stop else (),
             )
         return cls(prompt, tuple(images), sampling, inspect=body.get("inspect") is True)
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, kind: type) -> Any:
+def _number(body: Mapping[str, Any], name: str, default: N) -> N:
     value = body.get(name)
     if value is None:
-        return kind(default)
+        return default
     try:
         if isinstance(value, bool):
             raise TypeError
-        return kind(value)
+        return type(default)(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name!r} is {value!r}; it must be a number") from None
 

@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 
-from llava.errors import InputError
 from llava.serve.http.app import Lifespan, make_app
 from llava.serve.http.errors import ApiError, as_api_error
 from llava.serve.http.metrics import Gauge, Metrics
@@ -147,8 +146,8 @@ class ControllerApi:
         return router
 
     async def _generate(self, request: Request) -> Response:
-        body = await read_json(request)
-        model = text_field(body, "model")
+        body = await self._body_of(request)
+        model = body["model"]
         images = body.get("images")
         try:
             return await self._proxy.forward(
@@ -196,9 +195,8 @@ class ControllerApi:
 
     async def _body_of(self, request: Request) -> dict[str, Any]:
         body = await read_json(request)
-        if not isinstance(body, dict):
-            raise InputError("the body must be a JSON object")
         text_field(body, "model")
+        assert isinstance(body, dict)
         return body
 
     async def _forward(self, request: Request, path: str, body: dict[str, Any], question: object) -> Response:
