@@ -400,7 +400,7 @@ def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
             stored[tensor.kind] += tensor.num_bytes or 0
     is_pair = {head.architecture == "clip" for head in headers.values()} == {True, False}
     missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
-    command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image PICTURE -p QUESTION"
+    command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image IMAGE -p QUESTION"
     readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}
     return CheckpointDescription(str(path), "gguf", facts, parameters, dict(stored), {}, missing, readers)
 

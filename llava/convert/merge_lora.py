@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Namespace) -> None:
     folder = merge_lora(args.model_path, args.model_base, args.save_model_path, args.dtype)
-    print(f"merged into {folder}; try: llava chat -m {folder} PICTURE QUESTION")
+    print(f"merged into {folder}; try: llava chat -m {folder} IMAGE QUESTION")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Jinja text that conversion writes renders, to the character, the prompts of conversation.py."""
+"""The chat template that conversion writes renders the prompts of conversation.py, to the character."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_prompts_are_equal_to_the_character(name: str) -> None:
         assert rendered == [expected]
 
 
-def test_marks_around_images() -> None:
+def test_tokens_around_images() -> None:
     rendered, _ = render_jinja_template(
         conversations=[messages([(1, "what?", None)], None, True)],
         chat_template=chat_template("llava_v1", "<im_start><image><im_end>"),

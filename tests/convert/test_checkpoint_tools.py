@@ -1,4 +1,4 @@
-"""The tools that the original has beside its models: deltas, consolidation, auto_upgrade, the projector's extraction."""
+"""The original's tools for checkpoints: deltas, consolidation, auto_upgrade, extraction of the projector."""
 
 from __future__ import annotations
 

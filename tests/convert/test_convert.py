@@ -236,13 +236,13 @@ def test_shards_and_precision(tmp_path: Path) -> None:
     assert_same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "small"))
 
 
-def test_a_proof_that_was_left_out_is_recorded(tmp_path: Path) -> None:
+def test_a_verification_that_was_skipped_is_recorded(tmp_path: Path) -> None:
     report = convert(V15, tmp_path / "x", to="transformers", options=ConversionOptions(verification="tensors"))
     assert report.logits is None
     assert json.loads((tmp_path / "x" / "conversion.json").read_text())["logits"] == "not compared"
 
 
-# What a proof finds
+# What the verification finds
 
 
 def broken_pieces(header: Any) -> Any:
@@ -292,7 +292,7 @@ def test_names_of_real_sizes_come_back(names: str) -> None:
         assert [published_name(name) for name in theirs] == ours
 
 
-def test_kept_files_that_no_longer_fit_are_passed_over(tmp_path: Path) -> None:
+def test_kept_files_that_no_longer_fit_are_ignored(tmp_path: Path) -> None:
     convert(V15, tmp_path / "theirs", to="transformers")
     kept = tmp_path / "theirs" / "original" / "config.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "num_hidden_layers": 7}))

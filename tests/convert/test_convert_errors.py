@@ -1,4 +1,4 @@
-"""`llava convert` in a process of its own: what it refuses, in one sentence, and that nothing is left behind."""
+"""Errors of `llava convert` as a process: one sentence, and no files left."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_one_sentence_and_nothing_written(case: str, ended: dict[str, tuple[int,
 
 
 @pytest.mark.parametrize("case", ["no such folder", "not a checkpoint", "a missing shard", "no base", "a size"])
-def test_what_headers_tell_is_told_without_torch(case: str, tmp_path: Path) -> None:
+def test_errors_in_headers_are_raised_without_torch(case: str, tmp_path: Path) -> None:
     make, flags, sentence = BAD[case]
     words = ["convert", str(make(tmp_path / "source")), str(tmp_path / "target"), *flags]
     done = child(f"import sys; from llava.__main__ import main; print(main({words!r}), 'torch' in sys.modules)")

@@ -1,4 +1,4 @@
-"""GGUF pairs: every tensor and field read back, by a reader of our own and by the gguf package; llama.cpp where it is there."""
+"""GGUF pairs: every tensor and field read back by our reader and the gguf package, and by llama.cpp where it is installed."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_tiles_and_other_layers(tmp_path: Path) -> None:
     assert any("newlines" in note for note in text["notes"])
 
 
-def test_sentencepiece_files_say_what_they_are() -> None:
+def test_types_of_sentencepiece_files() -> None:
     mini = read_sentencepiece(golden("tokenizers/llama-mini1k-legacy") / "tokenizer.model")
     assert (mini.kind, len(mini.pieces)) == (BPE, 1000)
     assert mini.pieces[259] == ("▁t", 0.0, 1)
@@ -192,7 +192,7 @@ def test_sentencepiece_files_say_what_they_are() -> None:
     assert read_sentencepiece(embedded_model_path() / "tokenizer.model").kind == UNIGRAM
 
 
-def test_rows_for_neighbours_turn_as_rows_for_halves() -> None:
+def test_interleaved_rows_rotate_as_halves_do() -> None:
     """Rotating pairs of neighbours with reordered rows is rotating halves with rows as they are (Su et al. 2021)."""
     heads, size, position = 3, 8, 11.0
     rows, hidden = torch.randn(heads * size, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_qwen_with_tied_embeddings(tmp_path: Path) -> None:
     assert report.logits.largest == 0
 
 
-def test_what_llama_cpp_does_otherwise_with_qwen_s_text() -> None:
+def test_notes_on_how_llama_cpp_splits_qwen_s_text() -> None:
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, merges=[("a", "b")])

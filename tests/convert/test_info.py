@@ -1,4 +1,4 @@
-"""`llava info`: facts about the recorded checkpoints, without torch and without weights; what is missing is said."""
+"""`llava info`: facts about the recorded checkpoints, without torch and without weights, and what is missing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_other_layouts(tmp_path: Path) -> None:
     assert "one file of the pair" in describe_checkpoint(tmp_path / "gguf").missing[0]
 
 
-def test_who_reads_what_is_what_conversions_say(tmp_path: Path) -> None:
+def test_readers_agree_with_conversions(tmp_path: Path) -> None:
     """`no` where a conversion refuses, and a command where it does not."""
     for name, changes in {"plain": {}, "linear": {"mm_projector_type": "linear"}, "tiles": ANYRES}.items():
         folder = build(tmp_path / name, **changes)

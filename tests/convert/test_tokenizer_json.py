@@ -88,7 +88,7 @@ def test_files_that_transformers_reads(name: str, tmp_path: Path) -> None:
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (tokenizer.bos_token, tokenizer.eos_token, "<pad>")
 
 
-def test_a_difference_is_told() -> None:
+def test_a_difference_is_reported() -> None:
     """The comparison itself: another rule for spaces is found."""
     legacy = load_tokenizer(folder_of("llama-mini1k-legacy"))
     other = convert_tokenizer(load_tokenizer(folder_of("llama-mini1k-nonlegacy")))

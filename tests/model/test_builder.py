@@ -1,4 +1,4 @@
-"""The two ways to load a model, and every choice that a caller can make about it."""
+"""Loading a model by `load` and `load_pretrained_model`, with every argument."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS, images=PIXELS.to(model.dtype)).logits
 
 
-def test_the_tuple_is_what_load_gives(folder: Path) -> None:
+def test_the_tuple_is_what_load_returns(folder: Path) -> None:
     typed = load(folder, device="cpu")
     tokenizer, model, image_processor, length = load_pretrained_model(str(folder), None, "any-name", device="cpu")
     assert torch.equal(logits(model), logits(typed.model))
@@ -99,7 +99,7 @@ def test_automatic_device(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool
 
 
 @pytest.mark.parametrize(("needed", "is_spread"), [(10, False), (90, True)])
-def test_a_model_is_spread_only_when_it_does_not_fit(
+def test_a_model_is_sharded_only_when_it_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, needed: int, is_spread: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -171,11 +171,11 @@ def test_quantization_without_its_package(folder: Path, monkeypatch: pytest.Monk
         load(folder, device="cpu", quantization="4bit")
 
 
-# --- what belongs to a model ------------------------------------------------------------------------------------------
+# --- tokenizer, context, template ------------------------------------------------------------------------------------------
 
 
 def test_context_length_as_recorded() -> None:
-    """The recordings know two cases: nothing said (2048), and `max_sequence_length`, which only the `seq` config has."""
+    """The recordings know two cases: nothing message (2048), and `max_sequence_length`, which only the `seq` config has."""
     rows = json.loads(golden("builder_context_len.json").read_text())
     assert {row["context_len"] for row in rows} == {2048, 777}
     for row in rows:
@@ -220,7 +220,7 @@ def test_conversation_template(
     assert expected in conv_templates
 
 
-def test_a_tokenizer_with_chatml_tokens_tells_the_template(tmp_path: Path) -> None:
+def test_a_tokenizer_with_chatml_tokens_decides_the_template(tmp_path: Path) -> None:
     folder = tiny.build(tmp_path / "m")
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
@@ -228,7 +228,7 @@ def test_a_tokenizer_with_chatml_tokens_tells_the_template(tmp_path: Path) -> No
     assert load(folder, device="cpu").conv_mode == "chatml_direct"
 
 
-def test_marker_tokens_get_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_image_tokens_get_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A config that asks for marker tokens beside a vocabulary that has no room for them."""
     folder = tiny.build(
         tmp_path / "m", vocab_size=tiny.NUM_TOKENS, mm_use_im_start_end=True, mm_use_im_patch_token=True

@@ -1,4 +1,4 @@
-"""What a folder holds, as its files say it; merging adapters; the names that reach the disk."""
+"""Inspecting a folder by its files, merging adapters, and the names that are saved."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_lora_finds_the_base_that_its_files_name(tmp_path: Path, monkeypatch: py
         assert all(torch.equal(tensor, given[key]) for key, tensor in alone.items())
 
 
-def test_marker_tokens_that_a_pretraining_added(tmp_path: Path) -> None:
+def test_image_tokens_that_pretraining_added(tmp_path: Path) -> None:
     """A projector file with `<im_start>` rows beside a base that has none: its rows are taken, the output's begin as a mean."""
     base = tiny.build(tmp_path / "base")
     whole = load_file(base / "model.safetensors")
@@ -279,7 +279,7 @@ def test_an_adapter_over_a_model_with_its_own_tower(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, got[name]) for name, tensor in again.items())
 
 
-def test_a_tower_that_is_promised_and_not_stored(tmp_path: Path) -> None:
+def test_a_tower_that_is_declared_and_not_stored(tmp_path: Path) -> None:
     folder = tiny.build(tmp_path / "m")
     tiny.save_tower(folder / "tower")
     state = load_file(folder / "model.safetensors")

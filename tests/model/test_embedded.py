@@ -1,4 +1,4 @@
-"""The model that ships in the package: it is there, it is small, and it is right about the sample images."""
+"""The model that comes with the package: its size, and its answers about the sample images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a folder is said in one sentence that names the file, the tensor, and what was expected and found."""
+"""Errors of loading: one sentence with the file, the tensor, and what was expected and found."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_config_that_is_no_json_object(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"hidden_size": "wide"}, "config.json"),
         ({"mm_projector_type": "mlp9x_relu"}, "'mlp9x_relu'"),
@@ -104,9 +104,9 @@ def test_config_that_is_no_json_object(folder: Path, text: str) -> None:
     ],
     ids=str,
 )
-def test_config_that_describes_no_model(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_config_that_describes_no_model(folder: Path, changes: dict[str, Any], message: str) -> None:
     rewrite_config(folder, **changes)
-    sentence(folder, said)
+    sentence(folder, message)
 
 
 def test_folder_without_weights(folder: Path) -> None:
@@ -272,7 +272,7 @@ def test_vocabulary_of_another_size(folder: Path) -> None:
     sentence(folder, "has shape [320, 64], expected [400, 64]")
 
 
-def test_tensors_without_a_place_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_tensors_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewrite_weights(folder, lambda state: state.update({"model.vision_resampler.w": torch.zeros(1)}))
     load(folder, device="cpu")
     assert "'model.vision_resampler.w'" in caplog.text
@@ -350,7 +350,7 @@ def test_base_that_is_no_base(lora: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dtype": "float13"}, "'float13'"),
         ({"quantization": "3bit"}, "'3bit'"),
@@ -360,8 +360,8 @@ def test_base_that_is_no_base(lora: Path) -> None:
     ],
     ids=str,
 )
-def test_arguments(folder: Path, options: dict[str, Any], said: str) -> None:
-    sentence(folder, said, **options)
+def test_arguments(folder: Path, options: dict[str, Any], message: str) -> None:
+    sentence(folder, message, **options)
 
 
 def test_unknown_device(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_forward_of_a_left_padded_batch_equals_each_row_alone(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gemma2", "phi3", "gpt_neox"])
-def test_hidden_states_and_attention_are_handed_out(model_type):
+def test_hidden_states_and_attention_are_returned(model_type):
     """What transformers finds by a model's class has to be found by ours as well."""
     model = build(model_type, attn_implementation="eager")
     ids, pixels = torch.tensor([[1, 5, -200, 7]]), torch.zeros(1, 3, 28, 28)

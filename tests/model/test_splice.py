@@ -80,7 +80,7 @@ def test_splice_and_pad_equal_the_definition(batch, side, limit):
         assert keep.nonzero().flatten().tolist() == list(range(start, start + len(embeds)))
 
 
-def test_an_image_of_a_row_without_marks_stays_in_the_gradient_graph():
+def test_an_image_of_a_row_without_placeholders_stays_in_the_gradient_graph():
     features = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(2)]
     spliced = splice(
         torch.tensor([[1, -200, 2], [1, 2, 3]]), torch.ones(2, 3, dtype=torch.bool), features, lambda t: TABLE[t]
