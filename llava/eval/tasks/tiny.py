@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.tasks import pope
 from llava.eval.tasks.custom import custom_task, read_rows
+from llava.eval.tasks.pope import score as score_yes_no
 from llava.eval.tasks.task import Task
 from llava.eval.types import Question
 
@@ -42,7 +42,7 @@ def has_photos(folder: Path) -> bool:
 SCENES = _part("scenes", "Drawn scenes", "match")
 READING = _part("reading", "Reading", "exact")
 YES_NO = Task(
-    "tiny-yes-no", "Yes or no, in POPE's form", "tiny", read_yes_no, pope.score,
+    "tiny-yes-no", "Yes or no, in POPE's form", "tiny", read_yes_no, score_yes_no,
     headline="mean F1 of the splits", max_new_tokens=24,
 )  # fmt: skip
 PHOTOS = replace(_part("photos", "Photographs", "match"), read=read_photos)
