@@ -22,7 +22,7 @@ import torch
 
 from llava.assets import embedded_model_path
 from llava.convert.writer import PlannedTensor, write_json, write_shards
-from llava.files import written_whole
+from llava.files import atomic_folder
 from llava.model.builder import LoadedModel
 from llava.model.checkpoints.meta_model import build_empty_model
 
@@ -80,7 +80,7 @@ def make(
 
     values = config_of(size, tiles=tiles, dtype=dtype)
     config_class, model_class = llava_classes("llama")
-    with written_whole(folder) as begun:
+    with atomic_folder(folder) as begun:
         _write_description(begun, size, values)
         config = config_class(**values)
         config.name_or_path = str(begun)

@@ -1,6 +1,6 @@
-"""Clients for benchmarks/serve/load.py: questions in both protocols, and what came back.
+"""Clients of load.py: requests in both protocols, and what came back.
 
-In: an address and a body. Out: an `Answer` with its text, times, and how it ended.
+In: an address and a body. Out: a `ClientAnswer` with its text, times, and how it ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx
 
 CHAT = "/v1/chat/completions"
 GENERATE = "/worker_generate_stream"
-LONGEST_S = 900.0  # no client waits longer
+LONGEST_S = 900.0  # timeout of a client
 
 QUESTION = "What is written here?\nAnswer the question using a single word or phrase."
 
@@ -44,12 +44,12 @@ def original_body(model: str, image: str, tag: str) -> dict[str, Any]:
 
 
 @dataclass
-class Answer:
+class ClientAnswer:
     text: str = ""
     first_s: float | None = None
     total_s: float = 0.0
     status: int = 0
-    error: str | None = None  # told in words
+    error: str | None = None  # the message
     finished: bool = False
     num_tokens: int = 0
 
@@ -76,9 +76,11 @@ def chat_body(model: str, text: str, image: str | None = None, **more: Any) -> d
     return {"model": model, "messages": [{"role": "user", "content": parts}], "stream": True} | more
 
 
-async def ask_chat(client: httpx.AsyncClient, address: str, body: dict[str, Any], *, pause_s: float = 0.0) -> Answer:
-    """A streamed answer over the OpenAI-compatible API; `pause_s` is how long a sleepy client waits after each piece."""
-    answer, started = Answer(), time.perf_counter()
+async def ask_chat(
+    client: httpx.AsyncClient, address: str, body: dict[str, Any], *, pause_s: float = 0.0
+) -> ClientAnswer:
+    """A streamed answer over the OpenAI-compatible API; `pause_s` is how long a slow client waits after each event."""
+    answer, started = ClientAnswer(), time.perf_counter()
     try:
         async with client.stream("POST", address + CHAT, json=body) as response:
             answer.status = response.status_code
@@ -106,11 +108,11 @@ async def ask_chat(client: httpx.AsyncClient, address: str, body: dict[str, Any]
     return answer
 
 
-async def ask_original(client: httpx.AsyncClient, address: str, body: dict[str, Any]) -> Answer:
+async def ask_original(client: httpx.AsyncClient, address: str, body: dict[str, Any]) -> ClientAnswer:
     """A streamed answer in the original protocol; its text begins with the prompt."""
     from llava.serve.router.protocol import ChunkReader
 
-    answer, started, reader = Answer(), time.perf_counter(), ChunkReader()
+    answer, started, reader = ClientAnswer(), time.perf_counter(), ChunkReader()
     try:
         async with client.stream("POST", address + GENERATE, json=body) as response:
             answer.status = response.status_code

@@ -1,6 +1,6 @@
-"""A controller and its workers as processes of their own, for benchmarks/serve/load.py.
+"""A controller and its workers as processes of their own, for load.py.
 
-In: flags of workers. Out: addresses, what the processes hold in memory, and what they count.
+In: flags of workers. Out: their addresses, memory and metrics.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks import ROOT
+from benchmarks.measure import process_memory
 
 
-class Process:
+class ServerProcess:
     """A `llava` command, or a module of llava.serve, and the address that it prints after `word`."""
 
     def __init__(self, word: str, *arguments: str, module: str | None = None) -> None:
@@ -49,8 +49,7 @@ class Process:
 
     @property
     def resident_mb(self) -> float:
-        status = Path(f"/proc/{self.popen.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+        return process_memory(self.popen.pid, "VmRSS") / 2**20
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.popen.poll() is None:
@@ -62,31 +61,33 @@ class Process:
 
 
 @dataclass
-class House:
+class Cluster:
     """A controller and its workers."""
 
-    controller: Process
-    workers: list[Process]
+    controller: ServerProcess
+    workers: list[ServerProcess]
     arguments: list[str]
     model: str = ""
 
     @classmethod
-    def start(cls, arguments: list[str], *, num_workers: int = 2) -> House:
-        controller = Process("controller", "--port", "0", "--deadline", "300")
-        house = cls(controller, [], arguments)
+    def start(cls, arguments: list[str], *, num_workers: int = 2) -> Cluster:
+        controller = ServerProcess("controller", "--port", "0", "--deadline", "300")
+        cluster = cls(controller, [], arguments)
         for _ in range(num_workers):
-            house.add_worker()
-        house.model = httpx.get(f"{controller.address}/v1/models", timeout=30).json()["data"][0]["id"]
-        return house
+            cluster.add_worker()
+        cluster.model = httpx.get(f"{controller.address}/v1/models", timeout=30).json()["data"][0]["id"]
+        return cluster
 
-    def add_worker(self) -> Process:
-        worker = Process("worker", "--port", "0", "--controller-address", self.controller.address, *self.arguments)
+    def add_worker(self) -> ServerProcess:
+        worker = ServerProcess(
+            "worker", "--port", "0", "--controller-address", self.controller.address, *self.arguments
+        )
         self.workers.append(worker)
         wait_until(lambda: worker.address in self.registered(), "a worker to register")
         return worker
 
     def registered(self) -> set[str]:
-        """The workers that the controller knows, dead ones included until it notices."""
+        """Return the addresses of the workers that the controller knows, dead ones included until it notices."""
         page = httpx.get(f"{self.controller.address}/metrics", timeout=30).text
         return set(re.findall(r'^llava_worker_queue_length{worker="([^"]+)"}', page, flags=re.MULTILINE))
 
@@ -96,6 +97,7 @@ class House:
 
 
 def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> float:
+    """Wait until a condition holds; return the seconds that took."""
     started = time.monotonic()
     while True:
         try:
@@ -104,21 +106,21 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = 120) -> flo
         except httpx.HTTPError:
             pass
         if time.monotonic() - started > seconds:
-            raise SystemExit(f"waited in vain for {what}")
+            raise SystemExit(f"gave up waiting for {what} after {seconds:.0f} s")
         time.sleep(0.05)
 
 
-def gauge(process: Process, name: str) -> float | None:
-    """A number of the metrics page; None where the process has no such number."""
+def gauge(process: ServerProcess, name: str) -> float | None:
+    """Return a value of the metrics page; None where the process has no such metric."""
     page = httpx.get(f"{process.address}/metrics", timeout=30).text
     found = re.search(rf"^{name} (\S+)", page, flags=re.MULTILINE)
     return float(found[1]) if found else None
 
 
-def queue_length(worker: Process) -> int:
+def queue_length(worker: ServerProcess) -> int:
     """How many requests a worker has not finished."""
     return int(httpx.post(f"{worker.address}/worker_get_status", timeout=30).json()["queue_length"])
 
 
-def requests_finished(worker: Process) -> int:
+def requests_finished(worker: ServerProcess) -> int:
     return int(gauge(worker, r'llava_requests_total\{end="finished"\}') or 0)

@@ -1,10 +1,10 @@
-"""What a request and a streamed token cost the server's processor, beside the model's arithmetic.
+"""Processor time of the server for a request and for a streamed token, without the model's arithmetic.
 
-    python -m benchmarks.serve.cpu_time [--requests 400] [--clients 32]
+    python -m benchmarks.serve.cpu_time [--requests 400] [--clients 32]          table: results/server_cpu.md
 
-A worker on the embedded model answers prompts of 45 words with 64 tokens each, to clients in another process. Counted is
-processor time by thread, not wall time: the event loop, the threads that make prompts, and in the engine's thread what
-reads text off tokens and hands it out. All three share one interpreter lock, so their sum bounds the requests per second.
+A worker on the embedded model answers prompts of 45 words with 64 tokens each, to clients in another process. Processor time
+is counted by thread: the event loop, the threads that build prompts, and in the engine's thread the detokenizing and
+delivery of tokens. All three share one interpreter lock, so that their sum limits the requests per second.
 """
 
 from __future__ import annotations

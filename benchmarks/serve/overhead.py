@@ -1,11 +1,11 @@
-"""What HTTP costs over the bare engine: requests per second and time to the first token against concurrency.
+"""The part `overhead` of load.py: what HTTP costs over the bare engine, in requests per second and time to first token.
 
-In: a model, or LLaVA-1.5-7B's shapes with random numbers, which are made in the device's memory. Out: a table and a plot.
-The server is a worker as `llava worker` runs it, in this process, and its engine in one of its own, as with any GPU. The
-bare engine is another one like it, in this process, which rests while the server is asked. Threads ask it for whole answers,
-which is the least that it can be asked for, and open their images themselves. With `--engine-process off` one engine, in
-this process, is both. Clients are other processes. The ways take turns, round after round, each request has a text (and
-image) of its own, and what is shown is the median of the rounds.
+In: a model, or LLaVA-1.5-7B's shapes with random weights, which are drawn on the device. Out: a table and a plot, against
+concurrency. The server is a worker as `llava worker` runs it, in this process, with its engine in a process of its own. The
+bare engine is a second one in this process, which is idle while the server is measured. Threads submit requests to it for
+whole answers, the least work that it can be given, and open their images themselves. With `--engine-process off` one
+engine, in this process, serves both. Clients are other processes. The ways alternate round by round, each request has a
+text (and image) of its own, and medians of the rounds are shown.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serve.clients import chat_body, image_text
-from benchmarks.serve.report import Part
+from benchmarks.serve.report import PartReport
 
 NUM_WORDS = 45  # of a question, which becomes a prompt of about 50 tokens with the template
-WORDS = (
+WORDS = [
     "red",
     "blue",
     "green",
@@ -47,7 +47,7 @@ WORDS = (
     "right",
     "top",
     "bottom",
-)
+]
 IMAGE_SIDE = 336
 WAYS = ("bare", "whole", "streamed")
 MODEL = "measured"
@@ -120,28 +120,28 @@ class Clients:
         for place, process in enumerate(self._processes[:number]):
             share = len(range(place, concurrency, number))
             job = {"port": self._port, "concurrency": share, "bodies": bodies[place::number]}
-            self._tell(process, json.dumps(job))
+            self._send(process, json.dumps(job))
         for process in self._processes[:number]:
-            assert self._told(process) == "ready"
+            assert self._receive(process) == "ready"
         for process in self._processes[:number]:
-            self._tell(process, "begin")
-        told = [json.loads(self._told(process)) for process in self._processes[:number]]
-        seconds = max(one["ended"] for one in told) - min(one["began"] for one in told)
-        firsts = [first for one in told for first, _ in one["answers"] if first is not None]
+            self._send(process, "begin")
+        replies = [json.loads(self._receive(process)) for process in self._processes[:number]]
+        seconds = max(one["ended"] for one in replies) - min(one["began"] for one in replies)
+        firsts = [first for one in replies for first, _ in one["answers"] if first is not None]
         return Rate(len(bodies) / seconds, statistics.median(firsts) if firsts else None)
 
     @staticmethod
-    def _tell(process: subprocess.Popen[str], line: str) -> None:
+    def _send(process: subprocess.Popen[str], line: str) -> None:
         assert process.stdin is not None
         process.stdin.write(line + "\n")
         process.stdin.flush()
 
     @staticmethod
-    def _told(process: subprocess.Popen[str]) -> str:
+    def _receive(process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SystemExit("a client has ended; what it said is above")
+            raise SystemExit("a client process ended; its error is above")
         return line.strip()
 
     def stop(self) -> None:
@@ -151,7 +151,7 @@ class Clients:
 
 
 def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency: int, *, num_tokens: int) -> Rate:
-    """Threads that each wait for a whole answer and ask for the next: the engine has as many to work on as over HTTP."""
+    """Measure the bare engine: each thread waits for a whole answer before its next request, as a client over HTTP does."""
     from llava.conversation import with_image_placeholders
     from llava.engine.request import Request, SamplingParams
     from llava.images.io import load_image
@@ -174,8 +174,8 @@ def ask_bare(engine: Any, card: Any, questions: Sequence[Question], concurrency:
             )
             conversation.append_message(conversation.roles[1], None)
             handle = engine.submit(Request(conversation, images, sampling), streamed=False)
-            handed_in = time.perf_counter()
-            firsts.append(handed_in - started + handle.result().timings.first_token_s)
+            submitted = time.perf_counter()
+            firsts.append(submitted - started + handle.result().timings.first_token_s)
 
     threads = [threading.Thread(target=work) for _ in range(concurrency)]
     for thread in threads:
@@ -216,7 +216,8 @@ def measure(engine: Any, card: Any, address: str, args: argparse.Namespace) -> d
     return found
 
 
-def overhead(args: argparse.Namespace) -> Part:
+def overhead(args: argparse.Namespace) -> PartReport:
+    """Start a worker in this process, measure it and the bare engine, and return the table."""
     from llava.assets import embedded_model_path
     from llava.engine.config import EngineConfig
     from llava.engine.engine import Engine
@@ -230,14 +231,14 @@ def overhead(args: argparse.Namespace) -> Part:
     if args.shapes is not None:
         from benchmarks.random_checkpoint import in_memory
 
-        make, what = partial(in_memory, args.shapes, args.device), f"random numbers in LLaVA-1.5-{args.shapes}'s shapes"
+        make, what = partial(in_memory, args.shapes, args.device), f"random weights in LLaVA-1.5-{args.shapes}'s shapes"
     else:
         path = args.model_path or embedded_model_path()
         make, what = partial(load, path, device=args.device), f"the model {Path(path).name}"
     flags = build_parser().parse_args(["--no-register", "--host", "127.0.0.1", "--port", "0", "--log-level", "warning"])
     address = listen_address_from(flags)
     apart = args.engine_process == "on"
-    # Of a GPU's memory the first engine takes half of nine tenths, and the second all that then is left of them.
+    # The first engine takes 0.45 of a GPU's memory, the second what is then left of 0.9.
     backend: Any = ProcessBackend(make, name=MODEL, config=EngineConfig(memory_fraction=0.45)) if apart else None
     loaded = make()
     if backend is None:
@@ -247,7 +248,7 @@ def overhead(args: argparse.Namespace) -> Part:
         engine = Engine.from_loaded(loaded)
     found: list[Any] = []
 
-    def conduct() -> None:
+    def run() -> None:
         try:
             wait_for(address.url)
             found.append(measure(engine, backend.model.card, address.url, args))
@@ -256,13 +257,13 @@ def overhead(args: argparse.Namespace) -> Part:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=conduct, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     serve_worker(Service(backend, limits_from(flags), address.access.memory), flags, address)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if isinstance(found[0], BaseException):
         raise found[0]
     medians = {level: {way: median(rates) for way, rates in by_way.items()} for level, by_way in found[0].items()}
-    part = Part(
+    part = PartReport(
         f"Over HTTP and on the bare engine: {what} on {device_name(loaded.model.device)}, {args.tokens} tokens an answer, "
         f"the server's engine in {'a process of its own' if apart else 'its process'}, median of {args.rounds} rounds",
         [row(level, ways, found[0][level]["bare"]) for level, ways in medians.items()],

@@ -1,4 +1,4 @@
-"""The plot of benchmarks/serve/overhead.py: requests per second and first token against concurrency, side by side."""
+"""The plot of overhead.py: requests per second and time to first token against concurrency, side by side."""
 
 from __future__ import annotations
 

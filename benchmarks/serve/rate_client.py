@@ -1,8 +1,8 @@
-"""A client that costs little, in a process of its own, so that benchmarks/serve/overhead.py measures servers and not clients.
+"""A client process that costs little, so that overhead.py measures the server and not its clients.
 
-In: one line of JSON on stdin, `{"port", "concurrency", "bodies"}`; then, once "ready" was printed, a line that lets it begin.
+In: one line of JSON on stdin, `{"port", "concurrency", "bodies"}`; then, once "ready" was printed, a line that starts it.
 Out: one line of JSON: when it began and ended (in the system's monotonic time), and for each request the seconds to the first
-text and to the end. Connections are open before it begins, and each asks for its next request when it has its answer.
+text and to the end. Connections are opened beforehand, and each sends its next request when its answer is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one part of benchmarks/serve/load.py found, as a Markdown table."""
+"""The result of one part of load.py, as a Markdown table."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.measure import table
+
 
 @dataclass
-class Part:
+class PartReport:
     heading: str
     rows: Sequence[tuple[Any, ...]]
-    broken: Sequence[str]
+    failures: Sequence[str]
     columns: tuple[str, ...] = ("", "")
 
     def table(self) -> str:
-        head = ["| " + " | ".join(self.columns) + " |", "| --- |" + " ---: |" * (len(self.columns) - 1)]
-        return "\n".join(
-            [f"## {self.heading}", "", *head, *("| " + " | ".join(map(str, row)) + " |" for row in self.rows)]
-        )
+        return f"## {self.heading}\n\n{table(self.columns, self.rows)}"
 
     def show(self) -> None:
         print("\n" + self.table())
-        for promise in self.broken:
-            print(f"\nBROKEN: {promise}")
+        for failure in self.failures:
+            print(f"\nFAILED: {failure}")
         sys.stdout.flush()

@@ -13,9 +13,9 @@ from serve_kit import ROOT
 
 
 @pytest.mark.slow
-def test_crowds_kills_and_malformed_requests_lose_nothing() -> None:
+def test_many_clients_kills_and_malformed_requests_lose_nothing() -> None:
     """A controller and two workers as processes: none lost or mixed up, each killed once with -9, no server fault."""
-    parts = ["crowd", "kill", "controller", "malformed"]
+    parts = ["concurrent", "kill", "controller", "malformed"]
     command = [
         sys.executable,
         "-m",
@@ -31,7 +31,7 @@ def test_crowds_kills_and_malformed_requests_lose_nothing() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 of 10" in done.stdout
-    assert "| ended without a word | 0 |" in done.stdout
+    assert "| ended without a message | 0 |" in done.stdout
     assert done.stdout.count("\n## ") == len(parts)
 
 
