@@ -46,7 +46,7 @@ COMMANDS = {
 
 EXAMPLES = """\
 examples:
-  llava chat photo.jpg "What is in this picture?"      one answer from the model that comes with the package
+  llava chat photo.jpg "What is in this image?"        one answer from the model that comes with the package
   llava chat photo.jpg                                 a conversation about an image; /help lists its commands
   llava chat -m ./llava-v1.5-7b a.jpg b.jpg "What changed?"
   llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  llava chat photo.jpg "What is in this picture?"
+  llava chat photo.jpg "What is in this image?"
   llava chat before.png after.png "What changed?"      several images, in this order
   llava chat photo.jpg                                 a conversation; /help lists its commands
   llava chat photo.jpg < questions.txt                 one answer per line
@@ -60,14 +60,12 @@ def build_parser() -> ArgumentParser:
     add_model_flags(model)
     model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     answers = parser.add_argument_group("answers")
+    answers.add_argument("--temperature", type=float, metavar="T", default=0.0, help="0 decodes greedily (default: 0)")
     answers.add_argument(
-        "--temperature", type=float, metavar="T", default=0.0, help="0 takes the likeliest token (default: 0)"
+        "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
     )
     answers.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total probability"
-    )
-    answers.add_argument(
-        "--num-beams", type=int, metavar="N", default=1, help="beam search; the answer comes in one piece (default: 1)"
+        "--num-beams", type=int, metavar="N", default=1, help="beam search; the answer is not streamed (default: 1)"
     )
     answers.add_argument(
         "--max-new-tokens", type=int, metavar="N", default=512, help="at most so many per answer (default: 512)"

@@ -39,7 +39,7 @@ def build_parser() -> ArgumentParser:
         "--device", type=str, default="cuda", help="cuda, cuda:1, mps or cpu (default: cuda if present)"
     )
     parser.add_argument("--conv-mode", type=str, default=None, help="conversation template (default: the model's own)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token (default: 0.2)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 decodes greedily (default: 0.2)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many per answer (default: 512)")
     parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
@@ -48,7 +48,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | Namespace | None = None) -> int:
-    """Run the program. Given parsed arguments instead of words, run as a function: errors are raised, not printed."""
+    """Run the program. With a Namespace instead of words, raise errors instead of printing them."""
     if isinstance(argv, Namespace):
         run(argv)
         return 0
@@ -61,7 +61,7 @@ def run(args: Namespace) -> None:
     model_path = find_model(args.model_path)
     model_name = get_model_name_from_path(model_path)
     if args.conv_mode is not None:
-        get_template(args.conv_mode)  # a name that nobody knows is refused before anything is loaded
+        get_template(args.conv_mode)  # refuse an unknown name before anything is loaded
     image = load_image(args.image_file)
 
     with quick_imports():

@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
         "--model-list-mode",
         choices=("once", "reload"),
         default="once",
-        help="ask for the models once, or for every visitor (default: once)",
+        help="read the list of models once, or for every visitor (default: once)",
     )
     page.add_argument("--share", action="store_true", help="not offered: put the page behind a server of your own")
     page.add_argument("--moderate", action="store_true", help="not offered: nothing is sent to other services")

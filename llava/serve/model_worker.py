@@ -84,8 +84,10 @@ def add_model_flags(parser: ArgumentParser) -> None:
         default="auto",
         help="run the engine in a process of its own, apart from the server's Python (default: auto, on with a GPU)",
     )
-    model.add_argument("--multi-modal", action="store_true", help="accepted; the model's files say whether it sees")
-    model.add_argument("--use-flash-attn", action="store_true", help="accepted; the engine has its own attention")
+    model.add_argument("--multi-modal", action="store_true", help="accepted and ignored: the model's files decide")
+    model.add_argument(
+        "--use-flash-attn", action="store_true", help="accepted and ignored: the engine has its own attention"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

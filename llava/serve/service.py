@@ -51,7 +51,7 @@ class Service:
     def card(self) -> ModelCard:
         return self.backend.model.card
 
-    async def ask(
+    async def submit(
         self,
         prompts: Sequence[Conversation | str],
         sampling: SamplingParams,

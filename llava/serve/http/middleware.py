@@ -135,7 +135,7 @@ class AccessMiddleware:
             message = "this server does not answer to the name in the Host header"
             return error_response(ApiError(421, message, code="wrong_host"))
         if origin and origin not in policy.origins and urlsplit(origin).netloc != host:
-            message = "pages of other sites may not ask this server"
+            message = "pages of other sites may not use this server"
             return error_response(ApiError(403, message, code="cross_origin"))
         path = request.scope["path"]
         is_open = (

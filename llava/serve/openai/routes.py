@@ -115,9 +115,9 @@ class ModelApi:
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
         urls = [image.url for image in parsed.images]
         details: list[Detail] = ["low" if image.detail == "low" else "auto" for image in parsed.images]
-        asking = service.ask(parsed.prompts, parsed.sampling, urls, details=details, streamed=bool(body.stream))
+        submitted = service.submit(parsed.prompts, parsed.sampling, urls, details=details, streamed=bool(body.stream))
         async with asyncio.timeout_at(deadline):
-            admitted = await cancel_on_disconnect(asking, request.receive)
+            admitted = await cancel_on_disconnect(submitted, request.receive)
         if not body.stream:
             return await cancel_on_disconnect(_whole(admitted, writer, deadline), request.receive)
         return StreamedResponse(
@@ -233,7 +233,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _MEANINGS = {
-    400: "The body cannot be answered; the message says why.",
+    400: "The request cannot be answered; the message says why.",
     401: "An API key is missing or wrong.",
     403: "Sent by a page of another site.",
     404: "There is no such model.",

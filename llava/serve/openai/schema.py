@@ -129,7 +129,7 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
     regex: str | None = Field(None, description="the answer matches this expression as a whole", max_length=10_000)
-    inspect: bool = Field(False, description="say in `inspect` what the images became and how long each part took")
+    inspect: bool = Field(False, description="add `inspect` to the reply: tiles and tokens of the images, and times")
     # Accepted and ignored.
     metadata: dict[str, str] | None = None
     service_tier: str | None = None

@@ -71,9 +71,9 @@ class WorkerApi:
             if body.sampling is None:
                 return _one_chunk(body.prompt + CONTEXT_FULL)
             prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_placeholder)
-            asking = service.ask([prompt], body.sampling, body.images, opener=decode_images)
+            submitted = service.submit([prompt], body.sampling, body.images, opener=decode_images)
             async with asyncio.timeout_at(deadline):
-                admitted = await cancel_on_disconnect(asking, request.receive)
+                admitted = await cancel_on_disconnect(submitted, request.receive)
         except ClientDisconnect:
             raise
         except PromptTooLongError:
