@@ -6,7 +6,6 @@ In: images and a question, or a data file and the number of a sample. Out: every
 
 from __future__ import annotations
 
-import bdb
 import json
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -18,7 +17,7 @@ from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_model_flags, sampling_from
 from llava.cli.program import ArgumentParser
 from llava.conversation import check_question, get_template
-from llava.diagnose.tracer.record import POINTS, Trace
+from llava.diagnose.tracer.record import POINTS, Trace, TraceStopped
 from llava.errors import InputError
 
 EXIT_FAILED = 1
@@ -79,7 +78,7 @@ def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
         raise InputError("give a question, or a data file with --data, not both")
     try:
         return _trace_sample(args, training_flags) if args.data is not None else _trace_question(args)
-    except bdb.BdbQuit:
+    except TraceStopped:
         return EXIT_FAILED
 
 

@@ -299,8 +299,13 @@ def memory_in_use(model: LlavaModel) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class TraceStopped(InputError):
+    """Raised when the user quits the debugger. An engine passes an InputError on as it is, and logs no traceback."""
+
+
 def _debug(record: Trace, observation: Observation, values: dict[str, object]) -> None:
     """Open pdb with the point's values as local names."""
+    import bdb
     import pdb
 
     names = {**values, "observation": observation, "trace": record, "model": record.model}
@@ -311,7 +316,10 @@ def _debug(record: Trace, observation: Observation, values: dict[str, object]) -
     in_main = threading.current_thread() is threading.main_thread()
     stop = pdb.Pdb(nosigint=not in_main).set_trace
     # pdb stops in the code that calls set_trace: a line whose names are those of the point.
-    exec(compile("stop()\nobservation\n", f"<{observation.point}>", "exec"), {**names, "stop": stop})
+    try:
+        exec(compile("stop()\nobservation\n", f"<{observation.point}>", "exec"), {**names, "stop": stop})
+    except bdb.BdbQuit:
+        raise TraceStopped(f"the trace was left at {observation.point}") from None
 
 
 def tensor_stats(tensor: Tensor) -> Facts:
