@@ -68,6 +68,7 @@ def test_the_gpu_benchmark_runs_on_small_shapes(tmp_path: Path) -> None:
     assert "| decode 8 | tok/s |" in (tmp_path / "engine.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_cpu_benchmark_runs() -> None:
     done = run_benchmark("cpu", "--forms", "float32")
     assert done.returncode == 0, done.stderr

@@ -113,6 +113,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(whole: Path, tmp_path: Path) -> None:
     words, log = argv(tmp_path / "run", **FLAGS), tmp_path / "log"
     moment = random.Random()
@@ -122,7 +123,7 @@ def test_killed_at_any_moment_and_started_again(whole: Path, tmp_path: Path) -> 
         delay = moment.uniform(0, 1.5 * PAUSE)
         time.sleep(delay)
         os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        assert child.wait() in (-signal.SIGKILL, 0)  # a busy machine may let the run end before the signal is sent
     assert Child(words, log).wait() == 0, log.read_text()
     assert_same_weights(tmp_path / "run", whole)
     assert leftovers(tmp_path / "run") == []
