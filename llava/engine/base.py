@@ -22,7 +22,7 @@ from llava.engine.prompt import Prompt
 from llava.engine.request import PromptSize, Request, Result, SamplingDefaults, SamplingParams, Score, ScoreRequest
 from llava.engine.sequence import GenerationState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
-from llava.engine.worker import Worker
+from llava.engine.worker import EngineWorker
 from llava.errors import InputError
 from llava.processor import Processor
 from llava.text.detokenizer import IncrementalDetokenizer
@@ -66,7 +66,7 @@ class BaseEngine(ABC):
         model: Any,
         processor: Processor,
         config: EngineConfig,
-        worker: Worker,
+        worker: EngineWorker,
         *,
         max_running: int,
         context_len: int,

@@ -82,7 +82,7 @@ class Decoder:
         self.embedding: Tensor = model.get_input_embeddings().weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         copies = self.device.type == "cpu" and _projection_bytes(model) <= PACKED_BYTES
-        store = _Storage(kernels, weights, copies=copies)
+        store = _WeightStore(kernels, weights, copies=copies)
         self.shape, self.layers, self.final_norm = read(model, store)
         self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
         cos, sin = _angles(model, max_positions, self.dtype)
@@ -193,7 +193,7 @@ def _projections(model: Any) -> Iterable[nn.Module]:
     yield model.get_output_embeddings()
 
 
-class _Storage:
+class _WeightStore:
     """Lays weights side by side. `kind` rounds them; the model's own weights are then given up. `copies` may be made."""
 
     def __init__(self, kernels: Kernels, kind: str | None, *, copies: bool) -> None:
@@ -254,7 +254,7 @@ def _angles(model: Any, num_positions: int, dtype: torch.dtype) -> tuple[Tensor 
 # Which part of a transformers model is which part of a layer.
 
 
-def _read_llama(model: Any, store: _Storage) -> tuple[Shape, list[Layer], Norm]:
+def _read_llama(model: Any, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
     """Llama, Mistral, Qwen2 and Qwen3: the same layers with or without biases, windows and norms of heads."""
     config, inner = model.config, inner_model(model)
     layers = []
@@ -295,7 +295,7 @@ def _rms(norm: Any) -> Norm:
     return Norm(norm.weight.data, None, norm.variance_epsilon)
 
 
-def _read_mpt(model: Any, store: _Storage) -> tuple[Shape, list[Layer], Norm]:
+def _read_mpt(model: Any, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
     config, inner = model.config, inner_model(model)
@@ -330,7 +330,7 @@ def _layer_norm(norm: Any) -> Norm:
     return Norm(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps)
 
 
-READERS: dict[str, Callable[[Any, _Storage], tuple[Shape, list[Layer], Norm]]] = {
+READERS: dict[str, Callable[[Any, _WeightStore], tuple[Shape, list[Layer], Norm]]] = {
     "llama": _read_llama,
     "mistral": _read_llama,
     "qwen2": _read_llama,

@@ -27,7 +27,7 @@ from llava.engine.prompt_builder import check_token_ids
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.engine.sequence import GenerationState, RequestState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
-from llava.engine.worker import Worker
+from llava.engine.worker import EngineWorker
 from llava.errors import InputError
 from llava.model.config import LlavaSettings
 from llava.model.tokenizer_setup import context_len
@@ -114,7 +114,7 @@ class HFEngine(BaseEngine):
                 )
 
 
-class GenerateLoop(Worker):
+class GenerateLoop(EngineWorker):
     """The thread that calls `model.generate`."""
 
     def __init__(self, model: Any, tokenizer: Any, *, max_waiting: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from llava.engine.runner import InFlightStep, Runner, StepOutput
 from llava.engine.scheduler import Scheduler, SchedulerOutput
 from llava.engine.sequence import GenerationState, RequestState, ScoringState, Sequence
-from llava.engine.worker import Worker
+from llava.engine.worker import EngineWorker
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LoopStats:
         )
 
 
-class EngineLoop(Worker):
+class EngineLoop(EngineWorker):
     """One thread over one scheduler and one runner. `overlap` launches a step before the last one is read."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, *, overlap: bool, max_waiting: int) -> None:

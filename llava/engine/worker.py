@@ -23,7 +23,7 @@ from llava.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-class Worker(ABC):
+class EngineWorker(ABC):
     """One thread. A request that fails is failed with its error, and the thread goes on."""
 
     def __init__(self, *, max_waiting: int) -> None:
