@@ -258,7 +258,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor] | None,
         image_sizes: Sequence[Sequence[int]] | None,
         *,
         side: str,
@@ -278,9 +278,6 @@ class LlavaMetaForCausalLM(_CausalBase):
         """Splice a batch and pack its rows into one."""
         self.check_packable()
         settings = LlavaSettings.from_hf(self.config)
-        if images is None:
-            self._refuse_image_tokens_without_images(input_ids)
-            images = []
         spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
         return pack(spliced, max_length=settings.max_length)
 
@@ -298,10 +295,13 @@ class LlavaMetaForCausalLM(_CausalBase):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor] | None,
         image_sizes: Sequence[Sequence[int]] | None,
         settings: LlavaSettings,
     ) -> Spliced:
+        if images is None:
+            self._refuse_image_tokens_without_images(input_ids)
+            images = []
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self._embed, labels=labels)
@@ -424,9 +424,6 @@ class LlavaMetaForCausalLM(_CausalBase):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids, kwargs)
-        if images is None:
-            self._refuse_image_tokens_without_images(input_ids)
-            images = []
         settings = LlavaSettings.from_hf(self.config)
         batch = self._splice_batch(
             input_ids, attention_mask.to(self.device), None, images, image_sizes, side="left", settings=settings

@@ -171,11 +171,11 @@ def test_quantization_without_its_package(folder: Path, monkeypatch: pytest.Monk
         load(folder, device="cpu", quantization="4bit")
 
 
-# --- tokenizer, context, template ------------------------------------------------------------------------------------------
+# --- tokenizer, context, template --------------------------------------------------------------------------------------
 
 
 def test_context_length_as_recorded() -> None:
-    """The recordings know two cases: nothing message (2048), and `max_sequence_length`, which only the `seq` config has."""
+    """The recordings know two cases: no declared length (2048), and `max_sequence_length`, which only the `seq` config has."""
     rows = json.loads(golden("builder_context_len.json").read_text())
     assert {row["context_len"] for row in rows} == {2048, 777}
     for row in rows:

@@ -135,7 +135,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "pad-token": Cause(
         "the padding token is an ordinary one: the attention mask hides text",
-        ("llava/train/data.py:DataCollatorForSupervisedDataset", "llava/model/llava_arch.py:_mask_of_padding"),
+        ("llava/train/data.py:DataCollatorForSupervisedDataset", "llava/model/llava_arch.py:_padding_mask"),
     ),
     "special-token": Cause(
         "an end mark or marker token is not special: it stays in the output",
