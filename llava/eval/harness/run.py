@@ -22,12 +22,13 @@ from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import ModelChoice, missing_images
 from llava.eval.harness.judge import Judge, add_judge_flags, judge_answers
 from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
+from llava.eval.harness.report import write_report
 from llava.eval.harness.results import MANIFEST, TABLE, write_results
 from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jobs, num_shards
 from llava.eval.harness.scoring import TaskReport, add_data_dir, load_questions, score_questions, table
 from llava.eval.tasks import find_tasks
 from llava.eval.tasks.task import Task
-from llava.eval.types import JsonRow, Question
+from llava.eval.types import JsonRow
 from llava.model.checkpoints.hub import resolve_checkpoint
 
 EXAMPLES = """\
@@ -89,13 +90,11 @@ def build_parser() -> ArgumentParser:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task with its questions, before the model is loaded."""
+    """A task, what the model is asked for it, and what was wrong with its questions and answers."""
 
     task: Task
-    questions: list[Question]
-    folder: Path
+    job: TaskJob
     faults: Faults
-    left_out: frozenset[int]  # questions whose image is missing
 
 
 def run(args: Namespace) -> None:
@@ -116,21 +115,11 @@ def run(args: Namespace) -> None:
     with locked(out):
         manifest = {"settings": run_settings(args, plans, choice, name), "shards": settings.shards, **environment()}
         prepare_folder(out, plans, manifest, fresh=args.fresh)
-        jobs = [
-            TaskJob(
-                plan.task.title,
-                plan.questions,
-                plan.folder,
-                args.max_new_tokens or plan.task.max_new_tokens,
-                plan.left_out,
-            )
-            for plan in plans
-        ]
-        outcome = answer_jobs(jobs, settings)
+        outcome = answer_jobs([plan.job for plan in plans], settings)
         for plan, faults in zip(plans, outcome.faults, strict=True):
             plan.faults.kinds.update(faults.kinds)
             failed = faults.kinds.get(NOT_ASKED)
-            if failed is not None and failed.count == len(plan.questions):
+            if failed is not None and failed.count == len(plan.job.questions):
                 raise InputError(
                     f"{plan.task.title}: none of its {failed.count} questions could be asked; {failed.first}"
                 )
@@ -140,8 +129,6 @@ def run(args: Namespace) -> None:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
         reports = [score_plan(plan, args.data_dir, judge) for plan in plans]
         results = write_results(out, reports, manifest)
-        from llava.eval.harness.report import write_report
-
         page = write_report(out, results | {"manifest": manifest})
     for report in reports:
         print(table(report))
@@ -166,7 +153,8 @@ def plan_task(task: Task, args: Namespace, out: Path) -> TaskPlan:
     left_out = frozenset(number for number, question in enumerate(questions) if missing & set(question.images))
     for number in sorted(left_out):
         faults.add("questions without their image", "they are not asked and count as wrong", repr(questions[number].id))
-    return TaskPlan(task, questions, out / task.name, faults, left_out)
+    max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    return TaskPlan(task, TaskJob(task.title, questions, out / task.name, max_new_tokens, left_out), faults)
 
 
 def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice, name: str) -> JsonRow:
@@ -188,7 +176,7 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens or "each task's own",
         },
-        "prompts": {plan.task.name: prompts_hash(plan.questions) for plan in plans},
+        "prompts": {plan.task.name: prompts_hash(plan.job.questions) for plan in plans},
     }
 
 
@@ -201,7 +189,7 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
     file = out / MANIFEST
     if fresh:
         for plan in plans:
-            AnswerLog(plan.folder, plan.questions, "").clear()
+            AnswerLog(plan.job.folder, plan.job.questions, "").clear()
     elif file.is_file():
         previous = read_json_object(file, "manifest")
         before = previous["settings"]
@@ -224,16 +212,16 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
 
 def score_plan(plan: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
     """Score a task's answers from their file, ask the judge where there is one, and write the submission."""
-    report = score_questions(plan.task, plan.questions, plan.folder / "answers.jsonl", plan.faults)
-    if plan.task.judge is not None and (judge is not None or (plan.folder / "reviews.jsonl").is_file()):
+    report = score_questions(plan.task, plan.job.questions, plan.job.folder / "answers.jsonl", plan.faults)
+    if plan.task.judge is not None and (judge is not None or (plan.job.folder / "reviews.jsonl").is_file()):
         home = plan.task.home(data_dir)
         scores = judge_answers(
-            plan.task.judge, report.answered, home, judge, plan.folder / "reviews.jsonl", plan.faults
+            plan.task.judge, report.answered, home, judge, plan.job.folder / "reviews.jsonl", plan.faults
         )
         report = TaskReport(plan.task, scores, plan.faults, report.answered)
     if plan.task.write is not None:
         try:
-            plan.task.write(report.answered, plan.task.home(data_dir), plan.folder / "submission")
+            plan.task.write(report.answered, plan.task.home(data_dir), plan.job.folder / "submission")
         except InputError as error:
             plan.faults.add("submissions not written", str(error), plan.task.name)
     return report
