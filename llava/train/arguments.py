@@ -1,8 +1,8 @@
-"""What a training run can be told: three dataclasses and the command line that fills them.
+"""Define what a training run can be told: three dataclasses, and the command line that fills them.
 
-In: an argument list, in today's spelling or in that of scripts written for transformers 4. Out: ModelArguments,
-DataArguments, TrainingArguments (the library's own, plus what a LLaVA needs). Old spellings are in legacy_flags.py,
-configuration files in config_file.py; what the values do is in train.py, data.py and llava_trainer.py.
+In: an argument list, in the current spelling or in that of scripts for transformers 4. Out: ModelArguments, DataArguments,
+TrainingArguments (transformers' own, plus what a LLaVA needs). legacy_flags.py translates old spellings, config_file.py
+reads configuration files; the values are used in run.py, model_setup.py, data.py and llava_trainer.py.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class ModelArguments:
     freeze_backbone: bool = _opt(False, "Do not train the language model's body (its output layer still is).")
     tune_mm_mlp_adapter: bool = _opt(False, "Train the projector alone and save it as mm_projector.bin.")
     vision_tower: str | None = _opt(None, "Folder or hub name of the vision tower; without one the run is text only.")
-    mm_vision_select_layer: int | None = _opt(-1, "Hidden layer of the tower that the projector reads (-2 in v1.5).")
+    mm_vision_select_layer: int = _opt(-1, "Hidden layer of the tower that the projector reads (-2 in v1.5).")
     pretrain_mm_mlp_adapter: str | None = _opt(None, "A mm_projector.bin to start the projector from.")
     mm_projector_type: str | None = _opt("linear", "Projector: linear, mlp2x_gelu (any depth), identity.")
     mm_use_im_start_end: bool = _opt(False, "Put <im_start> and <im_end> around every image.")
     mm_use_im_patch_token: bool = _opt(True, "Add the token <im_patch> to the vocabulary, as the first models did.")
-    mm_patch_merge_type: str | None = _opt("flat", "How tiles are joined: flat, spatial, spatial_unpad.")
-    mm_vision_select_feature: str | None = _opt("patch", "Tower features to use: patch, or cls_patch.")
+    mm_patch_merge_type: str = _opt("flat", "How tiles are joined: flat, spatial, spatial_unpad.")
+    mm_vision_select_feature: str = _opt("patch", "Tower features to use: patch, or cls_patch.")
     unfreeze_mm_vision_tower: bool = _opt(False, "Train the vision tower too; its weights go into the checkpoint.")
 
 
@@ -113,9 +113,12 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_vision_tower_lr: float | None = _opt(None, "The vision tower's own learning rate, when it is trained.")
     group_by_modality_length: bool = _opt(False, "Batches of one modality and of similar lengths.")
     packing: bool = _opt(
-        False, "Put several samples into one row without padding; a batch of --per_device_train_batch_size N is N rows."
+        False,
+        "Pack several samples into one sequence without padding; --per_device_train_batch_size then counts packed sequences.",
     )
-    pack_length: int | None = _opt(None, "With --packing: longest row in tokens; if not given, --model_max_length.")
+    pack_length: int | None = _opt(
+        None, "With --packing: tokens of a packed sequence; if not given, --model_max_length."
+    )
     compile_layers: bool = _opt(
         False, "Compile the layers of the language model, and of a tower that learns; needs a GPU, or a C++ compiler."
     )
@@ -157,8 +160,8 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.bits != 16 and self.fsdp:
             raise InputError(
-                f"--bits {self.bits} and --fsdp exclude each other: packed weights cannot be sharded; every GPU holds them "
-                "whole, with DeepSpeed ZeRO-2 or with nothing"
+                f"--bits {self.bits} and --fsdp exclude each other: quantized weights cannot be sharded; every GPU holds "
+                "them whole, with DeepSpeed ZeRO-2 or without it"
             )
         if self.deepspeed and not importlib.util.find_spec("deepspeed"):
             raise InputError("--deepspeed needs the package 'deepspeed'; install it with: pip install deepspeed")
@@ -184,7 +187,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed and self.trainable_dtype in ("bfloat16", "float16"):
             self._check_deepspeed_precision()
             enable_bfloat16_states(self.hf_deepspeed_config.config)
-        if self.uses_zero3 and self.compile_layers:  # before a model is loaded: DeepSpeed reads it then, and once more
+        if self.uses_zero3 and self.compile_layers:  # before DeepSpeed first reads it, when a model is loaded
             disable_memory_efficient_linear(self.hf_deepspeed_config.config)
 
     def _split_global_batch(self, global_batch: int) -> None:
@@ -242,15 +245,15 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What matrix products are computed in, and what frozen weights are held in."""
+        """The dtype of matrix products and of frozen weights."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """What trained weights are held in.
+        """The dtype of trained weights.
 
-        Small updates of bfloat16 weights round to nothing, and float16 gradients cannot be scaled, so float32 is the
-        rule; DeepSpeed makes its own float32 copy of whatever it is given.
+        By default float32: small updates of bfloat16 weights round to zero, and float16 gradients cannot be unscaled.
+        DeepSpeed keeps a float32 copy of its own.
         """
         if self.trainable_dtype != "auto":
             return getattr(torch, self.trainable_dtype)
@@ -285,16 +288,18 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 
-# Where a run can be reported to, and the packages that do it (one of them is enough).
+# Trackers, and the packages for each (one of them is enough).
 _REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
 _REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "report"}
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Read a command line (`sys.argv` without one), which may begin with a configuration file (config_file.py).
+    """Parse a command line (by default `sys.argv`), which may begin with a configuration file (config_file.py).
 
-    Old spellings are translated, one logged line each. What cannot be read raises `InputError`; `--help` and
-    `--print-config` print and exit.
+    Old spellings are translated, one logged line each. `--help` and `--print-config` print and exit.
+
+    Raises:
+        InputError: the command line cannot be parsed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     print_only = any(word in PRINT_CONFIG for word in argv)
@@ -305,9 +310,9 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     if not any(word in ("-h", "--help") for word in argv):
         argv = expand_config(argv, known, {action.dest for action in parser._actions if action.nargs in ("+", "*")})
         if print_only:
-            print(as_yaml(parse_flags(argv), _worth_showing()), end="")
+            print(as_yaml(parse_flags(argv), _own_settings()), end="")
             raise SystemExit(0)
-        # The library deprecates the old name of this flag but recipes all use it.
+        # transformers deprecates this name, but all recipes use it.
         if "activation_checkpointing" in known:
             argv = [word.replace("--gradient_checkpointing", "--activation_checkpointing", 1) for word in argv]
         argv, notes = translate(argv, known, _booleans_that_need_a_value(parser))
@@ -333,8 +338,8 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     return model, data, training
 
 
-def _worth_showing() -> dict[str, dict[str, tuple[Any, str]]]:
-    """The settings that LLaVA adds to the library's, by the groups of a configuration file."""
+def _own_settings() -> dict[str, dict[str, tuple[object, str]]]:
+    """List the settings that LLaVA adds to transformers', by the groups of a configuration file."""
     library = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
     kinds = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments}
     return {
@@ -348,7 +353,7 @@ def _worth_showing() -> dict[str, dict[str, tuple[Any, str]]]:
 
 
 class _Parser(HfArgumentParser):
-    """argparse ends the process by itself; here the caller decides."""
+    """Raise `InputError` where argparse would exit."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -360,7 +365,7 @@ def _booleans_that_need_a_value(parser: HfArgumentParser) -> set[str]:
 
 
 def _closest(flag: str, known: set[str]) -> str:
-    """In the spelling that was typed, with underscores or with dashes."""
+    """Suggest a flag in the spelling that was typed, with underscores or with dashes."""
     match = difflib.get_close_matches(flag[2:].replace("-", "_"), sorted(known), n=1)
     if not match:
         return "; --help lists every flag"

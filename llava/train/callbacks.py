@@ -1,7 +1,7 @@
-"""What a person at the terminal meets: one readable line per log, a progress bar, and a stop that loses nothing.
+"""Report progress on the terminal, and stop a run at a signal without losing steps.
 
-In: the trainer's events. Out: lines on stderr; a checkpoint and an orderly end after SIGTERM or SIGINT. The figures in
-the lines are counted in metrics.py.
+In: the trainer's events. Out: a line on stderr per log and a progress bar; after SIGTERM or SIGINT a checkpoint and an
+orderly end. The figures in the lines come from metrics.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from llava.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-# What a line says of a figure, in this order; figures without an entry (total_flos, ...) are for trackers only.
+# How a line prints each figure, in this order; figures without an entry (total_flos, ...) go to trackers only.
 _COLUMNS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
     "eval_loss": lambda value: f"validation loss {value:.4f}",
@@ -43,9 +46,9 @@ _COLUMNS: dict[str, Callable[[float], str]] = {
 }
 
 
-def log_line(logs: Mapping[str, Any], step: int, max_steps: int, eta: float | None = None) -> str:
-    """One line for one dictionary of figures."""
-    parts = [say(logs[name]) for name, say in _COLUMNS.items() if isinstance(logs.get(name), (int, float))]
+def log_line(logs: Mapping[str, object], step: int, max_steps: int, eta: float | None = None) -> str:
+    """Format one dictionary of figures as one line."""
+    parts = [text(value) for name, text in _COLUMNS.items() if isinstance(value := logs.get(name), (int, float))]
     if eta is not None and "loss" in logs:
         parts.append(f"ETA {_duration(eta)}")
     return f"step {step:,}/{max_steps:,}  " + "  ".join(parts)
@@ -58,23 +61,34 @@ def _duration(seconds: float) -> str:
 
 
 class ConsoleCallback(TrainerCallback):
-    """Lines on stderr, and under them a bar with the time left where stderr is a terminal."""
+    """Print lines on stderr, and below them a progress bar if stderr is a terminal."""
 
     def __init__(self, *, bar: bool) -> None:
         self.wants_bar = bar and sys.stderr.isatty()
-        self.bar: Any = None
+        self.bar: tqdm | None = None
         self.began = (0.0, 0)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.began = (time.perf_counter(), state.global_step)
         if state.is_world_process_zero and self.wants_bar:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         since, first = self.began
@@ -88,7 +102,9 @@ class ConsoleCallback(TrainerCallback):
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -111,7 +127,9 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.signal_number = 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
         number = self._agreed(args)
         if number and not control.should_training_stop:
             self.signal_number = number
@@ -119,8 +137,8 @@ class StopCallback(TrainerCallback):
             control.should_evaluate = False
         return control
 
-    def _agreed(self, args: Any) -> int:
-        """The signal that any rank got; ranks that stopped at different steps would wait for each other for ever."""
+    def _agreed(self, args: TrainingArguments) -> int:
+        """The signal that any rank got: ranks that stopped at different steps would wait for each other without end."""
         if args.world_size == 1:
             return self.signal_number
         number = torch.tensor(self.signal_number, device=args.device)
@@ -129,10 +147,10 @@ class StopCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals while the block runs, and leave them as they were afterwards."""
+        """Handle the two signals during the block, and restore their handlers afterwards."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def note(number: int, frame: Any) -> None:
+        def handle(number: int, frame: object) -> None:
             self.signal_number = number
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -140,8 +158,8 @@ class StopCallback(TrainerCallback):
 
         try:
             for number in before:
-                signal.signal(number, note)
-        except ValueError:  # signals are the main thread's; a run in another is stopped by whoever started it
+                signal.signal(number, handle)
+        except ValueError:  # only the main thread gets signals; a run in another thread is stopped by its starter
             before = {}
         try:
             yield

@@ -1,7 +1,7 @@
-"""Folders `checkpoint-N`: written whole or not at all, checked before a run goes on from one, thinned out safely.
+"""Write, check and rotate the folders `checkpoint-N` of a run.
 
-In: the folder of a run. Out: the newest checkpoint that is whole; a folder to write the next one into, which takes its
-name only when everything is on the disk. What a checkpoint holds is written by save.py and the library.
+In: the folder of a run. Out: its newest complete checkpoint; a staging folder for the next one, which is renamed when
+everything is on the disk. The contents of a checkpoint are written by save.py and transformers.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning each."""
+    """Find the newest complete checkpoint; each damaged one is skipped with a warning."""
     for folder in reversed(list_checkpoints(run_folder)):
         fault = checkpoint_fault(folder)
         if fault is None:
             return folder
-        logger.warning("passing over %s: %s", folder, fault)
+        logger.warning("skipping %s: %s", folder, fault)
     return None
 
 
 def checkpoint_fault(folder: Path) -> str | None:
-    """What keeps a run from going on from this folder, or nothing."""
+    """Say why a run cannot resume from this folder, if it cannot."""
     state = folder / STATE_FILE
     if not state.is_file():
         return f"it has no {STATE_FILE}"
@@ -76,7 +76,7 @@ def checkpoint_fault(folder: Path) -> str | None:
 def _has_weights(folder: Path) -> bool:
     if any((folder / name).is_file() for name in (*_WEIGHT_FILES, *_INDEX_FILES, PROJECTOR_FILE)):
         return True
-    # Weights of sharded runs: DeepSpeed's `global_stepN`, FSDP's `pytorch_model_fsdp_0`.
+    # Sharded weights: DeepSpeed's `global_stepN`, FSDP's `pytorch_model_fsdp_0`.
     return any(
         entry.is_dir() and ("fsdp" in entry.name or entry.name.startswith("global_step")) for entry in folder.iterdir()
     )
@@ -109,22 +109,22 @@ def _missing_shard(index: Path) -> str | None:
 
 
 def staging_folder(run_folder: Path, step: int) -> Path:
-    """Where `checkpoint-<step>` is written before it takes its place: `<this>/checkpoint-<step>`."""
+    """The folder in which `checkpoint-<step>` is written before it is moved into the run's folder."""
     return run_folder / f"{STAGING}checkpoint-{step}"
 
 
 def remove_unfinished_checkpoints(run_folder: Path) -> None:
-    """Remove what a run that was killed while saving or deleting left behind."""
+    """Remove unfinished folders of a run that was killed while it saved or deleted."""
     for folder in [*run_folder.glob(f"{STAGING}*"), *run_folder.glob(f"{TRASH}*")]:
-        logger.warning("removing %s, which a run that was stopped while saving left behind", folder)
+        logger.warning("removing %s, left by a run that was stopped while it saved", folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def finalize_checkpoint(staging: Path, step: int) -> Path:
-    """Give a complete checkpoint its name, after everything in it has reached the disk."""
+    """Flush a complete checkpoint to disk, then rename it."""
     written, final = staging / f"checkpoint-{step}", staging.parent / f"checkpoint-{step}"
     flush_tree(written)
-    if final.exists():  # of a run before this one
+    if final.exists():  # of an earlier run
         delete(final)
     os.rename(written, final)
     flush(final.parent)
@@ -144,7 +144,7 @@ def rotate_checkpoints(run_folder: Path, limit: int | None, *, keep: str | None 
 
 
 def delete(folder: Path) -> None:
-    """Remove a folder that nobody may take for a checkpoint while it is half gone."""
+    """Rename a folder, then remove it, so that a half-removed one is never taken for a checkpoint."""
     trash = folder.with_name(f"{TRASH}{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -153,7 +153,7 @@ def delete(folder: Path) -> None:
 
 @contextmanager
 def explain_full_disk(what: str, run_folder: Path, *, discard: Path | None = None) -> Iterator[None]:
-    """Turn the errors of a full disk into one sentence, and remove the half that was written (`discard`)."""
+    """Turn the error of a full disk into one sentence, and remove what was written so far (`discard`)."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""A training run written down as YAML: `llava train CONFIG.yaml [key=value | --key value ...]`.
+"""Read and write a training run as YAML: `llava train CONFIG.yaml [key=value | --key value ...]`.
 
-In: an argument list that begins with a file. Out: the same run as plain flags, for arguments.py to read; and the way back,
-flags as YAML, for `--print-config`. Keys are the names of the flags, bare or in groups (`model:`, `data:`, `training:`) that
-only help the reader. `extends: other.yaml` builds on another file. Paths inside are relative to the working directory,
-as they are in flags; only `extends` is relative to its file.
+In: an argument list that begins with a file. Out: the same run as flags, for arguments.py to parse; and the reverse, flags
+as YAML, for `--print-config`. Keys are the names of the flags, bare or in groups (`model:`, `data:`, `training:`) that only
+help the reader. `extends: other.yaml` inherits from another file. Paths are relative to the working directory, as in
+flags; only `extends` is relative to its file.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ OLD_NAMES = frozenset({*RENAMED, *WITHOUT_MEANING, *REWRITTEN, *KEPT_WITHOUT_MEA
 
 
 def expand_config(argv: Sequence[str], known: Collection[str], lists: Collection[str] = ()) -> list[str]:
-    """Turn `CONFIG.yaml key=value --key value` into flags; an argument list without a file comes back as it is.
+    """Turn `CONFIG.yaml key=value --key value` into flags; return an argument list without a file as it is.
 
-    `known` are the flags that exist, `lists` those that take several values. What the command line says wins.
+    Args:
+        argv: the argument list; its overrides take precedence over the file.
+        known: the names of all flags.
+        lists: the names of the flags that take several values.
     """
     if not argv or argv[0].startswith("-"):
         return list(argv)
@@ -37,20 +40,20 @@ def expand_config(argv: Sequence[str], known: Collection[str], lists: Collection
     given = parse_flags(
         [f"--{word}" if _is_assignment(word, known, before[i]) else word for i, word in enumerate(rest)]
     )
-    overridden = {_todays_name(flag.name) for flag in given}
+    overridden = {_current_name(flag.name) for flag in given}
     flags = [
-        flag for flag in _flags_of(Path(file), frozenset(known), lists) if _todays_name(flag.name) not in overridden
+        flag for flag in _flags_of(Path(file), frozenset(known), lists) if _current_name(flag.name) not in overridden
     ]
     for flag in given:
-        if len(flag.values) == 1 and flag.values[0] in UNSET:  # takes the default again, as in a file
-            flags = [other for other in flags if _todays_name(other.name) != _todays_name(flag.name)]
+        if len(flag.values) == 1 and flag.values[0] in UNSET:  # resets to the default, as in a file
+            flags = [other for other in flags if _current_name(other.name) != _current_name(flag.name)]
         else:
             flags.append(flag)
     return [word for flag in flags for word in flag.as_argv()]
 
 
 def _is_assignment(word: str, known: Collection[str], before: str) -> bool:
-    """Whether a word is `lora_r=8`, and no flag, nor the value of the flag `before` it that happens to hold such a sign."""
+    """Whether a word is an assignment such as `lora_r=8`, and not a flag, nor a value with `=` of the flag `before` it."""
     name, equals, _ = word.partition("=")
     if not equals or not name.isidentifier():
         return False
@@ -61,36 +64,36 @@ def _is_assignment(word: str, known: Collection[str], before: str) -> bool:
     raise InputError(f"unknown key {name!r}{closest_key(name, known)}")
 
 
-def _todays_name(name: str) -> str:
+def _current_name(name: str) -> str:
     return {"warmup_ratio": "warmup_steps", "gradient_checkpointing": "activation_checkpointing", **RENAMED}.get(
         name, name
     )
 
 
 def _flags_of(file: Path, known: frozenset[str], lists: Collection[str], seen: tuple[Path, ...] = ()) -> list[Flag]:
-    """The flags that a file and those it extends stand for."""
+    """Read the flags of a file and of those that it extends."""
     if file.resolve() in seen:
         raise InputError(f"{file} extends itself")
     strings, typed = _read(file)
     flags: dict[str, Flag] = {}
     if strings.get(EXTENDS):
         parent = file.parent / strings[EXTENDS]
-        flags = {_todays_name(flag.name): flag for flag in _flags_of(parent, known, lists, (*seen, file.resolve()))}
+        flags = {_current_name(flag.name): flag for flag in _flags_of(parent, known, lists, (*seen, file.resolve()))}
     own: set[str] = set()
     for where, key, text, value in _settings(strings, typed):
         if key not in known and key not in OLD_NAMES:
             raise InputError(f"{file}: unknown key {where + key!r}{closest_key(key, known)}")
-        if _todays_name(key) in own:
+        if _current_name(key) in own:
             raise InputError(f"{file}: {key!r} is given twice; keep one of them")
-        own.add(_todays_name(key))
-        flags.pop(_todays_name(key), None)
-        if text is None or text not in UNSET:  # an empty value takes the default again
-            flags[_todays_name(key)] = Flag(key, _words(text, value, several=key in lists))
+        own.add(_current_name(key))
+        flags.pop(_current_name(key), None)
+        if text is None or text not in UNSET:  # an empty value resets to the default
+            flags[_current_name(key)] = Flag(key, _words(text, value, several=key in lists))
     return list(flags.values())
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file twice: every scalar as it is written (`no`, `2e-5` and `1_000` mean what they say), and as YAML types it."""
+    """Read the file twice: with every scalar as text (`no`, `2e-5` and `1_000` are taken literally), and with YAML types."""
     try:
         text = file.read_text(encoding="utf-8")
         strings, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
@@ -104,7 +107,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _settings(strings: Mapping[str, Any], typed: Mapping[Any, Any]) -> list[tuple[str, str, str | None, Any]]:
-    """(group, key, text of a scalar, value of anything else) of every setting, groups opened."""
+    """Flatten the groups into (group, key, text of a scalar, value of anything else) per setting."""
     found: list[tuple[str, str, str | None, Any]] = []
     for (key, text), value in zip(strings.items(), typed.values(), strict=True):
         if key == EXTENDS:
@@ -131,10 +134,10 @@ def closest_key(name: str, known: Collection[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else "; llava train --help lists every name"
 
 
-def as_yaml(flags: Sequence[Flag], groups: Mapping[str, Mapping[str, tuple[Any, str]]]) -> str:
-    """Flags as a configuration file; settings that were not given follow as comments, with default and meaning.
+def as_yaml(flags: Sequence[Flag], groups: Mapping[str, Mapping[str, tuple[object, str]]]) -> str:
+    """Format flags as a configuration file; settings that were not given follow as comments, with default and help.
 
-    `groups` has, for `model`, `data` and `training`, the (default, help) of each setting that is worth showing there.
+    `groups` has, for `model`, `data` and `training`, the (default, help) of each setting to list there.
     """
     given = {flag.name: flag for flag in flags}
     group_of = {name: group for group, settings in groups.items() for name in settings}
@@ -150,7 +153,7 @@ def as_yaml(flags: Sequence[Flag], groups: Mapping[str, Mapping[str, tuple[Any, 
 
 
 def _scalar(flag: Flag) -> str:
-    """The value such that reading it again gives the same words."""
+    """Format the value so that reading it gives the same words."""
     if len(flag.values) > 1:
         return json.dumps(list(flag.values))
     text = flag.values[0] if flag.values else "True"

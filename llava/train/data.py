@@ -1,56 +1,92 @@
-"""Training samples: data files and folders of images become batches of tensors.
+"""Prepare training samples: data files and folders of images become batches of tensors.
 
 In: samples `{"id", "image" (a path or a list of paths, optional), "conversations": [{"from", "value"}, ...]}`, which
-samples.py finds in files of several forms. Out: per sample ids, labels and pixels; per batch padded ids, labels, a mask and
-images in the order of their marks. Prompts, tokens and labels come from text/labels.py, pixels from mm_utils.py; the order of
-samples is in sampler.py.
+data/samples.py finds in files of several formats. Out: per sample ids, labels and pixels; per batch padded ids, labels, a
+mask, and images in the order of their image tokens. Prompts, tokens and labels come from text/labels.py, pixels from
+mm_utils.py; the order of samples is in sampler.py.
 
     B samples, T tokens, I images in the batch
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
 from llava.data.formats import Sample, image_sources
 from llava.data.image_files import image_label, locate_image
-from llava.data.samples import open_samples
+from llava.data.samples import Samples, open_samples
 from llava.data.skipped_samples import SkippedSamples, TruncatedSamples
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.mm_utils import process_images
 from llava.text.labels import LabelledSamples, preprocess, preprocess_multimodal, speaker_of
 
+if TYPE_CHECKING:
+    from llava.text.tokenization import Tokenizer
+    from llava.train.arguments import DataArguments
+
+T = TypeVar("T")
+
 # Words that one image counts for where samples are grouped by length; published runs counted so.
 WORDS_PER_IMAGE = 128
-# So many bad samples in a row are no accident: the image folder is wrong, or the disk is gone.
+# So many bad samples in succession mean a wrong image folder or a missing disk.
 MAX_SKIPPED_IN_A_ROW = 100
+
+Size = tuple[int, int]  # (width, height)
+
+
+class TrainingItem(TypedDict, total=False):
+    """A sample that is ready to be collated."""
+
+    input_ids: Required[Tensor]  # (T,), IMAGE_TOKEN_INDEX for each image
+    labels: Required[Tensor]  # (T,), IGNORE_INDEX where nothing is trained
+    image: Tensor | list[Tensor]  # (3, H, W), or (tiles, 3, H, W) with anyres; a list for several images
+    image_size: Size | list[Size]  # with anyres only
+
+
+class DataModule(TypedDict):
+    """What the trainer takes: data sets and the collator."""
+
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    data_collator: Callable[[Sequence[Any]], dict[str, object]]
 
 
 class LazySupervisedDataset(Dataset):
-    """The samples of a data file (or of several, see samples.py), prepared when they are drawn.
+    """The samples of a data file (or of several, see data/samples.py), prepared when they are drawn.
 
-    `data_args` says where images lie and how they are prepared: `image_folder`, `image_processor`, `image_aspect_ratio`,
-    `image_grid_pinpoints` (anyres), `is_multimodal`, `mm_use_im_start_end`; and, if it has them, `data_weights`,
-    `on_bad_sample` and `pixel_dtype` (otherwise float32). `conv` is the conversation template; without one it is
-    `llava.conversation.default_conversation`, read at each call.
+    In a multimodal run a text-only sample carries one black image without an image token, so that every rank's batch runs
+    the tower and no collective operation waits for a rank that has no images.
 
-    In a multimodal run a text-only sample carries one black image without a mark, so that every rank's batch runs the
-    tower and no collective operation waits for a rank that has no images.
+    A bad sample raises `InputError`. With `on_bad_sample="skip"` the next good one of its modality is drawn in its place:
+    batches keep their sizes, and which samples a run sees depends only on the data.
 
-    A bad sample raises. With `on_bad_sample="skip"` the next good one of its modality is drawn in its place: batches
-    keep their sizes, and which samples a run sees depends on nothing but the data.
+    Args:
+        data_path: what `--data_path` takes.
+        tokenizer: of the model, with a padding token and `model_max_length`.
+        data_args: `image_folder`, `image_processor`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres),
+            `is_multimodal`, `mm_use_im_start_end`; optionally `data_weights`, `on_bad_sample` and `pixel_dtype`.
+        conv: conversation template; by default `llava.conversation.default_conversation`, read at each call.
     """
 
-    def __init__(self, data_path: str, tokenizer: Any, data_args: Any, *, conv: Conversation | None = None) -> None:
+    def __init__(
+        self,
+        data_path: str,
+        tokenizer: Tokenizer,
+        data_args: DataArguments | SimpleNamespace,
+        *,
+        conv: Conversation | None = None,
+    ) -> None:
         super().__init__()
-        # Outside code brings arguments without the fields that are new here.
+        # Data arguments of outside code lack the fields that the original does not have.
         self.list_data_dict = open_samples(data_path, weights=getattr(data_args, "data_weights", None))
         self.skips_bad = getattr(data_args, "on_bad_sample", "stop") == "skip"
         self.tokenizer = tokenizer
@@ -69,7 +105,7 @@ class LazySupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Words per sample, an image counting for 128."""
+        """Words per sample; an image counts as 128."""
         words, images = (self.list_data_dict.column(name) for name in ("words", "images"))
         return (words + WORDS_PER_IMAGE * (images > 0)).tolist()
 
@@ -79,7 +115,7 @@ class LazySupervisedDataset(Dataset):
         words, images = (self.list_data_dict.column(name) for name in ("words", "images"))
         return (words * (2 * (images > 0) - 1)).tolist()
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> TrainingItem:
         if not self.skips_bad:
             return self._prepared(index)
         for tried, candidate in enumerate(self._candidates(index)):
@@ -96,7 +132,7 @@ class LazySupervisedDataset(Dataset):
         return getattr(self.data_args, "pixel_dtype", torch.float32)
 
     def fault(self, index: int) -> InputError | None:
-        """Why a sample cannot be used, or nothing."""
+        """Return the error that makes a sample unusable, if any."""
         try:
             self._prepared(index)
         except InputError as error:
@@ -112,7 +148,7 @@ class LazySupervisedDataset(Dataset):
         return [report for report in found if report]
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The sample and, going round, those after it that have images too, or have none either."""
+        """Yield the sample, then those after it (cyclically) that have images, if it has, or have none."""
         samples = self.list_data_dict
         wanted = _has_images(samples, index)
         for step in range(len(self)):
@@ -120,7 +156,7 @@ class LazySupervisedDataset(Dataset):
             if _has_images(samples, candidate) == wanted:
                 yield candidate
 
-    def _prepared(self, index: int) -> dict[str, Any]:
+    def _prepared(self, index: int) -> TrainingItem:
         samples = self.list_data_dict
         part, row = samples.locate(index)
         try:
@@ -135,7 +171,7 @@ class LazySupervisedDataset(Dataset):
             turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
         return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)
 
-    def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> dict[str, Any]:
+    def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> TrainingItem:
         sources = image_sources(sample)
         if sources and not self.data_args.is_multimodal:
             raise InputError(f"it has an image ({image_label(sources[0])!r}) but the run has no --vision_tower")
@@ -153,7 +189,7 @@ class LazySupervisedDataset(Dataset):
             index, labels, self.tokenizer.model_max_length, already_truncated=bool(tokens["num_truncated"])
         )
 
-        item: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
+        item: TrainingItem = {"input_ids": input_ids, "labels": labels}
         if sources:
             pixels = [
                 process_images([image], self.data_args.image_processor, self.data_args)[0].to(self._pixel_dtype)
@@ -169,7 +205,7 @@ class LazySupervisedDataset(Dataset):
         else:
             return item
         item["image"] = pixels if len(pixels) > 1 else pixels[0]
-        if self.data_args.image_aspect_ratio == "anyres":  # the model lays tiles out by the image's own size
+        if self.data_args.image_aspect_ratio == "anyres":  # the layout of tiles depends on the image's own size
             item["image_size"] = sizes if len(sizes) > 1 else sizes[0]
         return item
 
@@ -179,22 +215,22 @@ def num_placeholders(turns: Sequence[Sample]) -> int:
     return sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns if speaker_of(turn["from"]) == "question")
 
 
-def _has_images(samples: Any, index: int) -> bool:
+def _has_images(samples: Samples, index: int) -> bool:
     part, row = samples.locate(index)
     return bool(part.file.columns.images[row])
 
 
 class DataCollatorForSupervisedDataset:
-    """Pad samples to the longest one, cut them at the tokenizer's `model_max_length`, gather their images.
+    """Pad samples to the longest one, truncate them at the tokenizer's `model_max_length`, gather their images.
 
-    `images` is one tensor (I, 3, H, W) where all have a shape, else a list; a sample with several images contributes
-    them in the order of its marks. `image_sizes` (width, height) is there when the samples have sizes.
+    Returns a batch of `input_ids`, `labels` and `attention_mask` (B, T); `images`, one tensor (I, 3, H, W) where all have
+    the same shape, else a list, in the order of their image tokens; and `image_sizes` (width, height) if samples have sizes.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, instances: Sequence[TrainingItem]) -> dict[str, Any]:
         longest = min(max(len(item["input_ids"]) for item in instances), self.tokenizer.model_max_length)
         shape = (len(instances), longest)
         input_ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
@@ -210,8 +246,8 @@ class DataCollatorForSupervisedDataset:
                 f"a batch of {len(instances)} samples has nothing to train on: every answer is empty or begins after "
                 f"--model_max_length {self.tokenizer.model_max_length}"
             )
-        # A padding id inside a sequence (an unknown character, where it is the unknown id) is not attended to, as in
-        # published runs; but never the end mark, where a tokenizer pads with that: the model has to learn it.
+        # A padding id inside a sequence (an unknown character, where the unknown id pads) is not attended to, as in
+        # published runs. The end token always is, also where a tokenizer pads with it: the model has to learn it.
         if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
             attention_mask &= input_ids != self.tokenizer.pad_token_id
 
@@ -225,14 +261,16 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
-def make_supervised_data_module(tokenizer: Any, data_args: Any, conv: Conversation | None = None) -> dict[str, Any]:
-    """What the trainer takes: the training set, no evaluation set, and the collator."""
+def make_supervised_data_module(
+    tokenizer: Tokenizer, data_args: DataArguments | SimpleNamespace, conv: Conversation | None = None
+) -> DataModule:
+    """Build what the trainer takes: the training set, no evaluation set, and the collator."""
     return {
-        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, conv=conv),
+        "train_dataset": LazySupervisedDataset(str(data_args.data_path), tokenizer, data_args, conv=conv),
         "eval_dataset": None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }
 
 
-def _flatten(values: Any) -> list[Any]:
+def _flatten(values: Iterable[T | list[T]]) -> list[T]:
     return [entry for value in values for entry in (value if isinstance(value, list) else [value])]

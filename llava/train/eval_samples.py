@@ -1,7 +1,7 @@
-"""What a model answers to validation samples while it is trained.
+"""Generate answers to validation samples while a model is trained.
 
-In: the validation set and the model as it is. Out: questions, its greedy answers and the answers in the data, for the log
-and for `eval_answers.jsonl`. The validation loss is computed in llava_trainer.py.
+In: the validation set and the model. Out: questions, greedy answers and the answers in the data, for the log and for
+`eval_answers.jsonl`. The validation loss is computed in llava_trainer.py.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.train.indexed_dataset import sample_name
 
+if TYPE_CHECKING:
+    from llava.model.protocols import LanguageModel
+    from llava.text.tokenization import Tokenizer
+    from llava.train.data import LazySupervisedDataset
+
 ANSWERS_FILE = "eval_answers.jsonl"
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """The first question of a sample, answered."""
+    """The model's answer to the first question of a sample."""
 
     step: int
     sample: str
@@ -35,9 +40,15 @@ class SampleAnswer:
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: Any, dataset: Any, *, num_samples: int, max_new_tokens: int, step: int
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    dataset: LazySupervisedDataset,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    step: int,
 ) -> list[SampleAnswer]:
-    """Greedy answers to the first turn of the first samples, from just what a training step would see before them."""
+    """Generate greedy answers to the first turn of the first samples, from the ids that a training step would see."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -48,7 +59,7 @@ def generate_answers(
             first = int((labels != IGNORE_INDEX).nonzero()[0])
             untrained = (labels[first:] == IGNORE_INDEX).nonzero()
             last = first + int(untrained[0]) if len(untrained) else len(labels)
-            given: dict[str, Any] = {}
+            given: dict[str, object] = {}
             if "image" in item:
                 pixels = item["image"] if isinstance(item["image"], list) else [item["image"]]
                 given["images"] = [image.to(device) for image in pixels]

@@ -1,32 +1,32 @@
-"""Why a run had to stop: which samples, which tensor, and what to change.
+"""Explain why a run had to stop: which samples, which tensor, and what to change.
 
-In: the model and the batch of the step that failed. Out: one sentence each for a loss that is not a number, for gradients
-that are not, and for memory that ran out. The batch is gone through once more, watched module by module; nothing is
-watched while a run goes well. Sizes come from memory.py.
+In: the model and the batch of the step that failed. Out: one sentence each for a loss that is not finite, for gradients
+that are not, and for memory that ran out. The batch is run once more with hooks on each module; a run without failures has
+no hooks. Sizes come from memory.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava.train.arguments import TrainingArguments
 from llava.train.memory import GIB, estimate, remedies
 from llava.train.metrics import peak_memory
 
-# What a CPU's allocator says; GPUs have an exception of their own.
+# In the message of the CPU allocator's error; GPUs have an exception class of their own.
 _CPU_ALLOCATOR = "defaultcpuallocator"
 _LISTED = 8
 
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """One sample of a batch: its name, and its loss alone (NaN where it is not a number)."""
+    """The name of a sample in a batch, and the loss of that sample alone."""
 
     name: str
     loss: float
@@ -37,14 +37,14 @@ class SampleLoss:
 
 def explain_non_finite(
     model: nn.Module,
-    compute_loss: Callable[[dict[str, Any]], Tensor],
-    batch: dict[str, Any],
+    compute_loss: Callable[[dict[str, object]], Tensor],
+    batch: dict[str, object],
     suspects: Sequence[SampleLoss],
     *,
     step: int,
     what: str,
 ) -> str:
-    """The sentence for a loss or gradients (`what`) of step `step` that are not finite."""
+    """Explain a loss or gradients (`what`) of step `step` that are not finite."""
     bad = [suspect for suspect in suspects if not math.isfinite(suspect.loss)]
     if bad and len(bad) < len(suspects):
         blame = f"of the batch's {len(suspects)} samples these have such a loss alone: {_names(bad)}; the others do not"
@@ -63,9 +63,9 @@ def _names(suspects: Sequence[SampleLoss]) -> str:
 
 
 def find_first_non_finite(
-    model: nn.Module, compute_loss: Callable[[dict[str, Any]], Tensor], batch: Mapping[str, Any]
+    model: nn.Module, compute_loss: Callable[[dict[str, object]], Tensor], batch: Mapping[str, object]
 ) -> str:
-    """Where something stops being finite: in the weights, the batch, the forward or the backward pass."""
+    """Find where values stop being finite: in the weights, the batch, the forward or the backward pass."""
     weights = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
     if weights:
         return f"the first of {len(weights)} weights that hold NaN or infinity is {weights[0]}"
@@ -73,13 +73,13 @@ def find_first_non_finite(
     if inputs:
         return f"the batch's {inputs[0]} hold NaN or infinity"
     found: list[str] = []
-    with _watching_outputs(model, found):
+    with _recording_outputs(model, found):
         loss = compute_loss(dict(batch))
     if found:
         return f"the first module to give NaN or infinity, from weights and inputs that are finite, is {found[0]}"
     if not _finite(loss):
         return "every module's output is finite and the loss is not: is there a token to train on?"
-    with _watching_gradients(model, found):
+    with _recording_gradients(model, found):
         loss.backward()
     model.zero_grad(set_to_none=True)
     if found:
@@ -88,17 +88,17 @@ def find_first_non_finite(
 
 
 @contextmanager
-def _watching_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note modules in the order in which they end: one that holds another ends after it."""
+def _recording_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Record modules whose output is not finite, in the order in which they return: inner ones first."""
 
-    def watch(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, output: Any) -> None:
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if not _finite(output):
                 found.append(f"{name} ({type(module).__name__})")
 
-        return see
+        return hook
 
-    handles = [module.register_forward_hook(watch(name or "the model")) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(record(name or "the model")) for name, module in model.named_modules()]
     try:
         yield
     finally:
@@ -107,15 +107,15 @@ def _watching_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _watching_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
-    def watch(name: str) -> Callable[[Tensor], None]:
-        def see(gradient: Tensor) -> None:
+def _recording_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
+    def record(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
             if not _finite(gradient):
                 found.append(name)
 
-        return see
+        return hook
 
-    handles = [p.register_hook(watch(name)) for name, p in model.named_parameters() if p.requires_grad]
+    handles = [p.register_hook(record(name)) for name, p in model.named_parameters() if p.requires_grad]
     try:
         yield
     finally:
@@ -123,8 +123,8 @@ def _watching_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _finite(value: Any) -> bool:
-    """Whether all floating-point numbers in a tensor, or in what holds tensors, are finite."""
+def _finite(value: object) -> bool:
+    """Whether all floating-point values in a tensor, or in a container of tensors, are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Mapping):
@@ -143,14 +143,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def explain_out_of_memory(model: nn.Module, args: Any, batch: Mapping[str, Any], *, step: int) -> str:
-    """The sentence for memory that ran out: what was there, what the batch was, and what would help how much."""
+def explain_out_of_memory(model: nn.Module, args: TrainingArguments, batch: Mapping[str, object], *, step: int) -> str:
+    """Explain memory that ran out: what was used, what the batch was, and how much each remedy would save."""
     ids = batch.get("input_ids")
     size = (
         f"{ids.shape[0]} sequences of up to {ids.shape[1]:,} tokens before images" if isinstance(ids, Tensor) else "?"
     )
     images = batch.get("images")
-    image_words = f" and {len(images)} images" if images is not None else ""
+    image_words = f" and {len(images)} images" if isinstance(images, Sized) else ""
     helps = "; ".join(
         f"{remedy.flags} (about {remedy.saved / GIB:.2g} GiB less)" for remedy in remedies(model, args)[:4]
     )

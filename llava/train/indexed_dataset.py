@@ -1,7 +1,7 @@
-"""Samples that know their number, so that a batch that goes wrong can be traced to the data.
+"""Keep the indices of a batch's items, so that a batch that fails can be traced to its samples.
 
-In: any data set and its collator. Out: the same batches, with the numbers of their items under `ITEM_INDICES`, which the
-trainer takes out again before the model sees the batch. An item is a sample, or with packing a row of samples.
+In: a dataset and its collator. Out: the same batches, with the indices of their items under `ITEM_INDICES`, which the
+trainer removes before the model gets the batch. An item is a sample or, with packing, a list of samples.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from llava.train.data import LazySupervisedDataset, TrainingItem
+from llava.train.packing import PackedDataset
+
 ITEM_INDICES = "item_indices"
 
 
 class IndexedDataset(Dataset):
-    """A data set whose items come with their index."""
+    """A dataset whose items come with their index."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -28,7 +31,7 @@ class IndexedDataset(Dataset):
 
 
 class IndexedCollator:
-    """A collator for such items that hands their indices on."""
+    """A collator for such items that adds their indices to the batch."""
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
         self.collate = collate
@@ -38,18 +41,13 @@ class IndexedCollator:
         return {**batch, ITEM_INDICES: [index for index, _ in items]} if isinstance(batch, dict) else batch
 
 
-def find_samples(dataset: Any, numbers: Iterable[int]) -> list[tuple[str, Any]]:
-    """What messages call the samples in items of a training set, and the samples."""
-    found = []
-    for number in numbers:
-        if hasattr(dataset, "rows"):  # packed
-            found += [(sample_name(dataset.samples, index), dataset.samples[index]) for index in dataset.rows[number]]
-        else:
-            found.append((sample_name(dataset, number), dataset[number]))
-    return found
+def find_samples(dataset: Any, indices: Iterable[int]) -> list[tuple[str, TrainingItem]]:
+    """Return the name and the content of each sample in these items of a training set."""
+    if isinstance(dataset, PackedDataset):
+        dataset, indices = dataset.samples, [i for index in indices for i in dataset.sequences[index]]
+    return [(sample_name(dataset, index), dataset[index]) for index in indices]
 
 
-def sample_name(dataset: Any, index: int) -> str:
-    """What messages call a sample: its number, and its id where the data has one."""
-    samples: Any = getattr(dataset, "list_data_dict", None)
-    return samples.describe(index) if hasattr(samples, "describe") else f"sample {index}"
+def sample_name(dataset: object, index: int) -> str:
+    """Name a sample in a message: its index, and its id if the data has one."""
+    return dataset.list_data_dict.describe(index) if isinstance(dataset, LazySupervisedDataset) else f"sample {index}"

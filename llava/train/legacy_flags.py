@@ -1,8 +1,8 @@
-"""Command lines written for older libraries, turned into today's.
+"""Translate command lines written for older libraries.
 
-In: an argument list as old scripts have it. Out: the list that today's parser reads, and one sentence per change.
-The tables below are the whole of it: what was renamed, what changed its form, what no longer means anything.
-The dataclasses are in arguments.py. Nothing here imports torch or transformers.
+In: an argument list of an old script. Out: the list that the current parser reads, and one sentence per change. The tables
+below are complete: what was renamed, what changed its form, what has no effect any more. The dataclasses are in
+arguments.py. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
 }
 
-# Accepted because scripts carry them; each with the reason why it changes nothing.
+# Accepted because old scripts have them; each with the reason why it has no effect.
 WITHOUT_MEANING = {
     "overwrite_output_dir": "an output folder is never emptied; a run continues from its last checkpoint",
     "use_mps_device": "a Mac's GPU is used whenever it is there",
@@ -73,7 +73,7 @@ WITHOUT_MEANING = {
     "_n_gpu": "the number of GPUs is what the machine shows",
 }
 
-# Still a flag here, but its value changes nothing.
+# Still flags here, but without an effect.
 KEPT_WITHOUT_MEANING = {
     "lazy_preprocess": ("False", "samples are always prepared when they are drawn"),
     "mpt_attn_impl": ("", "MPT models use the attention that torch has"),
@@ -82,7 +82,7 @@ KEPT_WITHOUT_MEANING = {
 
 
 def parse_flags(argv: Sequence[str]) -> list[Flag]:
-    """Split an argument list at its `--names`; `--name=value` and `--na-me` are understood."""
+    """Split an argument list at its `--names`; `--name=value` and `--na-me` are accepted."""
     flags: list[tuple[str, list[str]]] = []
     for word in argv:
         if word.startswith("--") and len(word) > 2:
@@ -98,10 +98,15 @@ def parse_flags(argv: Sequence[str]) -> list[Flag]:
 def translate(
     argv: Sequence[str], known: Collection[str], bare_booleans: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Today's argument list, and one sentence per flag that was changed or ignored.
+    """Translate an argument list.
 
-    `known` are the flags that today's parser reads: a library that brings an old flag back is believed.
-    `bare_booleans` are boolean flags whose parser demands a value; a bare one gets `True`.
+    Args:
+        argv: the old argument list.
+        known: the flags that the current parser reads; they stay as they are.
+        bare_booleans: boolean flags whose parser requires a value; a bare one gets `True`.
+
+    Returns:
+        The current argument list, and one sentence per flag that was changed or ignored.
     """
     flags = parse_flags(argv)
     given = {flag.name for flag in flags}
@@ -136,11 +141,11 @@ def _replacement(flag: Flag, given: Collection[str]) -> tuple[list[str], str]:
             new_argv,
             f"{given_words} is now {' '.join(new_argv)}" if new_argv else f"{given_words} needs no flag any more",
         )
-    return flag.as_argv(), ""  # unknown: the parser says so, with the closest known name
+    return flag.as_argv(), ""  # unknown: the parser reports it, with the closest known name
 
 
 def _warmup_ratio(flag: Flag, given: Collection[str]) -> list[str]:
-    """A share of all steps; today `warmup_steps` takes shares below 1 as well as counts."""
+    """A share of all steps; `warmup_steps` now takes shares below 1 as well as counts."""
     try:
         ratio = float(flag.value)
     except ValueError:

@@ -1,28 +1,31 @@
-"""transformers' Trainer, changed where a LLaVA differs: parameter groups, order of samples, what a checkpoint holds, what a
-log line says, and what happens when something goes wrong.
+"""transformers' Trainer with what a LLaVA needs: parameter groups, the order of samples, the contents of a checkpoint, log
+figures, and explanations of failures.
 
-In: model, arguments, data. Out: the trained model and its checkpoints. Orders are computed in sampler.py, files are
-written by save.py and take their places in checkpoints.py, figures are counted in metrics.py, failures explained in
-failures.py; scheduling, precision, distribution and resuming are the library's.
+In: model, arguments, data. Out: the trained model and its checkpoints. sampler.py computes orders, save.py writes files,
+checkpoints.py renames and rotates their folders, metrics.py counts figures, failures.py explains errors. Scheduling,
+precision, distribution and resuming are transformers'. The private methods that are overridden here are listed in
+model/transformers_internals.py.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.train.arguments import TrainingArguments
 from llava.train.callbacks import ConsoleCallback, StopCallback
 from llava.train.checkpoints import (
     STATE_FILE,
@@ -47,34 +50,38 @@ from llava.train.save import (
     saves_projector_only,
 )
 
+if TYPE_CHECKING:
+    from llava.text.tokenization import Tokenizer
+
 logger = logging.getLogger(__name__)
 
-TOKENS = ("input_ids", "labels", "attention_mask")  # what a batch has besides images
+TOKEN_TENSORS = ("input_ids", "labels", "attention_mask")
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch that has been gone through: what the model saw, the numbers of its items, and its loss."""
+    """A micro-batch after its forward pass: the model's inputs, the indices of its items, and its loss."""
 
-    inputs: dict[str, Any]
-    numbers: list[int]
+    inputs: dict[str, object]
+    indices: list[int]
     loss: Tensor
 
 
 class LLaVATrainer(Trainer):
-    """Takes what `Trainer` takes; `tokenizer=` is accepted as the old name of `processing_class=`."""
+    """Take what `Trainer` takes; `tokenizer=` is the old name of `processing_class=`."""
 
+    args: TrainingArguments
     train_dataset: Any
-    data_collator: Any
+    data_collator: Callable[[Sequence[Any]], Any]
 
-    def __init__(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tokenizer: Tokenizer | None = None, **kwargs: Any) -> None:
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
-        # Every micro-batch weighs the same in an accumulated step, as in published runs. (The library would weigh by
-        # tokens where a model takes the count of them.)
+        # Every micro-batch has the same weight in an accumulated step, as in published runs. (transformers would weight by
+        # tokens if the model took their number.)
         self.model_accepts_loss_kwargs = False
-        self.args.logging_nan_inf_filter = False  # such a loss ends the run; it is not to be averaged away
+        self.args.logging_nan_inf_filter = False  # such a loss ends the run and must not be filtered out
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.console = ConsoleCallback(bar=not self.args.disable_tqdm)
@@ -82,7 +89,7 @@ class LLaVATrainer(Trainer):
         self.add_callback(self.console)
         self.add_callback(self.stop)
         self.throughput: Throughput | None = None
-        self._batches: list[_Batch] = []  # of the optimizer step that is under way
+        self._batches: list[_Batch] = []  # of the current optimizer step
         self._staging: Path | None = None
         self._eval_sums = torch.zeros(2)
 
@@ -108,7 +115,7 @@ class LLaVATrainer(Trainer):
     # Order of samples
 
     def get_train_dataloader(self) -> DataLoader:
-        """The library's, over samples that carry their numbers; batches stay on the host until `_prepare_inputs`."""
+        """Build the dataloader over indexed items; batches stay on the host until `_prepare_inputs`."""
         if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         given = self.train_dataset, self.data_collator, self.accelerator.device_placement
@@ -119,7 +126,7 @@ class LLaVATrainer(Trainer):
         finally:
             self.train_dataset, self.data_collator, self.accelerator.device_placement = given
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, IndexedDataset):
             dataset = dataset.items
@@ -141,8 +148,8 @@ class LLaVATrainer(Trainer):
 
     # Parameter groups
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's optimizer, its groups split where the projector or the tower has its own learning rate."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build transformers' optimizer, with groups of their own for a projector or tower that has its own learning rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
@@ -162,10 +169,10 @@ class LLaVATrainer(Trainer):
         with self.throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        numbers = inputs.pop(ITEM_INDICES, [])
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        indices = inputs.pop(ITEM_INDICES, [])
         if self.throughput is not None:
-            self.throughput.see_batch(inputs)
+            self.throughput.count_batch(inputs)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except Exception as error:
@@ -173,32 +180,37 @@ class LLaVATrainer(Trainer):
                 raise
             step = self.state.global_step + 1
             raise InputError(explain_out_of_memory(self.model, self.args, inputs, step=step)) from error
-        self._batches.append(_Batch(inputs, numbers, loss))
-        if self.is_deepspeed_enabled:  # which computes no norm here
+        self._batches.append(_Batch(inputs, indices, loss))
+        if self.is_deepspeed_enabled:  # which computes its norm elsewhere
             self._stop_unless_finite([loss])
             self._batches.clear()
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The library's, but nothing waits for a GPU: images go there meanwhile, and ids of packed samples stay on the
-        host, where the model lays them out (unless weights are sharded: then inputs are placed for them)."""
+        """Move inputs to the device without waiting for the GPU.
+
+        Images are copied asynchronously. Ids of packed samples stay on the host, where the model lays them out, unless
+        weights are sharded: DeepSpeed and FSDP place inputs themselves.
+        """
         batch, on_host = dict(inputs), {}
         if isinstance(images := batch.get("images"), Tensor):
             batch["images"] = images.to(self.args.device, non_blocking=True)
         if batch.get("packed") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            on_host = {name: batch.pop(name) for name in TOKENS if name in batch}
+            on_host = {name: batch.pop(name) for name in TOKEN_TENSORS if name in batch}
         return {**super()._prepare_inputs(batch), **on_host}
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if self.args.fused_loss and "labels" in inputs and isinstance(base_model(self.model), LlavaMetaForCausalLM):
             inputs = {**inputs, "loss_only": True}
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.is_deepspeed_enabled:
             values = [batch.loss for batch in self._batches]
-            # Under float16 such gradients are usual: the step is left out and the scale made smaller.
+            # Under float16 such gradients are usual: the scaler skips the step and lowers its scale.
             if isinstance(norm, Tensor) and not self.args.fp16:
                 values.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             self._stop_unless_finite(values)
@@ -206,21 +218,21 @@ class LLaVATrainer(Trainer):
         return norm
 
     def _stop_unless_finite(self, values: list[Tensor]) -> None:
-        """Losses and the norm of gradients are looked at together, once per step, since looking waits for the GPU."""
+        """Check losses and the gradient norm together, once per step, since reading them waits for the GPU."""
         if not values or torch.isfinite(torch.stack([value.float() for value in values])).all():
             return
         broken = [batch for batch in self._batches if not torch.isfinite(batch.loss)]
         self._stop_for("the loss" if broken else "the gradient", broken[0] if broken else self._batches[-1])
 
     def _stop_for(self, what: str, batch: _Batch) -> NoReturn:
-        """Stop with a diagnosis. The weights are those before the step."""
-        step, samples = self.state.global_step + 1, find_samples(self.train_dataset, batch.numbers)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # one rank alone cannot go through its batch again
+        """Raise an error that explains the failure. The weights are those before the step."""
+        step, samples = self.state.global_step + 1, find_samples(self.train_dataset, batch.indices)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # one rank alone cannot run its batch again
             names = ", ".join(name for name, _ in samples)
             raise InputError(f"{what} of step {step} is not a finite number; the batch's samples are {names}")
         self.model.zero_grad(set_to_none=True)
 
-        def loss_of(batch: dict[str, Any]) -> Tensor:
+        def loss_of(batch: dict[str, object]) -> Tensor:
             with self.compute_loss_context_manager():
                 return super(LLaVATrainer, self).compute_loss(self.model, self._prepare_inputs(batch))
 
@@ -237,16 +249,16 @@ class LLaVATrainer(Trainer):
     # Validation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The library's, which leaves no trace in the run: its random numbers and its clock go on as without it."""
+        """Evaluate without an effect on the run's random state and its throughput figures."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self._paused():
             metrics = super().evaluate(*args, **kwargs)
             if getattr(self.args, "eval_generate", 0):
-                self._show_answers()
+                self._log_answers()
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss is the mean over trained tokens, whatever the batches were."""
+        """Average the loss over trained tokens, independent of the batches."""
         self._eval_sums = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         total, num_tokens = self.accelerator.reduce(self._eval_sums, "sum").tolist()
@@ -254,14 +266,14 @@ class LLaVATrainer(Trainer):
             output.metrics[name] = total / num_tokens if num_tokens else float("nan")
         return output
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         output = super().prediction_step(model, inputs, *args, **kwargs)
         if output[0] is not None:
             num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(self._eval_sums.device)
             self._eval_sums += torch.stack([output[0].float() * num_tokens, num_tokens])
         return output
 
-    def _show_answers(self) -> None:
+    def _log_answers(self) -> None:
         with self.accelerator.autocast():
             answers = generate_answers(
                 self.model,
@@ -281,11 +293,11 @@ class LLaVATrainer(Trainer):
 
     # Checkpoints
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The library's, into a folder that takes its name when it is complete; only then may older ones go."""
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Save into a staging folder, rename it when it is complete, and only then delete older checkpoints."""
         run_folder, step = Path(self.args.output_dir), self.state.global_step
         self._staging = staging_folder(run_folder, step)
         with self._paused(), explain_full_disk(f"checkpoint-{step}", run_folder, discard=self._staging):
@@ -303,14 +315,14 @@ class LLaVATrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The library's; but where DeepSpeed would have all weights gathered for a projector, that is all that is."""
+        """Save the model; of a projector run under DeepSpeed, only the projector's weights are gathered."""
         if self.is_deepspeed_enabled and saves_projector_only(self.args):
-            self._save(output_dir, gathered_projector(self.model, self.args))  # work for every rank, as writing is not
+            self._save(output_dir, gathered_projector(self.model, self.args))  # every rank gathers, one writes
         else:
             super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the weights of a checkpoint: the projector alone, or adapters and projector, or everything."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the weights of a checkpoint: projector only, or adapters and projector, or all."""
         folder = Path(output_dir or self.args.output_dir)
         if saves_projector_only(self.args):
             if self.args.should_save:
@@ -322,7 +334,7 @@ class LLaVATrainer(Trainer):
         if self.args.lora_enable and self.args.should_save:
             save_non_lora(self.model, folder, state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, target = Path(resume_from_checkpoint), self.model if model is None else model
         if saves_projector_only(self.args):
             load_trained(target, folder / PROJECTOR_FILE)
@@ -341,7 +353,7 @@ class LLaVATrainer(Trainer):
 def split_groups(optimizer: torch.optim.Optimizer, names: dict[int, str], own_rates: dict[str, float | None]) -> None:
     """Move parameters whose names contain a key into groups with that key's learning rate, before the first step.
 
-    The library's groups (with and without weight decay) stay first and in order, those of each rate follow.
+    transformers' groups (with and without weight decay) stay first and in order; those of each rate follow.
     """
     base = list(optimizer.param_groups)
     for part, rate in own_rates.items():

@@ -1,23 +1,29 @@
-"""Low-rank adapters of a LLaVA's language model.
+"""Add low-rank adapters to a LLaVA's language model.
 
 In: a model and the `lora_*` training arguments. Out: a PEFT model in which every linear layer of the language model has
-an adapter, and neither tower nor projector has. Which of its tensors are saved, and how, is in save.py.
+an adapter, and neither tower nor projector has. save.py decides which tensors are saved, and how.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from llava.errors import InputError, require
 
-# Parts of a LLaVA that adapters leave alone: the projector is small enough to be trained whole.
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from llava.model.protocols import LanguageModel
+    from llava.train.arguments import TrainingArguments
+
+# Modules of a LLaVA without adapters: the projector is small enough to be trained whole.
 MULTIMODAL_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 
 
-def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Last name components of the language model's linear layers, without its output layer."""
+def find_all_linear_names(model: nn.Module | LanguageModel) -> list[str]:
+    """List the last name components of the language model's linear layers, without its output layer."""
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -26,8 +32,8 @@ def find_all_linear_names(model: nn.Module) -> list[str]:
     return sorted(names - {"lm_head", "embed_out"})
 
 
-def add_lora(model: Any, training_args: Any) -> Any:
-    """The model with adapters, everything but them frozen."""
+def add_lora(model: LanguageModel, training_args: TrainingArguments) -> PeftModel:
+    """Wrap the model with adapters, and freeze everything else."""
     peft = require("peft", extra="train")
     if training_args.lora_r < 1:
         raise InputError(f"--lora_r {training_args.lora_r} is not a rank; give 1 or more")
@@ -36,7 +42,7 @@ def add_lora(model: Any, training_args: Any) -> Any:
         r=training_args.lora_r,
         lora_alpha=training_args.lora_alpha,
         target_modules=find_all_linear_names(model),
-        # Layers of a tower go by the same names; one that joins later is safe.
+        # Layers of a tower have the same names; one that is attached later gets no adapters.
         exclude_modules=rf".*\.({'|'.join(MULTIMODAL_PARTS)})(\..*)?" if has_tower else None,
         lora_dropout=training_args.lora_dropout,
         bias=training_args.lora_bias,

@@ -1,9 +1,9 @@
-"""How much memory a run will need on each GPU, before its first step.
+"""Estimate the memory that a run needs on each GPU, before its first step.
 
 In: the model as it will be trained, and the training arguments. Out: bytes for weights, gradients, optimizer, activations
-and logits, as a table. Weights, gradients and optimizer states are counted; activations come from what the layers of
-transformers' Llama family keep for the backward pass, eager or compiled (performance.py), so they are an estimate, for batches
-as long as they may get. benchmarks/results/train.md has estimates beside measured peaks.
+and logits, as a table. Weights, gradients and optimizer states are counted. Activations are estimated from what the layers
+of transformers' Llama family keep for the backward pass, eager or compiled (performance.py), for the longest possible
+batches. benchmarks/results/train.md compares estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,14 +19,18 @@ from llava.images.layout import ImagePolicy
 from llava.model.config import PLAIN_DECODERS, language_model_type
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loss import CHUNK_VALUES, can_fuse
+from llava.train.arguments import TrainingArguments
 from llava.train.metrics import MATMULS, base_model, language_model, vision_tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 GIB = 2**30
 
-# The share of a packed row's tokens that are images', in data like LLaVA's own.
+# The share of image features in a packed sequence, in data like LLaVA's own.
 _IMAGES = 0.6
 
-# Weights that ZeRO-3 holds gathered at a time, where its file does not say it.
+# Parameters that ZeRO-3 keeps gathered at a time, unless its file says otherwise.
 _ZERO3_LIVE = 10**9
 _ZERO3_BUCKETS = ("stage3_prefetch_bucket_size", "reduce_bucket_size")
 
@@ -58,12 +62,10 @@ class TrainingShape:
     compute_bytes: int
     stream_bytes: int  # of a number in the residual stream
     checkpointing: bool
-    keep: (
-        float | None
-    )  # the share of activations that compiled layers keep (performance.py); None where they are not compiled
-    trains_layers: bool  # frozen products need not keep what they multiplied
-    adapter_bytes: int  # that adapters keep per token and layer
-    fused_loss: bool  # no logits but a chunk at a time (model/loss.py)
+    keep: float | None  # share of activations that compiled layers keep (performance.py); None if not compiled
+    trains_layers: bool  # a frozen linear layer need not keep its input
+    adapter_bytes: int  # kept by adapters, per token and layer
+    fused_loss: bool  # logits are computed a chunk at a time (model/loss.py)
     trains_head: bool
 
 
@@ -74,16 +76,14 @@ class MemoryEstimate:
     weights: float
     gradients: float
     optimizer: float
-    copies: (
-        float  # of weights in the precision of the computation: autocast keeps them for a step, sharding gathers them
-    )
+    copies: float  # of weights in the compute dtype: autocast keeps them for a step, sharding gathers them
     activations: float
-    working: float  # of the layer that is gone through backwards: what it keeps, and the gradients of that
+    working: float  # activations and their gradients of the layer whose backward pass runs
     logits: float
 
     @property
     def peak(self) -> float:
-        """At the start of the backward pass nothing of activations is gone; at its end gradients have replaced them."""
+        """The larger of the start of the backward pass, with all activations, and its end, with all gradients."""
         begin = self.copies + self.activations + max(self.logits, self.working / 2)
         end = self.copies + self.gradients + self.working
         return self.weights + self.optimizer + max(begin, end)
@@ -97,12 +97,12 @@ class MemoryEstimate:
         return f"about {self.peak / GIB:.1f} GiB per device ({parts})"
 
 
-def estimate(model: nn.Module, args: Any) -> MemoryEstimate:
-    """For this model and these training arguments."""
+def estimate(model: nn.Module, args: TrainingArguments) -> MemoryEstimate:
+    """Estimate for this model and these training arguments."""
     return _estimate(model, args, shape_of(model, args))
 
 
-def _estimate(model: nn.Module, args: Any, shape: TrainingShape) -> MemoryEstimate:
+def _estimate(model: nn.Module, args: TrainingArguments, shape: TrainingShape) -> MemoryEstimate:
     stage, ranks = sharding(args)
     in_parameters = sum(_numel(p) * p.element_size() for p in model.parameters())
     in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (performance.py)
@@ -125,17 +125,17 @@ def _estimate(model: nn.Module, args: Any, shape: TrainingShape) -> MemoryEstima
     )
 
 
-def _all_in_bfloat16(args: Any) -> bool:
+def _all_in_bfloat16(args: TrainingArguments) -> bool:
     in_file = _deepspeed_config(args).get("bf16", {}).get("bf16_optimizer_states")
     return bool(in_file) or args.trainable_dtype == "bfloat16"
 
 
 def _numel(weight: nn.Parameter) -> int:
-    """Of a whole weight, which ZeRO-3 may have scattered over the ranks."""
+    """Number of values of a whole weight, which ZeRO-3 may have partitioned."""
     return getattr(weight, "ds_numel", weight.numel())
 
 
-def _copies(model: nn.Module, args: Any, shape: TrainingShape, stage: int) -> float:
+def _copies(model: nn.Module, args: TrainingArguments, shape: TrainingShape, stage: int) -> float:
     if args.deepspeed and stage >= 3:
         zero = _deepspeed_config(args).get("zero_optimization", {})
         limit, *buckets = (zero.get(name) for name in ("stage3_max_live_parameters", *_ZERO3_BUCKETS))
@@ -152,7 +152,7 @@ def _copies(model: nn.Module, args: Any, shape: TrainingShape, stage: int) -> fl
 
 
 def _kept_gathered(model: nn.Module, shape: TrainingShape) -> int:
-    """Beside compiled layers, those that are not compiled keep the weights that they multiplied by (performance.py)."""
+    """With compiled layers, modules that are not compiled keep their weights gathered (performance.py)."""
     tower = vision_tower(model)
     if shape.keep is None:
         return 0
@@ -161,12 +161,12 @@ def _kept_gathered(model: nn.Module, shape: TrainingShape) -> int:
     return sum(_numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
-def shape_of(model: nn.Module, args: Any) -> TrainingShape:
+def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
     config, base = language_model(model).config, base_model(model)
-    head: Any = base.get_output_embeddings()
+    head = base.get_output_embeddings()
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    embeddings: Any = model.get_input_embeddings()
+    embeddings = base.get_input_embeddings()
     compute_bytes = args.compute_dtype.itemsize
     return TrainingShape(
         batch=args.per_device_train_batch_size,
@@ -187,19 +187,19 @@ def shape_of(model: nn.Module, args: Any) -> TrainingShape:
     )
 
 
-def _keep(args: Any) -> float | None:
+def _keep(args: TrainingArguments) -> float | None:
     if not args.compile_layers:
         return None
     return 1.0 if args.keep_activations is None else args.keep_activations
 
 
 def _in_layer(name: str) -> bool:
-    """Whether this is a language model's own weight in one of its layers: no adapter, and nothing of the tower."""
+    """Whether this is a weight of a decoder layer: not of an adapter, and not of the tower."""
     return "layers." in name and "lora_" not in name and "vision_tower" not in name
 
 
-def _adapter_bytes(args: Any, config: Any, compute_bytes: int) -> int:
-    """Adapters on the seven products of a layer: what each multiplies, which dropout makes a copy of, and a mask."""
+def _adapter_bytes(args: TrainingArguments, config: PreTrainedConfig, compute_bytes: int) -> int:
+    """Adapters on the seven linear layers of a decoder layer: their inputs; with dropout a copy of each, and a mask."""
     inputs = 6 * config.hidden_size + config.intermediate_size
     if args.lora_dropout:
         return inputs * (compute_bytes + 1)
@@ -219,7 +219,7 @@ def _activations(shape: TrainingShape) -> float:
 
 
 def _working_bytes_per_token(shape: TrainingShape) -> float:
-    """Gradients are about as large as what they belong to; what is computed a second time is there once more itself."""
+    """Gradients are about as large as the activations; with recomputation those are there as well."""
     if shape.keep is not None:
         return 2 * _compiled_bytes_per_token(shape)
     layer = layer_bytes_per_token(shape) + shape.adapter_bytes
@@ -227,37 +227,36 @@ def _working_bytes_per_token(shape: TrainingShape) -> float:
 
 
 def _compiled_bytes_per_token(shape: TrainingShape) -> float:
-    """Of a compiled layer that computes nothing twice but what is cheap (norms, rotations, the gate's function), its input
-    not counted."""
+    """For a compiled layer that recomputes only what is cheap (norms, rotary embeddings, the gate), without its input."""
     queries, key_values, output, middle = shape.width, 2 * shape.key_value_width, shape.width, shape.width
     kept = queries + key_values + output + middle + 2 * shape.mlp_width
     if shape.trains_layers:
-        kept += 2 * shape.width + shape.mlp_width  # what goes into the products
+        kept += 2 * shape.width + shape.mlp_width  # inputs of the linear layers
     return shape.compute_bytes * kept + shape.adapter_bytes
 
 
 def layer_bytes_per_token(shape: TrainingShape) -> int:
-    """Of one eager layer of the Llama family, with an attention that keeps no T x T matrix."""
+    """For one eager layer of the Llama family, with an attention that keeps no T x T matrix."""
     compute, width, key_values = shape.compute_bytes, shape.width, shape.key_value_width
-    attention = compute * (width + 2 * key_values + 2 * width)  # queries, keys, values, output as computed and in rows
-    mlp = compute * 4 * shape.mlp_width  # gate before and after its function, up, and their product
-    casts = 2 * width * compute if compute < shape.stream_bytes else 0  # what enters the matrix products
+    attention = compute * (width + 2 * key_values + 2 * width)  # queries, keys, values, output in two layouts
+    mlp = compute * 4 * shape.mlp_width  # gate before and after its activation, up, and their product
+    casts = 2 * width * compute if compute < shape.stream_bytes else 0  # inputs of the linear layers
     return 2 * _norm_bytes_per_token(shape) + attention + mlp + casts
 
 
 def _norm_bytes_per_token(shape: TrainingShape) -> int:
-    """A norm computes in float32 and keeps its input and its result there; the result once more in its own precision."""
+    """A norm computes in float32 and keeps its input and result in float32, and the result in its own dtype."""
     return (4 + (shape.compute_bytes + shape.stream_bytes if shape.stream_bytes < 4 else 4)) * shape.width
 
 
-def _can_fuse(base: nn.Module, head: Any) -> bool:
+def _can_fuse(base: object, head: nn.Module | None) -> bool:
     if not isinstance(base, LlavaMetaForCausalLM):
         return False
     return language_model_type(base.config.to_dict()) in PLAIN_DECODERS and can_fuse(head)
 
 
 def _logits(shape: TrainingShape) -> float:
-    """The logits, and in float32 their logarithms and two gradients; or the largest that the fused loss holds."""
+    """The logits, and in float32 their logarithms and two gradients; or the largest chunk of the fused loss."""
     values = shape.batch * shape.tokens * shape.vocabulary
     if not shape.fused_loss:
         return values * (12 + shape.compute_bytes)
@@ -266,53 +265,53 @@ def _logits(shape: TrainingShape) -> float:
 
 
 def _tower_activations(model: nn.Module, shape: TrainingShape, *, packed: bool) -> float:
-    """Of a tower that is trained, whose layers are CLIP's; a frozen one keeps nothing."""
+    """For a trained tower of CLIP layers; a frozen one keeps nothing."""
     tower = vision_tower(model)
     if tower is None or not tower.trainable:
         return 0.0
     num_tiles = shape.batch * _tiles_per_sequence(base_model(model).image_policy(), shape, packed=packed)
     config, compute = tower.config, shape.compute_bytes
     layer_input = config.hidden_size * max(tower.dtype.itemsize, compute)
-    # Two norms, queries, keys, values and output; before the function in between, and after it.
+    # Two norms, queries, keys, values and output; before the activation of the MLP, and after it.
     products = compute * (6 * config.hidden_size + 2 * config.intermediate_size)
     if shape.keep is not None:
         per_token = layer_input + shape.keep * products
     elif shape.checkpointing:
         per_token = layer_input
     else:
-        casts = 2 * config.hidden_size * compute if compute < tower.dtype.itemsize else 0  # for keys and values anew
-        per_token = 2 * layer_input + products + casts + compute * config.intermediate_size  # in the gate's function
+        casts = 2 * config.hidden_size * compute if compute < tower.dtype.itemsize else 0  # for keys and values again
+        per_token = 2 * layer_input + products + casts + compute * config.intermediate_size  # in the MLP's activation
     return num_tiles * (tower.num_patches + 1) * len(tower.layers_used()) * per_token
 
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: TrainingShape, *, packed: bool) -> int:
-    """Of a sample with one image, as many tiles as it may have; of a packed row, as many as are usual."""
+    """The largest number for a sample with one image; for a packed sequence, the usual number."""
     canvases = policy.pinpoints if policy.mode == "anyres" else ()
     tiles = 1 + max((size.width * size.height // policy.tile_size**2 for size in canvases), default=0)
     return max(tiles, round(_IMAGES * shape.tokens / policy.features_per_tile)) if packed else tiles
 
 
-def sharding(args: Any) -> tuple[int, int]:
-    """The ZeRO stage (FSDP shards as stage 3 does) and the number of ranks that share."""
+def sharding(args: TrainingArguments) -> tuple[int, int]:
+    """Return the ZeRO stage (FSDP shards as stage 3 does) and the number of ranks to shard over."""
     if args.deepspeed:
         return int(_deepspeed_config(args).get("zero_optimization", {}).get("stage", 0)), args.world_size
     return (3, args.world_size) if args.fsdp else (0, 1)
 
 
-def _deepspeed_config(args: Any) -> dict[str, Any]:
+def _deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     return args.deepspeed if isinstance(args.deepspeed, dict) else json.loads(Path(args.deepspeed).read_text())
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of flags and the bytes that it would save on each device."""
+    """A change of flags, and the bytes that it saves on each device."""
 
     flags: str
     saved: float
 
 
-def remedies(model: nn.Module, args: Any) -> list[Remedy]:
-    """What would make a run smaller, the most effective first."""
+def remedies(model: nn.Module, args: TrainingArguments) -> list[Remedy]:
+    """Changes that would make a run smaller, the most effective first."""
     shape = shape_of(model, args)
     now = _estimate(model, args, shape).peak
     changed: list[tuple[str, TrainingShape]] = []
@@ -329,7 +328,7 @@ def remedies(model: nn.Module, args: Any) -> list[Remedy]:
     found = [Remedy(flags, now - _estimate(model, args, other).peak) for flags, other in changed]
     estimated = _estimate(model, args, shape)
     if not args.lora_enable and not getattr(args, "tune_mm_mlp_adapter", False):
-        # Adapters train about a hundredth of the weights, the rest is held in the precision of the computation.
+        # Adapters train about a hundredth of the weights; the rest is held in the compute dtype.
         shrunk = estimated.weights * (1 - shape.compute_bytes / shape.stream_bytes)
         found.append(Remedy("--lora_enable True", estimated.optimizer + estimated.copies + shrunk))
         if sharding(args)[0] < 3:

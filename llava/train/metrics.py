@@ -1,7 +1,7 @@
-"""How fast a run is and what it spends its time on: tokens, images, arithmetic, padding, memory, waiting.
+"""Measure the speed of a run: tokens, images, FLOPs, padding, memory, waiting for data.
 
-In: what passes through the model in training, counted where it passes (the language model's inputs after images have
-become tokens, the tower's tiles). Out: one dictionary of figures per log line. Printing them is callbacks.py's work.
+In: what passes through the model in training, counted by hooks (the language model's inputs after the splice, the tower's
+tiles). Out: one dictionary of figures per log line, which callbacks.py prints.
 
 Counts stay on the device until a line is logged: reading them earlier would make the program wait for the GPU.
 """
@@ -10,56 +10,70 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.protocols import TorchModule
 
-# Model FLOPs are counted as is usual: two per weight and token forwards, two backwards for the inputs, two for the
-# weights where they are trained; causal attention at half of the square. Recomputation does not count.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from llava.model.protocols import LlavaModel, VisionTower
+
+# Model FLOPs are counted as usual: two per weight and token in the forward pass; in the backward pass two for the inputs
+# and two for the weights if trained; causal attention at half of the square. Recomputation does not count.
 _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = 2, 2, 2
 
-# The product of two square matrices of this size runs at the rate that a machine can reach at best.
+# Two square matrices of this size multiply at the highest rate that a GPU reaches.
 _PROBE_SIZE, _PROBE_RUNS = 8192, 10
 
-_TOKENS, _PLACES, _SQUARES, _TRAINED, _IMAGES, _TILES = range(6)
+_TOKENS, _POSITIONS, _SQUARES, _TRAINED, _IMAGES, _TILES = range(6)
+
+
+class Decoder(TorchModule, Protocol):
+    """The stack of layers of a language model."""
+
+    config: PreTrainedConfig
+    layers: Sequence[nn.Module]
 
 
 class Throughput:
-    """Counts what a model works through; `take()` gives the figures since the last call and starts anew."""
+    """Count what passes through a model; `take()` returns the figures since the last call and resets the counts."""
 
     def __init__(self, model: nn.Module, *, device: torch.device, matmul_rate: float | None = None) -> None:
         self.model = model
         self.matmul_rate = matmul_rate
         self.counts = torch.zeros(6, device=device)
-        self.flops = FlopsOf.model(model)
-        self._handles = self._watch()
+        self.flops = FlopsCounter.of_model(model)
+        self._handles = self._register_hooks()
         self._restart()
 
-    def _watch(self) -> list[Any]:
+    def _register_hooks(self) -> list[RemovableHandle]:
         inner, tower = language_model(self.model), vision_tower(self.model)
-        handles = [inner.register_forward_pre_hook(self._see_sequences, with_kwargs=True)]
+        handles = [inner.register_forward_pre_hook(self._count_sequences, with_kwargs=True)]
         if tower is not None:
-            handles.append(tower.input_modules()[0].register_forward_pre_hook(self._see_tiles))
+            handles.append(tower.input_modules()[0].register_forward_pre_hook(self._count_tiles))
         return handles
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def see_batch(self, batch: dict[str, Any]) -> None:
-        """Note what a batch from the data loader says itself."""
+    def count_batch(self, batch: Mapping[str, object]) -> None:
+        """Count trained tokens and images in a batch from the data loader."""
         if isinstance(labels := batch.get("labels"), Tensor):
             self._add(_TRAINED, (labels != IGNORE_INDEX).sum())
         if isinstance(ids := batch.get("input_ids"), Tensor):
             self._add(_IMAGES, (ids == IMAGE_TOKEN_INDEX).sum())
 
-    def _see_sequences(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count_sequences(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self.model.training:
             return
         states = kwargs.get("inputs_embeds")
@@ -67,27 +81,27 @@ class Throughput:
             states = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(states, Tensor):
             return
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        self._add(_PLACES, states.shape[0] * states.shape[1])
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        self._add(_POSITIONS, states.shape[0] * states.shape[1])
         if isinstance(mask, Tensor) and mask.dim() == 2:
             lengths = mask.sum(dim=1, dtype=torch.float32)
             self._add(_TOKENS, lengths.sum())
             self._add(_SQUARES, (lengths**2).sum())
-        elif isinstance(positions, Tensor):
-            # Packed samples: positions begin anew with each, and 1 + 3 + 5 + ... is the square of its length.
+        elif isinstance(position_ids, Tensor):
+            # Packed samples: positions restart with each, and 1 + 3 + 5 + ... is the square of its length.
             self._add(_TOKENS, states.shape[0] * states.shape[1])
-            self._add(_SQUARES, (2 * positions.float() + 1).sum() * states.shape[0] / positions.shape[0])
+            self._add(_SQUARES, (2 * position_ids.float() + 1).sum() * states.shape[0] / position_ids.shape[0])
         else:
             self._add(_TOKENS, states.shape[0] * states.shape[1])
             self._add(_SQUARES, states.shape[0] * states.shape[1] ** 2)
 
-    def _see_tiles(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _count_tiles(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.model.training:
             self._add(_TILES, args[0].shape[0])
 
     @torch.no_grad()
-    def _add(self, what: int, count: Tensor | float) -> None:
-        self.counts[what] += count
+    def _add(self, counter: int, count: Tensor | float) -> None:
+        self.counts[counter] += count
 
     def _restart(self) -> None:
         self.counts.zero_()
@@ -95,50 +109,50 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training: validating, saving."""
+        """Exclude the time of validation or saving."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in which the next batch is not there yet."""
+        """Count the time of the block as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
-    def take(self, total_over_ranks: Any, num_ranks: int) -> dict[str, float]:
-        """The figures of all ranks together since the last call. `total_over_ranks` adds a tensor up over ranks."""
-        tokens, places, squares, trained, images, tiles = total_over_ranks(self.counts.clone()).tolist()
+    def take(self, sum_over_ranks: Callable[[Tensor], Tensor], num_ranks: int) -> dict[str, float]:
+        """Return the figures of all ranks together since the last call."""
+        tokens, positions, squares, trained, images, tiles = sum_over_ranks(self.counts.clone()).tolist()
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
         figures = {
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
-            "padding": 1 - tokens / places if places else 0.0,
+            "padding": 1 - tokens / positions if positions else 0.0,
             "trained_tokens": trained / tokens if tokens else 0.0,
             "data_wait": min(self._waited / seconds, 1.0),
             "memory_gib": peak_memory() / 2**30,
         }
         if self.matmul_rate:
-            figures["mfu"] = self.flops.of(tokens, squares, tiles) / seconds / (self.matmul_rate * num_ranks)
+            figures["mfu"] = self.flops.total(tokens, squares, tiles) / seconds / (self.matmul_rate * num_ranks)
         self._restart()
         return figures
 
 
 @dataclass(frozen=True)
-class FlopsOf:
+class FlopsCounter:
     """Model FLOPs of a training step, from counts: per token, per squared sequence length, per image tile."""
 
     per_token: float
     per_square: float
     per_tile: float
 
-    def of(self, tokens: float, squares: float, tiles: float) -> float:
+    def total(self, tokens: float, squares: float, tiles: float) -> float:
         return self.per_token * tokens + self.per_square * squares + self.per_tile * tiles
 
     @classmethod
-    def model(cls, model: nn.Module) -> FlopsOf:
-        """Counted from a model's weights and from what of it is trained."""
+    def of_model(cls, model: nn.Module) -> FlopsCounter:
+        """Count from a model's weights and from which of them are trained."""
         tower = vision_tower(model)
         in_tower = set(tower.modules()) if tower is not None else set()
         run = [module for part in tower.modules_used() for module in part.modules()] if tower is not None else []
@@ -151,10 +165,11 @@ class FlopsOf:
                 per_patch += cost
             else:
                 per_token += cost
+        input_gradient = _INPUT_GRADIENT * (tower is not None and tower.trainable)
         for module in run:
             if isinstance(module, MATMULS):
                 trained = _WEIGHT_GRADIENT * module.weight.requires_grad
-                per_patch += _weights(module) * (_FORWARD + _INPUT_GRADIENT * tower.trainable + trained)
+                per_patch += _weights(module) * (_FORWARD + input_gradient + trained)
         config = language_model(model).config
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Scores and values: two products of two FLOPs each for half of the pairs, three times with the backward pass.
@@ -166,28 +181,28 @@ MATMULS = (nn.Linear, nn.Conv2d)
 
 
 def _weights(module: nn.Module) -> int:
-    # Weights that are packed in 4 bits, or scattered over ranks, are counted by what they stand for.
+    # Quantized or partitioned weights are counted by their full shape.
     return module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
 
 
-def base_model(model: Any) -> Any:
+def base_model(model: Any) -> LlavaModel:
     """The LLaVA or language model under adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def language_model(model: Any) -> Any:
-    """The stack of layers under the output layer; images have become tokens where it begins."""
+def language_model(model: object) -> Decoder:
+    """The decoder under the output layer, whose input is the spliced sequence."""
     base = base_model(model)
     return getattr(base, base.base_model_prefix)
 
 
-def vision_tower(model: Any) -> Any:
+def vision_tower(model: object) -> VisionTower | None:
     base = base_model(model)
     return base.get_vision_tower() if hasattr(base, "get_vision_tower") else None
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took on the GPU, or the most that the process took in main memory."""
+    """Bytes of the peak: allocated by tensors on the GPU, or without one by the process in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -201,7 +216,7 @@ def peak_memory() -> int:
 
 
 def measure_matmul_rate(dtype: torch.dtype) -> float | None:
-    """FLOPs per second of a large matrix product on this GPU; None on a CPU, where the figure would mean little."""
+    """Measure the FLOPs per second of a large matrix product on this GPU; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     left, right = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, device="cuda", dtype=dtype) for _ in range(2))

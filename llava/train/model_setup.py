@@ -1,10 +1,11 @@
-"""Load the model that a run starts from and make it ready for training.
+"""Load the model that a run starts from, and prepare it for training.
 
 In: the three argument dataclasses. Out: the tokenizer, the conversation template, and a model with tower and projector,
-its parts frozen or trained and in their dtypes. The model is in main memory (the trainer moves it to its device) or,
-where `--bits` quantizes it, on this process's device.
-model/checkpoints/inspect.py decides what a folder holds, model/builder.py loads a LLaVA, model/llava_arch.py attaches
-the tower; adapters are in lora.py. run.py calls these functions in order.
+its parts frozen or trained and in their dtypes. The model is in main memory (the trainer moves it to its device) or, if
+`--bits` quantizes it, on this process's device. run.py calls these functions in order.
+
+model/checkpoints/inspect.py finds out what a folder holds, model/builder.py loads a LLaVA, model/llava_arch.py attaches the
+tower, lora.py adds adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,12 +35,20 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.lora import add_lora
 from llava.train.save import smart_tokenizer_and_embedding_resize
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
+    from llava.text.tokenization import Tokenizer
+
 logger = logging.getLogger(__name__)
 
-# Names that --version takes beside those of the templates.
+# Names of --version besides those of the templates.
 VERSION_ALIASES = {"v0.5": "v1"}
 
-# What a LLaVA checkpoint's config says about itself, by the name of the argument that would say it anew.
+# Settings in the config of a LLaVA checkpoint, by the name of the argument that would replace each.
 CONFIG_OF_ARGUMENT = {
     "vision_tower": "mm_vision_tower",
     "mm_vision_select_layer": "mm_vision_select_layer",
@@ -52,7 +61,7 @@ CONFIG_OF_ARGUMENT = {
 
 
 def choose_conversation(version: str | None) -> Conversation:
-    """The template that `--version` names."""
+    """Look up the template that `--version` names."""
     name = VERSION_ALIASES.get(str(version), str(version))
     if name not in conv_templates:
         raise InputError(f"--version is {version!r}; known: {', '.join(sorted({*conv_templates, *VERSION_ALIASES}))}")
@@ -61,16 +70,16 @@ def choose_conversation(version: str | None) -> Conversation:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How the language model's weights are to be held."""
+    """How to load the language model's weights."""
 
     dtype: torch.dtype
     attn_implementation: str | None
-    quantization: Any  # transformers' configuration object, or None
+    quantization: QuantizationConfigMixin | None
     device: str | torch.device
 
     @property
     def loader_options(self) -> dict[str, Any]:
-        """What transformers' loader has to know where it packs weights."""
+        """Options of `from_pretrained` for quantized weights."""
         if self.quantization is None:
             return {}
         return {"quantization_config": self.quantization, "device_map": {"": str(self.device)}}
@@ -78,8 +87,8 @@ class LoadPlan:
 
 def load_base_model(
     model_args: ModelArguments, training_args: TrainingArguments, *, attn_implementation: str | None = None
-) -> tuple[Any, Any]:
-    """The model and the tokenizer that `--model_name_or_path` names."""
+) -> tuple[LanguageModel, Tokenizer]:
+    """Load the model and the tokenizer that `--model_name_or_path` names, as a LLaVA if the run has a tower."""
     if attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise InputError("FlashAttention needs the package 'flash_attn'; install it with: pip install flash-attn")
     info = inspect(str(model_args.model_name_or_path))
@@ -101,12 +110,12 @@ def load_base_model(
 
 
 def _load_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """The precision in which most of the language model will be held; `cast_weights` casts the rest afterwards."""
+    """The dtype of most of the language model; `cast_weights` casts the rest afterwards."""
     frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable or model_args.freeze_backbone
     return training_args.compute_dtype if frozen else training_args.weight_dtype
 
 
-def _quantization(training_args: TrainingArguments) -> Any:
+def _quantization(training_args: TrainingArguments) -> QuantizationConfigMixin | None:
     if training_args.bits == 16:
         return None
     return quantization_config(
@@ -117,7 +126,7 @@ def _quantization(training_args: TrainingArguments) -> Any:
     )
 
 
-def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan) -> tuple[Any, Any]:
+def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan) -> tuple[LanguageModel, Tokenizer]:
     if info.stores_quantized and plan.quantization is not None:
         raise InputError(f"{info.folder} is quantized already; leave --bits out, or start from the unquantized model")
     loaded = load(
@@ -136,18 +145,18 @@ def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan
             )  # fmt: skip
             model_args.vision_tower = own_tower
         else:
-            logger.info("--vision_tower %s takes the place of the checkpoint's %s", model_args.vision_tower, own_tower)
+            logger.info("--vision_tower %s replaces the checkpoint's %s", model_args.vision_tower, own_tower)
             del loaded.model.get_model().vision_tower
     return loaded.model, loaded.tokenizer
 
 
-def _load_text_only(info: CheckpointInfo, plan: LoadPlan) -> Any:
+def _load_text_only(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
     return AutoModelForCausalLM.from_pretrained(
         info.folder, dtype=plan.dtype, attn_implementation=plan.attn_implementation, **plan.loader_options
     )
 
 
-def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
+def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
     config_class, model_class = llava_classes(info.language_model)
     config = config_class.from_dict({key: value for key, value in info.config.items() if key != "model_type"})
     config.name_or_path = str(info.folder)
@@ -170,23 +179,23 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> Any:
     return model
 
 
-def prepare_tokenizer(tokenizer: Any, model: Any, version: str | None) -> None:
-    """Give the tokenizer a padding token: its unknown token, or for `v0` a token of its own, as those models had."""
+def prepare_tokenizer(tokenizer: Tokenizer, model: LanguageModel, version: str | None) -> None:
+    """Set the tokenizer's padding token: its unknown token; for `v0`, as in the original, a new token."""
     if version == "v0":
         if tokenizer.pad_token is None:
             smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
     elif tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
-    elif tokenizer.pad_token is None:  # vocabularies of bytes know no unknown
+    elif tokenizer.pad_token is None:  # byte-level vocabularies have no unknown token
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise InputError("this model's tokenizer has neither a padding, an unknown nor an end token to pad with")
 
 
 def inherit_vision_settings(
-    config: Any, model_args: ModelArguments, data_args: DataArguments
+    config: PreTrainedConfig, model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[ModelArguments, DataArguments]:
-    """Arguments completed from a LLaVA checkpoint's config, for a run that goes on from it without `--vision_tower`."""
+    """Complete the arguments from a LLaVA checkpoint's config, for a run that starts from it without `--vision_tower`."""
     if model_args.vision_tower or not getattr(config, "mm_vision_tower", None):
         return model_args, data_args
     kept = {
@@ -194,7 +203,7 @@ def inherit_vision_settings(
         for argument, key in CONFIG_OF_ARGUMENT.items()
         if getattr(config, key, None) is not None
     }
-    logger.info("no --vision_tower given: going on with the checkpoint's own vision settings, %s", kept)
+    logger.info("no --vision_tower given: using the checkpoint's own vision settings, %s", kept)
     image = LlavaSettings.from_hf(config).image
     pinpoints = [[size.width, size.height] for size in image.pinpoints]
     return (
@@ -203,26 +212,28 @@ def inherit_vision_settings(
     )
 
 
-def prepare_language_model(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> Any:
-    """Freeze or adapt the language model, before tower and projector join it."""
+def prepare_language_model(
+    model: LanguageModel, model_args: ModelArguments, training_args: TrainingArguments
+) -> LanguageModel | PeftModel:
+    """Freeze the language model or add adapters, before tower and projector are attached."""
     model.config.use_cache = False
     _allow_saving(model.generation_config)
     if model_args.freeze_backbone:
         model.base_model.requires_grad_(False)
     if training_args.gradient_checkpointing:
-        # Checkpointed layers need an input that gradients flow to, also where the embedding table is frozen.
+        # Checkpointed layers need an input with a gradient, even if the embedding table is frozen.
         model.enable_input_require_grads()
     return add_lora(model, training_args) if training_args.lora_enable else model
 
 
 def add_vision(
-    model: Any,
-    tokenizer: Any,
+    model: LlavaModel,
+    tokenizer: Tokenizer,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> None:
-    """Join tower and projector to the model, write what they are into its config, and choose which parts are trained."""
+    """Attach tower and projector, record their settings in the config, and choose which parts are trained."""
     config = model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio
     if data_args.image_aspect_ratio == "anyres":
@@ -238,9 +249,10 @@ def add_vision(
         )  # fmt: skip
     inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
     tower = model.get_vision_tower()
-    tower.requires_grad_(False)  # adapters with `lora_bias all` release the biases of a tower that is there already
+    assert tower is not None
+    tower.requires_grad_(False)  # adapters with `lora_bias all` unfreeze the biases of a tower that is attached already
     data_args.image_processor = tower.image_processor
-    if not tower.resamples_pixels:  # otherwise its first layer rounds them so; loaders have half as much to hand over
+    if not tower.resamples_pixels:  # its first layer would cast them anyway; loaders transfer half the bytes
         data_args.pixel_dtype = training_args.compute_dtype
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
@@ -252,14 +264,14 @@ def add_vision(
     config.mm_use_im_start_end = model_args.mm_use_im_start_end
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
     config.mm_projector_lr = training_args.mm_projector_lr
-    if model_args.version != "plain":  # which is a way to train, not one to talk
+    if model_args.version != "plain":  # a template for training only
         config.conv_mode = VERSION_ALIASES.get(str(model_args.version), model_args.version)
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     training_args.use_im_start_end = model_args.mm_use_im_start_end
     training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
 
     newline = getattr(inner, "image_newline", None)
-    if training_args.bits != 16:  # a model of packed weights stands on its device already, and is not moved again
+    if training_args.bits != 16:  # a quantized model is on its device already, and the trainer does not move it
         for part in (tower, inner.mm_projector):
             part.to(training_args.device)
         if newline is not None:
@@ -278,10 +290,10 @@ def add_vision(
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
 
 
-def unfreeze_tower(tower: Any) -> None:
-    """Train the tower as far as the layer that the projector reads; what lies behind it gets no gradient anyway.
+def unfreeze_tower(tower: VisionTower) -> None:
+    """Train the tower up to the layer that the projector reads; later layers get no gradient.
 
-    A trained parameter without a gradient would stop a distributed run, which waits for the gradients of all.
+    A trained parameter without a gradient would stop a distributed run, which waits for all gradients.
     """
     tower.requires_grad_(False)
     for part in tower.modules_used():
@@ -289,11 +301,11 @@ def unfreeze_tower(tower: Any) -> None:
 
 
 def cast_weights(model: nn.Module, training_args: TrainingArguments) -> None:
-    """Hold trained weights in `weight_dtype` and frozen ones in `compute_dtype`. Buffers keep their precision.
+    """Cast trained weights to `weight_dtype` and frozen ones to `compute_dtype`. Buffers keep their dtype.
 
-    A tower of which a part is trained stays in one precision: its layers hand each other what they computed.
+    A tower that is partly trained has one dtype, since its layers pass activations to each other.
     """
-    if training_args.deepspeed:  # it does its own casting, and may have scattered the weights already
+    if training_args.deepspeed:  # it casts by itself, and may have partitioned the weights already
         return
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
     in_tower = {id(parameter) for parameter in tower.parameters()} if tower is not None and tower.trainable else set()
@@ -306,7 +318,7 @@ def cast_weights(model: nn.Module, training_args: TrainingArguments) -> None:
 
 
 def count_trained(model: nn.Module) -> int:
-    """Number of trained values; a run without any is refused."""
+    """Count the trained values; raise `InputError` if there are none."""
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if num_trained == 0:
         raise InputError(
@@ -316,8 +328,8 @@ def count_trained(model: nn.Module) -> int:
     return num_trained
 
 
-def _allow_saving(generation_config: Any) -> None:
-    """Published base models say a temperature without saying that they sample; the library refuses to save that."""
+def _allow_saving(generation_config: GenerationConfig | None) -> None:
+    """Set `do_sample` where a published model sets a temperature without it, which transformers refuses to save."""
     if generation_config is None or generation_config.do_sample:
         return
     if any(getattr(generation_config, key, None) not in (None, 1.0) for key in ("temperature", "top_p")):

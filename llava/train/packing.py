@@ -1,13 +1,12 @@
-"""Samples of different lengths in rows of one length: which go together, and how long each is.
+"""Pack samples of different lengths into sequences of one length, without padding.
 
-In: the training set and how the model counts image features. Out: `PackedDataset`, whose items are lists of samples that
-fit into one row, and the collator for it. The model lays a batch's samples one after another and keeps them apart
-(model/llava_arch.py with `packed=True`); nothing is padded and no sample is cut to fit.
+In: the training set, and how the model counts image features. Out: `PackedDataset`, whose items are lists of samples that
+fit into one packed sequence, and the collator for it. The model concatenates the samples of a batch and keeps them apart
+in attention (model/llava_arch.py with `packed=True`); no sample is cut to fit.
 
-Lengths are exact, tokens and image features: a row never exceeds the limit. They are measured once, by the loader's
-processes, and kept in the output folder. Which samples share a row is drawn once from the seed, so that every epoch has
-the same number of rows and a resumed run has the rows of the run it continues; the trainer shuffles rows in each epoch and
-deals them out to the ranks as it does with samples.
+Lengths are exact, in tokens and image features. They are measured once, by the data loader's processes, and kept in the
+output folder. Which samples share a sequence is drawn once from the seed, so that each epoch has as many sequences and a
+resumed run has the same ones. The trainer shuffles sequences in each epoch and distributes them over ranks like samples.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import logging
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,87 +29,109 @@ from llava.errors import InputError
 from llava.images.io import load_image
 from llava.images.layout import ImagePolicy, plan
 from llava.train.arguments import TrainingArguments
-from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.data import DataCollatorForSupervisedDataset, DataModule, LazySupervisedDataset, TrainingItem
+
+if TYPE_CHECKING:
+    from llava.model.protocols import LlavaModel
+    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Rows that wait for samples at the same time. More of them waste less room, but samples stay apart longer.
+# Sequences that are being filled at the same time: more of them leave less empty, but need longer to plan.
 OPEN_SEQUENCES = 1000
 SAMPLES_PER_TASK = 256
 
 
 def plan_sequences(lengths: Sequence[int], limit: int, *, seed: int) -> list[list[int]]:
-    """Indices of samples, row by row: each into the fullest open row that has room, in an order drawn from `seed`."""
+    """Choose the samples of each packed sequence: best fit, in an order drawn from `seed`.
+
+    Args:
+        lengths: tokens of each sample, image features included.
+        limit: tokens of a packed sequence.
+        seed: of the order in which samples are placed.
+
+    Returns:
+        The indices of the samples in each sequence.
+
+    Raises:
+        InputError: a sample is longer than `limit`.
+    """
     longest = max(lengths)
     if longest > limit:
         raise InputError(
-            f"sample {list(lengths).index(longest)} has {longest} tokens; a row of {limit} is too short for it"
+            f"sample {list(lengths).index(longest)} has {longest} tokens; a packed sequence of {limit} is too short for it"
         )
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of open rows: tokens left, and number of the row; ascending
+    sequences: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # of open sequences: tokens left, and index of the sequence; ascending
     for index in order:
-        place = bisect_left(room, (lengths[index], 0))
-        left, row = room.pop(place) if place < len(room) else (limit, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        insort(room, (left - lengths[index], row))
+        fit = bisect_left(room, (lengths[index], 0))
+        left, sequence = room.pop(fit) if fit < len(room) else (limit, len(sequences))
+        if sequence == len(sequences):
+            sequences.append([])
+        sequences[sequence].append(index)
+        insort(room, (left - lengths[index], sequence))
         if len(room) > OPEN_SEQUENCES:
             del room[0]  # the fullest
-    return rows
+    return sequences
 
 
 class PackedDataset(Dataset):
-    """A training set by rows: item `i` is the list of the samples in row `i`."""
+    """A training set of packed sequences: item `i` is the list of the samples in sequence `i`."""
 
     def __init__(
-        self, samples: LazySupervisedDataset, lengths: Sequence[int], limit: int, policy: Any, *, seed: int
+        self,
+        samples: LazySupervisedDataset,
+        lengths: Sequence[int],
+        limit: int,
+        policy: ImagePolicy | None,
+        *,
+        seed: int,
     ) -> None:
         super().__init__()
         self.samples = samples
         self.limit = limit
         self.policy = policy
-        self.rows = plan_sequences(lengths, limit, seed=seed)
-        self.filled = sum(lengths) / (len(self.rows) * limit)
+        self.sequences = plan_sequences(lengths, limit, seed=seed)
+        self.filled = sum(lengths) / (len(self.sequences) * limit)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        items: list[dict[str, Any]] = []
+    def __getitem__(self, index: int) -> list[TrainingItem]:
+        items: list[TrainingItem] = []
         room = self.limit
-        for sample in self.rows[index]:
+        for sample in self.sequences[index]:
             item = self.samples[sample]
             room -= item_length(item, self.policy, self.samples.tokenizer.model_max_length)
             if room >= 0:
                 items.append(item)
             elif not self.samples.skips_bad:
                 raise InputError(
-                    f"{self.samples.list_data_dict.describe(sample)} is longer than it was when rows were planned; the data "
-                    "were changed, so start a new run"
+                    f"{self.samples.list_data_dict.describe(sample)} is longer than it was when sequences were planned; the "
+                    "data were changed, so start a new run"
                 )
-            # Otherwise it stands in for a bad sample, has its own place elsewhere, and is too long for this one.
+            # Otherwise it replaces a bad sample and is too long here; it is part of another sequence as well.
         return items
 
 
 class PackedCollator:
-    """Rows of samples -> one batch of samples, which the model is to lay one after another.
+    """Collate packed sequences into one batch of their samples, which the model concatenates.
 
-    Single samples, as a validation set gives them, become a padded batch.
+    Single samples, as a validation set has them, become a padded batch.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.collate = DataCollatorForSupervisedDataset(tokenizer)
 
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        if isinstance(rows[0], dict):
-            return self.collate(rows)
-        return {**self.collate([item for row in rows for item in row]), "packed": True}
+    def __call__(self, items: Sequence[TrainingItem] | Sequence[list[TrainingItem]]) -> dict[str, object]:
+        samples = [sample for item in items for sample in (item if isinstance(item, list) else [item])]
+        batch = self.collate(samples)
+        return {**batch, "packed": True} if isinstance(items[0], list) else batch
 
 
-def pack_data_module(data_module: dict[str, Any], model: Any, args: TrainingArguments) -> dict[str, Any]:
-    """A data module as `make_supervised_data_module` makes it, with its training set by rows."""
+def pack_data_module(data_module: DataModule, model: LlavaModel, args: TrainingArguments) -> DataModule:
+    """Pack the training set of a data module that `make_supervised_data_module` made."""
     if not hasattr(model, "check_packable"):
         raise InputError("--packing needs a model with images; name its tower with --vision_tower, or leave it False")
     model.check_packable()
@@ -118,7 +139,7 @@ def pack_data_module(data_module: dict[str, Any], model: Any, args: TrainingArgu
     if limit < args.model_max_length:
         raise InputError(
             f"--pack_length {limit} is shorter than --model_max_length {args.model_max_length}, so a long sample would not "
-            "fit into a row"
+            "fit into a packed sequence"
         )
     policy = model.image_policy() if model.get_vision_tower() is not None else None
     with args.main_process_first(local=False, desc="measuring samples"):
@@ -127,11 +148,11 @@ def pack_data_module(data_module: dict[str, Any], model: Any, args: TrainingArgu
         samples, lengths, limit, policy, seed=args.seed if args.data_seed is None else args.data_seed
     )
     logger.info(
-        "packed %s samples into %s rows of up to %s tokens, %.1f %% filled",
+        "packed %s samples into %s sequences of up to %s tokens, %.1f %% filled",
         f"{len(samples):,}", f"{len(packed):,}", f"{limit:,}", 100 * packed.filled,
     )  # fmt: skip
     if args.group_by_modality_length:
-        logger.info("--group_by_modality_length has no effect on packed rows, which are about equally long")
+        logger.info("--group_by_modality_length has no effect on packed sequences, which are about equally long")
     return {**data_module, "train_dataset": packed, "data_collator": PackedCollator(samples.tokenizer)}
 
 
@@ -141,10 +162,14 @@ def pack_data_module(data_module: dict[str, Any], model: Any, args: TrainingArgu
 def measured_lengths(
     samples: LazySupervisedDataset, policy: ImagePolicy | None, folder: Path, *, num_workers: int = 0
 ) -> list[int]:
-    """Tokens of each sample, image features included, cut as the run will cut them; remembered in `folder`."""
-    remembered = folder / f"pack_lengths-{_fingerprint(samples, policy)}.npy"
-    if remembered.is_file():
-        return np.load(remembered).tolist()
+    """Measure the samples, or read what an earlier call wrote into `folder`.
+
+    Returns:
+        Tokens of each sample, image features included, truncated as the run truncates them.
+    """
+    cached = folder / f"pack_lengths-{_fingerprint(samples, policy)}.npy"
+    if cached.is_file():
+        return np.load(cached).tolist()
     loader = DataLoader(
         _Lengths(samples, policy),  # type: ignore[arg-type]
         batch_size=SAMPLES_PER_TASK,
@@ -153,9 +178,9 @@ def measured_lengths(
     )
     lengths = [length for batch in loader for length in batch]
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = remembered.with_suffix(".unfinished.npy")
+    unfinished = cached.with_suffix(".unfinished.npy")
     np.save(unfinished, np.array(lengths, dtype=np.int32))
-    unfinished.replace(remembered)
+    unfinished.replace(cached)
     return lengths
 
 
@@ -171,7 +196,7 @@ class _Lengths(Dataset):
         try:
             return self._measure(index)
         except InputError as error:
-            if samples.skips_bad:  # it will never be drawn
+            if samples.skips_bad:  # it is never drawn
                 return 1
             raise InputError(f"{samples.list_data_dict.describe(index)}: {error}") from error
 
@@ -181,14 +206,14 @@ class _Lengths(Dataset):
         sources = image_sources(sample)
         ids = self.samples.tokens(sample, num_images=len(sources))["input_ids"][0]
         if self.policy is None or self.policy.mode != "anyres":
-            sizes = [(1, 1)] * len(sources)  # which have one tile, whatever their size
+            sizes = [(1, 1)] * len(sources)  # one tile, whatever their size
         else:
             sizes = [load_image(locate_image(source, folder)).size for source in sources]
         return _length(ids, sizes, self.policy, self.samples.tokenizer.model_max_length)
 
 
-def item_length(item: dict[str, Any], policy: ImagePolicy | None, max_length: int) -> int:
-    """The same for a sample that has been drawn."""
+def item_length(item: TrainingItem, policy: ImagePolicy | None, max_length: int) -> int:
+    """Count the tokens of a sample that has been drawn, image features included."""
     ids, sizes = item["input_ids"], item.get("image_size", (1, 1))
     num_images = int((ids == IMAGE_TOKEN_INDEX).sum())
     return _length(ids, sizes if isinstance(sizes, list) else [sizes] * num_images, policy, max_length)
@@ -200,7 +225,7 @@ def _length(ids: torch.Tensor, sizes: Sequence[Sequence[int]], policy: ImagePoli
 
 
 def _fingerprint(samples: LazySupervisedDataset, policy: ImagePolicy | None) -> str:
-    """Names everything that lengths depend on."""
+    """Hash everything that lengths depend on."""
     files = [
         (str(part.file.path), part.file.path.stat().st_mtime_ns, len(part)) for part in samples.list_data_dict.parts
     ]

@@ -71,8 +71,10 @@ def compile_layers(
         torch._functorch.config.activation_memory_budget = keep
     tower = vision_tower(model)
     # A tower's layers that are not leaf modules have ZeRO-3's hooks inside.
-    compiles_tower = tower is not None and tower.trainable and (tower.passes_once or not within_hooks)
-    for layer in [*language_model(model).layers, *(tower.layers_used() if compiles_tower else [])]:
+    layers = [*language_model(model).layers]
+    if tower is not None and tower.trainable and (tower.passes_once or not within_hooks):
+        layers += tower.layers_used()
+    for layer in layers:
         if within_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=dynamic)
         else:

@@ -1,8 +1,7 @@
-"""One run of training, from its arguments to the files that it leaves.
+"""Run a training: from its arguments to the files that it leaves.
 
-In: arguments (arguments.py). Out: a folder that `load_pretrained_model` reads. The flow, each step in its own file:
-tokenizer and base model -> freezing, adapters -> tower and projector (model_setup.py) -> data (data.py) -> LLaVATrainer
-(llava_trainer.py) -> files (save.py).
+In: arguments (arguments.py). Out: a folder that `load_pretrained_model` reads. The steps: tokenizer and base model, freezing
+and adapters, tower and projector (model_setup.py), data (data.py), LLaVATrainer (llava_trainer.py), files (save.py).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import copy
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import transformers
 
@@ -46,6 +45,10 @@ from llava.train.packing import pack_data_module
 from llava.train.performance import prepare_layers
 from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
 
+if TYPE_CHECKING:
+    from llava.model.protocols import LlavaModel
+    from llava.text.tokenization import Tokenizer
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +59,15 @@ def run(
     *,
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
-    """Train as the arguments say, save into `output_dir`, and give back the trainer with the trained model."""
+    """Train as the arguments say, and save into `output_dir`.
+
+    Returns:
+        The trainer, with the trained model. With `--estimate_memory` it has not trained.
+
+    Raises:
+        InputError: the arguments, the data or a checkpoint cannot be used, or a loss is not finite.
+        Stopped: a signal ended the run after a checkpoint was written.
+    """
     trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
     needed = estimate(trainer.model, training_args)
     if training_args.estimate_memory:
@@ -72,8 +83,8 @@ def run(
     if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
         raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
     if training_args.device.type == "cuda":
-        logger.info("the run took %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
-    dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # which may lie in packed rows
+        logger.info("the run used %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
+    dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # may be packed
     if isinstance(dataset, LazySupervisedDataset):
         for report in dataset.reports():
             logger.warning(report)
@@ -89,21 +100,22 @@ def build_trainer(
     *,
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
-    """Everything before the first step."""
+    """Load and prepare everything that the first step needs."""
     check_arguments(model_args, data_args, training_args)
     conv = choose_conversation(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
-    transformers.set_seed(training_args.seed)  # new modules begin with random numbers
+    transformers.set_seed(training_args.seed)  # new modules are initialized at random
 
-    model, tokenizer = load_base_model(model_args, training_args, attn_implementation=attn_implementation)
-    model_args, data_args = inherit_vision_settings(model.config, model_args, data_args)
+    language_model, tokenizer = load_base_model(model_args, training_args, attn_implementation=attn_implementation)
+    model_args, data_args = inherit_vision_settings(language_model.config, model_args, data_args)
     if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
         raise InputError("training a projector or a tower needs one: name it with --vision_tower")
-    # Data first: a mistake there should not wait for a tower to load.
+    # Data first, so that a mistake there is reported before a tower is loaded.
     data_module = make_supervised_data_module(tokenizer, data_args, conv)
-    prepare_tokenizer(tokenizer, model, model_args.version)
-    model = prepare_language_model(model, model_args, training_args)
+    prepare_tokenizer(tokenizer, language_model, model_args.version)
+    # Without a tower it is no LLaVA, and only what a language model has is used.
+    model = cast("LlavaModel", prepare_language_model(language_model, model_args, training_args))
     if model_args.vision_tower:
         add_vision(model, tokenizer, model_args, data_args, training_args)
     if data_args.eval_data_path:
@@ -125,14 +137,15 @@ def build_trainer(
     return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
 
 
-def _validation_set(tokenizer: Any, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
+def _validation_set(tokenizer: Tokenizer, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
     arguments = copy.copy(data_args)
     arguments.image_folder = data_args.eval_image_folder or data_args.image_folder
-    arguments.data_weights = None  # which are those of the training files
+    arguments.data_weights = None  # those of the training files
     return LazySupervisedDataset(str(data_args.eval_data_path), tokenizer, arguments, conv=conv)
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise `InputError` for arguments that contradict each other."""
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise InputError(
             "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
@@ -155,7 +168,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
 
 
 def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` says; without it, the newest whole checkpoint in the output folder, if any."""
+    """The checkpoint that `--resume_from_checkpoint` names; without it, the newest complete one in the output folder."""
     named, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if named in ("False", "false", False):
         return None
@@ -170,7 +183,7 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 
 
 def _save_result(trainer: LLaVATrainer) -> None:
-    """Write what the run was for, in the precision that the run computed in."""
+    """Write the trained weights in the dtype that the run computed in."""
     args = trainer.args
     trainer.save_state()
     trainer.model.config.use_cache = True
@@ -182,5 +195,5 @@ def _save_result(trainer: LLaVATrainer) -> None:
     safe_save_model_for_hf_trainer(trainer, args.output_dir)
     partial = saves_projector_only(args) or args.lora_enable
     if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
-        # A complete model has saved this by itself; an adapter or a projector alone names its tower, too.
+        # A complete model saves this by itself. An adapter or a projector alone refers to its tower too.
         save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))

@@ -1,8 +1,8 @@
-"""Orders of training samples that put similar lengths, and one modality, into a batch.
+"""Order training samples so that a batch has similar lengths and one modality.
 
 In: a length per sample (for modality grouping: positive with an image, negative without). Out: a permutation of indices.
-Batches of one modality keep every rank busy for the same time: text-only samples are long, image samples are not.
-Lengths are counted in data.py; which sampler a run uses is decided in llava_trainer.py.
+Batches of one modality take every rank the same time: text-only samples are long, image samples are not. data.py counts
+lengths; llava_trainer.py chooses the sampler.
 
 A megabatch is what all ranks consume in one optimizer step: `world_size` batches.
 """
@@ -18,10 +18,10 @@ from llava.errors import InputError
 
 
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """Deal a megabatch out to `num_chunks` ranks so that their total lengths stay close.
+    """Distribute a megabatch over `num_chunks` ranks so that their total lengths are close.
 
     Longest first (the order of `indices`), each index goes to the lightest chunk that still has room. A megabatch that
-    cannot be dealt out evenly (the last one of an epoch) is dealt round robin.
+    cannot be divided evenly (the last one of an epoch) is distributed round robin.
     """
     if len(indices) % num_chunks != 0:
         return [list(indices[start::num_chunks]) for start in range(num_chunks)]
@@ -45,9 +45,9 @@ def get_length_grouped_indices(
     generator: torch.Generator | None = None,
     merge: bool = True,
 ) -> list[int] | list[list[list[int]]]:
-    """Shuffle, cut into megabatches, sort each by length (longest first) and deal it out to the ranks.
+    """Shuffle, split into megabatches, sort each by length (longest first) and distribute it over the ranks.
 
-    With `merge` the result is one flat list; without, it is a list of megabatches of per-rank batches.
+    With `merge` the result is one flat list; without, a list of megabatches of per-rank batches.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     megabatches = [
@@ -92,10 +92,10 @@ def get_modality_length_grouped_indices(
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Yields indices in one of the two orders above, newly drawn in every epoch.
+    """Yield indices in one of the two orders above, drawn anew in each epoch.
 
-    With `seed`, an epoch's order depends on `seed + epoch` alone and leaves the global generator untouched, so that a
-    resumed run sees the order of the run it continues.
+    With `seed`, an epoch's order depends on `seed + epoch` only and leaves the global generator untouched, so that a
+    resumed run has the order of the run that it continues.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class LengthGroupedSampler(Sampler[int]):
             return iter(self._order())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + self.epoch)
-            # A data loader draws the seed of its processes before it asks for an order: published runs have the order
-            # that follows, so a first epoch is theirs.
+            # A DataLoader draws the seed of its workers before it asks the sampler, so that the first epoch has the order
+            # of published runs.
             torch.empty((), dtype=torch.int64).random_()
             return iter(self._order())
 

@@ -1,8 +1,8 @@
-"""What a training run leaves on disk, and reading it back to go on.
+"""Write what a training run trained, and read it back to resume.
 
 In: a trainer or the named parameters of its model. Out: `mm_projector.bin` (projector runs), `non_lora_trainables.bin`
-beside the adapter (LoRA runs), or a complete checkpoint. File names and tensor names are those of published checkpoints;
-a parameter that DeepSpeed has scattered over ranks is gathered first.
+beside the adapter (LoRA runs), or a complete checkpoint. File names and tensor names are those of published checkpoints.
+A parameter that DeepSpeed has partitioned over ranks is gathered first.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from llava.model.protocols import LanguageModel, LlavaModel
+    from llava.text.tokenization import Tokenizer
+    from llava.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +32,12 @@ Named = Iterable[tuple[str, Tensor]]
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_KEYS = ("mm_projector", "vision_resampler", "image_newline")
-# The embedding table, by the names it has in the language models known here: its new rows stand for <im_start>, <im_end>.
+# Names of the embedding table in the supported language models; its new rows are those of <im_start> and <im_end>.
 EMBEDDING_KEYS = ("embed_tokens", "embed_in", "wte")
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
-    """A copy of a parameter on the CPU, whole even where DeepSpeed ZeRO-3 keeps only a part of it on each rank."""
+    """Copy a parameter to the CPU, gathered if DeepSpeed ZeRO-3 has partitioned it."""
     if not hasattr(param, "ds_id"):
         return param.detach().cpu().clone()
     import deepspeed
@@ -40,12 +47,12 @@ def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = 
 
 
 def get_mm_adapter_state_maybe_zero_3(named_params: Named, keys_to_match: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors whose names contain one of the keys."""
+    """Copy the parameters whose names contain one of the keys."""
     return {name: maybe_zero_3(p) for name, p in named_params if any(key in name for key in keys_to_match)}
 
 
 def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Tensor]:
-    """LoRA tensors, with the biases that `lora_bias` trains: none, all, or those of layers that have an adapter."""
+    """Copy the LoRA parameters, and the biases that `lora_bias` trains: none, all, or those of layers with an adapter."""
     params = dict(named_params)
     lora = {name for name in params if "lora_" in name}
     if bias == "none":
@@ -65,7 +72,7 @@ def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Ten
 
 
 def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only: bool = True) -> dict[str, Tensor]:
-    """What a LoRA run trains besides its adapters: the projector."""
+    """Copy what a LoRA run trains besides its adapters: the projector."""
     return {
         name: maybe_zero_3(p)
         for name, p in named_params
@@ -73,31 +80,33 @@ def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only:
     }
 
 
-def projector_keys(args: Any) -> list[str]:
-    """Which tensors a projector file holds; `use_im_start_end` runs train rows of the embedding table too."""
+def projector_keys(args: TrainingArguments) -> list[str]:
+    """Name the tensors of a projector file; runs with `use_im_start_end` train rows of the embedding table too."""
     return [*PROJECTOR_KEYS, *(EMBEDDING_KEYS if getattr(args, "use_im_start_end", False) else ())]
 
 
-def saves_projector_only(args: Any) -> bool:
-    """Whether the projector is all that a run trains, so that its checkpoints hold nothing else."""
+def saves_projector_only(args: TrainingArguments) -> bool:
+    """Whether a run trains nothing but the projector, so that its checkpoints hold nothing else."""
     return bool(getattr(args, "tune_mm_mlp_adapter", False)) and not getattr(args, "unfreeze_mm_vision_tower", False)
 
 
-def gathered_projector(model: Any, args: Any) -> dict[str, Tensor]:
-    """The tensors of a projector file, for which every rank must ask where they are scattered."""
+def gathered_projector(model: LlavaModel, args: TrainingArguments) -> dict[str, Tensor]:
+    """Gather the tensors of a projector file. A collective call if they are partitioned."""
     return get_mm_adapter_state_maybe_zero_3(model.named_parameters(), projector_keys(args))
 
 
-def save_projector(model: Any, args: Any, file: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the projector's tensors into one file."""
+def save_projector(
+    model: LlavaModel, args: TrainingArguments, file: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the projector's parameters to one file."""
     named = model.named_parameters() if state_dict is None else state_dict.items()
     weights = get_mm_adapter_state_maybe_zero_3(named, projector_keys(args))
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights, file)
 
 
-def save_non_lora(model: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write what a LoRA run trains besides its adapters, and the config that says what the model is made of."""
+def save_non_lora(model: LlavaModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write what a LoRA run trains besides its adapters, and the model's config."""
     trained = {name for name, param in model.named_parameters() if param.requires_grad}
     named = model.named_parameters() if state_dict is None else state_dict.items()
     weights = {name: maybe_zero_3(p) for name, p in named if name in trained and "lora_" not in name}
@@ -106,8 +115,8 @@ def save_non_lora(model: Any, folder: Path, state_dict: dict[str, Tensor] | None
     model.config.save_pretrained(folder)
 
 
-def load_trained(model: nn.Module, file: Path) -> None:
-    """Put the tensors of a projector or non-LoRA file back into the model they were saved from."""
+def load_trained(model: nn.Module | LlavaModel, file: Path) -> None:
+    """Load a projector or non-LoRA file into the model that it was saved from."""
     if not file.is_file():
         raise InputError(f"cannot resume: {str(file)!r} is missing")
     weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -123,16 +132,16 @@ def load_trained(model: nn.Module, file: Path) -> None:
         params[name].data.copy_(tensor)
 
 
-def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
+def safe_save_model_for_hf_trainer(trainer: Trainer, output_dir: str) -> None:
     """Save the model at the end of a run: the projector alone if that is all it trained, else a complete checkpoint.
 
-    Into a folder named `checkpoint-N` a projector is not written itself but beside it, as `mm_projector/checkpoint-N.bin`.
+    For an `output_dir` named `checkpoint-N` a projector is written as `mm_projector/checkpoint-N.bin` beside that folder.
     """
     args, folder = trainer.args, Path(output_dir)
     if not saves_projector_only(args):
         trainer.save_model(output_dir)
         return
-    # Gathering is work for every rank; writing is one rank's.
+    # Every rank gathers, one writes.
     weights = gathered_projector(trainer.model, args)
     if not args.should_save:
         return
@@ -145,8 +154,10 @@ def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
     torch.save(weights, file)
 
 
-def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> None:
-    """Add special tokens; their rows in both embedding tables start as the mean of the rows before them."""
+def smart_tokenizer_and_embedding_resize(
+    special_tokens_dict: dict[str, str], tokenizer: Tokenizer, model: LanguageModel
+) -> None:
+    """Add special tokens; their rows in both embedding tables start as the mean of the existing rows."""
     num_new = tokenizer.add_special_tokens(special_tokens_dict)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if num_new == 0:

@@ -1,8 +1,8 @@
 """Train a LLaVA: `python -m llava.train.train --model_name_or_path ... --data_path ... --output_dir ...`.
 
 In: a command line (arguments.py). Out: a folder that `load_pretrained_model` reads (run.py), and an exit status. torch and
-transformers are imported when a run begins, the short way where it is begun by this program. Names that outside code imports
-from here live elsewhere and are imported when somebody asks for them.
+transformers are imported when a run begins. Names that outside code imports from here are defined in other modules and
+imported at first use.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 
 
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> LLaVATrainer:
-    """Train as the command line says (`sys.argv` without one), and save the result."""
+    """Train as the command line (by default `sys.argv`) says, and save the result."""
     from llava.train.arguments import parse_train_args
     from llava.train.run import run
 
@@ -110,7 +110,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
 
 
 def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> int:
-    """The program: exit status 2 and one sentence for a mistake of the user's."""
+    """Run the program; an error of the user's is one sentence and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("llava").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     return run_program(_program, argv, attn_implementation, name=program_name())
@@ -126,7 +126,7 @@ def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int
     try:
         status = _train_to_status(argv, attn_implementation)
     except InputError as error:
-        # One from a data loading process arrives wrapped in that process's traceback; the message itself is at its end.
+        # An error of a data loader's worker is wrapped in that process's traceback, with the message at its end.
         raise InputError(str(error).strip().rsplit("InputError: ", 1)[-1]) from error
     barrier_and_destroy_process_group()
     return status

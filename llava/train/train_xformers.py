@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,17 @@ from llava.errors import InputError
 from llava.train import train as training
 from llava.train.distributed import program_name
 
+if TYPE_CHECKING:
+    from llava.train.llava_trainer import LLaVATrainer
+
 ATTENTION = "xformers"
 
-# The kernels read biases in vectors of this many elements, so rows of a bias have to begin at such a boundary.
+# The kernels read biases in vectors of this many elements, so each row of a bias begins at such a boundary.
 BIAS_ALIGNMENT = 8
 
 
 def register_xformers() -> None:
-    """Make `attn_implementation="xformers"` known; masks are those of torch's own attention (boolean, or none)."""
+    """Register `attn_implementation="xformers"`, with the masks of torch's own attention (boolean, or none)."""
     AttentionInterface.register(ATTENTION, xformers_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
@@ -42,14 +46,14 @@ def xformers_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """(B, heads, T, width) queries against keys and values with as many or fewer heads -> (B, T, heads, width)."""
+    """Attend: queries (B, heads, T, width), keys and values with as many or fewer heads -> (B, T, heads, width)."""
     ops = _xformers()
     num_groups = query.shape[1] // key.shape[1]
     if num_groups > 1:
         key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
-    bias: Any = None
+    bias: object = None
     if attention_mask is not None:
         bias = _additive(attention_mask, query)
     elif query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal):
@@ -60,7 +64,7 @@ def xformers_attention(
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
-    """A boolean mask (B, 1, T, S) as numbers to add, for every head, its rows aligned in memory."""
+    """Turn a boolean mask (B, 1, T, S) into a bias for each head, its rows aligned in memory."""
     batch, heads, rows, _ = query.shape
     columns = mask.shape[-1]
     aligned = -(-columns // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
@@ -73,8 +77,8 @@ def _additive(mask: Tensor, query: Tensor) -> Tensor:
     return bias[..., :columns]
 
 
-def train(argv: Sequence[str] | None = None) -> Any:
-    """`llava.train.train.train` with this attention."""
+def train(argv: Sequence[str] | None = None) -> LLaVATrainer:
+    """Call `llava.train.train.train` with this attention."""
     _prepare()
     return training.train(attn_implementation=ATTENTION, argv=argv)
 
@@ -88,7 +92,7 @@ def _prepare() -> None:
     register_xformers()
 
 
-def _xformers() -> Any:
+def _xformers() -> ModuleType:
     try:
         return import_module("xformers.ops")
     except ModuleNotFoundError as error:

@@ -302,7 +302,7 @@ def test_rows_hold_every_sample_once_and_never_too_much() -> None:
 
 
 def test_a_sample_longer_than_a_row_is_an_error() -> None:
-    with pytest.raises(InputError, match="sample 1 has 9 tokens; a row of 8"):
+    with pytest.raises(InputError, match="sample 1 has 9 tokens; a packed sequence of 8"):
         plan_sequences([3, 9], 8, seed=0)
 
 
@@ -332,7 +332,7 @@ def test_measured_lengths_are_those_of_the_model(
         with torch.no_grad():
             model(**trainer.data_collator([dataset[row]]))
     remembered = measured_lengths(dataset.samples, dataset.policy, tmp_path)
-    assert lengths == [remembered[index] for row in dataset.rows for index in row]
+    assert lengths == [remembered[index] for row in dataset.sequences for index in row]
     assert len(dataset) < len(dataset.samples)
     assert len(list(tmp_path.glob("pack_lengths-*.npy"))) == 1
 

@@ -21,7 +21,7 @@ from llava.train.callbacks import log_line
 from llava.train.data import LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.memory import _activations, _tower_activations, estimate, remedies, shape_of
-from llava.train.metrics import FlopsOf
+from llava.train.metrics import FlopsCounter
 from llava.train.performance import one_host_thread
 from llava.train.run import build_trainer
 from llava.train.train import main, train
@@ -91,7 +91,7 @@ def test_flops_are_those_of_the_operations(kind: str, tmp_path: Path) -> None:
         model(**batch).loss.backward()
     tokens = mask.numel()
     # Eager attention computes the half of the square that is masked away too.
-    expected = FlopsOf.model(model).of(tokens, 2 * tokens**2, 1)
+    expected = FlopsCounter.of_model(model).total(tokens, 2 * tokens**2, 1)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
