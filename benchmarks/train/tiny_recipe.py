@@ -2,7 +2,7 @@
 
 In: what the recipe needs (recipes/tiny/README.md). Out: a table in Markdown. Data of the recipe's second stage are drawn,
 and `llava train` goes on from the embedded model with the stage's own flags, in a process for each way: as padded batches
-of 256 samples, as packed rows, and as packed rows with compiled layers. Figures are medians of the program's own log lines,
+of 256 samples, as packed sequences, and as those with compiled layers. Figures are medians of the program's own log lines,
 without the first ones, for which the loader has worked ahead. The last row is the loader with nobody to wait for. On a CPU
 the recipe's CPU flags are taken, in fewer steps, and nothing is compiled.
 """
@@ -50,7 +50,7 @@ class Scale:
     steps: int
     skipped: int  # steps at the beginning that do not count
     steps_per_line: int
-    batch: int  # samples of a padded batch, as many as packed rows hold
+    batch: int  # samples of a padded batch, as many as packed sequences hold
 
 
 GPU = Scale("full", samples=26_000, steps=100, skipped=40, steps_per_line=10, batch=256)

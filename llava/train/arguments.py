@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PRINT_CONFIG = ("--print-config", "--print_config")
 
 
-def _opt(default: Any, help: str) -> Any:
+def _opt(default: object, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 

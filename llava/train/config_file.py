@@ -106,9 +106,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return strings, typed
 
 
-def _settings(strings: Mapping[str, Any], typed: Mapping[Any, Any]) -> list[tuple[str, str, str | None, Any]]:
+def _settings(strings: Mapping[str, Any], typed: Mapping[str, Any]) -> list[tuple[str, str, str | None, object]]:
     """Flatten the groups into (group, key, text of a scalar, value of anything else) per setting."""
-    found: list[tuple[str, str, str | None, Any]] = []
+    found: list[tuple[str, str, str | None, object]] = []
     for (key, text), value in zip(strings.items(), typed.values(), strict=True):
         if key == EXTENDS:
             continue
@@ -120,7 +120,7 @@ def _settings(strings: Mapping[str, Any], typed: Mapping[Any, Any]) -> list[tupl
     return found
 
 
-def _words(text: str | None, value: Any, *, several: bool) -> tuple[str, ...]:
+def _words(text: str | None, value: object, *, several: bool) -> tuple[str, ...]:
     if text is not None:
         return (text,)
     if isinstance(value, list) and not any(isinstance(entry, (list, dict)) for entry in value):

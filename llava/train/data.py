@@ -166,7 +166,7 @@ class LazySupervisedDataset(Dataset):
 
     def tokens(self, sample: Sample, *, num_images: int) -> LabelledSamples:
         """A sample's ids and labels, -200 for each image, as `preprocess` makes them for one sample."""
-        turns: Any = [sample["conversations"]]
+        turns = [sample["conversations"]]
         if num_images:  # a placeholder moves to the front of its turn, unless there are several in an order
             turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
         return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)

@@ -7,7 +7,7 @@ trainer removes before the model gets the batch. An item is a sample or, with pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
@@ -17,26 +17,32 @@ from llava.train.packing import PackedDataset
 ITEM_INDICES = "item_indices"
 
 
+class SizedDataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
 class IndexedDataset(Dataset):
     """A dataset whose items come with their index."""
 
-    def __init__(self, items: Any) -> None:
+    def __init__(self, items: SizedDataset) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[int, Any]:
+    def __getitem__(self, index: int) -> tuple[int, object]:
         return index, self.items[index]
 
 
 class IndexedCollator:
     """A collator for such items that adds their indices to the batch."""
 
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], object]) -> None:
         self.collate = collate
 
-    def __call__(self, items: Sequence[tuple[int, Any]]) -> Any:
+    def __call__(self, items: Sequence[tuple[int, object]]) -> object:
         batch = self.collate([item for _, item in items])
         return {**batch, ITEM_INDICES: [index for index, _ in items]} if isinstance(batch, dict) else batch
 

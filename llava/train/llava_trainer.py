@@ -10,7 +10,7 @@ model/transformers_internals.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,8 @@ from llava.train.save import (
 )
 
 if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
     from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class LLaVATrainer(Trainer):
         self._staging: Path | None = None
         self._eval_sums = torch.zeros(2)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         rate = measure_matmul_rate(torch.float16 if self.args.fp16 else torch.bfloat16)
         if rate is not None:
             logger.info("this GPU multiplies matrices at %.0f TFLOP/s; MFU is a share of that", rate / 1e12)
@@ -106,8 +108,8 @@ class LLaVATrainer(Trainer):
             self.throughput.close()
             self.throughput = None
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(self, *args: object, **kwargs: object) -> tuple[nn.Module, DataLoader]:
+        prepared: tuple[nn.Module, DataLoader] = super()._prepare_for_training(*args, **kwargs)
         if self.args.uses_zero3:
             raise_fetch_limit(self.deepspeed)
         return prepared
@@ -163,18 +165,20 @@ class LLaVATrainer(Trainer):
 
     # Steps
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if self.throughput is None:
-            return super().get_batch_samples(*args, **kwargs)
-        with self.throughput.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, object]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, object]], Tensor | int | None]:
+        with self.throughput.waiting() if self.throughput is not None else nullcontext():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         indices = inputs.pop(ITEM_INDICES, [])
         if self.throughput is not None:
             self.throughput.count_batch(inputs)
         try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -200,11 +204,15 @@ class LLaVATrainer(Trainer):
         return {**super()._prepare_inputs(batch), **on_host}
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         if self.args.fused_loss and "labels" in inputs and isinstance(base_model(self.model), LlavaMetaForCausalLM):
             inputs = {**inputs, "loss_only": True}
-        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -240,24 +248,29 @@ class LLaVATrainer(Trainer):
             suspects = [SampleLoss(name, loss_of(self.data_collator([sample])).item()) for name, sample in samples]
         raise InputError(explain_non_finite(self.model, loss_of, batch.inputs, suspects, step=step, what=what))
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.throughput is not None:
             over_ranks = self.accelerator.reduce
             logs.update(self.throughput.take(lambda counts: over_ranks(counts, "sum"), self.args.world_size))
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
     # Validation
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Evaluate without an effect on the run's random state and its throughput figures."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self._paused():
-            metrics = super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if getattr(self.args, "eval_generate", 0):
                 self._log_answers()
         return metrics
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Average the loss over trained tokens, independent of the batches."""
         self._eval_sums = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
@@ -266,8 +279,14 @@ class LLaVATrainer(Trainer):
             output.metrics[name] = total / num_tokens if num_tokens else float("nan")
         return output
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        output = super().prediction_step(model, inputs, *args, **kwargs)
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if output[0] is not None:
             num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(self._eval_sums.device)
             self._eval_sums += torch.stack([output[0].float() * num_tokens, num_tokens])

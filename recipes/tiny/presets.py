@@ -1,7 +1,7 @@
 """How large each stage is: "full" for an H200 with 16 cores, or several, "trial" to measure its speed, "check" to see that
 it runs there at all, "smoke" and "cpu" without a GPU.
 
-The stages of LLaVA are packed: a batch is so many rows of up to 1,024 tokens. A row holds 11.3 samples of the first stage,
+The stages of LLaVA are packed: a batch is so many sequences of up to 1,024 tokens. One holds 11.3 samples of the first stage,
 7.0 of the second and 9.4 of the third on average, so that the rows below make batches of about 256 samples (64 in "check",
 30 on a CPU), and can be divided among two or four GPUs. On a CPU, where attention goes over whole batches, rows follow one
 another in accumulated steps.

@@ -1,4 +1,4 @@
-"""Packed rows and the fused loss: the same numbers as padded batches and plain logits give."""
+"""Packed sequences and the fused loss: the same numbers as padded batches and plain logits give."""
 
 from __future__ import annotations
 
