@@ -37,22 +37,22 @@ def _opt(default: object, help: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Which language model, vision tower and projector are put together, and which of them are trained."""
+    """Which language model, vision tower and projector are combined, and which of them are trained."""
 
     model_name_or_path: str | None = _opt(
-        "facebook/opt-125m", "Folder or hub name of the language model, or of a LLaVA checkpoint to go on from."
+        "facebook/opt-125m", "Folder or hub name of the language model, or of a LLaVA checkpoint to continue from."
     )
     version: str | None = _opt(
         "v0", "Conversation template: plain (projector pretraining), v1, llava_llama_2, mpt, ... (see conversation.py)."
     )
     freeze_backbone: bool = _opt(False, "Do not train the language model's body (its output layer still is).")
-    tune_mm_mlp_adapter: bool = _opt(False, "Train the projector alone and save it as mm_projector.bin.")
-    vision_tower: str | None = _opt(None, "Folder or hub name of the vision tower; without one the run is text only.")
+    tune_mm_mlp_adapter: bool = _opt(False, "Train only the projector, and save it as mm_projector.bin.")
+    vision_tower: str | None = _opt(None, "Folder or hub name of the vision tower; without it the run is text only.")
     mm_vision_select_layer: int = _opt(-1, "Hidden layer of the tower that the projector reads (-2 in v1.5).")
     pretrain_mm_mlp_adapter: str | None = _opt(None, "A mm_projector.bin to start the projector from.")
     mm_projector_type: str | None = _opt("linear", "Projector: linear, mlp2x_gelu (any depth), identity.")
     mm_use_im_start_end: bool = _opt(False, "Put <im_start> and <im_end> around every image.")
-    mm_use_im_patch_token: bool = _opt(True, "Add the token <im_patch> to the vocabulary, as the first models did.")
+    mm_use_im_patch_token: bool = _opt(True, "Add the token <im_patch> to the vocabulary, as in the first models.")
     mm_patch_merge_type: str = _opt("flat", "How tiles are joined: flat, spatial, spatial_unpad.")
     mm_vision_select_feature: str = _opt("patch", "Tower features to use: patch, or cls_patch.")
     unfreeze_mm_vision_tower: bool = _opt(False, "Train the vision tower too; its weights go into the checkpoint.")
@@ -67,19 +67,21 @@ class DataArguments:
     )
     data_weights: str | None = _opt(None, "With several files in --data_path: their shares of an epoch, e.g. '2,1'.")
     on_bad_sample: str = _opt(
-        "stop", "A sample that cannot be used: stop the run, or skip it and draw another; the end lists them."
+        "stop", "An unusable sample: stop the run, or skip it, draw another, and list it at the end."
     )
     lazy_preprocess: bool = _opt(False, "Kept for old scripts; samples are always prepared when they are drawn.")
-    is_multimodal: bool = _opt(False, "Set by the program: true as soon as there is a vision tower.")
+    is_multimodal: bool = _opt(False, "Set by the program: true if there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
-    image_aspect_ratio: str = _opt("square", "How an image becomes the tower's square: square (crop), pad, anyres.")
-    image_grid_pinpoints: str | None = _opt(
-        None, "anyres: the tilings to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
+    image_aspect_ratio: str = _opt(
+        "square", "How an image is fitted to the tower's square input: square (crop), pad, anyres."
     )
-    eval_data_path: str | None = _opt(None, "Samples to validate with, as often as --eval_strategy says.")
-    eval_image_folder: str | None = _opt(None, "Their image folder, where it is not --image_folder.")
+    image_grid_pinpoints: str | None = _opt(
+        None, "anyres: resolutions to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
+    )
+    eval_data_path: str | None = _opt(None, "Validation samples; --eval_strategy sets how often they are used.")
+    eval_image_folder: str | None = _opt(None, "Image folder of the validation samples, if it is not --image_folder.")
 
-    # Filled in by the program, once it knows the model.
+    # Set by the program when the model is loaded.
     image_processor: Any = field(default=None, init=False)
     pixel_dtype: torch.dtype = field(default=torch.float32, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
@@ -96,8 +98,8 @@ class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = _opt(None, "Where downloaded models are kept.")
     remove_unused_columns: bool = _opt(False, "Must stay False: samples carry images besides the model's inputs.")
     freeze_mm_mlp_adapter: bool = _opt(False, "Do not train the projector.")
-    mpt_attn_impl: str | None = _opt("triton", "Kept for old scripts; MPT models use the attention that torch has.")
-    model_max_length: int = _opt(512, "Longest sequence in tokens, images included; longer ones are cut at the end.")
+    mpt_attn_impl: str | None = _opt("triton", "Kept for old scripts; MPT models use torch's attention.")
+    model_max_length: int = _opt(512, "Longest sequence in tokens, images included; longer ones are truncated.")
     double_quant: bool = _opt(True, "With --bits 4: quantize the quantization constants too.")
     quant_type: str = _opt("nf4", "With --bits 4: nf4 or fp4.")
     bits: int = _opt(16, "Bits per weight of the frozen language model: 16, 8 or 4; 8 and 4 need --lora_enable.")
@@ -107,11 +109,11 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = _opt(0.05, "Dropout before the adapters.")
     lora_weight_path: str = _opt("", "Kept for old scripts; it has no effect.")
     lora_bias: str = _opt("none", "Biases to train besides the adapters: none, all, lora_only.")
-    lora_use_dora: bool = _opt(False, "DoRA: learn the length of each weight row apart from its direction.")
+    lora_use_dora: bool = _opt(False, "DoRA: learn the magnitude of each weight row separately from its direction.")
     lora_use_rslora: bool = _opt(False, "Rank-stabilised LoRA: multiply by alpha / sqrt(r) instead of alpha / r.")
     mm_projector_lr: float | None = _opt(None, "The projector's own learning rate.")
     mm_vision_tower_lr: float | None = _opt(None, "The vision tower's own learning rate, when it is trained.")
-    group_by_modality_length: bool = _opt(False, "Batches of one modality and of similar lengths.")
+    group_by_modality_length: bool = _opt(False, "Make batches of one modality and of similar lengths.")
     packing: bool = _opt(
         False,
         "Pack several samples into one sequence without padding; --per_device_train_batch_size then counts packed sequences.",
@@ -120,28 +122,25 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "With --packing: tokens of a packed sequence; if not given, --model_max_length."
     )
     compile_layers: bool = _opt(
-        False, "Compile the layers of the language model, and of a tower that learns; needs a GPU, or a C++ compiler."
+        False, "Compile the layers of the language model, and of a trained tower; needs a GPU or a C++ compiler."
     )
     keep_activations: float | None = _opt(
         None,
-        "With --compile_layers, in place of --gradient_checkpointing: how much to keep for the backward pass, 0 to 1.",
+        "With --compile_layers, instead of --gradient_checkpointing: share of activations to keep, 0 to 1.",
     )
-    fused_loss: bool = _opt(True, "Compute the loss without holding all logits; the same numbers in less memory.")
-    global_batch_size: int | None = _opt(
-        None, "Samples per step over all GPUs; gradient_accumulation_steps is worked out from it."
-    )
+    fused_loss: bool = _opt(True, "Compute the loss without all logits in memory; the result is the same.")
+    global_batch_size: int | None = _opt(None, "Samples per step over all GPUs; sets --gradient_accumulation_steps.")
     trainable_dtype: str = _opt(
         "auto",
-        "Precision in which trained weights are held: auto (float32; DeepSpeed keeps that as a copy of its own), float32, "
-        "bfloat16, float16.",
+        "Dtype of trained weights: auto (float32; with DeepSpeed its float32 copy), float32, bfloat16, float16.",
     )
     logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
     eval_generate: int = _opt(
         0,
-        "Let the model answer the first N validation samples at each validation; into the log and eval_answers.jsonl.",
+        "Generate answers to the first N validation samples at each validation, for the log and eval_answers.jsonl.",
     )
-    eval_max_new_tokens: int = _opt(64, "Longest such answer, in tokens.")
-    estimate_memory: bool = _opt(False, "Say how much memory the run would need, and end without training.")
+    eval_max_new_tokens: int = _opt(64, "Longest such answer in tokens.")
+    estimate_memory: bool = _opt(False, "Print how much memory the run would need, and exit.")
 
     # Copied from ModelArguments by the program, for the trainer and the code that saves.
     tune_mm_mlp_adapter: bool = field(default=False, init=False)

@@ -117,7 +117,7 @@ class Stopped(Exception):
         self.status = 128 + signal_number
         name = signal.Signals(signal_number).name
         super().__init__(
-            f"stopped by {name} after step {step}, saved as checkpoint-{step}; the same command goes on from there"
+            f"stopped by {name} after step {step}, saved as checkpoint-{step}; the same command resumes from it"
         )
 
 

@@ -164,7 +164,7 @@ def explain_full_disk(what: str, run_folder: Path, *, discard: Path | None = Non
         free = shutil.disk_usage(run_folder).free / 2**30
         last = latest_checkpoint(run_folder)
         kept = (
-            f"{last.name} is whole, and the same command goes on from there" if last else "no checkpoint is there yet"
+            f"{last.name} is complete, and the same command resumes from it" if last else "there is no checkpoint yet"
         )
         raise InputError(
             f"cannot write {what}: the disk of {str(run_folder)!r} is full or limited ({free:.2f} GiB are free, without "

@@ -53,7 +53,7 @@ def explain_non_finite(
     return (
         f"{what} of step {step} is not a finite number; {find_first_non_finite(model, compute_loss, batch)}; {blame}; no "
         "weight was changed in this step; try a lower --learning_rate, a longer --warmup_steps, --max_grad_norm 1, or "
-        "--bf16 instead of --fp16, or look at the samples named, and go on from the last checkpoint"
+        "--bf16 instead of --fp16, or check the samples named, and resume from the last checkpoint"
     )
 
 
@@ -84,7 +84,7 @@ def find_first_non_finite(
     model.zero_grad(set_to_none=True)
     if found:
         return f"the forward pass is finite (loss {loss.item():.4g}), and the first gradient that is not is that of {found[0]}"
-    return "gone through once more, the batch gives finite numbers: dropout, the hardware, or another rank"
+    return "run once more, the batch gives finite values: the cause is dropout, the hardware, or another rank"
 
 
 @contextmanager
@@ -164,6 +164,6 @@ def explain_out_of_memory(model: nn.Module, args: TrainingArguments, batch: Mapp
 def _memory() -> str:
     used = f"{peak_memory() / GIB:.1f} GiB"
     if not torch.cuda.is_available():
-        return f"the process took {used} of main memory at most"
+        return f"the process used at most {used} of main memory"
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return f"tensors took {used} at most of the GPU's {whole / GIB:.1f} GiB"
+    return f"tensors used at most {used} of the GPU's {whole / GIB:.1f} GiB"

@@ -175,10 +175,10 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     if named in ("True", "true", True, None):
         latest = latest_checkpoint(folder)
         if latest is None and named is not None:
-            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no checkpoint-* that is whole")
+            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no complete checkpoint-*")
         return None if latest is None else str(latest)
     if fault := checkpoint_fault(Path(named)):
-        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to go on from: {fault}")
+        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to resume from: {fault}")
     return named
 
 

@@ -325,4 +325,4 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(
     for named in (folder, True):
         assert main(argv(tmp_path, **FLAGS, resume_from_checkpoint=named)) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "optimizer.pt is cut off" in error or "holds no checkpoint" in error
+        assert "optimizer.pt is cut off" in error or "holds no complete checkpoint" in error

@@ -265,7 +265,7 @@ def test_text_only_training_of_a_language_model(tmp_path: Path) -> None:
         ({"mm_projector_type": "mlp_gelu", "model": BASE}, "mlp_gelu"),
         ({"image_aspect_ratio": "anyres"}, "--image_grid_pinpoints"),
         ({"resume_from_checkpoint": "nowhere"}, "'nowhere' is not a checkpoint folder"),
-        ({"resume_from_checkpoint": True}, "holds no checkpoint"),
+        ({"resume_from_checkpoint": True}, "holds no complete checkpoint"),
         ({"evaluation_strategy": "epoch"}, "validation set"),
         ({"remove_unused_columns": True}, "--remove_unused_columns"),
         ({"pretrain_mm_mlp_adapter": "absent.bin"}, "absent.bin"),
