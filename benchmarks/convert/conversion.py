@@ -1,9 +1,8 @@
-"""How much memory and time a conversion takes, beside a plain copy of the same files on the same disk.
+"""Memory and time of conversions, beside a plain copy of the same files on the same disk.
 
-In: a size and a folder on the disk to be measured. Out: a table, also written with --output. The checkpoint is made of
-random shards and deleted afterwards, like every target. Memory is what the process holds of its own at the highest
-(anonymous pages) and its whole resident peak; the system's cache of files is not the process's. Files are put out of
-that cache before every run.
+In: a size, and a folder on the disk to be measured. Out: a table. The checkpoint is made of random shards, and is deleted
+afterwards like every target. Memory is the largest anonymous and the largest resident memory of the process; the page cache
+does not count. Files are dropped from the page cache before every run.
 
     python -m benchmarks.convert.conversion /tmp/convert-bench --size 13b --output benchmarks/results/convert.md
 """
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.measure import add_output, process_memory, publish, table
 from benchmarks.random_checkpoint import SIZES, make
 
 CASES = {
@@ -33,8 +33,8 @@ CASES = {
 }
 
 
-def forget(folder: Path) -> None:
-    """Put a folder's files out of the system's cache."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Write a folder's files to the disk, and drop them from the page cache."""
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -48,31 +48,30 @@ def size_of(folder: Path) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp` until everything is on the disk."""
-    forget(source)
+    """Return the seconds of `cp` until everything is on the disk."""
+    drop_from_page_cache(source)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    forget(target)  # flushes
+    drop_from_page_cache(target)  # flushes
     return time.perf_counter() - started
 
 
-def run(words: list[str]) -> tuple[str, float, float, float]:
-    """A conversion in a process of its own: what it printed, seconds, highest anonymous and resident memory in GB."""
+def run(flags: list[str]) -> tuple[str, float, float, float]:
+    """Run a conversion; return what it printed, its seconds, and its largest anonymous and resident memory in GB."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "llava", "convert", *words], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "llava", "convert", *flags], stdout=subprocess.PIPE, text=True)
     anonymous = resident = 0
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            anonymous = max(anonymous, process_memory(process.pid, "RssAnon"))
+            resident = max(resident, process_memory(process.pid, "VmHWM"))
         except OSError:
             break
-        anonymous = max(anonymous, *(int(kb) for kb in re.findall(r"RssAnon:\s+(\d+)", status)), 0)
-        resident = max(resident, *(int(kb) for kb in re.findall(r"VmHWM:\s+(\d+)", status)), 0)
         time.sleep(0.02)
     output = process.communicate()[0]
     if process.returncode:
-        raise SystemExit(f"llava convert {' '.join(words)} ended with {process.returncode}")
-    return output, time.perf_counter() - started, anonymous / 1e6, resident / 1e6
+        raise SystemExit(f"llava convert {' '.join(flags)} ended with {process.returncode}")
+    return output, time.perf_counter() - started, anonymous / 1e9, resident / 1e9
 
 
 def main() -> None:
@@ -81,7 +80,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--full-proof", action="store_true", help="also one conversion with logits compared")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True)
@@ -93,37 +92,38 @@ def main() -> None:
         runs = [(name, [*words, "--proof", "tensors"]) for name, words in CASES.items() if name in args.cases]
         if args.full_proof:
             runs.append(("transformers, with logits", CASES["transformers"]))
-        for name, words in runs:
+        for name, flags in runs:
             seconds = copy(source, args.folder / "copy")
             shutil.rmtree(args.folder / "copy")
-            forget(source)
+            drop_from_page_cache(source)
             target = args.folder / "target"
-            output, wall, anonymous, resident = run([str(source), str(target), *words])
+            output, wall, anonymous, resident = run([str(source), str(target), *flags])
             printed = float(re.search(r" in ([\d.]+) s \(", output)[1])  # type: ignore[index]
-            written = max(printed, 0.05)  # which is printed as 0.1, and less as 0.0
+            written = max(printed, 0.05)  # 0.0 is printed for less
             bytes_out = size_of(target)
+            rates = f"{bytes_out / 1e6 / written:.0f}", f"{total / 1e6 / seconds:.0f}", f"{wall - written:.0f}"
             rows.append(
-                f"| {name} | {bytes_out / 1e9:.1f} | {written:.0f} | {bytes_out / 1e6 / written:.0f} | "
-                f"{total / 1e6 / seconds:.0f} | {wall - written:.0f} | {anonymous:.2f} | {resident:.2f} |"
+                (name, f"{bytes_out / 1e9:.1f}", f"{written:.0f}", *rates, f"{anonymous:.2f}", f"{resident:.2f}")
             )
-            print(output, rows[-1], sep="", flush=True)
+            print(output, " | ".join(rows[-1]), sep="", flush=True)
             shutil.rmtree(target)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
-    table = "\n".join(
-        [
-            f"LLaVA of the shapes of {args.size}, bfloat16, {total / 1e9:.1f} GB of random numbers. {os.cpu_count()}-core CPU, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}.",
-            "",
-            "| target | GB | writing, s | MB/s | `cp` beside it, MB/s | start and proof, s | memory, GB | resident, GB |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-        ]
+    conditions = (
+        f"LLaVA of the shapes of {args.size}, bfloat16, {total / 1e9:.1f} GB of random weights. {os.cpu_count()}-core CPU, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}."
     )
-    print(table)
-    if args.output is not None:
-        args.output.write_text(table, encoding="utf-8")
+    columns = (
+        "target",
+        "GB",
+        "writing, s",
+        "MB/s",
+        "`cp` beside it, MB/s",
+        "start and verification, s",
+        "memory, GB",
+        "resident, GB",
+    )
+    publish(f"{conditions}\n\n{table(columns, rows)}\n", args.output)
 
 
 if __name__ == "__main__":

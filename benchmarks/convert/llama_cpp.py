@@ -1,8 +1,8 @@
-"""The embedded model in llama.cpp itself, beside this package: the same greedy answers about the sample images?
+"""The embedded model in llama.cpp, compared with this package: greedy answers about the sample images.
 
-In: llama.cpp's program `llama-mtmd-cli` (build it with `cmake -B build && cmake --build build --target llama-mtmd-cli`).
-Out: a table of questions, how many answers are equal, and how images were given: as they are, which both programs
-bring to the tower's size by resampling of their own, and already in that size, which leaves nothing to differ in.
+In: llama.cpp's program `llama-mtmd-cli` (`cmake -B build && cmake --build build --target llama-mtmd-cli`). Out: a table of
+how many answers are equal. Images are given as they are, which both programs resample in their own way to the tower's size,
+and in that size already, where the inputs are the same.
 
     python -m benchmarks.convert.llama_cpp /path/to/llama-mtmd-cli --output benchmarks/results/llama_cpp.md
 """
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks import ROOT
+from benchmarks.measure import add_output, publish, table
 from llava.assets import embedded_model_path
 from llava.convert.convert import ConversionOptions, convert
 from llava.engine.request import SamplingParams
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare answers with those of llama.cpp.")
     parser.add_argument("program", help="llama-mtmd-cli")
     parser.add_argument("--version", default="not given", help="which llama.cpp it is, for the table")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args()
     ours = load(embedded_model_path(), device="cpu", dtype=torch.float32)
     side = ours.model.image_policy().tile_size
@@ -80,25 +81,13 @@ def main() -> None:
                             different.append(
                                 f"- {precision}, {name}, {image}, {question!r}: {mine!r} here, {theirs!r} there"
                             )
-                rows.append(f"| {precision} | {name} | {equal} of {len(IMAGES) * len(QUESTIONS)} |")
-    table = (
-        "\n".join(
-            [
-                f"The embedded model, greedy, {len(QUESTIONS)} questions about each of {len(IMAGES)} images; "
-                f"llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU.",
-                "",
-                "| precision | images | equal answers |",
-                "| --- | --- | --- |",
-                *rows,
-                "",
-                *different,
-            ]
-        ).rstrip()
-        + "\n"
+                rows.append((precision, name, f"{equal} of {len(IMAGES) * len(QUESTIONS)}"))
+    conditions = (
+        f"The embedded model, greedy, {len(QUESTIONS)} questions about each of {len(IMAGES)} images; "
+        f"llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU."
     )
-    print(table)
-    if args.output is not None:
-        args.output.write_text(table, encoding="utf-8")
+    parts = [conditions, table(("precision", "images", "equal answers"), rows), "\n".join(different)]
+    publish("\n\n".join(filter(None, parts)), args.output)
 
 
 if __name__ == "__main__":

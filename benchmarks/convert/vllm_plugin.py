@@ -1,15 +1,15 @@
-"""vLLM on checkpoints in the original layout, through the plugin: the same greedy tokens as this package's own model?
+"""vLLM on checkpoints in the original layout, through the plugin: greedy tokens compared with this package's own model.
 
-In: a machine with a GPU and vLLM (0.22.0 is what the plugin was written for). Out: a table of checkpoints, prompts, how
-many tokens are equal, and by how much the likeliest token led where the two part; it is written anew after each
-checkpoint, and a run that failed is a row that says so. Checkpoints are the embedded model and ones of random numbers in
-real shapes, made on the way. vLLM runs in a process of its own, beside our model's, and finds the plugin by the entry
-point, as `vllm serve` does; where this package is only on PYTHONPATH, an entry point is laid beside it for that process.
+In: a machine with a GPU and vLLM (the plugin was written for 0.22.0). Out: a table of checkpoints: equal prompts, equal tokens,
+and the margin between the two most probable tokens where the answers differ first. It is written after each checkpoint, and
+a run that failed is a row that says so. Checkpoints are the embedded model, and random weights in real shapes, made on the
+way. vLLM runs in a process of its own and finds the plugin by its entry point, as `vllm serve` does; where this package is
+only on PYTHONPATH, an entry point is made for that process.
 
     python -m benchmarks.convert.vllm_plugin --checkpoints embedded tiny tiny-tiles 7b \\
         --output benchmarks/results/vllm_plugin.md
 
-A name may carry a precision of its own, as in `7b:bfloat16`; float32 leaves least room for different roundings.
+A name may be followed by a dtype, as in `7b:bfloat16`; in float32 rounding differs least.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.measure import add_output, publish, table
 
 IMAGES = ("demo.jpg", "counting.png", "wide.png")
 QUESTIONS = ("What do you see in this picture?", "How many shapes are there?")
 NUM_TOKENS = 32
-KV_CACHE_BYTES = 8 * 2**30  # given to vLLM, so that it does not measure a card which our model shares at the time
+KV_CACHE_BYTES = 8 * 2**30  # given to vLLM, so that it does not measure a GPU that our model uses at the same time
 # name -> (size of random numbers, tiles)
 RANDOM = {"tiny": ("tiny", False), "tiny-tiles": ("tiny", True), "7b": ("7b", False), "7b-tiles": ("7b", True)}
 
@@ -41,7 +42,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def ask_vllm(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
-    """Runs in vLLM's process: prompts rendered by the chat template that vLLM finds."""
+    """Return vLLM's greedy tokens; prompts are rendered by the chat template that vLLM finds. Runs in vLLM's process."""
     import base64
 
     from vllm import LLM, SamplingParams
@@ -63,25 +64,16 @@ def ask_vllm(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
 
 
 def ask_ours(checkpoint: str, dtype: str) -> list[dict[str, Any]]:
-    """Our model's greedy tokens, with the margin of each over the next likely one."""
+    """Return our model's greedy tokens, and the margin of each over the second most probable one."""
     import torch
-    from PIL import Image
 
-    from llava.conversation import get_template
+    from benchmarks.convert.greedy import greedy_answer
     from llava.model.builder import load
 
     loaded = load(checkpoint, device="cuda", dtype=dtype)
-    assert loaded.processor is not None
     answers = []
     for image, question in cases():
-        conversation = get_template(loaded.conv_mode)
-        conversation.append_message(conversation.roles[0], f"{loaded.processor.image_placeholder}\n{question}")
-        conversation.append_message(conversation.roles[1], None)
-        inputs = loaded.processor(conversation, [Image.open(image)])
-        output = loaded.model.generate(
-            inputs.input_ids[None], images=inputs.images, image_sizes=inputs.image_sizes, do_sample=False,
-            max_new_tokens=NUM_TOKENS, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        inputs, output, _ = greedy_answer(loaded, question, Path(image), NUM_TOKENS)
         top = torch.stack(output.logits)[:, 0].float().topk(2).values
         answers.append(
             {
@@ -127,27 +119,27 @@ def start(which: str, checkpoint: str, dtype: str, scratch: Path, vllm_site: Pat
 def answers_of_both(
     checkpoint: str, dtype: str, scratch: Path, vllm_site: Path | None, timeout: float
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """What vLLM and our model answered, and one sentence for each of them that did not."""
+    """Return the answers of vLLM and of our model, and one sentence for each of them that failed."""
     deadline = time.monotonic() + timeout
     running = {which: start(which, checkpoint, dtype, scratch, vllm_site) for which in ("vllm", "ours")}
     answers, failures = {}, []
     for which, process in running.items():
         try:
             status = process.wait(max(deadline - time.monotonic(), 0))
-            told = "" if status == 0 else f"ended with {status}"
+            failure = "" if status == 0 else f"ended with {status}"
         except subprocess.TimeoutExpired:
-            told = f"did not end within {timeout:.0f} s"
+            failure = f"did not end within {timeout:.0f} s"
             os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
             process.wait()
-        if told:
+        if failure:
             print((scratch / f"{which}.log").read_text(errors="replace")[-6000:], flush=True)
-            failures.append(f"{which} {told}")
+            failures.append(f"{which} {failure}")
         else:
             answers[which] = json.loads((scratch / f"{which}.json").read_text())
     return answers, failures
 
 
-def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
+def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> tuple[str, ...]:
     prompts = equal = total = 0
     margins = []
     for their, our in zip(theirs, ours, strict=True):
@@ -160,7 +152,7 @@ def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
             margins.append(our["margins"][same])
     parted = f"{max(margins):.2g} at most" if margins else "nowhere"
     smallest = min(min(our["margins"]) for our in ours)
-    return f"{prompts} of {len(ours)} | {equal} of {total} | {parted} | {smallest:.2g}"
+    return f"{prompts} of {len(ours)}", f"{equal} of {total}", parted, f"{smallest:.2g}"
 
 
 def versions_in(site: Path | None) -> str:
@@ -174,23 +166,18 @@ def versions_in(site: Path | None) -> str:
     return f"vLLM {versions.get('vllm', 'missing')} with transformers {versions.get('transformers', 'missing')}"
 
 
-def table_of(rows: list[str], vllm_site: Path | None) -> str:
+def describe(rows: list[tuple[str, ...]], vllm_site: Path | None) -> str:
     import torch
     import transformers
 
-    return "\n".join(
-        [
-            f"vLLM through the plugin beside `model.generate`, {len(cases())} prompts with an image, {NUM_TOKENS} new tokens; "
-            f"one {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
-            f"{versions_in(vllm_site)}; ours with transformers {transformers.__version__}.",
-            "",
-            "| checkpoint | dtype | prompts of equal length | equal tokens until they part | margin where they part | "
-            "smallest margin | seconds |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-        ]
+    conditions = (
+        f"vLLM through the plugin beside `model.generate`, {len(cases())} prompts with an image, {NUM_TOKENS} new tokens; "
+        f"one {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
+        f"{versions_in(vllm_site)}; ours with transformers {transformers.__version__}."
     )
+    columns = ("checkpoint", "dtype", "prompts of equal length", "equal tokens until the first difference")
+    columns += ("margin at the first difference", "smallest margin", "seconds")
+    return f"{conditions}\n\n{table(columns, rows)}"
 
 
 def main() -> None:
@@ -199,7 +186,7 @@ def main() -> None:
     parser.add_argument("--vllm-site", type=Path, help="a folder with vLLM and what it needs, for its process alone")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one checkpoint")
     parser.add_argument("--scratch", type=Path, help="where random checkpoints are made: 14 GB for 7b")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -211,7 +198,7 @@ def main() -> None:
     from benchmarks.random_checkpoint import make
     from llava.assets import embedded_model_path
 
-    rows: list[str] = []
+    rows: list[tuple[str, ...]] = []
     failed = False
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for number, wanted in enumerate(args.checkpoints):
@@ -226,13 +213,10 @@ def main() -> None:
             scratch = Path(folder) / str(number)
             scratch.mkdir()
             answers, failures = answers_of_both(str(checkpoint), dtype, scratch, args.vllm_site, args.timeout)
-            result = "; ".join(failures) + " | | |" if failures else compare(answers["vllm"], answers["ours"])
+            result = ("; ".join(failures), "", "", "") if failures else compare(answers["vllm"], answers["ours"])
             failed |= bool(failures)
-            rows.append(f"| {name} | {dtype} | {result} | {time.monotonic() - began:.0f} |")
-            table = table_of(rows, args.vllm_site)
-            print(table, flush=True)
-            if args.output is not None:
-                args.output.write_text(table, encoding="utf-8")
+            rows.append((name, dtype, *result, f"{time.monotonic() - began:.0f}"))
+            publish(describe(rows, args.vllm_site), args.output)
     sys.exit(failed)
 
 

@@ -25,8 +25,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks import ROOT
+from benchmarks.measure import add_output
 from benchmarks.serve.clients import CHAT, ClientAnswer, ask_chat, ask_original, chat_body, new_client, original_prompt
-from benchmarks.serve.cluster import ROOT, ServerProcess, wait_until
+from benchmarks.serve.cluster import ServerProcess, wait_until
 from benchmarks.serve.report import PartReport
 
 IMAGES = (None, "demo.jpg", "counting.png", "reading.png", "wide.png")
@@ -176,16 +178,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("program", help="llama-server")
     parser.add_argument("--version", default="not given", help="which llama.cpp it is, for the table")
-    parser.add_argument("--out", type=Path, help="write the table there")
+    add_output(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         part = measure(args.program, Path(folder))
     part.show()
-    if args.out is not None:
-        text = (
-            f"# In front of a llama.cpp server\n\nllama.cpp: {args.version}; the embedded model in f16, on a CPU.\n\n"
-        )
-        args.out.write_text(text + part.table() + "\n", encoding="utf-8")
+    if args.output is not None:
+        heading = "# In front of a llama.cpp server"
+        conditions = f"llama.cpp: {args.version}; the embedded model in f16, on a CPU."
+        args.output.write_text(f"{heading}\n\n{conditions}\n\n{part.table()}\n", encoding="utf-8")
     return int(bool(part.failures))
 
 
