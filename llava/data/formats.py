@@ -2,7 +2,7 @@
 
 In: a record of a file: LLaVA's `{"id", "image", "conversations": [{"from", "value"}]}`, or OpenAI-style
 `{"messages": [{"role", "content": text or parts}]}`. Out: the former, or an `InputError` about the record's form.
-../train/data.py and validate.py check its text and images; index.py finds records in files.
+train/data.py and validate.py check its text and images; index.py finds records in files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava.errors import InputError
 Sample = dict[str, Any]
 ImageSource = str | bytes  # a path inside the image folder or a data: URL; or the bytes of an image's file
 
-# OpenAI's names of speakers and LLaVA's. Other names are kept here; ../text/labels.py refuses unknown ones.
+# OpenAI's names of speakers and LLaVA's. Other names are kept here; text/labels.py refuses unknown ones.
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 

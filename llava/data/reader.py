@@ -1,7 +1,7 @@
 """Encode samples as a model's training would, without its weights: ids, labels, and the tokens of each image.
 
 In: a model folder, of which only the config and the tokenizer are read. Out: `SampleReader`, for programs that inspect
-data (check.py, show.py). Ids and labels are those of training, since both come from ../text/labels.py.
+data (check.py, show.py). Ids and labels are those of training, since both come from text/labels.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ sample when it is indexed. A mixture is YAML or JSON:
     epoch_size: 500000                     # with weights: samples in an epoch (otherwise as many as the files hold)
     seed: 0                                # of the choice where a repeat has a fraction
 
-index.py reads single files; ../train/data.py and ../train/sampler.py draw, shuffle and group samples.
+index.py reads single files; train/data.py and train/sampler.py draw, shuffle and group samples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Validate training samples without training: list every fault with its kind and one sentence.
 
 In: a sample, its image folder, and optionally a model's tokenizer and template. Out: all of its faults, and its length.
-Training refuses the same samples one at a time (../train/data.py); check.py counts and prints faults.
+Training refuses the same samples one at a time (train/data.py); check.py counts and prints faults.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: Pillow images (or uint8 arrays) and a `preprocessor_config.json`. Out: normalised float32 arrays or tensors. It uses
 Pillow and numpy, so that pixels are the same on every machine: transformers chooses a backend by what is installed, and
-its backends give different pixels. Images are cut into tiles in ../mm_utils.py, on a GPU in gpu_preprocess.py.
+its backends give different pixels. Images are cut into tiles in mm_utils.py, on a GPU in gpu_preprocess.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: a path, bytes, an http(s) or data: URL, or a Pillow image. Out: a Pillow image, RGB; every failure is an `InputError`
 of one sentence. Input is untrusted: sizes are checked before anything is decoded, only common formats are tried, and
-downloads (download.py) are limited in size, time and addresses. Pixels for a model are made in ../mm_utils.py. Pillow
+downloads (download.py) are limited in size, time and addresses. Pixels for a model are made in mm_utils.py. Pillow
 is imported when it is needed.
 """
 

@@ -2,7 +2,7 @@
 
 In: sizes in pixels and an `ImagePolicy`. Out: an `ImageLayout`. `plan()` is the only place that counts image features;
 training, serving budgets, the splice and the tracer call it. Neither torch nor Pillow is needed here: the pixels of a
-layout are made in ../mm_utils.py, its features in ../model/llava_arch.py.
+layout are made in mm_utils.py, its features in model/llava_arch.py.
 
 Sizes are `(width, height)` for images and `(rows, cols)` for grids; the type says which.
 """

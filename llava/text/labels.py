@@ -2,7 +2,7 @@
 
 In: the turns of a sample ({"from": ..., "value": ...}), a template, a tokenizer. Out: input ids (-200 for each image)
 and labels (-100 where nothing is learned). A token is trained when its last character lies in a trained span; the space
-after `ASSISTANT:` belongs to the answer. Templates are in ../conversation.py, ids and offsets in tokenization.py.
+after `ASSISTANT:` belongs to the answer. Templates are in conversation.py, ids and offsets in tokenization.py.
 """
 
 from __future__ import annotations

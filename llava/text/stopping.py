@@ -1,7 +1,7 @@
 """A stopping criterion for transformers' `generate`: stop at a keyword.
 
 In: the keywords, the tokenizer and the prompt's ids, then at every step the ids so far. Out: for each row whether it is
-done. Which texts end an answer of a template is in ../conversation.py (`stop_string`, `answer_end`).
+done. Which texts end an answer of a template is in conversation.py (`stop_string`, `answer_end`).
 """
 
 from __future__ import annotations
