@@ -27,7 +27,7 @@ EXIT_FOUND = 1
 KINDS = ("checkpoint", "data", "config", "server")
 EXAMPLES = """\
 examples:
-  llava doctor ./llava-v1.5-7b                         a checkpoint: files, tokenizer, projector, numbers, a trial run
+  llava doctor ./llava-v1.5-7b                         a checkpoint: files, tokenizer, projector, numbers, a smoke test
   llava doctor ./llava-v1.5-7b-lora --model-base ./vicuna-7b-v1.5
   llava doctor ./llava-v1.5-7b --quick                 headers and configs only, in seconds
   llava doctor data.json --image-folder images         a data set

@@ -172,7 +172,7 @@ def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFindi
             bos_token_id=begin,
         )
     yield from _end_token(checkpoint, tokenizer, answer_end(template))
-    yield from _special_marks(checkpoint, tokenizer, answer_end(template))
+    yield from _special_tokens(checkpoint, tokenizer, answer_end(template))
     pad = tokenizer.pad_token_id
     hidden = [place for place, token in enumerate(ids) if token == pad] if pad != tokenizer.eos_token_id else []
     if hidden and pad != tokenizer.unk_token_id:
@@ -196,10 +196,10 @@ def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBas
     file = checkpoint.folder / "generation_config.json"
     if file.is_file():
         stops |= set(_as_list(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")))
-    mark = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else None
-    ends = {token for token in (tokenizer.eos_token_id, mark) if token is not None}
+    end_id = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else None
+    ends = {token for token in (tokenizer.eos_token_id, end_id) if token is not None}
     if stops and not stops & ends:
-        good = mark if mark is not None else tokenizer.eos_token_id
+        good = end_id if end_id is not None else tokenizer.eos_token_id
         yield found(
             "end-token",
             f"generation stops at {sorted(stops)}, and an answer ends with {end!r}"
@@ -214,14 +214,14 @@ def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBas
         )
 
 
-def _special_marks(
+def _special_tokens(
     checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBase, end: str
 ) -> Iterator[DoctorFinding]:
     vocabulary = tokenizer.get_vocab()
     left = {
-        mark: text
-        for mark in (end, *MARKERS)
-        if mark in vocabulary and (text := tokenizer.decode([vocabulary[mark]], skip_special_tokens=True).strip())
+        name: text
+        for name in (end, *MARKERS)
+        if name in vocabulary and (text := tokenizer.decode([vocabulary[name]], skip_special_tokens=True).strip())
     }
     if left:
         yield found(
@@ -229,7 +229,7 @@ def _special_marks(
             f"{', '.join(map(repr, left))} {'is' if len(left) == 1 else 'are'} not marked as special, so decoding leaves "
             f"{', '.join(map(repr, left.values()))} in answers",
             "mark it as special in tokenizer.json and tokenizer_config.json (added_tokens_decoder)",
-            **{mark: vocabulary[mark] for mark in left},
+            **{name: vocabulary[name] for name in left},
         )
 
 

@@ -138,11 +138,11 @@ CAUSES: dict[str, Cause] = {
         ("llava/train/data.py:DataCollatorForSupervisedDataset", "llava/model/llava_arch.py:_padding_mask"),
     ),
     "special-token": Cause(
-        "an end mark or marker token is not special: it stays in the output",
+        "an end token or marker token is not special: it stays in the output",
         ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
-    "template-mismatch": Cause("the template does not fit the model: its end mark is no token here", _TEMPLATE),
+    "template-mismatch": Cause("the template does not fit the model: its end text is no token here", _TEMPLATE),
     "chat-template": Cause(
         "the tokenizer's chat template frames turns in another way than the template of training",
         ("llava/model/tokenizer_setup.py:conv_mode", "llava/conversation.py:Conversation.get_prompt"),
