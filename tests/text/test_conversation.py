@@ -21,9 +21,11 @@ from llava.conversation import (
     default_conversation,
     get_model_name_from_path,
     get_template,
+    image_placeholder,
     stop_string,
     web_conv_mode_for_model_name,
     web_stop_string,
+    with_image_placeholders,
 )
 from llava.errors import InputError
 
@@ -211,3 +213,14 @@ def test_importing_loads_neither_torch_nor_pillow():
 
 def test_every_style_renders():
     assert {conv.sep_style for conv in conv_templates.values()} == set(SeparatorStyle)
+
+
+def test_a_question_gets_a_placeholder_for_each_image():
+    assert with_image_placeholders("What?", 0) == "What?"
+    assert with_image_placeholders("What?", 2) == "<image>\n<image>\nWhat?"
+    wrapped = image_placeholder(use_im_start_end=True)
+    assert with_image_placeholders("Is <image> like <image>?", 2, wrapped) == f"Is {wrapped} like {wrapped}?"
+    with pytest.raises(InputError, match="1 <image> placeholder for 2 images; give a placeholder for each image"):
+        with_image_placeholders("What is <image>?", 2)
+    with pytest.raises(InputError, match="1 <image> placeholder for 0 images; give as many images"):
+        with_image_placeholders("What is <image>?", 0)
