@@ -84,7 +84,7 @@ def answer_flags(
     conv_mode: str = "llava_v1",
     sampling: Sequence[ScriptFlag] = SAMPLING_FLAGS,
 ) -> tuple[ScriptFlag, ...]:
-    """Flags of the programs that answer a file of questions."""
+    """Return the flags of the programs that answer a file of questions, with these defaults."""
     return (
         MODEL_PATH,
         MODEL_BASE,
@@ -100,7 +100,7 @@ def answer_flags(
 
 
 def review_script(name: str) -> EvalScript:
-    """One of the scripts whose judge compares two answers to each question, by its name in `REVIEWS`."""
+    """Make one of the scripts whose judge compares two answers to each question, by its name in `REVIEWS`."""
     kind = REVIEWS[name]
     context = ScriptFlag("--context", "the images in words, JSON lines", short="-c", required=True)
     flags = (

@@ -53,6 +53,7 @@ class Faults:
 
 
 def read_text(path: Path, what: str = "file") -> str:
+    """Read a text file in UTF-8; `what` is what an error calls it."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -186,6 +187,7 @@ def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
 
 
 def find_optional(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the first of some paths below a folder that exists."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 

@@ -78,7 +78,7 @@ def collect(table: Path, faults: Faults) -> JsonRow:
 
 
 def _by_model(folder: Path, start: str) -> dict[str, dict[QuestionId, JsonRow]]:
-    """The rows of every `START_MODEL.jsonl`, by question."""
+    """Read the rows of every `START_MODEL.jsonl`, by question."""
     return {
         file.stem.removeprefix(start): {row["question_id"]: row for row in read_json_lines(file)}
         for file in sorted(folder.glob(f"{start}*.jsonl"))

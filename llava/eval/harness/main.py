@@ -1,4 +1,4 @@
-"""`llava eval`: pick the program that the first word names.
+"""`llava eval`: run the program that the first word names.
 
 In: a command line. Out: an exit status. `score`, `compare`, `report` and `list` are the modules in `PROGRAMS`; any other
 first word is a list of tasks for run.py.

@@ -14,7 +14,7 @@ EVERY_S_IN_A_FILE = 30.0
 
 
 class ProgressBar:
-    """`total` questions, of which `done` were answered before this run."""
+    """The progress of `total` questions, of which `done` were answered before this run."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, quiet: bool = False) -> None:
         self.title, self.total, self.done = title, total, done

@@ -16,7 +16,7 @@ _SCIENCE_QA = re.compile(r"The answer is ([A-Z]).")
 
 
 def science_qa_letter(text: str, letters: Sequence[str]) -> str | None:
-    """Apply ScienceQA's rule: a bare letter, a letter before ". ", or the only "The answer is X." """
+    """Apply ScienceQA's rule: a bare letter, a letter before ". ", or the letter of the only "The answer is X."."""
     if text in letters:
         return text
     if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
