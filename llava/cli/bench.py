@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,6 @@ def build_parser() -> ArgumentParser:
         prog="llava bench",
         description="Measure how fast a model answers on this machine, and compare it to what the memory allows.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     add_path_flag(parser)
     add_loading_flags(parser)

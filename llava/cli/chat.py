@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,6 @@ def build_parser() -> ArgumentParser:
         usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
         description="Ask a model about images, once or in a conversation.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "words",

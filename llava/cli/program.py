@@ -73,11 +73,12 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with errors of one line, which suggest the flag that an unknown one resembles.
 
     Words and flags may come in any order. `prog` is the argument of `called_as`, whose result is the program's name in
-    `--help` and in errors.
+    `--help` and in errors. An `epilog` of several lines is printed as it is.
     """
 
-    def __init__(self, *, prog: str, **settings: Any) -> None:
-        super().__init__(prog=called_as(prog), **settings)
+    def __init__(self, *, prog: str, epilog: str = "", **settings: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter if "\n" in epilog else argparse.HelpFormatter
+        super().__init__(prog=called_as(prog), epilog=epilog, formatter_class=formatter, **settings)
 
     def run(self, function: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
         """Parse `argv`, else `sys.argv`, call `function` on the result, and return the exit status."""

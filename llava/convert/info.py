@@ -6,7 +6,7 @@ In: a path. Out: lines, or JSON. The facts come from describe.py.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
@@ -28,7 +28,6 @@ def build_parser() -> ArgumentParser:
         description="Say what a model folder or GGUF file holds, without loading it: layout, parts, sizes, template, what is "
         "missing, and which programs read it.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", help="a model folder, or a .gguf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +48,6 @@ def build_parser() -> ArgumentParser:
         prog="llava convert",
         description="Write a checkpoint in another layout, tensor by tensor, and verify that it is the same model.",
         epilog=EXAMPLES + "\n".join(f"  {name:<{width}}  {what}" for name, what in LAYOUTS.items()),
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="a model folder or hub repository, in any layout")
     parser.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")

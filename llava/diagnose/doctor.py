@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +44,6 @@ def build_parser() -> ArgumentParser:
         prog="llava doctor",
         description="Find the cause of what goes wrong with a checkpoint, a data set, a training run or a server.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", nargs="?", metavar="PATH", help="a model folder, a data file, a run's .yaml, or a URL")
     parser.add_argument("--as", dest="kind", choices=KINDS, help="what PATH is, where its name does not tell")

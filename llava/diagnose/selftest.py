@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +49,6 @@ def build_parser() -> ArgumentParser:
         prog="llava selftest",
         description="Show on a model, with numbers, the five things of the road map's check list.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
     add_loading_flags(parser)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ def build_parser() -> ArgumentParser:
         usage="%(prog)s [FLAGS] [IMAGE ...] QUESTION\n       %(prog)s [FLAGS] --data FILE [-- TRAINING FLAGS]",
         description="Show everything that happens between a question and its answer, or in a training step of one sample.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
     add_model_flags(parser, bits=False)

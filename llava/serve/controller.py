@@ -7,7 +7,7 @@ original's protocol and the OpenAI-compatible API. Choosing is in router/dispatc
 from __future__ import annotations
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
@@ -25,7 +25,6 @@ def build_parser() -> ArgumentParser:
         prog="llava controller",
         description="Keep a table of workers, and forward requests to them.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--dispatch-method",

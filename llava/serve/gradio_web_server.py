@@ -7,7 +7,7 @@ web/client.py. `llava serve` has the same page over its own model.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
@@ -26,7 +26,6 @@ def build_parser() -> ArgumentParser:
         prog="llava web",
         description="Show the web page over a controller's models.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     page = parser.add_argument_group("page")
     page.add_argument(

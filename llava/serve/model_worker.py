@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -40,7 +40,6 @@ def build_parser() -> ArgumentParser:
         prog="llava worker",
         description="Serve one model, and register it with a controller.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     add_worker_flags(parser)
     add_model_flags(parser)

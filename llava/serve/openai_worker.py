@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
@@ -31,7 +31,6 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
         prog=prog,
         description="Register a server with the OpenAI API with a controller, and forward requests to it.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     remote = parser.add_argument_group("the server that answers")
     remote.add_argument(endpoint, required=True, metavar="URL", help="its address, as http://localhost:8000")

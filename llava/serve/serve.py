@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -41,7 +41,6 @@ def build_parser() -> ArgumentParser:
         prog="llava serve",
         description="Serve a model: OpenAI-compatible API, the original's protocol, and a web page, at one address.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the same as --model-path")
     parser.add_argument("--model-name", metavar="NAME", help="(default: the last folder of the model's path)")

@@ -7,7 +7,7 @@ scored by eval/tasks/, the model is asked by runner.py, and results.py and repor
 from __future__ import annotations
 
 import fcntl
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +48,6 @@ def build_parser() -> ArgumentParser:
         usage="%(prog)s TASK[,TASK...] [FLAGS]\n       %(prog)s score|compare|report|list ...",
         description="Ask a model the questions of benchmarks and score its answers.",
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "tasks", metavar="TASKS", help="names with commas between them, or files of your own (llava eval list)"

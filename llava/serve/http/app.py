@@ -5,7 +5,9 @@ In: routers and what they are about. Out: an ASGI application. server.py runs it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Literal
 
@@ -79,6 +81,18 @@ def make_app(
     known_paths = app.openapi()["paths"]
     open_paths = (*OPEN_PATHS, *open_paths)
     return app, AccessMiddleware(app, access, metrics, known_paths=known_paths, open_paths=open_paths)
+
+
+@asynccontextmanager
+async def background(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    """Run a coroutine beside the block, and cancel it at the block's end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def _monitoring(metrics: Metrics, liveness: HealthCheck, readiness: HealthCheck) -> APIRouter:

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
+from llava.serve.http.app import background
 from llava.serve.router.protocol import WorkerStatus
 
 logger = logging.getLogger("llava.serve")
@@ -58,13 +59,10 @@ class Heartbeat:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._run())
         try:
-            yield
+            async with background(self._run()):
+                yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             await self.unregister()
 
     async def unregister(self) -> None:

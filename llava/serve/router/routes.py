@@ -6,7 +6,6 @@ In: HTTP requests. Out: JSON, or a worker's response. The table of workers is in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from typing import Any
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 
-from llava.serve.http.app import Lifespan, make_app
+from llava.serve.http.app import Lifespan, background, make_app
 from llava.serve.http.errors import ApiError, as_api_error
 from llava.serve.http.metrics import Gauge, Metrics
 from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
@@ -54,14 +53,8 @@ class ControllerApi:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._sweep())
-        try:
+        async with self._proxy.client, background(self._sweep()):
             yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            await self._proxy.client.aclose()
 
     async def _sweep(self) -> None:
         while True:
