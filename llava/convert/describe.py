@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +44,8 @@ class CheckpointDescription:
     layout: str
     facts: Mapping[str, object]
     parameters: Mapping[str, int]
-    stored: Mapping[str, int]  # bytes on the disk by dtype
-    memory: Mapping[str, int]  # bytes of weights once loaded, by dtype
+    stored_bytes: Mapping[str, int]  # bytes on the disk by dtype
+    memory_bytes: Mapping[str, int]  # bytes of weights once loaded, by dtype
     missing: tuple[str, ...] = ()
     readers: Mapping[str, str] = field(default_factory=dict)
 
@@ -162,8 +162,8 @@ class _Folder:
             layout=self.info.kind,
             facts={key: value for key, value in facts.items() if value},
             parameters=self.parameters(),
-            stored=self.stored(),
-            memory=self.memory(),
+            stored_bytes=self.stored(),
+            memory_bytes=self.memory(),
             missing=tuple(self._missing()),
             readers=self._readers(),
         )
@@ -382,23 +382,23 @@ def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
     facts: dict[str, object] = {}
     stored: Counter[str] = Counter()
     parameters = {}
-    for name, head in headers.items():
-        is_vision = head.architecture == "clip"
-        prefix = "clip.vision" if is_vision else head.architecture
+    for name, header in headers.items():
+        is_vision = header.architecture == "clip"
+        prefix = "clip.vision" if is_vision else header.architecture
         facts[name] = ", ".join(
             [
-                "vision tower and projector" if is_vision else f"language model, {head.architecture}",
-                f"{head.keys.get(f'{prefix}.block_count')} layers",
-                f"{head.keys.get(f'{prefix}.embedding_length')} wide",
+                "vision tower and projector" if is_vision else f"language model, {header.architecture}",
+                f"{header.keys.get(f'{prefix}.block_count')} layers",
+                f"{header.keys.get(f'{prefix}.embedding_length')} wide",
             ]
         )
         if not is_vision:
-            facts["context"] = head.keys.get(f"{prefix}.context_length")
-            facts["vocabulary"] = head.keys.get("tokenizer.ggml.tokens")
-        parameters["tower and projector" if is_vision else "language model"] = head.num_parameters
-        for tensor in head.tensors.values():
+            facts["context"] = header.keys.get(f"{prefix}.context_length")
+            facts["vocabulary"] = header.keys.get("tokenizer.ggml.tokens")
+        parameters["tower and projector" if is_vision else "language model"] = header.num_parameters
+        for tensor in header.tensors.values():
             stored[tensor.kind] += tensor.num_bytes or 0
-    is_pair = {head.architecture == "clip" for head in headers.values()} == {True, False}
+    is_pair = {header.architecture == "clip" for header in headers.values()} == {True, False}
     missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
     command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image IMAGE -p QUESTION"
     readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}
@@ -406,17 +406,5 @@ def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
 
 
 def as_json(description: CheckpointDescription) -> str:
-    return json.dumps(
-        {
-            "path": description.path,
-            "layout": description.layout,
-            "facts": dict(description.facts),
-            "parameters": dict(description.parameters),
-            "stored_bytes": dict(description.stored),
-            "memory_bytes": dict(description.memory),
-            "missing": list(description.missing),
-            "readers": dict(description.readers),
-        },
-        indent=2,
-        ensure_ascii=False,
-    )
+    """Format a description as a JSON object, keyed by its fields."""
+    return json.dumps(asdict(description), indent=2, ensure_ascii=False)

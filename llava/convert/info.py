@@ -48,8 +48,11 @@ def lines(description: CheckpointDescription) -> list[str]:
     rows += [(key, _text(value)) for key, value in description.facts.items()]
     rows += [
         ("parameters", ", ".join(f"{name} {_millions(count)}" for name, count in description.parameters.items())),
-        ("stored", ", ".join(f"{size_text(size)} {name}" for name, size in description.stored.items())),
-        ("memory of weights", ", ".join(f"{size_text(size)} in {name}" for name, size in description.memory.items())),
+        ("stored", ", ".join(f"{size_text(size)} {name}" for name, size in description.stored_bytes.items())),
+        (
+            "memory of weights",
+            ", ".join(f"{size_text(size)} in {name}" for name, size in description.memory_bytes.items()),
+        ),
     ]
     rows = [row for row in rows if row[1]]
     rows += [("missing", sentence) for sentence in description.missing]

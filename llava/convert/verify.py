@@ -96,6 +96,7 @@ def verify_tensors(source: Source, target: Path) -> TensorComparison:
 
 
 def require_same_names(ours: Iterable[str], theirs: Iterable[str]) -> None:
+    """Raise a `VerificationError` if source and target do not have the same tensors."""
     ours, theirs = set(ours), set(theirs)
     for one, other, where in ((ours, theirs, "is missing in the target"), (theirs, ours, "is not in the source")):
         if one - other:
@@ -147,6 +148,7 @@ class VerificationSample:
 
 
 def make_sample(source: Source) -> VerificationSample:
+    """Make the sample whose logits are compared, with the source's template, tokenizer and image processor."""
     conversation = get_template(source.conv_mode)
     image = draw_image(source.policy.tile_size)
     use_im_start_end = source.settings.tokens.use_im_start_end
@@ -188,6 +190,7 @@ def verify_logits(source: Source, target: Path, *, exact: bool) -> LogitComparis
 
 
 def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float | None = None) -> LogitComparison:
+    """Compare logits (T, V); if `exact`, a difference above `TOLERANCE` is a `VerificationError`."""
     rows = min(ours.shape[-1], theirs.shape[-1])  # without the rows of padding and new tokens
     if len(ours) != len(theirs):
         raise VerificationError(f"the sample has {len(ours)} positions in the source and {len(theirs)} in the target")

@@ -54,8 +54,13 @@ def test_facts_are_those_of_the_loaded_model(name: str) -> None:
     }
     parts["language model"] = sum(p.numel() for p in loaded.model.parameters()) - sum(parts.values())
     assert {name: found.parameters[name] for name in parts} == parts
-    assert found.memory["float32"] == 4 * sum(parts.values())
-    assert found.memory["float32"] > found.memory["bfloat16 or float16"] > found.memory["8-bit"] > found.memory["4-bit"]
+    assert found.memory_bytes["float32"] == 4 * sum(parts.values())
+    assert (
+        found.memory_bytes["float32"]
+        > found.memory_bytes["bfloat16 or float16"]
+        > found.memory_bytes["8-bit"]
+        > found.memory_bytes["4-bit"]
+    )
     assert as_json(found).startswith("{")
 
 

@@ -235,14 +235,14 @@ class GgufPair:
             )
         if self.source.policy.mode == "anyres":
             notes.append(
-                "llama.cpp lays the tiles of an image one after another, without cutting padding off and without newlines, "
+                "llama.cpp concatenates the tiles of an image, without cutting padding off and without newlines, "
                 "and gives small images no tiles: its answers about images differ from those of this model elsewhere"
             )
         elif self.source.policy.mode == "square":
             notes.append("llama.cpp pads images to squares, where this model was trained with their middle cut out")
         window = getattr(self.source.model.config, "sliding_window", None)
         if window and window < context_len(self.source.model.config):
-            notes.append(f"llama.cpp does not know this model's sliding window: prompts beyond {window} tokens differ")
+            notes.append(f"llama.cpp does not apply this model's sliding window: prompts beyond {window} tokens differ")
         return notes
 
     # Verification
@@ -305,6 +305,7 @@ def interleave(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def uninterleave(rows: Tensor, num_heads: int) -> Tensor:
+    """Undo `interleave`."""
     return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

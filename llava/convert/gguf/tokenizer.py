@@ -141,6 +141,7 @@ def _add_tokens(writer: GGUFWriter, tokens: list[str], kinds: list[int], num_row
 
 
 def tokenizer_notes(source: Source) -> list[str]:
+    """Say where llama.cpp tokenizes text otherwise than the source's tokenizer."""
     tokenizer = source.tokenizer
     if not isinstance(tokenizer, LlamaSentencePieceTokenizer):
         return byte_level_notes(_parts_of(tokenizer))

@@ -53,6 +53,7 @@ class ProjectorLayout:
 
 
 def save(tensors: list[PlannedTensor], file: Path) -> None:
+    """Write tensors as a `.bin` file."""
     table: dict[str, Tensor] = {}
     for planned in tensors:
         table[planned.name] = planned.make().to(getattr(torch, TORCH_DTYPES[planned.dtype])).clone()
@@ -60,6 +61,7 @@ def save(tensors: list[PlannedTensor], file: Path) -> None:
 
 
 def verify_projector_file(source: Source, tensors: list[PlannedTensor], file: Path) -> TensorComparison:
+    """Read a projector file back and compare its tensors with the source's."""
     stored = load_pickled_tensors(file)
     require_same_names([planned.name for planned in tensors], stored)
     largest = 0.0

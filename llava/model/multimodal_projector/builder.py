@@ -42,6 +42,7 @@ def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
 
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
+    """Build an `IdentityMap`; unequal widths are an `InputError`."""
     if vision_dim != text_dim:
         raise InputError(
             f"mm_projector_type 'identity' needs a tower as wide as the language model, "
