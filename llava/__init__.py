@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from llava.engine.engine import Engine
     from llava.engine.request import Request, SamplingParams, ScoreRequest
     from llava.errors import InputError
-    from llava.images.io import ImageLimits, load_image
+    from llava.images.download import ImageLimits
+    from llava.images.io import load_image
     from llava.model.builder import LoadedModel, load, load_pretrained_model
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.processor import Processor
@@ -30,7 +31,8 @@ EXPORTS = {
     "llava.engine.engine": ("Engine",),
     "llava.engine.request": ("Request", "SamplingParams", "ScoreRequest"),
     "llava.errors": ("InputError",),
-    "llava.images.io": ("ImageLimits", "load_image"),
+    "llava.images.io": ("load_image",),
+    "llava.images.download": ("ImageLimits",),
     "llava.diagnose.tracer.hooks": ("trace",),
     "llava.model.builder": ("LoadedModel", "load", "load_pretrained_model"),
     "llava.model.language_model.llava_llama": ("LlavaLlamaForCausalLM",),

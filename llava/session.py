@@ -18,7 +18,8 @@ from llava.conversation import Conversation, get_template, image_placeholder, wi
 from llava.engine.config import EngineConfig
 from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
-from llava.images.io import DEFAULT_LIMITS, ImageLimits, load_image
+from llava.images.download import DEFAULT_LIMITS, ImageLimits
+from llava.images.io import load_image
 
 if TYPE_CHECKING:
     from PIL import Image

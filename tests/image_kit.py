@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from llava.errors import InputError
-from llava.images.io import ImageLimits, load_image
+from llava.images.download import ImageLimits
+from llava.images.io import load_image
 
 HERE = ImageLimits(allow_private_hosts=True, timeout_s=60)
 

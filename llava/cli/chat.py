@@ -24,7 +24,7 @@ from llava.cli.terminal import Terminal, quiet_libraries, show
 from llava.conversation import check_question, get_template
 from llava.engine.request import Result
 from llava.errors import InputError
-from llava.images.io import ImageLimits
+from llava.images.download import ImageLimits
 from llava.session import LoadedImage, Session
 
 if TYPE_CHECKING:

@@ -31,13 +31,14 @@ OTHER_LANGUAGE = re.compile(r"\[(?:中文|English)\]\([\w.-]+\.md\)(?: · )?")
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
 TITLES = {
     "llava.model.builder": "Loading",
-    "llava.engine.hf_engine": "Answering",
     "llava.engine.engine": "Many answers at once",
+    "llava.engine.config": "Settings of the engine",
     "llava.engine.request": "Requests and results",
     "llava.session": "Conversations with a model",
     "llava.conversation": "Templates",
     "llava.processor": "Inputs",
     "llava.images.io": "Images",
+    "llava.images.download": "Limits for images",
     "llava.diagnose.tracer.hooks": "Tracing",
     "llava.model.language_model.llava_llama": "Models",
     "llava.errors": "Errors",

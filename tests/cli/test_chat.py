@@ -26,7 +26,7 @@ from llava.engine.config import EngineError
 from llava.engine.hf_engine import HFEngine
 from llava.engine.request import PromptSize, Request, SamplingParams
 from llava.errors import InputError
-from llava.images.io import DEFAULT_LIMITS
+from llava.images.download import DEFAULT_LIMITS
 from llava.session import LoadedImage, Session
 from llava.text.detokenizer import IncrementalDetokenizer, overlap, stream_decoder
 from llava.text.tokenization import load_tokenizer

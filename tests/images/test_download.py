@@ -19,7 +19,8 @@ import pytest
 from image_kit import HERE, PNG, fails, gradient
 
 from llava.images import download as fetch
-from llava.images.io import ImageLimits, load_image
+from llava.images.download import ImageLimits
+from llava.images.io import load_image
 
 
 class Server:

@@ -14,7 +14,8 @@ from image_kit import PNG, encoded, fails, gradient, png_of
 from PIL import Image
 
 from llava.errors import InputError
-from llava.images.io import ImageLimits, load_image
+from llava.images.download import ImageLimits
+from llava.images.io import load_image
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 
