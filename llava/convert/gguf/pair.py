@@ -230,8 +230,8 @@ class GgufPair:
         notes = tokenizer_notes(self.source)
         if self.source.tower.has_class_token:
             notes.append(
-                "llama.cpp since May 2025 reads CLIP towers one patch off (ggml-org/llama.cpp issue 25814): until that is "
-                "fixed, answers about details differ"
+                "llama.cpp since May 2025 reads CLIP towers one patch off "
+                "(https://github.com/ggml-org/llama.cpp/issues/25814): until that is fixed, answers about details differ"
             )
         if self.source.policy.mode == "anyres":
             notes.append(
