@@ -68,26 +68,17 @@ class ConsoleCallback(TrainerCallback):
         self.bar: tqdm | None = None
         self.began = (0.0, 0)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self.began = (time.perf_counter(), state.global_step)
         if state.is_world_process_zero and self.wants_bar:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: dict[str, float] | None = None, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -102,9 +93,7 @@ class ConsoleCallback(TrainerCallback):
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -128,7 +117,7 @@ class StopCallback(TrainerCallback):
         self.signal_number = 0
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: object, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         number = self._agreed(args)
         if number and not control.should_training_stop:

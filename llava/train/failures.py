@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava.train.arguments import TrainingArguments
 from llava.train.memory import GIB, estimate, remedies
@@ -73,13 +75,14 @@ def find_first_non_finite(
     if inputs:
         return f"the batch's {inputs[0]} hold NaN or infinity"
     found: list[str] = []
-    with _recording_outputs(model, found):
+    with _hooked([m.register_forward_hook(partial(_record_output, found, name)) for name, m in model.named_modules()]):
         loss = compute_loss(dict(batch))
     if found:
         return f"the first module to give NaN or infinity, from weights and inputs that are finite, is {found[0]}"
     if not _finite(loss):
         return "every module's output is finite and the loss is not: is there a token to train on?"
-    with _recording_gradients(model, found):
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with _hooked([p.register_hook(partial(_record_gradient, found, name)) for name, p in trained]):
         loss.backward()
     model.zero_grad(set_to_none=True)
     if found:
@@ -87,35 +90,19 @@ def find_first_non_finite(
     return "run once more, the batch gives finite values: the cause is dropout, the hardware, or another rank"
 
 
-@contextmanager
-def _recording_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Record modules whose output is not finite, in the order in which they return: inner ones first."""
+def _record_output(found: list[str], name: str, module: nn.Module, args: object, output: object) -> None:
+    """A forward hook. Modules return in order, inner ones first."""
+    if not _finite(output):
+        found.append(f"{name or 'the model'} ({type(module).__name__})")
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if not _finite(output):
-                found.append(f"{name} ({type(module).__name__})")
 
-        return hook
-
-    handles = [module.register_forward_hook(record(name or "the model")) for name, module in model.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _record_gradient(found: list[str], name: str, gradient: Tensor) -> None:
+    if not _finite(gradient):
+        found.append(name)
 
 
 @contextmanager
-def _recording_gradients(model: nn.Module, found: list[str]) -> Iterator[None]:
-    def record(name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            if not _finite(gradient):
-                found.append(name)
-
-        return hook
-
-    handles = [p.register_hook(record(name)) for name, p in model.named_parameters() if p.requires_grad]
+def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

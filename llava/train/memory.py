@@ -313,7 +313,7 @@ class Remedy:
 def remedies(model: nn.Module, args: TrainingArguments) -> list[Remedy]:
     """Changes that would make a run smaller, the most effective first."""
     shape = shape_of(model, args)
-    now = _estimate(model, args, shape).peak
+    estimated = _estimate(model, args, shape)
     changed: list[tuple[str, TrainingShape]] = []
     if shape.keep:
         keep = round(shape.keep / 2, 2)
@@ -325,8 +325,7 @@ def remedies(model: nn.Module, args: TrainingArguments) -> list[Remedy]:
         flags = f"--per_device_train_batch_size {half} --gradient_accumulation_steps {steps}"
         changed.append((flags, replace(shape, batch=half)))
     changed.append((f"--model_max_length {shape.tokens // 2}", replace(shape, tokens=shape.tokens // 2)))
-    found = [Remedy(flags, now - _estimate(model, args, other).peak) for flags, other in changed]
-    estimated = _estimate(model, args, shape)
+    found = [Remedy(flags, estimated.peak - _estimate(model, args, other).peak) for flags, other in changed]
     if not args.lora_enable and not getattr(args, "tune_mm_mlp_adapter", False):
         # Adapters train about a hundredth of the weights; the rest is held in the compute dtype.
         shrunk = estimated.weights * (1 - shape.compute_bytes / shape.stream_bytes)

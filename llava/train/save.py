@@ -8,7 +8,6 @@ A parameter that DeepSpeed has partitioned over ranks is gathered first.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,17 +140,12 @@ def safe_save_model_for_hf_trainer(trainer: Trainer, output_dir: str) -> None:
     if not saves_projector_only(args):
         trainer.save_model(output_dir)
         return
-    # Every rank gathers, one writes.
-    weights = gathered_projector(trainer.model, args)
-    if not args.should_save:
-        return
-    trainer.model.config.save_pretrained(output_dir)
-    if folder.name.startswith("checkpoint-"):
-        file = folder.parent / "mm_projector" / f"{folder.name}.bin"
-    else:
-        file = folder / PROJECTOR_FILE
-    os.makedirs(file.parent, exist_ok=True)
-    torch.save(weights, file)
+    weights = gathered_projector(trainer.model, args)  # every rank gathers, one writes
+    if args.should_save:
+        trainer.model.config.save_pretrained(output_dir)
+        beside = folder.parent / "mm_projector" / f"{folder.name}.bin"
+        file = beside if folder.name.startswith("checkpoint-") else folder / PROJECTOR_FILE
+        save_projector(trainer.model, args, file, weights)
 
 
 def smart_tokenizer_and_embedding_resize(
