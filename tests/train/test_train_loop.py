@@ -285,7 +285,7 @@ def test_running_out_of_memory_says_what_to_change(
     monkeypatch.setattr("transformers.Trainer.training_step", too_much)
     assert main(argv(tmp_path, per_device_train_batch_size=4)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("llava train: error: out of memory in step 1: the process took ")
+    assert error.startswith("llava train: error: out of memory in step 1: the process used at most ")
     assert "the batch had 4 sequences" in error
     helps = error.partition("the most effective first: ")[2]
     assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 (about " in helps
