@@ -246,7 +246,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     assert Child(argv(run, **FLAGS | {"max_steps": 2}, save_total_limit=1), log, limit).wait() == 2
     error = log.read_text().strip().splitlines()[-1]
     assert error.startswith("llava train: error: cannot write checkpoint-2: the disk of ")
-    assert "checkpoint-1 is whole" in error
+    assert "checkpoint-1 is complete" in error
     assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-1"]
     assert leftovers(run) == []
     assert latest_checkpoint(run) is not None
