@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from llava.engine.request import Chunk, TokenLogprob, Usage
 from llava.serve.openai import schema
-from llava.serve.service import RequestStats
+from llava.serve.service import RequestStats, merged
 
 TokenText = Callable[[int], str]
 
@@ -23,6 +23,7 @@ TokenText = Callable[[int], str]
 class ReplyWriter:
     """Write the replies to one request, with the same id and time in all of them. A stream closes with `ending`."""
 
+    id_prefix: ClassVar[str]
     ending: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     model: str
@@ -30,11 +31,10 @@ class ReplyWriter:
     with_logprobs: bool = False
     inspect: bool = False
     include_usage: bool = False
-    kind: str = "chatcmpl"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.id = f"{self.kind}-{uuid.uuid4().hex}"
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._offsets: dict[int, int] = {}  # characters of each choice so far, for the logprobs of completions
 
     def _end(self, stats: RequestStats) -> dict[str, Any]:
@@ -47,6 +47,8 @@ class ReplyWriter:
 
 
 class ChatWriter(ReplyWriter):
+    id_prefix = "chatcmpl-"
+
     def opening(self, num_choices: int) -> Iterable[schema.ChatChunk]:
         """Return the first chunks of a stream, with the role."""
         for index in range(num_choices):
@@ -64,12 +66,12 @@ class ChatWriter(ReplyWriter):
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.ChatReply:
         choices = [
             schema.ChatChoice(
-                index=index,
-                message=schema.AssistantReply(role="assistant", content=text, refusal=None),
-                logprobs=self._logprobs(logprobs),
-                finish_reason=reason or "stop",
+                index=chunk.index,
+                message=schema.AssistantReply(role="assistant", content=chunk.text, refusal=None),
+                logprobs=self._logprobs(chunk.logprobs),
+                finish_reason=finish_reason(chunk) or "stop",
             )
-            for index, text, logprobs, reason in joined(chunks)
+            for chunk in in_order(chunks)
         ]
         return schema.ChatReply(
             id=self.id,
@@ -121,18 +123,20 @@ class ChatWriter(ReplyWriter):
 class TextWriter(ReplyWriter):
     """Write the replies of completions. The index of a chunk's choice counts through all prompts."""
 
+    id_prefix = "cmpl-"
+
     def opening(self, num_choices: int) -> Iterable[schema.TextReply]:
         return ()
 
     def delta(self, chunk: Chunk) -> schema.TextReply:
-        return self._reply([self._choice(chunk.index, chunk.text, chunk.logprobs, finish_reason(chunk))])
+        return self._reply([self._choice(chunk)])
 
     def closing(self, stats: RequestStats) -> Iterable[schema.TextReply]:
         if self.include_usage or self.inspect:
             yield self._reply([], **self._end(stats))
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.TextReply:
-        return self._reply([self._choice(*parts) for parts in joined(chunks)], **self._end(stats))
+        return self._reply([self._choice(chunk) for chunk in in_order(chunks)], **self._end(stats))
 
     def _reply(self, choices: list[schema.TextChoice], **end: Any) -> schema.TextReply:
         return schema.TextReply(
@@ -144,10 +148,13 @@ class TextWriter(ReplyWriter):
             **self._extra(end),
         )
 
-    def _choice(
-        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: schema.FinishReason | None
-    ) -> schema.TextChoice:
-        return schema.TextChoice(index=index, text=text, logprobs=self._logprobs(index, tokens), finish_reason=reason)
+    def _choice(self, chunk: Chunk) -> schema.TextChoice:
+        return schema.TextChoice(
+            index=chunk.index,
+            text=chunk.text,
+            logprobs=self._logprobs(chunk.index, chunk.logprobs),
+            finish_reason=finish_reason(chunk),
+        )
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> schema.TextLogprobs | None:
         if not self.with_logprobs:
@@ -166,14 +173,9 @@ class TextWriter(ReplyWriter):
         )
 
 
-def joined(
-    chunks: Sequence[Chunk],
-) -> Iterable[tuple[int, str, list[TokenLogprob], schema.FinishReason | None]]:
-    """Join the chunks of each choice: its index, text, logprobs and finish reason, in the order of the choices."""
-    for index in sorted({chunk.index for chunk in chunks}):
-        own = [chunk for chunk in chunks if chunk.index == index]
-        logprobs = [token for chunk in own for token in chunk.logprobs]
-        yield index, "".join(chunk.text for chunk in own), logprobs, finish_reason(own[-1])
+def in_order(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Join the chunks of each choice, and sort them by choice."""
+    return sorted(merged(chunks), key=lambda chunk: chunk.index)
 
 
 def finish_reason(chunk: Chunk) -> schema.FinishReason | None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.openai.replies import ReplyWriter, inspection_of, joined
+from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of
 from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_conversation, checked_turn, sampling_of
 from llava.serve.openai.schema import Body, ImageURL, Inspection, Nothing, Reply, SamplingFields
 from llava.serve.service import RequestStats
@@ -192,11 +192,11 @@ def _turn(message: InputMessage, index: int) -> ChatTurn:
 class ResponsesWriter(ReplyWriter):
     """Write the answer as one message with one text."""
 
+    id_prefix = "resp_"
     ending = b""
 
     def __init__(self, body: ResponsesRequest, sampling: SamplingParams) -> None:
-        super().__init__(body.model, token_text=str, inspect=body.inspect, kind="resp")
-        self.id = f"resp_{uuid.uuid4().hex}"
+        super().__init__(body.model, token_text=str, inspect=body.inspect)
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._instructions, self._metadata = body.instructions, body.metadata or {}
         self._sampling = sampling
@@ -222,8 +222,8 @@ class ResponsesWriter(ReplyWriter):
         yield self._event(f"response.{whole.status}", response=whole)
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> ResponsesReply:
-        ((_, self._text, _, reason),) = joined(chunks)
-        self._is_cut = reason == "length"
+        (chunk,) = in_order(chunks)
+        self._text, self._is_cut = chunk.text, chunk.finish_reason == "length"
         return self._whole(stats)
 
     def _whole(self, stats: RequestStats) -> ResponsesReply:

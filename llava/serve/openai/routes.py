@@ -32,6 +32,7 @@ from llava.serve.openai.responses_api import (
 from llava.serve.service import AdmittedRequest, Service
 
 B = TypeVar("B", bound=schema.SamplingFields)
+W = TypeVar("W", ChatWriter, TextWriter)
 EVENTS = "text/event-stream; charset=utf-8"
 AnyWriter = ChatWriter | TextWriter | ResponsesWriter
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -71,26 +72,12 @@ class ModelApi:
 
     async def chat_completions(self, request: Request) -> Response:
         body = self._validated(await read_json(request), schema.ChatRequest)
-        writer = ChatWriter(
-            body.model,
-            self._service.backend.model.token_text,
-            with_logprobs=bool(body.logprobs),
-            inspect=body.inspect,
-            include_usage=_wants_usage(body),
-            kind="chatcmpl",
-        )
+        writer = self._writer(ChatWriter, body, with_logprobs=bool(body.logprobs))
         return await self._answer(request, body, parse_chat(body, self._service.card), writer)
 
     async def completions(self, request: Request) -> Response:
         body = self._validated(await read_json(request), schema.CompletionRequest)
-        writer = TextWriter(
-            body.model,
-            self._service.backend.model.token_text,
-            with_logprobs=body.logprobs is not None,
-            inspect=body.inspect,
-            include_usage=_wants_usage(body),
-            kind="cmpl",
-        )
+        writer = self._writer(TextWriter, body, with_logprobs=body.logprobs is not None)
         return await self._answer(request, body, parse_completion(body, self._service.card), writer)
 
     async def responses(self, request: Request) -> Response:
@@ -107,6 +94,15 @@ class ModelApi:
         if body.model != self._service.card.name:
             raise unknown_model(body.model, [self._service.card.name])
         return body
+
+    def _writer(self, kind: type[W], body: schema.GenerationFields, *, with_logprobs: bool) -> W:
+        return kind(
+            body.model,
+            self._service.backend.model.token_text,
+            with_logprobs=with_logprobs,
+            inspect=body.inspect,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
 
     async def _answer(
         self, request: Request, body: schema.SamplingFields, parsed: ParsedRequest, writer: AnyWriter
@@ -170,10 +166,6 @@ def error_event(error: Exception) -> bytes:
 def unknown_model(name: str, known: list[str]) -> ApiError:
     available = ", ".join(known) if known else "none at the moment"
     return ApiError(404, f"there is no model {name!r}; models: {available}", code="model_not_found", param="model")
-
-
-def _wants_usage(body: schema.GenerationFields) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
 
 
 # Routes and the OpenAPI document
