@@ -75,7 +75,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     tree = (tmp_path / "site/architecture.html").read_text(encoding="utf-8")
     assert all(path.name in tree for path in (ROOT / "llava").rglob("[!_]*.py"))
     reference = (tmp_path / "site/reference.html").read_text(encoding="utf-8")
-    assert "Load a model folder or hub repository for answering." in reference
+    assert "Load a model for inference." in reference
 
     config = tmp_path / "mkdocs.yml"
     (tmp_path / "pages/tour.md").write_text("# Tour\n\n[nowhere](nowhere.md)\n", encoding="utf-8")
