@@ -20,6 +20,7 @@ from typing import Any
 from llava.errors import InputError, require
 from llava.eval.types import JsonRow
 
+MAX_XLSX_CHARACTERS = 32_767  # of one cell; openpyxl cuts longer text without a warning
 _FORBIDDEN_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
@@ -157,12 +158,22 @@ def read_xlsx(path: Path) -> list[dict[str, str]]:
 
 
 def write_xlsx(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Write one sheet with a header. Text stays text, whatever a spreadsheet would make of it (a formula, an error)."""
+    """Write one sheet with a header. Text stays text, whatever a spreadsheet would make of it (a formula, an error).
+
+    Raises:
+        InputError: a text is longer than a cell of an .xlsx table can hold. No file is written then.
+    """
     book = require("openpyxl", extra="eval").Workbook()
     for number, line in enumerate([columns, *([row.get(name, "") for name in columns] for row in rows)], start=1):
         for place, value in enumerate(line, start=1):
             if isinstance(value, str):
                 value = _FORBIDDEN_IN_XML.sub("", value)
+                if len(value) > MAX_XLSX_CHARACTERS:
+                    raise InputError(
+                        f"row {number}, column {columns[place - 1]!r} of {str(path)!r} has {len(value):,} characters, "
+                        f"more than the {MAX_XLSX_CHARACTERS:,} of an .xlsx cell; shorten the text, or write the rows "
+                        "as .tsv or .csv"
+                    )
             cell = book.active.cell(number, place, value)
             if isinstance(value, str):
                 cell.data_type = "s"

@@ -203,6 +203,17 @@ def test_xlsx_keeps_numbers_and_text_apart(tmp_path: Path) -> None:
         read_xlsx(tmp_path / "bad.xlsx")
 
 
+def test_xlsx_refuses_a_cell_that_would_be_cut(tmp_path: Path) -> None:
+    from llava.eval.files import MAX_XLSX_CHARACTERS, read_xlsx, write_xlsx
+
+    longest = "x" * MAX_XLSX_CHARACTERS
+    write_xlsx(tmp_path / "t.xlsx", [{"a": longest + "\x00"}], ["a"])  # a forbidden character is left out first
+    assert read_xlsx(tmp_path / "t.xlsx") == [{"a": longest}]
+    with pytest.raises(InputError, match=r"row 3, column 'b' of '.*u\.xlsx' has 32,768 characters, .* \.csv"):
+        write_xlsx(tmp_path / "u.xlsx", [{"a": 1, "b": "x"}, {"a": 2, "b": longest + "y"}], ["a", "b"])
+    assert not (tmp_path / "u.xlsx").exists()
+
+
 def test_xlsx_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava.eval.files import write_xlsx
 
