@@ -227,7 +227,7 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBac
         assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 200
 
 
-def test_room_is_checked_against_what_one_request_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_budget_must_hold_one_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["worker", "--no-register", "--port", "0", "--max-held-mb", "300"]) == 2
     assert "--max-held-mb is 300, and one request may hold 469" in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_room_is_checked_against_what_one_request_may_hold(capsys: pytest.Captur
 # Too long
 
 
-def test_a_deadline_ends_answers_with_words(backend: EngineBackend) -> None:
+def test_a_deadline_ends_answers_with_an_error(backend: EngineBackend) -> None:
     with worker(backend, ServeLimits(deadline_s=0.4)) as (address, service):
         response = httpx.post(address + CHAT, json=LONG)
         assert response.status_code == 504

@@ -152,7 +152,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Any) -> None:
         apart(tmp_path / "nowhere")
 
 
-def test_an_engine_that_dies_ends_its_answers_with_words(runner: asyncio.Runner) -> None:
+def test_an_engine_that_dies_ends_its_answers_with_an_error(runner: asyncio.Runner) -> None:
     backend = apart()
 
     async def outlive() -> None:

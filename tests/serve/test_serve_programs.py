@@ -80,7 +80,7 @@ def test_the_original_s_test_client_prints_an_answer(house: Program) -> None:
         (["worker", "--stream-interval", "0", "--no-register"], "--stream-interval is 0"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_give_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--port", "0"]) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"llava {arguments[0]}: error: ")
@@ -187,7 +187,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in folder.glob("*-conv.json") for line in file.read_text().splitlines()]
 
 
-def test_what_goes_wrong_is_told_in_words(page: Any) -> None:
+def test_errors_are_shown_as_messages(page: Any) -> None:
     send(page, "Where is the <image>?")
     (told,) = answers(page, 1)
     assert "1 <image> placeholder for 0 images" in told
@@ -233,7 +233,7 @@ def test_on_sigterm_running_answers_are_finished(house: Program) -> None:
 
 
 @pytest.mark.slow
-def test_a_fleet_starts_its_workers_again_and_takes_them_along() -> None:
+def test_a_supervisor_restarts_its_workers_and_stops_them() -> None:
     with Program("serve", "--num-workers", "2", "--port", "0", "--device", "cpu", "--no-page") as program:
         program.line("try ")
         address = program.line("API ").removesuffix("/v1")

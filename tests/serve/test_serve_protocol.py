@@ -99,7 +99,7 @@ def test_the_defaults_of_a_request() -> None:
         ({"prompt": "x", "stop": ["a"]}, "'stop'"),
     ],
 )
-def test_what_is_wrong_with_a_request_is_said(body: Any, words: str | None) -> None:
+def test_invalid_bodies_are_explained(body: Any, words: str | None) -> None:
     if words is None:  # as in the original, everything up to 0.001 is greedy
         assert GenerateBody.parse(body).sampling.greedy
         return

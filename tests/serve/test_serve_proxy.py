@@ -149,7 +149,7 @@ def test_another_worker_is_asked_while_no_byte_has_been_sent(
         assert asked
 
 
-def test_what_was_begun_ends_with_an_error_in_words(house: tuple[str, Dispatcher, list[Any]]) -> None:
+def test_a_response_that_has_begun_ends_with_an_error(house: tuple[str, Dispatcher, list[Any]]) -> None:
     address, dispatcher, _ = house
     event = b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}\n\n'
     begun = head("transfer-encoding: chunked", "text/event-stream") + f"{len(event):x}\r\n".encode() + event + b"\r\n"
@@ -169,7 +169,7 @@ def test_what_was_begun_ends_with_an_error_in_words(house: tuple[str, Dispatcher
     assert "lost in the middle" in last["text"]
 
 
-def test_no_worker_left_is_a_503_with_words() -> None:
+def test_no_worker_left_is_a_503_with_a_message() -> None:
     with controller() as (address, dispatcher):
         assert httpx.get(f"{address}/ready").status_code == 503
         dispatcher.register("http://127.0.0.1:9", WorkerStatus((MODEL,), 1, 0), check_heart_beat=False)
