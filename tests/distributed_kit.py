@@ -125,8 +125,8 @@ def memory_of(model: Any, config: dict[str, Any]) -> Any:
     return estimate(model, arguments)
 
 
-def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) -> Step:
-    """`scattered`: the weights lie in parts on the ranks from the beginning, as transformers may read them."""
+def with_zero(stage: int, *, compiled: bool = False, partitioned: bool = False) -> Step:
+    """`partitioned`: the weights are partitioned from the beginning, as transformers may read them."""
 
     def step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import deepspeed
@@ -137,7 +137,7 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         }
-        if scattered:
+        if partitioned:
             deepspeed.init_distributed("gloo")
             deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
         if stage == 3:
@@ -165,7 +165,7 @@ def with_zero(stage: int, *, compiled: bool = False, scattered: bool = False) ->
             assert getattr(coordinator, FETCH_LIMIT_ATTRIBUTE) >= 9 * before, "a layer of LLaMA has nine weights"
         engine.backward(engine(**batch)["loss"])
         engine.step()
-        assert memory_of(model, config) == needed, "scattered weights count less"
+        assert memory_of(model, config) == needed, "partitioned weights count less"
         if compiled:
             # One of the decoder layers, and one of a tower's.
             wanted, found = 2 if tower_learns else 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -187,7 +187,7 @@ STRATEGIES: dict[str, Step] = {
     "fsdp2, compiled": with_compiled_fsdp2,
     "zero2": with_zero(2),
     "zero3, compiled": with_zero(3, compiled=True),  # before DeepSpeed's own product is there, which stays
-    "zero3, scattered": with_zero(3, scattered=True),
+    "zero3, partitioned": with_zero(3, partitioned=True),
     "zero3": with_zero(3),
 }
 

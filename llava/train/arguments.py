@@ -73,7 +73,7 @@ class DataArguments:
     is_multimodal: bool = _opt(False, "Set by the program: true if there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
     image_aspect_ratio: str = _opt(
-        "square", "How an image is fitted to the tower's square input: square (crop), pad, anyres."
+        "square", "How an image is fitted to the tower's square: square (crop), pad, anyres."
     )
     image_grid_pinpoints: str | None = _opt(
         None, "anyres: resolutions to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
@@ -114,13 +114,8 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_projector_lr: float | None = _opt(None, "The projector's own learning rate.")
     mm_vision_tower_lr: float | None = _opt(None, "The vision tower's own learning rate, when it is trained.")
     group_by_modality_length: bool = _opt(False, "Make batches of one modality and of similar lengths.")
-    packing: bool = _opt(
-        False,
-        "Pack several samples into one sequence without padding; --per_device_train_batch_size then counts packed sequences.",
-    )
-    pack_length: int | None = _opt(
-        None, "With --packing: tokens of a packed sequence; if not given, --model_max_length."
-    )
+    packing: bool = _opt(False, "Pack samples into sequences without padding; batch sizes then count packed sequences.")
+    pack_length: int | None = _opt(None, "With --packing: tokens of a packed sequence; by default --model_max_length.")
     compile_layers: bool = _opt(
         False, "Compile the layers of the language model, and of a trained tower; needs a GPU or a C++ compiler."
     )

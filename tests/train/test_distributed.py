@@ -29,7 +29,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["ddp", "fsdp2"], id="torch"),
         pytest.param(["fsdp2, compiled"], id="torch, compiled", marks=pytest.mark.slow),
         pytest.param(["zero2", "zero3"], id="deepspeed"),
-        pytest.param(["zero3, compiled", "zero3, scattered"], id="deepspeed, compiled", marks=pytest.mark.slow),
+        pytest.param(["zero3, compiled", "zero3, partitioned"], id="deepspeed, compiled", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_with_and_without_images_take_the_same_step(strategies: list[str], prepared: Path) -> None:
