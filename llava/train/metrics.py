@@ -37,7 +37,7 @@ _PROBE_SIZE, _PROBE_RUNS = 8192, 10
 _TOKENS, _POSITIONS, _SQUARES, _TRAINED, _IMAGES, _TILES = range(6)
 
 
-class Decoder(TorchModule, Protocol):
+class DecoderStack(TorchModule, Protocol):
     """The stack of layers of a language model."""
 
     config: PreTrainedConfig
@@ -190,7 +190,7 @@ def base_model(model: Any) -> LlavaModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def language_model(model: object) -> Decoder:
+def language_model(model: object) -> DecoderStack:
     """The decoder under the output layer, whose input is the spliced sequence."""
     base = base_model(model)
     return getattr(base, base.base_model_prefix)
