@@ -1,8 +1,9 @@
-"""Checkpoints of real sizes with random numbers, written to a disk without ever being in memory; or in memory without a disk.
+"""Checkpoints of real sizes with random weights, written to a disk shard by shard; or models in memory.
 
 In: a size and a folder. Out: a checkpoint in the original layout, in several shards, that every program of this package
-reads: LLaVA-1.5's shapes, the tower inside, the embedded model's tokenizer. The numbers are drawn once and repeated.
-`in_memory` gives such a model as `llava.load` would, its numbers drawn where it runs, with a tokenizer that knows every id.
+reads: LLaVA-1.5's shapes, the tower inside, the embedded model's tokenizer. A block of numbers is drawn once and repeated,
+so that the whole model is never in memory. `in_memory` returns such a model as `llava.load` does, drawn on its device, with
+a tokenizer that has text for every id.
 
     python -m benchmarks.random_checkpoint /tmp/random-7b --size 7b
 """
@@ -15,6 +16,7 @@ import math
 import shutil
 import struct
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def make(
     values = config_of(size, tiles=tiles, dtype=dtype)
     config_class, model_class = llava_classes("llama")
     with atomic_folder(folder) as begun:
-        _write_description(begun, size, values)
+        _write_files(begun, size, values)
         config = config_class(**values)
         config.name_or_path = str(begun)
         model = build_empty_model(lambda: model_class(config))
@@ -91,9 +93,7 @@ def make(
         drawn = block.repeat(-(-largest // BLOCK) + 1)
         label = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
         tensors = [
-            PlannedTensor(
-                name, label, tuple(value.shape), lambda n=number, v=value, k=name: _numbers(drawn, n, v.shape, k)
-            )
+            PlannedTensor(name, label, tuple(value.shape), partial(_numbers, drawn, number, value.shape, name))
             for number, (name, value) in enumerate(model.state_dict().items())
         ]
         write_shards(begun, tensors, shard_bytes=shard_bytes)
@@ -113,7 +113,7 @@ def in_memory(size: str, device: str = "auto") -> LoadedModel:
     config_class, model_class = llava_classes("llama")
     usual = torch.get_default_dtype()
     with tempfile.TemporaryDirectory() as folder:
-        _write_description(Path(folder), size, values)
+        _write_files(Path(folder), size, values)
         file = Path(folder) / "tokenizer.model"
         file.write_bytes(_with_pieces(file.read_bytes(), values["vocab_size"]))
         config = config_class(**values)
@@ -125,7 +125,7 @@ def in_memory(size: str, device: str = "auto") -> LoadedModel:
         finally:
             torch.set_default_dtype(usual)
         tokenizer = read_tokenizer(Path(folder), model.config)
-        info = inspect(embedded_model_path())  # these numbers lie in no folder
+        info = inspect(embedded_model_path())  # these weights are in no folder
     for name, parameter in model.named_parameters():
         is_scale = "norm" in name and name.endswith("weight")
         torch.nn.init.constant_(parameter.data, 1.0) if is_scale else torch.nn.init.normal_(parameter.data, std=STD)
@@ -135,10 +135,10 @@ def in_memory(size: str, device: str = "auto") -> LoadedModel:
 
 
 def _with_pieces(model: bytes, num_pieces: int) -> bytes:
-    """A sentencepiece model with words of no meaning added until it has so many pieces.
+    """Return a sentencepiece model with meaningless words appended until it has `num_pieces`.
 
-    Its file is a protocol buffer whose first field is the list of pieces (text, score); those that stand at its end are
-    added to the list.
+    Its file is a protocol buffer whose first field is the repeated list of pieces (text, score), so that pieces at the end of
+    the file are appended to the list.
     """
     import sentencepiece
 
@@ -152,14 +152,14 @@ def _with_pieces(model: bytes, num_pieces: int) -> bytes:
 
 
 def _numbers(drawn: torch.Tensor, number: int, shape: torch.Size, name: str) -> torch.Tensor:
-    """Norms near one, everything else near zero; each tensor begins at another place of the block."""
+    """Return norms near one and other weights near zero; each tensor begins at another offset of the block."""
     start = number * 7919 % BLOCK
     numbers = drawn[start : start + math.prod(shape)].reshape(shape)
     return numbers + 1 if "norm" in name and name.endswith("weight") else numbers
 
 
-def _write_description(folder: Path, size: str, values: dict[str, Any]) -> None:
-    """All that a checkpoint holds beside its weights."""
+def _write_files(folder: Path, size: str, values: dict[str, Any]) -> None:
+    """Write everything of a checkpoint but its weights."""
     _write_tower(folder / "vision_tower", TOWERS[size == "tiny"])
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(embedded_model_path() / name, folder / name)
@@ -181,7 +181,7 @@ def _write_tower(folder: Path, sizes: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a checkpoint of a real size with random numbers.")
+    parser = argparse.ArgumentParser(description="Write a checkpoint of a real size with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--tiles", action="store_true", help="cut images into tiles, as LLaVA-1.6 does")

@@ -1,7 +1,7 @@
-"""How long `llava chat IMAGE QUESTION` takes from process start to the first character of its answer.
+"""Time from the start of `llava chat IMAGE QUESTION` to the first character of its answer, and to the end of the process.
 
-In: nothing but the package and its embedded model. Out: a Markdown table: seconds to the first character and to the end of
-the process, in fresh processes, files in the page cache after a first run that is not counted.
+In: nothing but the package and its embedded model. Out: a table (results/first_token.md) of fresh processes, with files in
+the page cache after a first run that is not counted.
 
     python -m benchmarks.cli.first_token [--runs 10]
 """
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from benchmarks import ROOT
+from benchmarks.measure import table
 
 QUESTION = "What do you see in this picture?"
 
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [run_once() for _ in range(args.runs)]
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"Python {platform.python_version()}, {versions}, {os.cpu_count()} CPU cores, {args.runs} runs\n")
-    print("| seconds from process start | median | least | most |\n| --- | ---: | ---: | ---: |")
-    for name, values in zip(("first character", "end of the process"), zip(*runs, strict=True), strict=True):
-        print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    named = zip(("first character", "end of the process"), zip(*runs, strict=True), strict=True)
+    rows = [(name, *(f"{value:.2f}" for value in (statistics.median(v), min(v), max(v)))) for name, v in named]
+    print(table(("seconds from process start", "median", "least", "most"), rows))
     return 0
 
 

@@ -56,6 +56,7 @@ def main() -> None:
     add_output(parser)
     args = parser.parse_args()
     ours = load(embedded_model_path(), device="cpu", dtype=torch.float32)
+    assert ours.image_processor is not None
     side = ours.model.image_policy().tile_size
     mean = tuple(int(value * 255) for value in ours.image_processor.image_mean)
     rows, different = [], []

@@ -175,8 +175,8 @@ def describe(rows: list[tuple[str, ...]], vllm_site: Path | None) -> str:
         f"one {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
         f"{versions_in(vllm_site)}; ours with transformers {transformers.__version__}."
     )
-    columns = ("checkpoint", "dtype", "prompts of equal length", "equal tokens until the first difference")
-    columns += ("margin at the first difference", "smallest margin", "seconds")
+    columns = ["checkpoint", "dtype", "prompts of equal length", "equal tokens until the first difference"]
+    columns += ["margin at the first difference", "smallest margin", "seconds"]
     return f"{conditions}\n\n{table(columns, rows)}"
 
 

@@ -37,10 +37,11 @@ FORMS = {  # name: (dtype, weights of the engine)
 
 def stock(loaded: Any, requests: Sequence[Request]) -> None:
     """`model.generate` for a batch, from images and ids to tokens."""
+    prompts: Any = [request.prompt for request in requests]  # lists of ids
     inputs = [loaded.processor("<image>", request.images) for request in requests]
     new = requests[0].sampling.max_new_tokens
     loaded.model.generate(
-        torch.tensor([list(request.prompt) for request in requests]),
+        torch.tensor(prompts),
         images=torch.cat([item.images for item in inputs]).to(loaded.model.dtype),
         image_sizes=[size for item in inputs for size in item.image_sizes],
         do_sample=False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -51,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             packed, small = kernels.pack(weight), kernels.pack(quantize(weight, "int8"))
             for rows in ROWS:
                 x = torch.randn(rows, width).to(dtype)
-                ways: list[Callable[[], object]] = [
-                    lambda x=x, packed=packed: kernels.linear(x, packed),
-                    lambda x=x, small=small: kernels.linear(x, small),
-                    lambda x=x, weight=weight: F.linear(x, weight),
+                ways = [
+                    partial(kernels.linear, x, packed),
+                    partial(kernels.linear, x, small),
+                    partial(F.linear, x, weight),
                 ]
                 rates = [2 * rows * width * outputs / seconds(way) / 1e9 for way in ways]
                 name = str(dtype).removeprefix("torch.")

@@ -30,7 +30,7 @@ import transformers
 from benchmarks.engine.stock import measure_stock
 from benchmarks.engine.workload import Workload, allocated
 from benchmarks.measure import free_memory, gpu_bandwidth, gpu_matmul_rate, graph_seconds, print_figures
-from benchmarks.plots import Panel, draw
+from benchmarks.plots import Panel, draw_panels
 from benchmarks.shapes import FULL, TINY
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
@@ -184,7 +184,7 @@ def correct(bench: EngineBench) -> None:
 def pixels_of(workload: Workload, request: Request) -> dict[str, Any]:
     if not request.images:
         return {}
-    inputs = workload.processor("<image>", request.images)
+    inputs: Any = workload.processor("<image>", request.images)
     return {"images": inputs.images.to(workload.model.dtype), "image_sizes": inputs.image_sizes}
 
 
@@ -211,7 +211,8 @@ def follow_up(bench: EngineBench) -> None:
     for _ in range(13):
         request = workload.request(32)
         first = engine.generate(request)
-        following = [*request.prompt, *first.completions[0].token_ids, *workload.words(30)]
+        prompt: Any = request.prompt
+        following = [*prompt, *first.completions[0].token_ids, *workload.words(30)]
         started = time.perf_counter()
         result = engine.generate(Request(following, request.images, SamplingParams(max_new_tokens=1, ignore_eos=True)))
         times.append(1e3 * (time.perf_counter() - started))
@@ -388,7 +389,7 @@ def plot(figures: Mapping[str, Any]) -> str:
     """New tokens per second against running requests."""
     rates = {what.split()[1]: value for what, value in figures.items() if what.startswith("scale ")}
     panel = Panel("new tokens per second", "running requests", list(rates), {"engine": list(rates.values())})
-    return draw([panel], "throughput against the number of running requests")
+    return draw_panels([panel], "throughput against the number of running requests")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

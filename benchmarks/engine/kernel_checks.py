@@ -9,16 +9,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
-from llava.engine.kernels.quantized import quantize
+from llava.engine.kernels.quantized import WeightKind, quantize
 from llava.engine.kernels.reference import ReferenceKernels
 
-KINDS = ("bf16", "int8", "fp8", "int4")
+Kind = WeightKind | Literal["bf16"]
+KINDS: tuple[Kind, ...] = ("bf16", "int8", "fp8", "int4")
 BLOCKS = (16, 64)  # tokens of a cache block: fewer than a kernel takes at a time, and as many
 WORST = 0.01
 DEVICE = torch.device("cuda")
@@ -85,7 +87,7 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
 
 
-def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: str) -> Iterator[KernelCase]:
+def linear_cases(kernels: Kernels, rows: int, shape: tuple[int, int], kind: Kind) -> Iterator[KernelCase]:
     x, weight, bias = random(rows, shape[1]), random(*shape), random(shape[0])
     held: Weight = weight if kind == "bf16" else quantize(weight, kind)
     dense = held.double() if isinstance(held, Tensor) else held.dequantize(torch.float64)

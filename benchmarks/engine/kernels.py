@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.engine.kernel_checks import BF16, DEVICE, KINDS, print_checks, random, random_plan, sampling_tensors
+from benchmarks.engine.kernel_checks import (
+    BF16,
+    DEVICE,
+    KINDS,
+    Kind,
+    print_checks,
+    random,
+    random_plan,
+    sampling_tensors,
+)
 from benchmarks.measure import gpu_bandwidth, gpu_matmul_rate, graph_seconds
 from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, SamplingTensors, Weight
 from llava.engine.kernels.quantized import QuantizedWeight
@@ -71,7 +80,7 @@ def print_heading() -> None:
     print(f"a product of 8192 squares makes {gpu_matmul_rate() / 1e12:.0f} TFLOP/s.\n")
 
 
-def random_weight(kind: str, shape: tuple[int, int]) -> Weight:
+def random_weight(kind: Kind, shape: tuple[int, int]) -> Weight:
     rows, width = shape
     if kind == "bf16":
         return torch.randn(*shape, device=DEVICE, dtype=BF16) * 0.02
@@ -94,7 +103,7 @@ class RandomModel:
     norm: Tensor
 
     @classmethod
-    def random(cls, kind: str) -> RandomModel:
+    def random(cls, kind: Kind) -> RandomModel:
         names = [name for name in SHAPES if name != "head"]
         layers = [{name: random_weight(kind, SHAPES[name]) for name in names} for _ in range(LAYERS)]
         return cls(layers, random_weight(kind, SHAPES["head"]), random(WIDTH))
@@ -117,9 +126,7 @@ def linear_table(kernels: Kernels) -> None:
             for count in counts:
                 hidden, inner = random(count, WIDTH), random(count, INNER)
 
-                def step(
-                    hidden: Tensor = hidden, inner: Tensor = inner, linear=linear, model: RandomModel = model
-                ) -> None:
+                def step() -> None:
                     for layer in model.layers:
                         for part, weight in layer.items():
                             linear(inner if part == "down" else hidden, weight)
@@ -324,7 +331,7 @@ def step_table(kernels: Kernels) -> None:
     print("## A whole decoding step\n\n32 layers, head and greedy token in one graph; milliseconds, tokens/s.\n")
     print("| weights | sequences | context | launches that overlap | launches that do not |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    cases = {
+    cases: dict[Kind, tuple[tuple[int, int], ...]] = {
         "bf16": ((1, 704), (8, 704), (64, 704)),
         "int8": ((1, 704), (8, 704)),
         "fp8": ((1, 704),),

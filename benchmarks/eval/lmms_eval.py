@@ -1,7 +1,8 @@
-"""Run lmms-eval's unchanged `llava` model class on this package, and compare what it gets with our own answers.
+"""lmms-eval's `llava` model class, unchanged, on this package: its answers and log-likelihoods, compared with the engine's.
 
 In: a Python with lmms-eval, torch and this package. Out: a table: for generation at batch sizes 1 and 4 how many answers are
-the same, for log-likelihoods the largest difference. The task is made from the embedded model's held-out questions.
+equal, for log-likelihoods the largest difference (results/lmms_eval.md). The task is made from the embedded model's held-out
+questions.
 
     python -m venv .lmms && .lmms/bin/pip install -c constraints.txt . datasets evaluate loguru pytz sacrebleu tenacity
     .lmms/bin/pip install --no-deps lmms_eval && .lmms/bin/python -m benchmarks.eval.lmms_eval
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.measure import add_output
 
 DATA = ROOT / "playground" / "data" / "eval" / "tiny"
 TEMPLATE = "v1"
@@ -45,6 +47,7 @@ lmms_eval_specific_kwargs: {{default: {{}}}}
 MODULE = """\
 from PIL import Image
 from benchmarks import ROOT
+from benchmarks.measure import add_output
 
 def open_images(doc):
     return [Image.open(doc["image"]).convert("RGB")]
@@ -66,7 +69,7 @@ def read_rows(limit: int) -> list[dict[str, Any]]:
 
 
 def run_lmms_eval(folder: Path, rows: Sequence[dict[str, Any]], kind: str, batch_size: int) -> list[str]:
-    """What the class gives for every row, in their order, as lmms-eval writes it down."""
+    """Return what the class gives for every row, in their order, as lmms-eval records it."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
@@ -91,7 +94,7 @@ def run_lmms_eval(folder: Path, rows: Sequence[dict[str, Any]], kind: str, batch
 
 
 def our_answers(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]:
-    """The engine's answers, and the mean negative log-likelihood of the right ones with the end mark, as the class asks."""
+    """Return the engine's answers, and the mean negative log-likelihoods of the right ones, end token included."""
     from PIL import Image
 
     from llava.assets import embedded_model_path
@@ -120,7 +123,7 @@ def our_answers(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=20, help="questions of each of the three kinds (default: 20)")
-    parser.add_argument("--out", type=Path, help="write the table there too")
+    add_output(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.disable(logging.WARNING)
@@ -142,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(f"| generation | {batch_size} | {same} of {len(rows)} answers are the same |")
     with tempfile.TemporaryDirectory() as folder:
         theirs = run_lmms_eval(Path(folder), rows, "loglikelihood", 1)
-    largest = max(abs(ast.literal_eval(told)[0] - ours) for told, ours in zip(theirs, losses, strict=True))
+    largest = max(abs(ast.literal_eval(reply)[0] - ours) for reply, ours in zip(theirs, losses, strict=True))
     failed |= largest > 0.01
     lines.append(
         f"| log-likelihood | 1 | largest difference of a mean over tokens {largest:.1e} (the class rounds pixels to fp16) |"
     )
     print("\n".join(lines))
-    if args.out is not None:
-        args.out.write_text(
+    if args.output is not None:
+        args.output.write_text(
             "\n".join(["# lmms-eval's LLaVA class on this package", "", *lines]) + "\n", encoding="utf-8"
         )
     return int(failed)

@@ -1,9 +1,9 @@
-"""How long `llava eval score pope` takes for 10,000 answers, from process start to its end.
+"""Time of `llava eval score pope` for 10,000 answers, as a whole process.
 
-In: nothing but the package; questions, labels and answers are made on the way. Out: a Markdown table; with --out also as a
-file. Files are in the page cache after a first run that is not counted.
+In: nothing but the package; questions, labels and answers are made on the way. Out: a table. Files are in the page cache after
+a first run that is not counted.
 
-    python -m benchmarks.eval.score --out benchmarks/results/eval_score.md
+    python -m benchmarks.eval.score --output benchmarks/results/eval_score.md
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.measure import add_output
 
 
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -31,8 +32,8 @@ def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def make_files(folder: Path, count: int) -> Path:
-    """POPE's labels and questions below `folder`; the answers' file is given back."""
-    draw = random.Random(0)
+    """POPE's labels and questions below `folder`; return the file of answers."""
+    rng = random.Random(0)
     labels = [
         {"question_id": n, "image": f"{n}.jpg", "text": f"Is there a {n} in the image?", "label": "yes" if n % 2 else "no"}
         for n in range(count)
@@ -42,7 +43,7 @@ def make_files(folder: Path, count: int) -> Path:
     answers = folder / "answers.jsonl"
     write_lines(
         answers,
-        [{"question_id": n, "prompt": "", "text": draw.choice(("Yes", "No")), "model_id": "m"} for n in range(count)],
+        [{"question_id": n, "prompt": "", "text": rng.choice(("Yes", "No")), "model_id": "m"} for n in range(count)],
     )
     return answers
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--answers", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    add_output(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         answers = make_files(Path(name), args.answers)
@@ -85,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"| {args.answers:,} answers | {statistics.median(seconds):.2f} | {max(seconds):.2f} |\n"
     )
     print(table, end="")
-    if args.out is not None:
-        args.out.write_text(
-            f"# Scoring answers\n\n`python -m benchmarks.eval.score`\n\n{table}\nAsked for were less than 2 s.\n",
+    if args.output is not None:
+        args.output.write_text(
+            f"# Scoring answers\n\n`python -m benchmarks.eval.score`\n\n{table}\nThe requirement is less than 2 s.\n",
             encoding="utf-8",
         )
     return 0

@@ -1,10 +1,10 @@
-"""Questions per second of the evaluation runner, and of the original's loop: one question at a time through transformers' own
-LLaVA class, images prepared ahead by four threads as its data loader does.
+"""Questions per second of `llava eval`, and of the original's loop through transformers' own LLaVA class.
 
-In: the embedded model on a CPU (answers end by themselves), or random weights of LLaVA-1.5-7B's shapes on a GPU (two tokens
-an answer). POPE-like questions, three about each image, asked for one word. Out: a table; with --out also as a file.
+The loop asks one question at a time; four threads prepare images ahead, as its data loader does. In: the embedded model on a
+CPU (its answers end by themselves), or random weights of LLaVA-1.5-7B's shapes on a GPU (two tokens an answer). Questions are
+like POPE's, three about each image, asked for one word. Out: a table.
 
-    python -m benchmarks.eval.throughput --questions 300 --out benchmarks/results/eval.md
+    python -m benchmarks.eval.throughput --questions 300 --output benchmarks/results/eval.md
     python -m benchmarks.eval.throughput --shapes 7b --questions 3000 --stock-questions 300 --runs 2
 """
 
@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks import ROOT
+from benchmarks.measure import add_output, table
 from benchmarks.random_checkpoint import in_memory
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
@@ -48,7 +49,7 @@ IMAGE_TOKEN = 0  # <unk>, which no prompt has: stands for a feature in transform
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvalSetting:
     """A model, and how long its answers may be."""
 
     name: str
@@ -57,31 +58,31 @@ class Setting:
     fixed_length: bool  # random weights never end an answer
 
 
-def embedded() -> Setting:
-    return Setting("the embedded model", load(embedded_model_path(), device="cpu"), 128, False)
+def embedded() -> EvalSetting:
+    return EvalSetting("the embedded model", load(embedded_model_path(), device="cpu"), 128, False)
 
 
-def random_weights(size: str) -> Setting:
+def random_weights(size: str) -> EvalSetting:
     """Published shapes with random weights; what they say is of equal length, and means nothing."""
-    return Setting(f"random weights of LLaVA-1.5-{size}'s shapes", in_memory(size), 2, True)
+    return EvalSetting(f"random weights of LLaVA-1.5-{size}'s shapes", in_memory(size), 2, True)
 
 
 def make_items(count: int, folder: Path, *, drawn: bool) -> list[Question]:
     """Questions, three about each image: the suite's drawings, or noise of a photograph's size."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     drawings = sorted(IMAGES.glob("*.png"))
     items = []
     for number in range(count):
-        place = number // PER_IMAGE
-        file = folder / f"{place}.{'png' if drawn else 'jpg'}"
+        image_number = number // PER_IMAGE
+        file = folder / f"{image_number}.{'png' if drawn else 'jpg'}"
         if not file.exists():
             if drawn:
-                image = Image.open(drawings[place % len(drawings)]).convert("RGB")
-                image.putpixel((0, 0), (place % 256, place // 256, 0))  # no two are alike
+                image = Image.open(drawings[image_number % len(drawings)]).convert("RGB")
+                image.putpixel((0, 0), (image_number % 256, image_number // 256, 0))  # no two are equal
             else:
-                image = Image.frombytes("RGB", (64, 48), chance.randbytes(64 * 48 * 3)).resize((640, 480))
+                image = Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3)).resize((640, 480))
             image.save(file)
-        question = f"Is there a {chance.choice(COLOURS)} {chance.choice(SHAPES)} in the image?\n{WORD_SUFFIX}"
+        question = f"Is there a {rng.choice(COLOURS)} {rng.choice(SHAPES)} in the image?\n{WORD_SUFFIX}"
         items.append(Question(number, question, (file,)))
     return items
 
@@ -103,7 +104,7 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def run_ours(setting: Setting, items: Sequence[Question], folder: Path) -> tuple[Timing, list[str]]:
+def run_ours(setting: EvalSetting, items: Sequence[Question], folder: Path) -> tuple[Timing, list[str]]:
     """The runner's way: the engine, and every answer on disk."""
     sampling = SamplingParams()
     texts = [""] * len(items)
@@ -127,7 +128,8 @@ def stock_model(loaded: LoadedModel) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     model = loaded.model
-    vision = model.get_vision_tower().vision_tower.config.to_dict()
+    tower: Any = model.get_vision_tower()
+    vision = tower.vision_tower.config.to_dict()
     text = {key: value for key, value in model.config.to_dict().items() if not key.startswith("mm_")}
     text.pop("model_type", None)
     config = LlavaConfig(
@@ -146,18 +148,22 @@ def stock_model(loaded: LoadedModel) -> Any:
     return stock
 
 
-def run_stock(setting: Setting, items: Sequence[Question]) -> tuple[Timing, list[str]]:
+def run_stock(setting: EvalSetting, items: Sequence[Question]) -> tuple[Timing, list[str]]:
     """The original's loop: for each question its own prefill of image and text, then a token at a time."""
     loaded = setting.loaded
     stock = stock_model(loaded)
     tokenizer, device, dtype = loaded.tokenizer, loaded.model.device, loaded.model.dtype
-    num_features = loaded.model.get_vision_tower().num_patches
+    tower, image_processor = loaded.model.get_vision_tower(), loaded.image_processor
+    assert tower is not None
+    assert image_processor is not None
 
     def prepare(item: Question) -> tuple[list[int], Any]:
         ids = tokenizer_image_token(question_conversation("v1", item.prompt, 1, "<image>").get_prompt(), tokenizer)
-        spread = [token for one in ids for token in ([IMAGE_TOKEN] * num_features if one == -200 else [one])]
+        ids_with_features = [
+            token for one in ids for token in ([IMAGE_TOKEN] * tower.num_patches if one == -200 else [one])
+        ]
         image = Image.open(item.images[0]).convert("RGB")
-        return spread, process_images([image], loaded.image_processor, loaded.model.config)
+        return ids_with_features, process_images([image], image_processor, loaded.model.config)
 
     def answer(ids: list[int], pixels: Any) -> str:
         row = torch.tensor([ids], device=device)
@@ -191,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--stock-questions", type=int, help="how many of them the loop is timed on (default: all)")
     parser.add_argument("--runs", type=int, default=3, help="the best of so many counts, alternating (default: 3)")
-    parser.add_argument("--out", type=Path, help="write the table there too")
+    add_output(parser)
     args = parser.parse_args(argv)
     get_template("v1")
     setting = embedded() if args.shapes == "embedded" else random_weights(args.shapes)
@@ -213,21 +219,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     best, base = max(timing.rate for timing in ours), max(timing.rate for timing in theirs)
     cpu, base_cpu = (1000 * min(timing.cpu_s for timing in timings) for timings in (ours, theirs))
+    rows = [
+        ("one by one through transformers", f"{base:.1f}", "1.0", f"{base_cpu:.1f}", "1.0"),
+        ("`llava eval`", f"{best:.1f}", f"{best / base:.1f}", f"{cpu:.1f}", f"{base_cpu / cpu:.1f}"),
+    ]
     lines = [
         f"{where}, {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, transformers "
         f"{version('transformers')}; {setting.name}, {str(setting.loaded.model.dtype).removeprefix('torch.')}; "
         f"{len(items)} questions, {PER_IMAGE} about each image; best of {args.runs} runs each, in turns",
         "",
-        "| way | questions/s | times | processor time per question, ms | times |",
-        "|---|---:|---:|---:|---:|",
-        f"| one by one through transformers | {base:.1f} | 1.0 | {base_cpu:.1f} | 1.0 |",
-        f"| `llava eval` | {best:.1f} | {best / base:.1f} | {cpu:.1f} | {base_cpu / cpu:.1f} |",
+        table(("way", "questions/s", "times", "processor time per question, ms", "times"), rows),
         "",
         f"The same answers to {same} of {len(part)} questions.",
     ]
     print("\n".join(lines))
-    if args.out is not None:
-        args.out.write_text("\n".join(["# Evaluation, questions per second", "", *lines]) + "\n", encoding="utf-8")
+    if args.output is not None:
+        args.output.write_text("\n".join(["# Evaluation, questions per second", "", *lines]) + "\n", encoding="utf-8")
     return 0
 
 

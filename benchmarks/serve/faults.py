@@ -152,7 +152,7 @@ def malformed(cluster: Cluster, args: argparse.Namespace) -> PartReport:
         path = rng.choice(
             [CHAT, "/v1/completions", GENERATE, "/register_worker", "/receive_heart_beat", "/%00", "/../x"]
         )
-        headers = {} if rng.random() < 0.8 else {"content-type": rng.choice(["text/xml", "é".encode()])}
+        headers: dict[str, Any] = {} if rng.random() < 0.8 else {"content-type": rng.choice(["text/xml", "é".encode()])}
         content, place = body(), rng.choice(places)
 
         async def send() -> int | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.plots import Panel, draw
+from benchmarks.plots import Panel, draw_panels
 
 NAMES = {"bare": "bare engine", "whole": "HTTP, whole answers", "streamed": "HTTP, streamed"}
 
@@ -17,7 +17,7 @@ def plot(levels: Mapping[Any, Mapping[str, Any]], what: str) -> str:
     rates = {name: [levels[level][way].per_s for level in shown] for way, name in NAMES.items()}
     firsts = {NAMES[way]: [1000 * levels[level][way].first_s for level in shown] for way in ("bare", "streamed")}
     names = list(NAMES.values())
-    return draw(
+    return draw_panels(
         [
             Panel("requests per second", "requests at once", marks, rates, names),
             Panel("median time to the first token, ms", "requests at once", marks, firsts, names),

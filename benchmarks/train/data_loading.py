@@ -1,10 +1,10 @@
-"""What reading training data costs: opening a large file, memory per loader process, images per second and core.
+"""Reading training data: opening a large file, memory of each loader process, images per second and core.
 
     python -m benchmarks.train.data_loading --samples 665000 --output benchmarks/results/data.md
 
-In: nothing; a file of made-up conversations of the LLaVA-1.5 mix's size, and JPEG images, are written to a temporary
-folder. Out: a table in Markdown. The peer is the usual way: `json.load` of the whole file, a list of dicts forked into
-every loader process. Memory is read from /proc, so this runs on Linux.
+In: nothing; a file of made-up conversations of the LLaVA-1.5 mix's size, and JPEG images, are written to a temporary folder.
+Out: a table. The peer is the usual way: `json.load` of the whole file, a list of dicts forked into every loader process.
+Memory is read from /proc, so that this needs Linux.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.measure import add_output, publish
+
 MIB = 2**20
 IMAGES = 64
 IMAGE_SIZE = (640, 480)
@@ -32,7 +34,7 @@ IMAGE_SIZE = (640, 480)
 def write_samples(path: Path, count: int) -> None:
     """Dialogues of 1 to 6 rounds, 1.5 KB on average, one in sixteen without an image and longer."""
     rng = random.Random(0)
-    words = (
+    words = [
         "a",
         "image",
         "shows",
@@ -48,7 +50,7 @@ def write_samples(path: Path, count: int) -> None:
         "sit",
         "on",
         "it",
-    )
+    ]
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(2000)]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -56,8 +58,8 @@ def write_samples(path: Path, count: int) -> None:
             text_only = number % 16 == 0
             turns = []
             for round_number in range(rng.randint(4, 10) if text_only else rng.randint(1, 7)):
-                mark = "<image>\n" if round_number == 0 and not text_only else ""
-                turns.append({"from": "human", "value": mark + rng.choice(texts)[:80]})
+                placeholder = "<image>\n" if round_number == 0 and not text_only else ""
+                turns.append({"from": "human", "value": placeholder + rng.choice(texts)[:80]})
                 turns.append({"from": "gpt", "value": rng.choice(texts) + (" café" if number % 50 == 0 else "")})
             image = {} if text_only else {"image": f"{number % IMAGES}.jpg"}
             sample = {"id": f"{number:012d}", **image, "conversations": turns}
@@ -81,7 +83,7 @@ def write_images(folder: Path) -> None:
 
 
 def memory_mib() -> dict[str, float]:
-    """Of this process: resident, and the part that no other process shares."""
+    """Return this process's resident memory, and the part that it shares with no other process."""
     fields: dict[str, float] = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, value, *_ = line.split()
@@ -90,7 +92,7 @@ def memory_mib() -> dict[str, float]:
 
 
 def in_new_process(task: str, *arguments: str) -> dict[str, float]:
-    """Run a task of this file in an interpreter of its own, which nothing has warmed up."""
+    """Run a task of this file in a fresh interpreter."""
     command = [sys.executable, "-m", "benchmarks.train.data_loading", "--task", task, *arguments]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(finished.stdout.splitlines()[-1])
@@ -152,7 +154,7 @@ def _drawn_by_a_loader_process(draw: Callable[[int], Any], count: int) -> dict[s
 
 
 def task_load(path: str, images: str) -> dict[str, float]:
-    """Samples made ready for a 336-pixel tower by one process, in seconds of its processor time."""
+    """Prepare samples for a 336-pixel tower in one process; return the processor time of each part."""
     import torch
 
     from llava.assets import embedded_model_path
@@ -199,7 +201,7 @@ def task_load(path: str, images: str) -> dict[str, float]:
     }
 
 
-TASKS = {
+TASKS: dict[str, Callable[..., dict[str, float]]] = {
     "open": task_open,
     "draw": task_draw,
     "peer_open": task_peer_open,
@@ -208,7 +210,7 @@ TASKS = {
 }
 
 
-def table(samples: int, folder: Path) -> Iterator[str]:
+def lines_of(samples: int, folder: Path) -> Iterator[str]:
     path, images = folder / "samples.json", folder / "images"
     images.mkdir()
     write_samples(path, samples)
@@ -256,7 +258,7 @@ def table(samples: int, folder: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=665_000)
-    parser.add_argument("--output", type=Path, help="where the table goes, besides the terminal")
+    add_output(parser)
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -264,11 +266,8 @@ def main() -> None:
         print(json.dumps(TASKS[options.task](*options.arguments)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        text = "\n".join(table(options.samples, Path(folder))) + "\n"
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        text = "\n".join(lines_of(options.samples, Path(folder))) + "\n"
+    publish(text, options.output)
 
 
 if __name__ == "__main__":

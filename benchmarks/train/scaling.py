@@ -1,12 +1,13 @@
-"""How training LLaVA-1.5-7B scales over the GPUs of one machine: `python -m benchmarks.train.scaling`.
+"""Scaling of LLaVA-1.5-7B's training over the GPUs of one machine.
+
+    python -m benchmarks.train.scaling --devices 2,4          tables: results/train.md
 
 The trainer of `llava train` on files: JPEG photographs decoded by loader processes, 832 tokens a sample, bfloat16, random
 weights of the published shapes. Each run is a process group of its own: one GPU alone, then several sharded by FSDP2
 (compiled layers; weights gathered in each pass, or once and kept until the backward pass) and by DeepSpeed ZeRO-3
 (gradient checkpointing, and compiled layers), each beside one GPU with the same settings. The figures are those of the
 program's own log lines; one JSON line per run. Efficiency is samples per second and GPU, as a share of the one GPU's.
-`--devices 2,4` measures on as many GPUs of the same machine; without it, on all. `--tiny` runs it on small shapes with
-processes on a CPU.
+Without `--devices`, all GPUs are used. `--tiny` runs it in small shapes with processes on a CPU.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ NUM_IMAGES = 64
 @dataclass(frozen=True)
 class Run:
     name: str
-    shard: str  # none, zero3, or fsdp2 and whether weights are given away between the passes
+    shard: str  # none, zero3, or fsdp2 and whether weights are resharded between the passes
     compiled: bool
-    bfloat16: bool = False  # is all that is held, as on one GPU, where float32 has no place
+    bfloat16: bool = False  # all weights and states are bfloat16, as on one GPU, which is too small for float32
     beside: str | None = None  # the run on one GPU that it is compared with
 
 
@@ -60,7 +61,7 @@ RUNS = (
 
 
 def measure(run: Run, num_devices: int, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures of a run in its own processes; None where it failed, which is said."""
+    """The figures of a run in its own processes; None, and a message, where it failed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -204,7 +205,7 @@ def data_module(shapes: Shapes, model: Any, folder: Path, *, num_samples: int) -
     (folder / "data.json").write_text(json.dumps(rows))
     tokenizer = load_tokenizer(TOKENIZER)
     tokenizer.pad_token = tokenizer.unk_token
-    tokenizer.model_max_length = shapes.text_tokens + 1  # the mark of the image is one more
+    tokenizer.model_max_length = shapes.text_tokens + 1  # the image placeholder is one more
     options = SimpleNamespace(
         data_path=str(folder / "data.json"),
         image_folder=str(folder),
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.worker:
         try:
             work(named[options.worker], options)
-        except Exception:  # the launcher would show nothing of it
+        except Exception:  # the launcher does not show it
             (options.folder / "fault.txt").write_text(traceback.format_exc())
             raise
         return

@@ -124,7 +124,7 @@ class Ours:
         """Return the peak in bytes that `llava train` estimates."""
         lengths = [[s.text + s.image * self.shapes.image_tokens for s in batch] for batch in batches]
         rows_alike = len(batches) == 1
-        arguments = SimpleNamespace(
+        arguments: Any = SimpleNamespace(
             optim="adamw_torch_fused", deepspeed=None, fsdp="", fused_loss=True, compute_dtype=torch.bfloat16,
             packing=False, pack_length=None, lora_enable="lora_" in repr(self.model), lora_dropout=LORA["lora_dropout"],
             per_device_train_batch_size=len(lengths[0]) if rows_alike else 1,

@@ -1,10 +1,12 @@
-"""How fast the embedded model trains, padded and packed: `python -m benchmarks.train.tiny_recipe --cifar DIR --fonts DIR`.
+"""Training speed of the embedded model's recipe, padded and packed.
 
-In: what the recipe needs (recipes/tiny/README.md). Out: a table in Markdown. Data of the recipe's second stage are drawn,
-and `llava train` goes on from the embedded model with the stage's own flags, in a process for each way: as padded batches
-of 256 samples, as packed sequences, and as those with compiled layers. Figures are medians of the program's own log lines,
-without the first ones, for which the loader has worked ahead. The last row is the loader with nobody to wait for. On a CPU
-the recipe's CPU flags are taken, in fewer steps, and nothing is compiled.
+    python -m benchmarks.train.tiny_recipe --cifar DIR --fonts DIR
+
+In: what the recipe needs (recipes/tiny/README.md). Out: a table. Data of the recipe's second stage are drawn, and `llava train`
+continues from the embedded model with the stage's own flags, in one process for each way: padded batches of 256 samples,
+packed sequences, and packed sequences with compiled layers. Figures are medians of the trainer's log lines without the
+first ones, during which the loader is ahead. The last row is the loader without a model. On a CPU the recipe's CPU flags
+are used, with fewer steps and without compilation.
 """
 
 from __future__ import annotations
