@@ -28,8 +28,8 @@ def called_as(name: str) -> str:
         name: the `llava` command, as `llava eval score`, or a program that has no command.
 
     Returns:
-        `name`, or where a module or a file of this package was run, `python -m llava.eval.harness.main score` or
-        `main.py score`.
+        `name`; where a module of this package was run, `python -m llava.eval.harness.main score`; where a file was run, the
+        file's name and `score`.
     """
     main = sys.modules.get("__main__")
     file = os.path.abspath(getattr(main, "__file__", None) or "")

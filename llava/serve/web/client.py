@@ -105,7 +105,7 @@ class PartialAnswer:
     stats: AnswerStats | None = None
 
 
-AnswerStats = Mapping[str, Mapping[str, Any]]  # "usage" and "inspect", as in openai/schema.py
+AnswerStats = Mapping[str, Mapping[str, Any]]  # "usage" and "inspect", as in serve/openai/schema.py
 
 
 class PageClient:
