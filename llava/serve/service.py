@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
-from llava.serve.backends.base import Answering, Backend, ModelCard, ServerBusyError
+from llava.serve.backends.base import Backend, BackendRequest, ModelCard, ServerBusyError
 from llava.serve.http.limits import ServeLimits, open_images
 from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.http.metrics import Metrics
@@ -136,7 +136,7 @@ class AdmittedRequest:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._answerings: list[Answering] = []
+        self._backend_requests: list[BackendRequest] = []
         self._num_choices: list[int] = []
         self._closed = False
         self.layouts: Sequence[ImageLayout] = ()
@@ -144,8 +144,8 @@ class AdmittedRequest:
         service.num_requests += 1
         service.changed()
 
-    def add(self, answering: Answering, num_choices: int) -> None:
-        self._answerings.append(answering)
+    def add(self, request: BackendRequest, num_choices: int) -> None:
+        self._backend_requests.append(request)
         self._num_choices.append(num_choices)
 
     @property
@@ -159,16 +159,16 @@ class AdmittedRequest:
         the chunks per second of all streams together, so that the event loop does not slow the engine's thread.
         """
         first = 0
-        for answering, num_choices in zip(self._answerings, self._num_choices, strict=True):
-            async for chunks in answering.batches(self._service.pause):
+        for request, num_choices in zip(self._backend_requests, self._num_choices, strict=True):
+            async for chunks in request.batches(self._service.pause):
                 for chunk in merged(chunks):
                     yield replace(chunk, index=first + chunk.index) if first else chunk
             first += num_choices
 
     def stats(self) -> RequestStats:
         """Return what all answers took; after the end."""
-        usages = [answering.usage for answering in self._answerings]
-        timings = [answering.timings for answering in self._answerings]
+        usages = [request.usage for request in self._backend_requests]
+        timings = [request.timings for request in self._backend_requests]
         firsts = [timing.first_token_s for timing in timings if timing.first_token_s is not None]
         return RequestStats(
             Usage(
@@ -197,8 +197,8 @@ class AdmittedRequest:
             self._service.metrics.record_answer(stats.usage, stats.timings)
         else:
             self._service.metrics.finished.labels(end).inc()
-        for answering in self._answerings:
-            answering.abort()
+        for request in self._backend_requests:
+            request.abort()
         self.reservation.release()
 
 

@@ -21,7 +21,7 @@ from llava.conversation import conv_templates, get_template
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.backends.in_process import EngineBackend
-from llava.serve.backends.prompt_parser import unrender
+from llava.serve.backends.prompt_parser import parse_prompt
 from llava.serve.backends.remote import RemoteBackend
 from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.protocol import WorkerStatus, read_chunks
@@ -343,9 +343,9 @@ def test_rendered_prompts_come_apart_again(name: str) -> None:
         prompt = conversation.get_prompt()
         if template.roles[0] == template.roles[1]:  # nothing says where a turn begins
             with pytest.raises(InputError, match="--conv-mode"):
-                unrender(prompt, template)
+                parse_prompt(prompt, template)
             continue
-        found = unrender(prompt, template)
+        found = parse_prompt(prompt, template)
         assert [text for _, text in found.messages][:5] == turns[:5]
         assert found.get_prompt().rstrip() == prompt.rstrip()
 
@@ -353,4 +353,4 @@ def test_rendered_prompts_come_apart_again(name: str) -> None:
 @pytest.mark.parametrize("prompt", ["", "hello", "USER: a ASSISTANT: b"])
 def test_other_prompts_are_not_guessed_at(prompt: str) -> None:
     with pytest.raises(InputError, match="--conv-mode"):
-        unrender(prompt, conv_templates["llava_v1"])
+        parse_prompt(prompt, conv_templates["llava_v1"])

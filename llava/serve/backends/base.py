@@ -1,7 +1,7 @@
-"""What answers behind a server: an engine in this process, or a server elsewhere. Both look alike from here on.
+"""The interface of a server's backends: an engine in this process or its own, or a remote server.
 
-In: an `engine.Request`. Out: an `Answering`, which yields `Chunk`s, can be aborted, and knows at its end what it cost. The
-engine's side is here (`EngineBackend`); a server elsewhere is remote.py. HTTP is nobody's business in this file.
+In: an `engine.Request`. Out: a `BackendRequest`, which yields `Chunk`s, can be aborted, and has its usage and timings at
+the end. Backends are in_process.py, subprocess.py and remote.py. Nothing here knows HTTP.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class ServerBusyError(Exception):
 
 
 class BackendError(Exception):
-    """The backend failed at a request that was in order; the message is a sentence for the user."""
+    """The backend failed at a valid request; the message is a sentence for the user."""
 
 
 class UnreachableError(BackendError):
-    """The server elsewhere is not there. Nothing has been answered, so another worker may be asked."""
+    """The remote server cannot be reached. Nothing has been answered, so another worker may be tried."""
 
 
-class Answering(Protocol):
-    """One request on its way."""
+class BackendRequest(Protocol):
+    """A request that a backend has accepted."""
 
     def batches(self, pause: Callable[[], float]) -> AsyncIterator[Sequence[Chunk]]:
-        """The chunks that have come since the last time. Without `streamed`, all at the end, one for each completion.
+        """Chunks that have come since the last batch. Without `streamed`, all at the end, one for each completion.
 
         After each batch chunks are collected for as many seconds as `pause` says, but not beyond the end.
         """
@@ -67,16 +67,16 @@ class Answering(Protocol):
 
 
 class ServedModel(Protocol):
-    """What is known of a model without asking it."""
+    """What is known of a model without running it."""
 
     @property
     def card(self) -> ModelCard: ...
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
-        """What images of these sizes become; empty where only the server elsewhere knows."""
+        """The layouts of images of these sizes; empty where only the remote server knows."""
 
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
-        """What is held of planned images until the answer's end."""
+        """Bytes held of planned images until the answer's end."""
 
     def token_text(self, token_id: int) -> str: ...
 
@@ -85,8 +85,8 @@ class Backend(Protocol):
     @property
     def model(self) -> ServedModel: ...
 
-    async def start(self, request: Request, *, streamed: bool) -> Answering:
-        """Hand a request in; `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
+    async def start(self, request: Request, *, streamed: bool) -> BackendRequest:
+        """Submit a request; raises `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring, by name."""

@@ -1,4 +1,4 @@
-"""The engine in this process as a server's backend.
+"""The backend that runs the engine in the server's process.
 
 In: requests from an event loop. Out: chunks for it. What blocks, making a prompt of text and images, is done in threads.
 """
@@ -16,7 +16,7 @@ from llava.engine.request import Chunk, Request, Result, Timings, Usage
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError
-from llava.serve.backends.served_model import KnownModel
+from llava.serve.backends.served_model import LocalModel
 
 if TYPE_CHECKING:
     from llava.engine.config import EngineConfig
@@ -34,17 +34,17 @@ class EngineBackend:
         config: EngineConfig | None = None,
     ) -> None:
         self.engine = open_engine(loaded, config)
-        self.model = KnownModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
+        self.model = LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
 
-    async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
-        handing_in = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
+    async def start(self, request: Request, *, streamed: bool) -> EngineRequest:
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
         try:
-            return EngineAnswering(await asyncio.shield(handing_in), streamed)
+            return EngineRequest(await asyncio.shield(submitting), streamed)
         except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
-            handing_in.add_done_callback(_abort)
+            submitting.add_done_callback(_abort)
             raise
         except EngineError as error:
-            raise told(error) from error
+            raise server_error(error) from error
 
     def gauges(self) -> Mapping[str, float]:
         return gauges(self.engine.stats())
@@ -56,13 +56,13 @@ class EngineBackend:
         await asyncio.to_thread(self.engine.close)
 
 
-def _abort(handing_in: asyncio.Future[RequestHandle]) -> None:
-    if not handing_in.cancelled() and handing_in.exception() is None:
-        handing_in.result().abort()
+def _abort(submitting: asyncio.Future[RequestHandle]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().abort()
 
 
-def told(error: Exception) -> Exception:
-    """What a server makes of an engine's refusal."""
+def server_error(error: Exception) -> Exception:
+    """The server's error for an engine's."""
     if isinstance(error, InputError):
         return error
     return (ServerBusyError if isinstance(error, QueueFull) else BackendError)(str(error))
@@ -72,8 +72,8 @@ def gauges(stats: EngineStats) -> Mapping[str, float]:
     return {f"engine_{name.removeprefix('num_')}": value for name, value in asdict(stats).items()}
 
 
-class EngineAnswering:
-    """One request on its way in an engine, here or in another process."""
+class EngineRequest:
+    """A request in an engine, in this process or another."""
 
     def __init__(self, pending: PendingAnswer, streamed: bool) -> None:
         self._pending = pending

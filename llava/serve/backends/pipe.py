@@ -1,7 +1,7 @@
-"""Values between two processes of one program, over a pair of sockets.
+"""A pipe of pickled values between two processes of one program, over a pair of sockets.
 
-In and out: anything that pickles, which is why only a parent and the child that it started may speak so. Sending never waits:
-a thread does it, in order.
+In and out: anything that pickles, so both ends must trust each other: a parent and the child that it started. Sending does not
+wait: a thread does it, in order.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ CLOSE_S = 10.0  # for what is still to be sent
 _CLOSED = object()
 
 
-class Line:
-    """One end. Any thread may `tell`; iterating reads until the other end is closed, or its process gone."""
+class MessagePipe:
+    """One end. Any thread may `send`; iterating reads until the other end is closed, or its process gone."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._incoming = end.makefile("rb")
         self._outgoing: SimpleQueue[Any] = SimpleQueue()
-        self._sender = threading.Thread(target=self._send, name="llava-line", daemon=True)
+        self._sender = threading.Thread(target=self._send, name="llava-pipe", daemon=True)
         self._sender.start()
 
-    def tell(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
         self._outgoing.put(value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -38,7 +38,7 @@ class Line:
             yield value
 
     def read(self, *, default: Any) -> Any:
-        """The next value; `default` at the end, or where the line was cut within a value."""
+        """The next value; `default` at the end, or where the pipe ends within a value."""
         try:
             head = self._incoming.read(LENGTH.size)
             length = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else 0
@@ -61,8 +61,8 @@ class Line:
                 data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
                 self._end.sendall(LENGTH.pack(len(data)))
                 self._end.sendall(data)
-        except OSError:  # nobody is there any more, which reading finds out
+        except OSError:  # the other end is closed, which reading finds out
             return
-        except BaseException:  # a value that does not pickle: better an end than a silence
+        except BaseException:  # a value that does not pickle: close, so that the other end does not wait
             self._end.shutdown(socket.SHUT_RDWR)
             raise

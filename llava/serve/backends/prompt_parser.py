@@ -1,7 +1,7 @@
-"""A finished prompt back into its turns.
+"""Parse a rendered prompt back into its turns.
 
 In: a prompt as the original's clients render it, and the template. Out: the same conversation, turn by turn, for servers that
-render prompts themselves. What does not come out as it went in, when rendered again, is refused: nothing is guessed.
+render prompts themselves. A prompt that does not render to itself again is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llava.errors import InputError
 _LLAMA_2_SYSTEM = re.compile(r"<<SYS>>\n(.*?)\n<</SYS>>\n\n", re.DOTALL)
 
 
-def unrender(prompt: str, template: Conversation) -> Conversation:
+def parse_prompt(prompt: str, template: Conversation) -> Conversation:
     """The conversation that renders to `prompt` in this template; its last answer may be open."""
     take_apart = _llama_2 if template.sep_style == SeparatorStyle.LLAMA_2 else _by_heads
     found = take_apart(prompt, template)

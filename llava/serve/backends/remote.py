@@ -1,7 +1,7 @@
-"""A server elsewhere that speaks the OpenAI API, as a backend: SGLang, vLLM, llama.cpp, transformers, or one of ours.
+"""The backend of a remote server with the OpenAI API: SGLang, vLLM, llama.cpp, transformers, or one of ours.
 
-In: `engine.Request`s. Out: chunks, as they come from there. A prompt that is only text goes to its completions as it is; one
-with images goes to its chat, turn by turn, since only that server knows how its model wants them.
+In: `engine.Request`s. Out: chunks, as they arrive. A prompt of text alone goes to its completions as it is; one with images
+goes to its chat, turn by turn, since only that server knows how its model takes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava.conversation import Conversation, answer_end
 from llava.engine.request import Chunk, Detail, FinishReason, Request, SamplingParams, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ModelCard, ServerBusyError, UnreachableError
-from llava.serve.backends.prompt_parser import unrender
+from llava.serve.backends.prompt_parser import parse_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +34,8 @@ REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
-class DistantModel:
-    """A model of which we have no files."""
+class RemoteModel:
+    """A model whose files are elsewhere."""
 
     card: ModelCard
 
@@ -50,14 +50,20 @@ class DistantModel:
 
 
 class RemoteBackend:
-    """`model` is the name of the model over there, `card` what we tell about it here. With `chat_only` finished prompts without
-    images are taken apart too, for servers whose completions are not for models that see.
+    """Passes requests on to a remote server.
+
+    Args:
+        endpoint: Its address, with or without /v1.
+        model: The model's name there.
+        card: What is published about it here.
+        key: An API key of the remote server.
+        chat_only: Parse prompts without images into turns too, for servers whose completions take no images.
     """
 
     def __init__(
         self, endpoint: str, *, model: str, card: ModelCard, key: str | None = None, chat_only: bool = False
     ) -> None:
-        self.model = DistantModel(card)
+        self.model = RemoteModel(card)
         self._chat_only = chat_only
         self._name = model
         self._client = httpx.AsyncClient(
@@ -68,7 +74,7 @@ class RemoteBackend:
             trust_env=False,
         )
 
-    async def start(self, request: Request, *, streamed: bool) -> RemoteAnswering:
+    async def start(self, request: Request, *, streamed: bool) -> RemoteRequest:
         path, body = self._translated(request)
         posted = time.perf_counter()
         try:
@@ -80,13 +86,13 @@ class RemoteBackend:
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             raise _refused(response.status_code, text)
-        return RemoteAnswering(response, posted)
+        return RemoteRequest(response, posted)
 
     def gauges(self) -> Mapping[str, float]:
         return {}
 
     async def is_alive(self) -> bool:
-        """Most servers have /health, and those that do not list their models."""
+        """Whether it answers /health, which most servers have, or /v1/models."""
         try:
             return any(
                 [
@@ -107,7 +113,7 @@ class RemoteBackend:
         if isinstance(request.prompt, str) and not request.images and not self._chat_only:
             return "/v1/completions", body | {"prompt": request.prompt} | ({"stop": stop} if stop else {})
         if isinstance(request.prompt, str):
-            conversation = unrender(request.prompt, self.model.card.template)
+            conversation = parse_prompt(request.prompt, self.model.card.template)
         elif isinstance(request.prompt, Conversation):
             conversation = request.prompt
         else:
@@ -153,7 +159,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-    """The fields that differ from what everybody does without them; the last five are not OpenAI's."""
+    """The fields that were given; the last five are not OpenAI's."""
     if params.logprobs is not None:
         raise InputError("this worker passes requests on to another server and gives no logprobs")
     if params.regex is not None:
@@ -194,17 +200,17 @@ def _message(values: Any) -> str | None:
     return str(found) if found else None
 
 
-class RemoteAnswering:
-    """One request on its way over there. A task reads the events, so that `abort` can end it from anywhere."""
+class RemoteRequest:
+    """A request of the remote server. A task reads the events, so that `abort` can end it from anywhere."""
 
     def __init__(self, response: httpx.Response, posted: float) -> None:
         self._response = response
         self._posted = posted
         self._first: float | None = None
         self._ended = posted
-        self._told: dict[str, Any] = {}
-        self._told_alone = False  # in an event without choices
-        self._num_new: int | None = None  # tokens, as it was told
+        self._usage: dict[str, Any] = {}
+        self._usage_is_alone = False  # in an event without choices
+        self._num_new: int | None = None  # tokens, as the server counted them
         self._num_pieces = 0
         self._begun: set[int] = set()  # choices that have a text
         self._chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
@@ -228,11 +234,11 @@ class RemoteAnswering:
 
     @property
     def usage(self) -> Usage:
-        """As it was told; the split of the prompt is known where the other server gives it."""
-        details = self._told.get("prompt_tokens_details") or {}
+        """As the server counted; the split of the prompt is known where it gives it."""
+        details = self._usage.get("prompt_tokens_details") or {}
         num_image_tokens = details.get("image_tokens") or 0
         return Usage(
-            num_text_tokens=self._told.get("prompt_tokens", 0) - num_image_tokens,
+            num_text_tokens=self._usage.get("prompt_tokens", 0) - num_image_tokens,
             num_image_tokens=num_image_tokens,
             num_cached_tokens=details.get("cached_tokens") or 0,
             num_new_tokens=self._num_pieces if self._num_new is None else self._num_new,
@@ -275,11 +281,11 @@ class RemoteAnswering:
             await self._response.aclose()
 
     def _note_usage(self, usage: dict[str, Any], *, alone: bool) -> None:
-        """What comes with choices is a sum so far; llama.cpp tells the cost of each choice in an event of its own."""
-        before = self._num_new if alone and self._told_alone else None
+        """What comes with choices is a sum so far; llama.cpp sends the usage of each choice in an event of its own."""
+        before = self._num_new if alone and self._usage_is_alone else None
         if "completion_tokens" in usage:
             self._num_new = usage["completion_tokens"] + (before or 0)
-        self._told, self._told_alone = usage, alone
+        self._usage, self._usage_is_alone = usage, alone
 
     def _take(self, choice: dict[str, Any], open_choices: set[int]) -> None:
         index = choice.get("index", 0)

@@ -1,4 +1,4 @@
-"""What a server knows of a model whose files are on this machine: its card, how it cuts images, how its tokens read.
+"""What a server knows of a model whose files are on this machine: its card, image layouts, and the text of tokens.
 
 In: a loaded model. Out: a `ServedModel`, without the weights, so that it can go from one process to another.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class KnownModel:
+class LocalModel:
     card: ModelCard
     tokenizer: Any
     processor: Processor | None
@@ -30,7 +30,7 @@ class KnownModel:
     _texts: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, loaded: LoadedModel, *, name: str, conv_mode: str | None, context_len: int) -> KnownModel:
+    def of(cls, loaded: LoadedModel, *, name: str, conv_mode: str | None, context_len: int) -> LocalModel:
         conv_mode = conv_mode or loaded.conv_mode
         card = ModelCard(
             name=name,

@@ -1,7 +1,8 @@
-"""An engine in a process of its own as a server's backend.
+"""The backend that runs the engine in a process of its own.
 
-In: requests from an event loop. Out: chunks for it. Server and engine each have a Python of their own, so that reading
-requests and writing answers takes no time from the thread that feeds the GPU. What runs over there is subprocess_main.py.
+In: requests from an event loop. Out: chunks for it. Server and engine each have an interpreter of
+their own, so that reading requests and writing answers takes no time from the thread that feeds the GPU. The engine's process
+runs subprocess_main.py.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from llava.engine.config import EngineClosed
 from llava.engine.handle import PendingAnswer, Wakeups
 from llava.engine.request import Chunk, Request
 from llava.serve.backends.base import BackendError
-from llava.serve.backends.in_process import EngineAnswering, gauges, told
-from llava.serve.backends.pipe import Line
-from llava.serve.backends.served_model import KnownModel
-from llava.serve.backends.subprocess_main import Abort, Ask, Ended, News, Order, Said, name_of
+from llava.serve.backends.in_process import EngineRequest, gauges, server_error
+from llava.serve.backends.pipe import MessagePipe
+from llava.serve.backends.served_model import LocalModel
+from llava.serve.backends.subprocess_main import (
+    AbortCommand,
+    ChunkEvent,
+    EndEvent,
+    StartCommand,
+    StepEvents,
+    SubmitCommand,
+    request_id_of,
+)
 
 if TYPE_CHECKING:
     from llava.engine.base import EngineStats
@@ -58,23 +67,23 @@ class ProcessBackend:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
-        self._line = Line(here)
+        self._pipe = MessagePipe(here)
         try:
-            self._line.tell(Order(load, name, conv_mode, config, log_level))
-            first = self._line.read(default=None)
+            self._pipe.send(StartCommand(load, name, conv_mode, config, log_level))
+            first = self._pipe.read(default=None)
             if first is None:
-                raise EngineClosed(f"the engine did not start: {self._last_words()}")
+                raise EngineClosed(f"the engine did not start: {self._exit_reason()}")
             if isinstance(first, Exception):
                 raise first
         except BaseException:
             self._process.kill()
-            self._line.close()
+            self._pipe.close()
             self._process.wait()
             raise
-        self.model: KnownModel = first
+        self.model: LocalModel = first
         self._numbers = itertools.count()
-        self._pending: dict[int, _Pending] = {}
-        self._lock = threading.Lock()  # for asking against the end of the line
+        self._pending: dict[int, PipeHandle] = {}
+        self._lock = threading.Lock()  # of `_pending`, against the end of the pipe
         self._wakeups = Wakeups()
         self._stats: EngineStats | None = None
         self._alive = True  # as the engine itself says
@@ -87,23 +96,23 @@ class ProcessBackend:
     def pid(self) -> int:
         return self._process.pid
 
-    async def start(self, request: Request, *, streamed: bool) -> EngineAnswering:
+    async def start(self, request: Request, *, streamed: bool) -> EngineRequest:
         number = next(self._numbers)
-        name = name_of(number)
-        pending = _Pending(name, lambda _: self._line.tell(Abort(number)), self._wakeups)
+        name = request_id_of(number)
+        pending = PipeHandle(name, lambda _: self._pipe.send(AbortCommand(number)), self._wakeups)
         with self._lock:
             if self._gone is not None:
                 raise BackendError(f"the engine is gone: {self._gone}")
             self._pending[number] = pending
-            self._line.tell(Ask(number, replace(request, request_id=name), streamed))
+            self._pipe.send(SubmitCommand(number, replace(request, request_id=name), streamed))
         try:
-            await pending.taken.wait()
+            await pending.accepted.wait()
         except asyncio.CancelledError:
             pending.abort()
             raise
         if pending.refusal is not None:
-            raise told(pending.refusal)
-        return EngineAnswering(pending, streamed)
+            raise server_error(pending.refusal)
+        return EngineRequest(pending, streamed)
 
     def gauges(self) -> Mapping[str, float]:
         return {} if self._stats is None else gauges(self._stats)
@@ -116,7 +125,7 @@ class ProcessBackend:
 
     def _close(self) -> None:
         self._closing = True
-        self._line.close()
+        self._pipe.close()
         try:
             self._process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -124,32 +133,32 @@ class ProcessBackend:
             self._process.wait()
         self._listener.join()
 
-    # The thread that reads the line.
+    # The thread that reads the pipe.
 
     def _listen(self) -> None:
-        for news in self._line:
-            self._take(news)
+        for events in self._pipe:
+            self._receive(events)
             self._wakeups.send()
-        last_words = self._last_words()
+        reason = self._exit_reason()
         with self._lock:
-            self._gone = last_words
+            self._gone = reason
         if not self._closing:
-            logger.error("the engine is gone: %s", last_words)
+            logger.error("the engine is gone: %s", reason)
         for number in list(self._pending):
-            self._end(number, EngineClosed(f"the engine ended before the answer did: {last_words}"))
+            self._end(number, EngineClosed(f"the engine ended before the answer did: {reason}"))
         self._wakeups.send()
 
-    def _take(self, news: News) -> None:
-        self._stats, self._alive = news.stats, news.alive
-        for event in news.events:
+    def _receive(self, events: StepEvents) -> None:
+        self._stats, self._alive = events.stats, events.alive
+        for event in events.events:
             pending = self._pending.get(event.number)
             if pending is None:  # it was over before it was said to be taken
                 continue
-            if isinstance(event, Said):
+            if isinstance(event, ChunkEvent):
                 pending.put(Chunk(*event.chunk))
-            elif isinstance(event, Ended):
+            elif isinstance(event, EndEvent):
                 self._end(event.number, event.result)
-            pending.note_taken()
+            pending.note_accepted()
 
     def _end(self, number: int, result: Any) -> None:
         pending = self._pending.pop(number)
@@ -158,8 +167,8 @@ class ProcessBackend:
         else:
             pending.refuse_or_fail(result)
 
-    def _last_words(self) -> str:
-        """How the process ended, which may be a moment after its line did."""
+    def _exit_reason(self) -> str:
+        """How the process ended, which may be a moment after its pipe did."""
         if self._closing:
             return "it was closed"
         try:
@@ -169,23 +178,23 @@ class ProcessBackend:
         return f"its process was ended by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
-class _Pending(PendingAnswer):
-    """A request over there. It may be refused until it is taken."""
+class PipeHandle(PendingAnswer):
+    """The handle of a request in the other process, which may be refused until it is accepted."""
 
     def __init__(self, name: str, abort: Callable[[str], None], wakeups: Wakeups) -> None:
         super().__init__(name, abort, wakeups)
-        self.taken = asyncio.Event()  # or refused
+        self.accepted = asyncio.Event()  # or refused
         self.refusal: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
 
-    def note_taken(self) -> None:
-        """The first word about it; from the thread that reads."""
+    def note_accepted(self) -> None:
+        """Note that the engine took it; called by the thread that reads."""
         if self._loop is not None:
-            self._wakeups.add(self._loop, self.taken)
+            self._wakeups.add(self._loop, self.accepted)
             self._loop = None
 
     def refuse_or_fail(self, error: Exception) -> None:
         if self._loop is not None:
             self.refusal = error
         self.fail(error)
-        self.note_taken()
+        self.note_accepted()

@@ -1,7 +1,7 @@
-"""The engine in a process of its own: what runs there.
+"""The engine's process: receives requests over a pipe, and sends what the engine gives.
 
-In, on a line: how to load the model; then requests, and which to abort. Out: what the model is; then what comes of the
-requests, all of a step of the engine together. subprocess.py starts it, and it ends when the line does. It takes no
+In: how to load the model; then requests, and which to abort. Out: what the model is; then the events of the requests, those
+of one step of the engine together. subprocess.py starts it, and it ends when the line does. It takes no
 signals: a terminal and a service manager send theirs to every process, and answers on their way shall be finished.
 """
 
@@ -24,8 +24,8 @@ from llava.engine.handle import RequestHandle
 from llava.engine.request import Chunk, Request
 from llava.engine.selection import open_engine
 from llava.errors import InputError
-from llava.serve.backends.pipe import Line
-from llava.serve.backends.served_model import KnownModel
+from llava.serve.backends.pipe import MessagePipe
+from llava.serve.backends.served_model import LocalModel
 from llava.serve.process import freeze_heap, set_up_logging, shorten_switch_interval
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ IMAGE_THREADS = 4  # make prompts with images; text is made by the thread that r
 
 
 @dataclass(frozen=True)
-class Order:
-    """The first value on the line: which engine is wanted."""
+class StartCommand:
+    """The first value on the pipe: which engine to start."""
 
     load: Callable[[], LoadedModel]
     name: str
@@ -48,123 +48,123 @@ class Order:
     log_level: str
 
 
-class Ask(NamedTuple):
-    number: int  # the asker's name for it
+class SubmitCommand(NamedTuple):
+    number: int  # the sender's name for it
     request: Request
     streamed: bool
 
 
-class Abort(NamedTuple):
+class AbortCommand(NamedTuple):
     number: int
 
 
-class Taken(NamedTuple):
+class RequestAccepted(NamedTuple):
     number: int
 
 
-class Said(NamedTuple):
+class ChunkEvent(NamedTuple):
     number: int
     chunk: tuple[Any, ...]  # the fields of a Chunk, which travel at a third of its cost
 
 
-class Ended(NamedTuple):
+class EndEvent(NamedTuple):
     number: int
     result: Any  # or the exception that ended it
 
 
-class News(NamedTuple):
-    """What has come since the last time, and how the engine is."""
+class StepEvents(NamedTuple):
+    """All events since the last message, and the state of the engine."""
 
-    events: list[Taken | Said | Ended]
+    events: list[RequestAccepted | ChunkEvent | EndEvent]
     stats: EngineStats
     alive: bool
 
 
-class Host:
-    """An engine that is asked, and answers, over a line."""
+class EngineHost:
+    """An engine behind a pipe."""
 
-    def __init__(self, engine: BaseEngine, line: Line) -> None:
+    def __init__(self, engine: BaseEngine, pipe: MessagePipe) -> None:
         self._engine = engine
-        self._line = line
-        self._events: deque[Taken | Said | Ended] = deque()
+        self._pipe = pipe
+        self._events: deque[RequestAccepted | ChunkEvent | EndEvent] = deque()
         self._pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="llava-prompt")
-        self._telling, self._lock = threading.Lock(), threading.Lock()
-        self._being_made: dict[int, bool] = {}  # prompts with images, and whether they are wanted no more
+        self._sending, self._lock = threading.Lock(), threading.Lock()
+        self._being_built: dict[int, bool] = {}  # requests with images, and whether they were aborted meanwhile
 
     def serve(self) -> None:
-        for word in self._line:
-            if isinstance(word, Abort):
-                self._abort(word.number)
-            elif word.request.images:
-                self._being_made[word.number] = False
-                self._pool.submit(self._make, word)
+        for message in self._pipe:
+            if isinstance(message, AbortCommand):
+                self._abort(message.number)
+            elif message.request.images:
+                self._being_built[message.number] = False
+                self._pool.submit(self._build, message)
             else:
-                self._hand_in(word)
+                self._submit(message)
         self._pool.shutdown(cancel_futures=True)
 
-    def note(self, event: Said | Ended) -> None:
-        """From the engine's thread, which calls `tell` after the step."""
+    def add_event(self, event: ChunkEvent | EndEvent) -> None:
+        """From the engine's thread, which calls `send_events` after the step."""
         self._events.append(event)
 
-    def tell(self) -> None:
-        with self._telling:  # or what one thread took out first might be told last
+    def send_events(self) -> None:
+        with self._sending:  # else what one thread took first might be sent last
             events = [self._events.popleft() for _ in range(len(self._events))]
-            self._line.tell(News(events, self._engine.stats(), self._engine.alive))
+            self._pipe.send(StepEvents(events, self._engine.stats(), self._engine.alive))
 
-    def _hand_in(self, ask: Ask) -> None:
-        make_handle = partial(ToldHandle, self, ask.number)
+    def _submit(self, command: SubmitCommand) -> None:
+        make_handle = partial(ForwardingHandle, self, command.number)
         try:
-            self._engine.submit(ask.request, streamed=ask.streamed, make_handle=make_handle)
+            self._engine.submit(command.request, streamed=command.streamed, make_handle=make_handle)
         except Exception as error:
             if not isinstance(error, (InputError, EngineError)):
-                logger.exception("a request could not be handed in")
-            self._events.append(Ended(ask.number, plain(error)))
+                logger.exception("a request could not be submitted")
+            self._events.append(EndEvent(command.number, picklable(error)))
         else:
-            self._events.append(Taken(ask.number))
-        self.tell()
+            self._events.append(RequestAccepted(command.number))
+        self.send_events()
 
-    def _make(self, ask: Ask) -> None:
-        self._hand_in(ask)
+    def _build(self, command: SubmitCommand) -> None:
+        self._submit(command)
         with self._lock:
-            unwanted = self._being_made.pop(ask.number)
+            unwanted = self._being_built.pop(command.number)
         if unwanted:
-            self._engine.abort(name_of(ask.number))
+            self._engine.abort(request_id_of(command.number))
 
     def _abort(self, number: int) -> None:
         with self._lock:
-            if number in self._being_made:
-                self._being_made[number] = True
-        self._engine.abort(name_of(number))
+            if number in self._being_built:
+                self._being_built[number] = True
+        self._engine.abort(request_id_of(number))
 
 
-class ToldHandle(RequestHandle):
-    """A request whose asker is elsewhere: what comes of it is told, and kept by nobody here."""
+class ForwardingHandle(RequestHandle):
+    """The handle of a request of the other process: forwards what comes, and keeps nothing."""
 
-    def __init__(self, host: Host, number: int, *given: Any) -> None:
+    def __init__(self, host: EngineHost, number: int, *given: Any) -> None:
         super().__init__(*given)
         self._host, self._number = host, number
 
     def put(self, chunk: Chunk) -> None:
         fields = (chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason)
-        self._tell(Said(self._number, fields))
+        self._forward(ChunkEvent(self._number, fields))
 
     def finish(self, result: Any) -> None:
-        self._tell(Ended(self._number, result))
+        self._forward(EndEvent(self._number, result))
 
     def fail(self, error: BaseException) -> None:
-        self._tell(Ended(self._number, plain(error)))
+        self._forward(EndEvent(self._number, picklable(error)))
 
-    def _tell(self, event: Said | Ended) -> None:
-        self._host.note(event)
-        self._wakeups.add_call(self._host.tell)
-
-
-def name_of(number: int) -> str:
-    return f"asked-{number}"
+    def _forward(self, event: ChunkEvent | EndEvent) -> None:
+        self._host.add_event(event)
+        self._wakeups.add_call(self._host.send_events)
 
 
-def plain(error: BaseException) -> Exception:
-    """An error in a form that can travel: its kind, as far as askers tell kinds apart, and its sentence."""
+def request_id_of(number: int) -> str:
+    return f"request-{number}"
+
+
+def picklable(error: BaseException) -> Exception:
+    """An error that pickles: of its kind, as far as servers distinguish kinds, with its message."""
     kind = next((kind for kind in (InputError, QueueFull) if isinstance(error, kind)), EngineError)
     return kind(str(error) if isinstance(error, (InputError, EngineError)) else f"{type(error).__name__}: {error}")
 
@@ -173,18 +173,20 @@ def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     shorten_switch_interval()
-    line = Line(socket.socket(fileno=descriptor))
-    order: Order | None = line.read(default=None)
-    if order is None:
+    pipe = MessagePipe(socket.socket(fileno=descriptor))
+    command: StartCommand | None = pipe.read(default=None)
+    if command is None:
         return
-    set_up_logging(order.log_level)
+    set_up_logging(command.log_level)
     try:
-        loaded = order.load()
-        with open_engine(loaded, order.config) as engine:
-            line.tell(KnownModel.of(loaded, name=order.name, conv_mode=order.conv_mode, context_len=engine.context_len))
+        loaded = command.load()
+        with open_engine(loaded, command.config) as engine:
+            pipe.send(
+                LocalModel.of(loaded, name=command.name, conv_mode=command.conv_mode, context_len=engine.context_len)
+            )
             freeze_heap()
-            Host(engine, line).serve()
+            EngineHost(engine, pipe).serve()
     except InputError as error:
-        line.tell(plain(error))
+        pipe.send(picklable(error))
     finally:
-        line.close()
+        pipe.close()
