@@ -196,7 +196,7 @@ def _read_saved(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_exchange(row: Any) -> bool:
+def _is_exchange(row: object) -> bool:
     return (
         isinstance(row, dict)
         and isinstance(row.get("question"), str)

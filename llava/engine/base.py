@@ -24,8 +24,11 @@ from llava.engine.sequence import GenerationState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import EngineWorker
 from llava.errors import InputError
+from llava.model.builder import LoadedModel
+from llava.model.protocols import LanguageModel
 from llava.processor import Processor
 from llava.text.detokenizer import IncrementalDetokenizer
+from llava.text.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class BaseEngine(ABC):
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         processor: Processor,
         config: EngineConfig,
         worker: EngineWorker,
@@ -88,7 +91,7 @@ class BaseEngine(ABC):
         self._close = weakref.finalize(self, worker.close)
 
     @classmethod
-    def from_loaded(cls, loaded: Any, config: EngineConfig | None = None) -> Self:
+    def from_loaded(cls, loaded: LoadedModel, config: EngineConfig | None = None) -> Self:
         """The engine of what `llava.load` returned. A language model without a vision tower answers text."""
         processor = loaded.processor or Processor(loaded.tokenizer)
         return cls(loaded.model, processor, config)  # type: ignore[call-arg,arg-type]
@@ -239,7 +242,7 @@ class BaseEngine(ABC):
         return ends, stop
 
 
-def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_ids_of(model: LanguageModel, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens at which `model.generate` ends too."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]

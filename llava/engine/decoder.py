@@ -24,6 +24,7 @@ from llava.engine.config import UnsupportedModelError
 from llava.engine.kernels.base import AttentionParams, AttentionPlan, Kernels, KVCache, Weight
 from llava.engine.kernels.quantized import QuantizedWeight, quantize
 from llava.model.config import language_model_type
+from llava.model.protocols import LanguageModel
 
 PACKED_BYTES = 2**30  # weights of small models on a CPU are copied into a faster layout; large ones are not held twice
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # one table of angles serves every length
@@ -73,7 +74,9 @@ class Shape:
 class Decoder:
     """A language model over a paged cache. `caches` are keys and values (B, b, K, d) of each layer."""
 
-    def __init__(self, model: Any, kernels: Kernels, *, weights: str | None = None, max_positions: int) -> None:
+    def __init__(
+        self, model: LanguageModel, kernels: Kernels, *, weights: str | None = None, max_positions: int
+    ) -> None:
         reason = unsupported_reason(model)
         if reason is not None:
             raise UnsupportedModelError(reason)
@@ -154,7 +157,7 @@ class Decoder:
         return kernels.add_layer_norm_(update, residual, norm.weight, norm.bias, norm.eps)
 
 
-def unsupported_reason(model: Any) -> str | None:
+def unsupported_reason(model: LanguageModel) -> str | None:
     """Why the engine cannot run this model, as a sentence; None where it can."""
     kind = language_model_type(model.config.to_dict())
     if kind not in READERS:
@@ -176,16 +179,16 @@ def unsupported_reason(model: Any) -> str | None:
     return None
 
 
-def inner_model(model: Any) -> Any:
+def inner_model(model: LanguageModel) -> Any:
     """What holds embeddings and layers; a plain language model of transformers has it as well."""
     return getattr(model, model.base_model_prefix)
 
 
-def _projection_bytes(model: Any) -> int:
+def _projection_bytes(model: LanguageModel) -> int:
     return sum(module.weight.nbytes for module in _projections(model))
 
 
-def _projections(model: Any) -> Iterable[nn.Module]:
+def _projections(model: LanguageModel) -> Iterable[nn.Module]:
     """The modules that multiply by a weight in the language model's layers, and the output layer."""
     for name, module in inner_model(model).named_modules():
         if not name.startswith(("vision_tower", "mm_projector")) and hasattr(module, "in_features"):
@@ -239,7 +242,7 @@ def _joined_bias(modules: Sequence[Any]) -> Tensor | None:
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
-def _angles(model: Any, num_positions: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _angles(model: LanguageModel, num_positions: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """cos and sin (P, d) of every position, from the model's own module, rounded as it rounds them."""
     rotary = getattr(inner_model(model), "rotary_emb", None)
     if rotary is None:
@@ -254,7 +257,7 @@ def _angles(model: Any, num_positions: int, dtype: torch.dtype) -> tuple[Tensor 
 # Which part of a transformers model is which part of a layer.
 
 
-def _read_llama(model: Any, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
+def _read_llama(model: LanguageModel, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
     """Llama, Mistral, Qwen2 and Qwen3: the same layers with or without biases, windows and norms of heads."""
     config, inner = model.config, inner_model(model)
     layers = []
@@ -295,7 +298,7 @@ def _rms(norm: Any) -> Norm:
     return Norm(norm.weight.data, None, norm.variance_epsilon)
 
 
-def _read_mpt(model: Any, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
+def _read_mpt(model: LanguageModel, store: _WeightStore) -> tuple[Shape, list[Layer], Norm]:
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
     config, inner = model.config, inner_model(model)
@@ -330,7 +333,7 @@ def _layer_norm(norm: Any) -> Norm:
     return Norm(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps)
 
 
-READERS: dict[str, Callable[[Any, _WeightStore], tuple[Shape, list[Layer], Norm]]] = {
+READERS: dict[str, Callable[[LanguageModel, _WeightStore], tuple[Shape, list[Layer], Norm]]] = {
     "llama": _read_llama,
     "mistral": _read_llama,
     "qwen2": _read_llama,

@@ -11,7 +11,7 @@ in base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 
@@ -34,6 +34,7 @@ from llava.engine.sequence import ScoringState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.errors import InputError
 from llava.images.gpu_preprocess import GpuPreprocessor
+from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
 
@@ -44,7 +45,7 @@ class Engine(BaseEngine):
     The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away.
     """
 
-    def __init__(self, model: Any, processor: Processor, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: LlavaModel, processor: Processor, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         on_gpu = torch.device(model.device).type == "cuda"
         max_positions = min(config.context_len or context_len(model.config), context_len(model.config))

@@ -12,6 +12,7 @@ import numpy as np
 
 from llava.engine.request import SamplingParams
 from llava.errors import InputError, require
+from llava.text.tokenization import Tokenizer
 
 # One way to write each value. Where any blank space may stand between two tokens, a small model writes it without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -20,7 +21,7 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 class GrammarMaker:
     """Makes grammars for one tokenizer. Reading its vocabulary happens once, at the first request that needs it."""
 
-    def __init__(self, tokenizer: Any, *, vocab_size: int, end_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = end_ids
@@ -90,7 +91,7 @@ class Grammar:
 class _Vocabulary:
     """What llguidance asks of a tokenizer: the bytes of each token, and ids of a text."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_id: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = end_id
         self.bos_token_id = tokenizer.bos_token_id

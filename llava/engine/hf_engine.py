@@ -29,9 +29,12 @@ from llava.engine.sequence import GenerationState, RequestState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import EngineWorker
 from llava.errors import InputError
+from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings
+from llava.model.protocols import LanguageModel, LlavaModel
 from llava.model.tokenizer_setup import context_len
 from llava.processor import ModelInputs, Processor
+from llava.text.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ModelPrompt(Prompt):
 class HFEngine(BaseEngine):
     """Answers requests through `model.generate`, one after another."""
 
-    def __init__(self, model: Any, processor: Processor, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: LanguageModel, processor: Processor, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         if config.weights is not None:
             raise InputError(
@@ -71,7 +74,7 @@ class HFEngine(BaseEngine):
         )
 
     @classmethod
-    def of_parts(cls, model: Any, tokenizer: Any, image_processor: Any) -> HFEngine:
+    def of_parts(cls, model: LlavaModel, tokenizer: Tokenizer, image_processor: ClipImageProcessor) -> HFEngine:
         """The engine of what `load_pretrained_model` returned."""
         use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
         return cls(
@@ -117,7 +120,7 @@ class HFEngine(BaseEngine):
 class GenerateLoop(EngineWorker):
     """The thread that calls `model.generate`."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_waiting: int) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, max_waiting: int) -> None:
         super().__init__(max_waiting=max_waiting)
         self._model, self._tokenizer = model, tokenizer
         self._queue: deque[RequestState] = deque()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from llava.engine.sampler import Sampler, SamplerOutput
 from llava.engine.scheduler import ScheduledChunk, SchedulerOutput
 from llava.engine.sequence import Sequence
 from llava.images.gpu_preprocess import GpuPreprocessor
+from llava.model.protocols import LlavaModel
 from llava.model.splice import splice
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class InFlightStep:
 class Runner:
     def __init__(
         self,
-        model: Any,
+        model: LlavaModel,
         decoder: Decoder,
         sampler: Sampler,
         features: EncoderCache,

@@ -9,7 +9,7 @@ Protocol is in text/tokenization.py, the image processor's in images/image_proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -148,7 +148,11 @@ class LlavaModel(LanguageModel, Protocol):
     def image_policy(self) -> ImagePolicy: ...
     def encode_images(self, images: Tensor) -> Tensor: ...
     def image_features(
-        self, images: Tensor | Sequence[Tensor], image_sizes: Sequence[Sequence[int]] | None
+        self,
+        images: Tensor | Sequence[Tensor],
+        image_sizes: Sequence[Sequence[int]] | None,
+        *,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]: ...
     def prepare_inputs_labels_for_multimodal(
         self,

@@ -26,11 +26,11 @@ class MessagePipe:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._incoming = end.makefile("rb")
-        self._outgoing: SimpleQueue[Any] = SimpleQueue()
+        self._outgoing: SimpleQueue[object] = SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="llava-pipe", daemon=True)
         self._sender.start()
 
-    def send(self, value: Any) -> None:
+    def send(self, value: object) -> None:
         self._outgoing.put(value)
 
     def __iter__(self) -> Iterator[Any]:

@@ -106,7 +106,7 @@ class RemoteBackend:
     async def close(self) -> None:
         await self._client.aclose()
 
-    def _translated(self, request: Request) -> tuple[str, dict[str, Any]]:
+    def _translated(self, request: Request) -> tuple[str, dict[str, object]]:
         body = {"model": self._name, "stream": True, "stream_options": {"include_usage": True}}
         body |= _sampling(request.sampling)
         stop = list(request.sampling.stop)
@@ -126,9 +126,9 @@ class RemoteBackend:
 
 def messages_of(
     conversation: Conversation, images: Sequence[Image.Image], card: ModelCard, details: Sequence[Detail] = ()
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """A conversation as chat messages. A system text that is only the template's own is left to the other server."""
-    messages: list[dict[str, Any]] = []
+    messages: list[dict[str, object]] = []
     if conversation.system and conversation.system != card.template.system:
         messages.append({"role": "system", "content": conversation.system.removeprefix("<|im_start|>system\n")})
     left = list(zip(images, details or ["auto"] * len(images), strict=True))
@@ -138,7 +138,7 @@ def messages_of(
                 messages.append({"role": "assistant", "content": text})
             continue
         before, *after = text.split(card.image_placeholder)
-        parts: list[dict[str, Any]] = [_text(before)]
+        parts: list[dict[str, object]] = [_text(before)]
         for piece in after:
             image, detail = left.pop(0)
             url = {"url": _data_url(image)} | ({"detail": detail} if detail != "auto" else {})
@@ -148,7 +148,7 @@ def messages_of(
     return messages
 
 
-def _text(text: str) -> dict[str, Any]:
+def _text(text: str) -> dict[str, object]:
     return {"type": "text", "text": text}
 
 
@@ -158,7 +158,7 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _sampling(params: SamplingParams) -> dict[str, Any]:
+def _sampling(params: SamplingParams) -> dict[str, object]:
     """The fields that were given; the last five are not OpenAI's."""
     if params.logprobs is not None:
         raise InputError("this worker passes requests on to another server and gives no logprobs")
@@ -193,7 +193,7 @@ def _refused(status: int, text: str) -> Exception:
     return BackendError(f"the server that answers failed with status {status}: {message}")
 
 
-def _message(values: Any) -> str | None:
+def _message(values: object) -> str | None:
     """The sentence in an error's body, in one of the forms that servers have for it."""
     error = values.get("error", values.get("detail")) if isinstance(values, dict) else None
     found = error.get("message") if isinstance(error, dict) else error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.conversation import get_template, image_placeholder
 from llava.engine.prompt import prompt_bytes
@@ -15,6 +15,7 @@ from llava.engine.request import Detail
 from llava.model.config import LlavaSettings
 from llava.processor import Processor
 from llava.serve.backends.base import ModelCard
+from llava.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from llava.images.layout import ImageLayout
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @dataclass
 class LocalModel:
     card: ModelCard
-    tokenizer: Any
+    tokenizer: Tokenizer
     processor: Processor | None
     tile_side: int  # 0 where it does not see
     _texts: dict[int, str] = field(default_factory=dict)
