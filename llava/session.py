@@ -85,7 +85,7 @@ class Session:
         """Ask about images (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
         self.attach([LoadedImage.open(image) for image in images])
         with self.ask(question) as handle:
-            text: str = handle.result().text
+            text = handle.result().text
         self.record(question, text)
         return text
 

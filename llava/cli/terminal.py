@@ -86,8 +86,7 @@ def show(handle: RequestHandle, write: Callable[[str], None]) -> Result:
             handle.abort()
             for chunk in handle:  # text generated before that
                 write(chunk.text)
-        result: Result = handle.result()
-        return result
+        return handle.result()
 
 
 def quiet_libraries() -> None:

@@ -12,7 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from typing import Self, TypeVar, overload
 
 from llava.conversation import Conversation, answer_end
 from llava.engine.config import EngineConfig
@@ -29,6 +29,8 @@ from llava.model.protocols import LanguageModel
 from llava.processor import Processor
 from llava.text.detokenizer import IncrementalDetokenizer
 from llava.text.tokenization import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class BaseEngine(ABC):
         """Answer one request, or many in the order given; waits for all, and for room in the queue."""
         if isinstance(requests, Request):
             return self.submit(requests, streamed=False, wait=True).result()
-        return self._results([self.submit(request, streamed=False, wait=True) for request in requests])
+        handles = [self.submit(request, streamed=False, wait=True) for request in requests]
+        return self._wait_for_all(handles, RequestHandle.result)
 
     def submit(
         self,
@@ -223,9 +226,9 @@ class BaseEngine(ABC):
         # The handle keeps this engine alive until it is dropped itself.
         return make_handle(request_id or f"request-{next(self._numbers)}", self.abort, self._worker.wakeups, size, room)
 
-    def _results(self, handles: Sequence[RequestHandle]) -> list[Any]:
+    def _wait_for_all(self, handles: Sequence[RequestHandle], wait: Callable[[RequestHandle], T]) -> list[T]:
         try:
-            return [handle.result() for handle in handles]
+            return [wait(handle) for handle in handles]
         except BaseException:  # one has failed, or Ctrl-C: nobody waits for the others
             for handle in handles:
                 handle.abort()

@@ -119,8 +119,8 @@ class Engine(BaseEngine):
     def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Score | list[Score]:
         """How likely given continuations are, of one request or of many together."""
         if isinstance(requests, ScoreRequest):
-            return self._submit_score(requests).result()
-        return self._results([self._submit_score(request) for request in requests])
+            return self._submit_score(requests).score()
+        return self._wait_for_all([self._submit_score(request) for request in requests], RequestHandle.score)
 
     def stats(self) -> EngineStats:
         worker, scheduler, pool = self._worker, self._worker.scheduler, self._pool

@@ -10,9 +10,9 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
 
-from llava.engine.request import Chunk, PromptSize
+from llava.engine.request import Chunk, PromptSize, Result, Score
 
 
 class Wakeups:
@@ -58,7 +58,7 @@ class PendingAnswer:
         self._wakeups = wakeups
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
-        self._result: Any = None
+        self._result: Result | Score | None = None
         self._error: BaseException | None = None
         self._done = False
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None  # an event loop's reader
@@ -80,8 +80,19 @@ class PendingAnswer:
     def done(self) -> bool:
         return self._done
 
-    def result(self, timeout: float | None = None) -> Any:
-        """The finished request's `Result` (or `Score`); raises what went wrong, or TimeoutError."""
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the request's result; raises what went wrong, or TimeoutError after `timeout` seconds."""
+        result = self._wait_for_result(timeout)
+        assert isinstance(result, Result)
+        return result
+
+    def score(self, timeout: float | None = None) -> Score:
+        """`result` of a request to score."""
+        score = self._wait_for_result(timeout)
+        assert isinstance(score, Score)
+        return score
+
+    def _wait_for_result(self, timeout: float | None) -> Result | Score | None:
         if not self.wait_until_done(timeout):
             raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
         if self._error is not None:
@@ -96,7 +107,7 @@ class PendingAnswer:
                 self._changed.wait(1.0)
             return self._changed.wait_for(lambda: self._done, timeout)
 
-    async def wait(self) -> Any:
+    async def wait(self) -> Result:
         """`result()` for an event loop."""
         async for _ in self:
             pass
@@ -163,13 +174,13 @@ class PendingAnswer:
             self._chunks.append(chunk)
             self._notify()
 
-    def finish(self, result: Any) -> None:
+    def finish(self, result: Result | Score) -> None:
         self._end(result, None)
 
     def fail(self, error: BaseException) -> None:
         self._end(None, error)
 
-    def _end(self, result: Any, error: BaseException | None) -> None:
+    def _end(self, result: Result | Score | None, error: BaseException | None) -> None:
         with self._changed:
             if not self._done:
                 self._result, self._error, self._done = result, error, True

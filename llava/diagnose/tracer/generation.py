@@ -80,7 +80,7 @@ def trace_question(
         _record_template(record, template, conv_mode or loaded.conv_mode)
         with engine:
             try:
-                result: Result = session.ask(question).result()
+                result = session.ask(question).result()
             except EngineError as error:  # show what failed in a hooked method as it is
                 raise error.__cause__ or error from None
         with record.stage("text"):

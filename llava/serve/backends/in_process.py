@@ -105,5 +105,4 @@ class EngineRequest:
 
     @property
     def _result(self) -> Result:
-        result: Result = self._pending.result(timeout=0)
-        return result
+        return self._pending.result(timeout=0)

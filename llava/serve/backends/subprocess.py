@@ -18,11 +18,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.engine.config import EngineClosed
 from llava.engine.handle import PendingAnswer, Wakeups
-from llava.engine.request import Chunk, Request
+from llava.engine.request import Chunk, Request, Result, Score
 from llava.serve.backends.base import BackendError
 from llava.serve.backends.in_process import EngineRequest, gauges, server_error
 from llava.serve.backends.pipe import MessagePipe
@@ -160,7 +160,7 @@ class ProcessBackend:
                 self._end(event.number, event.result)
             pending.note_accepted()
 
-    def _end(self, number: int, result: Any) -> None:
+    def _end(self, number: int, result: Result | Score | Exception) -> None:
         pending = self._pending.pop(number)
         if not isinstance(result, Exception):
             pending.finish(result)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
 from llava.engine.handle import RequestHandle
-from llava.engine.request import Chunk, Request
+from llava.engine.request import Chunk, Request, Result, Score
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.pipe import MessagePipe
@@ -69,7 +69,7 @@ class ChunkEvent(NamedTuple):
 
 class EndEvent(NamedTuple):
     number: int
-    result: Any  # or the exception that ended it
+    result: Result | Score | Exception  # the exception is what ended it
 
 
 class StepEvents(NamedTuple):
@@ -148,7 +148,7 @@ class ForwardingHandle(RequestHandle):
         fields = (chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason)
         self._forward(ChunkEvent(self._number, fields))
 
-    def finish(self, result: Any) -> None:
+    def finish(self, result: Result | Score) -> None:
         self._forward(EndEvent(self._number, result))
 
     def fail(self, error: BaseException) -> None:
