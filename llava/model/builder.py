@@ -24,7 +24,16 @@ from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
-from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
+from llava.model.checkpoints.loading import (
+    Origins,
+    build_with_transformers,
+    check_origins,
+    expected_tensors,
+    load_weights,
+    load_with_transformers,
+    plan_sources,
+    warn_of_unused_tower,
+)
 from llava.model.checkpoints.model_config import (
     build_config,
     find_base,
@@ -32,6 +41,7 @@ from llava.model.checkpoints.model_config import (
     resolved_tower_path,
     restore_config,
 )
+from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
 from llava.model.tokenizer_setup import (
@@ -184,12 +194,13 @@ def load(
     if attn_implementation is not None:
         set_attention(config, attn_implementation)
     build = _build_multimodal if is_multimodal(config.to_dict()) else _build_language_model
-    model = build(info, base_info, config, target, chosen_dtype, loader_options)
+    model, origins = build(info, base_info, config, target, chosen_dtype, loader_options)
     read_generation_config(model, info, base_info)
 
     holder = info.folder if holds_tokenizer(info.folder) or base_info is None else base_info.folder
     tokenizer = read_tokenizer(holder, model.config)
     fit_vocabulary(model, tokenizer)
+    check_origins(model, origins)
     model.eval()
 
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
@@ -247,7 +258,7 @@ def _build_multimodal(
     device: torch.device,
     dtype: torch.dtype,
     loader_options: dict[str, object],
-) -> LlavaModel:
+) -> tuple[LlavaModel, Origins]:
     from transformers.initialization import no_init_weights
 
     from llava.model.language_model.registry import llava_classes
@@ -257,19 +268,22 @@ def _build_multimodal(
     with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
         if info.stores_quantized:  # packed in a form that only the library which packed them reads
             place = loader_options.get("device_map", {"": str(device)})
-            model = model_class.from_pretrained(info.folder, config=config, dtype=dtype, device_map=place)
+            model, origins = load_quantized(model_class, config, info, dtype, place)
         elif loader_options:
-            model = build_with_transformers(model_class, config, sources, dtype, loader_options)
+            model, origins = build_with_transformers(model_class, config, sources, dtype, loader_options)
         else:
             with _default_dtype(dtype), device, no_init_weights():
                 model = model_class(copy.deepcopy(config))
-            load_weights(model, sources)
+            origins = load_weights(model, sources)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             with _default_dtype(dtype), device, no_init_weights():
                 tower.load_model()
+            prefix = f"{model_class.base_model_prefix}.vision_tower."
+            warn_of_unused_tower(sources, Path(tower.vision_tower_name))
+            origins |= {prefix + name: tower.vision_tower_name for name in expected_tensors(tower)}
     restore_config(model.config, config)
-    return model
+    return model, origins
 
 
 def _build_language_model(
@@ -279,11 +293,11 @@ def _build_language_model(
     device: torch.device,
     dtype: torch.dtype,
     loader_options: dict[str, object],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Origins]:
     from transformers import AutoModelForCausalLM
 
     folder = base_info.folder if info.needs_base and base_info is not None else info.folder
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **loader_options)
+    model, origins = load_with_transformers(AutoModelForCausalLM, folder, config=config, dtype=dtype, **loader_options)
     if info.adapter:
         if loader_options:
             raise InputError(
@@ -292,7 +306,7 @@ def _build_language_model(
         from llava.model.checkpoints.lora import load_adapter, merge_into
 
         merge_into(model, load_adapter(info.adapter, info.adapter_config or {}))
-    return model if loader_options else model.to(device)
+    return model if loader_options else model.to(device), origins
 
 
 @contextmanager

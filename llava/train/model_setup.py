@@ -26,7 +26,13 @@ from llava.errors import InputError
 from llava.images.layout import parse_pinpoints
 from llava.model.builder import load, load_tokenizer
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
-from llava.model.checkpoints.loading import build_with_transformers, load_weights, plan_sources
+from llava.model.checkpoints.loading import (
+    build_with_transformers,
+    check_origins,
+    load_weights,
+    load_with_transformers,
+    plan_sources,
+)
 from llava.model.config import LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.model.quantization import quantization_config
@@ -151,9 +157,11 @@ def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan
 
 
 def _load_text_only(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
-    return AutoModelForCausalLM.from_pretrained(
-        info.folder, dtype=plan.dtype, attn_implementation=plan.attn_implementation, **plan.loader_options
-    )
+    model, _ = load_with_transformers(
+        AutoModelForCausalLM, info.folder, dtype=plan.dtype, attn_implementation=plan.attn_implementation,
+        **plan.loader_options,
+    )  # fmt: skip
+    return model
 
 
 def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
@@ -164,7 +172,7 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
         set_attention(config, plan.attn_implementation)
     sources = plan_sources(info, None, prefix=model_class.base_model_prefix)
     if plan.quantization is not None:
-        model = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
+        model, origins = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(plan.dtype)
@@ -173,7 +181,8 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
                 model = model_class(config)
         finally:
             torch.set_default_dtype(before)
-        load_weights(model, sources)
+        origins = load_weights(model, sources)
+    check_origins(model, origins)
     if (info.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(info.folder)
     return model

@@ -133,23 +133,6 @@ def test_a_missing_tower_names_all_places(tmp_path: Path, monkeypatch: pytest.Mo
         assert str(place) in str(caught.value)
 
 
-@pytest.mark.parametrize("unfrozen", [True, False])
-def test_whose_tower_weights_win(tmp_path: Path, unfrozen: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A tower that was trained is taken from the checkpoint; a frozen copy is ignored in favour of the tower's folder."""
-    caplog.set_level("INFO")
-    folder = tiny.build(tmp_path / "m", unfreeze_mm_vision_tower=True)
-    tiny.save_tower(folder / "tower")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"unfreeze_mm_vision_tower": unfrozen}))
-    tower = load(folder, device="cpu").model.get_vision_tower()
-    name = "vision_model.embeddings.class_embedding"
-    inside = load_file(folder / "model.safetensors")[f"model.vision_tower.vision_tower.{name}"]
-    beside = load_file(folder / "tower" / "model.safetensors")[name]
-    assert not torch.equal(inside, beside)
-    assert torch.equal(tower.vision_tower.state_dict()[name], inside if unfrozen else beside)
-    assert ("ignoring 55 stored vision tower tensors" in caplog.text) == (not unfrozen)
-
-
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
 
     by_file: dict[Path, list[TensorHeader]] = {}
     tensors = {**checkpoint.tensors, **checkpoint.info.adapter}
-    if not checkpoint.info.declares_tower:  # a frozen copy of the tower, which loading ignores
+    if not checkpoint.info.trains_tower:  # a frozen copy of the tower, which loading ignores
         tensors = {name: header for name, header in tensors.items() if TOWER_INFIX not in name}
     for header in tensors.values():
         by_file.setdefault(header.file, []).append(header)

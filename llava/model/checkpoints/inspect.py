@@ -83,14 +83,23 @@ class CheckpointInfo:
         return bool(self.config.get("quantization_config")) and not self.needs_base
 
     @property
-    def declares_tower(self) -> bool:
-        """Whether a stored tower was trained, rather than being a copy of the one that the config names."""
-        return self.kind == "transformers" or bool(self.config.get("unfreeze_mm_vision_tower"))
+    def trains_tower(self) -> bool:
+        """Whether a stored tower was trained, rather than being a copy of the one that the config names.
+
+        LLaVA says so by `unfreeze_mm_vision_tower`, LLaVA-NeXT's training by the parts that it trained or their learning rate.
+        """
+        config = self.config
+        return (
+            self.kind == "transformers"
+            or bool(config.get("unfreeze_mm_vision_tower"))
+            or "mm_vision_tower" in str(config.get("mm_tunable_parts")).split(",")
+            or config.get("mm_vision_tower_lr") is not None
+        )
 
     @property
     def tower_in_checkpoint(self) -> bool:
         """Whether the tower to use is stored in this checkpoint."""
-        return self.declares_tower and self.stores_tower
+        return self.trains_tower and self.stores_tower
 
     @property
     def stored_bytes(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llava.errors import InputError
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
-from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
+from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +41,9 @@ ADDED_PART = re.compile(
 
 VISION_MODEL_LEVEL = re.compile(r"(^vision_tower\.|\.vision_tower\.vision_tower\.)vision_model\.")
 
+# Where each weight of a model comes from, by name: the file that it was read from, or the reason why it was made.
+Origins = dict[str, str]
+
 VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
 
 
@@ -51,7 +54,8 @@ class WeightSources:
     headers: Mapping[str, TensorHeader] = field(repr=False)
     folder: str
     merge: LoraMerge | None = None
-    stores_tower: bool = False  # the checkpoint's or its base's stored tower is the one to use
+    stores_tower: bool = False  # the checkpoint's or its base's stored tower is used, not its own folder's weights
+    unused_tower: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)  # stored beside a frozen tower
     may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds image tokens
 
 
@@ -68,16 +72,14 @@ def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: s
         match = ADDED_PART.fullmatch(name)
         own[f"{prefix}.{match[1]}" if match else name] = header
     headers = {**base.tensors, **base.extras, **own} if base is not None else own
-    towers = [name for name in headers if TOWER_INFIX in name]
-    if towers and not info.declares_tower:
-        tower_name = info.config.get("mm_vision_tower")
-        logger.info("ignoring %d stored vision tower tensors: %s uses its own folder's", len(towers), tower_name)
-        headers = {name: header for name, header in headers.items() if TOWER_INFIX not in name}
+    tower = {name: header for name, header in headers.items() if TOWER_INFIX in name}
+    is_trained = info.trains_tower or (base is not None and base.trains_tower)
     return WeightSources(
-        headers=headers,
+        headers=headers if is_trained else {name: header for name, header in headers.items() if name not in tower},
         folder=str(info.folder) if base is None else f"{info.folder} with the base {base.folder}",
         merge=load_adapter(_adapter_of_language_model(info), info.adapter_config or {}) if info.adapter else None,
-        stores_tower=bool(towers) and info.declares_tower,
+        stores_tower=bool(tower) and is_trained,
+        unused_tower={} if is_trained else tower,
         may_grow_vocabulary=info.needs_base,
     )
 
@@ -106,7 +108,7 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[
     """
     own_names = {_key(name): name for name in expected}
     found = {own_names[_key(name)]: header for name, header in sources.headers.items() if _key(name) in own_names}
-    _report_unexpected_keys([name for name in sources.headers if _key(name) not in own_names], sources)
+    _refuse_unexpected_keys([name for name in sources.headers if _key(name) not in own_names], sources)
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -148,19 +150,108 @@ def read_tensors(
                 yield name, grow_vocabulary(name, tensor, expected[name].shape)
 
 
-def load_weights(model: nn.Module, sources: WeightSources) -> None:
+def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
     """Load weights into a model, keeping its device and dtype; tensors are copied, so files can be overwritten later."""
     if hasattr(model, "tie_weights"):  # a model built with empty weights is not tied yet
         model.tie_weights()
     expected = expected_tensors(model)
+    found = match_names(expected, sources)
     with torch.no_grad():
-        for name, tensor in read_tensors(match_names(expected, sources), expected, sources):
+        for name, tensor in read_tensors(found, expected, sources):
             expected[name].copy_(tensor)
+    return {name: str(header.file) for name, header in found.items()}
 
 
-def load_tower_weights(tower: nn.Module, folder: Path) -> None:
+def load_tower_weights(tower: nn.Module, folder: Path) -> Origins:
     """Load the weights of a vision tower from its folder, which may hold a whole CLIP or SigLIP model with a text part."""
-    load_weights(tower, WeightSources(tower_headers(folder), str(folder)))
+    return load_weights(tower, WeightSources(tower_headers(folder), str(folder)))
+
+
+def warn_of_unused_tower(sources: WeightSources, folder: Path) -> None:
+    """Compare a stored tower, which its config does not call trained, with the one in `folder` that is used in its place.
+
+    They are equal where the tower was frozen in training. Where they are not, the original uses the folder's all the same.
+    """
+    if not sources.unused_tower:
+        return
+    used = {_key(f"model.vision_tower.{name}"): header for name, header in tower_headers(folder).items()}
+    different = [
+        name
+        for name, header in sources.unused_tower.items()
+        if (beside := used.get(_key("model" + name[name.index(TOWER_INFIX) :]))) is not None
+        and not _equal(header, beside)
+    ]
+    if different:
+        logger.warning(
+            "%s stores %d vision tower tensors that differ from those of %s (%s first). As in the original, the latter are "
+            "used, because config.json does not say that the tower was trained; if it was, set unfreeze_mm_vision_tower to "
+            "true there",
+            sources.folder, len(different), folder, different[0],
+        )  # fmt: skip
+
+
+def _equal(stored: TensorHeader, used: TensorHeader) -> bool:
+    """Whether two tensors are the same number for number in the precision of the first."""
+    first, second = read_tensor(stored), read_tensor(used)
+    return first.shape == second.shape and torch.equal(first, second.to(first.dtype))
+
+
+def load_with_transformers(
+    model_class: type[PreTrainedModel], folder: Path | None, **options: object
+) -> tuple[PreTrainedModel, Origins]:
+    """Call a class's `from_pretrained`, and refuse what transformers would fill with new numbers or leave out.
+
+    Args:
+        model_class: A model class of transformers or of this package, or one of transformers' Auto classes.
+        folder: The checkpoint; None where `state_dict` is among the options.
+        options: Other arguments of `from_pretrained`.
+
+    Returns:
+        The model, and where each of its weights comes from.
+
+    Raises:
+        InputError: A weight is not stored, or stored and not used, or of another shape.
+    """
+    # With mismatched sizes ignored, transformers reports them instead of raising an error without a name.
+    model, report = model_class.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    where = str(folder) if folder is not None else model.config.name_or_path
+    missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+    unexpected = sorted(name for name in report["unexpected_keys"] if not COMPUTED.search(name))
+    for names, fault in (
+        (missing, "is in no weight file"),
+        (unexpected, "is stored and has no use in the model"),
+        (mismatched, "is stored in another shape than the model has"),
+    ):
+        if names:
+            raise InputError(
+                f"{where}: tensor {names[0]!r} {fault}{_and_more(names)}; the checkpoint is not complete or its config.json "
+                "describes another model"
+            )
+    return model, dict.fromkeys(expected_tensors(model), where)
+
+
+def check_origins(model: nn.Module, origins: Mapping[str, str]) -> None:
+    """Check that every parameter and persistent buffer of a model was read from a file, or made for a reason.
+
+    Every way of loading ends here, so that no model is used with numbers that nobody wrote.
+
+    Args:
+        model: The model as it will be used.
+        origins: By name, the file or the reason. One name is enough for weights that are tied.
+
+    Raises:
+        InputError: A weight has no origin.
+    """
+    expected = expected_tensors(model)
+    known = {id(expected[name]) for name in origins if name in expected}
+    left = [name for name, tensor in expected.items() if id(tensor) not in known]
+    if left:
+        raise InputError(
+            f"tensor {left[0]!r} {list(expected[left[0]].shape)} of the model was read from no file{_and_more(left)}; "
+            "the checkpoint is not complete, or this is a fault of this package"
+        )
 
 
 def read_state_dict(meta_model: nn.Module, sources: WeightSources, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -179,17 +270,15 @@ def build_with_transformers(
     sources: WeightSources,
     dtype: torch.dtype,
     options: Mapping[str, object],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Origins]:
     """Build a quantized or sharded model by `from_pretrained`, with `options` for transformers and accelerate."""
     with torch.device("meta"):
         meta_model = model_class(copy.deepcopy(config))
     state = read_state_dict(meta_model, sources, dtype)
     name = config.name_or_path
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
-    model.name_or_path = model.config.name_or_path = (
-        name  # from_pretrained(None) set "None", which adapters would name as their base
-    )
-    return model
+    model, origins = load_with_transformers(model_class, None, config=config, state_dict=state, dtype=dtype, **options)
+    model.name_or_path = model.config.name_or_path = name  # "None" otherwise, which adapters would name as their base
+    return model, dict.fromkeys(origins, sources.folder)
 
 
 def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -202,21 +291,15 @@ def _key(name: str) -> str:
     return VISION_MODEL_LEVEL.sub(r"\1", name)
 
 
-def _report_unexpected_keys(names: list[str], sources: WeightSources) -> None:
+def _refuse_unexpected_keys(names: list[str], sources: WeightSources) -> None:
+    """Refuse stored tensors that the model does not have, but for buffers that every version of transformers computes."""
     unexpected = [name for name in names if not COMPUTED.search(name)]
-    structural = [name for name in unexpected if STRUCTURAL.search(name)]
-    if structural:
-        header = sources.headers[structural[0]]
+    if unexpected:
+        first = next((name for name in unexpected if STRUCTURAL.search(name)), unexpected[0])
+        header = sources.headers[first]
         raise InputError(
             f"{header.file}: tensor {header.name!r} {list(header.shape)} is unexpected in the model that the config.json "
-            f"describes{_and_more(structural)}; " + _advice(structural[0])
-        )
-    if unexpected:
-        logger.warning(
-            "%s: %d unexpected tensors are not loaded, %r first",
-            sources.folder,
-            len(unexpected),
-            unexpected[0],
+            f"describes{_and_more(unexpected)}; " + _advice(first)
         )
 
 

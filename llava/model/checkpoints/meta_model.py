@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from llava.errors import InputError
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect, tower_headers
-from llava.model.checkpoints.loading import WeightSources, expected_tensors, grow_vocabulary, match_names, plan_sources
+from llava.model.checkpoints.loading import (
+    WeightSources,
+    expected_tensors,
+    grow_vocabulary,
+    match_names,
+    plan_sources,
+    warn_of_unused_tower,
+)
 from llava.model.checkpoints.model_config import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 
@@ -87,6 +94,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     restore_config(model.config, config)
     if tower_folder is not None:
         inner = f"{model_class.base_model_prefix}.vision_tower."
+        warn_of_unused_tower(sources, tower_folder)
         towers = {inner + name: header for name, header in tower_headers(tower_folder).items()}
         sources = replace(sources, headers={**sources.headers, **towers})
     expected = expected_tensors(model)
