@@ -229,7 +229,7 @@ class BaseEngine(ABC):
     def _wait_for_all(self, handles: Sequence[RequestHandle], wait: Callable[[RequestHandle], T]) -> list[T]:
         try:
             return [wait(handle) for handle in handles]
-        except BaseException:  # one has failed, or Ctrl-C: nobody waits for the others
+        except BaseException:  # one has failed, or Ctrl-C: the others are not waited for
             for handle in handles:
                 handle.abort()
             raise

@@ -20,7 +20,7 @@ class EngineConfig:
     max_waiting: int = 2048  # requests that may wait; one more is refused with QueueFull
     max_step_tokens: int | None = None  # prompt tokens computed in one step; None: 4096 on a GPU, 512 on a CPU
     context_len: int | None = None  # positions of one sequence; None: what the model was trained with
-    block_size: int | None = None  # tokens whose keys and values lie together; None: 64 on a GPU, 16 on a CPU
+    block_size: int | None = None  # tokens of one block of keys and values; None: 64 on a GPU, 16 on a CPU
     num_blocks: int | None = None  # blocks in the pool; None: what the memory has room for
     memory_fraction: float = 0.9  # of the GPU's memory, for everything
     prefix_cache: bool = True  # keep keys and values of finished prompts for those that begin alike

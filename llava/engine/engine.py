@@ -1,7 +1,7 @@
 """The engine: many questions to one model at a time, over a paged key-value cache.
 
-In: requests (request.py) from any thread. Out: results, or handles that give chunks as they come. What its interface is stands
-in base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py computes in a thread of its own.
+In: requests (request.py) from any thread. Out: results, or handles that give chunks as they come. The interface is in
+base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py computes in a thread of its own.
 
     with Engine.from_loaded(llava.load(path)) as engine:
         results = engine.generate([Request(conversation, [image]), ...])

@@ -53,9 +53,9 @@ class SamplingParams:
     """
 
     temperature: float = 0.0  # 0: greedy
-    top_p: float | None = None  # keep the likeliest tokens that together have this much probability
-    top_k: int | None = None  # keep this many of the likeliest tokens; 0 keeps all
-    min_p: float | None = None  # keep tokens with at least this share of the likeliest one's probability
+    top_p: float | None = None  # keep the most likely tokens that together have this much probability
+    top_k: int | None = None  # keep this many of the most likely tokens; 0 keeps all
+    min_p: float | None = None  # keep tokens with at least this share of the most likely one's probability
     repetition_penalty: float | None = (
         None  # divides positive logits of tokens in prompt or answer (Keskar et al. 2019)
     )
@@ -175,7 +175,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log probability, and the likeliest alternatives as (token id, log probability)."""
+    """A token's log probability, and the most likely alternatives as (token id, log probability)."""
 
     token_id: int
     logprob: float

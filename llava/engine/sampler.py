@@ -24,7 +24,7 @@ from llava.engine.sequence import SamplingState, Sequence
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """The tokens of a step, on the device; for the rows that asked, log probabilities of the token and the likeliest ones."""
+    """The tokens of a step, on the device; for the rows that asked, log probabilities of the token and the most likely ones."""
 
     tokens: Tensor  # (S,)
     rows: tuple[int, ...] = ()  # A of them, that asked for log probabilities
@@ -92,7 +92,7 @@ class Sampler:
         floats, ints = self._floats[slots], self._ints[slots]
         all_greedy = not floats[:, 0].any()
         unlimited = not ints[:, 0].any() and bool((floats[:, 1] == 1).all()) and not floats[:, 2].any()
-        if all_greedy:  # nobody reads the numbers
+        if all_greedy:  # they are not read
             empty = torch.empty(0, device=self.device)
             return SamplingTensors(empty, empty, empty, empty, empty, empty, all_greedy=True, unlimited=True)
         temperature, top_p, min_p = self._send(floats.T)

@@ -1,6 +1,7 @@
 """Choose the engine for a model and a wish.
 
-In: a loaded model, and whether beams are asked for. Out: an engine; whoever asks it does not need to know which.
+In: a loaded model, and whether beams are asked for. Out: an engine. Callers use its interface (base.py)
+and do not need to know which it is.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineWorker(ABC):
-    """One thread. A request that fails is failed with its error, and the thread goes on."""
+    """One thread. A request that fails gets its error, and the thread continues."""
 
     def __init__(self, *, max_waiting: int) -> None:
         self._max_waiting = max_waiting

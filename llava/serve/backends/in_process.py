@@ -40,7 +40,7 @@ class EngineBackend:
         submitting = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))
         try:
             return EngineRequest(await asyncio.shield(submitting), streamed)
-        except asyncio.CancelledError:  # the thread goes on; what it hands in is of no use any more
+        except asyncio.CancelledError:  # the thread continues; abort what it submits
             submitting.add_done_callback(_abort)
             raise
         except EngineError as error:
