@@ -6,11 +6,13 @@ import asyncio
 import base64
 import io
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from golden_data import golden
@@ -139,3 +141,47 @@ def stop_in_a_browser(address: str, service: Any) -> None:
         kept = page.locator("#chat [data-testid=bot]").inner_text()
         assert len(kept) > 5
         browser.close()
+
+
+def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path) -> None:
+    """Every input of every event of the page, given a path of the server as an uploaded file has one, in each of its forms."""
+    pytest.importorskip("gradio")
+    from llava.serve.web.page import EXAMPLES_FOLDER, Page, mount
+
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the operator's key")
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    forms = [
+        file,
+        [file],
+        {"text": "", "files": [file]},
+        [{"role": "user", "content": [{"type": "file", "file": file}]}],
+    ]
+    app = mount(FastAPI(), Page.over("http://127.0.0.1:9"), "/page")
+    with running(app) as address, httpx.Client(base_url=f"{address}/page", timeout=60) as client:
+        components = {row["id"]: row for row in client.get("/config").json()["components"]}
+        events = client.get("/config").json()["dependencies"]
+        assert len(events) > 5
+        example = client.get(f"/gradio_api/file={EXAMPLES_FOLDER / 'demo.jpg'}")
+        assert example.status_code == 200
+        assert client.get(f"/gradio_api/file={secret}").status_code in (403, 404)
+        tried = 0
+        for event in events:
+            for place in range(len(event["inputs"])):
+                for number, form in enumerate(forms):
+                    data = [components[name].get("props", {}).get("value") for name in event["inputs"]]
+                    data[place] = form
+                    session = f"s{event['id']}-{place}-{number}"
+                    body = {"data": data, "fn_index": event["id"], "session_hash": session}
+                    if client.post("/gradio_api/queue/join", json=body).status_code != 200:
+                        continue
+                    tried += 1
+                    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
+                        answer = "".join(stream.iter_text())
+                    for path in re.findall(r"/[^'\" ]*secret[^'\", ]*", answer):
+                        assert client.get(f"/gradio_api/file={path}").text != secret.read_text(), (
+                            event["id"],
+                            place,
+                            form,
+                        )
+        assert tried > 20

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from llava.errors import InputError
 from llava.serve.web.client import AnswerStats, ConversationLog, PageClient, PageSettings, PageTurn
 
+EXAMPLES_FOLDER = Path(__file__).parent / "examples"
 EXAMPLES = [
     ("What do you see in this picture?", ["demo.jpg"]),
     ("How many shapes are there?", ["counting.png"]),
@@ -69,10 +70,11 @@ def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurren
     blocks = build_page(page, embed=embed)
     blocks.queue(default_concurrency_limit=concurrency, api_open=False)
     system = ["system-ui", "sans-serif"]
-    return gr.mount_gradio_app(
+    app = gr.mount_gradio_app(
         app,
         blocks,
         path=path,
+        allowed_paths=[str(EXAMPLES_FOLDER)],  # besides what visitors have uploaded
         css=CSS,
         theme=gr.themes.Soft(font=system, font_mono=["ui-monospace", "monospace"]),
         footer_links=[],
@@ -81,10 +83,13 @@ def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurren
         ssr_mode=False,
         enable_monitoring=False,
     )
+    # Gradio checks the paths in a visitor's data only once this is set, and only launch() sets it: without it, any file that
+    # the server can read is copied to where a visitor can fetch it.
+    blocks.has_launched = True
+    return app
 
 
 def build_page(page: Page, *, embed: bool = False) -> gr.Blocks:
-    examples = Path(__file__).parent / "examples"
     with gr.Blocks(title="LLaVA", analytics_enabled=False, fill_height=True, delete_cache=KEPT_S) as blocks:
         turns = gr.State([])
         if not embed:
@@ -115,7 +120,10 @@ def build_page(page: Page, *, embed: bool = False) -> gr.Blocks:
                     regenerate = gr.Button("Regenerate", elem_id="regenerate", size="sm", min_width=80)
                     clear = gr.Button("Clear", elem_id="clear", size="sm", min_width=80)
                 gr.Examples(
-                    [[{"text": text, "files": [str(examples / name) for name in names]}] for text, names in EXAMPLES],
+                    [
+                        [{"text": text, "files": [str(EXAMPLES_FOLDER / name) for name in names]}]
+                        for text, names in EXAMPLES
+                    ],
                     [question],
                     label="Examples",
                     elem_id="examples",
