@@ -82,9 +82,8 @@ class Conversation:
     def spans(self, *, keep_empty_answers: bool = False) -> list[Span]:
         """Render the prompt as spans; answers and the separators that end them are trained.
 
-        Args:
-            keep_empty_answers: render an answer of "" as an answer without text, with the separator that ends it.
-                Otherwise it renders like None, an answer not given yet, since outside code opens a turn with either.
+        With `keep_empty_answers` an answer of "" is an answer without text, with the separator that ends it. Otherwise it
+        renders like None, an answer not given yet, since outside code opens a turn with either.
         """
         turns = [
             turn._replace(text=None) if turn.text == "" and not (keep_empty_answers and turn.is_answer) else turn
@@ -173,13 +172,10 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ) -> str | Image:
-        """Prepare an image for sending.
+        """Prepare an image for sending: base64 of `image_format` ("PNG" or "JPEG"), or a PIL image.
 
         Args:
-            image: a PIL image.
             image_process_mode: "Pad" pads to a square, "Resize" stretches to 336 x 336; "Default" and "Crop" keep it.
-            return_pil: return a PIL image in place of base64.
-            image_format: "PNG" or "JPEG".
             max_len: pixels of the long side above which the image is reduced.
             min_len: pixels of the short side that it is reduced to, at most.
 
@@ -314,12 +310,7 @@ def image_placeholder(use_im_start_end: bool) -> str:
 
 
 def with_image_placeholders(question: str, num_images: int, placeholder: str = DEFAULT_IMAGE_TOKEN) -> str:
-    """Put one placeholder per image into a question: where it says `<image>`, else each on a line before it.
-
-    Args:
-        question: the user's text.
-        num_images: how many images come with it.
-        placeholder: the model's `image_placeholder`.
+    """Put one `placeholder` per image into a question: where it says `<image>`, else each on a line before it.
 
     Raises:
         InputError: the question says `<image>`, but not once for each image.

@@ -70,9 +70,6 @@ def process_images(
     Returns:
         Of shape (images, 3, side, side), or (images, tiles, 3, side, side) for "anyres"; where the numbers of tiles
         differ, a list of (tiles, 3, side, side).
-
-    Raises:
-        InputError: the aspect ratio is unknown, or the pinpoints are faulty.
     """
     mode = image_mode(getattr(model_cfg, "image_aspect_ratio", None))
     images = list(images)

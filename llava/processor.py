@@ -71,11 +71,8 @@ class ModelInputs:
 class Processor:
     """Makes ModelInputs for one model.
 
-    Args:
-        tokenizer: the model's.
-        image_processor: the vision tower's; None for a language model without one.
-        policy: the model's `image_policy()`, needed for inputs with images.
-        use_im_start_end: whether an image's placeholder has <im_start> and <im_end> around it.
+    `image_processor` is None for a language model without a vision tower; `policy` is the model's `image_policy()`, needed
+    for inputs with images; with `use_im_start_end` a placeholder has <im_start> and <im_end> around it.
     """
 
     def __init__(
@@ -104,12 +101,11 @@ class Processor:
         with_labels: bool = False,
         details: Sequence[str] = (),
     ) -> ModelInputs:
-        """Make the inputs of one prompt.
+        """Make the inputs of one prompt, with labels as training makes them if asked for.
 
         Args:
             conversation: its last turn is unanswered, or a finished prompt; one placeholder for each image.
             images: in the order of their placeholders.
-            with_labels: also make labels, as training does.
 
         Raises:
             InputError: placeholders and images differ in number, or an image cannot be used.
@@ -165,11 +161,9 @@ class Processor:
         return list(process_images(rgb, self.image_processor, config))
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[str] = ()) -> list[ImageLayout]:
-        """Lay out images.
+        """Lay out images of `sizes` (width, height).
 
-        Args:
-            sizes: (width, height) of each image.
-            details: for each image, or empty; "low" takes the overview tile alone of an image that would be cut.
+        `details` has a word for each image, or is empty; "low" takes the overview tile alone of an image that would be cut.
         """
         if not sizes:
             return []

@@ -100,11 +100,9 @@ class Session:
             )
 
     def ask(self, question: str) -> RequestHandle:
-        """Start answering.
+        """Start answering; iterate over the handle for chunks of text, its `result()` is the whole answer.
 
-        Returns:
-            The request's handle: iterate over it for chunks of text; its `result()` is the whole answer. The question and
-            the waiting images become history with `record`.
+        The question and the waiting images become history with `record`.
         """
         given = [*(image for exchange in self.exchanges for image in exchange.images), *self.waiting]
         request = Request(self.conversation(question), [image.image for image in given], self._sampling)

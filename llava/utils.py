@@ -25,9 +25,7 @@ def lazy_exports(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Make `__getattr__` and `__dir__` for a module that exports names of other modules without importing them.
 
-    Args:
-        module: the `__name__` of the exporting module.
-        names_by_home: the names that each module defines; it is imported when one of them is first used.
+    `module` is its `__name__`; each module in `names_by_home` is imported when one of its names is first used.
     """
     homes = {name: home for home, names in names_by_home.items() for name in names}
 

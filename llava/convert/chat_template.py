@@ -47,11 +47,7 @@ _TEMPLATE = """\
 
 
 def chat_template(conv_mode: str, image_placeholder: str) -> str:
-    """Build the Jinja text of a conversation template.
-
-    Args:
-        conv_mode: The name of the template.
-        image_placeholder: The text that stands for one image, usually `<image>`.
+    """Build the Jinja text of a conversation template; `image_placeholder` stands for one image.
 
     Raises:
         InputError: The template cannot be expressed as a chat template.

@@ -108,17 +108,12 @@ def convert(
     base: str | Path | None = None,
     options: ConversionOptions | None = None,
 ) -> ConversionReport:
-    """Convert a checkpoint.
+    """Convert a checkpoint, a model folder or hub repository in any layout, to the layout `to`.
 
     Args:
-        path: The source, a model folder or hub repository in any layout.
         target: The folder to write; it must not exist.
-        to: The target's layout, one of `LAYOUT_BUILDERS`.
+        to: One of `LAYOUT_BUILDERS`.
         base: The base model of an adapter or projector; for deltas, the model that is subtracted or added.
-        options: Precision, shards, and what else the layout asks for.
-
-    Returns:
-        What was written and how it was verified.
 
     Raises:
         InputError: The source cannot be read or the layout cannot express it; nothing is written.

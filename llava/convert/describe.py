@@ -51,11 +51,7 @@ class CheckpointDescription:
 
 
 def describe_checkpoint(path: str | Path) -> CheckpointDescription:
-    """Describe a model folder, a GGUF file or a folder of GGUF files on this disk.
-
-    Raises:
-        InputError: There is no such folder or file, or it is damaged.
-    """
+    """Describe a model folder, a GGUF file or a folder of GGUF files on this disk."""
     place = Path(path).expanduser()
     if place.is_file() and place.suffix == ".gguf":
         return _describe_gguf(place, [place])

@@ -18,16 +18,12 @@ from llava.errors import InputError
 
 
 def merge_lora(model_path: str, model_base: str | None, save_model_path: str, dtype: str | None = None) -> Path:
-    """Merge an adapter into its base model and save the result.
+    """Merge an adapter into its base model and return the folder that was written, which must not exist before.
 
     Args:
         model_path: The folder that a LoRA run wrote.
         model_base: The base model; None takes the one that the adapter's files name.
-        save_model_path: The folder to write; it must not exist.
         dtype: fp16, bf16 or fp32; None keeps the dtype of the base's files.
-
-    Returns:
-        The folder that was written.
 
     Raises:
         InputError: `model_path` holds no LoRA adapter, or the adapter does not fit its base.

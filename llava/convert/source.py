@@ -189,9 +189,6 @@ def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str 
         path: A model folder or hub repository.
         base: The base model of an adapter or projector.
         dtype: The dtype of the target, a key of `DTYPES`; None keeps each tensor's own.
-
-    Raises:
-        InputError: The files do not belong together, or hold no LLaVA.
     """
     meta_model = open_meta_model(path, base)
     info = meta_model.info

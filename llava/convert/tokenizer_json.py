@@ -50,10 +50,7 @@ def convert_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenize
 def save_tokenizer(fast: tokenizers.Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write tokenizer.json, and a tokenizer_config.json with which every version of transformers uses it unchanged.
 
-    Args:
-        fast: The converted tokenizer.
-        tokenizer: The tokenizer that it was made of.
-        folder: Where the files go.
+    `fast` is the converted `tokenizer`.
     """
     fast.save(str(folder / "tokenizer.json"))
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str) and value}

@@ -203,10 +203,9 @@ def compare_logits(ours: Tensor, theirs: Tensor, *, exact: bool, pixels: float |
 
 
 def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple[Tensor, float]:
-    """Compute the logits of transformers' own class for the prompt and ids of the target's own processor.
+    """Compute the logits (T, V) of transformers' own class for the prompt and ids of the target's own processor.
 
-    Returns:
-        The logits (T, V), and the largest difference between the two image processors' pixels.
+    The second value is the largest difference between the two image processors' pixels.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -68,10 +68,7 @@ class SampleReader:
 def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: int | None = None) -> SampleReader:
     """Make the reader of a model folder, also of a language model without a vision tower.
 
-    Args:
-        path: the folder.
-        conv_mode: name of the template; None: the model's own.
-        max_length: limit in tokens; None: the model's own.
+    `conv_mode` (the name of a template) and `max_length` (in tokens) replace the model's own.
     """
     from llava.model import builder
     from llava.model.checkpoints.hf_layout import translate_config

@@ -138,9 +138,6 @@ def open_samples(
         data_path: the value of `--data_path`.
         weights: the value of `--data_weights`: shares of the epoch, one for each file.
         cache: folder for the indexes of large files; None means the user's cache folder.
-
-    Raises:
-        InputError: a file cannot be read, or the mixture is faulty.
     """
     if not data_path:
         raise InputError("no training data: name its file with --data_path")

@@ -79,8 +79,7 @@ class SkippedSamples:
     def report(self, reason: Callable[[int], InputError | None]) -> str | None:
         """The count and the first of them with their reasons, or None where none was skipped. A collective call.
 
-        Args:
-            reason: prepares a sample again and returns why it cannot be used.
+        `reason` prepares a sample again and returns why it cannot be used.
         """
         skipped = self._flags.joined().nonzero().flatten().tolist()
         if not skipped:

@@ -169,15 +169,9 @@ class ClipImageProcessor:
     def from_pretrained(
         cls, folder: str | Path, *, vision_config: VisionConfig | None = None, **overrides: object
     ) -> ClipImageProcessor:
-        """Read the processor of a model folder.
+        """Read the processor of a model folder, or a processor file; `overrides` replace fields of the file.
 
-        Args:
-            folder: a model folder, or a processor file.
-            vision_config: without a processor file, decides in place of the folder's config.json.
-            overrides: fields that replace those of the file.
-
-        Raises:
-            InputError: the folder says nothing about its images, or what it says is faulty.
+        Without a processor file, `vision_config` decides in place of the folder's config.json.
         """
         path = Path(folder)
         if path.is_file():
@@ -224,9 +218,6 @@ class ClipImageProcessor:
             images: a Pillow image, a uint8 array, or a list of them.
             return_tensors: "np" or "pt" for one array or tensor (N, 3, H, W); None for a list of arrays (3, H, W).
             overrides: fields with other values for this call: `preprocess(image, do_center_crop=False)`.
-
-        Raises:
-            InputError: the images do not stack, or an override is unknown.
         """
         processor = self._overridden(overrides) if overrides else self
         table = processor.table()

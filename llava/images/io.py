@@ -44,7 +44,6 @@ def load_image(
 
     Args:
         source: a path, bytes, an http(s) or data: URL, or a Pillow image.
-        limits: bytes, pixels, time and addresses that are allowed.
         upright: turn a photograph as its EXIF orientation says, as every viewer does. The original LLaVA did not;
             switch it off to repeat its numbers exactly.
         reserve: called with the number of pixels before memory is allocated for them; may raise.

@@ -117,20 +117,11 @@ class ImageLayout:
 
 
 def plan(size: Sequence[int], policy: ImagePolicy, *, num_tiles: int | None = None) -> ImageLayout:
-    """Lay out one image.
+    """Lay out one image of `size` (width, height). `num_features` is exactly the number that the model makes.
 
-    Args:
-        size: (width, height) in pixels.
-        policy: the model's.
-        num_tiles: for pixels that a caller cut, the number of their tiles. One tile is a whole image under any policy,
-            which "spatial_unpad" ends with one newline; any other number must be that of the policy, except that "flat"
-            joins any number. None: the tiles that `mm_utils.process_images` cuts.
-
-    Returns:
-        The layout; its `num_features` is exactly the number that the model makes.
-
-    Raises:
-        InputError: the policy does not cut an image of this size into `num_tiles`.
+    `num_tiles` is for pixels that a caller cut. One tile is a whole image under any policy, which "spatial_unpad" ends
+    with one newline; any other number must be that of the policy, except that "flat" joins any number. None: the tiles
+    that `mm_utils.process_images` cuts.
     """
     size = checked_size(size)
     if num_tiles is not None and num_tiles < 1:
@@ -296,10 +287,7 @@ class Box(NamedTuple):
 def tile_areas(layout: ImageLayout, policy: ImagePolicy, *, crops: bool = True) -> list[Box]:
     """The part of an image that each of its tiles shows.
 
-    Args:
-        layout: the image's.
-        policy: the model's.
-        crops: whether the image processor crops an image that is not square; otherwise it squeezes it.
+    `crops` says whether the image processor crops an image that is not square; otherwise it squeezes it.
     """
     width, height = layout.size
     if layout.tile_grid is not None:

@@ -87,10 +87,7 @@ class Placement:
 def pick_placement(device: str | torch.device | int, device_map: DeviceMap, *, needed_bytes: int) -> Placement:
     """Decide whether a model goes to one device or is sharded by accelerate.
 
-    Args:
-        device: The device asked for.
-        device_map: What was asked for in its place; None asks for one device.
-        needed_bytes: The size of the weights; a model that fits on one GPU is not sharded.
+    A `device_map` takes precedence over `device`; weights of `needed_bytes` that fit on one GPU are not sharded.
     """
     if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))

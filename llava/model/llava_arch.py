@@ -73,9 +73,7 @@ class LlavaMetaModel(_InnerBase):
     def initialize_vision_modules(self, model_args: VisionArguments, fsdp: object = None) -> None:
         """Add tower and projector for training, and write their settings to the config.
 
-        Args:
-            model_args: The settings; modules that exist already keep their weights.
-            fsdp: If true, the frozen tower is kept out of the sharded module.
+        Modules that exist already keep their weights. With `fsdp` the frozen tower is kept out of the sharded module.
         """
         config = self.config
         config.mm_vision_tower = model_args.vision_tower
@@ -175,16 +173,13 @@ class LlavaMetaForCausalLM(_CausalBase):
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Encode images and merge the features of each image's tiles.
+        """Encode images and merge the features of each image's tiles: one (n, D) tensor per image.
 
         Args:
             images: A batch (N, 3, H, W) of single tiles, whose features are not merged; or a list of (tiles, 3, H, W) or a
                 tensor (images, tiles, 3, H, W), whose tiles are.
             image_sizes: (width, height) of each image, needed where tiles are merged by position.
             encode: Used in place of `encode_images`.
-
-        Returns:
-            One (n, D) tensor per image.
         """
         if len(images) == 0:
             return []
@@ -335,14 +330,12 @@ class LlavaMetaForCausalLM(_CausalBase):
         loss_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the language model with images in place of the -200 in `input_ids`.
+        """Run the language model with images in place of the -200 in `input_ids` (B, L).
 
         Arguments that are not listed are those of the language model.
 
         Args:
-            input_ids: (B, L), with -200 for each image.
-            images: Pixels, as `image_features` takes them.
-            image_sizes: (width, height) of each image.
+            images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
             packed: Pack the batch's rows into one, for training: no padding is computed and no sample sees another.
             loss_only: Leave out the logits, the largest tensors of a training step, where labels are given and the
                 language model allows it.
@@ -406,8 +399,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         Args:
             inputs: (B, L) with -200 for each image; `input_ids` is another name for it. Rows are padded on the left
                 whatever the config says, since new tokens follow the end of a row.
-            images: Pixels, as `image_features` takes them.
-            image_sizes: (width, height) of each image.
+            images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
             **kwargs: Those of transformers' `generate`, except `inputs_embeds`.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs

@@ -22,15 +22,12 @@ CHUNK_VALUES = 2**26
 
 
 def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Sum the losses of the trained labels, each predicted from the hidden state before it.
+    """Sum the losses of the trained labels, each predicted from the hidden state before it; return sum and count.
 
     Args:
         head: The output layer.
         hidden: Hidden states (B, L, D).
         labels: (B, L), -100 where nothing is trained. On the host they are counted without a synchronisation.
-
-    Returns:
-        The sum of the losses, and the number of trained tokens.
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     trained = (following != IGNORE_INDEX).nonzero().flatten()
@@ -57,11 +54,7 @@ def can_fuse(head: nn.Module) -> bool:
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `cross_entropy(linear(hidden, weight, bias), targets, reduction="sum")` in float32.
 
-    Args:
-        hidden: (T, D).
-        weight: (V, D).
-        targets: (T,) token ids.
-        bias: (V,).
+    Shapes: `hidden` (T, D), `weight` (V, D), `targets` (T,), `bias` (V,).
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

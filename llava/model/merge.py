@@ -17,12 +17,7 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
     """Merge the features of one image's tiles, (tiles, P, D) -> (num_features, D).
 
     The overview comes first. The features of the other tiles are put together as the tiles lie in the image and read by
-    rows, without the layout's padding.
-
-    Args:
-        features: (tiles, P, D), the overview first.
-        layout: The image's layout.
-        newline: (D,), appended to each row of features where the layout has newlines.
+    rows, without the layout's padding; `newline` (D,) ends each row where the layout has newlines.
     """
     overview, tiles = features[0], features[1:]
     ends = []  # the newline as one row, if the layout has newlines

@@ -28,10 +28,7 @@ MODES: dict[str, dict[str, object]] = {
 def quantization_config(mode: str, dtype: torch.dtype, **options_4bit: object) -> BitsAndBytesConfig:
     """Build the config for `from_pretrained(quantization_config=…)`; needs the packages of the extra `quant`.
 
-    Args:
-        mode: A key of `MODES`.
-        dtype: The dtype to compute in, for 4 bits.
-        **options_4bit: Replace options of the table, for 4 bits.
+    `mode` is a key of `MODES`. For 4 bits, `dtype` is the one to compute in, and options replace those of the table.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantization {mode!r}; known: {', '.join(MODES)}")

@@ -43,7 +43,7 @@ def splice(
 
     Images are taken in the order of the placeholders, row by row. A row without a placeholder may have one image, since
     training batches give every row one: it adds nothing to the row, but its features stay in the gradient graph, so that
-    every rank of a distributed run does the same work.
+    every rank of a distributed run does the same work. Another number of images is an `InputError`.
 
     Args:
         input_ids: (B, L). They may be on the host while the features are on a GPU: indices are then computed without a
@@ -52,9 +52,6 @@ def splice(
         features: One (n, D) per image.
         embed: Token ids (T,) to embeddings (T, D).
         labels: (B, L); features get the label -100.
-
-    Raises:
-        InputError: The number of images does not match the placeholders.
     """
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & valid
     placeholders_per_row = is_image.sum(dim=1).tolist()
@@ -92,12 +89,9 @@ def splice(
 
 
 def check_max_length(lengths: Sequence[int], limit: int | None, *, is_prompt: bool) -> None:
-    """Warn of training rows that will be truncated; raise for a prompt, whose end is the question.
+    """Warn of training rows of more than `limit` tokens, image features included, which will be truncated.
 
-    Args:
-        lengths: Tokens of each row, image features included.
-        limit: The longest row, `tokenizer_model_max_length`; None: any length.
-        is_prompt: Whether the rows are prompts rather than training rows.
+    A prompt of this length is an `InputError`, since its end is the question. Without a limit any length passes.
     """
     longest = max(lengths)
     if limit is None or longest <= limit:

@@ -39,10 +39,7 @@ def declared_context_len(config: Mapping[str, Any]) -> int:
 def template_name(config: Mapping[str, object], name: str, *, uses_chatml: bool) -> str:
     """Choose the conversation template: by the config's `conv_mode`, then the language model's type, then the model's name.
 
-    Args:
-        config: The keys of a config.json.
-        name: The model's name.
-        uses_chatml: Whether the vocabulary or the chat template has ChatML's tokens.
+    `uses_chatml` says whether the vocabulary or the chat template has ChatML's tokens.
     """
     declared = config.get("conv_mode")
     if declared in conv_templates:

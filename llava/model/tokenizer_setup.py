@@ -79,13 +79,7 @@ def context_len(config: PreTrainedConfig) -> int:
 
 
 def conv_mode(config: Mapping[str, object], tokenizer: Tokenizer, name: str) -> str:
-    """The name of the conversation template of a loaded model.
-
-    Args:
-        config: The keys of its config.json.
-        tokenizer: Its tokenizer, whose vocabulary or chat template may use ChatML.
-        name: The model's name.
-    """
+    """The name of the conversation template of a loaded model, by its config, tokenizer and name."""
     template = getattr(tokenizer, "chat_template", None)
     uses_chatml = CHATML_START in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_START in template)
     return template_name(config, name, uses_chatml=uses_chatml)

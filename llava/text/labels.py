@@ -81,12 +81,9 @@ def preprocess_multimodal(
 ) -> list[list[dict[str, object]]]:
     """Copy samples with their image placeholders in the form that the model was set up for.
 
-    Args:
-        sources: the turns of each sample.
-        data_args: whether samples have images at all, and whether a placeholder has <im_start> and <im_end> around it.
-        conv: the template; without it, `llava.conversation.default_conversation`.
-        move_placeholders: move a turn's placeholder to a first line of its own. That leaves one of them however many
-            there were, so samples with several images need False.
+    Without `conv`, the template is `llava.conversation.default_conversation`. With `move_placeholders` a turn's placeholder
+    goes to a first line of its own. That leaves one of them however many there were, so samples with several images need
+    False.
     """
     if not data_args.is_multimodal:
         return [[dict(turn) for turn in source] for source in sources]
@@ -113,7 +110,7 @@ def preprocess(
     *,
     keep_empty_answers: bool = False,
 ) -> LabelledSamples:
-    """Encode samples and their labels.
+    """Encode samples and their labels: padded tensors, or lists of them for the templates of captions and oldest dialogues.
 
     Args:
         sources: the turns of each sample.
@@ -122,12 +119,6 @@ def preprocess(
         has_image: read `<image>` as an image rather than as text.
         conv: the template; without it, `llava.conversation.default_conversation` is read at this call.
         keep_empty_answers: give an answer of "" its end token instead of leaving the turn open.
-
-    Returns:
-        Padded tensors, or lists of tensors for the templates of captions and of the oldest dialogues.
-
-    Raises:
-        InputError: a sample's turns do not fit the template.
     """
     conv = conv or conversation_lib.default_conversation
     form = _FORMS.get(conv.sep_style, _DIALOGUE)

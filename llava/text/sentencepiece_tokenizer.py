@@ -331,8 +331,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
     def token_texts(self) -> tuple[Mapping[int, TokenText], Callable[[list[int]], str]]:
         """What detokenizer.py's `TableDecoder` needs to decode without special tokens.
 
-        Returns:
-            What each token stands for inside a text, and a function that decodes the tokens at the start of a text.
+        The first value is what each token stands for inside a text; the second decodes the tokens at the start of a text.
         """
         skipped = set(self.all_special_ids)
         separate = {index: token for token, index in self._added_tokens_encoder.items() if index not in skipped}

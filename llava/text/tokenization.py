@@ -79,14 +79,7 @@ def load_tokenizer(
 
     `tokenizer.model` of a LLaMA-type model is read by the sentencepiece library, even where a `tokenizer.json` (a
     conversion of it) lies beside it. Otherwise `tokenizer.json` is taken literally; other files go to transformers.
-
-    Args:
-        path: the folder.
-        model_max_length: tokens; None keeps what the folder says.
-        padding_side: "right" or "left".
-
-    Raises:
-        InputError: the folder is absent or has no tokenizer, or a file of it is damaged.
+    Without `model_max_length` (in tokens), the folder's own is kept.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -186,10 +179,7 @@ def encode_with_offsets(
 ) -> tuple[list[int], list[int]]:
     """Encode a text, and say for each token which character decides the span that it belongs to.
 
-    Args:
-        text: a prompt.
-        tokenizer: one that knows where its tokens lie in the text.
-        image_token_index: the id of an image; None reads `<image>` as text like any other.
+    With `image_token_index` None, `<image>` is text like any other.
 
     Returns:
         The ids of `tokenizer_image_token`, and as many offsets into `text`: a token's last character; for a token

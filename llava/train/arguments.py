@@ -291,9 +291,6 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     """Parse a command line (by default `sys.argv`), which may begin with a configuration file (config_file.py).
 
     Old spellings are translated, one logged line each. `--help` and `--print-config` print and exit.
-
-    Raises:
-        InputError: the command line cannot be parsed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     print_only = any(word in PRINT_CONFIG for word in argv)

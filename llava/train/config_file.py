@@ -28,10 +28,8 @@ OLD_NAMES = frozenset({*RENAMED, *WITHOUT_MEANING, *REWRITTEN, *KEPT_WITHOUT_MEA
 def expand_config(argv: Sequence[str], known: Collection[str], lists: Collection[str] = ()) -> list[str]:
     """Turn `CONFIG.yaml key=value --key value` into flags; return an argument list without a file as it is.
 
-    Args:
-        argv: the argument list; its overrides take precedence over the file.
-        known: the names of all flags.
-        lists: the names of the flags that take several values.
+    Assignments after the file take precedence over it. `known` are the names of all flags, `lists` those that take several
+    values.
     """
     if not argv or argv[0].startswith("-"):
         return list(argv)

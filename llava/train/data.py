@@ -69,12 +69,8 @@ class LazySupervisedDataset(Dataset):
     A bad sample raises `InputError`. With `on_bad_sample="skip"` the next good one of its modality is drawn in its place:
     batches keep their sizes, and which samples a run sees depends only on the data.
 
-    Args:
-        data_path: what `--data_path` takes.
-        tokenizer: of the model, with a padding token and `model_max_length`.
-        data_args: `image_folder`, `image_processor`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres),
-            `is_multimodal`, `mm_use_im_start_end`; optionally `data_weights`, `on_bad_sample` and `pixel_dtype`.
-        conv: conversation template; by default `llava.conversation.default_conversation`, read at each call.
+    The tokenizer needs a padding token and `model_max_length`. Of `data_args`, `data_weights`, `on_bad_sample` and
+    `pixel_dtype` may be absent. Without `conv`, `llava.conversation.default_conversation` is read at each call.
     """
 
     def __init__(

@@ -98,15 +98,10 @@ def parse_flags(argv: Sequence[str]) -> list[Flag]:
 def translate(
     argv: Sequence[str], known: Collection[str], bare_booleans: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Translate an argument list.
+    """Translate an argument list; return the current one, and one sentence per flag that was changed or ignored.
 
-    Args:
-        argv: the old argument list.
-        known: the flags that the current parser reads; they stay as they are.
-        bare_booleans: boolean flags whose parser requires a value; a bare one gets `True`.
-
-    Returns:
-        The current argument list, and one sentence per flag that was changed or ignored.
+    Flags in `known`, which the current parser reads, stay as they are. Of these, `bare_booleans` require a value: a bare one
+    gets `True`.
     """
     flags = parse_flags(argv)
     given = {flag.name for flag in flags}

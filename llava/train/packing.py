@@ -43,18 +43,9 @@ SAMPLES_PER_TASK = 256
 
 
 def plan_sequences(lengths: Sequence[int], limit: int, *, seed: int) -> list[list[int]]:
-    """Choose the samples of each packed sequence: best fit, in an order drawn from `seed`.
+    """Choose the samples of each packed sequence of `limit` tokens: best fit, in an order drawn from `seed`.
 
-    Args:
-        lengths: tokens of each sample, image features included.
-        limit: tokens of a packed sequence.
-        seed: of the order in which samples are placed.
-
-    Returns:
-        The indices of the samples in each sequence.
-
-    Raises:
-        InputError: a sample is longer than `limit`.
+    `lengths` are tokens, image features included; a sample longer than `limit` is an `InputError`. Returns indices.
     """
     longest = max(lengths)
     if longest > limit:
@@ -164,8 +155,7 @@ def measured_lengths(
 ) -> list[int]:
     """Measure the samples, or read what an earlier call wrote into `folder`.
 
-    Returns:
-        Tokens of each sample, image features included, truncated as the run truncates them.
+    Lengths are tokens, image features included, truncated as the run truncates them.
     """
     cached = folder / f"pack_lengths-{_fingerprint(samples, policy)}.npy"
     if cached.is_file():

@@ -60,7 +60,6 @@ def compile_layers(
     """Compile the decoder layers, and those of a trained tower, each at its first call.
 
     Args:
-        model: a LLaVA or language model, with or without adapters.
         keep: share of activations to keep for the backward pass, 0 to 1; None leaves it to torch.
         dynamic: True where sequence lengths vary, as those of packed sequences do.
         backend: what `torch.compile` takes.

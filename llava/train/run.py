@@ -59,10 +59,7 @@ def run(
     *,
     attn_implementation: str | None = None,
 ) -> LLaVATrainer:
-    """Train as the arguments say, and save into `output_dir`.
-
-    Returns:
-        The trainer, with the trained model. With `--estimate_memory` it has not trained.
+    """Train as the arguments say, save into `output_dir`, and return the trainer; with `--estimate_memory` nothing is trained.
 
     Raises:
         InputError: the arguments, the data or a checkpoint cannot be used, or a loss is not finite.

@@ -61,11 +61,7 @@ class GgufHeader:
 
 
 def read_gguf_header(file: Path, *, longest: int = 64) -> GgufHeader:
-    """Read the header of a GGUF file.
-
-    Args:
-        file: The file.
-        longest: The items up to which an array is kept; of a longer one the value is its length.
+    """Read the header of a GGUF file; of an array of more than `longest` items the value is its length.
 
     Raises:
         InputError: The file is no GGUF file of a known version, or it is damaged.

@@ -74,11 +74,9 @@ def verify_projector_file(source: Source, tensors: list[PlannedTensor], file: Pa
 
 
 def extract_mm_projector(model_path: str, output: str) -> TensorComparison:
-    """Write the projector's tensors of a model folder, in whatever layout, to one new file.
+    """Write the projector's tensors of a model folder or hub repository, in whatever layout, to one new `.bin` file.
 
-    Args:
-        model_path: A model folder or hub repository.
-        output: The `.bin` file to write; it must not exist. It appears complete or not at all.
+    The file appears complete or not at all.
     """
     file = Path(output)
     refuse_existing(file)

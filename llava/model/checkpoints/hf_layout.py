@@ -59,10 +59,7 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
     """Translate a config to the original layout, with the keys of the text part at the top level.
 
     The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
-
-    Args:
-        config: The keys of a config.json in this layout.
-        folder: Its folder, whose image processor decides whether images are padded to squares.
+    The image processor in `folder` decides whether images are padded to squares.
 
     Raises:
         InputError: The config has a feature that LLaVA's original layout does not have.

@@ -21,12 +21,7 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
     """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
 
-    Args:
-        path: A folder or a repository id.
-        what: How errors call it.
-
-    Raises:
-        InputError: Neither is found.
+    `what` is how errors call it.
     """
     text = str(path)
     folder = Path(text).expanduser()
@@ -44,10 +39,7 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
 def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, download: bool = True) -> str:
     """Find the folder of a vision tower: beside the checkpoint, then in the working directory, then on the hub.
 
-    Args:
-        name: As a config names it.
-        checkpoint_folder: The folder that a relative name is looked up in first.
-        download: Whether to download from the hub what is not in the local cache.
+    Without `download`, only the hub's local cache is looked up.
     """
     places = _tower_places(name, checkpoint_folder)
     here = find_vision_tower(name, checkpoint_folder=checkpoint_folder)

@@ -68,14 +68,9 @@ class LoraMerge:
 
 
 def load_adapter(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> LoraMerge:
-    """Read an adapter's tensors and compute their scales.
+    """Read an adapter's tensors, given by the names of the base's modules, and compute their scales.
 
-    Args:
-        headers: The adapter's tensors by the names of the base's modules.
-        config: The keys of its adapter_config.json.
-
-    Raises:
-        InputError: It is no LoRA adapter, or not complete.
+    `config` is its adapter_config.json; an adapter that is no LoRA, or not complete, is an `InputError`.
     """
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":

@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
     """Find the base model of a checkpoint: the one given, or the one that its files name.
 
-    Returns:
-        None for a whole model without a given base. A base that is given for a whole model is used for the files that
-        the model lacks, with a warning.
+    A whole model needs none (None); a base that is given for it is used for the files that the model lacks, with a warning.
 
     Raises:
         InputError: The base is needed and not found, or is no whole model itself.
@@ -102,13 +100,8 @@ def resolved_tower_path(
 ) -> Iterator[None]:
     """Within the block, let `config` name its vision tower by an absolute path.
 
-    The config of an adapter is a copy of its base's, so a relative folder that it names may be the base's.
-
-    Args:
-        config: The config that a model is built from; changed within the block and restored after it.
-        info: The checkpoint.
-        base_info: Its base model.
-        stored: Whether the tower's weights are among the checkpoint's.
+    The config of an adapter is a copy of its base's, so a relative folder that it names may be the base's. `stored` says
+    whether the tower's weights are among the checkpoint's.
     """
     name, unfrozen = config.mm_vision_tower, getattr(config, "unfreeze_mm_vision_tower", None)
     if name != OWN_FOLDER:

@@ -85,11 +85,7 @@ class TensorHeader:
 
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
-    """Read the headers of one weight file, by name, in the file's order.
-
-    Raises:
-        InputError: The file is missing, truncated, damaged, or no weight file.
-    """
+    """Read the headers of one weight file, by name, in the file's order."""
     if not file.is_file():
         raise InputError(
             f"the weight file {file} does not exist; the download or the copy of this checkpoint is not complete"

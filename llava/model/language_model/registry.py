@@ -44,9 +44,6 @@ def compose(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMod
     """Create LLaVA classes over any causal language model of transformers, once for each type.
 
     The inner model must take `inputs_embeds`.
-
-    Raises:
-        InputError: transformers has no causal language model of this type.
     """
     if model_type not in _composed:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -33,11 +33,9 @@ TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | No
 
 
 def build_vision_tower(vision_tower_cfg: object, **kwargs: Any) -> CLIPVisionTower:
-    """Build the tower that a config names.
+    """Build the tower that a model's config (`mm_vision_tower`) or training arguments (`vision_tower`) name.
 
-    Args:
-        vision_tower_cfg: A model's config with `mm_vision_tower`, or training arguments with `vision_tower`.
-        **kwargs: Those of the tower's class; `delay_load=True` leaves the weights to `load_model()`.
+    Options are those of the tower's class; `delay_load=True` leaves the weights to `load_model()`.
     """
     vision = LlavaSettings.from_hf(vision_tower_cfg).vision
     if vision.tower is None:
