@@ -19,7 +19,7 @@ from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.hf_layout import OWN_KEYS, SELECT_FEATURES, pads_images
+from llava.model.checkpoints.hf_layout import original_keys
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
     PROJECTOR_INFIX,
@@ -315,30 +315,17 @@ def _original_config(info: CheckpointInfo) -> dict[str, Any]:
     config = dict(info.config)
     if info.kind != "transformers":
         return config
-    text, vision = dict(config["text_config"]), dict(config.get("vision_config") or {})
-    vision.setdefault("model_type", "clip_vision_model")
-    select = SELECT_FEATURES.get(vision["model_type"], {})
-    is_next = config.get("model_type") == "llava_next"
-    pinpoints = config.get("image_grid_pinpoints") or []
-    return {
-        "num_hidden_layers": 32,  # the defaults of transformers' class
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        **text,
-        **{key: config[key] for key in OWN_KEYS if key in config},
-        "model_type": f"llava_{text.get('model_type', 'llama')}",
-        "mm_vision_tower": OWN_FOLDER,
-        "mm_hidden_size": vision.get("hidden_size", 1024),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
-        "mm_vision_select_feature": select.get(config.get("vision_feature_select_strategy", "default"), "patch"),
-        "unfreeze_mm_vision_tower": True,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "anyres" if is_next else "pad" if pads_images(info.folder) else "square",
-        "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
-        "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
-        "vision_config": {"image_size": 336, "patch_size": 14, **vision},
-    }
+    for part, values in _TRANSFORMERS_DEFAULTS.items():
+        config[part] = {**values, **(config.get(part) or {})}
+    known = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_grid_pinpoints": []}
+    return original_keys({**known, **config}, folder=info.folder)
+
+
+# What a published config.json may leave out.
+_TRANSFORMERS_DEFAULTS = {
+    "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "patch_size": 14},
+}
 
 
 _ADDED_TOKENS = {

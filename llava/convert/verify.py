@@ -91,7 +91,7 @@ def verify_tensors(source: Source, target: Path) -> TensorComparison:
     with ByteProgress("comparing", total) as progress:
         for name in source.names:
             largest = max(largest, _difference(source, written, name))
-            progress.add(written.found[name].num_bytes)
+            progress.update(written.found[name].num_bytes)
     return TensorComparison(len(source.names), total, largest)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from tqdm import tqdm
+
 from llava.errors import InputError
 from llava.model.checkpoints.weight_files import DTYPE_BYTES, TORCH_DTYPES, TensorHeader
 
@@ -41,22 +43,11 @@ class PlannedTensor:
         return size
 
 
-class ByteProgress:
+class ByteProgress(tqdm):
     """A progress bar over bytes, shown on a terminal only."""
 
     def __init__(self, what: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
-
-    def add(self, num_bytes: int) -> None:
-        self._bar.update(num_bytes)
-
-    def __enter__(self) -> ByteProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        super().__init__(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def write_shards(
@@ -119,7 +110,7 @@ def write_safetensors(file: Path, tensors: Sequence[PlannedTensor], *, progress:
             else:
                 write_bytes(stream, tensor_bytes(planned))
                 if progress is not None:
-                    progress.add(planned.num_bytes)
+                    progress.update(planned.num_bytes)
 
 
 def tensor_bytes(planned: PlannedTensor) -> memoryview:
@@ -155,7 +146,7 @@ def _copy(header: TensorHeader, stream: IO[bytes], progress: ByteProgress | None
     for piece in pieces(header):
         write_bytes(stream, memoryview(piece))
         if progress is not None:
-            progress.add(len(piece))
+            progress.update(len(piece))
 
 
 def write_json(file: Path, values: object) -> None:

@@ -77,6 +77,7 @@ def run(options: Namespace) -> int:
 
 
 def build_parser() -> ArgumentParser:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = ArgumentParser(prog="llava data check", description="List the faults of a training set, by id.")
     parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
     parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
@@ -84,7 +85,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--model-path", help="count tokens with this model's tokenizer, and judge lengths by its limit")
     parser.add_argument("--max-length", type=_positive, help="judge lengths by this limit instead")
     parser.add_argument("--conv-mode", help="conversation template; the model's own if absent")
-    parser.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=_positive, default=cores, help="processes (default: one per core)")
     parser.add_argument("--show", type=_positive, default=10, help="faults to print of each kind (default: 10)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
@@ -94,10 +95,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Validating all samples

@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -130,11 +130,8 @@ class DataFile:
 
 def _collect(found: Iterator[ScannedRecord]) -> Columns:
     """Read all records once."""
-    start, size, words, images, malformed, id_end = (array("q") for _ in range(6))
-    ids = bytearray()
+    rows, ids = array("q"), bytearray()
     for entry in found:
-        start.append(entry.start)
-        size.append(entry.size)
         try:
             if entry.fault is not None:
                 raise InputError(entry.fault)
@@ -142,22 +139,13 @@ def _collect(found: Iterator[ScannedRecord]) -> Columns:
             counts = (num_words(sample), min(len(image_sources(sample)), 65535), 0)
         except InputError:
             counts = (1, 0, 1)
-        words.append(counts[0])
-        images.append(counts[1])
-        malformed.append(counts[2])
         if isinstance(entry.record, dict) and entry.record.get("id") is not None:
             ids += json.dumps(entry.record["id"], default=str).encode()
-        id_end.append(len(ids))
-    lists: dict[str, Sequence[int] | np.ndarray] = {
-        "start": start,
-        "size": size,
-        "words": words,
-        "images": images,
-        "malformed": malformed,
-        "id_end": id_end,
-        "ids": np.frombuffer(bytes(ids), dtype=np.uint8),
-    }
-    return Columns(**{name: np.asarray(values, dtype=_TYPES[name]) for name, values in lists.items()})
+        rows.extend((entry.start, entry.size, *counts, len(ids)))
+    *names, _ = _TYPES  # without the ids
+    table = np.asarray(rows).reshape(-1, len(names))
+    columns = {name: np.ascontiguousarray(table[:, at], dtype=_TYPES[name]) for at, name in enumerate(names)}
+    return Columns(**columns, ids=np.frombuffer(bytes(ids), dtype=np.uint8))
 
 
 # The index file: a header line of JSON, then the columns, each at a multiple of 64 bytes.

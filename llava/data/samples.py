@@ -265,12 +265,10 @@ def _with_weights(mixture: Mixture, weights: str | Sequence[float] | None) -> Mi
     words = weights.split(",") if isinstance(weights, str) else list(weights)
     try:
         values = [_positive(float(word), "--data_weights has") for word in words]
+    except InputError:
+        raise
     except ValueError as error:
-        raise (
-            error
-            if isinstance(error, InputError)
-            else InputError(f"--data_weights {weights!r} must be numbers joined by commas")
-        ) from error
+        raise InputError(f"--data_weights {weights!r} must be numbers joined by commas") from error
     if len(values) != len(mixture.entries):
         raise InputError(f"--data_weights has {len(values)} numbers for {len(mixture.entries)} data files")
     entries = tuple(

@@ -24,9 +24,6 @@ class SampleFlags:
     def __init__(self, num_samples: int) -> None:
         self.values = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
 
-    def set(self, index: int, value: int) -> None:
-        self.values[index] = value
-
     def joined(self) -> Tensor:
         """The values of all ranks, the larger one where they differ. A collective call: every rank has to make it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -40,22 +37,19 @@ class SampleFlags:
         return joined
 
 
-class TruncatedSamples:
+class TruncatedSamples(SampleFlags):
     """Samples that were longer than the limit."""
 
     TRUNCATED, NOTHING_LEFT = 1, 2
 
-    def __init__(self, num_samples: int) -> None:
-        self._flags = SampleFlags(num_samples)
-
     def note(self, index: int, labels: Tensor, limit: int, *, already_truncated: bool = False) -> None:
         if len(labels) > limit or already_truncated:
             trained = (labels[:limit] != IGNORE_INDEX).any()
-            self._flags.set(index, self.TRUNCATED if trained else self.NOTHING_LEFT)
+            self.values[index] = self.TRUNCATED if trained else self.NOTHING_LEFT
 
     def report(self, samples: Samples, limit: int) -> str | None:
         """One sentence, or None where no sample was truncated. A collective call."""
-        values = self._flags.joined()
+        values = self.joined()
         truncated = values.nonzero().flatten().tolist()
         if not truncated:
             return None
@@ -67,21 +61,18 @@ class TruncatedSamples:
         )
 
 
-class SkippedSamples:
+class SkippedSamples(SampleFlags):
     """Samples that could not be used, in whose place another one was drawn."""
 
-    def __init__(self, num_samples: int) -> None:
-        self._flags = SampleFlags(num_samples)
-
     def note(self, index: int) -> None:
-        self._flags.set(index, 1)
+        self.values[index] = 1
 
     def report(self, reason: Callable[[int], InputError | None]) -> str | None:
         """The count and the first of them with their reasons, or None where none was skipped. A collective call.
 
         `reason` prepares a sample again and returns why it cannot be used.
         """
-        skipped = self._flags.joined().nonzero().flatten().tolist()
+        skipped = self.joined().nonzero().flatten().tolist()
         if not skipped:
             return None
         lines = [f"  {reason(index) or f'sample {index}: it can be used now'}" for index in skipped[:LISTED]]

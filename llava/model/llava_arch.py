@@ -31,7 +31,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
-from llava.model.splice import PackedRow, PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
+from llava.model.splice import Spliced, check_max_length, on_device, pack, pad, splice
 from llava.model.transformers_internals import register_recorded_outputs
 
 if TYPE_CHECKING:
@@ -236,9 +236,8 @@ class LlavaMetaForCausalLM(_CausalBase):
         if images is None or self.get_vision_tower() is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         settings = LlavaSettings.from_hf(self.config)
-        batch = self._splice_batch(
-            input_ids, attention_mask, labels, images, image_sizes, side=settings.padding_side, settings=settings
-        )
+        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
+        batch = pad(spliced, side=settings.padding_side, max_length=settings.max_length)
         return (
             None,
             None if position_ids is None else batch.positions,
@@ -247,34 +246,6 @@ class LlavaMetaForCausalLM(_CausalBase):
             batch.embeds,
             batch.labels,
         )
-
-    def _splice_batch(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
-        *,
-        side: str,
-        settings: LlavaSettings,
-    ) -> PaddedBatch:
-        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
-        return pad(spliced, side=side, max_length=settings.max_length)
-
-    def _pack(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
-    ) -> PackedRow:
-        """Splice a batch and pack its rows into one."""
-        self.check_packable()
-        settings = LlavaSettings.from_hf(self.config)
-        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes, settings)
-        return pack(spliced, max_length=settings.max_length)
 
     def check_packable(self) -> None:
         """Raise an `InputError` if samples packed into one row would attend to each other."""
@@ -292,7 +263,6 @@ class LlavaMetaForCausalLM(_CausalBase):
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor] | None,
         image_sizes: Sequence[Sequence[int]] | None,
-        settings: LlavaSettings,
     ) -> Spliced:
         if images is None:
             self._refuse_image_tokens_without_images(input_ids)
@@ -300,7 +270,8 @@ class LlavaMetaForCausalLM(_CausalBase):
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         features = self.image_features(images, image_sizes)
         spliced = splice(input_ids, valid, features, self._embed, labels=labels)
-        check_max_length(spliced.lengths, settings.max_length, is_prompt=labels is None)
+        limit = LlavaSettings.from_hf(self.config).max_length
+        check_max_length(spliced.lengths, limit, is_prompt=labels is None)
         return spliced
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -341,7 +312,9 @@ class LlavaMetaForCausalLM(_CausalBase):
                 language model allows it.
         """
         if packed:
-            row = self._pack(input_ids, attention_mask, labels, images, image_sizes)
+            self.check_packable()
+            spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
+            row = pack(spliced, max_length=LlavaSettings.from_hf(self.config).max_length)
             attention_mask, boundaries = packed_arguments(self.config, row)
             input_ids, inputs_embeds, labels, position_ids = None, row.embeds, row.labels, row.positions
             use_cache = False  # with a cache, transformers would not look for positions that restart
@@ -416,10 +389,8 @@ class LlavaMetaForCausalLM(_CausalBase):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids, kwargs)
-        settings = LlavaSettings.from_hf(self.config)
-        batch = self._splice_batch(
-            input_ids, attention_mask.to(self.device), None, images, image_sizes, side="left", settings=settings
-        )
+        spliced = self._splice(input_ids, attention_mask.to(self.device), None, images, image_sizes)
+        batch = pad(spliced, side="left", max_length=LlavaSettings.from_hf(self.config).max_length)
         return super().generate(inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), **kwargs)
 
     def _padding_mask(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

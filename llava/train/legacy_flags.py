@@ -174,10 +174,6 @@ def _in_json(option: str, key: str, convert: Callable[[Flag], object]) -> Callab
     return rewrite
 
 
-def _dispatch(flag: Flag) -> object:
-    return None if flag.values == ("None",) else flag.is_true
-
-
 # Same meaning, another form.
 REWRITTEN: dict[str, Callable[[Flag, Collection[str]], list[str]]] = {
     "warmup_ratio": _warmup_ratio,
@@ -190,5 +186,7 @@ REWRITTEN: dict[str, Callable[[Flag, Collection[str]], list[str]]] = {
         "fsdp_config", "transformer_layer_cls_to_wrap", lambda flag: [flag.value]
     ),
     "split_batches": _in_json("accelerator_config", "split_batches", lambda flag: flag.is_true),
-    "dispatch_batches": _in_json("accelerator_config", "dispatch_batches", _dispatch),
+    "dispatch_batches": _in_json(
+        "accelerator_config", "dispatch_batches", lambda flag: flag.values != ("None",) and flag.is_true
+    ),
 }

@@ -1,5 +1,4 @@
-"""transformers' Trainer with what a LLaVA needs: parameter groups, the order of samples, the contents of a checkpoint, log
-figures, and explanations of failures.
+"""transformers' Trainer for a LLaVA: parameter groups, order of samples, checkpoints, log figures, explained failures.
 
 In: model, arguments, data. Out: the trained model and its checkpoints. sampler.py computes orders, save.py writes files,
 checkpoints.py renames and rotates their folders, metrics.py counts figures, failures.py explains errors. Scheduling,

@@ -97,12 +97,9 @@ class MemoryEstimate:
         return f"about {self.peak / GIB:.1f} GiB per device ({parts})"
 
 
-def estimate(model: nn.Module, args: TrainingArguments) -> MemoryEstimate:
-    """Estimate for this model and these training arguments."""
-    return _estimate(model, args, shape_of(model, args))
-
-
-def _estimate(model: nn.Module, args: TrainingArguments, shape: TrainingShape) -> MemoryEstimate:
+def estimate(model: nn.Module, args: TrainingArguments, shape: TrainingShape | None = None) -> MemoryEstimate:
+    """Estimate for this model and these training arguments, whose shape may be replaced."""
+    shape = shape or shape_of(model, args)
     stage, ranks = sharding(args)
     in_parameters = sum(_numel(p) * p.element_size() for p in model.parameters())
     in_buffers = sum(b.nbytes for b in model.buffers())  # a frozen tower's are among them under ZeRO-3 (performance.py)
@@ -113,7 +110,8 @@ def _estimate(model: nn.Module, args: TrainingArguments, shape: TrainingShape) -
     per_value = next((size for key, size in _STATE_BYTES.items() if name.startswith(key)), None)
     states = 2 * trained_bytes if per_value is None else per_value * num_trained
     if args.deepspeed:  # two states and a copy of the weights
-        states = (6 if _all_in_bfloat16(args) else 12) * num_trained
+        in_file = _deepspeed_config(args).get("bf16", {}).get("bf16_optimizer_states")
+        states = (6 if in_file or args.trainable_dtype == "bfloat16" else 12) * num_trained
     return MemoryEstimate(
         weights=in_parameters / (ranks if stage >= 3 else 1) + in_buffers,
         gradients=trained_bytes / (ranks if stage >= 2 else 1),
@@ -123,11 +121,6 @@ def _estimate(model: nn.Module, args: TrainingArguments, shape: TrainingShape) -
         working=shape.batch * shape.tokens * _working_bytes_per_token(shape),
         logits=_logits(shape),
     )
-
-
-def _all_in_bfloat16(args: TrainingArguments) -> bool:
-    in_file = _deepspeed_config(args).get("bf16", {}).get("bf16_optimizer_states")
-    return bool(in_file) or args.trainable_dtype == "bfloat16"
 
 
 def _numel(weight: nn.Parameter) -> int:
@@ -168,6 +161,7 @@ def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     embeddings = base.get_input_embeddings()
     compute_bytes = args.compute_dtype.itemsize
+    keep = 1.0 if args.keep_activations is None else args.keep_activations
     return TrainingShape(
         batch=args.per_device_train_batch_size,
         tokens=(args.pack_length or args.model_max_length) if args.packing else args.model_max_length,
@@ -179,18 +173,12 @@ def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
         compute_bytes=compute_bytes,
         stream_bytes=max(embeddings.weight.element_size(), compute_bytes),
         checkpointing=bool(args.gradient_checkpointing),
-        keep=_keep(args),
+        keep=keep if args.compile_layers else None,
         trains_layers=any(p.requires_grad for name, p in language_model(model).named_parameters() if _in_layer(name)),
         adapter_bytes=_adapter_bytes(args, config, compute_bytes) if args.lora_enable else 0,
         fused_loss=args.fused_loss and _can_fuse(base, head),
         trains_head=head is not None and any(p.requires_grad for p in head.parameters()),
     )
-
-
-def _keep(args: TrainingArguments) -> float | None:
-    if not args.compile_layers:
-        return None
-    return 1.0 if args.keep_activations is None else args.keep_activations
 
 
 def _in_layer(name: str) -> bool:
@@ -313,7 +301,7 @@ class Remedy:
 def remedies(model: nn.Module, args: TrainingArguments) -> list[Remedy]:
     """Changes that would make a run smaller, the most effective first."""
     shape = shape_of(model, args)
-    estimated = _estimate(model, args, shape)
+    estimated = estimate(model, args, shape)
     changed: list[tuple[str, TrainingShape]] = []
     if shape.keep:
         keep = round(shape.keep / 2, 2)
@@ -325,7 +313,7 @@ def remedies(model: nn.Module, args: TrainingArguments) -> list[Remedy]:
         flags = f"--per_device_train_batch_size {half} --gradient_accumulation_steps {steps}"
         changed.append((flags, replace(shape, batch=half)))
     changed.append((f"--model_max_length {shape.tokens // 2}", replace(shape, tokens=shape.tokens // 2)))
-    found = [Remedy(flags, estimated.peak - _estimate(model, args, other).peak) for flags, other in changed]
+    found = [Remedy(flags, estimated.peak - estimate(model, args, other).peak) for flags, other in changed]
     if not args.lora_enable and not getattr(args, "tune_mm_mlp_adapter", False):
         # Adapters train about a hundredth of the weights; the rest is held in the compute dtype.
         shrunk = estimated.weights * (1 - shape.compute_bytes / shape.stream_bytes)

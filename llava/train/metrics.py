@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.protocols import TorchModule
@@ -52,15 +51,11 @@ class Throughput:
         self.matmul_rate = matmul_rate
         self.counts = torch.zeros(6, device=device)
         self.flops = FlopsCounter.of_model(model)
-        self._handles = self._register_hooks()
-        self._restart()
-
-    def _register_hooks(self) -> list[RemovableHandle]:
-        inner, tower = language_model(self.model), vision_tower(self.model)
-        handles = [inner.register_forward_pre_hook(self._count_sequences, with_kwargs=True)]
+        inner, tower = language_model(model), vision_tower(model)
+        self._handles = [inner.register_forward_pre_hook(self._count_sequences, with_kwargs=True)]
         if tower is not None:
-            handles.append(tower.input_modules()[0].register_forward_pre_hook(self._count_tiles))
-        return handles
+            self._handles.append(tower.input_modules()[0].register_forward_pre_hook(self._count_tiles))
+        self._restart()
 
     def close(self) -> None:
         for handle in self._handles:
@@ -82,18 +77,19 @@ class Throughput:
         if not isinstance(states, Tensor):
             return
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        self._add(_POSITIONS, states.shape[0] * states.shape[1])
+        num_rows, num_positions = states.shape[0], states.shape[0] * states.shape[1]
+        self._add(_POSITIONS, num_positions)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             lengths = mask.sum(dim=1, dtype=torch.float32)
             self._add(_TOKENS, lengths.sum())
             self._add(_SQUARES, (lengths**2).sum())
-        elif isinstance(position_ids, Tensor):
+            return
+        self._add(_TOKENS, num_positions)
+        if isinstance(position_ids, Tensor):
             # Packed samples: positions restart with each, and 1 + 3 + 5 + ... is the square of its length.
-            self._add(_TOKENS, states.shape[0] * states.shape[1])
-            self._add(_SQUARES, (2 * position_ids.float() + 1).sum() * states.shape[0] / position_ids.shape[0])
+            self._add(_SQUARES, (2 * position_ids.float() + 1).sum() * num_rows / position_ids.shape[0])
         else:
-            self._add(_TOKENS, states.shape[0] * states.shape[1])
-            self._add(_SQUARES, states.shape[0] * states.shape[1] ** 2)
+            self._add(_SQUARES, num_positions * states.shape[1])
 
     def _count_tiles(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.model.training:

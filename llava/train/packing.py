@@ -182,13 +182,12 @@ class _Lengths(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> int:
-        samples = self.samples
         try:
             return self._measure(index)
         except InputError as error:
-            if samples.skips_bad:  # it is never drawn
+            if self.samples.skips_bad:  # it is never drawn
                 return 1
-            raise InputError(f"{samples.list_data_dict.describe(index)}: {error}") from error
+            raise InputError(f"{self.samples.list_data_dict.describe(index)}: {error}") from error
 
     def _measure(self, index: int) -> int:
         part, row = self.samples.list_data_dict.locate(index)

@@ -15,62 +15,11 @@ from typing import TYPE_CHECKING
 from llava.cli.program import run_program
 from llava.cli.startup import quick_imports
 from llava.errors import InputError
-from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name, rank0_print
+from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name
 from llava.utils import lazy_exports
 
 if TYPE_CHECKING:
-    from llava.text.labels import (
-        preprocess,
-        preprocess_llama_2,
-        preprocess_mpt,
-        preprocess_multimodal,
-        preprocess_plain,
-        preprocess_v1,
-    )
-    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-    from llava.train.data import (
-        DataCollatorForSupervisedDataset,
-        LazySupervisedDataset,
-        make_supervised_data_module,
-    )
     from llava.train.llava_trainer import LLaVATrainer
-    from llava.train.lora import find_all_linear_names
-    from llava.train.run import run
-    from llava.train.save import (
-        get_mm_adapter_state_maybe_zero_3,
-        get_peft_state_maybe_zero_3,
-        get_peft_state_non_lora_maybe_zero_3,
-        maybe_zero_3,
-        safe_save_model_for_hf_trainer,
-        smart_tokenizer_and_embedding_resize,
-    )
-
-__all__ = [
-    "DataArguments",
-    "DataCollatorForSupervisedDataset",
-    "LLaVATrainer",
-    "LazySupervisedDataset",
-    "ModelArguments",
-    "TrainingArguments",
-    "find_all_linear_names",
-    "get_mm_adapter_state_maybe_zero_3",
-    "get_peft_state_maybe_zero_3",
-    "get_peft_state_non_lora_maybe_zero_3",
-    "main",
-    "make_supervised_data_module",
-    "maybe_zero_3",
-    "preprocess",
-    "preprocess_llama_2",
-    "preprocess_mpt",
-    "preprocess_multimodal",
-    "preprocess_plain",
-    "preprocess_v1",
-    "rank0_print",
-    "run",
-    "safe_save_model_for_hf_trainer",
-    "smart_tokenizer_and_embedding_resize",
-    "train",
-]
 
 # Names that outside code imports from here, by the module that defines them.
 EXPORTS = {
@@ -95,7 +44,9 @@ EXPORTS = {
         "preprocess_v1",
     ),
     "llava.train.run": ("run",),
+    "llava.train.distributed": ("rank0_print",),
 }
+__all__ = ["main", "train", *(name for names in EXPORTS.values() for name in names)]
 
 __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 

@@ -229,8 +229,8 @@ def test_killed_in_the_middle(moment: str, tmp_path: Path) -> None:
     words = ["convert", str(embedded_model_path()), str(target), "--to", "original", "--proof", "tensors"]
     die = f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
     patches = {
-        "writing": f"import os, llava.convert.writer as w\nold = w.ByteProgress.add\ndef add(self, n):\n    old(self, n)\n"
-        f"    self.seen = getattr(self, 'seen', 0) + n\n    if self.seen > 10**7: {die}\nw.ByteProgress.add = add\n",
+        "writing": f"import os, llava.convert.writer as w\nold = w.ByteProgress.update\ndef add(self, n):\n    old(self, n)\n"
+        f"    self.seen = getattr(self, 'seen', 0) + n\n    if self.seen > 10**7: {die}\nw.ByteProgress.update = add\n",
         "proving": f"import os, llava.convert.layouts.original as o\no.verify_folder = lambda *a, **k: {die}\n",
     }
     done = child(patches[moment] + PROGRAM.format(words=words))

@@ -75,6 +75,11 @@ def test_other_layouts(tmp_path: Path) -> None:
     assert theirs.facts["added tokens"] == ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
     assert (theirs.readers["transformers"], theirs.readers["vLLM"]) == ("yes", "yes")
     assert theirs.readers["SGLang"] == "after llava convert --to original --tower out"
+    config = json.loads((tmp_path / "transformers" / "config.json").read_text())
+    del config["tokenizer_model_max_length"]  # a published checkpoint has positions only, as loading reads it
+    (tmp_path / "transformers" / "config.json").write_text(json.dumps(config))
+    limit = config["text_config"]["max_position_embeddings"]
+    assert describe_checkpoint(tmp_path / "transformers").facts["context"] == limit
     pair = describe_checkpoint(tmp_path / "gguf")
     assert pair.layout == "gguf"
     assert pair.parameters["language model"] == whole.parameters["language model"]

@@ -160,7 +160,7 @@ class GgufPair:
         for entry in entries:
             data = pack(self.gguf, self._reordered(entry, self.source.read(entry.source)), entry.kind.name)
             writer.write_tensor_data(data)
-            progress.add(data.nbytes)
+            progress.update(data.nbytes)
         writer.close()
 
     def _reordered(self, entry: PlannedGgufTensor, tensor: Tensor) -> Tensor:

@@ -29,32 +29,24 @@ from llava.model.tokenizer_setup import context_len
 
 VOCABULARY_MULTIPLE = 64
 
+
+def _name_rules(prefix: str, tower_level: str, *language_model: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    return (
+        (rf"^model\.vision_tower\.vision_tower\.{tower_level}", f"{prefix}vision_tower."),
+        (r"^model\.mm_projector\.0\.", f"{prefix}multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", f"{prefix}multi_modal_projector.linear_2."),
+        (r"^model\.image_newline$", f"{prefix}image_newline"),
+        *language_model,
+    )
+
+
 # Tensor names by the version of transformers that writes them. All readers (every later version, vLLM) accept the first,
 # which is that of the published checkpoints.
-NAME_RULES: dict[str, tuple[tuple[str, str], ...]] = {
-    "4.36": (
-        (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-        (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-        (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-        (r"^model\.image_newline$", "image_newline"),
-        (r"^", "language_model."),
-    ),
+NAME_RULES = {
+    "4.36": _name_rules("", "", (r"^", "language_model.")),
     # What these versions write for a plain state dict.
-    "4.52": (
-        (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
-        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-        (r"^model\.image_newline$", "model.image_newline"),
-        (r"^model\.", "model.language_model."),
-        (r"^", ""),
-    ),
-    "5": (
-        (r"^model\.vision_tower\.vision_tower\.vision_model\.", "vision_tower."),
-        (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-        (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-        (r"^model\.image_newline$", "image_newline"),
-        (r"^", "language_model."),
-    ),
+    "4.52": _name_rules("model.", "", (r"^model\.", "model.language_model."), (r"^", "")),
+    "5": _name_rules("", r"vision_model\.", (r"^", "language_model.")),
 }
 
 

@@ -40,7 +40,7 @@ class ProjectorLayout:
 
     def write(self, folder: Path, progress: ByteProgress) -> None:
         save(self.tensors(), folder / PROJECTOR_FILE)
-        progress.add(self.num_bytes)
+        progress.update(self.num_bytes)
         write_json(folder / "config.json", config_for(self.source, {"tune_mm_mlp_adapter": True}))
 
     def verify(self, folder: Path, *, logits: bool) -> Verification:

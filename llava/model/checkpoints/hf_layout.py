@@ -66,16 +66,11 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
     """
     source = folder / "config.json"
     full = _with_defaults(config)
-    text, vision = dict(full["text_config"]), dict(full["vision_config"])
-    if vision.get("model_type") not in SELECT_FEATURES:
-        raise InputError(
-            f"{source} has a vision tower of type {vision.get('model_type')!r}; known: {', '.join(SELECT_FEATURES)}"
-        )
-    select_features = SELECT_FEATURES[vision["model_type"]]
-    strategy = full["vision_feature_select_strategy"]
-    layer = full["vision_feature_layer"]
+    tower_type, layer = full["vision_config"].get("model_type"), full["vision_feature_layer"]
+    if tower_type not in SELECT_FEATURES:
+        raise InputError(f"{source} has a vision tower of type {tower_type!r}; known: {', '.join(SELECT_FEATURES)}")
     for key, value, known in (
-        ("vision_feature_select_strategy", strategy, tuple(select_features)),
+        ("vision_feature_select_strategy", full["vision_feature_select_strategy"], tuple(SELECT_FEATURES[tower_type])),
         ("projector_hidden_act", full["projector_hidden_act"], ("gelu",)),
         ("multimodal_projector_bias", full.get("multimodal_projector_bias", True), (True,)),
     ):
@@ -83,7 +78,13 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
             raise InputError(f"{source} has {key} {value!r}; known: {', '.join(map(str, known))}")
     if not isinstance(layer, int):
         raise InputError(f"{source} joins the vision layers {layer}; only a single vision_feature_layer is supported")
+    return original_keys({**config, **full}, folder=folder)
 
+
+def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
+    """The keys of the original layout for a complete config in this one, which is not checked."""
+    text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    select_features = SELECT_FEATURES.get(vision["model_type"], {})
     values = {
         key: value
         for key, value in text.items()
@@ -95,19 +96,19 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
         "vision_config": vision,
         "mm_hidden_size": vision["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": layer,
-        "mm_vision_select_feature": select_features[strategy],
+        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_feature": select_features.get(config["vision_feature_select_strategy"], "patch"),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         "unfreeze_mm_vision_tower": True,  # the tower's weights are in the checkpoint
-        "tie_word_embeddings": bool(full.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
     }
     if config["model_type"] == "llava_next":
         values |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": [[width, height] for height, width in full["image_grid_pinpoints"]],
+            "image_grid_pinpoints": [[width, height] for height, width in config["image_grid_pinpoints"]],
         }
     else:
         mode = "pad" if pads_images(folder) else "square"
