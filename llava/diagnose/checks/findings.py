@@ -34,35 +34,35 @@ CAUSES: dict[str, Cause] = {
         "config.json is missing or damaged", ("llava/model/checkpoints/inspect.py:read_config",)
     ),
     "config-value": Cause(
-        "a setting in config.json has a value that cannot work", ("llava/model/config.py:LlavaSettings.from_hf",)
+        "a setting in config.json has an invalid value", ("llava/model/config.py:LlavaSettings.from_hf",)
     ),
     "model-type": Cause(
-        "no language model of this type is known", ("llava/model/language_model/registry.py:llava_classes",)
+        "the language model's type is unknown", ("llava/model/language_model/registry.py:llava_classes",)
     ),
     "weights-missing": Cause("the folder holds no weights", ("llava/model/checkpoints/inspect.py:inspect",)),
     "shard-missing": Cause(
-        "a weight file that others refer to is absent", ("llava/model/checkpoints/inspect.py:stored_tensors",)
+        "a weight file that other files refer to is missing", ("llava/model/checkpoints/inspect.py:stored_tensors",)
     ),
     "shard-corrupt": Cause(
-        "a weight file is cut short or damaged", ("llava/model/checkpoints/weight_files.py:read_headers",)
+        "a weight file is truncated or damaged", ("llava/model/checkpoints/weight_files.py:read_headers",)
     ),
     "shard-index": Cause(
-        "the index of shards is damaged or places tensors where they are not",
+        "the index of shards is damaged, or names the wrong file for a tensor",
         ("llava/model/checkpoints/inspect.py:stored_tensors",),
     ),
-    "weights-empty": Cause("tensors were saved without their numbers (ZeRO-3 scatters them)", _LOADING),
-    "weights-config": Cause("names or shapes of the weights are not those that config.json describes", _LOADING),
+    "weights-empty": Cause("tensors were saved empty (ZeRO-3 shards that were not gathered)", _LOADING),
+    "weights-config": Cause("names or shapes of the weights do not match config.json", _LOADING),
     "weights-damaged": Cause(
-        "weights hold NaN, infinity or impossible numbers: answers are empty or noise",
+        "weights contain NaN, infinity or impossible values: answers are empty or noise",
         ("llava/model/checkpoints/loading.py:load_weights",),
     ),
-    "load-fails": Cause("loading stops with an error", ("llava/model/builder.py:load",)),
+    "load-fails": Cause("loading ends with an error", ("llava/model/builder.py:load",)),
     # Tower, images
     "tower-missing": Cause(
         "the vision tower is not where its name says", ("llava/model/checkpoints/hub.py:resolve_vision_tower",)
     ),
     "tower-type": Cause(
-        "the vision tower is of a kind that is not known", ("llava/model/multimodal_encoder/builder.py:TOWER_CLASSES",)
+        "the vision tower's type is unknown", ("llava/model/multimodal_encoder/builder.py:TOWER_CLASSES",)
     ),
     "tower-weights": Cause(
         "the tower's weights are neither in the checkpoint nor in its folder",
@@ -73,11 +73,11 @@ CAUSES: dict[str, Cause] = {
         ("llava/model/multimodal_encoder/clip_encoder.py:feature_select",),
     ),
     "preprocessor": Cause(
-        "the image's pixels are not of the size or range that the tower was trained on",
+        "the pixels' size or range differs from the tower's training",
         ("llava/images/image_processor.py:ClipImageProcessor", "llava/mm_utils.py:process_images"),
     ),
     "image-mode": Cause(
-        "image_aspect_ratio (or mm_patch_merge_type) is not what the weights were trained with",
+        "image_aspect_ratio (or mm_patch_merge_type) differs from the training of the weights",
         ("llava/mm_utils.py:process_images", "llava/model/llava_arch.py:image_policy"),
     ),
     "newline-missing": Cause(
@@ -88,11 +88,11 @@ CAUSES: dict[str, Cause] = {
         ("llava/images/layout.py:ImagePolicy", "llava/images/layout.py:parse_pinpoints"),
     ),
     "context-short": Cause(
-        "images and prompt take the whole context, or nearly",
+        "images and prompt take all or nearly all of the context",
         ("llava/engine/request.py:PromptSize.room", "llava/model/tokenizer_setup.py:context_len"),
     ),
     "context-positions": Cause(
-        "the length limit is beyond the positions that the language model has",
+        "the length limit exceeds the language model's number of positions",
         ("llava/model/tokenizer_setup.py:context_len",),
     ),
     # Projector
@@ -100,33 +100,37 @@ CAUSES: dict[str, Cause] = {
         "there is no projector", ("llava/model/multimodal_projector/pretrained.py:load_projector", *_LOADING)
     ),
     "projector-empty": Cause(
-        "the projector was saved without its numbers (ZeRO-3 scatters them)",
+        "the projector was saved empty (ZeRO-3 shards that were not gathered)",
         ("llava/train/save.py:maybe_zero_3", "llava/model/multimodal_projector/pretrained.py:load_projector"),
     ),
-    "projector-type": Cause("the projector's layers are not those that mm_projector_type names", _PROJECTOR),
-    "projector-width": Cause("the projector takes features of another width: it is another tower's", _PROJECTOR),
+    "projector-type": Cause("the projector's layers do not match mm_projector_type", _PROJECTOR),
+    "projector-width": Cause("the projector's input width is not the tower's: it belongs to another tower", _PROJECTOR),
     "config-width": Cause("mm_hidden_size is neither the tower's nor the projector's width", _PROJECTOR),
-    "projector-other-model": Cause("the projector gives features for a language model of another width", _PROJECTOR),
+    "projector-other-model": Cause(
+        "the projector's output width is not the language model's: it belongs to another model", _PROJECTOR
+    ),
     "projector-dead": Cause(
-        "the projector's weights are all zero: images have no influence", ("llava/model/llava_arch.py:encode_images",)
+        "the projector's weights are all zero: images have no effect", ("llava/model/llava_arch.py:encode_images",)
     ),
     "image-ignored": Cause(
-        "the image makes no difference to the model's output", ("llava/model/llava_arch.py:encode_images", _SPLICE)
+        "the image does not change the model's output", ("llava/model/llava_arch.py:encode_images", _SPLICE)
     ),
     # Tokenizer, vocabulary, template
     "tokenizer-missing": Cause("the folder holds no tokenizer", ("llava/text/tokenization.py:load_tokenizer",)),
     "tokenizer-unreadable": Cause("the tokenizer's files are damaged", ("llava/text/tokenization.py:load_tokenizer",)),
     "tokenizer-roundtrip": Cause(
-        "text that goes through the tokenizer comes back as other text: answers are noise",
+        "encoding and decoding changes a text: answers are noise",
         ("llava/text/tokenization.py:load_tokenizer",),
     ),
-    "vocabulary-small": Cause("the tokenizer has tokens without an embedding row: it was not resized", _VOCABULARY),
-    "marker-rows": Cause("marker tokens that config.json asks for have no trained embedding rows", _VOCABULARY),
+    "vocabulary-small": Cause(
+        "the tokenizer has tokens without an embedding row: the embeddings were not resized", _VOCABULARY
+    ),
+    "marker-rows": Cause("image tokens that config.json asks for have no trained embedding rows", _VOCABULARY),
     "vocabulary-config": Cause("vocab_size is not the number of stored embedding rows", _LOADING),
-    "vocabulary-head": Cause("the output layer has another number of rows than the embedding table", _LOADING),
-    "vocabulary-other": Cause("the tokenizer is another model's: most embedding rows have no token", _VOCABULARY),
+    "vocabulary-head": Cause("the output layer and the embedding table differ in their number of rows", _LOADING),
+    "vocabulary-other": Cause("the tokenizer belongs to another model: most embedding rows have no token", _VOCABULARY),
     "begin-token": Cause(
-        "prompts lack the begin token that this kind of model was trained with",
+        "prompts lack the begin token that this model was trained with",
         ("llava/text/tokenization.py:tokenizer_image_token",),
     ),
     "end-token": Cause(
@@ -134,17 +138,17 @@ CAUSES: dict[str, Cause] = {
         ("llava/model/tokenizer_setup.py:read_generation_config", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
     "pad-token": Cause(
-        "the padding token is an ordinary one: the attention mask hides text",
+        "the padding token is an ordinary token: the attention mask hides text",
         ("llava/train/data.py:DataCollatorForSupervisedDataset", "llava/model/llava_arch.py:_padding_mask"),
     ),
     "special-token": Cause(
-        "an end token or marker token is not special: it stays in the output",
+        "an end token or image token is not marked special: it stays in the output",
         ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
-    "template-mismatch": Cause("the template does not fit the model: its end text is no token here", _TEMPLATE),
+    "template-mismatch": Cause("the template does not fit the model: its end string is not a token here", _TEMPLATE),
     "chat-template": Cause(
-        "the tokenizer's chat template frames turns in another way than the template of training",
+        "the tokenizer's chat template formats turns differently from the training template",
         ("llava/model/tokenizer_setup.py:conv_mode", "llava/conversation.py:Conversation.get_prompt"),
     ),
     "generation-config": Cause(
@@ -154,12 +158,12 @@ CAUSES: dict[str, Cause] = {
     "base-missing": Cause(
         "the base model is not where the folder says", ("llava/model/checkpoints/model_config.py:find_base",)
     ),
-    "lora-base": Cause("the adapter changes tensors that the base does not have, or of another shape", _LOADING),
-    "lora-empty": Cause(
-        "the adapter was saved without its numbers", ("llava/train/save.py:get_peft_state_maybe_zero_3",)
+    "lora-base": Cause(
+        "the adapter changes tensors that the base does not have, or that have another shape there", _LOADING
     ),
+    "lora-empty": Cause("the adapter was saved empty", ("llava/train/save.py:get_peft_state_maybe_zero_3",)),
     "lora-rank": Cause(
-        "adapter_config.json names another rank than the tensors have", ("llava/model/checkpoints/lora.py:LoraMerge",)
+        "the rank in adapter_config.json is not that of the tensors", ("llava/model/checkpoints/lora.py:LoraMerge",)
     ),
     "lora-untrained": Cause(
         "the adapter changes nothing: its B matrices are all zero", ("llava/model/checkpoints/lora.py:LoraMerge",)
@@ -167,20 +171,21 @@ CAUSES: dict[str, Cause] = {
     # Running
     "padding-side": Cause("tokenizer_padding_side is neither left nor right", ("llava/model/splice.py:pad",)),
     "padding": Cause(
-        "an answer depends on the padding beside it: positions or mask are wrong",
+        "an answer depends on the padding in its batch: positions or mask are wrong",
         ("llava/model/splice.py:pad", _SPLICE),
     ),
     "overflow": Cause(
-        "numbers inside grow beyond what the stored precision holds: NaN in half precision",
+        "activations exceed the range of the stored dtype: NaN in half precision",
         ("llava/model/device.py:pick_dtype",),
     ),
     # Training data
     "data-unreadable": Cause("the data file cannot be read", ("llava/data/samples.py:open_samples",)),
-    "data-malformed": Cause("records that are no samples", _SAMPLES),
-    "data-missing-image": Cause("images that are not there", ("llava/data/image_files.py:locate_image",)),
+    "data-malformed": Cause("records that are not samples", _SAMPLES),
+    "data-missing-image": Cause("images that do not exist", ("llava/data/image_files.py:locate_image",)),
     "data-broken-image": Cause("images that cannot be decoded", ("llava/images/io.py:load_image",)),
     "data-placeholders": Cause(
-        "<image> is not inserted as often as there are images", ("llava/text/labels.py:preprocess_multimodal", _SPLICE)
+        "the number of <image> placeholders is not the number of images",
+        ("llava/text/labels.py:preprocess_multimodal", _SPLICE),
     ),
     "data-turn-order": Cause("questions and answers do not alternate", ("llava/text/labels.py:dialogue_spans",)),
     "data-empty-answer": Cause("answers without text", _SAMPLES),
@@ -189,20 +194,20 @@ CAUSES: dict[str, Cause] = {
         ("llava/text/labels.py:encode_spans",),
     ),
     "data-too-long": Cause(
-        "samples longer than the limit lose their end", ("llava/train/data.py:DataCollatorForSupervisedDataset",)
+        "samples longer than the limit are truncated", ("llava/train/data.py:DataCollatorForSupervisedDataset",)
     ),
     "data-duplicate-id": Cause("ids that occur more than once", ("llava/data/check.py:collect",)),
     # Training runs
     "run-arguments": Cause(
-        "the run's arguments cannot be read or contradict each other", ("llava/train/arguments.py:parse_train_args",)
+        "the run's arguments are invalid or contradict each other", ("llava/train/arguments.py:parse_train_args",)
     ),
-    "run-base": Cause("the model to start from cannot be used", ("llava/train/model_setup.py:load_base_model",)),
+    "run-base": Cause("the base model cannot be used", ("llava/train/model_setup.py:load_base_model",)),
     "run-adapter": Cause(
         "pretrain_mm_mlp_adapter is not a projector file",
         ("llava/model/multimodal_projector/pretrained.py:read_projector_weights",),
     ),
     "run-adapter-settings": Cause(
-        "the run's vision settings are not those that its projector was pretrained with",
+        "the run's vision settings differ from those that its projector was pretrained with",
         ("llava/model/llava_arch.py:initialize_vision_modules",),
     ),
     "run-frozen": Cause(
@@ -210,11 +215,12 @@ CAUSES: dict[str, Cause] = {
         ("llava/train/model_setup.py:count_trained", "llava/train/model_setup.py:add_vision"),
     ),
     "run-projector-frozen": Cause(
-        "a new projector is frozen: images stay noise, and the loss does not learn from them",
+        "a new projector is frozen: image features stay random",
         ("llava/train/model_setup.py:add_vision",),
     ),
     "run-template": Cause(
-        "--version is not the template that the model speaks", ("llava/train/model_setup.py:choose_conversation",)
+        "--version is not the template that the model was trained with",
+        ("llava/train/model_setup.py:choose_conversation",),
     ),
     "run-precision": Cause(
         "float16 training of weights that were trained in bfloat16: overflow, NaN losses",
@@ -223,18 +229,18 @@ CAUSES: dict[str, Cause] = {
     # Servers
     "server-unreachable": Cause("nothing answers at the address", ("llava/diagnose/checks/server.py:examine_server",)),
     "server-unhealthy": Cause(
-        "the server says that it is not ready", ("llava/diagnose/checks/server.py:examine_server",)
+        "the server reports that it is not ready", ("llava/diagnose/checks/server.py:examine_server",)
     ),
     "server-no-model": Cause("the server offers no model", ("llava/diagnose/checks/server.py:examine_server",)),
-    "server-fails": Cause("a question gets an error", ("llava/diagnose/checks/server.py:examine_server",)),
+    "server-fails": Cause("a question is answered with an error", ("llava/diagnose/checks/server.py:examine_server",)),
     "server-empty": Cause("answers are empty", (_SPLICE, "llava/diagnose/checks/server.py:examine_server")),
     "server-image-ignored": Cause(
         "an image adds no tokens to the prompt: it does not reach the model", (_SPLICE, "llava/processor.py:Processor")
     ),
     "server-special-token": Cause(
-        "special tokens are left in the answers", ("llava/text/detokenizer.py:IncrementalDetokenizer",)
+        "special tokens remain in the answers", ("llava/text/detokenizer.py:IncrementalDetokenizer",)
     ),
-    "server-stream": Cause("streamed answers differ from whole ones", ("llava/text/detokenizer.py:stream_decoder",)),
+    "server-stream": Cause("streamed answers differ from complete ones", ("llava/text/detokenizer.py:stream_decoder",)),
 }
 
 
