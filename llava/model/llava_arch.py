@@ -31,7 +31,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
-from llava.model.splice import Spliced, check_max_length, on_device, pack, pad, splice
+from llava.model.splice import PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
 from llava.model.transformers_internals import register_recorded_outputs
 
 if TYPE_CHECKING:
@@ -236,8 +236,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         if images is None or self.get_vision_tower() is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         settings = LlavaSettings.from_hf(self.config)
-        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
-        batch = pad(spliced, side=settings.padding_side, max_length=settings.max_length)
+        batch = self._splice_batch(input_ids, attention_mask, labels, images, image_sizes, side=settings.padding_side)
         return (
             None,
             None if position_ids is None else batch.positions,
@@ -246,6 +245,20 @@ class LlavaMetaForCausalLM(_CausalBase):
             batch.embeds,
             batch.labels,
         )
+
+    def _splice_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Tensor | Sequence[Tensor] | None,
+        image_sizes: Sequence[Sequence[int]] | None,
+        *,
+        side: str,
+    ) -> PaddedBatch:
+        """Splice a batch and pad its rows on `side`. `llava trace` records the result."""
+        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
+        return pad(spliced, side=side, max_length=LlavaSettings.from_hf(self.config).max_length)
 
     def check_packable(self) -> None:
         """Raise an `InputError` if samples packed into one row would attend to each other."""
@@ -389,8 +402,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids, kwargs)
-        spliced = self._splice(input_ids, attention_mask.to(self.device), None, images, image_sizes)
-        batch = pad(spliced, side="left", max_length=LlavaSettings.from_hf(self.config).max_length)
+        batch = self._splice_batch(input_ids, attention_mask.to(self.device), None, images, image_sizes, side="left")
         return super().generate(inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), **kwargs)
 
     def _padding_mask(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

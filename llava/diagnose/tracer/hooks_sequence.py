@@ -8,7 +8,6 @@ In: a `Trace` and the modules. Out: hooks, which hooks.py installs. Images befor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +22,7 @@ from llava.diagnose.tracer.record import (
     is_finite,
     tensor_stats,
 )
+from llava.model.config import LlavaSettings
 from llava.model.protocols import InnerModel
 from llava.model.splice import PaddedBatch
 
@@ -60,9 +60,11 @@ def splice_hook(record: Trace) -> Callable[..., None]:
         labels: Tensor | None,
         images: object,
         sizes: object,
-        **how: Any,
+        *,
+        side: str,
     ) -> None:
         obs = Observation("splice")
+        limit = LlavaSettings.from_hf(record.model.config).max_length
         lengths = iter(record.feature_lengths)
         rows = []
         for number, row in enumerate(input_ids):
@@ -73,8 +75,8 @@ def splice_hook(record: Trace) -> Callable[..., None]:
                 next(lengths, None)  # the black image of a text-only sequence in a training batch
             rows.append(_row_of_splice(obs, number, ids, own, batch, labels is not None, len(input_ids)))
         obs.facts = {
-            "side": how["side"],
-            "max_length": how["settings"].max_length,
+            "side": side,
+            "max_length": limit,
             "rows": rows,
             "inputs_embeds": tensor_stats(batch.embeds),
             "attention_mask": {**tensor_stats(batch.mask), "sum": int(batch.mask.sum())},
@@ -82,7 +84,7 @@ def splice_hook(record: Trace) -> Callable[..., None]:
         }
         obs.add("inputs_embeds", describe_stats(obs.facts["inputs_embeds"]))
         obs.add("mask", f"{list(batch.mask.shape)}, {int(batch.mask.sum())} of {batch.mask.numel()} attended to")
-        obs.add("padded", f"on the {how['side']}; limit {how['settings'].max_length}")
+        obs.add("padded", f"on the {side}; limit {limit}")
         shapes = list(batch.mask.shape), list(batch.embeds.shape[:2])
         obs.check("agree", shapes[0] == shapes[1], f"mask {shapes[0]} and embeddings {shapes[1]}")
         check_finite(obs, obs.facts["inputs_embeds"])
