@@ -13,7 +13,7 @@ from batches import batch_of
 
 from llava.model.attention import use_varlen
 from llava.model.builder import load
-from llava.train.llava_trainer import TOKENS
+from llava.train.llava_trainer import TOKEN_TENSORS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -40,7 +40,7 @@ def outcome(
     else:
         model.config._attn_implementation = kernel
     placed = {
-        name: value.cuda() if isinstance(value, torch.Tensor) and not (on_host and name in TOKENS) else value
+        name: value.cuda() if isinstance(value, torch.Tensor) and not (on_host and name in TOKEN_TENSORS) else value
         for name, value in batch.items()
     }
     loss = model(**placed, packed=packed, loss_only=packed)["loss"]
