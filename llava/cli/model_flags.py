@@ -64,10 +64,7 @@ def sampling_from(args: Namespace) -> SamplingParams:
 
 
 def find_model(path: str | None) -> str:
-    """Return the folder or hub repository to load, after a check that needs no torch.
-
-    Args:
-        path: folder or hub repository; None for the model in the package.
+    """Return the folder or hub repository to load (None: the model in the package), checked without torch.
 
     Raises:
         InputError: the folder's files show that it cannot be loaded.

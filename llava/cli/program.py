@@ -22,14 +22,10 @@ EXIT_BROKEN_PIPE = 141
 
 
 def called_as(name: str) -> str:
-    """Return the name by which the user called a program.
+    """Return the name by which the user called a program, such as `llava eval score`.
 
-    Args:
-        name: the `llava` command, as `llava eval score`, or a program that has no command.
-
-    Returns:
-        `name`; where a module of this package was run, `python -m llava.eval.harness.main score`; where a file was run, the
-        file's name and `score`.
+    Where a module of this package was run, it is `python -m llava.eval.harness.main score`; where a file was run, the file's
+    name and `score`.
     """
     main = sys.modules.get("__main__")
     file = os.path.abspath(getattr(main, "__file__", None) or "")

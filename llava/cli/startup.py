@@ -100,10 +100,8 @@ def _compiler_deferred() -> Iterator[None]:
 def defer(name: str, *, marks: Sequence[str] = (), free: Sequence[str] = ()) -> None:
     """Register a package whose code is executed at its first use, unless it is imported already.
 
-    Args:
-        name: of the package.
-        marks: decorators that do not count as a use. They return their function, and are applied when the code has run.
-        free: submodules that do not count as a use, since they do not need the package's code.
+    The decorators in `marks` do not count as a use: they return their function, and are applied when the code has run. Nor do
+    the submodules in `free`, which do not need the package's code.
     """
     if name in sys.modules:
         return

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """Where a program reads lines and writes answers and messages.
-
-    `interactive` is true where stdin and stdout are both terminals.
-    """
+    """Where a program reads lines and writes answers; `interactive` if stdin and stdout are both terminals."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()

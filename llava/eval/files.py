@@ -82,13 +82,7 @@ def read_json_object(path: Path, what: str = "file") -> JsonRow:
 
 
 def read_json_lines(path: Path, what: str = "file", *, faults: Faults | None = None) -> list[JsonRow]:
-    """Read the objects of a JSON lines file.
-
-    Args:
-        path: the file.
-        what: what an error calls it.
-        faults: where to count lines that are not JSON objects; None: the first of them is an error.
-    """
+    """Read the objects of a JSON lines file; count lines that are none in `faults`, without which the first is an error."""
     rows = []
     for number, line in enumerate(read_text(path, what).split("\n"), start=1):
         if not line.strip():
@@ -121,13 +115,7 @@ def read_json_rows(path: Path, what: str = "file", *, faults: Faults | None = No
 
 
 def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Read the rows of a .tsv, .csv or .xlsx table with a header. Missing cells are empty strings.
-
-    Args:
-        path: the table; its suffix says the format.
-        what: what an error calls it.
-        needed: columns without which the table is refused.
-    """
+    """Read the rows of a .tsv, .csv or .xlsx table with a header, and the columns `needed`. Missing cells are empty strings."""
     if path.suffix.lower() == ".xlsx":
         rows = read_xlsx(path)
     else:
@@ -161,7 +149,7 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequen
     """Write one sheet with a header. Text stays text, whatever a spreadsheet would make of it (a formula, an error).
 
     Raises:
-        InputError: a text is longer than a cell of an .xlsx table can hold. No file is written then.
+        InputError: a text is longer than an .xlsx cell can hold; no file is written.
     """
     book = require("openpyxl", extra="eval").Workbook()
     for number, line in enumerate([columns, *([row.get(name, "") for name in columns] for row in rows)], start=1):

@@ -292,15 +292,9 @@ def judge_projector(
     text_width: int | None,
     place: str,
 ) -> Iterator[DoctorFinding]:
-    """Check a projector's stored layers against config, tower and language model.
+    """Check a projector's stored layers, headers by index, against config (`kind`, `config_width`), tower and language model.
 
-    Args:
-        layers: Headers of the linear layers' weights by index.
-        kind: mm_projector_type.
-        config_width: mm_hidden_size.
-        tower_width: Width of the tower's features, None if there is no tower to compare with.
-        text_width: Width of the language model.
-        place: Where the layers are stored, for messages.
+    `tower_width` is None if there is no tower to compare with; `place` says in messages where the layers are stored.
     """
     if not layers:
         yield found(

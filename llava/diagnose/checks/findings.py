@@ -301,10 +301,7 @@ class DoctorReport:
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """A check of an input. It is skipped if a check that it `needs` was skipped or found something.
-
-    With `last`, it is skipped if any check before it found something.
-    """
+    """A check, skipped if one that it `needs`, or with `last` any before it, was skipped or found something."""
 
     name: str
     run: Callable[[Any], Iterator[DoctorFinding]]

@@ -33,10 +33,7 @@ def sample_image(*, inverted: bool = False) -> Image.Image:
 def prepare_question(
     loaded: LoadedModel, question: str, images: Sequence[Image.Image]
 ) -> tuple[Conversation, ModelInputs]:
-    """Build a conversation about images in the model's template, and the model's inputs for it.
-
-    A model without a vision tower gets the question alone.
-    """
+    """Build a conversation about images (none without a vision tower) in the model's template, and the inputs for it."""
     from llava.conversation import get_template, with_image_placeholders
     from llava.processor import Processor
 

@@ -27,10 +27,7 @@ from llava.text.tokenization import Tokenizer
 def trace(model: LlavaModel, tokenizer: Tokenizer | None = None, *, break_at: str | None = None) -> Iterator[Trace]:
     """Record every forward pass of a LLaVA model within the block.
 
-    Args:
-        model: A model of this package.
-        tokenizer: Its tokenizer; without one, tokens are shown as ids.
-        break_at: The point (a key of `POINTS`) at which to open pdb.
+    Without a tokenizer, tokens are shown as ids. `break_at` is the point (a key of `POINTS`) at which to open pdb.
 
     Raises:
         InputError: If the model is not one of this package, or there is no such point.
@@ -91,13 +88,8 @@ def wrap(
 ) -> None:
     """Replace `owner.name` until the stack is closed by a function that also calls `callback(result, *args, **kwargs)`.
 
-    Args:
-        stack: Restores the original function when it is closed.
-        owner: A module object, class or `nn.Module` that holds the function.
-        name: The function's name.
-        callback: Called after the original function.
-        before: Called before it.
-        timed: A trace and the name of the stage that the original function is recorded as.
+    `owner` is a module object, a class or an `nn.Module`. `before` is called before the original function; `timed` is a trace
+    and the name of the stage that it is recorded as.
     """
     original = getattr(owner, name)
 

@@ -213,13 +213,7 @@ class Stage:
 class Trace:
     """Everything that was recorded. `trace["splice"]` is a point's last observation.
 
-    Args:
-        model: The traced LLaVA model.
-        tokenizer: Its tokenizer; without one, tokens are shown as ids.
-        break_at: The point at which to open the debugger.
-
-    Raises:
-        InputError: If there is no such point.
+    Without a tokenizer, tokens are shown as ids. `break_at` is the point (a key of `POINTS`) at which to open pdb.
     """
 
     def __init__(self, model: LlavaModel, tokenizer: Tokenizer | None = None, *, break_at: str | None = None) -> None:

@@ -61,13 +61,8 @@ def trace_sample(
 ) -> Trace:
     """Run one training step on one sample without changing a weight, and trace it.
 
-    Args:
-        data_file: A file or mixture of samples.
-        index: The sample's number, from 0.
-        model_path: The model folder to start from.
-        image_folder: The folder that image paths are relative to.
-        flags: Flags of `llava train`, perhaps after a configuration file; they override the defaults set here.
-        break_at: The point at which to open pdb.
+    `flags` are flags of `llava train`, perhaps after a configuration file; they override the defaults set here. `break_at` is
+    the point at which to open pdb.
 
     Raises:
         InputError: If there is no such sample, or the run has no vision tower.

@@ -42,11 +42,7 @@ def get_chunk(questions: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 
 def answer_file(args: Namespace, questions: Sequence[Question], *, max_new_tokens: int) -> None:
-    """Answer questions into the file `args.answers_file`.
-
-    Raises:
-        InputError: images are missing, the model cannot be loaded, or questions could not be asked (after all the others).
-    """
+    """Answer questions into the file `args.answers_file`; `InputError` after all others if some could not be asked."""
     from llava.cli.model_flags import find_model, sampling_from
 
     missing = missing_images(questions)

@@ -98,12 +98,9 @@ class EvalClient:
         return question_conversation(self.conv_mode, question.prompt, len(question.images), self._placeholder)
 
     def answer(self, questions: Sequence[tuple[int, Question]], on_result: OnResult, *, max_new_tokens: int) -> None:
-        """Answer questions, many at a time.
+        """Answer numbered questions, many at a time.
 
-        Args:
-            questions: with their numbers.
-            on_result: called in this thread with each number and its answer, or why there is none, in any order.
-            max_new_tokens: maximum number of tokens of an answer.
+        `on_result` is called in this thread with each number and its answer, or why there is none, in any order.
         """
         num_threads = self._engine.max_running * 5 // 4 + 8  # enough that the engine never waits for a prompt
         questions = in_rounds(questions, min(num_threads, self._num_prompts_kept(questions)))

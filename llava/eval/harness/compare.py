@@ -116,12 +116,7 @@ def _change(before: JsonRow, after: JsonRow) -> str:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the p-value of McNemar's exact test (two-sided).
-
-    Args:
-        gained: number of questions that only the second run has right.
-        lost: number of questions that only the first run has right.
-    """
+    """Return the p-value of McNemar's exact test (two-sided), from how many questions only one of two runs has right."""
     total = gained + lost
     tail = sum(math.comb(total, number) for number in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**total)

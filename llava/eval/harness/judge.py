@@ -215,18 +215,9 @@ def parse_grade(reply: str) -> float | None:
 def judge_answers(
     kind: str, answered: Sequence[AnsweredQuestion], home: Path, judge: Judge | None, file: Path, faults: Faults
 ) -> Scores:
-    """Judge the answers of a task and score the reviews.
+    """Judge the answers of a task ("llava-bench" or "mmvet") and score the reviews.
 
-    Args:
-        kind: "llava-bench" or "mmvet".
-        answered: the task's questions with their answers.
-        home: the task's folder.
-        judge: who is asked about answers that `file` has no review of; None for nobody.
-        file: the reviews, read and appended to.
-        faults: where answers that could not be judged are counted.
-
-    Returns:
-        Scores, with the grade of each question or a tenth of its score as its verdict.
+    `file` holds the reviews: it is read, and appended to. Verdicts are the grade of each question, or a tenth of its score.
     """
     if kind == "llava-bench":
         rows = review(llava_bench_requests(answered, faults), judge, file)

@@ -135,11 +135,7 @@ def run(args: Namespace) -> None:
 
 
 def plan_task(task: Task, args: Namespace, out: Path) -> TaskPlan:
-    """Read a task's questions, and check before a model is loaded that their images exist.
-
-    Raises:
-        InputError: the task's data is missing, or images are and --skip-missing-images is not given.
-    """
+    """Read a task's questions, and check before a model is loaded that their images exist or may be skipped."""
     questions = load_questions(task, args.data_dir)[: args.limit]
     faults = Faults()
     missing = set(missing_images(questions))
@@ -180,11 +176,7 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
 
 
 def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, fresh: bool) -> None:
-    """Write the manifest, where `out` is empty or holds answers of a run with the same settings.
-
-    Raises:
-        InputError: `out` holds answers of a run with other settings; the message names the first three.
-    """
+    """Write the manifest; `InputError` if `out` holds answers of a run with other settings."""
     file = out / MANIFEST
     if fresh:
         for plan in plans:

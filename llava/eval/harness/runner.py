@@ -62,11 +62,7 @@ class AskOutcome:
 
 
 def answer_jobs(jobs: Sequence[TaskJob], settings: AskSettings) -> AskOutcome:
-    """Answer the open questions of every job.
-
-    Raises:
-        InputError: the model cannot be loaded, or a shard ended early.
-    """
+    """Answer the open questions of every job; `InputError` if the model cannot be loaded or a shard ended early."""
     logs = [AnswerLog(job.folder, job.questions, settings.model_id) for job in jobs]
     missing = [
         [(number, question) for number, question in log.missing() if number not in job.left_out]

@@ -68,8 +68,7 @@ def mme_answer(text: str) -> str:
 def mme_figures(images: Sequence[Sequence[tuple[str, str]]]) -> dict[str, float | int]:
     """Return accuracy over questions, accuracy+ over images whose answers are all right, and 100 times their sum.
 
-    Args:
-        images: (answer as parsed by `mme_answer`, reference) pairs of each image.
+    Each image has (answer as parsed by `mme_answer`, reference) pairs.
     """
     answers = [pair for image in images for pair in image]
     right = sum(answer == truth for answer, truth in answers)

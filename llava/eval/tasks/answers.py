@@ -38,11 +38,7 @@ class AnswerRecord:
 
 
 def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
-    """Make a key for each question: the id alone where it is unique, with the prompt where several share it.
-
-    Raises:
-        InputError: two questions have the same id, round and prompt.
-    """
+    """Make a key for each question: the id alone where it is unique, with the prompt where several share it."""
     counts = Counter((str(question.id), question.round) for question in questions)
     keys = []
     for question in questions:
@@ -106,13 +102,9 @@ def _answers(rows: Iterable[JsonRow], path: Path, faults: Faults) -> Iterable[An
 def pair(
     questions: Sequence[Question], answers: Sequence[AnswerRecord], faults: Faults, *, source: str
 ) -> list[AnsweredQuestion]:
-    """Give every question its answer's text.
+    """Give every question its answer's text; count missing, repeated and unknown answers.
 
-    Args:
-        questions: the task's questions.
-        answers: by id, or in the order of the questions where none has an id.
-        faults: where missing, repeated and unknown answers are counted.
-        source: what an error calls the answers.
+    Answers are paired by id, or in the order of the questions where none has an id. `source` is what an error calls them.
 
     Raises:
         InputError: no answer belongs to the task, or answers without ids are not in the order of the questions.

@@ -60,12 +60,9 @@ def custom_task(
         title: the name in reports (default: `name`).
         folder: the task's folder in the data folder.
         images: what the rows' images are relative to, itself relative to `folder` unless absolute.
-        metric: a name of `METRICS`.
+        metric: a name of `METRICS`; `InputError` if it is none.
         suffix: the last line of every prompt; None asks for a word, or for a letter where the metric is "choice".
-        max_new_tokens: maximum number of tokens of an answer.
-
-    Raises:
-        InputError: the metric is unknown.
+        max_new_tokens: of an answer, at most.
     """
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r} of the task {name!r}; known: {', '.join(METRICS)}")

@@ -44,13 +44,10 @@ def questions_from_table(
     all_rounds: bool,
     whole: Sequence[Mapping[str, str]] | None = None,
 ) -> list[Question]:
-    """Make a question for each row, or for each row and order of its options.
+    """Make a question for each row, or with `all_rounds` for each row and order of its options.
 
-    Args:
-        rows: the table or a part of it.
-        suffix: the last line of every prompt, which asks for the letter alone; None for none.
-        all_rounds: whether to ask with the options in every order.
-        whole: all of the table, where `rows` are a part: a row may refer to another's image.
+    `suffix` is the last line of every prompt, which asks for the letter alone. Where `rows` are a part of the table, `whole` is
+    all of it, since a row may refer to another's image.
     """
     images = {row["index"]: row["image"] for row in whole or rows}
     questions = []

@@ -25,12 +25,7 @@ from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores
 
 
 def read_questions(file: Path, images: Path) -> list[Question]:
-    """Read a LLaVA question file: JSON lines with question_id, image, text, and perhaps category.
-
-    Args:
-        file: the questions.
-        images: the folder that `image` is relative to.
-    """
+    """Read a LLaVA question file: JSON lines with question_id, image (relative to `images`), text, and perhaps category."""
     rows = read_json_lines(file, "file of questions")
     if not rows:
         raise InputError(f"the file of questions {str(file)!r} is empty")

@@ -42,21 +42,10 @@ def make_app(
     lifespans: Sequence[Lifespan] = (),
     open_paths: Collection[str] = (),
 ) -> tuple[FastAPI, AccessMiddleware]:
-    """Build the application of a server.
+    """Build the application of a server, and the same behind its checks, which is the one to run.
 
-    Args:
-        routers: the routes.
-        title: of the OpenAPI document.
-        metrics: the counters behind /metrics.
-        access: which requests are accepted.
-        liveness: what /health reports.
-        readiness: what /ready reports.
-        schemas: bodies ("validation") and replies ("serialization") that routes read and write themselves, for the document.
-        lifespans: entered when the server starts, left when it stops.
-        open_paths: paths that need no API key, beside `OPEN_PATHS`.
-
-    Returns:
-        The application, to which pages may still be mounted, and the same behind its checks, to be run.
+    `liveness` and `readiness` are what /health and /ready report. `schemas` are bodies ("validation") and replies
+    ("serialization") that routes read and write themselves. Paths in `open_paths` and `OPEN_PATHS` need no API key.
     """
 
     @asynccontextmanager

@@ -89,12 +89,8 @@ class AccessPolicy:
 class AccessMiddleware:
     """Refuse what the policy does not accept; count and log every response.
 
-    Args:
-        app: the application behind.
-        policy: what is accepted.
-        metrics: where responses are counted.
-        known_paths: paths that metrics name; all others are counted as "other".
-        open_paths: paths that need no key; one that ends in / stands for all below it.
+    Metrics name `known_paths` and count all others as "other". `open_paths` need no key; one that ends in / stands for all
+    below it.
     """
 
     def __init__(

@@ -73,17 +73,10 @@ def run_server(
     started: Callable[[], None] = lambda: None,
     drain: Callable[[], Awaitable[None]] | None = None,
 ) -> int:
-    """Serve until a signal comes.
+    """Serve until a signal comes; return 0, or 1 where the server did not start.
 
-    Args:
-        app: what answers.
-        listener: a bound socket.
-        drain_s: seconds for running requests to finish after the signal.
-        started: called once requests are accepted.
-        drain: awaited at the signal, before requests are refused.
-
-    Returns:
-        An exit status: 0, or 1 where the server did not start.
+    `started` is called once requests are accepted, `drain` awaited at the signal, before requests are refused. Running requests
+    then have `drain_s` seconds to finish.
     """
     import uvicorn
 

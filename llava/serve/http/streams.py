@@ -46,11 +46,8 @@ def _refuse_constant(name: str) -> NoReturn:
 async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:
     """Await the work; where the client disconnects meanwhile, cancel it and raise `ClientDisconnect`.
 
-    The work runs in this task, which a task that waits for the disconnect cancels, as `asyncio.timeout` would.
-
-    Args:
-        work: what the client waits for.
-        receive: of the request, whose body has been read.
+    The work runs in this task, which a task that waits for the disconnect cancels, as `asyncio.timeout` would. `receive` is
+    that of the request, whose body has been read.
     """
     worker = asyncio.current_task()
     assert worker is not None
@@ -83,15 +80,10 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 class StreamedResponse(Response):
-    """A response whose body is sent chunk by chunk.
+    """A response whose body is sent chunk by chunk, until `deadline` in the event loop's time.
 
-    Args:
-        chunks: the body; closed whatever ends the response early.
-        media_type: of the body.
-        deadline: in the event loop's time.
-        final_chunk: makes the last chunk from the error that ended the response.
-        on_close: called once with the reason of the end: "finished", "cancelled", "deadline" or "failed".
-        status: HTTP status.
+    `final_chunk` makes the last chunk from the error that ended the response. `on_close` is called once with the reason of the
+    end: "finished", "cancelled", "deadline" or "failed".
     """
 
     def __init__(

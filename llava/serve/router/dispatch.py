@@ -101,15 +101,9 @@ class Dispatcher:
     # Choosing.
 
     def choose(self, model: str, *, conversation: str | None = None, without: Collection[str] = ()) -> str | None:
-        """Choose a worker and count the request in its queue. A conversation keeps its worker, unless that is busy.
+        """Choose a worker of a model and count the request in its queue; None where there is no such worker.
 
-        Args:
-            model: a name that the worker must serve.
-            conversation: key of the conversation, if there is one.
-            without: workers that must not be chosen.
-
-        Returns:
-            The worker's address; None where there is no such worker.
+        A conversation keeps its worker, unless that is busy. Workers in `without` are not chosen.
         """
         candidates = [
             worker

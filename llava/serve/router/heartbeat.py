@@ -28,12 +28,8 @@ MIN_INTERVAL_S = 0.2  # between heartbeats that report a changed queue
 class Heartbeat:
     """The background task of one worker.
 
-    Args:
-        controller: URL of the controller.
-        worker: URL of the worker, which is also its name.
-        status: returns the current status.
-        key: API key of the controller.
-        interval_s: seconds between heartbeats. `changed` makes the next one come sooner, as in the original.
+    `worker` is the worker's URL and its name, `key` an API key of the controller. `changed` makes the next heartbeat come
+    sooner, as in the original.
     """
 
     def __init__(

@@ -58,14 +58,10 @@ class Proxy:
         conversation: str | None,
         final_chunk: Callable[[Exception], bytes],
     ) -> Response:
-        """Forward a request.
+        """Forward a request, whose body is sent on as it is, to a worker of the model.
 
-        Args:
-            request: whose body is sent on as it is.
-            path: of the worker's route.
-            model: which workers to choose from.
-            conversation: requests of one conversation go to one worker, for its prefix cache; None: to any.
-            final_chunk: makes the last chunk of a response that failed in the middle.
+        Requests of one `conversation` go to one worker, for its prefix cache. `final_chunk` makes the last chunk of a response
+        that failed in the middle.
         """
         deadline = asyncio.get_running_loop().time() + self._deadline_s
         body = await request.body()

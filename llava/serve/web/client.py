@@ -58,11 +58,7 @@ class PageSettings:
 def conversation_of(
     turns: Sequence[PageTurn], template: Conversation, image_mode: str
 ) -> tuple[Conversation, list[str]]:
-    """Render turns in a template. Failed turns are left out.
-
-    Returns:
-        The conversation, and the images in base64, in the order of their placeholders.
-    """
+    """Render turns, without failed ones, in a template; return the images too, in base64 and in their order."""
     conversation = template.copy()
     kept = [turn for turn in turns[:-1] if not turn.failed and turn.answer] + list(turns[-1:])
     images = [load_image(Path(path)) for turn in kept for path in turn.images]
@@ -182,10 +178,7 @@ async def _partial_answers(response: httpx.Response, prompt: str) -> AsyncIterat
 
 
 class ConversationLog:
-    """The original's log: conversations and votes as lines of JSON in `<day>-conv.json`, and each image once.
-
-    Without a folder nothing is written.
-    """
+    """The original's log: conversations and votes as JSON lines in `<day>-conv.json`, each image once, if there is a folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
