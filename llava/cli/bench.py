@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from llava.cli.model_flags import add_loading_flags, add_path_flag, find_model
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.cli.startup import prepare
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
@@ -49,8 +49,8 @@ def build_parser() -> ArgumentParser:
     add_loading_flags(parser)
     parser.add_argument("--weights", metavar="KIND", help="hold the weights as int8, fp8 or int4")
     parser.add_argument("--sequences", default="1,8,64", metavar="N,...", help="batch sizes (default: 1,8,64)")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of which the median counts (default: 3)")
+    add_number(parser, "--new-tokens", 128, "N", "of each answer")
+    add_number(parser, "--runs", 3, "N", "of which the median counts")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
-from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, closest
+from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, add_number, closest
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
 from llava.conversation import check_question, get_template
@@ -59,20 +59,14 @@ def build_parser() -> ArgumentParser:
     add_model_flags(model)
     model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     answers = parser.add_argument_group("answers")
-    answers.add_argument("--temperature", type=float, metavar="T", default=0.0, help="0 decodes greedily (default: 0)")
+    add_number(answers, "--temperature", 0.0, "T", "0 decodes greedily")
     answers.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
     )
-    answers.add_argument(
-        "--num-beams", type=int, metavar="N", default=1, help="beam search; the answer is not streamed (default: 1)"
-    )
-    answers.add_argument(
-        "--max-new-tokens", type=int, metavar="N", default=512, help="at most so many per answer (default: 512)"
-    )
+    add_number(answers, "--num-beams", 1, "N", "beam search; the answer is not streamed")
+    add_number(answers, "--max-new-tokens", 512, "N", "at most so many per answer")
     images = parser.add_argument_group("images")
-    images.add_argument(
-        "--image-timeout", type=float, metavar="SECONDS", default=20.0, help="seconds for a download (default: 20)"
-    )
+    add_number(images, "--image-timeout", 20.0, "SECONDS", "seconds for a download")
     images.add_argument(
         "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
     )

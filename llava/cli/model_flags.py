@@ -6,16 +6,14 @@ parameters. Nothing here imports torch. Loading itself is model/builder.py.
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from pathlib import Path
 
+from llava.cli.program import Flags
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.model.checkpoints.hub import looks_like_repository
 from llava.model.checkpoints.inspect import inspect
-
-Flags = argparse._ActionsContainer  # a parser or a group of one
 
 
 def add_path_flag(flags: Flags) -> None:

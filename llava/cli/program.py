@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from llava.errors import InputError
 
+Flags = argparse._ActionsContainer  # a parser or a group of its flags
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -63,6 +65,12 @@ def closest(word: str, known: Sequence[str]) -> str:
     """Return `; did you mean 'x'?` where a known word is spelled like `word`, else an empty string."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def add_number(flags: Flags, name: str, default: float, unit: str, help: str) -> None:
+    """Add a flag that takes a number of the default's type, which `--help` names after the help."""
+    text = f"{help} (default: {default:g})"
+    flags.add_argument(name, type=type(default), default=default, metavar=unit, help=text)
 
 
 class ArgumentParser(argparse.ArgumentParser):

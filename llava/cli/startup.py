@@ -85,11 +85,7 @@ def _compiler_deferred() -> Iterator[None]:
 
     # The names that transformers uses while it is imported. Any other name or submodule executes the package at once, so
     # another version of transformers is at worst slower.
-    defer(
-        "torch._dynamo",
-        marks=("assume_constant_result", "allow_in_graph"),
-        free=("_trace_wrapped_higher_order_op",),
-    )
+    defer("torch._dynamo", marks=("assume_constant_result", "allow_in_graph"), free=("_trace_wrapped_higher_order_op",))
     original, torch.compiler.disable = torch.compiler.disable, disable
     try:
         yield

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava.cli.colors import Colors, wants_colors
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.diagnose.checks.findings import CAUSES, DoctorFinding, DoctorReport
 from llava.errors import InputError
 
@@ -56,9 +56,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--max-length", type=int, metavar="N", help="data: judge lengths by this limit")
     parser.add_argument("--conv-mode", metavar="NAME", help="data: conversation template (default: the model's)")
     parser.add_argument("--api-key", metavar="KEY", help="server: the key that it asks for")
-    parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="server: per request (default: 60)"
-    )
+    add_number(parser, "--timeout", 60.0, "SECONDS", "server: per request")
     parser.add_argument(
         "--fix", metavar="COPY", help="write a repaired copy here; what cannot be repaired safely stays"
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_loading_flags
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.cli.startup import prepare
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.checks.sample_image import QUESTION, prepare_question, sample_image
@@ -52,9 +52,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
     add_loading_flags(parser)
-    parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="training steps of the projector exercise (default: 20)"
-    )
+    add_number(parser, "--steps", 20, "N", "training steps of the projector exercise")
     parser.add_argument("--skip-training", action="store_true", help="leave the projector exercise out")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
@@ -238,11 +236,7 @@ def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
         )
         wanted = answer + end
         holds = "".join(text.split()) == "".join(wanted.split())
-        item.check(
-            f"row {row + 1}",
-            holds,
-            f"trained is {text.strip()!r}: answer and end token, no question",
-        )
+        item.check(f"row {row + 1}", holds, f"trained is {text.strip()!r}: answer and end token, no question")
     item.check("image", not bool(trained[ids == IMAGE_TOKEN_INDEX].any()), f"{IGNORE_INDEX} at the image token")
     padding = int((~mask).sum())
     item.check("padding", not bool(trained[~mask].any()), f"{IGNORE_INDEX} at all {padding} positions of padding")

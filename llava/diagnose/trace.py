@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.cli.colors import Colors, shows_unicode, wants_colors
 from llava.cli.model_flags import add_model_flags, sampling_from
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import check_question, get_template
 from llava.diagnose.tracer.record import POINTS, Trace, TraceStopped
 from llava.errors import InputError
@@ -42,14 +42,10 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
     add_model_flags(parser, bits=False)
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
-    )
+    add_number(parser, "--temperature", 0.0, "T", "0 is greedy")
+    add_number(parser, "--max-new-tokens", 64, "N", "length of the answer")
     parser.add_argument("--data", metavar="FILE", help="trace a training sample of this file instead of a question")
-    parser.add_argument(
-        "--index", type=int, default=0, metavar="N", help="with --data: its number, from 0 (default: 0)"
-    )
+    add_number(parser, "--index", 0, "N", "with --data: its number, from 0")
     parser.add_argument("--image-folder", metavar="FOLDER", help="with --data: the folder that images are relative to")
     parser.add_argument("--json", action="store_true", help="print all facts as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")

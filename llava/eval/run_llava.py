@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING
 from llava.cli.model_flags import choose_conv_mode, find_model, sampling_from
 from llava.cli.startup import quick_imports
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import (
-    get_model_name_from_path,
-    get_template,
-    image_placeholder,
-    with_image_placeholders,
-)
+from llava.conversation import get_model_name_from_path, get_template, image_placeholder, with_image_placeholders
 from llava.engine.request import Request
 from llava.errors import InputError
 from llava.eval.common_flags import MODEL_BASE, MODEL_PATH, SAMPLING_FLAGS, EvalScript, ScriptFlag

@@ -14,12 +14,7 @@ from llava.cli.model_flags import choose_conv_mode, find_model, sampling_from
 from llava.cli.program import ArgumentParser
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import quiet_libraries, show
-from llava.conversation import (
-    get_model_name_from_path,
-    get_template,
-    image_placeholder,
-    with_image_placeholders,
-)
+from llava.conversation import get_model_name_from_path, get_template, image_placeholder, with_image_placeholders
 from llava.engine.request import Request
 from llava.errors import InputError
 from llava.images.io import load_image

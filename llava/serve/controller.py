@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.serve.http.flags import add_server_flags, listen_address_from
 
 EXAMPLES = """\
@@ -22,9 +22,7 @@ examples:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="llava controller",
-        description="Keep a table of workers, and forward requests to them.",
-        epilog=EXAMPLES,
+        prog="llava controller", description="Keep a table of workers, and forward requests to them.", epilog=EXAMPLES
     )
     parser.add_argument(
         "--dispatch-method",
@@ -32,9 +30,7 @@ def build_parser() -> ArgumentParser:
         default="shortest_queue",
         help="at random by speed, or the shortest queue relative to speed (default)",
     )
-    parser.add_argument(
-        "--deadline", type=float, metavar="S", default=600.0, help="seconds for a whole answer (default: 600)"
-    )
+    add_number(parser, "--deadline", 600.0, "S", "seconds for a whole answer")
     add_server_flags(parser, port=21001)
     return parser
 

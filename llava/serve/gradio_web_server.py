@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.errors import InputError, require
 from llava.serve.http.flags import add_server_flags, listen_address_from
 
@@ -23,15 +23,13 @@ examples:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="llava web",
-        description="Show the web page over a controller's models.",
-        epilog=EXAMPLES,
+        prog="llava web", description="Show the web page over a controller's models.", epilog=EXAMPLES
     )
     page = parser.add_argument_group("page")
     page.add_argument(
         "--controller-url", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
     )
-    page.add_argument("--concurrency-count", type=int, metavar="N", default=16, help="answers at once (default: 16)")
+    add_number(page, "--concurrency-count", 16, "N", "answers at once")
     page.add_argument(
         "--model-list-mode",
         choices=("once", "reload"),

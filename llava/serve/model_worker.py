@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli import model_flags
 from llava.cli.model_flags import find_model
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
@@ -37,9 +37,7 @@ examples:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="llava worker",
-        description="Serve one model, and register it with a controller.",
-        epilog=EXAMPLES,
+        prog="llava worker", description="Serve one model, and register it with a controller.", epilog=EXAMPLES
     )
     add_worker_flags(parser)
     add_model_flags(parser)
@@ -61,22 +59,14 @@ def add_worker_flags(parser: ArgumentParser) -> None:
     worker.add_argument(
         "--limit-model-concurrency", type=int, metavar="N", help="answer so many at once (default: what memory allows)"
     )
-    worker.add_argument(
-        "--stream-interval", type=int, metavar="N", default=1, help="tokens in a chunk of the original protocol (1)"
-    )
+    add_number(worker, "--stream-interval", 1, "N", "tokens in a chunk of the original protocol")
     worker.add_argument("--no-register", action="store_true", help="do not register with a controller")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model_flags.add_model_flags(model)
-    model.add_argument(
-        "--memory-fraction",
-        type=float,
-        metavar="F",
-        default=0.9,
-        help="of a GPU's memory for weights and cache together (default: 0.9)",
-    )
+    add_number(model, "--memory-fraction", 0.9, "F", "of a GPU's memory for weights and cache together")
     model.add_argument(
         "--engine-process",
         choices=("auto", "on", "off"),

@@ -34,11 +34,7 @@ def run(args: Namespace) -> int:
         if not getattr(args, flag):
             raise InputError(f"--{flag.replace('_', '-')} is missing")
     httpx = require("httpx", extra="serve")
-    body = {
-        "worker_name": args.worker_name,
-        "check_heart_beat": args.check_heart_beat,
-        "worker_status": None,
-    }
+    body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat, "worker_status": None}
     try:
         response = httpx.post(f"{args.controller_address.rstrip('/')}/register_worker", json=body, timeout=10)
         response.raise_for_status()

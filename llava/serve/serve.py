@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError
 from llava.serve.http.flags import ListenAddress, add_limit_flags, add_server_flags, limits_from, listen_address_from
@@ -44,9 +44,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the same as --model-path")
     parser.add_argument("--model-name", metavar="NAME", help="(default: the last folder of the model's path)")
-    parser.add_argument(
-        "--num-workers", type=int, metavar="N", default=1, help="processes, each with a GPU of its own (1)"
-    )
+    add_number(parser, "--num-workers", 1, "N", "processes, each with a GPU of its own")
     parser.add_argument(
         "--limit-model-concurrency", type=int, metavar="N", help="answer so many at once (default: what memory allows)"
     )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.errors import InputError
 from llava.eval.harness.manifest import differences
 from llava.eval.harness.results import read_results, read_verdicts
@@ -47,9 +47,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("first", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("second", type=Path, metavar="B", help="folder of another")
-    parser.add_argument(
-        "--show", type=int, default=5, metavar="N", help="changed verdicts to print for each task (default: 5)"
-    )
+    add_number(parser, "--show", 5, "N", "changed verdicts to print for each task")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path, get_template
 from llava.errors import InputError
 from llava.eval.files import Faults, read_json_object, write_json
@@ -59,19 +59,15 @@ def build_parser() -> ArgumentParser:
     model = parser.add_argument_group("model")
     add_model_flags(model)
     answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default: 0)"
-    )
+    add_number(answers, "--temperature", 0.0, "T", "0 takes the most probable token")
     answers.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
     )
-    answers.add_argument(
-        "--num-beams", type=int, default=1, metavar="N", help="beam search, one question at a time (default: 1)"
-    )
+    add_number(answers, "--num-beams", 1, "N", "beam search, one question at a time")
     answers.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of an answer (default: the task's)"
     )
-    answers.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampled answers (default: 0)")
+    add_number(answers, "--seed", 0, "N", "seed of sampled answers")
     answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
     answers.add_argument(
         "--shards", type=int, metavar="N", help="processes to spread the questions over (default: one per GPU)"

@@ -123,12 +123,4 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     return Scores(means, categories, verdicts, headline=means["f1"] * 100, notes=tuple(notes))
 
 
-POPE = Task(
-    "pope",
-    "POPE",
-    "pope",
-    read,
-    score,
-    headline="mean F1 of the splits",
-    fit_answers=fit_answers,
-)
+POPE = Task("pope", "POPE", "pope", read, score, headline="mean F1 of the splits", fit_answers=fit_answers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli.program import ArgumentParser
+from llava.cli.program import ArgumentParser, add_number
 from llava.errors import InputError, require
 from llava.images.download import ImageLimits
 
@@ -34,13 +34,7 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
     server.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
     server.add_argument("--port", type=int, default=port, help=f"0 picks a free one (default: {port})")
     server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    server.add_argument(
-        "--drain-seconds",
-        type=float,
-        metavar="S",
-        default=30.0,
-        help="on SIGTERM, wait so long for running answers (default: 30)",
-    )
+    add_number(server, "--drain-seconds", 30.0, "S", "on SIGTERM, wait so long for running answers")
     access = parser.add_argument_group("access")
     access.add_argument(
         "--api-key-file",
@@ -61,44 +55,18 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
         default=[],
         help="accept requests of this site's pages, as https://example.org (CORS; default: none)",
     )
-    access.add_argument(
-        "--max-body-mb", type=float, metavar="MB", default=64.0, help="largest body of a request (default: 64)"
-    )
-    access.add_argument(
-        "--max-held-mb",
-        type=float,
-        metavar="MB",
-        default=4096.0,
-        help="bodies and images of all requests together; more get status 429 (default: 4096)",
-    )
+    add_number(access, "--max-body-mb", 64.0, "MB", "largest body of a request")
+    add_number(access, "--max-held-mb", 4096.0, "MB", "bodies and images of all requests together; more get status 429")
 
 
 def add_limit_flags(parser: ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a request")
-    limits.add_argument("--max-images", type=int, metavar="N", default=16, help="images in one request (default: 16)")
-    limits.add_argument(
-        "--max-image-mb", type=float, metavar="MB", default=20.0, help="bytes of one image, encoded (default: 20)"
-    )
-    limits.add_argument(
-        "--max-megapixels",
-        type=float,
-        metavar="MP",
-        default=89.4,
-        help="of all images of a request together (default: 89.4)",
-    )
-    limits.add_argument(
-        "--max-requests",
-        type=int,
-        metavar="N",
-        default=2048,
-        help="requests at once, waiting ones included; more get status 429 (default: 2048)",
-    )
-    limits.add_argument(
-        "--deadline", type=float, metavar="S", default=600.0, help="seconds for a whole answer (default: 600)"
-    )
-    limits.add_argument(
-        "--image-timeout", type=float, metavar="S", default=10.0, help="seconds for a download (default: 10)"
-    )
+    add_number(limits, "--max-images", 16, "N", "images in one request")
+    add_number(limits, "--max-image-mb", 20.0, "MB", "bytes of one image, encoded")
+    add_number(limits, "--max-megapixels", 89.4, "MP", "of all images of a request together")
+    add_number(limits, "--max-requests", 2048, "N", "requests at once, waiting ones included; more get status 429")
+    add_number(limits, "--deadline", 600.0, "S", "seconds for a whole answer")
+    add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download")
     limits.add_argument("--no-image-urls", action="store_true", help="download nothing: images come as data: URLs only")
     limits.add_argument(
         "--allow-private-hosts", action="store_true", help="download images from this machine's own network too"

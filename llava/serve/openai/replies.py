@@ -83,11 +83,7 @@ class ChatWriter(ReplyWriter):
         )
 
     def _delta(
-        self,
-        index: int,
-        delta: schema.Delta,
-        logprobs: schema.ChatLogprobs | None,
-        reason: schema.FinishReason | None,
+        self, index: int, delta: schema.Delta, logprobs: schema.ChatLogprobs | None, reason: schema.FinishReason | None
     ) -> schema.ChatChunk:
         return self._chunk([schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)])
 
