@@ -211,10 +211,8 @@ def as_table(report: BenchReport) -> str:
         "sequences   tokens/s   limit of the memory",
     ]
     for rate in report.rates:
-        share = rate.tokens_per_s / rate.limit_tokens_per_s
-        lines.append(
-            f"{rate.num_sequences:>9}  {rate.tokens_per_s:>9,.1f}   {rate.limit_tokens_per_s:,.1f} ({share:.0%})"
-        )
+        speed, limit = rate.tokens_per_s, rate.limit_tokens_per_s
+        lines.append(f"{rate.num_sequences:>9}  {speed:>9,.1f}   {limit:,.1f} ({speed / limit:.0%})")
     return "\n".join(lines)
 
 

@@ -60,16 +60,12 @@ def build_parser() -> ArgumentParser:
     model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     answers = parser.add_argument_group("answers")
     add_number(answers, "--temperature", 0.0, "T", "0 decodes greedily")
-    answers.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
-    )
+    answers.add_argument("--top-p", type=float, metavar="P", help="sample from top tokens of this total probability")
     add_number(answers, "--num-beams", 1, "N", "beam search; the answer is not streamed")
     add_number(answers, "--max-new-tokens", 512, "N", "at most so many per answer")
     images = parser.add_argument_group("images")
     add_number(images, "--image-timeout", 20.0, "SECONDS", "seconds for a download")
-    images.add_argument(
-        "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
-    )
+    images.add_argument("--allow-private-hosts", action="store_true", help="download from this machine's network too")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a line of JSON per answer, with token counts and times")
     output.add_argument("--quiet", "-q", action="store_true", help="nothing but answers and errors")
@@ -138,13 +134,8 @@ def load_model(args: Namespace) -> LoadedModel:
             quiet_libraries()
         from llava.model.builder import load
 
-        return load(
-            args.model_path,
-            base=args.model_base,
-            device=args.device,
-            dtype=args.dtype,
-            quantization=quantization_from(args),
-        )
+        bits = quantization_from(args)
+        return load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype, quantization=bits)
 
 
 class Chat:
@@ -189,9 +180,8 @@ class Chat:
             return True
         name, _, argument = line.partition(" ")
         if name not in COMMANDS:
-            raise InputError(
-                f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
-            )
+            known = list(COMMANDS)
+            raise InputError(f"unknown command {name!r}{closest(name, known)} (commands: {', '.join(known)})")
         return COMMANDS[name].run(self, argument.strip())
 
     def answer(self, question: str) -> None:

@@ -40,9 +40,7 @@ def add_model_flags(flags: Flags, *, bits: bool = True) -> None:
         either = flags.add_mutually_exclusive_group()
         either.add_argument("--load-8bit", action="store_true", help="weights in 8 bits")
         either.add_argument("--load-4bit", action="store_true", help="weights in 4 bits")
-    flags.add_argument(
-        "--conv-mode", metavar="NAME", help="conversation template (default: what the model's files say)"
-    )
+    flags.add_argument("--conv-mode", metavar="NAME", help="conversation template (default: as the model's files say)")
 
 
 def quantization_from(args: Namespace) -> str | None:
@@ -79,7 +77,6 @@ def find_model(path: str | None) -> str:
 def choose_conv_mode(given: str | None, inferred: str) -> str:
     """Return the given template, else the one that the model implies; warn where they differ."""
     if given is not None and given != inferred:
-        print(
-            f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}, using {given}"
-        )
+        differ = f"the auto inferred conversation mode is {inferred}, while `--conv-mode` is {given}"
+        print(f"[WARNING] {differ}, using {given}")
     return given or inferred

@@ -48,18 +48,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("path", nargs="?", metavar="PATH", help="a model folder, a data file, a run's .yaml, or a URL")
     parser.add_argument("--as", dest="kind", choices=KINDS, help="what PATH is, where its name does not tell")
     parser.add_argument("--quick", action="store_true", help="checkpoint: read no weights, only headers and configs")
-    parser.add_argument(
-        "--model-base", metavar="FOLDER", help="checkpoint: the language model under a LoRA or projector"
-    )
+    parser.add_argument("--model-base", metavar="FOLDER", help="checkpoint: the model under a LoRA or projector")
     parser.add_argument("--image-folder", metavar="FOLDER", help="data: the folder that images are relative to")
     parser.add_argument("--model-path", "-m", metavar="FOLDER", help="data: read labels and lengths with this model")
     parser.add_argument("--max-length", type=int, metavar="N", help="data: judge lengths by this limit")
     parser.add_argument("--conv-mode", metavar="NAME", help="data: conversation template (default: the model's)")
     parser.add_argument("--api-key", metavar="KEY", help="server: the key that it asks for")
     add_number(parser, "--timeout", 60.0, "SECONDS", "server: per request")
-    parser.add_argument(
-        "--fix", metavar="COPY", help="write a repaired copy here; what cannot be repaired safely stays"
-    )
+    parser.add_argument("--fix", metavar="COPY", help="write a repaired copy; what cannot be repaired safely stays")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--verbose", "-v", action="store_true", help="say what was looked at, too")
     parser.add_argument("--list", action="store_true", help="list every cause that can be found, and end")
@@ -72,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Namespace) -> int:
     if args.list:
-        print(
-            json.dumps({code: vars(cause) for code, cause in CAUSES.items()}, indent=2) if args.json else list_causes()
-        )
+        causes = {code: vars(cause) for code, cause in CAUSES.items()}
+        print(json.dumps(causes, indent=2) if args.json else list_causes())
         return 0
     if args.path is None:
         raise InputError("say what to examine: a model folder, a data file, a run's .yaml, or a server's URL")
@@ -177,10 +172,8 @@ def as_text(report: DoctorReport, colors: Colors, *, verbose: bool = False) -> s
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.facts.items() if value is not None)
     lines = [colors(report.subject, "bold") + (f"  {colors(facts, 'dim')}" if facts else "")]
     for finding in report.findings:
-        lines += [
-            "",
-            f"{colors('found', 'red', 'bold')}  {colors(finding.code, 'bold')}: {CAUSES[finding.code].meaning}",
-        ]
+        meaning = CAUSES[finding.code].meaning
+        lines += ["", f"{colors('found', 'red', 'bold')}  {colors(finding.code, 'bold')}: {meaning}"]
         on_a_copy = " (--fix does it, on a copy)" if finding.fix and "--fix" not in finding.remedy else ""
         for name, text in (
             ("what", finding.what),

@@ -14,6 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -89,17 +90,14 @@ def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[SelfTestItem]
     """Run the five items in order; with `steps` 0 the projector exercise is skipped."""
     from llava.diagnose.checks.projector_exercise import exercise_projector
 
-    checks: list[Callable[[], SelfTestItem]] = [
-        lambda: check_embeddings(loaded),
-        lambda: check_length(loaded),
-        lambda: check_label_mask(loaded),
-        lambda: exercise_projector(loaded, path, steps=steps),
-        lambda: check_odd_output(loaded),
-    ]
+    exercise = partial(exercise_projector, path=path, steps=steps)
+    checks: list[Callable[[LoadedModel], SelfTestItem]] = [
+        check_embeddings, check_length, check_label_mask, exercise, check_odd_output,
+    ]  # fmt: skip
     items = []
     for check in checks:
         started = time.perf_counter()
-        item = check()
+        item = check(loaded)
         item.seconds = time.perf_counter() - started
         items.append(item)
     return items
@@ -144,11 +142,8 @@ def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
     ids = tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer)
     place = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else -1
     item.add("prompt", conversation.get_prompt(), "text")
-    item.check(
-        "image token",
-        ids.count(IMAGE_TOKEN_INDEX) == 1,
-        f"one of {len(ids)} ids is {IMAGE_TOKEN_INDEX}, at index {place}",
-    )
+    is_one = ids.count(IMAGE_TOKEN_INDEX) == 1
+    item.check("image token", is_one, f"one of {len(ids)} ids is {IMAGE_TOKEN_INDEX}, at index {place}")
     item.check("processor", inputs.input_ids.tolist() == ids, "the processor's ids are those of tokenizer_image_token")
     embeds, _ = splice_inputs(loaded, inputs)
     with torch.inference_mode():
@@ -160,9 +155,8 @@ def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
     same = bool(torch.equal(embeds[0, place:stop], features.to(embeds)))
     item.check("image", same, f"positions {place} to {stop - 1} are the projector's features, number for number")
     around = torch.cat([embeds[0, :place], embeds[0, stop:]])
-    item.check(
-        "text", bool(torch.equal(around, text)), f"the other {len(around)} positions are rows of the embedding table"
-    )
+    same = bool(torch.equal(around, text))
+    item.check("text", same, f"the other {len(around)} positions are rows of the embedding table")
     return item
 
 
@@ -231,9 +225,8 @@ def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
     end = answer_end(template)
     for row, answer in enumerate(ANSWERS):
         text = tokenizer.decode([token for token in labels[row][trained[row]].tolist() if token >= 0])
-        item.add_spans(
-            f"row {row + 1}", trained_spans(ids[row][mask[row]].tolist(), labels[row][mask[row]].tolist(), tokenizer)
-        )
+        own_ids, own_labels = (tensor[row][mask[row]].tolist() for tensor in (ids, labels))
+        item.add_spans(f"row {row + 1}", trained_spans(own_ids, own_labels, tokenizer))
         wanted = answer + end
         holds = "".join(text.split()) == "".join(wanted.split())
         item.check(f"row {row + 1}", holds, f"trained is {text.strip()!r}: answer and end token, no question")
@@ -263,9 +256,8 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
 
     tokenizer, end = loaded.tokenizer, answer_end(get_template(loaded.conv_mode))
     vocabulary = tokenizer.get_vocab()
-    special = [
-        token for token in ("<im_start>", "<im_end>", "<im_patch>", end, tokenizer.eos_token) if token in vocabulary
-    ]
+    known = ("<im_start>", "<im_end>", "<im_patch>", end, tokenizer.eos_token)
+    special = [token for token in known if token in vocabulary]
     word = tokenizer("yellow", add_special_tokens=False).input_ids
     odd = [*word, *(vocabulary[token] for token in special), *word]
     raw, clean = tokenizer.decode(odd), tokenizer.decode(odd, skip_special_tokens=True)
@@ -278,9 +270,7 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
     conversation, inputs = ask(loaded)
     embeds, _ = splice_inputs(loaded, inputs)
     holds = embeds.shape[1] == inputs.num_tokens and conversation.get_prompt().count("<image>") == 1
-    item.check(
-        "3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none of them an image token"
-    )
+    item.check("3 splice", holds, f"one <image> for one image, {embeds.shape[1]} positions, none an image token")
     reader = IncrementalDetokenizer(tokenizer, [end])
     stop = [vocabulary[end]] if end in vocabulary else tokenizer(end, add_special_tokens=False).input_ids
     text = reader.read([*word, *stop, *word]) + reader.finish()
@@ -290,9 +280,8 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
         answer = session.answer(QUESTION, sample_image())
     item.add("answer", answer, "text")
     left = [token for token in {*special, "<image>"} if token in answer]
-    item.check(
-        "answer", not left, "no special token is left in a real answer" if not left else f"left over: {', '.join(left)}"
-    )
+    found = f"left over: {', '.join(left)}" if left else "no special token is left in a real answer"
+    item.check("answer", not left, found)
     return item
 
 
@@ -306,10 +295,8 @@ def as_text(path: str, items: Sequence[SelfTestItem]) -> str:
     lines = [colors(path, "bold")]
     for number, item in enumerate(items, 1):
         state = ("skipped", "yellow") if item.skipped else ("passed", "green") if item.passed else ("FAILED", "red")
-        lines += [
-            "",
-            f"{colors(f'{number} {item.title}', 'bold', 'cyan')}  {colors(state[0], state[1], 'bold')}  {item.seconds:.1f} s",
-        ]
+        title = colors(f"{number} {item.title}", "bold", "cyan")
+        lines += ["", f"{title}  {colors(*state, 'bold')}  {item.seconds:.1f} s"]
         lines.append(colors("  " + " -> ".join(item.where), "dim"))
         lines += show_rows(item.rows, colors, blocks, width)
         if item.skipped:

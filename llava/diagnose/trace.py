@@ -95,9 +95,7 @@ def _trace_question(args: Namespace) -> int:
 
     loaded = load_model(args)
     if not hasattr(loaded.model, "get_vision_tower"):
-        raise InputError(
-            f"{args.model_path} is a language model without a vision tower; there is nothing of ours to trace"
-        )
+        raise InputError(f"{args.model_path} is a language model without a vision tower: there is nothing to trace")
     from llava.diagnose.tracer.generation import trace_question
 
     traced = trace_question(
@@ -109,12 +107,8 @@ def _trace_question(args: Namespace) -> int:
         from llava.diagnose.tracer.html import page_of_answer
 
         page = page_of_answer(traced, compute_views(traced, gradients=not args.no_gradients))
-    head: dict[str, object] = {
-        "question": question,
-        "images": sources,
-        "answer": traced.answer.text if traced.answer else None,
-    }
-    return _show(args, traced.record, head, page)
+    answer = traced.answer.text if traced.answer else None
+    return _show(args, traced.record, {"question": question, "images": sources, "answer": answer}, page)
 
 
 def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:

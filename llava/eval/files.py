@@ -126,9 +126,8 @@ def read_table(path: Path, what: str = "table", *, needed: Sequence[str] = ()) -
         raise InputError(f"the {what} {str(path)!r} has no rows")
     for column in needed:
         if column not in rows[0]:
-            raise InputError(
-                f"the {what} {str(path)!r} has no column {column!r}; its columns: {', '.join(map(str, rows[0]))}"
-            )
+            columns = ", ".join(map(str, rows[0]))
+            raise InputError(f"the {what} {str(path)!r} has no column {column!r}; its columns: {columns}")
     return rows
 
 

@@ -65,9 +65,7 @@ def collect(table: Path, faults: Faults) -> JsonRow:
         }
         for model in answers:
             if model not in record["answers"]:
-                faults.add(
-                    "questions without an answer of every model", "the page has a gap there", f"{name!r}, {model}"
-                )
+                faults.add("questions without an answer of every model", "the page has a gap", f"{name!r}, {model}")
         for model, rows in reviews.items():
             if name in rows:
                 record["evaluations"][model] = review_text(rows[name])

@@ -52,9 +52,8 @@ def eval_model(args: Namespace) -> str:
         from llava.model.builder import load_pretrained_model
         from llava.model.tokenizer_setup import conv_mode
 
-        tokenizer, model, image_processor = (
-            getattr(args, part, None) for part in ("tokenizer", "model", "image_processor")
-        )
+        parts = ("tokenizer", "model", "image_processor")
+        tokenizer, model, image_processor = (getattr(args, part, None) for part in parts)
         if model is None or tokenizer is None or image_processor is None:
             tokenizer, model, image_processor, _ = load_pretrained_model(
                 path, args.model_base, name, device=getattr(args, "device", "cuda")

@@ -33,9 +33,8 @@ def run(args: Namespace) -> None:
     if args.files:
         files = [Path(args.dir or "") / name for name in args.files]
     elif args.dir is not None:
-        files = [
-            file for file in Path(args.dir).glob("*.jsonl") if file.name.startswith(STARTS) or "review" in args.dir
-        ]
+        found = Path(args.dir).glob("*.jsonl")
+        files = [file for file in found if file.name.startswith(STARTS) or "review" in args.dir]
     else:
         raise InputError("give --files or --dir")
     if not files:

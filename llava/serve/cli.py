@@ -26,13 +26,11 @@ __all__ = ["build_parser", "load_image", "main"]
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="llava cli", description="A conversation about one image. An empty line ends it.")
     parser.add_argument(
-        "--model-path", type=str, default=None, help="folder or hub repository (default: the model in the package)"
+        "--model-path", type=str, default=None, help="folder or hub repository (default: the package's model)"
     )
     parser.add_argument("--model-base", type=str, default=None, help="language model under a LoRA or projector folder")
     parser.add_argument("--image-file", type=str, required=True, help="path or URL of the image")
-    parser.add_argument(
-        "--device", type=str, default="cuda", help="cuda, cuda:1, mps or cpu (default: cuda if present)"
-    )
+    parser.add_argument("--device", type=str, default="cuda", help="cuda, cuda:1, mps or cpu (default: cuda if there)")
     parser.add_argument("--conv-mode", type=str, default=None, help="conversation template (default: the model's own)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 decodes greedily (default: 0.2)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many per answer (default: 512)")

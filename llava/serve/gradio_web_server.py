@@ -22,9 +22,8 @@ examples:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="llava web", description="Show the web page over a controller's models.", epilog=EXAMPLES
-    )
+    about = "Show the web page over a controller's models."
+    parser = ArgumentParser(prog="llava web", description=about, epilog=EXAMPLES)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--controller-url", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
@@ -39,9 +38,7 @@ def build_parser() -> ArgumentParser:
     page.add_argument("--share", action="store_true", help="not offered: put the page behind a server of your own")
     page.add_argument("--moderate", action="store_true", help="not offered: nothing is sent to other services")
     page.add_argument("--embed", action="store_true", help="leave the title out, for a frame in another page")
-    page.add_argument(
-        "--log-dir", metavar="FOLDER", help="keep conversations, votes and images there (default: nowhere)"
-    )
+    page.add_argument("--log-dir", metavar="FOLDER", help="keep conversations, votes, images there (default: nowhere)")
     add_server_flags(parser, port=7860)
     return parser
 

@@ -36,9 +36,8 @@ examples:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="llava worker", description="Serve one model, and register it with a controller.", epilog=EXAMPLES
-    )
+    about = "Serve one model, and register it with a controller."
+    parser = ArgumentParser(prog="llava worker", description=about, epilog=EXAMPLES)
     add_worker_flags(parser)
     add_model_flags(parser)
     add_server_flags(parser, port=21002)
@@ -49,9 +48,7 @@ def build_parser() -> ArgumentParser:
 def add_worker_flags(parser: ArgumentParser) -> None:
     """Add the flags of all kinds of workers."""
     worker = parser.add_argument_group("worker")
-    worker.add_argument(
-        "--worker-address", metavar="URL", help="where others reach this worker (default: host and port)"
-    )
+    worker.add_argument("--worker-address", metavar="URL", help="where others reach it (default: host and port)")
     worker.add_argument(
         "--controller-address", metavar="URL", default="http://localhost:21001", help="(default: %(default)s)"
     )
@@ -73,10 +70,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
         default="auto",
         help="run the engine in a process of its own, apart from the server's Python (default: auto, on with a GPU)",
     )
-    model.add_argument("--multi-modal", action="store_true", help="accepted and ignored: the model's files decide")
-    model.add_argument(
-        "--use-flash-attn", action="store_true", help="accepted and ignored: the engine has its own attention"
-    )
+    model.add_argument("--multi-modal", action="store_true", help="ignored: the model's files decide")
+    model.add_argument("--use-flash-attn", action="store_true", help="ignored: the engine has its own attention")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,9 +122,7 @@ def _in_own_process(wanted: str, device: str) -> bool:
     from llava.model.device import pick_device
 
     if wanted == "on" and os.name != "posix":
-        raise InputError(
-            "--engine-process on needs Linux or macOS; leave it out, and the engine runs in the server's process"
-        )
+        raise InputError("--engine-process on needs Linux or macOS; without it the engine runs in the server's process")
     return wanted == "on" or (wanted == "auto" and pick_device(device).type == "cuda" and os.name == "posix")
 
 

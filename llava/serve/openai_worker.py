@@ -34,9 +34,7 @@ def build_parser(prog: str = "python -m llava.serve.openai_worker", endpoint: st
     )
     remote = parser.add_argument_group("the server that answers")
     remote.add_argument(endpoint, required=True, metavar="URL", help="its address, as http://localhost:8000")
-    remote.add_argument(
-        "--endpoint-model", metavar="NAME", help="its name for the model (default: the first one that it lists)"
-    )
+    remote.add_argument("--endpoint-model", metavar="NAME", help="its name for the model (default: the first it lists)")
     remote.add_argument(
         "--conv-mode", metavar="NAME", help="template of the prompts that clients send (default: by the model's name)"
     )

@@ -18,9 +18,7 @@ def build_parser() -> ArgumentParser:
         prog="python -m llava.serve.register_worker", description="Register a worker with a controller by hand."
     )
     parser.add_argument("--controller-address", metavar="URL", help="the controller, as http://localhost:21001")
-    parser.add_argument(
-        "--worker-name", metavar="URL", help="the worker's address; the controller asks it for its models"
-    )
+    parser.add_argument("--worker-name", metavar="URL", help="its address; the controller asks it for its models")
     parser.add_argument("--check-heart-beat", action="store_true", help="remove it when its heartbeats stop")
     return parser
 

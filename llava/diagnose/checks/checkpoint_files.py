@@ -86,13 +86,9 @@ class ExaminedCheckpoint:
 def open_checkpoint(path: str | Path, base: str | Path | None = None) -> ExaminedCheckpoint:
     """Open a folder to examine. Without `base`, `check_base` looks for the base where loading would."""
     folder = resolve_checkpoint(path)
-    checkpoint = ExaminedCheckpoint(folder)
-    if base is not None:
-        checkpoint.base, checkpoint.base_named = (
-            ExaminedCheckpoint(resolve_checkpoint(base, what="base model")),
-            str(base),
-        )
-    return checkpoint
+    if base is None:
+        return ExaminedCheckpoint(folder)
+    return ExaminedCheckpoint(folder, ExaminedCheckpoint(resolve_checkpoint(base, what="base model")), str(base))
 
 
 # Checks

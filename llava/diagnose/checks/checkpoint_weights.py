@@ -183,9 +183,8 @@ def check_smoke_test(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     device = pick_device("auto")
     needed = 4 * sum(header.num_elements for header in checkpoint.tensors.values())
     if device.type == "cpu" and (free := free_memory()) is not None and needed > free:
-        raise CheckSkipped(
-            f"in float32 the model needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
-        )
+        sizes = f"needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
+        raise CheckSkipped(f"in float32 the model {sizes}")
     base = checkpoint.base.folder if checkpoint.base is not None else None
     try:
         # Dtypes with float32's range, so that activations too large for float16 can be measured.

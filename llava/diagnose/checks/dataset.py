@@ -51,9 +51,8 @@ def examine_data(
     if reader is None:
         report.skipped += [(name, "--model-path names no model to read with") for name in ("labels", "lengths")]
     report.facts = {"samples": len(samples), "bad_samples": faults.num_bad}
-    report.findings += by_cause(
-        faults, repair=Path(path).suffix.lower() in (".json", ".jsonl") and len(samples.parts) == 1
-    )
+    is_one_file = Path(path).suffix.lower() in (".json", ".jsonl") and len(samples.parts) == 1
+    report.findings += by_cause(faults, repair=is_one_file)
     return report
 
 

@@ -84,14 +84,10 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     newline = getattr(model.get_model(), "image_newline", None)
     alone = trained == number + (newline.numel() if newline is not None else 0)
-    item.check(
-        "trained",
-        alone,
-        f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters: the projector alone",
-    )
-    item.check(
-        "loss", after < before, f"{before:.3f} before and {after:.3f} after {steps} steps of {BATCH} drawn shapes"
-    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    item.check("trained", alone, f"{trained:,} of {total:,} parameters: the projector alone")
+    losses = f"{before:.3f} before and {after:.3f} after {steps} steps"
+    item.check("loss", after < before, f"{losses} of {BATCH} drawn shapes")
     files = sorted(file.name for file in folder.iterdir())
     item.check("saved", "mm_projector.bin" in files, f"the run leaves {', '.join(files)}")
     again = load(folder, base=path, device="cpu", dtype="fp32")
@@ -100,9 +96,8 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
         torch.allclose(tensor, own[name].detach().float().cpu(), atol=1e-6)
         for name, tensor in again.model.get_model().mm_projector.named_parameters()
     )
-    item.check(
-        "loaded", same and again.model.config.mm_projector_type == TYPE, "loaded over its base, number for number"
-    )
+    same = same and again.model.config.mm_projector_type == TYPE
+    item.check("loaded", same, "loaded over its base, number for number")
     answer = Session(again, sampling=SamplingParams(max_new_tokens=16)).answer(QUESTION, _draw("red", "circle"))
     item.check("run", bool(answer.strip()), f"asked {QUESTION!r} about a red circle, it says {answer!r}")
 
@@ -120,10 +115,8 @@ def _trainer(path: str, scratch: Path, *, steps: int) -> LLaVATrainer:
         for shape in SHAPES:
             name = f"{colour}-{shape}.png"
             _draw(colour, shape).save(images / name)
-            turns = [
-                {"from": "human", "value": f"<image>\n{QUESTION}"},
-                {"from": "gpt", "value": f"A {colour} {shape}."},
-            ]
+            question = {"from": "human", "value": f"<image>\n{QUESTION}"}
+            turns = [question, {"from": "gpt", "value": f"A {colour} {shape}."}]
             records.append({"id": name, "image": name, "conversations": turns})
     (scratch / "samples.json").write_text(json.dumps(records), encoding="utf-8")
     flags = {
@@ -167,7 +160,6 @@ def _draw(colour: str, shape: str) -> Image.Image:
 
     image = Image.new("RGB", (224, 224), "white")
     pen = ImageDraw.Draw(image)
-    pen.ellipse((50, 50, 174, 174), fill=colour) if shape == "circle" else pen.rectangle(
-        (50, 50, 174, 174), fill=colour
-    )
+    draw = pen.ellipse if shape == "circle" else pen.rectangle
+    draw((50, 50, 174, 174), fill=colour)
     return image

@@ -71,9 +71,8 @@ def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.
         DoctorCheck("streaming", _check_stream, needs=("an image",)),
     )
     report = run_checks(server, checks, DoctorReport(url, "server"))
-    report.facts = (
-        {"model": server.model, "interface": "worker" if server.is_worker else "OpenAI"} if server.model else {}
-    )
+    if server.model:
+        report.facts = {"model": server.model, "interface": "worker" if server.is_worker else "OpenAI"}
     return report
 
 
@@ -119,9 +118,7 @@ def _check_models(server: ServerUnderTest) -> Iterator[DoctorFinding]:
 
 def _check_question(server: ServerUnderTest) -> Iterator[DoctorFinding]:
     if server.is_worker:
-        raise CheckSkipped(
-            "a worker of the original protocol answers finished prompts; its status is all that is asked for"
-        )
+        raise CheckSkipped("a worker of the original protocol answers finished prompts; only its status is asked for")
     yield from _ask(server, "text", image=False)
 
 

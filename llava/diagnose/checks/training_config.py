@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llava.conversation import Conversation, conv_templates
 from llava.data.check import collect
 from llava.data.reader import SampleReader
-from llava.data.samples import DatasetPart, Samples, open_samples
+from llava.data.samples import Samples, open_samples
 from llava.data.validate import SampleChecker
 from llava.diagnose.checks.checkpoint import CHEAP
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, open_checkpoint
@@ -108,10 +108,8 @@ def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
         except InputError as error:
             if "--fp16 needs a GPU" not in str(error):
                 raise
-            parsed, run.fp16 = (
-                parse_train_args([str(run.file), "--fp16", "False"]),
-                True,
-            )  # judged for a machine with one
+            parsed = parse_train_args([str(run.file), "--fp16", "False"])
+            run.fp16 = True  # judged for a machine with a GPU
         run.model, run.data, run.training = parsed
         run.fp16 = run.fp16 or run.training.fp16
         check_arguments(*parsed)
@@ -276,9 +274,8 @@ def _check_adapter(run: ExaminedRun) -> Iterator[DoctorFinding]:
         and not _same_place(pretrained[key], arguments[argument])
     }
     if other:
-        changes = "; ".join(
-            f"{SETTINGS[key]} was {theirs!r} and is {ours!r} now" for key, (theirs, ours) in other.items()
-        )
+        pairs = ((SETTINGS[key], *values) for key, values in other.items())
+        changes = "; ".join(f"{name} was {theirs!r} and is {ours!r} now" for name, theirs, ours in pairs)
         yield found(
             "run-adapter-settings",
             f"{file.parent / 'config.json'} says what the projector was pretrained with: {changes}",
@@ -357,6 +354,8 @@ def _check_precision(run: ExaminedRun) -> Iterator[DoctorFinding]:
 
 def _check_data(run: ExaminedRun) -> Iterator[DoctorFinding]:
     """Check the first samples of every file, as the run will read them."""
+    import numpy as np
+
     if not run.data.data_path:
         yield found("data-unreadable", "the run names no data", FORMS, data_path=None)
         return
@@ -374,14 +373,9 @@ def _check_data(run: ExaminedRun) -> Iterator[DoctorFinding]:
         max_length=run.training.model_max_length,
         use_im_start_end=run.model.mm_use_im_start_end,
     )
-    first = Samples([_head(part) for part in samples.parts])
+    heads = [np.arange(min(SAMPLES, len(part)), dtype=np.int64) for part in samples.parts]
+    first = Samples([dataclasses.replace(part, rows=rows) for part, rows in zip(samples.parts, heads, strict=True)])
     yield from by_cause(collect(SampleChecker(first, run.data.image_folder, reader)))
-
-
-def _head(part: DatasetPart) -> DatasetPart:
-    import numpy as np
-
-    return dataclasses.replace(part, rows=np.arange(min(SAMPLES, len(part)), dtype=np.int64))
 
 
 def _set_in_yaml(*pairs: object) -> Fix:

@@ -85,9 +85,8 @@ def _agreement(traced: TracedAnswer, logits: Tensor) -> float | None:
     if "first_tokens" not in traced.record:
         return None
     probabilities = logits.softmax(-1)
-    return max(
-        abs(entry["p"] - float(probabilities[entry["id"]])) for entry in traced.record["first_tokens"]["steps"][0]
-    )
+    first = traced.record["first_tokens"]["steps"][0]
+    return max(abs(entry["p"] - float(probabilities[entry["id"]])) for entry in first)
 
 
 @contextmanager
@@ -142,8 +141,7 @@ def _relevance(
         found = []
         for step, position in enumerate(steps):
             is_last = step == len(steps) - 1
-            (gradient,) = torch.autograd.grad(
-                log_probabilities[position, token_ids[step]], embeds, retain_graph=not is_last
-            )
+            chosen = log_probabilities[position, token_ids[step]]
+            (gradient,) = torch.autograd.grad(chosen, embeds, retain_graph=not is_last)
             found.append((gradient[0] * embeds.detach()[0]).sum(-1).abs()[places.to(embeds.device)].float().cpu())
     return torch.stack(found)

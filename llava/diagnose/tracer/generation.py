@@ -30,14 +30,8 @@ from llava.model.transformers_internals import attention_of
 from llava.session import LoadedImage, Session
 from llava.text.tokenization import Tokenizer
 
-SPECIAL_TEXTS = (
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-    "<image>",
-    "<|im_start|>",
-    "<|im_end|>",
-)
+MARKERS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN)
+SPECIAL_TEXTS = (*MARKERS, "<image>", "<|im_start|>", "<|im_end|>")
 SHOWN_IDS = 20
 
 # One tensor (images, 3, H, W), or a list of each image's tiles (tiles, 3, H, W).
@@ -95,9 +89,8 @@ def arguments_observation(loaded: LoadedModel, conv_mode: str | None) -> Observa
     obs = Observation("arguments")
     number = sum(parameter.numel() for parameter in model.parameters())
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    vision = {
-        key: value for key, value in config.to_dict().items() if key.startswith(("mm_", "image_")) and value is not None
-    }
+    values = config.to_dict().items()
+    vision = {key: value for key, value in values if key.startswith(("mm_", "image_")) and value is not None}
     obs.facts = {
         "folder": str(loaded.info.folder),
         "kind": loaded.info.kind,
@@ -206,9 +199,8 @@ def record_ids(record: Trace, ids: Sequence[int], tokenizer: Tokenizer) -> None:
         f"{num_placeholders} of {len(ids)} ids are {IMAGE_TOKEN_INDEX}, for {expected} <image> in the prompt",
     )
     known = all(token == IMAGE_TOKEN_INDEX or 0 <= token < len(tokenizer) for token in ids)
-    obs.check(
-        "vocabulary", known, f"every other id is below {len(tokenizer)}" if known else "ids outside of the vocabulary"
-    )
+    state = f"every other id is below {len(tokenizer)}" if known else "ids outside of the vocabulary"
+    obs.check("vocabulary", known, state)
     record.add(obs, input_ids=ids, tokenizer=tokenizer)
 
 
@@ -269,9 +261,8 @@ def _record_text(record: Trace, result: Result, end: str) -> None:
     tokenizer, answer = record.tokenizer, result.completions[0]
     assert tokenizer is not None
     raw = tokenizer.decode(list(answer.token_ids))
-    left = [
-        text for text in {*SPECIAL_TEXTS, *tokenizer.all_special_tokens, end} if text.strip() and text in answer.text
-    ]
+    texts = {*SPECIAL_TEXTS, *tokenizer.all_special_tokens, end}
+    left = [text for text in texts if text.strip() and text in answer.text]
     obs = Observation("text")
     obs.facts = {
         "ids": list(answer.token_ids),

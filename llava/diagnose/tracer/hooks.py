@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -61,13 +62,8 @@ def install_hooks(record: Trace) -> Iterator[None]:
         head = model.get_output_embeddings()
         if head is not None:
             keep(head.register_forward_hook(logits_hook(record)))
-        wrap(
-            stack,
-            model,
-            "generate",
-            generate_hook(record),
-            before=lambda: record.observations.pop("first_tokens", None),
-        )
+        forget = partial(record.observations.pop, "first_tokens", None)
+        wrap(stack, model, "generate", generate_hook(record), before=forget)
         yield
 
 

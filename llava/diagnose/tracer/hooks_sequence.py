@@ -104,19 +104,12 @@ def _row_of_splice(
     total = text + sum(lengths)
     by_hand = " + ".join([f"{text} text", *(f"{length} image" for length in lengths)])
     obs.add(f"{name}order", " ".join(f"{part['kind']} {part['start']}-{part['stop'] - 1}" for part in parts))
-    cut = found < total
-    obs.check(
-        f"{name}by hand",
-        cut or found == total,
-        f"{by_hand} = {total}, and the row is {found} long" + (", cut" if cut else ""),
-    )
+    cut = ", cut" if found < total else ""
+    obs.check(f"{name}by hand", found <= total, f"{by_hand} = {total}, and the row is {found} long{cut}")
     positions = batch.positions[number][mask]
     in_order = positions.tolist() == list(range(found))
-    obs.check(
-        f"{name}positions",
-        in_order,
-        f"0 to {found - 1}, one after another" if in_order else f"{positions[:8].tolist()} ...",
-    )
+    order = f"0 to {found - 1}, one after another" if in_order else f"{positions[:8].tolist()} ..."
+    obs.check(f"{name}positions", in_order, order)
     facts: Facts = {"text": text, "images": lengths, "expected": total, "length": found, "segments": parts}
     if labelled and batch.labels is not None:
         own = batch.labels[number][mask]
@@ -125,11 +118,8 @@ def _row_of_splice(
         untrained = all(bool((part == IGNORE_INDEX).all()) for part in at_images)
         facts |= {"trained": trained, "labels": own.tolist()}
         obs.add(f"{name}labels", f"{trained} of {found} positions are trained")
-        obs.check(
-            f"{name}images",
-            untrained,
-            f"labels at images are all {IGNORE_INDEX}" if untrained else "images are trained",
-        )
+        state = f"labels at images are all {IGNORE_INDEX}" if untrained else "images are trained"
+        obs.check(f"{name}images", untrained, state)
     return facts
 
 
@@ -138,9 +128,8 @@ def _row_of_splice(
 
 def decoder_layers(inner: InnerModel) -> Sequence[nn.Module]:
     """Return a language model's list of layers; empty if it has none under a known name."""
-    return next(
-        (getattr(inner, name) for name in LAYER_LISTS if isinstance(getattr(inner, name, None), nn.ModuleList)), []
-    )
+    lists = (getattr(inner, name, None) for name in LAYER_LISTS)
+    return next((layers for layers in lists if isinstance(layers, nn.ModuleList)), [])
 
 
 def hook_language_model(record: Trace, inner: InnerModel, keep: Callable[[RemovableHandle], None]) -> None:
@@ -152,9 +141,8 @@ def hook_language_model(record: Trace, inner: InnerModel, keep: Callable[[Remova
         state.update(start=record.clock(), is_prompt=length > 1, layers=[], takes=embeds)
 
     def end(module: nn.Module, args: object, kwargs: object, output: Sequence[Tensor]) -> None:
-        record.end_stage(
-            "language model: prompt" if state["is_prompt"] else "language model: one token", state["start"]
-        )
+        what = "prompt" if state["is_prompt"] else "one token"
+        record.end_stage(f"language model: {what}", state["start"])
         if state["is_prompt"]:
             record.add(_layers_observation(state), hidden=output[0], layers=state["layers"])
 
@@ -181,9 +169,8 @@ def _layers_observation(state: Facts) -> Observation:
         obs.facts["takes"] = tensor_stats(state["takes"])
         obs.add("takes", describe_stats(obs.facts["takes"]))
     mask, positions = state.get("mask"), state.get("positions")
-    obs.add(
-        "mask in layer 1", "none: causal, nothing is padded" if mask is None else f"{list(mask.shape)} {mask.dtype}"
-    )
+    shown = "none: causal, nothing is padded" if mask is None else f"{list(mask.shape)} {mask.dtype}"
+    obs.add("mask in layer 1", shown)
     if isinstance(positions, Tensor):
         obs.facts["position_ids"] = positions[0].tolist()
         obs.add("positions", f"{int(positions.min())} to {int(positions.max())} in {list(positions.shape)}")
@@ -191,11 +178,8 @@ def _layers_observation(state: Facts) -> Observation:
         obs.add("norm by layer", " ".join(f"{facts['norm']:.3g}" for facts in layers))
         obs.add("largest", " ".join(f"{facts['largest']:.3g}" for facts in layers))
         broken = next((number for number, facts in enumerate(layers) if not is_finite(facts)), None)
-        obs.check(
-            "finite",
-            broken is None,
-            "no NaN, no infinity" if broken is None else f"NaN or infinity from layer {broken + 1} on",
-        )
+        text = "no NaN, no infinity" if broken is None else f"NaN or infinity from layer {broken + 1} on"
+        obs.check("finite", broken is None, text)
     return obs
 
 
@@ -218,9 +202,8 @@ def logits_hook(record: Trace) -> Callable[..., None]:
         ]
         obs.facts["steps"].append(step)
         number = len(obs.facts["steps"])
-        obs.add(
-            f"token {number}", "  ".join(f"{entry['text'] or entry['id']} {entry['p']:.1%}" for entry in step), "text"
-        )
+        candidates = "  ".join(f"{entry['text'] or entry['id']} {entry['p']:.1%}" for entry in step)
+        obs.add(f"token {number}", candidates, "text")
         record.observations["first_tokens"] = obs
         if number == 1:
             obs.facts["logits"] = tensor_stats(logits)

@@ -123,9 +123,8 @@ def image_features_hook(record: Trace) -> Callable[..., None]:
                 tiles = 1 if images[number].ndim == 3 else len(images[number])
                 is_plain = isinstance(images, Tensor) and images.ndim == 4
                 size = image_sizes[number]
-                planned = plan(size, policy, num_tiles=tiles).num_features - (
-                    is_plain and policy.merge == "spatial_unpad"
-                )
+                newline = is_plain and policy.merge == "spatial_unpad"
+                planned = plan(size, policy, num_tiles=tiles).num_features - newline
                 obs.check("count", planned == len(feature), f"{len(feature)} features, the layout has {planned}")
         record.add(obs, features=features, images=images, image_sizes=image_sizes)
 

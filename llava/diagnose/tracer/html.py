@@ -230,20 +230,13 @@ def _views(views: AttentionViews) -> list[Facts]:
 
     found = []
     if views.relevance is not None:
-        found.append(
-            {
-                "key": "relevance",
-                "name": "relevance (gradient)",
-                "caption": "Parts that mattered for",
-                **_packed(views.relevance[None]),
-            }
-        )
+        about = {"key": "relevance", "name": "relevance (gradient)", "caption": "Parts that mattered for"}
+        found.append(about | _packed(views.relevance[None]))
     if views.attention is not None:
         mean = views.attention.mean(0, keepdim=True)
         layers = torch.cat([mean, views.attention]) if views.attention.numel() <= MOST_NUMBERS else mean
-        found.append(
-            {"key": "attention", "name": "attention", "caption": "Parts that were read for", **_packed(layers)}
-        )
+        about = {"key": "attention", "name": "attention", "caption": "Parts that were read for"}
+        found.append(about | _packed(layers))
     return found
 
 

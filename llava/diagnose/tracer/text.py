@@ -55,9 +55,8 @@ def show_rows(rows: list[Row], colors: Colors, blocks: bool, width: int) -> list
         if row.tone in ("good", "bad"):
             mark = ("✓" if blocks else "ok") if row.tone == "good" else ("✗" if blocks else "NOT")
             colour = "green" if row.tone == "good" else "red"
-            lines.append(
-                colors(head, "dim") + colors(f"{mark} ", colour) + colors(row.text, *[colour] * (row.tone == "bad"))
-            )
+            text = row.text if row.tone == "good" else colors(row.text, colour)
+            lines.append(colors(head, "dim") + colors(f"{mark} ", colour) + text)
             continue
         text = row.text if len(row.text) <= LONGEST else row.text[:LONGEST] + " ..."
         if row.spans and colors.enabled:

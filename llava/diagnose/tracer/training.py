@@ -93,21 +93,14 @@ def run_arguments(
     has_file = bool(flags) and not flags[0].startswith("-")
     own = [*flags[1:]] if has_file else [*flags]
     given = {flag.name for flag in parse_flags(own)}
-    values: dict[str, object] = {
-        "data_path": data_file,
-        "output_dir": output_dir,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    values: dict[str, object] = {"data_path": data_file, "output_dir": output_dir}
+    values |= {"report_to": "none", "disable_tqdm": True}
     if image_folder is not None:
         values["image_folder"] = image_folder
     if not has_file:
         reader = read_model(model_path)
-        values |= {
-            "model_name_or_path": model_path,
-            "version": reader.conv.version,
-            "model_max_length": reader.max_length,
-        }
+        values |= {"model_name_or_path": model_path, "version": reader.conv.version}
+        values["model_max_length"] = reader.max_length
     usual = [word for name, value in values.items() if name not in given for word in (f"--{name}", str(value))]
     return [*flags[:1], *usual, *own] if has_file else [*usual, *own]
 
@@ -179,9 +172,8 @@ def _run_observation(trainer: LLaVATrainer) -> Observation:
         "mm_projector_lr": args.mm_projector_lr,
     }
     obs.add("model", f"{type(model).__name__}, {total:,} parameters on {args.device}")
-    obs.add(
-        "trained", f"{sum(trained.values()):,}: " + ", ".join(f"{part} {number:,}" for part, number in by_part.items())
-    )
+    parts = ", ".join(f"{part} {number:,}" for part, number in by_part.items())
+    obs.add("trained", f"{sum(trained.values()):,}: {parts}")
     obs.add("precision", f"computed in {obs['compute_dtype']}; longest sequence {obs['model_max_length']} tokens")
     obs.check("trained", bool(trained), "something is trained" if trained else "every part is frozen")
     return obs
@@ -324,14 +316,8 @@ def _record_optimizer(record: Trace, optimizer: torch.optim.Optimizer, model: Ll
         norm = math.sqrt(sum(float(p.grad.float().pow(2).sum()) for p in group["params"] if p.grad is not None))
         parts = sorted({part_of(names[id(parameter)]) for parameter in group["params"]})
         size = sum(parameter.numel() for parameter in group["params"])
-        entry = {
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "parameters": size,
-            "parts": parts,
-            "gradient": norm,
-        }
-        obs.facts["groups"].append(entry)
+        entry = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        obs.facts["groups"].append(entry | {"parameters": size, "parts": parts, "gradient": norm})
         if size:
             obs.add(
                 f"group {number + 1}",

@@ -73,9 +73,8 @@ class AnswerLog:
     def missing(self) -> list[tuple[int, Question]]:
         """Return the questions without an answer, each with its number."""
         known = self.answered()
-        return [
-            (number, question) for number, question in enumerate(self._questions) if self._keys[number] not in known
-        ]
+        pairs = enumerate(zip(self._questions, self._keys, strict=True))
+        return [(number, question) for number, (question, key) in pairs if key not in known]
 
     def part(self, name: str) -> PartWriter:
         """Open the file of one shard's answers."""

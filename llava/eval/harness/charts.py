@@ -17,11 +17,9 @@ RINGS = (0.25, 0.5, 0.75, 1.0)
 
 def radar(axes: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
     """Draw a polygon for each series over the axes; values are from 0 to 1, None where a series has no value."""
-    middle = SIZE / 2
+    middle, box = SIZE / 2, f"{-MARGIN} 0 {SIZE + 2 * MARGIN} {SIZE}"
     corners = [_corner(number, len(axes), 1.0) for number in range(len(axes))]
-    parts = [
-        f'<svg viewBox="{-MARGIN} 0 {SIZE + 2 * MARGIN} {SIZE}" role="img" aria-label="scores of all tasks" class="radar">'
-    ]
+    parts = [f'<svg viewBox="{box}" role="img" aria-label="scores of all tasks" class="radar">']
     for ring in RINGS:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (_corner(n, len(axes), ring) for n in range(len(axes))))
         parts.append(f'<polygon points="{points}" class="ring"/>')

@@ -42,9 +42,8 @@ class TaskComparison:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="llava eval compare", description="Which answers of two runs differ, and whether it matters."
-    )
+    about = "Which answers of two runs differ, and whether it matters."
+    parser = ArgumentParser(prog="llava eval compare", description=about)
     parser.add_argument("first", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("second", type=Path, metavar="B", help="folder of another")
     add_number(parser, "--show", 5, "N", "changed verdicts to print for each task")

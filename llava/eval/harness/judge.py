@@ -66,9 +66,7 @@ class Judge:
                 reason = str(getattr(error, "reason", error))
             if number + 1 < NUM_TRIES:
                 time.sleep(min(30.0, 0.5 * 2**number))
-        raise InputError(
-            f"the judge at {self.url} did not answer in {NUM_TRIES} tries; the last one ended with: {reason}"
-        )
+        raise InputError(f"the judge at {self.url} did not answer in {NUM_TRIES} tries; the last ended with: {reason}")
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
@@ -81,12 +79,9 @@ def _detail(error: urllib.error.HTTPError) -> str:
 def add_judge_flags(parser: ArgumentParser, *, model: str | None) -> None:
     """Add --judge-url and --judge-model. With a default model the default server is OpenAI's, else there is no judge."""
     url = os.environ.get("OPENAI_BASE_URL", OPENAI) if model else None
-    group = parser.add_argument_group(
-        "judge", f"any server with OpenAI's API; the key is in {KEY_VARIABLE}; replies are kept"
-    )
-    group.add_argument(
-        "--judge-url", default=url, metavar="URL", help=f"the server, up to /v1 (default: {url or 'none'})"
-    )
+    about = f"any server with OpenAI's API; the key is in {KEY_VARIABLE}; replies are kept"
+    group = parser.add_argument_group("judge", about)
+    group.add_argument("--judge-url", default=url, metavar="URL", help=f"its URL, up to /v1 (default: {url or 'none'})")
     group.add_argument("--judge-model", default=model, metavar="NAME", help=f"its model (default: {model or 'none'})")
 
 
@@ -146,9 +141,8 @@ def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], c
     role = rule["role"]
     parts = [f"[Context]\n{context}\n\n"] if context is not None else []
     parts.append(f"[Question]\n{question}\n\n")
-    parts += [
-        f"[{role} {number}]\n{text}\n\n[End of {role} {number}]\n\n" for number, text in enumerate(answers, start=1)
-    ]
+    for number, text in enumerate(answers, start=1):
+        parts.append(f"[{role} {number}]\n{text}\n\n[End of {role} {number}]\n\n")
     return "".join([*parts, f"[System]\n{rule['prompt']}\n\n"])
 
 
@@ -165,11 +159,8 @@ def llava_bench_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -
         if one.text is None:
             continue
         if question.answer is None or question.extra.get("caption") is None:
-            faults.add(
-                "questions without reference",
-                "answers_gpt4.jsonl or context.jsonl lacks them; left out",
-                repr(question.id),
-            )
+            lacking = "answers_gpt4.jsonl or context.jsonl lacks them; left out"
+            faults.add("questions without reference", lacking, repr(question.id))
             continue
         category = f"llava_bench_{question.category}"
         caption = question.extra["caption"]

@@ -45,9 +45,8 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in question.images]
-        digest.update(
-            json.dumps([str(question.id), question.round, question.prompt, images], ensure_ascii=False).encode()
-        )
+        row = [str(question.id), question.round, question.prompt, images]
+        digest.update(json.dumps(row, ensure_ascii=False).encode())
     return digest.hexdigest()
 
 

@@ -97,17 +97,14 @@ def overview(tasks: Sequence[JsonRow], model: str) -> str:
     scored = [task for task in tasks if task["headline"]["value"] is not None]
     highest = {task["task"]: TASKS[task["task"]].highest if task["task"] in TASKS else 100.0 for task in scored}
     if len(scored) < 3:
-        return "".join(
-            bars({task["title"]: task["headline"]["value"]}, highest=highest[task["task"]]) for task in scored
-        )
+        each = ((task["title"], task["headline"]["value"], highest[task["task"]]) for task in scored)
+        return "".join(bars({title: value}, highest=top) for title, value, top in each)
     series: dict[str, list[float | None]] = {model: [_share(task, highest) for task in scored]}
     for name in COMPARED:
         values = [reference_scores(task["task"]).get(name) for task in scored]
         if sum(value is not None for value in values) >= 3:
-            pairs = zip(values, scored, strict=True)
-            series[f"LLaVA-{name}"] = [
-                None if value is None else value / highest[task["task"]] for value, task in pairs
-            ]
+            pairs = zip(values, [highest[task["task"]] for task in scored], strict=True)
+            series[f"LLaVA-{name}"] = [None if value is None else value / top for value, top in pairs]
     return radar([task["title"] for task in scored], series)
 
 

@@ -67,9 +67,8 @@ def review_files(args: Namespace, kind: ReviewKind) -> None:
         name = need(question, "question_id", f"question {number}")
         for file, row in zip(args.answer_list, (first, second), strict=True):
             if row.get("question_id", name) != name:
-                raise InputError(
-                    f"answer {number} of {file!r} is to {row['question_id']!r}, where question {name!r} stands"
-                )
+                given = row["question_id"]
+                raise InputError(f"answer {number} of {file!r} is to {given!r}, where question {name!r} stands")
         category = kind.category.format_map(question)
         rule = rules.get(category) or rules.get(kind.other or "")
         if rule is None:
@@ -90,7 +89,5 @@ def review_files(args: Namespace, kind: ReviewKind) -> None:
 def _row_of_image(contexts: Mapping[str, JsonRow], question: JsonRow) -> JsonRow:
     image = str(question.get("image"))
     if image not in contexts:
-        raise InputError(
-            f"the image {image!r} of the question {question['question_id']!r} is not described in --context"
-        )
+        raise InputError(f"the image {image!r} of question {question['question_id']!r} is not described in --context")
     return contexts[image]

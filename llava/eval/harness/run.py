@@ -50,28 +50,22 @@ def build_parser() -> ArgumentParser:
         epilog=EXAMPLES,
     )
     parser.add_argument(
-        "tasks", metavar="TASKS", help="names with commas between them, or files of your own (llava eval list)"
+        "tasks", metavar="TASKS", help="names or files of your own, with commas between (llava eval list)"
     )
     add_data_dir(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where answers and results go (default: eval-runs/MODEL)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for answers and results (default: eval-runs/MODEL)")
     model = parser.add_argument_group("model")
     add_model_flags(model)
     answers = parser.add_argument_group("answers")
     add_number(answers, "--temperature", 0.0, "T", "0 takes the most probable token")
-    answers.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the most probable tokens of this total probability"
-    )
+    answers.add_argument("--top-p", type=float, metavar="P", help="sample from top tokens of this total probability")
     add_number(answers, "--num-beams", 1, "N", "beam search, one question at a time")
     answers.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of an answer (default: the task's)"
     )
     add_number(answers, "--seed", 0, "N", "seed of sampled answers")
     answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
-    answers.add_argument(
-        "--shards", type=int, metavar="N", help="processes to spread the questions over (default: one per GPU)"
-    )
+    answers.add_argument("--shards", type=int, metavar="N", help="processes to share questions (default: one per GPU)")
     answers.add_argument("--fresh", action="store_true", help="delete the answers in --out first")
     answers.add_argument(
         "--skip-missing-images",
@@ -115,9 +109,8 @@ def run(args: Namespace) -> None:
             plan.faults.kinds.update(faults.kinds)
             failed = faults.kinds.get(NOT_ASKED)
             if failed is not None and failed.count == len(plan.job.questions):
-                raise InputError(
-                    f"{plan.task.title}: none of its {failed.count} questions could be asked; {failed.first}"
-                )
+                title, number = plan.task.title, failed.count
+                raise InputError(f"{title}: none of its {number} questions could be asked; {failed.first}")
         if outcome.template is not None:
             manifest["template"] = outcome.template
             write_json(out / MANIFEST, manifest)
@@ -200,11 +193,10 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
 def score_plan(plan: TaskPlan, data_dir: Path, judge: Judge | None) -> TaskReport:
     """Score a task's answers from their file, ask the judge where there is one, and write the submission."""
     report = score_questions(plan.task, plan.job.questions, plan.job.folder / "answers.jsonl", plan.faults)
-    if plan.task.judge is not None and (judge is not None or (plan.job.folder / "reviews.jsonl").is_file()):
+    reviews = plan.job.folder / "reviews.jsonl"
+    if plan.task.judge is not None and (judge is not None or reviews.is_file()):
         home = plan.task.home(data_dir)
-        scores = judge_answers(
-            plan.task.judge, report.answered, home, judge, plan.job.folder / "reviews.jsonl", plan.faults
-        )
+        scores = judge_answers(plan.task.judge, report.answered, home, judge, reviews, plan.faults)
         report = TaskReport(plan.task, scores, plan.faults, report.answered)
     if plan.task.write is not None:
         try:

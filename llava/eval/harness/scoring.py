@@ -127,9 +127,7 @@ def build_parser() -> ArgumentParser:
         description="Score answers that are there already. No model is loaded.",
         epilog="The answers may be JSON lines with question_id and text, or the benchmark's own result format.",
     )
-    parser.add_argument(
-        "task", metavar="TASK", help="a task of `llava eval list`, or a .jsonl or .yaml file of your own"
-    )
+    parser.add_argument("task", metavar="TASK", help="a task of `llava eval list`, or your own .jsonl or .yaml file")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="file or folder of answers")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the figures at full precision as JSON")

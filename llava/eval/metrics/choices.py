@@ -40,9 +40,8 @@ def find_letter(text: str, options: Sequence[str]) -> str | None:
         is_article = "A" in words and len(words) > 3  # "A dog is on the left" says nothing about option A
         if not is_article and words.index(letter) > len(words) - 5:
             return letter
-    holding = [
-        letter for letter, option in zip(letters, options, strict=True) if option and option.lower() in text.lower()
-    ]
+    pairs = zip(letters, options, strict=True)
+    holding = [letter for letter, option in pairs if option and option.lower() in text.lower()]
     return holding[0] if len(holding) == 1 else None
 
 

@@ -94,7 +94,7 @@ def answer_scores(answers: Sequence[str], *, strict: bool = True) -> dict[str, f
     """Score each of ten people's answers: the mean over the people left out of min(1, agreeing others / 3)."""
     if len(answers) != NUM_PEOPLE:
         raise InputError(
-            f"this metric takes the answers of {NUM_PEOPLE} people for each question, and got {len(answers)}"
+            f"this metric takes the answers of {NUM_PEOPLE} people to each question, and got {len(answers)}"
         )
     given = [normalise(answer, strict=strict) for answer in answers]
     return {answer: _vote(answer, given) for answer in dict.fromkeys(given)}

@@ -71,6 +71,5 @@ def find_task(name: str) -> Task:
     if name.endswith((".jsonl", ".json", ".yaml", ".yml")):
         return task_from_file(Path(name))
     known = [*TASKS, *SUITES]
-    raise InputError(
-        f"unknown task {name!r}{closest(name, known)} (tasks: {', '.join(known)}; or a .jsonl or .yaml file)"
-    )
+    hint = closest(name, known)
+    raise InputError(f"unknown task {name!r}{hint} (tasks: {', '.join(known)}; or a .jsonl or .yaml file)")

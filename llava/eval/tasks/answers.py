@@ -18,6 +18,7 @@ from llava.eval.types import AnsweredQuestion, JsonRow, Question, QuestionId, Qu
 
 TEXT_FIELDS = ("text", "answer", "response", "prediction", "pred_answer", "output")
 ID_FIELDS = ("question_id", "questionId", "id", "index", "data_id")
+UNKNOWN_QUESTIONS = ("answers to unknown questions", "no such question in the task, so they count nowhere")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
     for key, question in zip(keys, questions, strict=True):
         if key in seen:
             raise InputError(
-                f"the question {question.id!r} occurs twice with the same prompt; questions need ids of their own"
+                f"question {question.id!r} occurs twice with the same prompt; questions need their own ids"
             )
         seen.add(key)
     return keys
@@ -94,9 +95,8 @@ def _answers(rows: Iterable[JsonRow], path: Path, faults: Faults) -> Iterable[An
         name = next((row[name] for name in ID_FIELDS if name in row), None)
         prompt = row.get("prompt", row.get("question"))
         prompt = prompt if isinstance(prompt, str) else None
-        yield AnswerRecord(
-            name, text, prompt, int(row.get("round_id", 0)), str(row.get("category", "")), str(path), number
-        )
+        round_, category = int(row.get("round_id", 0)), str(row.get("category", ""))
+        yield AnswerRecord(name, text, prompt, round_, category, str(path), number)
 
 
 def pair(
@@ -122,9 +122,7 @@ def pair(
         if index is None and name in shared:
             index = _index_by_question(questions, name, answer)
         if index is None:
-            faults.add(
-                "answers to unknown questions", "no such question in the task, so they count nowhere", repr(answer.id)
-            )
+            faults.add(*UNKNOWN_QUESTIONS, repr(answer.id))
             continue
         if texts[index] is not None:
             faults.add("repeated answers", "the last answer to a question counts", repr(answer.id))

@@ -40,9 +40,8 @@ def unjudged(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def read_llava_bench(folder: Path) -> list[Question]:
-    questions = read_questions(
-        find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions"), folder / "images"
-    )
+    file = find_file(folder, ("questions.jsonl",), "file of LLaVA-Bench's questions")
+    questions = read_questions(file, folder / "images")
     contexts = find_optional(folder, ("context.jsonl",))
     references = find_optional(folder, ("answers_gpt4.jsonl",))
     captions = {row["image"]: row["caption"] for row in read_json_lines(contexts)} if contexts else {}
@@ -80,9 +79,7 @@ def summarise_reviews(rows: Sequence[JsonRow], faults: Faults) -> Scores:
         raise InputError("none of the reviews has two scores, so there is nothing to summarise")
     groups = {name: relative_scores(pairs) for name, pairs in by_category(usable).items()}
     if not groups["all"]["first"]:
-        faults.add(
-            "relative scores without meaning", "the first assistant's scores are all 0, so they stand as 0", "all"
-        )
+        faults.add("relative scores without meaning", "the first assistant's scores are all 0: they stand as 0", "all")
     figures = groups.pop("all")
     return Scores(figures, groups, headline=figures["relative"])
 
@@ -104,11 +101,8 @@ def read_mmvet(folder: Path) -> list[Question]:
     found = []
     for question in asked:
         row = truths.get(mmvet_name(question.id), {})
-        extra = {
-            **question.extra,
-            "question": row.get("question", question.prompt),
-            "capability": row.get("capability", []),
-        }
+        own = {"question": row.get("question", question.prompt), "capability": row.get("capability", [])}
+        extra = {**question.extra, **own}
         found.append(Question(question.id, question.prompt, question.images, "", row.get("answer"), extra=extra))
     return found
 
@@ -164,9 +158,7 @@ def summarise_grades(grades: Mapping[str, Sequence[float]], data: JsonRow, fault
             for run in range(num_runs):
                 sums[group][run] += grades[name][run] if name in grades else 0.0
     means = {group: sum(value / counts[group] * 100 for value in values) / num_runs for group, values in sums.items()}
-    categories = {
-        group: {"score": value, "questions": counts[group]} for group, value in means.items() if group != "total"
-    }
+    categories = {name: {"score": mean, "questions": counts[name]} for name, mean in means.items() if name != "total"}
     verdicts = [sum(grades[name][:num_runs]) / num_runs if name in grades else 0.0 for name in data]
     figures = {"total": means["total"], "questions": counts["total"], "runs": num_runs}
     return Scores(figures, categories, verdicts, headline=means["total"])

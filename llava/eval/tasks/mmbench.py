@@ -31,9 +31,8 @@ LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 def read(folder: Path, *, lang: str, circular: bool) -> list[Question]:
-    rows = read_table(
-        find_file(folder, FILES[lang], "MMBench's table"), "MMBench's table", needed=("index", "question", "image")
-    )
+    file = find_file(folder, FILES[lang], "MMBench's table")
+    rows = read_table(file, "MMBench's table", needed=("index", "question", "image"))
     return questions_from_table(rows, suffix=SUFFIXES[lang], all_rounds=circular)
 
 
@@ -59,9 +58,8 @@ def questions_from_table(
         for number in range(len(options) if all_rounds else 1):
             turned = options[number:] + options[:number]
             meant = letters[number:] + letters[:number]  # the table's letter of each letter shown
-            shown = "\n".join(
-                [question, *(f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))]
-            )
+            lines = (f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))
+            shown = "\n".join([question, *lines])
             answer = row.get("answer", "")
             questions.append(
                 Question(

@@ -44,9 +44,8 @@ def read(folder: Path) -> list[Question]:
 def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield id, prompt and image of each question in LLaVA's file."""
     for row in read_json_lines(file):
-        name, prompt, image = (
-            str(need(row, key, f"a question of {str(file)!r}")) for key in ("question_id", "text", "image")
-        )
+        where = f"a question of {str(file)!r}"
+        name, prompt, image = (str(need(row, key, where)) for key in ("question_id", "text", "image"))
         yield name, prompt, release / image
 
 
@@ -91,26 +90,22 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     parsed = [mme_answer(given.text or "") for given in answered]
     images: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for given, answer in zip(answered, parsed, strict=True):
-        question = given.question
-        images.setdefault(question.category, {}).setdefault(str(question.id), []).append(
-            (answer, question.reference.lower())
-        )
+        question, pair = given.question, (answer, given.question.reference.lower())
+        images.setdefault(question.category, {}).setdefault(str(question.id), []).append(pair)
     categories = {category: mme_figures(list(found.values())) for category, found in images.items()}
     notes = [
         f"{category}: {number} images have one question or more than two, so accuracy+ is over all that they have"
         for category, found in images.items()
         if (number := sum(len(pairs) != 2 for pairs in found.values()))
     ]
-    verdicts = [
-        float(answer == given.question.reference.lower()) for given, answer in zip(answered, parsed, strict=True)
-    ]
+    truths = [given.question.reference.lower() for given in answered]
+    verdicts = [float(answer == truth) for answer, truth in zip(parsed, truths, strict=True)]
     return totals(categories, verdicts, notes)
 
 
 def totals(categories: dict[str, dict[str, float | int]], verdicts: Sequence[float], notes: Sequence[str]) -> Scores:
-    figures = {
-        group: sum(categories[name]["score"] for name in names if name in categories) for group, names in GROUPS.items()
-    }
+    worth = {name: found["score"] for name, found in categories.items()}
+    figures = {group: sum(worth.get(name, 0) for name in names) for group, names in GROUPS.items()}
     missing = [name for names in GROUPS.values() for name in names if name not in categories]
     all_notes = [*notes, *([f"no answers in {', '.join(missing)}: these add nothing to the sums"] if missing else [])]
     ordered = {name: categories[name] for names in GROUPS.values() for name in names if name in categories}

@@ -15,6 +15,7 @@ from pathlib import Path
 from llava.errors import InputError, require
 from llava.eval.files import Faults, find_optional, need, read_json, read_json_object, read_json_rows, write_json
 from llava.eval.metrics.choices import LETTERS, Guesser, mmmu_letter, mmmu_open_right
+from llava.eval.tasks.answers import UNKNOWN_QUESTIONS
 from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task
 from llava.eval.types import AnsweredQuestion, JsonRow, Question, Scores, ratio
 
@@ -135,9 +136,7 @@ def _accuracy(found: Sequence[float]) -> dict[str, float | int]:
 
 
 def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
-    files = (
-        [file for subject in SUBJECTS if (file := path / subject / "output.json").is_file()] if path.is_dir() else []
-    )
+    files = [file for subject in SUBJECTS if (file := path / subject / "output.json").is_file()]
     if files:
         rows = [row for file in files for row in read_json_rows(file, "output of MMMU")]
         return _score_rows(rows)
@@ -166,9 +165,7 @@ def _score_parsed(texts: JsonRow, questions: Mapping[str, Question], faults: Fau
     """Score the official file of answers already parsed: a choice must be the letter itself."""
     for name in texts:
         if name not in questions:
-            faults.add(
-                "answers to unknown questions", "no such question in the task, so they count nowhere", repr(name)
-            )
+            faults.add(*UNKNOWN_QUESTIONS, repr(name))
     judged = []
     for name, question in questions.items():
         text = texts.get(name)
@@ -191,14 +188,12 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
         options = dict(zip(LETTERS, one.question.options, strict=False))
         text = one.text or ""
         is_choice = one.question.extra["kind"] == CHOICE and options
-        parsed[str(one.question.id)] = (
-            (mmmu_letter(text, options) or guesser.guess(list(options))) if is_choice else text
-        )
+        if is_choice:
+            text = mmmu_letter(text, options) or guesser.guess(list(options))
+        parsed[str(one.question.id)] = text
     file = folder / "mmmu.json"
     write_json(file, parsed)
     return file
 
 
-MMMU = Task(
-    "mmmu", "MMMU, validation", "mmmu", read, score, headline="accuracy", write=write, score_results=score_results
-)
+MMMU = Task("mmmu", "MMMU, validation", "mmmu", read, score, "accuracy", write=write, score_results=score_results)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.files import Faults, find_file, find_optional, need, read_json_rows, read_text
+from llava.eval.files import Faults, find_file, find_optional, need, read_json_rows, read_text, write_json_lines
 from llava.eval.metrics.accuracy import by_category, percent
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.correlation import pearson, qbench_quality, spearman
@@ -58,14 +59,12 @@ def questions_from_rows(rows: Sequence[JsonRow], images: Path, *, lang: str) -> 
 
 def fit_answers(answers: Sequence[AnswerRecord], questions: Sequence[Question]) -> list[AnswerRecord]:
     """Drop the prompts of answers: official responses have no ids and are matched by order, other ids are numbers."""
-    return [AnswerRecord(a.id, a.text, None, a.round, a.category, a.file, a.number) for a in answers]
+    return [replace(answer, prompt=None) for answer in answers]
 
 
 def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(one.question.answer is None for one in answered):
-        return unscored(
-            answered, "the answers of this split are not public: hand the submission in as Q-Bench's page says"
-        )
+        return unscored(answered, "this split's answers are not public: hand the submission in as Q-Bench's page says")
     letters = [None if one.text is None else find_letter(one.text, one.question.options) for one in answered]
     verdicts = [
         float(letter is not None and LETTERS.index(letter) == one.question.answer)
@@ -97,9 +96,8 @@ def score_results(path: Path, folder: Path, faults: Faults) -> Scores | None:
         other = next(file for file in files if file.stem not in tables)
         raise InputError(f"{str(other)!r} has no logits of Q-Bench, while other files beside it do")
     categories = {name: _correlations(name, rows, faults) for name, rows in tables.items()}
-    figures = {
-        name: sum(found[name] for found in categories.values()) / len(categories) for name in ("spearman", "pearson")
-    }
+    found = categories.values()
+    figures = {name: sum(one[name] for one in found) / len(found) for name in ("spearman", "pearson")}
     return Scores(figures, categories, headline=figures["spearman"] * 100)
 
 
@@ -131,9 +129,7 @@ def _correlations(name: str, rows: Sequence[JsonRow], faults: Faults) -> dict[st
     usable = [row for row in rows if all(key in row for key in (good, poor, "gt_score"))]
     for row in rows:
         if row not in usable:
-            faults.add(
-                "images without logits", "a line needs both logits and gt_score; it is left out", f"{name}: {row}"
-            )
+            faults.add("images without logits", "a line needs both logits and gt_score; left out", f"{name}: {row}")
     parts = [usable[:CGI_PART], usable[CGI_PART:]] if name == "cgi" and len(usable) > CGI_PART else [usable]
     found: dict[str, float | int] = {"images": len(usable)}
     for measure, function in (("spearman", spearman), ("pearson", pearson)):
@@ -151,9 +147,7 @@ def _correlations(name: str, rows: Sequence[JsonRow], faults: Faults) -> dict[st
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     """Write each question with its response, the form in which Q-Bench takes answers."""
     file = folder / "qbench_answers.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**one.question.extra["row"], "response": one.text or ""} for one in answered]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(file, [{**one.question.extra["row"], "response": one.text or ""} for one in answered])
     return file
 
 

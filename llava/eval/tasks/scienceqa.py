@@ -152,15 +152,8 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 
 def _task(name: str, title: str, *, images_only: bool) -> Task:
-    return Task(
-        name,
-        title,
-        "scienceqa",
-        partial(read, images_only=images_only),
-        score,
-        headline="accuracy",
-        max_new_tokens=1024,
-    )
+    reader = partial(read, images_only=images_only)
+    return Task(name, title, "scienceqa", reader, score, headline="accuracy", max_new_tokens=1024)
 
 
 SCIENCEQA = _task("scienceqa", "ScienceQA", images_only=False)

@@ -28,9 +28,7 @@ def read(folder: Path) -> list[Question]:
         if row is None:
             raise InputError(f"SEED-Bench's question {question.id!r} is not in SEED-Bench.json")
         extra = {"kind": row["data_type"], "question_id": row["question_id"]}
-        questions.append(
-            Question(question.id, question.prompt, question.images, row["type"], row["answer"], extra=extra)
-        )
+        questions.append(replace(question, category=row["type"], answer=row["answer"], extra=extra))
     return questions
 
 

@@ -145,9 +145,8 @@ def score_gqa(answered: Sequence[AnsweredQuestion]) -> Scores:
 
 def write_gqa(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     file = folder / "testdev_balanced_predictions.json"
-    write_json(
-        file, [{"questionId": str(one.question.id), "prediction": gqa_answer(one.text or "")} for one in answered]
-    )
+    rows = [{"questionId": str(one.question.id), "prediction": gqa_answer(one.text or "")} for one in answered]
+    write_json(file, rows)
     return file
 
 
@@ -194,9 +193,8 @@ def textvqa_question(prompt: str) -> str:
 
 
 def score_textvqa(answered: Sequence[AnsweredQuestion]) -> Scores:
-    return accuracy(
-        answered, [0.0 if one.text is None else soft_accuracy(one.text, one.question.references) for one in answered]
-    )
+    scores = [0.0 if one.text is None else soft_accuracy(one.text, one.question.references) for one in answered]
+    return accuracy(answered, scores)
 
 
 VQAV2 = Task("vqav2", "VQAv2", "vqav2", read_vqav2, score_vqav2, headline="accuracy", write=write_vqav2)

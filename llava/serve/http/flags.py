@@ -69,11 +69,9 @@ def add_limit_flags(parser: ArgumentParser) -> None:
     add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download")
     limits.add_argument("--no-image-urls", action="store_true", help="download nothing: images come as data: URLs only")
     limits.add_argument(
-        "--allow-private-hosts", action="store_true", help="download images from this machine's own network too"
+        "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
     )
-    limits.add_argument(
-        "--image-folder", metavar="FOLDER", help="read file:// images in this folder (default: nowhere)"
-    )
+    limits.add_argument("--image-folder", metavar="FOLDER", help="read file:// images there (default: nowhere)")
 
 
 def memory_budget_from(args: Namespace) -> MemoryBudget:

@@ -77,14 +77,11 @@ def _open_all(
     for number, one in enumerate(given, start=1):
         if left <= 0:
             raise InputError(
-                f"the images before image {number} have all the {limits.images.max_pixels:,} pixels that are allowed"
+                f"the images before image {number} have all {limits.images.max_pixels:,} pixels that are allowed"
             )
         allowed = replace(limits.images, max_pixels=left)
         try:
-            source = source_of(one, allowed)
-            image = load_image(
-                source, limits=allowed, reserve=lambda num_pixels: reservation.grow(BYTES_PER_PIXEL * num_pixels)
-            )
+            image = load_image(source_of(one, allowed), limits=allowed, reserve=reserve)
         except InputError as error:
             raise InputError(f"image {number}: {error}") from error
         left -= image.width * image.height

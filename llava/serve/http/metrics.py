@@ -21,26 +21,21 @@ class Metrics:
     """The counters of one server, in a registry of their own."""
 
     def __init__(self, gauges: Callable[[], Mapping[str, Gauge]] = dict) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(gauges))
+        self.registry = registry = CollectorRegistry()
+        registry.register(_Gauges(gauges))
         self.responses = Counter(
-            "llava_http_responses", "Responses by path and status", ["path", "status"], registry=self.registry
+            "llava_http_responses", "Responses by path and status", ["path", "status"], registry=registry
         )
         self.response_s = Histogram(
-            "llava_http_response_seconds", "Time to the last byte", ["path"], buckets=SECONDS, registry=self.registry
+            "llava_http_response_seconds", "Time to the last byte", ["path"], buckets=SECONDS, registry=registry
         )
-        self.finished = Counter(
-            "llava_requests", "Requests to the model by how they ended", ["end"], registry=self.registry
-        )
-        self.prompt_tokens = Counter("llava_prompt_tokens", "Tokens read, by kind", ["kind"], registry=self.registry)
-        self.new_tokens = Counter("llava_generated_tokens", "Tokens written", registry=self.registry)
+        self.finished = Counter("llava_requests", "Requests to the model by how they ended", ["end"], registry=registry)
+        self.prompt_tokens = Counter("llava_prompt_tokens", "Tokens read, by kind", ["kind"], registry=registry)
+        self.new_tokens = Counter("llava_generated_tokens", "Tokens written", registry=registry)
         self.first_token_s = Histogram(
-            "llava_first_token_seconds",
-            "Time from a request to its first token",
-            buckets=SECONDS,
-            registry=self.registry,
+            "llava_first_token_seconds", "Time from a request to its first token", buckets=SECONDS, registry=registry
         )
-        self.queued_s = Histogram("llava_queued_seconds", "Time in the queue", buckets=SECONDS, registry=self.registry)
+        self.queued_s = Histogram("llava_queued_seconds", "Time in the queue", buckets=SECONDS, registry=registry)
 
     def record_answer(self, usage: Usage, timings: Timings) -> None:
         self.finished.labels("finished").inc()

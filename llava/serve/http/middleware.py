@@ -133,10 +133,8 @@ class AccessMiddleware:
         if origin and origin not in policy.origins and urlsplit(origin).netloc != host:
             message = "pages of other sites may not use this server"
             return error_response(ApiError(403, message, code="cross_origin"))
-        path = request.scope["path"]
-        is_open = (
-            path in self._open_paths or path.startswith(self._open_folders) or request.scope["method"] == "OPTIONS"
-        )
+        path, method = request.scope["path"], request.scope["method"]
+        is_open = path in self._open_paths or path.startswith(self._open_folders) or method == "OPTIONS"
         if not is_open and not policy.keys.allow(request.header("authorization")):
             message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
             return error_response(ApiError(401, message, code="invalid_api_key"), {"www-authenticate": "Bearer"})

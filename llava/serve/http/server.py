@@ -28,11 +28,10 @@ PARSER = "h11"
 def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; `InputError` where the address cannot be used."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(f"{host!r} is no address of this machine: {error}") from error
+    family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -41,9 +40,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"cannot listen on {host} port {port}: {reason}; pick another --port (0: any free one)"
-        ) from error
+        raise InputError(f"cannot listen on {host} port {port}: {reason}; pick another --port (0: any)") from error
     listener.set_inheritable(True)
     return listener
 

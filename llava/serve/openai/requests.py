@@ -86,9 +86,8 @@ def parse_completion(body: CompletionRequest, card: ModelCard) -> ParsedRequest:
     for prompt in prompts:
         check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
     sampling = sampling_of(body, max_new_tokens=body.max_tokens, logprobs=body.logprobs)
-    return ParsedRequest(
-        tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_placeholder) for prompt in prompts), images, sampling
-    )
+    filled = tuple(prompt.replace(DEFAULT_IMAGE_TOKEN, card.image_placeholder) for prompt in prompts)
+    return ParsedRequest(filled, images, sampling)
 
 
 def sampling_of(

@@ -180,9 +180,8 @@ def _turn(message: InputMessage, index: int) -> ChatTurn:
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return checked_turn(ChatTurn(role, message.content), f"input[{index}]")
-    images = tuple(
-        ImageURL(url=part.image_url, detail=part.detail) for part in message.content if isinstance(part, InputImage)
-    )
+    shown = [part for part in message.content if isinstance(part, InputImage)]
+    images = tuple(ImageURL(url=part.image_url, detail=part.detail) for part in shown)
     if images and role != "user":
         raise InputError(f"input[{index}]: only the user shows images")
     text = "\n".join(part.text for part in message.content if not isinstance(part, InputImage))

@@ -175,10 +175,8 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
     router = APIRouter(tags=["OpenAI-compatible"])
 
     def add(path: str, endpoint: Endpoint, description: str, *bodies: type[BaseModel]) -> None:
-        described = _described(*bodies)
-        router.add_api_route(
-            path, endpoint, methods=["POST"], response_class=Response, description=description, **described
-        )
+        about = {"description": description, **_described(*bodies)}
+        router.add_api_route(path, endpoint, methods=["POST"], response_class=Response, **about)
 
     chat = (schema.ChatRequest, schema.ChatReply, schema.ChatChunk)
     add("/v1/chat/completions", api.chat_completions, "Answer a conversation, which may show images.", *chat)

@@ -120,9 +120,7 @@ class SamplingFields(Body):
     stream: bool | None = None
     user: str | None = None
     # Not OpenAI's; named as vLLM and others name them.
-    top_k: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="sample from so many of the most probable tokens; 0: all"
-    )
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="sample from so many most probable tokens; 0: all")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)
@@ -333,9 +331,8 @@ def describe_error(error: ValidationError, body: object) -> tuple[str, str | Non
     path, worst = max(problems, key=lambda pair: len(pair[0]))
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     if worst["type"] == "extra_forbidden":
-        known = [
-            field.alias or key for key, field in (ChatRequest.model_fields | CompletionRequest.model_fields).items()
-        ]
+        fields = ChatRequest.model_fields | CompletionRequest.model_fields
+        known = [field.alias or key for key, field in fields.items()]
         hint = closest(str(path[-1]), known) if len(path) == 1 else ""
         return f"unknown field {name!r}{hint}", name
     message = worst["msg"][:1].lower() + worst["msg"][1:]

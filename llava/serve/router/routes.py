@@ -69,11 +69,8 @@ class ControllerApi:
         return None if self.dispatcher.workers() else "no worker is registered"
 
     def gauges(self) -> dict[str, Gauge]:
-        workers = self.dispatcher.workers()
-        return {
-            "workers": len(workers),
-            "worker_queue_length": {worker.name: worker.queue_length for worker in workers},
-        }
+        lengths = {worker.name: worker.queue_length for worker in self.dispatcher.workers()}
+        return {"workers": len(lengths), "worker_queue_length": lengths}
 
     # The original's routes. A null in the answer is what the original sends.
 
@@ -126,10 +123,8 @@ class ControllerApi:
             """The same as a worker's, over all workers that answer."""
             statuses = [status for _, _, status in await self._statuses() if status is not None]
             names = dict.fromkeys(name for status in statuses for name in status.model_names)
-            speed, queue_length = (
-                sum(getattr(status, name) for status in statuses) for name in ("speed", "queue_length")
-            )
-            return WorkerStatus(tuple(names), speed, queue_length).as_json()
+            queue_length = sum(status.queue_length for status in statuses)
+            return WorkerStatus(tuple(names), sum(status.speed for status in statuses), queue_length).as_json()
 
         @router.post("/worker_generate_stream", response_class=Response)
         async def worker_generate_stream(request: Request) -> Response:
