@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -22,18 +22,16 @@ from llava.convert.options import DTYPES
 from llava.convert.writer import PlannedTensor
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
+from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.config import LlavaSettings
+from llava.model.protocols import LlavaModel, VisionTower
 from llava.model.tokenizer_setup import conv_mode, read_tokenizer
-
-if TYPE_CHECKING:
-    from llava.images.image_processor import ClipImageProcessor
-    from llava.model.protocols import LlavaModel, VisionTower
-    from llava.text.tokenization import Tokenizer
+from llava.text.tokenization import Tokenizer
 
 FLOATS = tuple(DTYPES.values())
 

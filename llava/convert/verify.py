@@ -26,12 +26,11 @@ from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import published_name
 from llava.model.checkpoints.meta_model import MetaModel, build_empty_model, open_meta_model, stream_weights
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
+from llava.model.protocols import LanguageModel
 from llava.processor import ModelInputs, Processor
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from llava.model.protocols import LanguageModel
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest logit where that is above 1
 SAMPLE_QUESTION = "What is in this picture?"

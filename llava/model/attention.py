@@ -16,20 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llava.errors import InputError
 from llava.model.splice import PackedRow
 from llava.model.transformers_internals import attention_of, set_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 VARLEN = "varlen"
 

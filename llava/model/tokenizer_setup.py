@@ -9,22 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
 from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.protocols import LanguageModel
 from llava.model.template_defaults import CHATML_START, CONTEXT_KEYS, declared_context_len, template_name
 from llava.text import tokenization
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from llava.model.protocols import LanguageModel
-    from llava.text.tokenization import Tokenizer
+from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,8 @@ methods of `Trainer` that train/llava_trainer.py overrides are listed here and s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Trainer has no public hook at these points of a run.
 TRAINER_METHODS = (

@@ -7,12 +7,10 @@ done. Which texts end an answer of a template is in conversation.py (`stop_strin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from llava.text.tokenization import Tokenizer
+from llava.text.tokenization import Tokenizer
 
 
 class KeywordsStoppingCriteria:

@@ -12,14 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-if TYPE_CHECKING:
-    from llava.train.arguments import TrainingArguments
+from llava.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

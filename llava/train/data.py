@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
+from typing import Any, Required, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ from llava.errors import InputError
 from llava.images.io import load_image
 from llava.mm_utils import process_images
 from llava.text.labels import LabelledSamples, preprocess, preprocess_multimodal, speaker_of
-
-if TYPE_CHECKING:
-    from llava.text.tokenization import Tokenizer
-    from llava.train.arguments import DataArguments
+from llava.text.tokenization import Tokenizer
+from llava.train.arguments import DataArguments
 
 T = TypeVar("T")
 

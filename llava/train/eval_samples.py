@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.model.protocols import LanguageModel
+from llava.text.tokenization import Tokenizer
+from llava.train.data import LazySupervisedDataset
 from llava.train.indexed_dataset import sample_name
-
-if TYPE_CHECKING:
-    from llava.model.protocols import LanguageModel
-    from llava.text.tokenization import Tokenizer
-    from llava.train.data import LazySupervisedDataset
 
 ANSWERS_FILE = "eval_answers.jsonl"
 

@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.callbacks import ConsoleCallback, StopCallback
 from llava.train.checkpoints import (
@@ -48,11 +50,6 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
-
-if TYPE_CHECKING:
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-
-    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from llava.errors import InputError, require
+from llava.model.protocols import LanguageModel
+from llava.train.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from llava.model.protocols import LanguageModel
-    from llava.train.arguments import TrainingArguments
 
 # Modules of a LLaVA without adapters: the projector is small enough to be trained whole.
 MULTIMODAL_PARTS = ("mm_projector", "vision_tower", "vision_resampler")

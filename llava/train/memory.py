@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from llava.images.layout import ImagePolicy
 from llava.model.config import PLAIN_DECODERS, language_model_type
@@ -21,9 +22,6 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loss import CHUNK_VALUES, can_fuse
 from llava.train.arguments import TrainingArguments
 from llava.train.metrics import MATMULS, base_model, language_model, vision_tower
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 GIB = 2**30
 

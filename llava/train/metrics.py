@@ -13,18 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.protocols import TorchModule
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from llava.model.protocols import LlavaModel, VisionTower
+from llava.model.protocols import LlavaModel, TorchModule, VisionTower
 
 # Model FLOPs are counted as usual: two per weight and token in the forward pass; in the backward pass two for the inputs
 # and two for the weights if trained; causal attention at half of the square. Recomputation does not count.

@@ -16,7 +16,6 @@ import logging
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,12 +27,10 @@ from llava.data.image_files import locate_image
 from llava.errors import InputError
 from llava.images.io import load_image
 from llava.images.layout import ImagePolicy, plan
+from llava.model.protocols import LlavaModel
+from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, DataModule, LazySupervisedDataset, TrainingItem
-
-if TYPE_CHECKING:
-    from llava.model.protocols import LlavaModel
-    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from llava.model.protocols import VisionTower
 from llava.train.arguments import TrainingArguments
 from llava.train.metrics import language_model, vision_tower
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from llava.model.protocols import VisionTower
 
 # Private to DeepSpeed, which has no setting for it; checked with 0.19. A version without it keeps its own limit.
 FETCH_LIMIT_ATTRIBUTE = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"

@@ -10,7 +10,7 @@ import copy
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import transformers
 
@@ -18,6 +18,8 @@ from llava.conversation import Conversation
 from llava.errors import InputError
 from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
+from llava.model.protocols import LlavaModel
+from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import Stopped
 from llava.train.checkpoints import (
@@ -44,10 +46,6 @@ from llava.train.model_setup import (
 from llava.train.packing import pack_data_module
 from llava.train.performance import prepare_layers
 from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
-
-if TYPE_CHECKING:
-    from llava.model.protocols import LlavaModel
-    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 

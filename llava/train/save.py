@@ -10,19 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from llava.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from llava.model.protocols import LanguageModel, LlavaModel
-    from llava.text.tokenization import Tokenizer
-    from llava.train.arguments import TrainingArguments
+from llava.model.protocols import LanguageModel, LlavaModel
+from llava.text.tokenization import Tokenizer
+from llava.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
 from llava.files import read_json
@@ -17,11 +19,7 @@ from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from llava.model.protocols import VisionTower
+from llava.model.protocols import VisionTower
 
 # model_type in the tower's config.json -> (one scale, several scales)
 TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | None]] = {

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class IdentityMap(nn.Module):

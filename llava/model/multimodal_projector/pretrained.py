@@ -8,16 +8,13 @@ model/builder.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llava.errors import InputError
 from llava.model.checkpoints.weight_files import open_tensors, read_headers
-
-if TYPE_CHECKING:
-    from llava.model.protocols import InnerModel
+from llava.model.protocols import InnerModel
 
 
 def load_projector(model: InnerModel, path: str) -> None:
