@@ -91,8 +91,7 @@ def print_help() -> None:
     for name, command in COMMANDS.items():
         print(f"  {name:<{width}}  {command.help}")
     print(
-        f"\n  --help     show this\n  --version  show the versions that a bug report should name\n\n{EXAMPLES}",
-        end="",
+        f"\n  --help     show this\n  --version  show the versions that a bug report should name\n\n{EXAMPLES}", end=""
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -202,16 +202,9 @@ def _text_of(message: Message) -> str | None:
 # Rendering: one function per style, from turns to spans.
 
 
-def _render_single(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
-    return _render_named(conv, turns, (conv.sep, conv.sep))
-
-
-def _render_two(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
-    return _render_named(conv, turns, (conv.sep, conv.sep2 or ""))
-
-
-def _render_named(conv: Conversation, turns: list[PromptTurn], separators: tuple[str, str]) -> list[Span]:
-    spans = [Span(conv.system + separators[0], False)]
+def _render_named(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
+    separators = (conv.sep, conv.sep if conv.sep_style == SeparatorStyle.SINGLE else conv.sep2 or "")
+    spans = [Span(conv.system + conv.sep, False)]
     for index, (role, text, is_answer) in enumerate(turns):
         spans.append(Span(f"{role}:", False))
         if text is not None:
@@ -275,8 +268,8 @@ class _Style(NamedTuple):
 
 
 _STYLES: dict[SeparatorStyle, _Style] = {
-    SeparatorStyle.SINGLE: _Style(_render_single, "sep", "sep", "sep"),
-    SeparatorStyle.TWO: _Style(_render_two, "sep2", "sep2", "sep2"),
+    SeparatorStyle.SINGLE: _Style(_render_named, "sep", "sep", "sep"),
+    SeparatorStyle.TWO: _Style(_render_named, "sep2", "sep2", "sep2"),
     SeparatorStyle.MPT: _Style(_render_mpt, "sep", "sep", "sep"),
     SeparatorStyle.PLAIN: _Style(_render_plain, "sep", "sep2", "sep"),
     SeparatorStyle.LLAMA_2: _Style(_render_llama_2, "sep", "sep2", "sep2"),
@@ -389,17 +382,16 @@ class _NameRule:
 
     template: str
     words: tuple[str, ...] = ()
-    without: tuple[str, ...] = field(default=())
+    without: tuple[str, ...] = ()
 
 
 def _matching(rules: tuple[_NameRule, ...], model_name: str) -> str:
     name = model_name.lower()
-    matches = (
+    return next(
         rule.template
         for rule in rules
         if all(word in name for word in rule.words) and not any(word in name for word in rule.without)
     )
-    return next(matches)
 
 
 _NAME_RULES = (

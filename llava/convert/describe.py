@@ -72,8 +72,7 @@ class _Folder:
         self.info = info
         self.folder = info.folder
         self.values = _original_config(info)
-        self.is_multimodal = info.is_multimodal
-        self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if self.is_multimodal else None
+        self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if info.is_multimodal else None
         self.base = self._find_base()
         self.tower_folder = self._find_tower()
         self.tower = self._tower_config()
@@ -145,10 +144,7 @@ class _Folder:
         facts = {
             "kind": self._kind(),
             "language model": self._language_model(),
-            "vision tower": self._tower(),
-            "projector": self._projector(),
-            "images": self._images(),
-            "template": self._template() if self.is_multimodal else None,
+            **(self._multimodal_facts(self.settings) if self.settings is not None else {}),
             "added tokens": self._added_tokens(),
             "context": declared_context_len(self.values),
             "adapter": self._adapter(),
@@ -164,8 +160,18 @@ class _Folder:
             readers=self._readers(),
         )
 
+    def _multimodal_facts(self, settings: LlavaSettings) -> dict[str, str]:
+        name = get_model_name_from_path(str(self.folder.absolute()))
+        wide = f"{self.values.get('mm_hidden_size')} to {self.values.get('hidden_size') or self.values.get('d_model')}"
+        return {
+            "vision tower": self._tower(settings),
+            "projector": f"{settings.projector.type}, {wide}",
+            "images": self._images(settings),
+            "template": template_name(self.values, name, uses_chatml=self._uses_chatml()),
+        }
+
     def _kind(self) -> str:
-        if not self.is_multimodal:
+        if self.settings is None:
             return "a language model without a vision tower"
         kinds = {
             "full": "a whole model in the original layout",
@@ -173,16 +179,15 @@ class _Folder:
             "lora": "an adapter for a base model",
             "transformers": f"a whole model in the layout of {(self.info.config.get('architectures') or ['?'])[0]}",
         }
-        return f"{kinds[self.info.kind]} ({self._generation()})"
+        return f"{kinds[self.info.kind]} ({self._generation(self.settings)})"
 
-    def _generation(self) -> str:
+    def _generation(self, settings: LlavaSettings) -> str:
         """The generation of published models that are built like this one; the name is not considered."""
-        assert self.settings is not None
         if self.info.has_legacy_config and self.info.config.get("mm_projector_type") is None:
             return "as LLaVA v0 and v1"
-        if self.settings.image.mode == "anyres":
+        if settings.image.mode == "anyres":
             return "as LLaVA-1.6 (NeXT)"
-        return "as LLaVA-1.5" if self.settings.projector.type == "mlp2x_gelu" else "as LLaVA v1"
+        return "as LLaVA-1.5" if settings.projector.type == "mlp2x_gelu" else "as LLaVA v1"
 
     def _language_model(self) -> str:
         values = self.values
@@ -198,10 +203,8 @@ class _Folder:
         ]
         return ", ".join([self.info.language_model, *sizes])
 
-    def _tower(self) -> str | None:
-        if self.settings is None:
-            return None
-        name = self.settings.vision.tower
+    def _tower(self, settings: LlavaSettings) -> str:
+        name = settings.vision.tower
         if self.info.tower_in_checkpoint:
             where = "weights in this checkpoint"
         elif self.tower_folder is not None:
@@ -210,34 +213,22 @@ class _Folder:
             where = f"{name}, not on this disk"
         kind = self.tower.get("model_type")
         sizes = f"{kind}, {self.tower.get('image_size')} pixels in patches of {self.tower.get('patch_size')}"
-        feature = f"layer {self.settings.vision.select_layer}, {self.settings.vision.select_feature}"
+        feature = f"layer {settings.vision.select_layer}, {settings.vision.select_feature}"
         return "; ".join([*([sizes] if kind else []), where, feature])
 
-    def _projector(self) -> str | None:
-        if self.settings is None:
-            return None
-        wide = f"{self.values.get('mm_hidden_size')} to {self.values.get('hidden_size') or self.values.get('d_model')}"
-        return f"{self.settings.projector.type}, {wide}"
-
-    def _images(self) -> str | None:
-        if self.settings is None:
-            return None
-        image = self.settings.image
+    def _images(self, settings: LlavaSettings) -> str:
+        image = settings.image
         modes = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
         text = modes[image.mode]
         if "image_size" in self.tower and "patch_size" in self.tower:
             policy = ImagePolicy(
                 image.mode, self.tower["image_size"], self.tower["patch_size"], image.pinpoints, image.merge,
-                cls_token=self.settings.vision.select_feature == "cls_patch",
+                cls_token=settings.vision.select_feature == "cls_patch",
             )  # fmt: skip
             text += f", {policy.features_per_tile} tokens {'a tile' if image.mode == 'anyres' else 'each'}"
         if image.pinpoints:
             text += ", canvases " + " ".join(f"{size.width}x{size.height}" for size in image.pinpoints)
         return text
-
-    def _template(self) -> str:
-        name = get_model_name_from_path(str(self.folder.absolute()))
-        return template_name(self.values, name, uses_chatml=self._uses_chatml())
 
     def _tokenizer_folder(self) -> Path | None:
         return next((folder for folder in folders_of(self.info, self.base) if holds_tokenizer(folder)), None)
@@ -275,14 +266,17 @@ class _Folder:
                 yield f"the vision tower's weights in {self.tower_folder}"
         if self._tokenizer_folder() is None and (self.base is not None or not self.info.needs_base):
             yield "a tokenizer (tokenizer.model, tokenizer.json or vocab.json)"
-        if self.is_multimodal and self.info.kind == "full" and not any(_is_added(name) for name in self.headers()):
+        if (
+            self.settings is not None
+            and self.info.kind == "full"
+            and not any(_is_added(name) for name in self.headers())
+        ):
             yield "the projector's weights"
 
     def _readers(self) -> dict[str, str]:
         """Which programs read this folder as it is, and which conversion the others need."""
-        if not self.is_multimodal:
+        if self.settings is None:
             return {"llava": "text only"}
-        assert self.settings is not None
         is_theirs = self.info.kind == "transformers"
         plain = self.info.language_model in PLAIN_DECODERS and self.settings.projector.type == "mlp2x_gelu"
         whole = not self.info.needs_base
@@ -294,19 +288,17 @@ class _Folder:
             "original LLaVA code": "yes" if self.info.kind != "transformers" else "after llava convert --to original",
             "transformers": "yes" if is_theirs else convert,
             "vLLM": plugin if in_vllm else convert,
-            "SGLang": self._sglang(is_plain=plain and whole),
+            "SGLang": self._sglang(str(self.settings.vision.tower), is_plain=plain and whole),
             "llama.cpp": "after llava convert --to gguf" if plain else "no",
         }
 
-    def _sglang(self, *, is_plain: bool) -> str:
+    def _sglang(self, tower: str, *, is_plain: bool) -> str:
         """SGLang reads the original layout with a tower that its own loader finds by name."""
-        assert self.settings is not None
         if not is_plain:
             return "no"
         if self.info.kind == "transformers":
             return "after llava convert --to original --tower out"
-        name = str(self.settings.vision.tower)
-        outside = not self.info.tower_in_checkpoint and (Path(name).is_absolute() or self.tower_folder is None)
+        outside = not self.info.tower_in_checkpoint and (Path(tower).is_absolute() or self.tower_folder is None)
         return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
 
 

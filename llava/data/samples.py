@@ -127,10 +127,7 @@ class Samples(Sequence[Sample]):
 
 
 def open_samples(
-    data_path: str | os.PathLike[str] | None,
-    *,
-    weights: str | Sequence[float] | None = None,
-    cache: Path | None = None,
+    data_path: str | os.PathLike[str] | None, *, weights: str | Sequence[float] | None = None, cache: Path | None = None
 ) -> Samples:
     """Open the samples of a run; malformed ones are among them, and raise when they are indexed.
 

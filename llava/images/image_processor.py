@@ -56,6 +56,15 @@ TOWER_IMAGE_PROCESSORS = {
 }
 
 
+def read_processor_config(folder: Path) -> dict[str, Any] | None:
+    """The image processor's settings in a folder; newer transformers write them inside those of the whole processor."""
+    if (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
+    file = folder / "processor_config.json"
+    nested = read_json(file).get("image_processor") if file.is_file() else None
+    return nested if isinstance(nested, dict) else None
+
+
 class PixelBatch(dict):
     """A dict with "pixel_values" whose entries are attributes too, like transformers' `BatchFeature`."""
 
@@ -144,7 +153,8 @@ class ClipImageProcessor:
         values["size"] = _size_dict(values["size"], exact=exact)
         # Outside code reads the tower's input size from crop_size, even where nothing is cropped.
         crop = values.get("crop_size", values["size"])
-        values["crop_size"] = _size_dict(_output_side(crop) or crop, exact=True)
+        side = crop.get("shortest_edge") if isinstance(crop, Mapping) else None
+        values["crop_size"] = _size_dict(side or crop, exact=True)
         known = {item.name for item in fields(cls)} - {"extra"}
         extra = {**values.pop("extra", {}), **{key: value for key, value in values.items() if key not in known}}
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
@@ -174,14 +184,9 @@ class ClipImageProcessor:
         Without a processor file, `vision_config` decides in place of the folder's config.json.
         """
         path = Path(folder)
-        if path.is_file():
-            return cls.from_dict(read_json(path), **overrides)
-        if (path / "preprocessor_config.json").is_file():
-            return cls.from_dict(read_json(path / "preprocessor_config.json"), **overrides)
-        if (path / "processor_config.json").is_file():  # newer transformers write it inside the whole processor
-            nested = read_json(path / "processor_config.json").get("image_processor")
-            if isinstance(nested, dict):
-                return cls.from_dict(nested, **overrides)
+        config = read_json(path) if path.is_file() else read_processor_config(path)
+        if config is not None:
+            return cls.from_dict(config, **overrides)
         if vision_config is None and (path / "config.json").is_file():
             vision_config = read_json(path / "config.json")
         if vision_config is None:
@@ -321,9 +326,7 @@ def _hwc(image: np.ndarray) -> np.ndarray:
 
 def _image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
     """List one image or many; an array of four dimensions holds many (the frames of a video)."""
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    if getattr(images, "ndim", None) == 4:
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4:
         return list(images)
     if images is None or isinstance(images, (str, bytes, Path)):
         raise InputError(
@@ -361,10 +364,6 @@ def _size_dict(value: object, *, exact: bool) -> dict[str, int]:
     if isinstance(value, int) and _are_sides([value]):
         return {"height": value, "width": value} if exact else {"shortest_edge": value}
     raise InputError(f"size {value!r} of an image processor is not a number, a pair or a dict.")
-
-
-def _output_side(size: object) -> int | None:
-    return size.get("shortest_edge") if isinstance(size, Mapping) else None
 
 
 def _are_sides(values: Iterable[object]) -> bool:

@@ -273,12 +273,7 @@ def preprocess_v1(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bo
     return preprocess(sources, tokenizer, has_image)
 
 
-def preprocess_llama_2(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
-    return preprocess(sources, tokenizer, has_image)
-
-
-def preprocess_mpt(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
-    return preprocess(sources, tokenizer, has_image)
+preprocess_llama_2 = preprocess_mpt = preprocess_v1
 
 
 def preprocess_plain(sources: Sequence[Source], tokenizer: Tokenizer) -> LabelledSamples:

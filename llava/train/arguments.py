@@ -120,19 +120,16 @@ class TrainingArguments(transformers.TrainingArguments):
         False, "Compile the layers of the language model, and of a trained tower; needs a GPU or a C++ compiler."
     )
     keep_activations: float | None = _opt(
-        None,
-        "With --compile_layers, instead of --gradient_checkpointing: share of activations to keep, 0 to 1.",
+        None, "With --compile_layers, instead of --gradient_checkpointing: share of activations to keep, 0 to 1."
     )
     fused_loss: bool = _opt(True, "Compute the loss without all logits in memory; the result is the same.")
     global_batch_size: int | None = _opt(None, "Samples per step over all GPUs; sets --gradient_accumulation_steps.")
     trainable_dtype: str = _opt(
-        "auto",
-        "Dtype of trained weights: auto (float32; with DeepSpeed its float32 copy), float32, bfloat16, float16.",
+        "auto", "Dtype of trained weights: auto (float32; with DeepSpeed its float32 copy), float32, bfloat16, float16."
     )
     logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
     eval_generate: int = _opt(
-        0,
-        "Generate answers to the first N validation samples at each validation, for the log and eval_answers.jsonl.",
+        0, "Generate answers to the first N validation samples at each validation, for the log and eval_answers.jsonl."
     )
     eval_max_new_tokens: int = _opt(64, "Longest such answer in tokens.")
     estimate_memory: bool = _opt(False, "Print how much memory the run would need, and exit.")
@@ -180,7 +177,9 @@ class TrainingArguments(transformers.TrainingArguments):
             raise InputError(f"--bits {self.bits} and DeepSpeed ZeRO-3 exclude each other; take scripts/zero2.json")
         if self.deepspeed and self.trainable_dtype in ("bfloat16", "float16"):
             self._check_deepspeed_precision()
-            enable_bfloat16_states(self.hf_deepspeed_config.config)
+            # Hold trained weights and optimizer states in bfloat16, without a float32 copy.
+            settings = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            self.hf_deepspeed_config.config["bf16"] = settings
         if self.uses_zero3 and self.compile_layers:  # before DeepSpeed first reads it, when a model is loaded
             disable_memory_efficient_linear(self.hf_deepspeed_config.config)
 
@@ -267,11 +266,6 @@ def disable_memory_efficient_linear(deepspeed_config: dict[str, Any]) -> None:
             "that function cannot share a compiled program; take it out of the file, or leave the layers uncompiled"
         )
     zero["memory_efficient_linear"] = False
-
-
-def enable_bfloat16_states(deepspeed_config: dict[str, Any]) -> None:
-    """Have DeepSpeed hold trained weights and optimizer states in bfloat16, without a float32 copy."""
-    deepspeed_config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {

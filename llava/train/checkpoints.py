@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llava.errors import InputError
 from llava.files import STAGING, TRASH, flush, flush_tree, is_disk_full
+from llava.model.checkpoints.weight_files import read_headers
 from llava.train.save import PROJECTOR_FILE
 
 logger = logging.getLogger(__name__)
@@ -84,17 +85,12 @@ def _has_weights(folder: Path) -> bool:
 
 def _is_whole_safetensors(file: Path) -> bool:
     """Whether the file is as long as its header says."""
+    try:
+        headers = read_headers(file).values()
+    except InputError:
+        return False
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 + length:
-            return False
-        try:
-            header = json.loads(opened.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    return size == max(((header.start or 0) + header.num_bytes for header in headers), default=size)
 
 
 def _missing_shard(index: Path) -> str | None:

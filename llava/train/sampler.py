@@ -60,10 +60,7 @@ def get_length_grouped_indices(
 
 
 def get_modality_length_grouped_indices(
-    lengths: Sequence[int],
-    batch_size: int,
-    world_size: int,
-    generator: torch.Generator | None = None,
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
     """Group by length inside each modality, then shuffle the megabatches of both modalities.
 

@@ -249,7 +249,9 @@ def test_killed_in_the_middle(moment: str, tmp_path: Path) -> None:
 
 def test_a_keyboard_interrupt(tmp_path: Path) -> None:
     words = ["convert", str(embedded_model_path()), str(tmp_path / "target"), "--to", "original"]
-    patch = "import llava.convert.writer as w\ndef stop(self, n): raise KeyboardInterrupt\nw.ByteProgress.add = stop\n"
+    patch = (
+        "import llava.convert.writer as w\ndef stop(self, n): raise KeyboardInterrupt\nw.ByteProgress.update = stop\n"
+    )
     done = child(patch + PROGRAM.format(words=words))
     assert (done.returncode, done.stderr) == (130, "")
     assert list(tmp_path.iterdir()) == []

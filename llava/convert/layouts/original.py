@@ -29,13 +29,9 @@ class OriginalLayout:
     def __init__(self, source: Source, *, tower: str = "keep", shard_bytes: int = SHARD_BYTES) -> None:
         self.source = source
         self.shard_bytes = shard_bytes
-        self.place = self._place(tower)
-
-    def _place(self, wanted: str) -> str:
-        """Where the tower's weights go: `in` the checkpoint, `out` in a folder, or `named`: wherever the config says."""
-        if wanted != "keep":
-            return wanted
-        return "in" if self.source.meta_model.tower_folder is None else "named"
+        # Where the tower's weights go: "in" the checkpoint, "out" in a folder, or "named": wherever the config says.
+        kept = "in" if source.meta_model.tower_folder is None else "named"
+        self.place = kept if tower == "keep" else tower
 
     def tensors(self) -> list[PlannedTensor]:
         source = self.source

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.files import read_json
+from llava.images.image_processor import read_processor_config
 from llava.model.config import OWN_FOLDER
 
 MODEL_TYPES = ("llava", "llava_next")
@@ -124,14 +124,9 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def pads_images(folder: Path) -> bool:
-    """Whether the folder's image processor pads images; its settings are in a file of their own or in the processor's."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
-            processor = values if key is None else values.get(key)
-            if isinstance(processor, dict):
-                return bool(processor.get("do_pad")) and "Llava" in str(processor.get("image_processor_type"))
-    return False
+    """Whether the folder's image processor pads images."""
+    processor = read_processor_config(folder) or {}
+    return bool(processor.get("do_pad")) and "Llava" in str(processor.get("image_processor_type"))
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

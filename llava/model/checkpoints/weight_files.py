@@ -281,12 +281,11 @@ def _data_offset(stub: _Stub, offsets: dict[str, int]) -> int | None:
 
 def _read_legacy_pickle_headers(file: Path) -> dict[str, TensorHeader]:
     """Read a file of torch before 1.6 whole, since its sizes are distributed over the file."""
-    state = load_pickled_tensors(file)
-    return {name: TensorHeader(file, name, _dtype_name(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return TORCH_STORAGES[tensor.type().rsplit(".", 1)[-1].replace("Tensor", "Storage")]
+    headers = {}
+    for name, tensor in load_pickled_tensors(file).items():
+        storage = tensor.type().rsplit(".", 1)[-1].replace("Tensor", "Storage")
+        headers[name] = TensorHeader(file, name, TORCH_STORAGES[storage], tuple(tensor.shape))
+    return headers
 
 
 class _StubStorage(NamedTuple):
@@ -308,10 +307,6 @@ def _rebuild_stub(
     return _Stub(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter_stub(data: _Stub, *rest: object) -> _Stub:
-    return data
-
-
 class _Table(dict):  # type: ignore[type-arg]
     """In place of the OrderedDict of a state dict, which has attributes."""
 
@@ -322,7 +317,7 @@ class _HeaderUnpickler(pickle.Unpickler):
     KNOWN: ClassVar[dict[tuple[str, str], Callable[..., object]]] = {
         ("collections", "OrderedDict"): _Table,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_stub,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter_stub,
+        ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
     }
 
     def find_class(self, module: str, name: str) -> object:
