@@ -8,7 +8,7 @@ templates are in conversation.py, and training samples become ids in text/labels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -58,35 +58,16 @@ class ModelInputs:
         """The length of the sequence inside the model, where features replace each image's placeholder."""
         return len(self.input_ids) - len(self.layouts) + self.num_image_tokens
 
-    def require_room(self, context_len: int, num_new_tokens: int = 1) -> None:
-        """Raise InputError where the prompt leaves no room for `num_new_tokens` more in a context of `context_len`."""
-        if self.num_tokens + num_new_tokens > context_len:
-            raise InputError(
-                f"the prompt takes {self.num_tokens} tokens ({self.num_image_tokens} of them image features), which "
-                f"leaves no room for {num_new_tokens} more in a context of {context_len}; shorten the text or give "
-                "fewer images."
-            )
 
-
+@dataclass(eq=False)
 class Processor:
-    """Makes ModelInputs for one model.
+    """Makes ModelInputs for one model."""
 
-    `image_processor` is None for a language model without a vision tower; `policy` is the model's `image_policy()`, needed
-    for inputs with images; with `use_im_start_end` a placeholder has <im_start> and <im_end> around it.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        image_processor: ClipImageProcessor | None = None,
-        policy: ImagePolicy | None = None,
-        *,
-        use_im_start_end: bool = False,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.policy = policy
-        self.use_im_start_end = use_im_start_end
+    tokenizer: Tokenizer
+    image_processor: ClipImageProcessor | None = None  # None: a language model without a vision tower
+    policy: ImagePolicy | None = None  # the model's `image_policy()`, needed for inputs with images
+    _: KW_ONLY
+    use_im_start_end: bool = False  # an image's placeholder has <im_start> and <im_end> around it
 
     @property
     def image_placeholder(self) -> str:

@@ -69,7 +69,7 @@ def _text(value: str) -> str:
     return json.dumps(value)
 
 
-def _by_role(conv: Conversation, question: str, answer: str) -> str:
+def _by_role(question: str, answer: str) -> str:
     return f"({_text(question)} if message['role'] == 'user' else {_text(answer)})"
 
 
@@ -80,8 +80,8 @@ def _named(conv: Conversation) -> dict[str, str]:
     return {
         "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": f"system + {_text(opening)}",  # with the turns that the template brings along
-        "PREFIX": _by_role(conv, f"{conv.roles[0]}: ", f"{conv.roles[1]}: "),
-        "SUFFIX": _by_role(conv, conv.sep, end),
+        "PREFIX": _by_role(f"{conv.roles[0]}: ", f"{conv.roles[1]}: "),
+        "SUFFIX": _by_role(conv.sep, end),
         "GENERATION_PROMPT": _text(f"{conv.roles[1]}:"),
     }
 
@@ -90,7 +90,7 @@ def _mpt(conv: Conversation) -> dict[str, str]:
     return {
         "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
         "OPENING": f"system + {_text(conv.sep)}",
-        "PREFIX": _by_role(conv, *conv.roles),
+        "PREFIX": _by_role(*conv.roles),
         "SUFFIX": _text(conv.sep),
         "GENERATION_PROMPT": _text(conv.roles[1]),
     }
@@ -100,7 +100,7 @@ def _chatml(conv: Conversation) -> dict[str, str]:
     return {
         "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
         "OPENING": f"(system + {_text(conv.sep + chr(10))} if system else '')",
-        "PREFIX": _by_role(conv, f"{conv.roles[0]}\n", f"{conv.roles[1]}\n"),
+        "PREFIX": _by_role(f"{conv.roles[0]}\n", f"{conv.roles[1]}\n"),
         "SUFFIX": _text(conv.sep + "\n"),
         "GENERATION_PROMPT": _text(f"{conv.roles[1]}\n"),
     }
@@ -113,7 +113,7 @@ def _llama_2(conv: Conversation) -> dict[str, str]:
         "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "''",
         "PREFIX": f"({question} if message['role'] == 'user' else ' ')",
-        "SUFFIX": _by_role(conv, " [/INST]", f" {conv.sep2 or ''}"),
+        "SUFFIX": _by_role(" [/INST]", f" {conv.sep2 or ''}"),
         "GENERATION_PROMPT": "''",
     }
 
@@ -123,7 +123,7 @@ def _plain(conv: Conversation) -> dict[str, str]:
         "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "system",
         "PREFIX": "''",
-        "SUFFIX": _by_role(conv, conv.sep, conv.sep if conv.sep2 is None else conv.sep2),
+        "SUFFIX": _by_role(conv.sep, conv.sep if conv.sep2 is None else conv.sep2),
         "GENERATION_PROMPT": "''",
     }
 

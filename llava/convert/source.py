@@ -200,12 +200,9 @@ def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str 
             if _is_same_model(before, config):
                 cut_rows = int(before["vocab_size"])
                 config = before
-    if dtype is not None:
-        chosen: str | None = DTYPES[dtype]
-    elif info.needs_base:  # parts of two checkpoints become one, in the dtype of the larger
+    chosen = None if dtype is None else DTYPES[dtype]
+    if chosen is None and info.needs_base:  # parts of two checkpoints become one, in the dtype of the larger
         chosen = stored_dtype(meta_model.base or info)
-    else:
-        chosen = None
     name = get_model_name_from_path(str(path))
     return Source(meta_model, config, chosen, name, cut_rows)
 

@@ -162,18 +162,10 @@ def _sinc(x: np.ndarray) -> np.ndarray:
     return np.where(x == 0, 1.0, np.sin(angle) / angle)
 
 
-def _bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0.0)
-
-
-def _box(x: np.ndarray) -> np.ndarray:
-    return np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)
-
-
 # By Pillow's number: the filter and its support in pixels.
 FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     LANCZOS: (_lanczos, 3.0),
-    BILINEAR: (_bilinear, 1.0),
+    BILINEAR: (lambda x: np.maximum(1 - np.abs(x), 0.0), 1.0),
     BICUBIC: (_bicubic, 2.0),
-    BOX: (_box, 0.5),
+    BOX: (lambda x: np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0), 0.5),
 }

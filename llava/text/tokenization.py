@@ -32,7 +32,6 @@ class Tokenizer(Protocol):
     is_fast: bool
     model_max_length: int
     padding_side: str
-    bos_token: str | None
     eos_token: str | None
     pad_token: str | None
     unk_token: str | None
@@ -44,31 +43,21 @@ class Tokenizer(Protocol):
     all_special_tokens: list[str]
 
     def __len__(self) -> int: ...
-
     def __call__(self, text: str, **options: object) -> BatchEncoding: ...
-
     def decode(
         self, token_ids: int | Sequence[int] | torch.Tensor, skip_special_tokens: bool = False, **options: object
     ) -> str: ...
-
     @overload
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
-
     @overload
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
-
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str: ...
-
     @overload
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
-
     def get_vocab(self) -> dict[str, int]: ...
-
     def add_tokens(self, new_tokens: list[str], special_tokens: bool = False) -> int: ...
-
     def add_special_tokens(self, special_tokens_dict: dict[str, str]) -> int: ...
-
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]: ...
 
 

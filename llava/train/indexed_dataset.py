@@ -19,7 +19,6 @@ ITEM_INDICES = "item_indices"
 
 class SizedDataset(Protocol):
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int, /) -> object: ...
 
 

@@ -53,24 +53,18 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
 }
 
+_DROPPED = "the libraries dropped it"
+
 # Accepted because old scripts have them; each with the reason why it has no effect.
 WITHOUT_MEANING = {
     "overwrite_output_dir": "an output folder is never emptied; a run continues from its last checkpoint",
     "use_mps_device": "a Mac's GPU is used whenever it is there",
-    "jit_mode_eval": "the libraries dropped it",
-    "use_ipex": "the libraries dropped it",
-    "fp16_opt_level": "mixed precision is torch's own",
-    "half_precision_backend": "mixed precision is torch's own",
-    "fp16_backend": "mixed precision is torch's own",
-    "tpu_num_cores": "the libraries dropped it",
-    "tpu_metrics_debug": "the libraries dropped it",
-    "past_index": "the libraries dropped it",
-    "use_legacy_prediction_loop": "the libraries dropped it",
     "push_to_hub_organization": "write the organization into --hub_model_id",
-    "mp_parameters": "the libraries dropped it",
-    "ray_scope": "the libraries dropped it",
-    "include_tokens_per_second": "the libraries dropped it; see --include_num_input_tokens_seen",
+    "include_tokens_per_second": f"{_DROPPED}; see --include_num_input_tokens_seen",
     "_n_gpu": "the number of GPUs is what the machine shows",
+    **dict.fromkeys(("fp16_opt_level", "half_precision_backend", "fp16_backend"), "mixed precision is torch's own"),
+    **dict.fromkeys(("jit_mode_eval", "use_ipex", "tpu_num_cores", "tpu_metrics_debug", "past_index"), _DROPPED),
+    **dict.fromkeys(("use_legacy_prediction_loop", "mp_parameters", "ray_scope"), _DROPPED),
 }
 
 # Still flags here, but without an effect.

@@ -50,20 +50,16 @@ def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Ten
     """Copy the LoRA parameters, and the biases that `lora_bias` trains: none, all, or those of layers with an adapter."""
     params = dict(named_params)
     lora = {name for name in params if "lora_" in name}
-    if bias == "none":
-        wanted = lora
-    elif bias == "all":
-        wanted = lora | {name for name in params if name.endswith("bias")}
-    elif bias == "lora_only":
-        adapted = {name.split("lora_")[0] for name in lora}
-        wanted = lora | {
-            name
-            for name in params
-            if name.endswith("bias") and name.removesuffix("bias").removesuffix("base_layer.") in adapted
-        }
-    else:
+    adapted = {name.split("lora_")[0] for name in lora}
+    biases = {name: name.removesuffix("bias").removesuffix("base_layer.") for name in params if name.endswith("bias")}
+    trained = {
+        "none": set[str](),
+        "all": set(biases),
+        "lora_only": {name for name, layer in biases.items() if layer in adapted},
+    }
+    if bias not in trained:
         raise InputError(f"--lora_bias is {bias!r}; known: none, all, lora_only")
-    return {name: maybe_zero_3(p) for name, p in params.items() if name in wanted}
+    return {name: maybe_zero_3(p) for name, p in params.items() if name in lora | trained[bias]}
 
 
 def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only: bool = True) -> dict[str, Tensor]:

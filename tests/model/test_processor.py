@@ -76,15 +76,6 @@ def test_marks_and_images_must_match(prompt, num_images):
         processor("pad")(prompt, [Image.new("RGB", (9, 9))] * num_images)
 
 
-def test_room_is_counted_with_features():
-    inputs = processor("pad")("<image>\nHi", [Image.new("RGB", (9, 9))])
-    inputs.require_room(inputs.num_tokens + 5, 5)
-    with pytest.raises(
-        InputError, match=rf"takes {inputs.num_tokens} tokens \({inputs.num_image_tokens} of them image"
-    ):
-        inputs.require_room(inputs.num_tokens + 4, 5)
-
-
 def test_a_processor_without_policy_says_so():
     make = processor("pad")
     bare = Processor(make.tokenizer, make.image_processor)

@@ -54,13 +54,8 @@ def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
             f"the gguf layout cannot express the tokenizer of {source.folder} ({type(tokenizer).__name__} of a "
             f"{source.info.language_model} model); known are sentencepiece models and Qwen's"
         )
-    for name, token in (
-        ("bos", "bos_token_id"),
-        ("eos", "eos_token_id"),
-        ("unk", "unk_token_id"),
-        ("pad", "pad_token_id"),
-    ):
-        if (index := getattr(tokenizer, token, None)) is not None:
+    for name in ("bos", "eos", "unk", "pad"):
+        if (index := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     writer.add_chat_template(
         chat_template(source.conv_mode, image_placeholder(source.settings.tokens.use_im_start_end))
@@ -71,17 +66,12 @@ def _add_sentencepiece(writer: GGUFWriter, tokenizer: LlamaSentencePieceTokenize
     file = read_sentencepiece(Path(tokenizer.vocab_file))
     if file.kind not in MODELS:
         raise InputError(f"{tokenizer.vocab_file} is a sentencepiece model of kind {file.kind}; known: unigram and BPE")
-    pieces = with_characters_for_bytes(file) if file.kind == UNIGRAM else file.pieces
-    tokens = [piece.text for piece in pieces]
-    scores = [piece.score for piece in pieces]
-    kinds = [piece.kind for piece in pieces]
+    pieces = with_characters_for_bytes(file) if file.kind == UNIGRAM else list(file.pieces)
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         if index >= len(file.pieces):
-            tokens.append(str(token.content))
-            scores.append(-1000.0)
-            kinds.append(CONTROL if token.special else USER_DEFINED)
-    _add_tokens(writer, tokens, kinds, num_rows)
-    writer.add_token_scores(scores + [-10000.0] * (num_rows - len(scores)))
+            pieces.append(ScoredPiece(str(token.content), -1000.0, CONTROL if token.special else USER_DEFINED))
+    _add_tokens(writer, [piece.text for piece in pieces], [piece.kind for piece in pieces], num_rows)
+    writer.add_token_scores([piece.score for piece in pieces] + [-10000.0] * (num_rows - len(pieces)))
     writer.add_tokenizer_model(MODELS[file.kind])
     writer.add_tokenizer_pre("default")
     writer.add_add_bos_token(tokenizer.add_bos_token)

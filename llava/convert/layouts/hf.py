@@ -117,11 +117,11 @@ class HFLayout:
             "vision_config": tower,
             "vision_feature_layer": settings.vision.select_layer,
             "vision_feature_select_strategy": strategies[settings.vision.select_feature],
+            "conv_mode": source.conv_mode,
+            "tokenizer_model_max_length": context_len(source.model.config),
         }
-        values |= {"conv_mode": source.conv_mode, "tokenizer_model_max_length": context_len(source.model.config)}
         if self.is_next:
-            values["image_grid_pinpoints"] = self._pinpoints()
-            values["use_image_newline_parameter"] = True
+            values |= {"image_grid_pinpoints": self._pinpoints(), "use_image_newline_parameter": True}
         return values
 
     def text_config(self) -> dict[str, Any]:

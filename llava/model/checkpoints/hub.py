@@ -41,11 +41,10 @@ def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, do
 
     Without `download`, only the hub's local cache is looked up.
     """
-    places = _tower_places(name, checkpoint_folder)
     here = find_vision_tower(name, checkpoint_folder=checkpoint_folder)
     if here is not None:
         return str(here)
-    tried = [f"the folder {place}" for place in places]
+    tried = [f"the folder {place}" for place in _tower_places(name, checkpoint_folder)]
     if not looks_like_repository(name):
         raise InputError(
             f"the vision tower {name!r} was not found; tried {' and '.join(tried)}, and it is no hub repository id"

@@ -116,7 +116,6 @@ class Tensors(Protocol):
     """An open weight file."""
 
     def keys(self) -> Iterable[str]: ...
-
     def get_tensor(self, name: str) -> torch.Tensor: ...
 
 

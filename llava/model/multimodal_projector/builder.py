@@ -26,10 +26,6 @@ class IdentityMap(nn.Module):
         return {"mm_projector_type": "identity"}
 
 
-def linear(vision_dim: int, text_dim: int) -> nn.Module:
-    return nn.Linear(vision_dim, text_dim)
-
-
 def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
     """Build `depth` linear layers with a GELU between each two; the first changes the width."""
     layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
@@ -48,7 +44,7 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
     return IdentityMap()
 
 
-PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": linear, "identity": identity}
+PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "identity": identity}
 
 # A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
 MLP_NAME = re.compile(r"mlp([1-9]\d*)x_gelu")
