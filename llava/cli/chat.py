@@ -138,17 +138,15 @@ def load_model(args: Namespace) -> LoadedModel:
         return load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype, quantization=bits)
 
 
+@dataclass
 class Chat:
     """A conversation at a terminal: a session, and how its answers are shown."""
 
-    def __init__(
-        self, session: Session, terminal: Terminal, args: Namespace, limits: ImageLimits, *, load_s: float
-    ) -> None:
-        self.session = session
-        self.terminal = terminal
-        self.args = args
-        self.limits = limits
-        self.load_s = load_s
+    session: Session
+    terminal: Terminal
+    args: Namespace
+    limits: ImageLimits
+    load_s: float
 
     def converse(self) -> int:
         """Handle lines until the input ends. An error in one is printed, and the next one is read."""

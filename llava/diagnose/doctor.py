@@ -165,9 +165,6 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-# Text output
-
-
 def as_text(report: DoctorReport, colors: Colors, *, verbose: bool = False) -> str:
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.facts.items() if value is not None)
     lines = [colors(report.subject, "bold") + (f"  {colors(facts, 'dim')}" if facts else "")]

@@ -103,9 +103,6 @@ def examine(loaded: LoadedModel, path: str, *, steps: int) -> list[SelfTestItem]
     return items
 
 
-# The items
-
-
 def ask(loaded: LoadedModel, num_images: int = 1) -> tuple[Conversation, ModelInputs]:
     """Build a conversation about drawn images of different sizes, and the model's inputs for it."""
     images = [sample_image(), sample_image(inverted=True).resize((300, 500)), sample_image().resize((640, 150))]
@@ -283,9 +280,6 @@ def check_odd_output(loaded: LoadedModel) -> SelfTestItem:
     found = f"left over: {', '.join(left)}" if left else "no special token is left in a real answer"
     item.check("answer", not left, found)
     return item
-
-
-# Text output
 
 
 def as_text(path: str, items: Sequence[SelfTestItem]) -> str:

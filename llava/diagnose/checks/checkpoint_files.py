@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava.diagnose.checks.findings import DoctorFinding, Fix, found
+from llava.diagnose.checks.findings import DoctorFinding, Fix, found, reported
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.hf_layout import translate_config
@@ -91,9 +91,6 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Examine
     return ExaminedCheckpoint(folder, ExaminedCheckpoint(resolve_checkpoint(base, what="base model")), str(base))
 
 
-# Checks
-
-
 def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     try:
         checkpoint.config  # noqa: B018  # read once, kept for the checks that follow
@@ -139,11 +136,8 @@ def _readable(file: Path) -> Iterator[DoctorFinding]:
 
 
 def _indexed(index: Path) -> Iterator[DoctorFinding]:
-    try:
+    with reported("shard-index", COPY_AGAIN, fix=_rebuild_index(index.name), file=str(index)):
         weight_map = read_json(index).get("weight_map")
-    except InputError as error:
-        yield found("shard-index", str(error), COPY_AGAIN, fix=_rebuild_index(index.name), file=str(index))
-        return
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         yield found(
             "shard-index",
@@ -243,9 +237,6 @@ def check_base_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     if checkpoint.base is not None:
         yield from check_config(checkpoint.base)
         yield from check_weight_files(checkpoint.base)
-
-
-# Fixes, applied to a copy of the folder
 
 
 def _delete(name: str) -> Fix:

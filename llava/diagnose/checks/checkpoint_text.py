@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation, answer_end, conv_templates, get_template
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
-from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
-from llava.errors import InputError
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
 from llava.model import tokenizer_setup
@@ -43,19 +42,16 @@ def check_tokenizer(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         yield found(
             "tokenizer-missing",
             f"{folder} holds no tokenizer",
-            f"copy tokenizer.model or tokenizer.json, and tokenizer_config.json, into it (known: {TOKENIZERS})",
+            f"copy tokenizer.model or tokenizer.json, and tokenizer_config.json, into it (known: {', '.join(TOKENIZER_FILES)})",
             files=sorted(file.name for file in folder.iterdir())[:12],
         )
         return
     from llava.text import tokenization
 
-    try:
+    with reported("tokenizer-unreadable", "copy the tokenizer's files again", folder=str(folder)):
         bare = tokenization.load_tokenizer(folder)
         # As loading does, with the marker tokens that the config asks for.
         tokenizer = tokenizer_setup.read_tokenizer(folder, tokenizer_setup.ConfigView(checkpoint.values))
-    except InputError as error:
-        yield found("tokenizer-unreadable", str(error), "copy the tokenizer's files again", folder=str(folder))
-        return
     checkpoint.extras |= {"tokenizer": tokenizer, "size_without_markers": len(bare)}
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     text = tokenizer.decode(ids)
@@ -66,9 +62,6 @@ def check_tokenizer(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             "copy the tokenizer's files from the language model that this one was made from",
             ids=ids[:20],
         )
-
-
-TOKENIZERS = ", ".join(TOKENIZER_FILES)
 
 
 def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
@@ -154,7 +147,7 @@ def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFindi
     template = get_template(name)
     prompt = _rendered(template, [{"content": QUESTION}, {"content": ANSWER}])
     ids = tokenizer(prompt).input_ids
-    begin = checkpoint.values.get("bos_token_id")
+    begin, is_own = checkpoint.values.get("bos_token_id"), tokenizer_folder(checkpoint) == checkpoint.folder
     if (
         checkpoint.info.language_model == "llama"
         and name in LLAMA_TEMPLATES
@@ -167,7 +160,7 @@ def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFindi
             f"prompts begin with the ids {ids[:3]}, without the begin token {tokenizer.bos_token_id} that models with the "
             f"template {name!r} were trained with",
             "set add_bos_token to true in tokenizer_config.json",
-            fix=set_in_json("tokenizer_config.json", add_bos_token=True) if _holds_own_tokenizer(checkpoint) else None,
+            fix=set_in_json("tokenizer_config.json", add_bos_token=True) if is_own else None,
             first_ids=ids[:3],
             bos_token_id=begin,
         )
@@ -185,10 +178,6 @@ def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFindi
             hidden=len(hidden),
             tokens=len(ids),
         )
-
-
-def _holds_own_tokenizer(checkpoint: ExaminedCheckpoint) -> bool:
-    return tokenizer_folder(checkpoint) == checkpoint.folder
 
 
 def _end_token(checkpoint: ExaminedCheckpoint, tokenizer: PreTrainedTokenizerBase, end: str) -> Iterator[DoctorFinding]:

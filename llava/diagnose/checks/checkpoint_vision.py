@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
-from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import image_mode, parse_pinpoints
@@ -39,15 +39,11 @@ def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             read(values.get(key))
         except InputError as error:
             faults.append(found(code, str(error), f"set {key} as in training", value=values.get(key)))
-    if not faults:
-        try:
-            checkpoint.settings  # noqa: B018  # read once, kept for the checks that follow
-        except InputError as error:
-            faults.append(found("config-value", str(error), "set it as in training", file="config.json"))
     if faults:
         yield from faults
         return
-    settings = checkpoint.settings
+    with reported("config-value", "set it as in training", file="config.json"):
+        settings = checkpoint.settings
     if settings.padding_side not in ("left", "right"):
         yield found(
             "padding-side",
@@ -69,18 +65,15 @@ def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         )
 
 
-def check_model_type(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+def check_model_type(checkpoint: ExaminedCheckpoint) -> None:
     from llava.model.language_model.registry import llava_classes
 
     kind = checkpoint.info.language_model
     if not kind and not checkpoint.config:
         raise CheckSkipped("the folder has no config.json; its base's is used")
-    try:
+    declared = checkpoint.config.get("model_type")
+    with reported("model-type", "set model_type in config.json", model_type=declared):
         llava_classes(kind)
-    except InputError as error:
-        yield found(
-            "model-type", str(error), "set model_type in config.json", model_type=checkpoint.config.get("model_type")
-        )
 
 
 def check_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
@@ -102,11 +95,8 @@ def check_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
                 mm_vision_tower=vision.tower,
             )
             return
-        try:
+        with reported("tower-missing", "copy the tower's config.json again", mm_vision_tower=folder):
             described = read_json(Path(folder) / "config.json")
-        except InputError as error:
-            yield found("tower-missing", str(error), "copy the tower's config.json again", mm_vision_tower=folder)
-            return
         view.mm_vision_tower = folder
     else:
         described = checkpoint.values.get("vision_config") or {}
@@ -136,18 +126,11 @@ def _tower_parts(
             model_type=kind,
         )
         return
-    try:
-        ClipImageProcessor.from_pretrained(
-            view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.folder, vision_config=described
-        )
-    except InputError as error:
-        yield found("preprocessor", str(error), COPY_PREPROCESSOR, mm_vision_tower=view.mm_vision_tower)
-        return
-    try:
+    place = view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.folder
+    with reported("preprocessor", COPY_PREPROCESSOR, mm_vision_tower=view.mm_vision_tower):
+        ClipImageProcessor.from_pretrained(place, vision_config=described)
+    with reported("config-value", "set s2_scales to what the model was trained with"):  # if they do not fit the tower
         tower = build_vision_tower(view, delay_load=True)
-    except InputError as error:  # several scales that the tower does not fit
-        yield found("config-value", str(error), "set s2_scales to what the model was trained with")
-        return
     checkpoint.extras["tower"] = tower
     states = tower.config.num_hidden_layers + 1
     if not -states <= tower.select_layer < states:
@@ -191,11 +174,8 @@ def check_pixels(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     file = f"{name}/preprocessor_config.json" if name != OWN_FOLDER else "preprocessor_config.json"
     is_inside = (checkpoint.folder / file).is_file()
     images = [Image.new("RGB", (side, side), colour) for colour in ("black", "white")]
-    try:
+    with reported("preprocessor", COPY_PREPROCESSOR):
         pixels = processor.preprocess(images, return_tensors="np")["pixel_values"]
-    except InputError as error:
-        yield found("preprocessor", str(error), COPY_PREPROCESSOR)
-        return
     if pixels.shape[-2:] != (side, side):
         key = {"shortest_edge": side} if "shortest_edge" in processor.size else {"height": side, "width": side}
         fix = set_in_json(file, size=key, crop_size={"height": side, "width": side})
@@ -225,17 +205,10 @@ def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     from llava.model.multimodal_encoder.builder import policy_of
 
     tower, image = tower_of(checkpoint), checkpoint.settings.image
-    try:
+    remedy = f"use pairs of multiples of {tower.tile_size}, those that the model was trained with"
+    pinpoints = [list(size) for size in image.pinpoints]
+    with reported("pinpoints", remedy, tile_size=tower.tile_size, pinpoints=pinpoints):
         checkpoint.extras["policy"] = policy_of(tower, image)
-    except InputError as error:
-        yield found(
-            "pinpoints",
-            str(error),
-            f"use pairs of multiples of {tower.tile_size}, those that the model was trained with",
-            tile_size=tower.tile_size,
-            pinpoints=[list(size) for size in image.pinpoints],
-        )
-        return
     newline = checkpoint.named("image_newline")
     if newline is not None and (image.mode != "anyres" or image.merge != "spatial_unpad"):
         yield found(
@@ -255,9 +228,6 @@ def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             "set mm_patch_merge_type to what the model was trained with, or copy the file that holds image_newline",
             mm_patch_merge_type=image.merge,
         )
-
-
-# Projector
 
 
 def stored_projector(tensors: dict[str, TensorHeader]) -> dict[int, TensorHeader]:

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, ExaminedCheckpoint
-from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found
-from llava.errors import InputError
+from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX
 from llava.model.checkpoints.lora import ADAPTER_NAME
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
@@ -103,7 +102,8 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     from llava.model.language_model.registry import llava_classes
 
     base_info = checkpoint.base.info if checkpoint.base is not None else None
-    try:
+    folder = str(checkpoint.folder)
+    with reported("weights-config", "take config.json and weights from one and the same save", folder=folder):
         config = build_config(info, base_info)
         _, model_class = llava_classes(info.language_model)
         sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
@@ -112,13 +112,6 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
                 meta_model = model_class(copy.deepcopy(config))
             meta_model.tie_weights()
             match_names(expected_tensors(meta_model), sources)
-    except InputError as error:
-        yield found(
-            "weights-config",
-            str(error),
-            "take config.json and weights from one and the same save",
-            folder=str(checkpoint.folder),
-        )
 
 
 def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
@@ -186,12 +179,9 @@ def check_smoke_test(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         sizes = f"needs {needed / 2**30:.0f} GiB of main memory, and {free / 2**30:.0f} are free"
         raise CheckSkipped(f"in float32 the model {sizes}")
     base = checkpoint.base.folder if checkpoint.base is not None else None
-    try:
+    with reported("load-fails", "do what the sentence says", folder=str(checkpoint.folder)):
         # Dtypes with float32's range, so that activations too large for float16 can be measured.
         loaded = load(checkpoint.folder, base=base, dtype="fp32" if device.type == "cpu" else "bf16", device=device)
-    except InputError as error:
-        yield found("load-fails", str(error), "do what the sentence says", folder=str(checkpoint.folder))
-        return
     stored = {header.dtype for header in checkpoint.tensors.values()}
     yield from run_smoke_test(loaded, half="F16" in stored and "BF16" not in stored)
 

@@ -8,9 +8,12 @@ dataset.py, training_config.py and server.py; diagnose/doctor.py prints. Importi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llava.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ class DoctorCheck:
     """A check, skipped if one that it `needs`, or with `last` any before it, was skipped or found something."""
 
     name: str
-    run: Callable[[Any], Iterator[DoctorFinding]]
+    run: Callable[[Any], Iterator[DoctorFinding] | None]
     needs: tuple[str, ...] = ()
     last: bool = False
 
@@ -313,10 +316,27 @@ class CheckSkipped(Exception):
     """Raised by a check that cannot run here; the message is the reason."""
 
 
+class CheckEnded(Exception):
+    """Raised by a check that cannot go on after a finding."""
+
+    def __init__(self, finding: DoctorFinding) -> None:
+        super().__init__(finding.what)
+        self.finding = finding
+
+
 def found(code: str, what: str, remedy: str, *, fix: Fix | None = None, **evidence: object) -> DoctorFinding:
     """Make a finding; its code is a key of `CAUSES`."""
     assert code in CAUSES, code
     return DoctorFinding(code, what, evidence, remedy, fix)
+
+
+@contextmanager
+def reported(code: str, remedy: str, *, fix: Fix | None = None, **evidence: object) -> Iterator[None]:
+    """End the check with a finding that says what an `InputError` in the block says."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckEnded(found(code, str(error), remedy, fix=fix, **evidence)) from error
 
 
 def run_checks(subject: object, checks: tuple[DoctorCheck, ...], report: DoctorReport) -> DoctorReport:
@@ -326,9 +346,13 @@ def run_checks(subject: object, checks: tuple[DoctorCheck, ...], report: DoctorR
         reason = next((stopped[name] for name in check.needs if name in stopped), None)
         if check.last and report.findings:
             reason = f"{report.findings[0].code} was found"
+        findings: list[DoctorFinding] = []
         if reason is None:
             try:
-                findings = list(check.run(subject))
+                for finding in check.run(subject) or ():
+                    findings.append(finding)
+            except CheckEnded as end:
+                findings.append(end.finding)
             except CheckSkipped as skipped:
                 reason = str(skipped)
         if reason is not None:

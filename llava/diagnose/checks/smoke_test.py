@@ -27,13 +27,9 @@ LARGEST_HALF = 65504.0
 ROUNDING = 0.02
 
 
+@torch.inference_mode()
 def run_smoke_test(loaded: LoadedModel, *, half: bool) -> Iterator[DoctorFinding]:
     """Run the smoke test. With `half` the weights are stored in float16, so activations should fit into its range."""
-    with torch.inference_mode():
-        yield from _run_smoke_test(loaded, half=half)
-
-
-def _run_smoke_test(loaded: LoadedModel, *, half: bool) -> Iterator[DoctorFinding]:
     inputs = prepare_question(loaded, QUESTION, [sample_image()])[1]
     with capture_peaks(loaded.model) as peaks:
         logits = _last_logits(loaded.model, inputs)

@@ -30,6 +30,7 @@ from llava.diagnose.checks.findings import (
     DoctorReport,
     Fix,
     found,
+    reported,
     run_checks,
 )
 from llava.errors import InputError
@@ -98,11 +99,11 @@ def examine_training(path: str | Path) -> DoctorReport:
     return run_checks(run, checks, DoctorReport(str(path), "training run"))
 
 
-def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
+def _check_arguments(run: ExaminedRun) -> None:
     from llava.train.arguments import parse_train_args
     from llava.train.run import check_arguments
 
-    try:
+    with reported("run-arguments", "change the setting; llava train --help explains each", file=str(run.file)):
         try:
             parsed = parse_train_args([str(run.file)])
         except InputError as error:
@@ -113,10 +114,6 @@ def _check_arguments(run: ExaminedRun) -> Iterator[DoctorFinding]:
         run.model, run.data, run.training = parsed
         run.fp16 = run.fp16 or run.training.fp16
         check_arguments(*parsed)
-    except InputError as error:
-        yield found(
-            "run-arguments", str(error), "change the setting; llava train --help explains each", file=str(run.file)
-        )
 
 
 def _check_base(run: ExaminedRun) -> Iterator[DoctorFinding]:
@@ -195,24 +192,12 @@ def _check_tower(run: ExaminedRun) -> Iterator[DoctorFinding]:
             hidden_states=states,
         )
     mode, pinpoints = run.data.image_aspect_ratio, run.data.image_grid_pinpoints
-    try:
+    with reported("image-mode", "set image_aspect_ratio to square, pad or anyres", image_aspect_ratio=mode):
         image_mode(mode)
-    except InputError as error:
-        yield found(
-            "image-mode", str(error), "set image_aspect_ratio to square, pad or anyres", image_aspect_ratio=mode
-        )
-        return
-    try:
+    size = run.tower.tile_size
+    remedy = f"give image_grid_pinpoints in multiples of {size}"
+    with reported("pinpoints", remedy, tile_size=size, image_grid_pinpoints=pinpoints):
         _policy(run)
-    except InputError as error:
-        yield found(
-            "pinpoints",
-            str(error),
-            f"give image_grid_pinpoints in multiples of {run.tower.tile_size}",
-            tile_size=run.tower.tile_size,
-            image_grid_pinpoints=pinpoints,
-        )
-        return
     own = run.base.settings.image
     if stored_projector(run.base.tensors) and not run.model.pretrain_mm_mlp_adapter and image_mode(mode) != own.mode:
         yield found(
@@ -246,11 +231,8 @@ def _check_adapter(run: ExaminedRun) -> Iterator[DoctorFinding]:
         yield from _kept_projector(run)
         return
     file = Path(name)
-    try:
+    with reported("run-adapter", "name the mm_projector.bin of the pretraining run", path=name):
         headers = read_headers(file)
-    except InputError as error:
-        yield found("run-adapter", str(error), "name the mm_projector.bin of the pretraining run", path=name)
-        return
     faults = list(
         judge_projector(
             stored_projector(headers),
@@ -311,11 +293,8 @@ def _check_template(run: ExaminedRun) -> Iterator[DoctorFinding]:
     from llava.train.model_setup import VERSION_ALIASES
 
     name = VERSION_ALIASES.get(str(run.model.version), str(run.model.version))
-    try:
+    with reported("run-template", "set version to the template that the model speaks", version=name):
         conv = run.conv
-    except InputError as error:
-        yield found("run-template", str(error), "set version to the template that the model speaks", version=name)
-        return
     if name == "plain":
         return
     tokenizer = run.base.extras["tokenizer"]
@@ -359,11 +338,8 @@ def _check_data(run: ExaminedRun) -> Iterator[DoctorFinding]:
     if not run.data.data_path:
         yield found("data-unreadable", "the run names no data", FORMS, data_path=None)
         return
-    try:
+    with reported("data-unreadable", FORMS, data_path=run.data.data_path):
         samples = open_samples(run.data.data_path, weights=run.data.data_weights).distinct()
-    except InputError as error:
-        yield found("data-unreadable", str(error), FORMS, data_path=run.data.data_path)
-        return
     tokenizer = run.base.extras["tokenizer"]
     tokenizer.model_max_length = int(1e9)  # whether samples fit is judged with their images
     reader = SampleReader(

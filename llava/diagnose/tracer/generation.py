@@ -172,9 +172,6 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
         yield
 
 
-# Points of both answering and training
-
-
 def record_prompt(record: Trace, spans: Sequence[Span]) -> None:
     obs = Observation("prompt")
     text = "".join(span.text for span in spans)

@@ -123,9 +123,6 @@ def _row_of_splice(
     return facts
 
 
-# Language model
-
-
 def decoder_layers(inner: InnerModel) -> Sequence[nn.Module]:
     """Return a language model's list of layers; empty if it has none under a known name."""
     lists = (getattr(inner, name, None) for name in LAYER_LISTS)

@@ -126,9 +126,6 @@ def _file(name: str) -> str:
     return (resources.files("llava.diagnose.tracer") / "page" / name).read_text(encoding="utf-8")
 
 
-# Images
-
-
 def _images(
     record: Trace, images: Sequence[Image.Image], layouts: Sequence[ImageLayout], processor: ImageProcessor | None
 ) -> list[Facts]:
@@ -174,9 +171,6 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# Tokens
-
-
 def _prompt_tokens(record: Trace, lengths: list[int]) -> list[Facts]:
     ids = record["input_ids"]["ids"]
     tokens = []
@@ -219,9 +213,6 @@ def _strongest(views: AttentionViews) -> int:
     if views.relevance is None:
         return 0
     return int(views.relevance.sum(-1).argmax())
-
-
-# AttentionViews
 
 
 def _views(views: AttentionViews) -> list[Facts]:

@@ -140,9 +140,6 @@ def category_bars(categories: Mapping[str, Mapping[str, float]]) -> str:
     return f"<h3>{escape(figure)} by category</h3>{bars(values, highest=highest)}"
 
 
-# --- the gallery ----------------------------------------------------------------------------------------------------
-
-
 def gallery_cards(folder: Path, task: JsonRow, images: _Thumbnails) -> list[JsonRow]:
     """Choose some wrong and some right answers of a task, spread evenly over it."""
     rows = [row for row in read_verdicts(folder, task["task"]) if row["score"] is not None]
@@ -214,9 +211,6 @@ def _thumbnail(file: Path) -> str | None:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-# --- `llava eval report` -----------------------------------------------------------------------------------------------
 
 
 def build_parser() -> ArgumentParser:

@@ -83,9 +83,6 @@ def _figures(rows: Mapping[str, Figures]) -> list[str]:
     ]
 
 
-# --- read back ------------------------------------------------------------------------------------------------------
-
-
 def read_results(folder: Path) -> JsonRow:
     if not (folder / RESULTS).is_file():
         raise InputError(f"{str(folder)!r} has no {RESULTS}; give the folder of a run that `llava eval` finished")

@@ -138,9 +138,6 @@ def _open_jobs(
             yield job, numbered, on_result
 
 
-# --- several processes ----------------------------------------------------------------------------------------------
-
-
 def shard_of(numbered: Sequence[tuple[int, Question]], index: int, count: int) -> list[tuple[int, Question]]:
     """Return one of `count` parts of the questions. Neighbours stay together, since they are often about one image."""
     start, stop = (len(numbered) * edge // count for edge in (index, index + 1))

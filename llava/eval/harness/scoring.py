@@ -108,9 +108,6 @@ def shown(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
-# --- `llava eval score` -------------------------------------------------------------------------------------------------
-
-
 def add_data_dir(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",

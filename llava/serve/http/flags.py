@@ -117,21 +117,11 @@ class ListenAddress:
 
 
 def listen_address_from(args: Namespace) -> ListenAddress:
-    """Bind the socket and read the keys."""
-    require("uvicorn", extra="serve")
-    access, key = access_from(args)
-    from llava.serve.http.server import bind, url_of
-
-    listener = bind(args.host, args.port)
-    return ListenAddress(listener, url_of(listener, args.host), access, key)
-
-
-def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
-    """Return the access policy, and the key for requests to other servers. Sets up logging."""
-    require("fastapi", extra="serve")
-    require("httpx", extra="serve")
+    """Set up logging, read the keys, and bind the socket. The first key is that of requests to other servers."""
+    for package in ("uvicorn", "fastapi", "httpx"):
+        require(package, extra="serve")
     from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
-    from llava.serve.http.server import is_loopback
+    from llava.serve.http.server import bind, is_loopback, url_of
     from llava.serve.process import set_up_logging
 
     set_up_logging(args.log_level)
@@ -146,4 +136,5 @@ def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
         origins=tuple(args.allow_origin),
         memory=memory_budget_from(args),
     )
-    return access, keys[0] if keys else None
+    listener = bind(args.host, args.port)
+    return ListenAddress(listener, url_of(listener, args.host), access, keys[0] if keys else None)

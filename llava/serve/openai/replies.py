@@ -37,6 +37,11 @@ class ReplyWriter:
         self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._offsets: dict[int, int] = {}  # characters of each choice so far, for the logprobs of completions
 
+    @property
+    def _head(self) -> dict[str, Any]:
+        """The fields that all replies to the request share."""
+        return {"id": self.id, "created": self.created, "model": self.model}
+
     def _end(self, stats: RequestStats) -> dict[str, Any]:
         """Return the fields of a last reply: usage, and `inspect` where the request asked for it."""
         return {"usage": usage_of(stats.usage)} | ({"inspect": inspection_of(stats)} if self.inspect else {})
@@ -51,12 +56,16 @@ class ChatWriter(ReplyWriter):
 
     def opening(self, num_choices: int) -> Iterable[schema.ChatChunk]:
         """Return the first chunks of a stream, with the role."""
+        delta = schema.Delta(role="assistant", content="")
         for index in range(num_choices):
-            yield self._delta(index, schema.Delta(role="assistant", content=""), None, None)
+            choice = schema.ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+            yield self._chunk([choice])
 
     def delta(self, chunk: Chunk) -> schema.ChatChunk:
         delta = schema.Delta(content=chunk.text) if chunk.text or not chunk.finish_reason else schema.Delta()
-        return self._delta(chunk.index, delta, self._logprobs(chunk.logprobs), finish_reason(chunk))
+        logprobs, reason = self._logprobs(chunk.logprobs), finish_reason(chunk)
+        choice = schema.ChatChunkChoice(index=chunk.index, delta=delta, logprobs=logprobs, finish_reason=reason)
+        return self._chunk([choice])
 
     def closing(self, stats: RequestStats) -> Iterable[schema.ChatChunk]:
         """Return the last chunks of a stream: usage, without choices, where the request asked for it."""
@@ -73,29 +82,10 @@ class ChatWriter(ReplyWriter):
             )
             for chunk in in_order(chunks)
         ]
-        return schema.ChatReply(
-            id=self.id,
-            object="chat.completion",
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            **self._end(stats),
-        )
-
-    def _delta(
-        self, index: int, delta: schema.Delta, logprobs: schema.ChatLogprobs | None, reason: schema.FinishReason | None
-    ) -> schema.ChatChunk:
-        return self._chunk([schema.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)])
+        return schema.ChatReply(object="chat.completion", choices=choices, **self._head, **self._end(stats))
 
     def _chunk(self, choices: list[schema.ChatChunkChoice], **end: Any) -> schema.ChatChunk:
-        return schema.ChatChunk(
-            id=self.id,
-            object="chat.completion.chunk",
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            **self._extra(end),
-        )
+        return schema.ChatChunk(object="chat.completion.chunk", choices=choices, **self._head, **self._extra(end))
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> schema.ChatLogprobs | None:
         if not self.with_logprobs:
@@ -135,14 +125,7 @@ class TextWriter(ReplyWriter):
         return self._reply([self._choice(chunk) for chunk in in_order(chunks)], **self._end(stats))
 
     def _reply(self, choices: list[schema.TextChoice], **end: Any) -> schema.TextReply:
-        return schema.TextReply(
-            id=self.id,
-            object="text_completion",
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            **self._extra(end),
-        )
+        return schema.TextReply(object="text_completion", choices=choices, **self._head, **self._extra(end))
 
     def _choice(self, chunk: Chunk) -> schema.TextChoice:
         return schema.TextChoice(
@@ -183,11 +166,15 @@ def usage_of(usage: Usage) -> schema.UsageBody:
         prompt_tokens=usage.num_prompt_tokens,
         completion_tokens=usage.num_new_tokens,
         total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,
-        prompt_tokens_details=schema.PromptDetails(
-            cached_tokens=usage.num_cached_tokens,
-            image_tokens=usage.num_image_tokens,
-            text_tokens=usage.num_text_tokens,
-        ),
+        prompt_tokens_details=prompt_details_of(usage),
+    )
+
+
+def prompt_details_of(usage: Usage) -> schema.PromptDetails:
+    return schema.PromptDetails(
+        cached_tokens=usage.num_cached_tokens,
+        image_tokens=usage.num_image_tokens,
+        text_tokens=usage.num_text_tokens,
     )
 
 

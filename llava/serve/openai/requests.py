@@ -112,9 +112,6 @@ def sampling_of(
     )
 
 
-# Messages
-
-
 def _turn(message: SystemMessage | UserMessage | AssistantMessage, index: int) -> ChatTurn:
     role = "system" if isinstance(message, SystemMessage) else message.role
     if isinstance(message.content, str):

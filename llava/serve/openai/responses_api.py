@@ -15,9 +15,18 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of
+from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of, prompt_details_of
 from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_conversation, checked_turn, sampling_of
-from llava.serve.openai.schema import Body, ImageURL, Inspection, Nothing, Reply, SamplingFields
+from llava.serve.openai.schema import (
+    Body,
+    ImageURL,
+    Inspection,
+    JsonSchema,
+    Nothing,
+    PromptDetails,
+    Reply,
+    SamplingFields,
+)
 from llava.serve.service import RequestStats
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -59,12 +68,8 @@ class PlainFormat(Body):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(Body):
+class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
-    name: str = "answer"
-    description: str | None = None
-    schema_: dict[str, object] = Field(alias="schema")
-    strict: bool | None = None
 
 
 class TextOptions(Body):
@@ -88,19 +93,13 @@ class ResponsesRequest(SamplingFields):
     reasoning: None = None
 
 
-class InputTokenDetails(Reply):
-    cached_tokens: int
-    image_tokens: int
-    text_tokens: int
-
-
 class OutputTokenDetails(Reply):
     reasoning_tokens: int
 
 
 class ResponseUsage(Reply):
     input_tokens: int
-    input_tokens_details: InputTokenDetails
+    input_tokens_details: PromptDetails
     output_tokens: int
     output_tokens_details: OutputTokenDetails
     total_tokens: int
@@ -271,11 +270,7 @@ def _usage(stats: RequestStats) -> ResponseUsage:
     usage = stats.usage
     return ResponseUsage(
         input_tokens=usage.num_prompt_tokens,
-        input_tokens_details=InputTokenDetails(
-            cached_tokens=usage.num_cached_tokens,
-            image_tokens=usage.num_image_tokens,
-            text_tokens=usage.num_text_tokens,
-        ),
+        input_tokens_details=prompt_details_of(usage),
         output_tokens=usage.num_new_tokens,
         output_tokens_details=OutputTokenDetails(reasoning_tokens=0),
         total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,

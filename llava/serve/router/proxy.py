@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import httpx
 from fastapi import Request, Response
@@ -135,34 +136,25 @@ def _busy(model: str, status: int, body: bytes) -> ApiError:
     return ApiError(503, f"no worker for {model!r} takes requests at the moment: {message}", code="no_worker")
 
 
+@dataclass(frozen=True)
 class WorkerResponse:
-    """A worker's response whose first bytes are here.
+    """A worker's response whose first bytes are here."""
 
-    `rest` yields the other bytes; None where there are none. `held` frees the connection and the slot in the worker's queue.
-    """
-
-    def __init__(
-        self,
-        worker: str,
-        response: httpx.Response,
-        first: bytes,
-        rest: AsyncIterator[bytes] | None,
-        held: AsyncExitStack,
-    ) -> None:
-        self.worker = worker
-        self.status = response.status_code
-        self.media_type = response.headers.get("content-type")
-        self.first = first
-        self.rest = rest
-        self.held = held
+    worker: str
+    status: int
+    media_type: str | None
+    first: bytes
+    rest: AsyncIterator[bytes] | None  # the other bytes; None where there are none
+    held: AsyncExitStack  # frees the connection and the slot in the worker's queue
 
     @classmethod
     async def begin(cls, worker: str, response: httpx.Response, held: AsyncExitStack) -> WorkerResponse:
+        status, media_type = response.status_code, response.headers.get("content-type")
         try:
             if "content-length" in response.headers:
-                return cls(worker, response, await response.aread(), None, held)
+                return cls(worker, status, media_type, await response.aread(), None, held)
             rest = response.aiter_raw()
-            return cls(worker, response, await anext(rest, b""), rest, held)
+            return cls(worker, status, media_type, await anext(rest, b""), rest, held)
         except BaseException:
             await held.aclose()
             raise
