@@ -75,8 +75,10 @@ def draw(curves: Sequence[Curve]) -> str:
             x, y = place(*point).split(",")
             parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
         if len(curves) > 1:
-            y = TOP + 16 * (number + 1)
-            parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{y}" text-anchor="end" fill="{colour}">{curve.name}</text>')
+            baseline = TOP + 16 * (number + 1)
+            parts.append(
+                f'<text x="{WIDTH - RIGHT - 4}" y="{baseline}" text-anchor="end" fill="{colour}">{curve.name}</text>'
+            )
     return "\n".join([*parts, "</svg>", ""])
 
 
