@@ -17,17 +17,15 @@ import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, Span, check_placeholders, image_placeholder
 from llava.errors import InputError
+from llava.images.image_processor import ClipImageProcessor
 from llava.images.io import to_rgb
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.mm_utils import process_images
 from llava.text.labels import encode_spans
-from llava.text.tokenization import tokenizer_image_token
+from llava.text.tokenization import Tokenizer, tokenizer_image_token
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from llava.images.image_processor import ClipImageProcessor
-    from llava.text.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)

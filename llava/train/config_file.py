@@ -8,7 +8,6 @@ flags; only `extends` is relative to its file.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from llava.cli.program import closest
 from llava.errors import InputError
 from llava.train.legacy_flags import KEPT_WITHOUT_MEANING, RENAMED, REWRITTEN, WITHOUT_MEANING, Flag, parse_flags
 
@@ -128,8 +128,7 @@ def _words(text: str | None, value: object, *, several: bool) -> tuple[str, ...]
 
 
 def closest_key(name: str, known: Collection[str]) -> str:
-    match = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else "; llava train --help lists every name"
+    return closest(name, sorted(known)) or "; llava train --help lists every name"
 
 
 def as_yaml(flags: Sequence[Flag], groups: Mapping[str, Mapping[str, tuple[object, str]]]) -> str:

@@ -43,10 +43,8 @@ def prepare_layers(
         replicate_frozen_tower(model, args.device, args.compute_dtype)
         set_leaf_modules(model)
     if args.compile_layers:
-        dynamic = True if args.packing else None
-        compile_layers(
-            model, keep=args.keep_activations, dynamic=dynamic, backend=backend, within_hooks=args.uses_zero3
-        )
+        dynamic, keep = True if args.packing else None, args.keep_activations
+        compile_layers(model, keep=keep, dynamic=dynamic, backend=backend, within_hooks=args.uses_zero3)
 
 
 def compile_layers(

@@ -158,14 +158,11 @@ class GgufPair:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            data = pack(self.gguf, self._reordered(entry, self.source.read(entry.source)), entry.kind.name)
+            tensor, heads = self.source.read(entry.source), self._heads(entry)
+            data = pack(self.gguf, tensor if heads is None else interleave(tensor, heads), entry.kind.name)
             writer.write_tensor_data(data)
             progress.update(data.nbytes)
         writer.close()
-
-    def _reordered(self, entry: PlannedGgufTensor, tensor: Tensor) -> Tensor:
-        heads = self._heads(entry)
-        return tensor if heads is None else interleave(tensor, heads)
 
     def _heads(self, entry: PlannedGgufTensor) -> int | None:
         """The number of heads whose rows are reordered for the rotary embedding; None: not this tensor."""
@@ -252,9 +249,7 @@ class GgufPair:
         stored = self._read_back(folder)
         kept = [name for name in self.source.names if not UNUSED.match(name)]
         require_same_names(kept, stored)
-        largest = 0.0
-        for name in kept:
-            largest = max(largest, largest_difference(self.source.read(name), stored[name]()))
+        largest = max(largest_difference(self.source.read(name), stored[name]()) for name in kept)
         tensors = TensorComparison(len(kept), self.num_bytes, largest)
         if not math.isfinite(largest):
             raise InputError(
@@ -279,12 +274,8 @@ class GgufPair:
         readers = {}
         for file in self.file_names():
             for item in self.gguf.GGUFReader(folder / file).tensors:
-                entry = by_name.get(item.name)
-                if (
-                    entry is None
-                    or tuple(reversed(item.shape.tolist())) != entry.shape
-                    or item.tensor_type != entry.kind
-                ):
+                entry, shape = by_name.get(item.name), tuple(reversed(item.shape.tolist()))
+                if entry is None or (shape, item.tensor_type) != (entry.shape, entry.kind):
                     raise VerificationError(
                         f"{file} holds {item.name!r} of shape {item.shape.tolist()}, which was not planned"
                     )
