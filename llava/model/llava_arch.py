@@ -355,12 +355,16 @@ class LlavaMetaForCausalLM(_CausalBase):
         kwargs |= {name: value for name, value in asked.items() if value is not None}
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        kind = language_model_type({"model_type": self.config.model_type})
-        if loss_only and labels is not None and kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings()):
+        if loss_only and labels is not None and self.can_fuse_loss():
             return self._forward_to_loss(labels, **kwargs)
         if packed and labels is not None:
             labels = labels.to(row.embeds.device)
         return super().forward(labels=labels, **kwargs)
+
+    def can_fuse_loss(self) -> bool:
+        """Whether the loss can be computed without the logits (loss.py)."""
+        kind = language_model_type({"model_type": self.config.model_type})
+        return kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings())
 
     def _forward_to_loss(
         self, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None, **arguments: Any

@@ -136,11 +136,9 @@ def preprocess(
         rows.append((ids, labels))
     if num_truncated:
         _warn_truncated(max_length)
-    batch = _pad if form.as_batch else _list
-    pad_id = tokenizer.pad_token_id
     return {
-        "input_ids": batch([ids for ids, _ in rows], pad_id),
-        "labels": batch([labels for _, labels in rows], IGNORE_INDEX),
+        "input_ids": form.batch([ids for ids, _ in rows], tokenizer.pad_token_id),
+        "labels": form.batch([labels for _, labels in rows], IGNORE_INDEX),
         "num_truncated": num_truncated,
     }
 
@@ -255,14 +253,14 @@ class _Form:
     """How samples of a template are rendered and returned."""
 
     spans: Callable[[Source, Conversation, bool], list[Span]]
-    as_batch: bool
+    batch: Callable[[list[list[int]], int | None], torch.Tensor | list[torch.Tensor]]
     always_with_image: bool = False
 
 
-_DIALOGUE = _Form(dialogue_spans, as_batch=True)
+_DIALOGUE = _Form(dialogue_spans, _pad)
 _FORMS = {
-    SeparatorStyle.SINGLE: _Form(_signal_spans, as_batch=False),
-    SeparatorStyle.PLAIN: _Form(_caption_spans, as_batch=False, always_with_image=True),
+    SeparatorStyle.SINGLE: _Form(_signal_spans, _list),
+    SeparatorStyle.PLAIN: _Form(_caption_spans, _list, always_with_image=True),
 }
 
 

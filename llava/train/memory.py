@@ -17,9 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llava.images.layout import ImagePolicy
-from llava.model.config import PLAIN_DECODERS, language_model_type
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.loss import CHUNK_VALUES, can_fuse
+from llava.model.loss import CHUNK_VALUES
 from llava.train.arguments import TrainingArguments
 from llava.train.metrics import MATMULS, base_model, language_model, vision_tower
 
@@ -174,7 +173,7 @@ def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
         keep=keep if args.compile_layers else None,
         trains_layers=any(p.requires_grad for name, p in language_model(model).named_parameters() if _in_layer(name)),
         adapter_bytes=_adapter_bytes(args, config, compute_bytes) if args.lora_enable else 0,
-        fused_loss=args.fused_loss and _can_fuse(base, head),
+        fused_loss=args.fused_loss and isinstance(base, LlavaMetaForCausalLM) and base.can_fuse_loss(),
         trains_head=head is not None and any(p.requires_grad for p in head.parameters()),
     )
 
@@ -233,12 +232,6 @@ def layer_bytes_per_token(shape: TrainingShape) -> int:
 def _norm_bytes_per_token(shape: TrainingShape) -> int:
     """A norm computes in float32 and keeps its input and result in float32, and the result in its own dtype."""
     return (4 + (shape.compute_bytes + shape.stream_bytes if shape.stream_bytes < 4 else 4)) * shape.width
-
-
-def _can_fuse(base: object, head: nn.Module | None) -> bool:
-    if not isinstance(base, LlavaMetaForCausalLM):
-        return False
-    return language_model_type(base.config.to_dict()) in PLAIN_DECODERS and can_fuse(head)
 
 
 def _logits(shape: TrainingShape) -> float:
