@@ -104,8 +104,6 @@ def load_pretrained_model(
         model_path: A model folder or hub repository.
         model_base: The base model of an adapter or projector.
         model_name: A hint for the conversation template; it decides nothing that the files say.
-        load_8bit: Quantize to 8 bits.
-        load_4bit: Quantize to 4 bits.
         device_map: How accelerate shards the model; "auto" where it does not fit on one GPU.
         device: The device; without a GPU the default becomes the best device that is present.
         use_flash_attn: Short for `attn_implementation="flash_attention_2"`.
@@ -167,7 +165,6 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1", "mps" or a torch device.
         dtype: "auto", "fp16", "bf16", "fp32" or a torch dtype.
         quantization: "4bit" or "8bit" (extra `quant`), or a quantization config of transformers.
-        attn_implementation: An attention implementation of transformers.
         device_map: Shards the model over several devices; takes precedence over `device`.
 
     Raises:
@@ -272,12 +269,12 @@ def _build_multimodal(
         elif loader_options:
             model, origins = build_with_transformers(model_class, config, sources, dtype, loader_options)
         else:
-            with _default_dtype(dtype), device, no_init_weights():
+            with default_dtype(dtype), device, no_init_weights():
                 model = model_class(copy.deepcopy(config))
             origins = load_weights(model, sources)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
-            with _default_dtype(dtype), device, no_init_weights():
+            with default_dtype(dtype), device, no_init_weights():
                 tower.load_model()
             prefix = f"{model_class.base_model_prefix}.vision_tower."
             warn_of_unused_tower(sources, Path(tower.vision_tower_name))
@@ -310,7 +307,8 @@ def _build_language_model(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, create tensors in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

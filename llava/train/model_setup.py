@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava.conversation import Conversation, conv_templates
 from llava.errors import InputError
 from llava.images.layout import parse_pinpoints
-from llava.model.builder import load, load_tokenizer
+from llava.model.builder import default_dtype, load, load_tokenizer
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
 from llava.model.checkpoints.loading import (
     build_with_transformers,
@@ -35,19 +36,16 @@ from llava.model.checkpoints.loading import (
 )
 from llava.model.config import LlavaSettings
 from llava.model.language_model.registry import llava_classes
+from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
 from llava.model.transformers_internals import set_attention
+from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
 from llava.train.save import smart_tokenizer_and_embedding_resize
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
-    from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -174,13 +172,8 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
     if plan.quantization is not None:
         model, origins = build_with_transformers(model_class, config, sources, plan.dtype, plan.loader_options)
     else:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(plan.dtype)
-        try:
-            with no_init_weights():
-                model = model_class(config)
-        finally:
-            torch.set_default_dtype(before)
+        with default_dtype(plan.dtype), no_init_weights():
+            model = model_class(config)
         origins = load_weights(model, sources)
     check_origins(model, origins)
     if (info.folder / "generation_config.json").is_file():

@@ -113,11 +113,7 @@ def folders_of(info: CheckpointInfo, base: CheckpointInfo | None) -> list[Path]:
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """Inspect a model folder or hub repository.
-
-    Raises:
-        InputError: The folder is no model folder, or files are missing or damaged.
-    """
+    """Inspect a model folder or hub repository."""
     folder = resolve_checkpoint(path)
     adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     config = read_config(folder, required=adapter_config is None)

@@ -62,10 +62,7 @@ class WeightSources:
 def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: str) -> WeightSources:
     """Combine a checkpoint's tensors with its base model's, which they override.
 
-    Args:
-        info: The checkpoint.
-        base: Its base model, if it has one.
-        prefix: The name of the inner model within the language model, `model` for LLaMA.
+    `prefix` is the name of the inner model within the language model, `model` for LLaMA.
     """
     own = dict(info.tensors)
     for name, header in info.extras.items():
@@ -97,11 +94,7 @@ def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
 
 
 def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[str, TensorHeader]:
-    """Find the stored tensor for every name that a model expects.
-
-    Args:
-        expected: The model's tensors by name; a tied one appears under several names, of which one must be stored.
-        sources: The stored tensors.
+    """Find the stored tensor for every name that a model expects; of tied names one must be stored.
 
     Raises:
         InputError: Keys are missing or unexpected, or shapes differ.
@@ -201,13 +194,7 @@ def load_with_transformers(
 ) -> tuple[PreTrainedModel, Origins]:
     """Call a class's `from_pretrained`, and refuse what transformers would fill with new numbers or leave out.
 
-    Args:
-        model_class: A model class of transformers or of this package, or one of transformers' Auto classes.
-        folder: The checkpoint; None where `state_dict` is among the options.
-        options: Other arguments of `from_pretrained`.
-
-    Returns:
-        The model, and where each of its weights comes from.
+    `folder` is None where `state_dict` is among the options. Returns the model, and where each of its weights comes from.
 
     Raises:
         InputError: A weight is not stored, or stored and not used, or of another shape.
@@ -235,14 +222,8 @@ def load_with_transformers(
 def check_origins(model: nn.Module, origins: Mapping[str, str]) -> None:
     """Check that every parameter and persistent buffer of a model was read from a file, or made for a reason.
 
-    Every way of loading ends here, so that no model is used with numbers that nobody wrote.
-
-    Args:
-        model: The model as it will be used.
-        origins: By name, the file or the reason. One name is enough for weights that are tied.
-
-    Raises:
-        InputError: A weight has no origin.
+    Every way of loading ends here, so that no model is used with numbers that nobody wrote. `origins` has the file or the
+    reason by name; one name is enough for weights that are tied. A weight without an origin is an `InputError`.
     """
     expected = expected_tensors(model)
     known = {id(expected[name]) for name in origins if name in expected}
@@ -254,16 +235,6 @@ def check_origins(model: nn.Module, origins: Mapping[str, str]) -> None:
         )
 
 
-def read_state_dict(meta_model: nn.Module, sources: WeightSources, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read all tensors under the model's own names, for transformers' loader; `meta_model` may be on the meta device."""
-    expected = expected_tensors(meta_model)
-    found = match_names(expected, sources)
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in read_tensors(found, expected, sources)
-    }
-
-
 def build_with_transformers(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -273,8 +244,11 @@ def build_with_transformers(
 ) -> tuple[PreTrainedModel, Origins]:
     """Build a quantized or sharded model by `from_pretrained`, with `options` for transformers and accelerate."""
     with torch.device("meta"):
-        meta_model = model_class(copy.deepcopy(config))
-    state = read_state_dict(meta_model, sources, dtype)
+        expected = expected_tensors(model_class(copy.deepcopy(config)))
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in read_tensors(match_names(expected, sources), expected, sources)
+    }
     name = config.name_or_path
     model, origins = load_with_transformers(model_class, None, config=config, state_dict=state, dtype=dtype, **options)
     model.name_or_path = model.config.name_or_path = name  # "None" otherwise, which adapters would name as their base
@@ -297,14 +271,11 @@ def _refuse_unexpected_keys(names: list[str], sources: WeightSources) -> None:
     if unexpected:
         first = next((name for name in unexpected if STRUCTURAL.search(name)), unexpected[0])
         header = sources.headers[first]
+        suspect = "mm_projector_type" if PROJECTOR_INFIX in first else "the number of layers"
         raise InputError(
             f"{header.file}: tensor {header.name!r} {list(header.shape)} is unexpected in the model that the config.json "
-            f"describes{_and_more(unexpected)}; " + _advice(first)
+            f"describes{_and_more(unexpected)}; compare {suspect} with it"
         )
-
-
-def _advice(name: str) -> str:
-    return "compare mm_projector_type with it" if PROJECTOR_INFIX in name else "compare the number of layers with it"
 
 
 def _can_grow(name: str, found: tuple[int, ...], expected: tuple[int, ...], sources: WeightSources) -> bool:
@@ -324,10 +295,8 @@ def grow_vocabulary(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     num_new = shape[0] - tensor.shape[0]
     logger.warning(
         "%s: %d rows for new tokens are not stored; they are set to the mean of the %d others",
-        name,
-        num_new,
-        tensor.shape[0],
-    )
+        name, num_new, tensor.shape[0],
+    )  # fmt: skip
     mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(num_new, -1)])
 

@@ -62,11 +62,7 @@ class MetaModel:
 
 
 def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaModel:
-    """Build the meta model of a checkpoint and match its files with it.
-
-    Args:
-        path: A model folder or hub repository in any layout.
-        base: The base model of an adapter or projector.
+    """Build the meta model of a checkpoint in any layout and match its files with it.
 
     Raises:
         InputError: It is no LLaVA, its weights are quantized, or files and config do not fit together.
@@ -136,10 +132,7 @@ def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[
     """Within the block, let an empty model compute in float32, reading the weights of a layer when it begins.
 
     Parameters of a module that has submodules may be used by them at any time: they are read at once and kept until the end.
-
-    Args:
-        model: A model of `build_empty_model`.
-        read: Returns the weight of a parameter's name.
+    `read` returns the weight of a parameter's name.
     """
     aliases = _first_names(model)
     handles = []

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Where each method's configuration lists the modules that it left alone; the first one that is there is used.
-UNPACKED_KEYS = {
-    "bitsandbytes": "llm_int8_skip_modules",
-    "compressed-tensors": "ignore",
-}
+UNPACKED_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore"}
 DEFAULT_UNPACKED_KEY = "modules_to_not_convert"
 
 # What a packed module stores beside, or in place of, its `weight`.
@@ -43,17 +40,10 @@ def load_quantized(
     dtype: torch.dtype,
     device_map: object,
 ) -> tuple[PreTrainedModel, Origins]:
-    """Load a folder's packed weights under the names of the original layout.
+    """Load a folder's packed weights under the names of the original layout, and say where each weight comes from.
 
-    Args:
-        model_class: A LLaVA class of this package.
-        config: Its config, whose `quantization_config` is replaced by one with this layout's module names.
-        info: The folder.
-        dtype: The dtype of what is not packed.
-        device_map: Where modules are placed, as transformers takes it.
-
-    Returns:
-        The model, and where each of its weights comes from.
+    `config` is that of `model_class`; its `quantization_config` is replaced by one with this layout's module names. `dtype` is
+    that of what is not packed, `device_map` as transformers takes it.
 
     Raises:
         InputError: The method, or the package that reads it, is not here; or tensors and config do not fit.
