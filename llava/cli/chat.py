@@ -49,12 +49,8 @@ def build_parser() -> ArgumentParser:
         description="Ask a model about images, once or in a conversation.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="IMAGE ... QUESTION",
-        help="image files or URLs, then the question; - reads it from stdin",
-    )
+    words = "image files or URLs, then the question; - reads it from stdin"
+    parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help=words)
     model = parser.add_argument_group("model")
     add_model_flags(model)
     model.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")

@@ -17,12 +17,8 @@ from llava.model.checkpoints.inspect import inspect
 
 
 def add_path_flag(flags: Flags) -> None:
-    flags.add_argument(
-        "--model-path",
-        "-m",
-        metavar="FOLDER",
-        help="folder or hub repository (default: the small model in the package)",
-    )
+    where = "folder or hub repository (default: the small model in the package)"
+    flags.add_argument("--model-path", "-m", metavar="FOLDER", help=where)
 
 
 def add_loading_flags(flags: Flags) -> None:

@@ -50,11 +50,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print all facts as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     parser.add_argument("--break", dest="break_at", metavar="POINT", help=f"open pdb at a point: {', '.join(POINTS)}")
-    parser.add_argument(
-        "--no-gradients",
-        action="store_true",
-        help="with --html: attention alone, without relevance (saves memory and time)",
-    )
+    gradients = "with --html: attention alone, without relevance (saves memory and time)"
+    parser.add_argument("--no-gradients", action="store_true", help=gradients)
     return parser
 
 

@@ -47,11 +47,8 @@ def run(args: Namespace) -> None:
             raise InputError(f"the problem {name!r} is not answered in both --our-result and --gpt4-result")
         if name not in requery:
             faults.add("problems not asked again", "our answer counts for them", repr(name))
-        texts = {
-            "Our": ours[name]["text"],
-            "GPT-4": gpt4[name],
-            "Requery": requery.get(name, {}).get("text", "MISSING"),
-        }
+        asked_again = requery.get(name, {}).get("text", "MISSING")
+        texts = {"Our": ours[name]["text"], "GPT-4": gpt4[name], "Requery": asked_again}
         count_correct(counts, problem, texts["Our"], texts["GPT-4"], args.options)
         letter = stated_letter(texts["Requery"])
         results[name] = choice_index(letter or stated_letter(texts["Our"]), problem, args.options)

@@ -47,11 +47,8 @@ def collect(table: Path, faults: Faults) -> JsonRow:
         raise InputError(f"there are no answers in {str(table / 'answer')!r}: no answer_MODEL.jsonl")
     reviews = _by_model(table / "review", "review_")
     models = find_optional(table, ("model.jsonl",))
-    names = (
-        {row["model_id"].split(":")[0]: row.get("model_name", row["model_id"]) for row in read_json_lines(models)}
-        if models
-        else {}
-    )
+    listed = read_json_lines(models) if models else []
+    names = {row["model_id"].split(":")[0]: row.get("model_name", row["model_id"]) for row in listed}
     records = []
     for number, question in enumerate(questions, start=1):
         name = need(question, "question_id", f"question {number}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation
@@ -63,13 +63,8 @@ class Service:
     ) -> AdmittedRequest:
         """Submit a request; the caller reads the answers and calls `close` in any case.
 
-        Args:
-            prompts: one request to the backend for each.
-            sampling: of all of them.
-            image_sources: what `opener` opens; the images go with every prompt.
-            streamed: whether chunks come as they are generated, else all at the end.
-            details: for each image "low" or "auto".
-            opener: opens images within limits.
+        Each prompt is one request to the backend; the images, which `opener` opens, go with every prompt. Without `streamed`
+        all chunks come at the end. `details` is "low" or "auto" for each image.
 
         Raises:
             ServerBusyError: the server is full or being stopped.
@@ -83,12 +78,10 @@ class Service:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
         admitted = AdmittedRequest(self)
         try:
-            images = (
-                await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation)
-                if image_sources
-                else []
-            )
-            admitted.layouts = self.backend.model.plan([image.size for image in images], details) if images else []
+            images: list[Image.Image] = []
+            if image_sources:
+                images = await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation)
+                admitted.layouts = self.backend.model.plan([image.size for image in images], details)
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
                 admitted.add(await self.backend.start(request, streamed=streamed), sampling.n)
@@ -170,20 +163,10 @@ class AdmittedRequest:
         usages = [request.usage for request in self._backend_requests]
         timings = [request.timings for request in self._backend_requests]
         firsts = [timing.first_token_s for timing in timings if timing.first_token_s is not None]
-        return RequestStats(
-            Usage(
-                num_text_tokens=sum(usage.num_text_tokens for usage in usages),
-                num_image_tokens=sum(usage.num_image_tokens for usage in usages),
-                num_cached_tokens=sum(usage.num_cached_tokens for usage in usages),
-                num_new_tokens=sum(usage.num_new_tokens for usage in usages),
-            ),
-            Timings(
-                queued_s=max(timing.queued_s for timing in timings),
-                first_token_s=min(firsts, default=None),
-                total_s=max(timing.total_s for timing in timings),
-            ),
-            self.layouts,
-        )
+        queued_s, total_s = (max(getattr(timing, name) for timing in timings) for name in ("queued_s", "total_s"))
+        total = Timings(queued_s=queued_s, first_token_s=min(firsts, default=None), total_s=total_s)
+        counts = {field.name: sum(getattr(usage, field.name) for usage in usages) for field in fields(Usage)}
+        return RequestStats(Usage(**counts), total, self.layouts)
 
     def close(self, end: str) -> None:
         """Release what is held. `end` is "finished", or the reason why it was not."""

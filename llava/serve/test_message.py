@@ -52,13 +52,8 @@ def run(args: Namespace) -> int:
         conversation.append_message(conversation.roles[0], args.message)
         conversation.append_message(conversation.roles[1], None)
         prompt = conversation.get_prompt()
-        body = {
-            "model": args.model_name,
-            "prompt": prompt,
-            "max_new_tokens": args.max_new_tokens,
-            "temperature": 0.7,
-            "stop": conversation.sep2,
-        }
+        body = {"model": args.model_name, "prompt": prompt, "max_new_tokens": args.max_new_tokens}
+        body |= {"temperature": 0.7, "stop": conversation.sep2}
         print(args.message)
         with httpx.stream("POST", f"{worker}/worker_generate_stream", json=body, timeout=600) as response:
             written = len(prompt)

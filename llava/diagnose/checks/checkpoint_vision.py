@@ -88,12 +88,8 @@ def check_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         except InputError as error:
             if looks_like_repository(vision.tower):
                 raise CheckSkipped(f"the tower {vision.tower} is a hub repository and not on this disk") from error
-            yield found(
-                "tower-missing",
-                str(error),
-                "set mm_vision_tower to the tower's folder or hub repository",
-                mm_vision_tower=vision.tower,
-            )
+            remedy = "set mm_vision_tower to the tower's folder or hub repository"
+            yield found("tower-missing", str(error), remedy, mm_vision_tower=vision.tower)
             return
         with reported("tower-missing", "copy the tower's config.json again", mm_vision_tower=folder):
             described = read_json(Path(folder) / "config.json")

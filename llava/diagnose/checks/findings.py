@@ -122,8 +122,7 @@ CAUSES: dict[str, Cause] = {
     "tokenizer-missing": Cause("the folder holds no tokenizer", ("llava/text/tokenization.py:load_tokenizer",)),
     "tokenizer-unreadable": Cause("the tokenizer's files are damaged", ("llava/text/tokenization.py:load_tokenizer",)),
     "tokenizer-roundtrip": Cause(
-        "encoding and decoding changes a text: answers are noise",
-        ("llava/text/tokenization.py:load_tokenizer",),
+        "encoding and decoding changes a text: answers are noise", ("llava/text/tokenization.py:load_tokenizer",)
     ),
     "vocabulary-small": Cause(
         "the tokenizer has tokens without an embedding row: the embeddings were not resized", _VOCABULARY
@@ -178,8 +177,7 @@ CAUSES: dict[str, Cause] = {
         ("llava/model/splice.py:pad", _SPLICE),
     ),
     "overflow": Cause(
-        "activations exceed the range of the stored dtype: NaN in half precision",
-        ("llava/model/device.py:pick_dtype",),
+        "activations exceed the range of the stored dtype: NaN in half precision", ("llava/model/device.py:pick_dtype",)
     ),
     # Training data
     "data-unreadable": Cause("the data file cannot be read", ("llava/data/samples.py:open_samples",)),
@@ -218,8 +216,7 @@ CAUSES: dict[str, Cause] = {
         ("llava/train/model_setup.py:count_trained", "llava/train/model_setup.py:add_vision"),
     ),
     "run-projector-frozen": Cause(
-        "a new projector is frozen: image features stay random",
-        ("llava/train/model_setup.py:add_vision",),
+        "a new projector is frozen: image features stay random", ("llava/train/model_setup.py:add_vision",)
     ),
     "run-template": Cause(
         "--version is not the template that the model was trained with",

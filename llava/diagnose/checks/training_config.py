@@ -122,12 +122,8 @@ def _check_base(run: ExaminedRun) -> Iterator[DoctorFinding]:
     if not Path(name).is_dir():
         if looks_like_repository(name):
             raise CheckSkipped(f"{name} is a hub repository")
-        yield found(
-            "run-base",
-            f"there is no model folder {name!r}",
-            "set model_name_or_path to the model to start from",
-            path=name,
-        )
+        remedy = "set model_name_or_path to the model to start from"
+        yield found("run-base", f"there is no model folder {name!r}", remedy, path=name)
         return
     yield from run_checks(run.base, CHEAP, DoctorReport(name, "checkpoint")).findings
 

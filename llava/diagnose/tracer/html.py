@@ -180,10 +180,8 @@ def _prompt_tokens(record: Trace, lengths: list[int]) -> list[Facts]:
             number = part["stop"] - part["start"]
             tokens.append({"text": f"<image> {number} features", "kind": "image", "title": title, "rows": {}})
         else:
-            tokens += [
-                _token(record, token, "text", f"position {part['start'] + place}")
-                for place, token in enumerate(part["ids"])
-            ]
+            for place, token in enumerate(part["ids"], part["start"]):
+                tokens.append(_token(record, token, "text", f"position {place}"))
     return tokens
 
 

@@ -318,11 +318,8 @@ def _debug(record: Trace, observation: Observation, values: dict[str, object]) -
 
 def tensor_stats(tensor: Tensor) -> Facts:
     """Shape, dtype, device and range of a tensor. `norm` is the mean norm over its last axis."""
-    facts: Facts = {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "device": str(tensor.device),
-    }
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    facts: Facts = {"shape": list(tensor.shape), "dtype": dtype, "device": str(tensor.device)}
     if not tensor.numel():
         return facts
     if not tensor.is_floating_point():

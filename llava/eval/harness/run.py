@@ -49,9 +49,7 @@ def build_parser() -> ArgumentParser:
         description="Ask a model the questions of benchmarks and score its answers.",
         epilog=EXAMPLES,
     )
-    parser.add_argument(
-        "tasks", metavar="TASKS", help="names or files of your own, with commas between (llava eval list)"
-    )
+    parser.add_argument("tasks", metavar="TASKS", help="names or your own files, with commas between (llava eval list)")
     add_data_dir(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for answers and results (default: eval-runs/MODEL)")
     model = parser.add_argument_group("model")
@@ -60,18 +58,13 @@ def build_parser() -> ArgumentParser:
     add_number(answers, "--temperature", 0.0, "T", "0 takes the most probable token")
     answers.add_argument("--top-p", type=float, metavar="P", help="sample from top tokens of this total probability")
     add_number(answers, "--num-beams", 1, "N", "beam search, one question at a time")
-    answers.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of an answer (default: the task's)"
-    )
+    answers.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer, at most (default: the task's)")
     add_number(answers, "--seed", 0, "N", "seed of sampled answers")
     answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task, for a trial")
     answers.add_argument("--shards", type=int, metavar="N", help="processes to share questions (default: one per GPU)")
     answers.add_argument("--fresh", action="store_true", help="delete the answers in --out first")
-    answers.add_argument(
-        "--skip-missing-images",
-        action="store_true",
-        help="leave out questions whose image is missing; they count as wrong",
-    )
+    skip = "leave out questions whose image is missing; they count as wrong"
+    answers.add_argument("--skip-missing-images", action="store_true", help=skip)
     add_judge_flags(parser, model=None)
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
     return parser

@@ -48,9 +48,7 @@ def keys_of(questions: Sequence[Question]) -> list[QuestionKey]:
     seen: set[QuestionKey] = set()
     for key, question in zip(keys, questions, strict=True):
         if key in seen:
-            raise InputError(
-                f"question {question.id!r} occurs twice with the same prompt; questions need their own ids"
-            )
+            raise InputError(f"question {question.id!r} occurs twice with the same prompt: give each its own id")
         seen.add(key)
     return keys
 
@@ -86,11 +84,8 @@ def _answers(rows: Iterable[JsonRow], path: Path, faults: Faults) -> Iterable[An
     for number, row in enumerate(rows, start=1):
         text = next((row[name] for name in TEXT_FIELDS if name in row), None)
         if not isinstance(text, str):
-            faults.add(
-                "answers without text",
-                f"none of {', '.join(TEXT_FIELDS)} is a text, so they count as missing",
-                f"{path}, answer {number}",
-            )
+            meaning = f"none of {', '.join(TEXT_FIELDS)} is a text, so they count as missing"
+            faults.add("answers without text", meaning, f"{path}, answer {number}")
             continue
         name = next((row[name] for name in ID_FIELDS if name in row), None)
         prompt = row.get("prompt", row.get("question"))

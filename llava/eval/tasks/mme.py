@@ -52,12 +52,8 @@ def _asked(file: Path, release: Path) -> Iterator[tuple[str, str, Path]]:
 def _release_questions(truths: Iterable[tuple[str, str, str]], release: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield the same from MME's own files."""
     for category, stem, question in truths:
-        found = [
-            path
-            for below in ("images", "")
-            for path in (release / category / below).glob(f"{stem}.*")
-            if path.suffix != ".txt"
-        ]
+        files = (file for below in ("images", "") for file in (release / category / below).glob(f"{stem}.*"))
+        found = [file for file in files if file.suffix != ".txt"]
         image = found[0] if found else release / category / f"{stem}.jpg"
         yield f"{category}/{image.name}", f"{question}\n{WORD_SUFFIX}", image
 
@@ -163,14 +159,6 @@ def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Pat
 
 
 MME = Task(
-    "mme",
-    "MME",
-    "MME",
-    read,
-    score,
-    headline="perception",
-    unit="points of 2000",
-    highest=2000,
-    write=write,
-    score_results=score_results,
-)
+    "mme", "MME", "MME", read, score,
+    headline="perception", unit="points of 2000", highest=2000, write=write, score_results=score_results,
+)  # fmt: skip

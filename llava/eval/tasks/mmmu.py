@@ -63,11 +63,8 @@ def _parquet_questions(file: Path) -> list[Question]:
 def question_from_row(row: JsonRow) -> Question:
     """Make a question as MMMU's script asks LLaVA-1.5: images first, `<image 1>` and the like left in the text."""
     options = tuple(map(str, ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]))
-    images = tuple(
-        image["bytes"]
-        for number in range(1, NUM_IMAGES + 1)
-        if (image := row.get(f"image_{number}")) is not None and image.get("bytes")
-    )
+    cells = (row.get(f"image_{number}") for number in range(1, NUM_IMAGES + 1))
+    images = tuple(cell["bytes"] for cell in cells if cell is not None and cell.get("bytes"))
     if row["question_type"] == CHOICE:
         lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
         prompt = f"{row['question']}\n\n{lines}\n\n{LETTER_SUFFIX}"

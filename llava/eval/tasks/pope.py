@@ -39,11 +39,8 @@ def read(folder: Path) -> list[Question]:
 
 def read_labels(folder: Path) -> dict[str, list[JsonRow]]:
     """Read the rows of each split's official file."""
-    files = {
-        file.stem.removeprefix("coco_pope_"): file
-        for place in (folder, folder / "coco")
-        for file in sorted(place.glob("coco_pope_*.json"))
-    }
+    names = [file for place in (folder, folder / "coco") for file in sorted(place.glob("coco_pope_*.json"))]
+    files = {file.stem.removeprefix("coco_pope_"): file for file in names}
     order = [split for split in SPLITS if split in files] + [split for split in files if split not in SPLITS]
     found = {split: read_json_lines(files[split], "file of POPE's labels") for split in order}
     if not found:

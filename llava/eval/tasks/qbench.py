@@ -66,10 +66,8 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
     if any(one.question.answer is None for one in answered):
         return unscored(answered, "this split's answers are not public: hand the submission in as Q-Bench's page says")
     letters = [None if one.text is None else find_letter(one.text, one.question.options) for one in answered]
-    verdicts = [
-        float(letter is not None and LETTERS.index(letter) == one.question.answer)
-        for letter, one in zip(letters, answered, strict=True)
-    ]
+    chosen = [None if letter is None else LETTERS.index(letter) for letter in letters]
+    verdicts = [float(index == one.question.answer) for index, one in zip(chosen, answered, strict=True)]
     groups = [
         (name, verdict)
         for one, verdict in zip(answered, verdicts, strict=True)

@@ -90,9 +90,8 @@ def read(folder: Path, *, images_only: bool) -> list[Question]:
         rows = read_json_rows(file, "file of ScienceQA's questions")
     else:
         rows = [conversation(name, problem, "CQM-A") for name, problem in problems.items()]
-    questions = questions_from_samples(
-        rows, find_optional(folder, ("images/test", "images")) or folder / "images/test", letter=True
-    )
+    images = find_optional(folder, ("images/test", "images")) or folder / "images/test"
+    questions = questions_from_samples(rows, images, letter=True)
     found = []
     for question in questions:
         problem = problems.get(str(question.id))

@@ -66,9 +66,8 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
 def write(answered: Sequence[AnsweredQuestion], home: Path, folder: Path) -> Path:
     refuse_gaps(answered, "SEED-Bench")
     file = folder / "seed.jsonl"
-    write_json_lines(
-        file, [{"question_id": one.question.extra["question_id"], "prediction": one.text or ""} for one in answered]
-    )
+    pairs = ((one.question.extra["question_id"], one.text or "") for one in answered)
+    write_json_lines(file, [{"question_id": name, "prediction": text} for name, text in pairs])
     return file
 
 

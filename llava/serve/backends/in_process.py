@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
 class EngineBackend:
     def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        name: str,
-        conv_mode: str | None = None,
-        config: EngineConfig | None = None,
+        self, loaded: LoadedModel, *, name: str, conv_mode: str | None = None, config: EngineConfig | None = None
     ) -> None:
         self.engine = open_engine(loaded, config)
         self.model = LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)

@@ -52,12 +52,8 @@ class RemoteModel:
 class RemoteBackend:
     """Passes requests on to a remote server.
 
-    Args:
-        endpoint: Its address, with or without /v1.
-        model: The model's name there.
-        card: What is published about it here.
-        key: An API key of the remote server.
-        chat_only: Parse prompts without images into turns too, for servers whose completions take no images.
+    `model` is the model's name there, `card` what is published about it here, `key` an API key of the remote server. With
+    `chat_only` prompts without images are parsed into turns too, for servers whose completions take no images.
     """
 
     def __init__(
@@ -80,9 +76,8 @@ class RemoteBackend:
         try:
             response = await self._client.send(self._client.build_request("POST", path, json=body), stream=True)
         except httpx.HTTPError as error:
-            raise UnreachableError(
-                f"the server that answers cannot be reached: {error or type(error).__name__}"
-            ) from error
+            reason = error or type(error).__name__
+            raise UnreachableError(f"the server that answers cannot be reached: {reason}") from error
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             raise _refused(response.status_code, text)
@@ -94,12 +89,8 @@ class RemoteBackend:
     async def is_alive(self) -> bool:
         """Whether it answers /health, which most servers have, or /v1/models."""
         try:
-            return any(
-                [
-                    (await self._client.get(path, timeout=CONNECT_S)).status_code == 200
-                    for path in ("/health", "/v1/models")
-                ]
-            )
+            answers = [await self._client.get(path, timeout=CONNECT_S) for path in ("/health", "/v1/models")]
+            return any(answer.status_code == 200 for answer in answers)
         except httpx.HTTPError:
             return False
 
@@ -258,9 +249,8 @@ class RemoteRequest:
                         continue
                     event = json.loads(line.removeprefix("data:"))
                     if "error" in event:
-                        raise BackendError(
-                            f"the server that answers failed: {_message(event) or 'it does not say why'}"
-                        )
+                        reason = _message(event) or "it does not say why"
+                        raise BackendError(f"the server that answers failed: {reason}")
                     if event.get("usage"):
                         self._note_usage(event["usage"], alone=not event.get("choices"))
                     for choice in event.get("choices") or ():
@@ -300,6 +290,5 @@ class RemoteRequest:
         self._num_pieces += bool(text)
         (open_choices.discard if reason else open_choices.add)(index)
         if text or reason:
-            self._chunks.put_nowait(
-                Chunk(index, text or "", finish_reason=REASONS.get(reason, "stop") if reason else None)
-            )
+            end = REASONS.get(reason, "stop") if reason else None
+            self._chunks.put_nowait(Chunk(index, text or "", finish_reason=end))

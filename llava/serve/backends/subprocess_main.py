@@ -181,9 +181,8 @@ def main(descriptor: int) -> None:
     try:
         loaded = command.load()
         with open_engine(loaded, command.config) as engine:
-            pipe.send(
-                LocalModel.of(loaded, name=command.name, conv_mode=command.conv_mode, context_len=engine.context_len)
-            )
+            name, conv_mode = command.name, command.conv_mode
+            pipe.send(LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=engine.context_len))
             freeze_heap()
             EngineHost(engine, pipe).serve()
     except InputError as error:

@@ -172,9 +172,7 @@ def usage_of(usage: Usage) -> schema.UsageBody:
 
 def prompt_details_of(usage: Usage) -> schema.PromptDetails:
     return schema.PromptDetails(
-        cached_tokens=usage.num_cached_tokens,
-        image_tokens=usage.num_image_tokens,
-        text_tokens=usage.num_text_tokens,
+        cached_tokens=usage.num_cached_tokens, image_tokens=usage.num_image_tokens, text_tokens=usage.num_text_tokens
     )
 
 

@@ -43,14 +43,9 @@ class WorkerApi:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["original protocol"])
-        router.add_api_route(
-            "/worker_generate_stream",
-            self.worker_generate_stream,
-            methods=["POST"],
-            response_class=Response,
-            responses=CHUNKS,
-        )
-        router.add_api_route("/worker_get_status", self.worker_get_status, methods=["POST"])
+        stream = router.post("/worker_generate_stream", response_class=Response, responses=CHUNKS)
+        stream(self.worker_generate_stream)
+        router.post("/worker_get_status")(self.worker_get_status)
         return router
 
     def status(self) -> WorkerStatus:

@@ -180,17 +180,11 @@ def build_page(page: Page, *, embed: bool = False) -> gr.Blocks:
         def vote(request: gr.Request, data: gr.LikeData, past: list[PageTurn], *values: Value) -> None:
             kind = {True: "upvote", False: "downvote", "Report": "flag"}.get(data.liked)
             if kind is not None:
-                settings = _settings(values)
-                number = _turn_at(past, data.index)
-                page.log.write(
-                    kind, past[: number + 1], settings, page.servers.template(settings.model), ip=_address(request)
-                )
+                settings, voted = _settings(values), past[: _turn_at(past, data.index) + 1]
+                page.log.write(kind, voted, settings, page.servers.template(settings.model), ip=_address(request))
                 gr.Info("Thank you for your vote.")
 
-        async def load() -> gr.Dropdown:
-            return await _models(page, "")
-
-        async def reload(value: str) -> gr.Dropdown:
+        async def load(value: str = "") -> gr.Dropdown:
             return await _models(page, value)
 
         running: list[Any] = [
@@ -202,8 +196,8 @@ def build_page(page: Page, *, embed: bool = False) -> gr.Blocks:
         stop.click(None, None, None, cancels=running)
         gr.on([clear.click, chat.clear], lambda: (None, [], [], NO_STATS), None, shown, cancels=running)
         chat.like(vote, [turns, *chosen], None)
-        key.submit(reload, [key], [model])
-        key.blur(reload, [key], [model])
+        key.submit(load, [key], [model])
+        key.blur(load, [key], [model])
         blocks.load(load, None, [model])
     return blocks
 
@@ -220,15 +214,11 @@ async def _answer(
         if partial.stats:
             stats = describe(partial.stats)
         yield gr.skip(), _messages(turns), turns, stats
-    page.log.write(
-        "chat",
-        turns,
-        settings,
+    template, times = (
         page.servers.template(settings.model),
-        start=round(started, 4),
-        finish=round(time.time(), 4),
-        ip=_address(request),
+        {"start": round(started, 4), "finish": round(time.time(), 4)},
     )
+    page.log.write("chat", turns, settings, template, **times, ip=_address(request))
 
 
 def _settings(values: Sequence[Value]) -> PageSettings:
@@ -290,10 +280,8 @@ def describe(stats: AnswerStats) -> str:
             lines.append(f"| {image['width']} × {image['height']} | {grid} | {image['tokens']} |")
         lines.append("")
     first, total = seen["first_token_s"], seen["total_s"]
-    read = (
-        f"{usage['prompt_tokens']} tokens read: {details['text_tokens']} of text, {details['image_tokens']} of images"
-    )
-    lines.append(f"- {read}; {details['cached_tokens']} were in the cache")
+    kinds = f"{details['text_tokens']} of text, {details['image_tokens']} of images"
+    lines.append(f"- {usage['prompt_tokens']} tokens read: {kinds}; {details['cached_tokens']} were in the cache")
     lines.append(f"- {usage['completion_tokens']} tokens written in {total:.2f} s")
     if first is not None:
         lines.append(f"- the first after {first:.2f} s")
