@@ -16,11 +16,10 @@ from llava.cli.program import closest, print_error, run_program
 
 @dataclass(frozen=True)
 class Command:
-    """A command: `module.function(argv)` returns an exit status."""
+    """A command: `module.main(argv)` returns an exit status."""
 
     module: str
     help: str
-    function: str = "main"
 
 
 COMMANDS = {
@@ -77,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(name: str, argv: Sequence[str]) -> int:
     """Import a command's module and run it."""
-    command = COMMANDS[name]
-    return getattr(import_module(command.module), command.function)(argv) or 0
+    return import_module(COMMANDS[name].module).main(argv) or 0
 
 
 def print_help() -> None:

@@ -58,6 +58,8 @@ def chat_template(conv_mode: str, image_placeholder: str) -> str:
             f"the template {conv_mode!r} answers an image before the question, which a chat template cannot express"
         )
     parts = {
+        "SYSTEM_OF_MESSAGE": "system_message",  # of most styles, as the next
+        "GENERATION_PROMPT": "''",
         **_PARTS[conv.sep_style](conv),
         "PLACEHOLDER": _text(image_placeholder + "\n"),
         "SYSTEM": _text(conv.system),
@@ -78,7 +80,6 @@ def _named(conv: Conversation) -> dict[str, str]:
     end = conv.sep if conv.sep_style == SeparatorStyle.SINGLE else conv.sep2 or ""
     opening = "".join(span.text for span in conv.spans()).removeprefix(conv.system)
     return {
-        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": f"system + {_text(opening)}",  # with the turns that the template brings along
         "PREFIX": _by_role(f"{conv.roles[0]}: ", f"{conv.roles[1]}: "),
         "SUFFIX": _by_role(conv.sep, end),
@@ -110,21 +111,17 @@ def _llama_2(conv: Conversation) -> dict[str, str]:
     opening = f"({_text('<<SYS>>' + chr(10))} + system + {_text(chr(10) + '<</SYS>>' + chr(10) * 2)} if system else '')"
     question = f"({_text('[INST] ')} + {opening} if loop.first else {_text(conv.sep + '[INST] ')})"
     return {
-        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "''",
         "PREFIX": f"({question} if message['role'] == 'user' else ' ')",
         "SUFFIX": _by_role(" [/INST]", f" {conv.sep2 or ''}"),
-        "GENERATION_PROMPT": "''",
     }
 
 
 def _plain(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_MESSAGE": "system_message",
         "OPENING": "system",
         "PREFIX": "''",
         "SUFFIX": _by_role(conv.sep, conv.sep if conv.sep2 is None else conv.sep2),
-        "GENERATION_PROMPT": "''",
     }
 
 

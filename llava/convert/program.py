@@ -55,27 +55,15 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--base", metavar="FOLDER", help="the language model under an adapter, projector or delta")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the target (default: each tensor keeps its own)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a weight file at most (5GB)")
-    parser.add_argument(
-        "--tower",
-        choices=TOWER_PLACES,
-        default=TOWER_PLACES[0],
-        help="original layout: the vision tower's weights as the source has them, in the checkpoint, or out of it in a "
-        "folder beside them (keep)",
-    )
-    parser.add_argument(
-        "--key-names",
-        choices=NAME_VERSIONS,
-        default=NAME_VERSIONS[0],
-        help="transformers layout: tensor names of this version of the library; 4.36 is read by all later ones and by "
-        "vLLM (4.36)",
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="gguf: of matrices (f16)")
-    parser.add_argument(
-        "--proof",
-        choices=VERIFICATIONS,
-        default=VERIFICATIONS[0],
-        help="compare tensors and logits, or tensors alone (full)",
-    )
+    tower = "the vision tower's weights as the source has them, in the checkpoint, or out of it in a folder beside them"
+    names = "tensor names of this version of the library; 4.36 is read by all later ones and by vLLM"
+    for flag, choices, help in (
+        ("--tower", TOWER_PLACES, f"original layout: {tower}"),
+        ("--key-names", NAME_VERSIONS, f"transformers layout: {names}"),
+        ("--precision", PRECISIONS, "gguf: of matrices"),
+        ("--proof", VERIFICATIONS, "compare tensors and logits, or tensors alone"),
+    ):
+        parser.add_argument(flag, choices=choices, default=choices[0], help=f"{help} ({choices[0]})")
     return parser
 
 

@@ -135,7 +135,7 @@ def preprocess(
             ids, labels = ids[:max_length], labels[:max_length]
         rows.append((ids, labels))
     if num_truncated:
-        _warn_truncated(max_length)
+        _warn_once(f"samples longer than model_max_length={max_length} tokens are cut to it")
     return {
         "input_ids": form.batch([ids for ids, _ in rows], tokenizer.pad_token_id),
         "labels": form.batch([labels for _, labels in rows], IGNORE_INDEX),
@@ -144,10 +144,8 @@ def preprocess(
 
 
 @cache
-def _warn_truncated(max_length: int | None) -> None:
-    logger.warning(
-        "samples longer than model_max_length=%s tokens are cut to it; further ones are not reported", max_length
-    )
+def _warn_once(message: str) -> None:
+    logger.warning("%s; further ones are not reported", message)
 
 
 def _pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
@@ -179,7 +177,7 @@ def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
         conv = conv.with_system(turns[0][1])
         first = 1
     if len(turns) > first and turns[first][0] == _ANSWER:
-        _warn_answer_first()
+        _warn_once("samples that begin with an answer lose it, since nothing was asked")
         first += 1
     if len(turns) == first:
         raise InputError("the sample has no turn from 'human'; give it a question and an answer.")
@@ -194,11 +192,6 @@ def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
             )
         conv.append_message(conv.roles[index % 2], text)
     return conv.spans(keep_empty_answers=keep_empty_answers)
-
-
-@cache
-def _warn_answer_first() -> None:
-    logger.warning("samples that begin with an answer lose it, since nothing was asked; further ones are not reported")
 
 
 def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:

@@ -18,7 +18,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Span, answer_end, conv_templates, get_template
 from llava.errors import InputError
 from llava.text.labels import (
-    _warn_truncated,
+    _warn_once,
     dialogue_spans,
     encode_spans,
     preprocess,
@@ -229,7 +229,7 @@ def test_an_empty_answer_trains_its_end_on_request(template):
 def test_samples_without_images_are_cut_padded_and_counted(caplog):
     tokenizer = load(MINI[0], 64)
     long, short = question_and("word " * 100), question_and("Yes.")
-    _warn_truncated.cache_clear()
+    _warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="llava.text.labels"):
         made = preprocess([long, short], tokenizer, conv=get_template("qwen_3"))
         preprocess([long], tokenizer, conv=get_template("qwen_3"))

@@ -6,6 +6,8 @@ In: a `Source` and a language model. Out: a folder in the original layout whose 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,8 +61,7 @@ class DeltaLayout(OriginalLayout):
         return [self._changed(planned) if planned.name in self.base else planned for planned in super().tensors()]
 
     def _changed(self, planned: PlannedTensor) -> PlannedTensor:
-        make = lambda: self._sum(planned.name, planned.dtype, self.sign)  # noqa: E731
-        return PlannedTensor(planned.name, planned.dtype, planned.shape, make)
+        return replace(planned, make=partial(self._sum, planned.name, planned.dtype, self.sign), stored=None)
 
     def _sum(self, name: str, dtype: str, sign: int, start: Tensor | None = None) -> Tensor:
         """Compute in the target's dtype, as published differences were."""

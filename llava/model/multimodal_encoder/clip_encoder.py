@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -66,6 +67,9 @@ class CLIPVisionTower(nn.Module):
         described: The tower's config, where `vision_tower` is a checkpoint whose config.json holds it.
     """
 
+    # transformers' classes by name, which imports them when a tower is built.
+    config_class = "CLIPVisionConfig"
+    model_class = "CLIPVisionModel"
     has_class_token = True  # whether hidden states begin with a class token
     resamples_pixels = False  # whether pixels are resampled before the first layer casts them to its dtype
     passes_once = True  # whether a batch of images runs through the layers once, or once for each scale
@@ -78,7 +82,7 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower_name = vision_tower
         self.select_layer = settings.select_layer
         self.select_feature = settings.select_feature
-        config_class = self.config_class()
+        config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
         self.cfg_only = config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
         self.image_processor = self.read_image_processor(vision_tower)
         self.is_loaded = False
@@ -87,16 +91,6 @@ class CLIPVisionTower(nn.Module):
             self.load_model()
 
     # Overridden by other families of towers.
-
-    def config_class(self) -> type[PreTrainedConfig]:
-        from transformers import CLIPVisionConfig
-
-        return CLIPVisionConfig
-
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers import CLIPVisionModel
-
-        return CLIPVisionModel
 
     def read_image_processor(self, name: str) -> ClipImageProcessor:
         return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
@@ -126,7 +120,7 @@ class CLIPVisionTower(nn.Module):
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            self.vision_tower = VisionModel(self.model_class()(self.cfg_only))
+            self.vision_tower = VisionModel(getattr(transformers, self.model_class)(self.cfg_only))
         self.vision_tower.requires_grad_(False)
         self.vision_tower.eval()
         self.is_loaded = True
