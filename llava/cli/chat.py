@@ -39,6 +39,7 @@ examples:
   echo "Describe it." | llava chat photo.jpg -         the question from a pipe
 """
 URL = re.compile(r"(https?://|data:image/)", re.IGNORECASE)
+EXIT = "/exit"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif")
 
 
@@ -176,7 +177,8 @@ class Chat:
         if name not in COMMANDS:
             known = list(COMMANDS)
             raise InputError(f"unknown command {name!r}{closest(name, known)} (commands: {', '.join(known)})")
-        return COMMANDS[name].run(self, argument.strip())
+        COMMANDS[name].run(self, argument.strip())
+        return name != EXIT
 
     def answer(self, question: str) -> None:
         sources = [image.source for image in self.session.waiting]
@@ -224,65 +226,54 @@ class Chat:
         )
 
 
-# The commands. Each gets the rest of the line; False ends the conversation.
+# The commands. Each gets the rest of the line.
 
 
-def _image(chat: Chat, argument: str) -> bool:
+def _image(chat: Chat, argument: str) -> None:
     sources = [argument] if looks_like_image(argument) and Path(argument).is_file() else shlex.split(argument)
     if not sources:
         raise InputError("/image needs the path or URL of at least one image")
     chat.session.attach([LoadedImage.open(source, chat.limits) for source in sources])
     num_waiting = len(chat.session.waiting)
     chat.terminal.info(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
-    return True
 
 
-def _reset(chat: Chat, argument: str) -> bool:
+def _reset(chat: Chat, argument: str) -> None:
     chat.session.reset()
     chat.terminal.info("a new conversation, without images")
-    return True
 
 
-def _undo(chat: Chat, argument: str) -> bool:
+def _undo(chat: Chat, argument: str) -> None:
     chat.terminal.info(f"taken back: {chat.session.undo().question}")
-    return True
 
 
-def _retry(chat: Chat, argument: str) -> bool:
+def _retry(chat: Chat, argument: str) -> None:
     chat.answer(chat.session.undo().question)
-    return True
 
 
-def _save(chat: Chat, argument: str) -> bool:
+def _save(chat: Chat, argument: str) -> None:
     if not argument:
         raise InputError("/save needs the name of a file to write")
     chat.session.save(argument)
     chat.terminal.info(f"saved in {argument}")
-    return True
 
 
-def _load(chat: Chat, argument: str) -> bool:
+def _load(chat: Chat, argument: str) -> None:
     if not argument:
         raise InputError("/load needs the name of a file that /save wrote")
     chat.session.load(argument, chat.limits)
     chat.terminal.info(f"{len(chat.session.exchanges)} questions and answers taken up")
-    return True
 
 
-def _help(chat: Chat, argument: str) -> bool:
+def _help(chat: Chat, argument: str) -> None:
     width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
         chat.terminal.info(f"{f'{name} {command.argument}':<{width}}  {command.help}")
-    return True
-
-
-def _exit(chat: Chat, argument: str) -> bool:
-    return False
 
 
 @dataclass(frozen=True)
 class SlashCommand:
-    run: Callable[[Chat, str], bool]
+    run: Callable[[Chat, str], None]
     argument: str
     help: str
 
@@ -295,7 +286,7 @@ COMMANDS = {
     "/save": SlashCommand(_save, "FILE", "write the conversation as JSON"),
     "/load": SlashCommand(_load, "FILE", "take up a conversation that was saved"),
     "/help": SlashCommand(_help, "", "show these commands"),
-    "/exit": SlashCommand(_exit, "", "leave (as Ctrl-D does)"),
+    EXIT: SlashCommand(lambda chat, argument: None, "", "leave (as Ctrl-D does)"),
 }
 
 

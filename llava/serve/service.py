@@ -163,8 +163,11 @@ class AdmittedRequest:
         usages = [request.usage for request in self._backend_requests]
         timings = [request.timings for request in self._backend_requests]
         firsts = [timing.first_token_s for timing in timings if timing.first_token_s is not None]
-        queued_s, total_s = (max(getattr(timing, name) for timing in timings) for name in ("queued_s", "total_s"))
-        total = Timings(queued_s=queued_s, first_token_s=min(firsts, default=None), total_s=total_s)
+        total = Timings(
+            queued_s=max(timing.queued_s for timing in timings),
+            first_token_s=min(firsts, default=None),
+            total_s=max(timing.total_s for timing in timings),
+        )
         counts = {field.name: sum(getattr(usage, field.name) for usage in usages) for field in fields(Usage)}
         return RequestStats(Usage(**counts), total, self.layouts)
 
