@@ -67,8 +67,7 @@ def chat_template(conv_mode: str, image_placeholder: str) -> str:
     return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _TEMPLATE)
 
 
-def _text(value: str) -> str:
-    return json.dumps(value)
+_text = json.dumps  # a string in Jinja
 
 
 def _by_role(question: str, answer: str) -> str:

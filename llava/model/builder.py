@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,6 @@ from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
 from llava.model.tokenizer_setup import (
-    ConfigView,
     context_len,
     conv_mode,
     fit_vocabulary,
@@ -226,7 +226,7 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
     holder = folder
     if not holds_tokenizer(folder):
         holder = resolve_checkpoint(base or named_base(inspect(folder)), what="base model")
-    return read_tokenizer(holder, ConfigView(config))
+    return read_tokenizer(holder, SimpleNamespace(**config))
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

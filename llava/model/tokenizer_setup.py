@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedConfig
@@ -25,17 +26,10 @@ from llava.text.tokenization import Tokenizer
 logger = logging.getLogger(__name__)
 
 
-class ConfigView:
-    """The keys of a config.json as attributes, for `LlavaSettings.from_hf`."""
-
-    def __init__(self, values: Mapping[str, object]) -> None:
-        self.__dict__.update(values)
-
-
-def read_tokenizer(folder: Path, config: PreTrainedConfig | ConfigView) -> Tokenizer:
-    """Load the tokenizer of a folder and add the image tokens that the config asks for."""
+def read_tokenizer(folder: Path, config: PreTrainedConfig | SimpleNamespace) -> Tokenizer:
+    """Load the tokenizer of a folder and add the image tokens that the config, or its keys as attributes, asks for."""
     tokenizer = tokenization.load_tokenizer(folder)
-    if is_multimodal(vars(config) if isinstance(config, ConfigView) else config.to_dict()):
+    if is_multimodal(vars(config) if isinstance(config, SimpleNamespace) else config.to_dict()):
         tokens = LlavaSettings.from_hf(config).tokens
         if tokens.use_im_patch:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

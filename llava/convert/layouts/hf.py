@@ -11,9 +11,6 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
@@ -24,6 +21,7 @@ from llava.convert.verify import Verification, verify_folder
 from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_shards
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import SELECT_FEATURES
+from llava.model.checkpoints.loading import pad_rows
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.tokenizer_setup import context_len
 
@@ -209,12 +207,6 @@ class HFLayout:
         if self.source.settings.image.mode == "pad":
             notes.append("images are padded by LlavaImageProcessor, which transformers has since 4.49")
         return notes
-
-
-def pad_rows(table: Tensor, num_rows: int) -> Tensor:
-    """Append rows that are the mean of the others, whose logits are never above the largest of those."""
-    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-    return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
 
 
 def _check_expressible(source: Source) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation, answer_end, conv_templates, get_template
@@ -51,7 +52,7 @@ def check_tokenizer(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     with reported("tokenizer-unreadable", "copy the tokenizer's files again", folder=str(folder)):
         bare = tokenization.load_tokenizer(folder)
         # As loading does, with the marker tokens that the config asks for.
-        tokenizer = tokenizer_setup.read_tokenizer(folder, tokenizer_setup.ConfigView(checkpoint.values))
+        tokenizer = tokenizer_setup.read_tokenizer(folder, SimpleNamespace(**checkpoint.values))
     checkpoint.extras |= {"tokenizer": tokenizer, "size_without_markers": len(bare)}
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     text = tokenizer.decode(ids)

@@ -297,8 +297,13 @@ def grow_vocabulary(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         "%s: %d rows for new tokens are not stored; they are set to the mean of the %d others",
         name, num_new, tensor.shape[0],
     )  # fmt: skip
-    mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(num_new, -1)])
+    return pad_rows(tensor, shape[0])
+
+
+def pad_rows(table: Tensor, num_rows: int) -> Tensor:
+    """Append rows that are the mean of the others, whose logits are never above the largest of those."""
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
 
 
 def _and_more(names: list[str]) -> str:
