@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,15 @@ def _repair(samples: Samples, faults: Sequence[tuple[int, SampleFault]]) -> Fix:
                 found_kinds, marked = set(), marked + 1
             if not found_kinds:
                 kept.append(record)
-        lines = json.dumps(kept, ensure_ascii=False, indent=1) if is_list else "\n".join(map(_line, kept))
-        file.write_text(lines + "\n", encoding="utf-8")
+        dumps = partial(json.dumps, ensure_ascii=False)
+        content = dumps(kept, indent=1) if is_list else "\n".join(map(dumps, kept))
+        file.write_text(content + "\n", encoding="utf-8")
         return (
             f"{file.name}: image placeholders added to {marked} samples, {renamed} ids made unique, "
             f"{len(records) - len(kept)} samples dropped, {len(kept)} kept"
         )
 
     return fix
-
-
-def _line(record: object) -> str:
-    return json.dumps(record, ensure_ascii=False)
 
 
 def _insert_placeholders(record: dict[str, Any]) -> bool:

@@ -121,12 +121,9 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def _resampled_means(steps: Sequence[float]) -> list[float]:
     generator = random.Random(0)
-    return sorted(sum(generator.choices(steps, k=len(steps))) / len(steps) for _ in range(_num_resamples(len(steps))))
-
-
-def _num_resamples(size: int) -> int:
-    """Take fewer for large tasks, where means vary little, so that it takes some seconds at most."""
-    return max(1000, min(NUM_RESAMPLES, 20_000_000 // size))
+    # Fewer for large tasks, where means vary little, so that it takes some seconds at most.
+    num_resamples = max(1000, min(NUM_RESAMPLES, 20_000_000 // len(steps)))
+    return sorted(sum(generator.choices(steps, k=len(steps))) / len(steps) for _ in range(num_resamples))
 
 
 def bootstrap_interval(steps: Sequence[float]) -> tuple[float, float]:
