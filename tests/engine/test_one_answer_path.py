@@ -211,10 +211,18 @@ def test_one_function_chooses_the_engine(monkeypatch: pytest.MonkeyPatch, caplog
             assert type(engine) is Engine
         with open_engine(whole, num_beams=2) as engine:
             assert type(engine) is HFEngine
+        monkeypatch.setattr(whole.model.generation_config, "no_repeat_ngram_size", 3)
+        with open_engine(whole) as engine:
+            assert type(engine) is HFEngine
+            (first,) = engine.generate(Request("a a a a", sampling=SamplingParams(max_new_tokens=12))).completions
+            grams = list(zip(first.token_ids, first.token_ids[1:], first.token_ids[2:], strict=False))
+            assert len(set(grams)) == len(grams)
+        monkeypatch.undo()
         monkeypatch.setattr("llava.engine.selection.unsupported_reason", lambda model: "it is odd")
         with open_engine(whole) as engine:
             assert type(engine) is HFEngine
     assert [record.message for record in caplog.records] == [
         "answering by model.generate: num_beams is 2",
+        "answering by model.generate: the model's generation_config has no_repeat_ngram_size 3",
         "answering by model.generate: it is odd",
     ]
