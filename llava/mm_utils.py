@@ -61,8 +61,6 @@ def process_images(
     """Make the pixels of images for a model.
 
     Args:
-        images: Pillow images.
-        image_processor: the model's.
         model_cfg: an object with the attributes `image_aspect_ratio` and, for "anyres", `image_grid_pinpoints`. An
             aspect ratio that is absent, None or "square" crops the centre; "pad" first pads to a square with the mean
             colour; "anyres" cuts tiles.

@@ -57,7 +57,6 @@ class Session:
     """The state of one conversation. `waiting` are images that go with the next question.
 
     Args:
-        loaded: What `llava.load` returned.
         template: The conversation so far, usually empty; None: the model's own template.
         sampling: How tokens are chosen; None: greedy.
         engine: What answers; None: the one that `open_engine` chooses, opened at the first question.

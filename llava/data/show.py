@@ -61,9 +61,9 @@ def _index_of(samples: Samples, wanted: str) -> int:
 
 def render(samples: Samples, index: int, reader: SampleReader, image_folder: str | None, *, use_colors: bool) -> str:
     """Describe one sample: its images, its numbers of tokens, its prompt."""
-    part, _ = samples.locate(index)
+    part, row = samples.locate(index)
     try:
-        sample = part.file[samples.locate(index)[1]]
+        sample = part.file[row]
         encoded = reader.read(sample)
         sources = image_sources(sample)
         folder = part.image_folder or image_folder

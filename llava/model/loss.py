@@ -25,7 +25,6 @@ def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Te
     """Sum the losses of the trained labels, each predicted from the hidden state before it; return sum and count.
 
     Args:
-        head: The output layer.
         hidden: Hidden states (B, L, D).
         labels: (B, L), -100 where nothing is trained. On the host they are counted without a synchronisation.
     """

@@ -27,7 +27,6 @@ class IncrementalDetokenizer:
     """Turn token ids into the text of an answer, up to its end.
 
     Args:
-        tokenizer: the model's.
         stop: strings that end the answer and are left out of it.
         end_ids: token ids that end the answer; None means the tokenizer's end token.
         min_tokens: number of tokens within which nothing ends the answer.

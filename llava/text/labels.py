@@ -113,7 +113,6 @@ def preprocess(
     """Encode samples and their labels: padded tensors, or lists of them for the templates of captions and oldest dialogues.
 
     Args:
-        sources: the turns of each sample.
         tokenizer: the model's. Samples without images are cut to its model_max_length; those with images are cut later,
             when the number of their features is known.
         has_image: read `<image>` as an image rather than as text.
