@@ -25,7 +25,7 @@ from llava.cli.program import ArgumentParser, add_number
 from llava.cli.startup import prepare
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.checks.sample_image import QUESTION, prepare_question, sample_image
-from llava.diagnose.tracer.record import SelfTestItem, describe_stats, tensor_stats
+from llava.diagnose.tracer.record import SelfTestItem, tensor_stats
 from llava.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
     with torch.inference_mode():
         features = loaded.model.image_features(inputs.images, inputs.image_sizes)[0]
         text = loaded.model.get_input_embeddings()(torch.tensor([t for t in ids if t >= 0], device=loaded.model.device))
-    item.add("features", describe_stats(tensor_stats(features)))
-    item.add("embeddings", describe_stats(tensor_stats(embeds)))
+    item.add_stats("features", tensor_stats(features))
+    item.add_stats("embeddings", tensor_stats(embeds))
     stop = place + len(features)
     same = bool(torch.equal(embeds[0, place:stop], features.to(embeds)))
     item.check("image", same, f"positions {place} to {stop - 1} are the projector's features, number for number")

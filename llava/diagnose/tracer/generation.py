@@ -19,7 +19,7 @@ from llava import processor as processor_module
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Span, answer_end, get_template
 from llava.diagnose.tracer.hooks import install_hooks, wrap
-from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
+from llava.diagnose.tracer.record import Observation, Trace, tensor_stats
 from llava.engine.config import EngineError
 from llava.engine.hf_engine import HFEngine
 from llava.engine.request import Completion, PromptSize, Result, SamplingParams
@@ -208,7 +208,7 @@ def record_pixels(record: Trace, pixels: Pixels, mode: str, image_processor: Ima
     obs.facts = {"mode": mode, "is_list": is_list, "images": each}
     obs.add("form", f"{'a list' if is_list else 'one tensor'} of {len(each)}; image_aspect_ratio {mode}")
     for number, facts in enumerate(each):
-        obs.add(f"image {number + 1}", describe_stats(facts))
+        obs.add_stats(f"image {number + 1}", facts)
     side = image_processor.crop_size["height"]
     fits = all(facts["shape"][-2:] == [side, side] for facts in each)
     obs.check("size", fits, f"{side} x {side} pixels, as the image processor says")

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.diagnose.tracer.record import (
-    Facts,
-    Observation,
-    Trace,
-    check_finite,
-    describe_stats,
-    is_finite,
-    tensor_stats,
-)
+from llava.diagnose.tracer.record import Facts, Observation, Trace, check_finite, is_finite, tensor_stats
 from llava.model.config import LlavaSettings
 from llava.model.protocols import InnerModel
 from llava.model.splice import PaddedBatch
@@ -82,7 +74,7 @@ def splice_hook(record: Trace) -> Callable[..., None]:
             "attention_mask": {**tensor_stats(batch.mask), "sum": int(batch.mask.sum())},
             "position_ids": tensor_stats(batch.positions),
         }
-        obs.add("inputs_embeds", describe_stats(obs.facts["inputs_embeds"]))
+        obs.add_stats("inputs_embeds", obs.facts["inputs_embeds"])
         obs.add("mask", f"{list(batch.mask.shape)}, {int(batch.mask.sum())} of {batch.mask.numel()} attended to")
         obs.add("padded", f"on the {side}; limit {limit}")
         shapes = list(batch.mask.shape), list(batch.embeds.shape[:2])
@@ -164,7 +156,7 @@ def _layers_observation(state: Facts) -> Observation:
     obs = Observation("layers", facts={"layers": layers})
     if state["takes"] is not None:
         obs.facts["takes"] = tensor_stats(state["takes"])
-        obs.add("takes", describe_stats(obs.facts["takes"]))
+        obs.add_stats("takes", obs.facts["takes"])
     mask, positions = state.get("mask"), state.get("positions")
     shown = "none: causal, nothing is padded" if mask is None else f"{list(mask.shape)} {mask.dtype}"
     obs.add("mask in layer 1", shown)

@@ -25,7 +25,7 @@ def pixels_hook(record: Trace, tile_size: int) -> Callable[..., None]:
         facts = tensor_stats(torch.cat([image[None] for image in images]) if isinstance(images, list) else images)
         obs.facts["at_the_tower"] = facts
         obs.rows = [row for row in obs.rows if row.label != "at the tower"]
-        obs.add("at the tower", describe_stats(facts))
+        obs.add_stats("at the tower", facts)
         if facts["shape"][-2:] != [tile_size] * 2:
             obs.check("size", False, f"the tower takes {tile_size} pixels per side")
         record.add(obs, images=images)
@@ -62,7 +62,7 @@ def hook_tower(record: Trace, tower: VisionTower, keep: Callable[[RemovableHandl
         drops = states[-1].shape[1] - selected.shape[1]
         dropped = " without the class feature" if drops else ""
         obs.add("taken", f"layer {tower.select_layer} (number {chosen}), {tower.select_feature}{dropped}")
-        obs.add("features", describe_stats(facts))
+        obs.add_stats("features", facts)
         expected = tower.num_patches + int(tower.has_class_feature)
         obs.check("count", selected.shape[1] == expected, f"{selected.shape[1]} features per tile, {expected} expected")
         check_finite(obs, facts)
@@ -88,8 +88,8 @@ def hook_projector(record: Trace, projector: nn.Module, keep: Callable[[Removabl
         obs.facts["steps"] = [{"layer": name, "output": facts} for name, _, facts in steps]
         obs.facts["features"] = tensor_stats(output)
         for name, facts in weights.items():
-            obs.add(name, describe_stats(facts))
-        obs.add("takes", describe_stats(tensor_stats(args[0])))
+            obs.add_stats(name, facts)
+        obs.add_stats("takes", tensor_stats(args[0]))
         for name, step, facts in steps:
             obs.add(f"after {name or 'it'}", f"{type(step).__name__}: {describe_stats(facts)}")
         obs.check(
@@ -118,7 +118,7 @@ def image_features_hook(record: Trace) -> Callable[..., None]:
         obs = Observation("image_features", facts={"lengths": lengths, "images": [tensor_stats(f) for f in features]})
         policy = record.model.image_policy()
         for number, feature in enumerate(features):
-            obs.add(f"image {number + 1}", describe_stats(obs.facts["images"][number]))
+            obs.add_stats(f"image {number + 1}", obs.facts["images"][number])
             if image_sizes is not None:
                 tiles = 1 if images[number].ndim == 3 else len(images[number])
                 is_plain = isinstance(images, Tensor) and images.ndim == 4

@@ -132,6 +132,10 @@ class Rows:
     def add(self, label: str, text: str, tone: str = "") -> None:
         self.rows.append(Row(label, text, tone))
 
+    def add_stats(self, label: str, facts: Facts) -> None:
+        """Add the result of `tensor_stats`."""
+        self.add(label, describe_stats(facts))
+
     def add_spans(self, label: str, spans: Sequence[tuple[str, bool]]) -> None:
         """Add text with highlighted parts, the trained tokens for example."""
         text = "".join(f"[{part}]" if highlighted else part for part, highlighted in spans)

@@ -33,7 +33,7 @@ from llava.diagnose.tracer.generation import (
     record_prompt,
 )
 from llava.diagnose.tracer.hooks import install_hooks, wrap
-from llava.diagnose.tracer.record import Observation, Trace, describe_stats, tensor_stats
+from llava.diagnose.tracer.record import Observation, Trace, tensor_stats
 from llava.errors import InputError
 from llava.images.image_processor import ImageProcessor
 from llava.images.layout import plan
@@ -242,7 +242,7 @@ def _record_batch(record: Trace, batch: dict[str, torch.Tensor]) -> None:
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
             obs.facts[name] = tensor_stats(value)
-            obs.add(name, describe_stats(obs.facts[name]))
+            obs.add_stats(name, obs.facts[name])
         else:
             obs.facts[name] = [list(entry.shape) if isinstance(entry, torch.Tensor) else list(entry) for entry in value]
             obs.add(name, f"a list of {len(value)}: {obs.facts[name]}")

@@ -15,18 +15,7 @@ from llava.conversation import Conversation, check_placeholders, with_image_plac
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.openai.schema import (
-    AssistantMessage,
-    ChatRequest,
-    CompletionRequest,
-    ImagePart,
-    ImageURL,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    SamplingFields,
-    SystemMessage,
-    UserMessage,
-)
+from llava.serve.openai import schema
 
 DEFAULT_NEW_TOKENS = 512
 # Fields that `SamplingParams` calls by the same name.
@@ -42,7 +31,7 @@ class ParsedRequest:
     """Prompts, one request to the engine for each, their images, and how tokens are sampled."""
 
     prompts: tuple[Conversation | str, ...]
-    images: tuple[ImageURL, ...]
+    images: tuple[schema.ImageURL, ...]
     sampling: SamplingParams
 
 
@@ -52,19 +41,19 @@ class ChatTurn:
 
     role: str
     text: str
-    images: tuple[ImageURL, ...] = ()
+    images: tuple[schema.ImageURL, ...] = ()
 
 
-def parse_chat(body: ChatRequest, card: ModelCard) -> ParsedRequest:
+def parse_chat(body: schema.ChatRequest, card: ModelCard) -> ParsedRequest:
     """Return the conversation of a chat request in the model's template, with its last answer open."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InputError("max_tokens and max_completion_tokens are two names of one number; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InputError("top_logprobs has no effect without logprobs: true; give both")
     json_schema: dict[str, object] | None = None
-    if isinstance(body.response_format, JsonObjectFormat):
+    if isinstance(body.response_format, schema.JsonObjectFormat):
         json_schema = ANY_OBJECT
-    elif isinstance(body.response_format, JsonSchemaFormat):
+    elif isinstance(body.response_format, schema.JsonSchemaFormat):
         json_schema = body.response_format.json_schema.schema_
     turns = [_turn(message, index) for index, message in enumerate(body.messages)]
     conversation = as_conversation(turns, card)
@@ -77,7 +66,7 @@ def parse_chat(body: ChatRequest, card: ModelCard) -> ParsedRequest:
     return ParsedRequest((conversation,), tuple(image for turn in turns for image in turn.images), sampling)
 
 
-def parse_completion(body: CompletionRequest, card: ModelCard) -> ParsedRequest:
+def parse_completion(body: schema.CompletionRequest, card: ModelCard) -> ParsedRequest:
     """Return the prompts of a completion request as they are."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     images = tuple(body.images or ())
@@ -91,7 +80,7 @@ def parse_completion(body: CompletionRequest, card: ModelCard) -> ParsedRequest:
 
 
 def sampling_of(
-    body: SamplingFields,
+    body: schema.SamplingFields,
     *,
     max_new_tokens: int | None,
     logprobs: int | None = None,
@@ -112,14 +101,14 @@ def sampling_of(
     )
 
 
-def _turn(message: SystemMessage | UserMessage | AssistantMessage, index: int) -> ChatTurn:
-    role = "system" if isinstance(message, SystemMessage) else message.role
+def _turn(message: schema.SystemMessage | schema.UserMessage | schema.AssistantMessage, index: int) -> ChatTurn:
+    role = "system" if isinstance(message, schema.SystemMessage) else message.role
     if isinstance(message.content, str):
         text = message.content
-        images: tuple[ImageURL, ...] = ()
+        images: tuple[schema.ImageURL, ...] = ()
     else:
-        texts = [part.text for part in message.content if not isinstance(part, ImagePart)]
-        images = tuple(part.image_url for part in message.content if isinstance(part, ImagePart))
+        texts = [part.text for part in message.content if not isinstance(part, schema.ImagePart)]
+        images = tuple(part.image_url for part in message.content if isinstance(part, schema.ImagePart))
         text = "\n".join(texts)
     return checked_turn(ChatTurn(role, text, images), f"messages[{index}]")
 

@@ -15,47 +15,38 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
+from llava.serve.openai import schema
 from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of, prompt_details_of
 from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_conversation, checked_turn, sampling_of
-from llava.serve.openai.schema import (
-    Body,
-    ImageURL,
-    Inspection,
-    JsonSchema,
-    Nothing,
-    PromptDetails,
-    Reply,
-    SamplingFields,
-)
 from llava.serve.service import RequestStats
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class InputText(Body):
+class InputText(schema.Body):
     type: Literal["input_text"]
     text: str
 
 
-class InputImage(Body):
+class InputImage(schema.Body):
     type: Literal["input_image"]
     image_url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class OutputText(Body):
+class OutputText(schema.Body):
     """A part of an earlier answer."""
 
     type: Literal["output_text"]
     text: str
-    annotations: Nothing = None
-    logprobs: Nothing = None
+    annotations: schema.Nothing = None
+    logprobs: schema.Nothing = None
 
 
 InputPart = Annotated[InputText | InputImage | OutputText, Field(discriminator="type")]
 
 
-class InputMessage(Body):
+class InputMessage(schema.Body):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[InputPart]
@@ -64,55 +55,55 @@ class InputMessage(Body):
     phase: str | None = None
 
 
-class PlainFormat(Body):
+class PlainFormat(schema.Body):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(JsonSchema):
+class SchemaFormat(schema.JsonSchema):
     type: Literal["json_schema"]
 
 
-class TextOptions(Body):
+class TextOptions(schema.Body):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: str | None = None
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(schema.SamplingFields):
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions | None = None
     # Accepted at these values only.
-    tools: Nothing = None
+    tools: schema.Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    include: Nothing = None
+    include: schema.Nothing = None
     previous_response_id: None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: None = None
 
 
-class OutputTokenDetails(Reply):
+class OutputTokenDetails(schema.Reply):
     reasoning_tokens: int
 
 
-class ResponseUsage(Reply):
+class ResponseUsage(schema.Reply):
     input_tokens: int
-    input_tokens_details: PromptDetails
+    input_tokens_details: schema.PromptDetails
     output_tokens: int
     output_tokens_details: OutputTokenDetails
     total_tokens: int
 
 
-class TextContent(Reply):
+class TextContent(schema.Reply):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
     logprobs: list[Any]
 
 
-class OutputMessage(Reply):
+class OutputMessage(schema.Reply):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
@@ -120,11 +111,11 @@ class OutputMessage(Reply):
     content: list[TextContent]
 
 
-class Incomplete(Reply):
+class Incomplete(schema.Reply):
     reason: Literal["max_output_tokens"]
 
 
-class ResponsesReply(Reply):
+class ResponsesReply(schema.Reply):
     id: str
     object: Literal["response"]
     created_at: int
@@ -141,10 +132,10 @@ class ResponsesReply(Reply):
     tool_choice: Literal["none"]
     tools: list[Any]
     top_p: float
-    inspect: Inspection | None = None
+    inspect: schema.Inspection | None = None
 
 
-class ResponsesEvent(Reply):
+class ResponsesEvent(schema.Reply):
     """One event of a stream; which fields it has depends on its type."""
 
     type: str
@@ -180,7 +171,7 @@ def _turn(message: InputMessage, index: int) -> ChatTurn:
     if isinstance(message.content, str):
         return checked_turn(ChatTurn(role, message.content), f"input[{index}]")
     shown = [part for part in message.content if isinstance(part, InputImage)]
-    images = tuple(ImageURL(url=part.image_url, detail=part.detail) for part in shown)
+    images = tuple(schema.ImageURL(url=part.image_url, detail=part.detail) for part in shown)
     if images and role != "user":
         raise InputError(f"input[{index}]: only the user shows images")
     text = "\n".join(part.text for part in message.content if not isinstance(part, InputImage))

@@ -24,16 +24,8 @@ from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
 from llava.serve.http.streams import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.routes import SCHEMAS, error_event, openai_routes
+from llava.serve.router import protocol
 from llava.serve.router.dispatch import Dispatcher
-from llava.serve.router.protocol import (
-    NO_WORKER,
-    WORKER_UNREACHABLE,
-    HeartbeatBody,
-    RegistrationBody,
-    WorkerStatus,
-    encode_chunk,
-    text_field,
-)
 from llava.serve.router.proxy import Proxy
 
 logger = logging.getLogger("llava.serve")
@@ -81,7 +73,7 @@ class ControllerApi:
         @router.post("/register_worker")
         async def register_worker(request: Request) -> None:
             """Register a worker; without `worker_status` it is asked for, and ignored where it does not answer."""
-            registration = RegistrationBody.parse(await read_json(request))
+            registration = protocol.RegistrationBody.parse(await read_json(request))
             name = registration.worker_name
             status = registration.status or await self._ask_status(name)
             if status is not None:
@@ -91,12 +83,12 @@ class ControllerApi:
         @router.post("/unregister_worker")
         async def unregister_worker(request: Request) -> dict[str, bool]:
             """Send a worker no more requests."""
-            return {"exist": dispatcher.unregister(text_field(await read_json(request), "worker_name"))}
+            return {"exist": dispatcher.unregister(protocol.text_field(await read_json(request), "worker_name"))}
 
         @router.post("/receive_heart_beat")
         async def receive_heart_beat(request: Request) -> dict[str, bool]:
             """Record a heartbeat; `exist` false asks the worker to register."""
-            beat = HeartbeatBody.parse(await read_json(request))
+            beat = protocol.HeartbeatBody.parse(await read_json(request))
             return {"exist": dispatcher.heart_beat(beat.worker_name, beat.queue_length)}
 
         @router.post("/refresh_all_workers")
@@ -116,7 +108,7 @@ class ControllerApi:
         @router.post("/get_worker_address")
         async def get_worker_address(request: Request) -> dict[str, str]:
             """The worker to ask for a model; an empty address where there is none."""
-            return {"address": dispatcher.choose(text_field(await read_json(request), "model")) or ""}
+            return {"address": dispatcher.choose(protocol.text_field(await read_json(request), "model")) or ""}
 
         @router.post("/worker_get_status")
         async def worker_get_status() -> dict[str, object]:
@@ -124,7 +116,7 @@ class ControllerApi:
             statuses = [status for _, _, status in await self._statuses() if status is not None]
             names = dict.fromkeys(name for status in statuses for name in status.model_names)
             queue_length = sum(status.queue_length for status in statuses)
-            return WorkerStatus(tuple(names), sum(status.speed for status in statuses), queue_length).as_json()
+            return protocol.WorkerStatus(tuple(names), sum(status.speed for status in statuses), queue_length).as_json()
 
         @router.post("/worker_generate_stream", response_class=Response)
         async def worker_generate_stream(request: Request) -> Response:
@@ -143,24 +135,24 @@ class ControllerApi:
                 "/worker_generate_stream",
                 model=model,
                 conversation=_fingerprint(model, images) if images else None,
-                final_chunk=lambda error: encode_chunk(str(as_api_error(error)), WORKER_UNREACHABLE),
+                final_chunk=lambda error: protocol.encode_chunk(str(as_api_error(error)), protocol.WORKER_UNREACHABLE),
             )
         except ApiError as error:
-            code = NO_WORKER if error.status in (404, 503) else WORKER_UNREACHABLE
-            return Response(encode_chunk(str(error), code), 200 if error.status == 404 else error.status)
+            code = protocol.NO_WORKER if error.status in (404, 503) else protocol.WORKER_UNREACHABLE
+            return Response(protocol.encode_chunk(str(error), code), 200 if error.status == 404 else error.status)
 
-    async def _ask_status(self, worker: str) -> WorkerStatus | None:
+    async def _ask_status(self, worker: str) -> protocol.WorkerStatus | None:
         try:
             response = await self._proxy.client.post(
                 worker.rstrip("/") + "/worker_get_status", headers=self._headers, timeout=STATUS_S
             )
             response.raise_for_status()
-            return WorkerStatus.parse(response.json())
+            return protocol.WorkerStatus.parse(response.json())
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             logger.warning("worker %s does not report its status: %s", worker, error or type(error).__name__)
             return None
 
-    async def _statuses(self) -> list[tuple[str, bool, WorkerStatus | None]]:
+    async def _statuses(self) -> list[tuple[str, bool, protocol.WorkerStatus | None]]:
         workers = self.dispatcher.workers()
         statuses = await asyncio.gather(*(self._ask_status(worker.name) for worker in workers))
         return [(w.name, w.check_heart_beat, status) for w, status in zip(workers, statuses, strict=True)]
@@ -183,7 +175,7 @@ class ControllerApi:
 
     async def _body_of(self, request: Request) -> dict[str, Any]:
         body = await read_json(request)
-        text_field(body, "model")
+        protocol.text_field(body, "model")
         assert isinstance(body, dict)
         return body
 

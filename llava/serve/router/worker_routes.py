@@ -18,15 +18,7 @@ from llava.serve.http.errors import as_api_error
 from llava.serve.http.limits import decode_images
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect, read_json
 from llava.serve.openai.replies import stats_as_json
-from llava.serve.router.protocol import (
-    CONTEXT_FULL,
-    OK,
-    WORKER_FAILED,
-    GenerateBody,
-    WorkerStatus,
-    encode_chunk,
-    text_field,
-)
+from llava.serve.router import protocol
 from llava.serve.service import AdmittedRequest, Service
 
 CHUNKS: dict[int | str, dict[str, object]] = {
@@ -48,9 +40,9 @@ class WorkerApi:
         router.post("/worker_get_status")(self.worker_get_status)
         return router
 
-    def status(self) -> WorkerStatus:
+    def status(self) -> protocol.WorkerStatus:
         """Return what a controller needs. As in the original, the queue is all requests that are not finished."""
-        return WorkerStatus((self._service.card.name,), 1, self._service.num_requests)
+        return protocol.WorkerStatus((self._service.card.name,), 1, self._service.num_requests)
 
     async def worker_get_status(self) -> dict[str, object]:
         """The names of the models, the speed, and the number of unfinished requests."""
@@ -62,9 +54,9 @@ class WorkerApi:
         service = self._service
         deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
         try:
-            body = GenerateBody.parse(values)
+            body = protocol.GenerateBody.parse(values)
             if body.sampling is None:
-                return _one_chunk(body.prompt + CONTEXT_FULL)
+                return _one_chunk(body.prompt + protocol.CONTEXT_FULL)
             prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_placeholder)
             submitted = service.submit([prompt], body.sampling, body.images, opener=decode_images)
             async with asyncio.timeout_at(deadline):
@@ -72,36 +64,39 @@ class WorkerApi:
         except ClientDisconnect:
             raise
         except PromptTooLongError:
-            return _one_chunk(body.prompt + CONTEXT_FULL)
+            return _one_chunk(body.prompt + protocol.CONTEXT_FULL)
         except Exception as error:
             problem = as_api_error(error)
-            return _one_chunk(str(problem), WORKER_FAILED, problem.status if problem.status in (429, 503) else 200)
+            status = problem.status if problem.status in (429, 503) else 200
+            return _one_chunk(str(problem), protocol.WORKER_FAILED, status)
         return StreamedResponse(
             generate_stream(admitted, body, self._stream_interval),
             media_type=None,
             deadline=deadline,
-            final_chunk=lambda error: encode_chunk(str(as_api_error(error)), WORKER_FAILED),
+            final_chunk=lambda error: protocol.encode_chunk(str(as_api_error(error)), protocol.WORKER_FAILED),
             on_close=admitted.close,
         )
 
 
-async def generate_stream(admitted: AdmittedRequest, body: GenerateBody, stream_interval: int) -> AsyncIterator[bytes]:
+async def generate_stream(
+    admitted: AdmittedRequest, body: protocol.GenerateBody, stream_interval: int
+) -> AsyncIterator[bytes]:
     """Yield the chunks of one answer: the prompt as it was posted, and the answer so far."""
     text, sent, num_tokens = body.prompt, None, 0
     async for chunk in admitted:
         text += chunk.text
         num_tokens += len(chunk.token_ids) or 1  # a remote server gives text alone
         if sent is None or (text != sent and num_tokens >= stream_interval):
-            yield encode_chunk(text)
+            yield protocol.encode_chunk(text)
             sent, num_tokens = text, 0
     if body.inspect:
-        yield encode_chunk(text, OK, **stats_as_json(admitted.stats()))
+        yield protocol.encode_chunk(text, protocol.OK, **stats_as_json(admitted.stats()))
     elif text != sent:
-        yield encode_chunk(text)
+        yield protocol.encode_chunk(text)
 
 
-def _one_chunk(text: str, error_code: int = OK, status: int = 200) -> Response:
-    return Response(encode_chunk(text, error_code), status)
+def _one_chunk(text: str, error_code: int = protocol.OK, status: int = 200) -> Response:
+    return Response(protocol.encode_chunk(text, error_code), status)
 
 
 def single_worker_routes(service: Service) -> APIRouter:
@@ -118,7 +113,7 @@ def single_worker_routes(service: Service) -> APIRouter:
     async def get_worker_address(request: Request) -> dict[str, str]:
         """This server's own address, as the client wrote it; an empty one for another model."""
         own = str(request.base_url).rstrip("/")
-        return {"address": own if text_field(await read_json(request), "model") == name else ""}
+        return {"address": own if protocol.text_field(await read_json(request), "model") == name else ""}
 
     @router.post("/refresh_all_workers")
     async def refresh_all_workers() -> None:
