@@ -136,8 +136,7 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
     def on_ids(result: tuple[list[int], list[int]], spans: Sequence[Span], tokenizer: Tokenizer, **_: object) -> None:
         ids, _labels = result
         traced.ids = list(ids)
-        record_prompt(record, spans)
-        record_ids(record, ids, tokenizer)
+        record_prompt(record, spans, ids, tokenizer)
 
     def on_pixels(pixels: Pixels, images: Sequence[Image.Image], image_processor: ImageProcessor, config: Any) -> None:
         traced.pixels = pixels
@@ -172,7 +171,8 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
         yield
 
 
-def record_prompt(record: Trace, spans: Sequence[Span]) -> None:
+def record_prompt(record: Trace, spans: Sequence[Span], ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Record the points of a prompt's text and of its ids."""
     obs = Observation("prompt")
     text = "".join(span.text for span in spans)
     num_placeholders = text.count("<image>")
@@ -180,16 +180,16 @@ def record_prompt(record: Trace, spans: Sequence[Span]) -> None:
     obs.add("text", text, "text")
     obs.add("placeholders", f"{num_placeholders} <image> in {len(text)} characters, {len(spans)} spans")
     record.add(obs, prompt=text, spans=spans)
+    _record_ids(record, ids, tokenizer, num_placeholders)
 
 
-def record_ids(record: Trace, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+def _record_ids(record: Trace, ids: Sequence[int], tokenizer: Tokenizer, expected: int) -> None:
     obs = Observation("input_ids")
     tokens = ["<image>" if token == IMAGE_TOKEN_INDEX else tokenizer.convert_ids_to_tokens(token) for token in ids]
     num_placeholders = sum(token == IMAGE_TOKEN_INDEX for token in ids)
     obs.facts = {"ids": list(ids), "tokens": tokens, "placeholders": num_placeholders, "vocabulary": len(tokenizer)}
     obs.add("ids", " ".join(map(str, ids)))
     obs.add("tokens", " ".join(tokens), "text")
-    expected = record["prompt"]["placeholders"] if "prompt" in record else num_placeholders
     obs.check(
         "placeholders",
         num_placeholders == expected,

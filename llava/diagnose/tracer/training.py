@@ -24,14 +24,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Span
 from llava.data.formats import image_sources
 from llava.data.image_files import image_label
-from llava.diagnose.tracer.generation import (
-    Pixels,
-    record_cost,
-    record_ids,
-    record_layouts,
-    record_pixels,
-    record_prompt,
-)
+from llava.diagnose.tracer.generation import Pixels, record_cost, record_layouts, record_pixels, record_prompt
 from llava.diagnose.tracer.hooks import install_hooks, wrap
 from llava.diagnose.tracer.record import Observation, Trace, tensor_stats
 from llava.errors import InputError
@@ -136,8 +129,7 @@ def _step(record: Trace, trainer: LLaVATrainer, index: int) -> None:
 @contextmanager
 def _hook_data(record: Trace, trainer: LLaVATrainer) -> Iterator[None]:
     def on_ids(result: tuple[list[int], list[int]], spans: Sequence[Span], tokenizer: Tokenizer, **_: object) -> None:
-        record_prompt(record, spans)
-        record_ids(record, result[0], tokenizer)
+        record_prompt(record, spans, result[0], tokenizer)
 
     def on_pixels(pixels: Pixels, images: Sequence[Image.Image], image_processor: ImageProcessor, config: Any) -> None:
         record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
