@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
+from llava.images.image_processor import ClipImageProcessor
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
 from llava.model.checkpoints.loading import (
@@ -45,6 +48,7 @@ from llava.model.checkpoints.model_config import (
 from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
+from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import (
     context_len,
     conv_mode,
@@ -53,15 +57,8 @@ from llava.model.tokenizer_setup import (
     read_tokenizer,
 )
 from llava.model.transformers_internals import set_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    from llava.images.image_processor import ClipImageProcessor
-    from llava.model.protocols import LlavaModel
-    from llava.processor import Processor
-    from llava.text.tokenization import Tokenizer
+from llava.processor import Processor
+from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +201,6 @@ def load(
     image_processor = tower.image_processor if tower is not None else None
     processor = None
     if image_processor is not None:
-        from llava.processor import Processor
-
         use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
         processor = Processor(tokenizer, image_processor, model.image_policy(), use_im_start_end=use_im_start_end)
     return LoadedModel(

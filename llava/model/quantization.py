@@ -6,14 +6,10 @@ the projector, the vision tower and the output layer are small and sensitive, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import BitsAndBytesConfig
 
 from llava.errors import InputError, require
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
 
 # Patterns over full module names, for any language model.
 KEEP_UNQUANTIZED = ("lm_head", r".*\.mm_projector", r".*\.vision_tower")
@@ -34,7 +30,5 @@ def quantization_config(mode: str, dtype: torch.dtype, **options_4bit: object) -
         raise InputError(f"unknown quantization {mode!r}; known: {', '.join(MODES)}")
     require("bitsandbytes", extra="quant")
     require("accelerate", extra="quant")
-    from transformers import BitsAndBytesConfig
-
     options = MODES[mode] | ({"bnb_4bit_compute_dtype": dtype, **options_4bit} if mode == "4bit" else {})
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=list(KEEP_UNQUANTIZED))

@@ -13,18 +13,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

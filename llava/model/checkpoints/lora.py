@@ -47,9 +47,8 @@ class LoraMerge:
             return weight
         part = {key: tensor.float() for key, tensor in self.parts[name].items()}
         is_embedding = "lora_embedding_A" in part
-        a, b = (
-            (part["lora_embedding_A"], part["lora_embedding_B"]) if is_embedding else (part["lora_A"], part["lora_B"])
-        )
+        kind = "lora_embedding" if is_embedding else "lora"
+        a, b = part[f"{kind}_A"], part[f"{kind}_B"]
         delta = self._checked(name, (b @ a).T if is_embedding or self.fan_in_fan_out else b @ a, weight)
         merged = weight.float() + delta * self.scales[name]
         if "lora_magnitude_vector" in part:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,7 @@ from llava.model.checkpoints.loading import (
 )
 from llava.model.checkpoints.model_config import build_config, find_base, resolved_tower_path, restore_config
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
-
-if TYPE_CHECKING:
-    from llava.model.protocols import LlavaModel
+from llava.model.protocols import LlavaModel
 
 M = TypeVar("M", bound=nn.Module)
 

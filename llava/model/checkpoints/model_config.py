@@ -11,16 +11,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, PreTrainedConfig
 
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import translate_config
 from llava.model.checkpoints.hub import resolve_checkpoint, resolve_vision_tower
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of, inspect
 from llava.model.config import OWN_FOLDER, is_multimodal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +87,6 @@ def _config_object(values: Mapping[str, object], language_model: str) -> PreTrai
 
         config_class, _ = llava_classes(language_model)
         return config_class.from_dict({key: value for key, value in values.items() if key != "model_type"})
-    from transformers import AutoConfig
-
     return AutoConfig.for_model(**values)
 
 

@@ -10,18 +10,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import NAME_RULES
 from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.checkpoints.loading import Origins, load_with_transformers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Where each method's configuration lists the modules that it left alone; the first one that is there is used.
 UNPACKED_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore"}

@@ -10,14 +10,12 @@ In: a model type of transformers. Out: the LLaVA config class and model class ov
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
 from llava.model.config import PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Language models with a module of their own: model type in transformers -> (module, config class, model class).
 NAMED = {
@@ -68,7 +66,5 @@ def compose(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMod
 
 def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
     """Register a pair of classes with transformers' AutoConfig and AutoModelForCausalLM."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
