@@ -39,7 +39,7 @@ class LoadedImage:
     image: Image.Image
 
     @classmethod
-    def open(cls, source: str | Path | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
+    def open(cls, source: str | Path | bytes | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
         name = str(source) if isinstance(source, (str, Path)) else "(an image in memory)"
         return cls(name, load_image(source, limits=limits))
 
@@ -98,13 +98,17 @@ class Session:
                 f"{self._loaded.info.folder} is a language model without a vision tower; it takes no images"
             )
 
+    @property
+    def images(self) -> list[LoadedImage]:
+        """All images of the conversation, in the order of their placeholders."""
+        return [*(image for exchange in self.exchanges for image in exchange.images), *self.waiting]
+
     def ask(self, question: str) -> RequestHandle:
         """Start answering; iterate over the handle for chunks of text, its `result()` is the whole answer.
 
         The question and the waiting images become history with `record`.
         """
-        given = [*(image for exchange in self.exchanges for image in exchange.images), *self.waiting]
-        request = Request(self.conversation(question), [image.image for image in given], self._sampling)
+        request = Request(self.conversation(question), [image.image for image in self.images], self._sampling)
         return self._engine.stream(request)
 
     @cached_property

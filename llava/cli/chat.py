@@ -7,16 +7,14 @@ in session.py, input and output in terminal.py, generation in engine/.
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.cli.image_words import read_line, read_words, split_sources, starts_with_path
 from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
 from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, add_number, closest
 from llava.cli.startup import prepare, quick_imports
@@ -37,10 +35,9 @@ examples:
   llava chat photo.jpg                                 a conversation; /help lists its commands
   llava chat photo.jpg < questions.txt                 one answer per line
   echo "Describe it." | llava chat photo.jpg -         the question from a pipe
+  llava chat - "What is this?" < photo.jpg             the image from a pipe
 """
-URL = re.compile(r"(https?://|data:image/)", re.IGNORECASE)
 EXIT = "/exit"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif")
 
 
 def build_parser() -> ArgumentParser:
@@ -50,7 +47,7 @@ def build_parser() -> ArgumentParser:
         description="Ask a model about images, once or in a conversation.",
         epilog=EXAMPLES,
     )
-    words = "image files or URLs, then the question; - reads it from stdin"
+    words = "image files or URLs, and the question, in any order; - reads either from stdin"
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help=words)
     model = parser.add_argument_group("model")
     add_model_flags(model)
@@ -77,16 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Namespace) -> int:
     sampling = sampling_from(args)
-    sources, question = split_words(args.words)
+    words = read_words(args.words)
+    question = words.question
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     limits = ImageLimits(timeout_s=args.image_timeout, allow_private_hosts=args.allow_private_hosts)
     # Check all that needs no torch before it is loaded.
-    images = [LoadedImage.open(source, limits) for source in sources]
+    images = [LoadedImage.open(source, limits) for source in words.sources]
     if question is not None:
         check_question(question, len(images))
     args.model_path = find_model(args.model_path)
     terminal = Terminal(quiet=args.quiet)
+    terminal.attached([image for image in images if image.source in words.inside], question)
 
     started = time.perf_counter()
     if question is None and terminal.interactive:
@@ -102,27 +101,6 @@ def run(args: Namespace) -> int:
         chat.answer(question)
         return 0
     return chat.converse()
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Split words into leading images and the question after them; the question "-" is read from stdin."""
-    num_images = next((index for index, word in enumerate(words) if not looks_like_image(word)), len(words))
-    sources, rest = list(words[:num_images]), " ".join(words[num_images:]).strip()
-    if rest == "-":
-        rest = sys.stdin.read().strip()
-        if not rest:
-            raise InputError("the question was to be read from stdin (-), which is empty")
-    return sources, rest or None
-
-
-def looks_like_image(word: str) -> bool:
-    """Return whether a word is a URL, an existing file, or has an image's suffix (where a missing file is then reported)."""
-    if URL.match(word) or word.lower().endswith(IMAGE_SUFFIXES):
-        return True
-    try:
-        return Path(word).is_file()
-    except (OSError, ValueError):  # a question that cannot be a file name
-        return False
 
 
 def load_model(args: Namespace) -> LoadedModel:
@@ -170,15 +148,24 @@ class Chat:
         """Answer a question or run a command; False ends the conversation."""
         if not line:
             return True
-        if not line.startswith("/"):
-            self.answer(line)
-            return True
         name, _, argument = line.partition(" ")
+        if name not in COMMANDS and (not line.startswith("/") or starts_with_path(line)):
+            self.ask(line)
+            return True
         if name not in COMMANDS:
             known = list(COMMANDS)
             raise InputError(f"unknown command {name!r}{closest(name, known)} (commands: {', '.join(known)})")
         COMMANDS[name].run(self, argument.strip())
         return name != EXIT
+
+    def ask(self, line: str) -> None:
+        """Answer a typed line, after attaching the images that it names; a line of images alone waits for its question."""
+        read = read_line(line, [image.source for image in self.session.images])
+        images = [LoadedImage.open(source, self.limits) for source in read.sources]
+        self.session.attach(images)
+        self.terminal.attached(images, read.question)
+        if read.question is not None:
+            self.answer(read.question)
 
     def answer(self, question: str) -> None:
         sources = [image.source for image in self.session.waiting]
@@ -230,7 +217,7 @@ class Chat:
 
 
 def _image(chat: Chat, argument: str) -> None:
-    sources = [argument] if looks_like_image(argument) and Path(argument).is_file() else shlex.split(argument)
+    sources = split_sources(argument)
     if not sources:
         raise InputError("/image needs the path or URL of at least one image")
     chat.session.attach([LoadedImage.open(source, chat.limits) for source in sources])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from llava.errors import InputError
 if TYPE_CHECKING:
     from llava.engine.handle import RequestHandle
     from llava.engine.request import Result
+    from llava.session import LoadedImage
 
 
 class Terminal:
@@ -40,6 +41,13 @@ class Terminal:
         if not self.quiet:
             print(self._styled("dim", text), file=sys.stderr, flush=True)
 
+    def attached(self, images: Sequence[LoadedImage], question: str | None) -> None:
+        """Say which images were found in what the user wrote, and what is asked about them."""
+        for image in images:
+            self.info(f"attached {image.source} ({image.image.width}x{image.image.height})")
+        if images:
+            self.info(f"asked: {question}" if question is not None else "waiting for a question about it")
+
     def error(self, error: InputError) -> None:
         """Write an error to stderr; the program goes on."""
         print(self._styled("red", f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
@@ -47,7 +55,12 @@ class Terminal:
     def lines(self, prompt: str = "> ") -> Iterator[str]:
         """Yield lines until the end of input. At a prompt, Ctrl-C drops the line; a second one in a row ends the input."""
         if not self.interactive:
-            yield from (line.rstrip("\r\n") for line in sys.stdin)
+            try:
+                yield from (line.rstrip("\r\n") for line in sys.stdin)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    'stdin holds no text; read an image from it with a question: llava chat - "What is this?"'
+                ) from error
             return
         # \001 and \002 tell readline that what is between them has no width.
         shown = f"\001{style_code('bold')}\002{prompt}\001{RESET}\002" if self.use_colors else prompt

@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
         description="Show everything that happens between a question and its answer, or in a training step of one sample.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, then the question")
+    parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="image files or URLs, and the question")
     add_model_flags(parser, bits=False)
     add_number(parser, "--temperature", 0.0, "T", "0 is greedy")
     add_number(parser, "--max-new-tokens", 64, "N", "length of the answer")
@@ -75,16 +75,18 @@ def run(args: Namespace, training_flags: Sequence[str] = ()) -> int:
 
 
 def _trace_question(args: Namespace) -> int:
-    from llava.cli.chat import load_model, split_words
+    from llava.cli.chat import load_model
+    from llava.cli.image_words import read_words
     from llava.cli.model_flags import find_model
     from llava.session import LoadedImage
 
-    sources, question = split_words(args.words)
+    words = read_words(args.words)
+    question = words.question
     if question is None:
         raise InputError('say what to ask: llava trace photo.jpg "What is in this picture?"')
     if args.conv_mode is not None:
         get_template(args.conv_mode)
-    images = [LoadedImage.open(source) for source in sources]
+    images = [LoadedImage.open(source) for source in words.sources]
     check_question(question, len(images))
     args.model_path = find_model(args.model_path)
     sampling = sampling_from(args)
@@ -105,7 +107,8 @@ def _trace_question(args: Namespace) -> int:
 
         page = page_of_answer(traced, compute_views(traced, gradients=not args.no_gradients))
     answer = traced.answer.text if traced.answer else None
-    return _show(args, traced.record, {"question": question, "images": sources, "answer": answer}, page)
+    facts: dict[str, object] = {"question": question, "images": [image.source for image in images], "answer": answer}
+    return _show(args, traced.record, facts, page)
 
 
 def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:

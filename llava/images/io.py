@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import io
 import re
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava.errors import InputError
 from llava.images.download import DEFAULT_LIMITS, ImageLimits, fetch, public_name, too_large
@@ -27,9 +29,45 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # Formats tried, the usual ones first: the rest need all of Pillow's plugins. Other formats of Pillow are left out: some
-# start programs (EPS), some accept almost any bytes (TGA). HEIF works once its own plugin is registered.
+# start programs (EPS), some accept almost any bytes (TGA).
 USUAL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-OTHER_FORMATS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "QOI", "DIB", "HEIF")
+OTHER_FORMATS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "QOI", "DIB", "HEIF", "JXL")
+
+
+class AddedFormat(NamedTuple):
+    """A format that Pillow reads with another package, or in some of its builds only."""
+
+    name: str
+    what: str  # for messages
+    start: re.Pattern[bytes]
+    package: str
+    module: str
+    register: str = ""  # a function of the module to call; else its import suffices
+
+
+ADDED_FORMATS = (
+    AddedFormat(
+        "AVIF",
+        "an AVIF image",
+        re.compile(rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,6}?avif)", re.DOTALL),
+        "pillow-avif-plugin",
+        "pillow_avif",
+    ),
+    AddedFormat(
+        "HEIF",
+        "a HEIC photograph",
+        re.compile(rb".{4}ftyp(?:he[iv][cmsx]|m[is]f1)", re.DOTALL),
+        "pillow-heif",
+        "pillow_heif",
+        "register_heif_opener",
+    ),
+    AddedFormat("JXL", "a JPEG XL image", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "pillow-jxl-plugin", "pillow_jxl"),
+)
+_IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-7Ff]\s+[\d#]|\0\0\x01\0|qoif|"
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    re.DOTALL,
+)
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
 
@@ -90,6 +128,8 @@ def _read_file(path: Path, limits: ImageLimits) -> bytes:
             raise InputError(f"{name} is not an ordinary file.")
         with path.open("rb") as file:
             data = file.read(limits.max_bytes + 1)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"there is no image file {name}.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -132,7 +172,8 @@ def _opened(data: bytes, name: str) -> Image.Image:
 
     if not data:
         raise InputError(f"{name} is empty.")
-    for formats, import_plugins in ((USUAL_FORMATS, Image.preinit), (OTHER_FORMATS, Image.init)):
+    added = next((item for item in ADDED_FORMATS if item.start.match(data)), None)
+    for formats, import_plugins in ((USUAL_FORMATS, Image.preinit), (OTHER_FORMATS, partial(_import_plugins, added))):
         import_plugins()
         try:
             with _quiet_pillow():
@@ -147,10 +188,29 @@ def _opened(data: bytes, name: str) -> Image.Image:
             ) from None
         except Exception as error:  # Pillow's readers raise errors of many types at a broken header
             raise _broken(name, error) from error
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim"):
-        raise InputError(f"{name} is a HEIC photograph, which cannot be read here; save it as JPEG or PNG.")
+    if added is not None:
+        raise InputError(
+            f"{name} is {added.what}, which cannot be read here; install a decoder (pip install {added.package}), or save it "
+            "as JPEG or PNG."
+        )
     known = ", ".join(USUAL_FORMATS + OTHER_FORMATS[:3])
     raise InputError(f"{name} is not an image in a known format ({known}, ...).")
+
+
+def _import_plugins(added: AddedFormat | None) -> None:
+    """Import all of Pillow's plugins, and where Pillow lacks the format and its package is installed, that one."""
+    from PIL import Image
+
+    Image.init()
+    if added is not None and added.name not in Image.OPEN:
+        with suppress(ImportError):
+            plugin = importlib.import_module(added.module)
+            getattr(plugin, added.register, lambda: None)()
+
+
+def looks_like_image(data: bytes) -> bool:
+    """Whether bytes begin like an image, of a format that can be read or that an error would name."""
+    return bool(_IMAGE_START.match(data)) or any(item.start.match(data) for item in ADDED_FORMATS)
 
 
 def _decoded(

@@ -20,7 +20,7 @@ from cli_kit import CHECKPOINT, IMAGE, environment, run_llava, run_python, start
 from golden_data import HERE, golden
 from PIL import Image
 
-from llava.cli.chat import build_parser, split_words
+from llava.cli.chat import build_parser
 from llava.conversation import get_template
 from llava.engine.config import EngineError
 from llava.engine.hf_engine import HFEngine
@@ -301,13 +301,7 @@ def test_what_is_no_saved_conversation(session: Session, tmp_path: Path, content
         session.load(str(tmp_path / "bad.json"), DEFAULT_LIMITS)
 
 
-def test_questions_and_images_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "a file").write_text("")
-    words = ["a.jpg", "https://x.org/b", str(tmp_path / "a file"), "What", "is", "c.png?"]
-    assert split_words(words) == (words[:3], "What is c.png?")
-    assert split_words(["a.PNG"]) == (["a.PNG"], None)
-    assert split_words([]) == ([], None)
-    assert split_words(["x" * 5000]) == ([], "x" * 5000)
+def test_words_and_flags_come_in_any_order() -> None:
     args = build_parser().parse_args(["a.jpg", "--temperature", "0.5", "What?", "-q"])
     assert (args.words, args.temperature, args.quiet) == (["a.jpg", "What?"], 0.5, True)
 
@@ -347,6 +341,41 @@ def test_a_piped_conversation(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "error"]
     rows = json.loads(saved.read_text())["exchanges"]
     assert rows == [{"images": [IMAGE], "question": "What is it?", "answer": ANSWER}]
+
+
+def test_images_of_typed_lines(tmp_path: Path) -> None:
+    """Paths in lines and inside of a question are attached with a message; what is none is an error, and no question."""
+    long = str(HERE / IMAGE)
+    lines = [
+        f"What is it? {long}",
+        f"'{HERE}/images/noise_40x90.png'",
+        "And this?",
+        "x.HEIC",
+        "/none/x.HEIC what is it?",
+    ]
+    done = run_llava("chat", *SHORT, "--json", stdin="\n".join(lines))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["question"], row["images"]) for row in rows] == [
+        ("What is it?", [long]),
+        ("And this?", [f"{HERE}/images/noise_40x90.png"]),
+    ]
+    assert rows[0]["answer"] == ANSWER
+    assert done.returncode == 2
+    told = done.stderr.splitlines()
+    assert told[0] == f"attached {long} (64x48)"
+    assert told[1] == "asked: What is it?"
+    assert [line for line in told if "error" in line] == [
+        f"error: there is no image file '{name}'." for name in ("x.HEIC", "/none/x.HEIC")
+    ]
+
+
+def test_an_image_from_a_pipe() -> None:
+    with (HERE / IMAGE).open("rb") as image:
+        done = subprocess.run(
+            [sys.executable, "-m", "llava", "chat", *SHORT, "What is it?", "-"],
+            stdin=image, capture_output=True, text=True, cwd=HERE, env=environment(),
+        )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER + "\n", "")
 
 
 def test_max_new_tokens_is_fitted_to_the_context() -> None:

@@ -108,6 +108,18 @@ def test_no_such_image() -> None:
     assert "photo.jpg" in refused(*CLI, "photo.jpg")
 
 
+def test_an_image_that_is_none_is_never_left_out(tmp_path: Path) -> None:
+    """Wherever it stands, and whatever it was meant to be."""
+    for command in ("chat", "trace"):
+        for missing in ("x.HEIC", "photo.xyz", "no/such", "~/no.png", "file:///no/such.png", str(tmp_path)):
+            for words in ([missing, "What is it?"], ["What is it?", missing], [IMAGE, "What is it?", missing]):
+                said = refused(command, "-m", CHECKPOINT, *words)
+                assert "such" in said or "no image" in said or "folder" in said, words
+        assert "no image file 'foto.jpg'" in refused(command, "-m", CHECKPOINT, "What is in foto.jpg?")
+    for stdin in ("", "\0\1"):
+        assert "stdin" in refused_by_program(*CHAT, IMAGE, "/dev/stdin", stdin=stdin)
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A server that accepts connections and never says a word."""
