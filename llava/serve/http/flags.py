@@ -120,11 +120,20 @@ def listen_address_from(args: Namespace) -> ListenAddress:
     """Set up logging, read the keys, and bind the socket. The first key is that of requests to other servers."""
     for package in ("uvicorn", "fastapi", "httpx"):
         require(package, extra="serve")
-    from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
-    from llava.serve.http.server import bind, is_loopback, url_of
+    from llava.serve.http.server import bind, url_of
     from llava.serve.process import set_up_logging
 
     set_up_logging(args.log_level)
+    access, key = access_from(args)
+    listener = bind(args.host, args.port)
+    return ListenAddress(listener, url_of(listener, args.host), access, key)
+
+
+def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
+    """Return who may send requests, and the first of their keys."""
+    from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
+    from llava.serve.http.server import is_loopback
+
     keys = read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE))
     loopback = is_loopback(args.host)
     if not loopback and not keys:
@@ -136,5 +145,4 @@ def listen_address_from(args: Namespace) -> ListenAddress:
         origins=tuple(args.allow_origin),
         memory=memory_budget_from(args),
     )
-    listener = bind(args.host, args.port)
-    return ListenAddress(listener, url_of(listener, args.host), access, keys[0] if keys else None)
+    return access, keys[0] if keys else None
