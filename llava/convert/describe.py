@@ -19,9 +19,11 @@ from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.hf_layout import original_keys
+from llava.model.checkpoints.base_model import find_base, over_base
+from llava.model.checkpoints.hf_layout import is_transformers_layout, original_keys
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
+    ADAPTER_CONFIG,
     PROJECTOR_INFIX,
     TOWER_INFIX,
     CheckpointInfo,
@@ -68,21 +70,15 @@ def describe_checkpoint(path: str | Path) -> CheckpointDescription:
 class _Folder:
     """A model folder; each method finds out one fact."""
 
-    def __init__(self, info: CheckpointInfo) -> None:
-        self.info = info
+    def __init__(self, found: CheckpointInfo) -> None:
+        self.base = _base_on_disk(found)
+        self.info = info = over_base(found, self.base)
         self.folder = info.folder
         self.values = _original_config(info)
         self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if info.is_multimodal else None
-        self.base = self._find_base()
+        self.stores_tower = info.tower_in_checkpoint or (self.base is not None and self.base.tower_in_checkpoint)
         self.tower_folder = self._find_tower()
         self.tower = self._tower_config()
-
-    def _find_base(self) -> CheckpointInfo | None:
-        hint = self.info.base_hint
-        if not self.info.needs_base or hint is None:
-            return None
-        place = next((place for place in (self.folder / hint, Path(hint)) if (place / "config.json").is_file()), None)
-        return inspect(place) if place is not None else None
 
     def _find_tower(self) -> Path | None:
         """The vision tower's folder, if it is on this disk."""
@@ -110,7 +106,7 @@ class _Folder:
         headers = self.headers()
         stored_tower = [h for name, h in headers.items() if TOWER_INFIX in name]
         tower = _count(stored_tower)
-        if not self.info.tower_in_checkpoint and self.tower_folder is not None and _holds_weights(self.tower_folder):
+        if not self.stores_tower and self.tower_folder is not None and _holds_weights(self.tower_folder):
             tower = _count(tower_headers(self.tower_folder).values())
         parts = {
             "language model": _count(h for n, h in headers.items() if TOWER_INFIX not in n and not _is_added(n)),
@@ -171,6 +167,8 @@ class _Folder:
         }
 
     def _kind(self) -> str:
+        if self.settings is None and self.info.kind == "lora":
+            return "an adapter for a base model"
         if self.settings is None:
             return "a language model without a vision tower"
         kinds = {
@@ -207,6 +205,8 @@ class _Folder:
         name = settings.vision.tower
         if self.info.tower_in_checkpoint:
             where = "weights in this checkpoint"
+        elif self.stores_tower and self.base is not None:
+            where = f"weights in the base {self.base.folder}"
         elif self.tower_folder is not None:
             where = f"weights in {self.tower_folder}"
         else:
@@ -253,13 +253,14 @@ class _Folder:
         if config is None:
             return None
         modules = config.get("target_modules") or []
-        return f"rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {len(modules)} kinds of modules"
+        where = f"modules named {modules}" if isinstance(modules, str) else f"{len(modules)} kinds of modules"
+        return f"rank {config.get('r')}, alpha {config.get('lora_alpha')}, on {where}"
 
     def _missing(self) -> Iterable[str]:
         if self.info.needs_base and self.base is None:
             named = f" (its files name {self.info.base_hint})" if self.info.base_hint else ""
             yield f"the base model{named}; give its folder with --model-base"
-        if self.settings is not None and not self.info.tower_in_checkpoint:
+        if self.settings is not None and not self.stores_tower:
             if self.tower_folder is None:
                 yield f"the vision tower {self.settings.vision.tower!r}, which loading looks for on the hub"
             elif not _holds_weights(self.tower_folder):
@@ -275,6 +276,11 @@ class _Folder:
 
     def _readers(self) -> dict[str, str]:
         """Which programs read this folder as it is, and which conversion the others need."""
+        if self.info.kind == "lora" and not self.info.is_adapter_of_llava:
+            return {
+                "llava": "yes, with its base model",
+                "PEFT": "yes, over the base in the layout that it was trained in",
+            }
         if self.settings is None:
             return {"llava": "text only"}
         is_theirs = self.info.kind == "transformers"
@@ -302,15 +308,26 @@ class _Folder:
         return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
 
 
+def _base_on_disk(info: CheckpointInfo) -> CheckpointInfo | None:
+    """The base that the folder's files name, if it is on this disk."""
+    hint = info.base_hint
+    if not info.needs_base or hint is None:
+        return None
+    places = (info.folder / hint, Path(hint))
+    names = ("config.json", ADAPTER_CONFIG)
+    place = next((place for place in places if any((place / name).is_file() for name in names)), None)
+    return find_base(info, place) if place is not None and place != info.folder else None
+
+
 def _original_config(info: CheckpointInfo) -> dict[str, Any]:
     """The config's keys in the original layout, as far as the file has them; transformers' defaults are not loaded."""
     config = dict(info.config)
-    if info.kind != "transformers":
+    if not is_transformers_layout(config):
         return config
     for part, values in _TRANSFORMERS_DEFAULTS.items():
         config[part] = {**values, **(config.get(part) or {})}
     known = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_grid_pinpoints": []}
-    return original_keys({**known, **config}, folder=info.folder)
+    return original_keys({**known, **config}, folder=info.config_folder)
 
 
 # What a published config.json may leave out.

@@ -24,7 +24,7 @@ from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.hf_layout import translate_config
+from llava.model.checkpoints.base_model import original_config
 from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
@@ -190,11 +190,10 @@ def open_source(path: str | Path, *, base: str | Path | None = None, dtype: str 
     """
     meta_model = open_meta_model(path, base)
     info = meta_model.info
-    config = dict(info.config)
+    config = original_config(info)
     cut_rows = None
     if info.kind == "transformers":
         kept = info.folder / ORIGINAL_FILES / "config.json"
-        config = translate_config(config, folder=info.folder)
         if kept.is_file():
             before = read_json(kept)
             if _is_same_model(before, config):

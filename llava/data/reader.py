@@ -71,7 +71,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     `conv_mode` (the name of a template) and `max_length` (in tokens) replace the model's own.
     """
     from llava.model import builder
-    from llava.model.checkpoints.hf_layout import translate_config
+    from llava.model.checkpoints.base_model import inspect_with_base, original_config
     from llava.model.checkpoints.hub import resolve_checkpoint
     from llava.model.checkpoints.inspect import inspect
     from llava.model.config import LlavaSettings
@@ -82,13 +82,12 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     folder = resolve_checkpoint(path)
     tokenizer = builder.load_tokenizer(folder)
     info = inspect(folder)
+    if not info.config:
+        info, _ = inspect_with_base(folder)
     name = conv_mode or template_name(info.config, tokenizer, folder.name)
     if name not in conv_templates:
         raise InputError(f"--conv-mode is {name!r}; known: {', '.join(sorted(conv_templates))}")
-    values = info.config
-    if info.kind == "transformers":
-        values = translate_config(values, folder=folder)
-    config = SimpleNamespace(**{**values, "name_or_path": str(folder)})
+    config = SimpleNamespace(**{**original_config(info), "name_or_path": str(info.config_folder)})
     settings = LlavaSettings.from_hf(config)
     has_tower = bool(settings.vision.tower)
     limit = max_length or context_len(config)

@@ -2,8 +2,8 @@
 
 In: a folder or hub repository, a base where the folder needs one, device and dtype. Out: tokenizer, model, image processor,
 context length; `load` adds the conversation template and the Processor. What a folder holds is decided in
-checkpoints/inspect.py, its config is built in checkpoints/model_config.py, tensors are loaded by checkpoints/loading.py,
-device and dtype are picked in device.py.
+checkpoints/inspect.py, its base is found in checkpoints/base_model.py, its config is built in checkpoints/model_config.py,
+tensors are loaded by checkpoints/loading.py, device and dtype are picked in device.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor
+from llava.model.checkpoints.base_model import inspect_with_base, original_config
 from llava.model.checkpoints.hub import resolve_checkpoint
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.inspect import CheckpointInfo, tokenizer_folder
 from llava.model.checkpoints.loading import (
     Origins,
     build_with_transformers,
@@ -37,14 +38,9 @@ from llava.model.checkpoints.loading import (
     load_with_transformers,
     plan_sources,
     warn_of_unused_tower,
+    with_own_tower,
 )
-from llava.model.checkpoints.model_config import (
-    build_config,
-    find_base,
-    named_base,
-    resolved_tower_path,
-    restore_config,
-)
+from llava.model.checkpoints.model_config import build_config, resolved_tower_path, restore_config
 from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
@@ -167,8 +163,7 @@ def load(
     Raises:
         InputError: The folder is no complete model, or this machine cannot do what was asked for.
     """
-    info = inspect(path)
-    base_info = find_base(info, base)
+    info, base_info = inspect_with_base(path, base)
     _check_attention(attn_implementation)
     needed_bytes = info.stored_bytes + (base_info.stored_bytes if base_info is not None else 0)
     placement = pick_placement(device, device_map, needed_bytes=needed_bytes)
@@ -184,15 +179,14 @@ def load(
         require("accelerate", extra="quant")
         loader_options["device_map"] = placement.device_map or {"": str(target)}
 
-    config = build_config(info, base_info)
+    config = build_config(info)
     if attn_implementation is not None:
         set_attention(config, attn_implementation)
     build = _build_multimodal if is_multimodal(config.to_dict()) else _build_language_model
     model, origins = build(info, base_info, config, target, chosen_dtype, loader_options)
     read_generation_config(model, info, base_info)
 
-    holder = info.folder if holds_tokenizer(info.folder) or base_info is None else base_info.folder
-    tokenizer = read_tokenizer(holder, model.config)
+    tokenizer = read_tokenizer(tokenizer_folder(info, base_info), model.config)
     fit_vocabulary(model, tokenizer)
     check_origins(model, origins)
     model.eval()
@@ -217,11 +211,11 @@ def load(
 def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:
     """Load the tokenizer of a model folder alone, with the tokens that its config adds; no weights are read."""
     folder = resolve_checkpoint(path)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    holder = folder
-    if not holds_tokenizer(folder):
-        holder = resolve_checkpoint(base or named_base(inspect(folder)), what="base model")
-    return read_tokenizer(holder, SimpleNamespace(**config))
+    if holds_tokenizer(folder):
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        return read_tokenizer(folder, SimpleNamespace(**config))
+    info, base_info = inspect_with_base(folder, base)
+    return read_tokenizer(tokenizer_folder(info, base_info), SimpleNamespace(**original_config(info)))
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -257,7 +251,9 @@ def _build_multimodal(
 
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-    with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
+    with resolved_tower_path(config, info, base_info, stored=sources.stores_tower or sources.merges_tower):
+        if sources.merges_tower and not sources.stores_tower:
+            sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
         if info.stores_quantized:  # packed in a form that only the library which packed them reads
             place = loader_options.get("device_map", {"": str(device)})
             model, origins = load_quantized(model_class, config, info, dtype, place)

@@ -34,7 +34,7 @@ from llava.model.checkpoints.loading import (
     load_with_transformers,
     plan_sources,
 )
-from llava.model.config import LlavaSettings
+from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
@@ -142,7 +142,7 @@ def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan
     )
     own_tower = loaded.model.config.mm_vision_tower
     if model_args.vision_tower and model_args.vision_tower != own_tower:
-        if info.tower_in_checkpoint:
+        if info.tower_in_checkpoint or own_tower == OWN_FOLDER:
             logger.warning(
                 "%s has a trained vision tower of its own, which is used; --vision_tower %s is not",
                 info.folder, model_args.vision_tower,

@@ -18,7 +18,7 @@ from typing import Any
 from llava.diagnose.checks.findings import DoctorFinding, Fix, found, reported
 from llava.errors import InputError
 from llava.files import read_json
-from llava.model.checkpoints.hf_layout import translate_config
+from llava.model.checkpoints.base_model import find_base, original_config, over_base
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -44,6 +44,7 @@ class ExaminedCheckpoint:
     folder: Path
     base: ExaminedCheckpoint | None = None
     base_named: str | None = None  # the base that was given, or that the folder's own files name
+    base_info: CheckpointInfo | None = None  # the base as loading finds it; set by `check_base_files`
     extras: dict[str, Any] = field(default_factory=dict)  # results of checks for later ones: tower, tokenizer
 
     @cached_property
@@ -52,21 +53,23 @@ class ExaminedCheckpoint:
         return read_config(self.folder, required=not (self.folder / ADAPTER_CONFIG).is_file())
 
     @cached_property
-    def info(self) -> CheckpointInfo:
+    def _found(self) -> CheckpointInfo:
         return inspect(self.folder)
+
+    @property
+    def info(self) -> CheckpointInfo:
+        """What the folder holds; an adapter without a config of its own has its base's."""
+        return over_base(self._found, self.base_info)
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
-        """The config in the original layout; for an adapter without one, its base's."""
-        values = self.info.config
-        if self.info.kind == "transformers":
-            return translate_config(values, folder=self.folder)
-        return values or (self.base.values if self.base is not None else values)
+        """The config in the original layout."""
+        return original_config(self.info)
 
     @property
     def view(self) -> SimpleNamespace:
         """The config as the attributes that `LlavaSettings` reads."""
-        return SimpleNamespace(**{**self.values, "name_or_path": str(self.folder)})
+        return SimpleNamespace(**{**self.values, "name_or_path": str(self.info.config_folder)})
 
     @cached_property
     def settings(self) -> LlavaSettings:
@@ -75,7 +78,7 @@ class ExaminedCheckpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorHeader]:
         """Every stored tensor by its published name; the folder's own override the base's."""
-        below = self.base.tensors if self.base is not None else {}
+        below = {**self.base_info.tensors, **self.base_info.extras} if self.base_info is not None else {}
         return {**below, **self.info.tensors, **self.info.extras}
 
     def named(self, ending: str) -> TensorHeader | None:
@@ -214,8 +217,13 @@ def check_base(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     except InputError as error:  # each file is readable, but together they are no checkpoint
         yield found("weights-config", str(error), "compare the folder with the one that it was copied from")
         return
-    if not info.needs_base or checkpoint.base is not None:
+    if checkpoint.base is None and not info.needs_base:
         return
+    if checkpoint.base is None:
+        yield from _find_named_base(checkpoint, info)
+
+
+def _find_named_base(checkpoint: ExaminedCheckpoint, info: CheckpointInfo) -> Iterator[DoctorFinding]:
     hint = info.base_hint
     places = [checkpoint.folder / hint, Path(hint)] if hint else []
     place = next((place for place in places if place.is_dir() and place != checkpoint.folder), None)
@@ -234,9 +242,14 @@ def check_base(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
 
 
 def check_base_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
-    if checkpoint.base is not None:
-        yield from check_config(checkpoint.base)
-        yield from check_weight_files(checkpoint.base)
+    base = checkpoint.base
+    if base is None:
+        return
+    findings = [*check_config(base), *check_weight_files(base)]
+    yield from findings
+    if not findings:
+        with reported("base-missing", "give its base model with --model-base", base=checkpoint.base_named):
+            checkpoint.base_info = find_base(checkpoint.info, base.folder)
 
 
 def _delete(name: str) -> Fix:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, r
 from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
 from llava.model import tokenizer_setup
+from llava.model.checkpoints.inspect import tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +31,9 @@ MARKERS = ("<im_patch>", "<im_start>", "<im_end>")
 LEAST_SHARE = 0.5
 
 
-def tokenizer_folder(checkpoint: ExaminedCheckpoint) -> Path:
-    own = checkpoint.folder
-    return own if holds_tokenizer(own) or checkpoint.base is None else checkpoint.base.folder
-
-
 def check_tokenizer(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check that the tokenizer loads and decodes what it encoded."""
-    folder = tokenizer_folder(checkpoint)
+    folder = tokenizer_folder(checkpoint.info, checkpoint.base_info)
     if not holds_tokenizer(folder):
         yield found(
             "tokenizer-missing",
@@ -148,7 +143,10 @@ def check_special_tokens(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFindi
     template = get_template(name)
     prompt = _rendered(template, [{"content": QUESTION}, {"content": ANSWER}])
     ids = tokenizer(prompt).input_ids
-    begin, is_own = checkpoint.values.get("bos_token_id"), tokenizer_folder(checkpoint) == checkpoint.folder
+    begin, is_own = (
+        checkpoint.values.get("bos_token_id"),
+        tokenizer_folder(checkpoint.info, checkpoint.base_info) == checkpoint.folder,
+    )
     if (
         checkpoint.info.language_model == "llama"
         and name in LLAMA_TEMPLATES

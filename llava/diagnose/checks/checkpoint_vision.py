@@ -18,6 +18,7 @@ from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import image_mode, parse_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
+from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -122,7 +123,7 @@ def _tower_parts(
             model_type=kind,
         )
         return
-    place = view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.folder
+    place = view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.info.config_folder
     with reported("preprocessor", COPY_PREPROCESSOR, mm_vision_tower=view.mm_vision_tower):
         ClipImageProcessor.from_pretrained(place, vision_config=described)
     with reported("config-value", "set s2_scales to what the model was trained with"):  # if they do not fit the tower
@@ -138,7 +139,7 @@ def _tower_parts(
             hidden_states=states,
         )
     settings = checkpoint.settings
-    if settings.vision.in_checkpoint and not checkpoint.info.stores_tower:
+    if settings.vision.in_checkpoint and not any(TOWER_INFIX in name for name in checkpoint.tensors):
         folder = Path(view.mm_vision_tower)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             yield found(

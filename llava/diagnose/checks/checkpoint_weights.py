@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava.diagnose.checks.checkpoint_files import COPY_AGAIN, ExaminedCheckpoint
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
+from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX
 from llava.model.checkpoints.lora import ADAPTER_NAME
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors
@@ -27,7 +28,8 @@ def check_adapter(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     info = checkpoint.info
     if not info.adapter or checkpoint.base is None:
         return
-    base = checkpoint.base.tensors
+    base = {comparable_name(name): header for name, header in checkpoint.tensors.items()}
+    stores_tower = any(TOWER_INFIX in name for name in base)
     rank = (info.adapter_config or {}).get("r")
     absent, other, empty, ranks = [], [], [], set()
     for name, header in info.adapter.items():
@@ -37,9 +39,11 @@ def check_adapter(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         if header.num_elements == 0:
             empty.append(header)
             continue
+        if len(header.shape) == 1 or (TOWER_INFIX in name and not stores_tower):  # a bias; a tower in its own folder
+            continue
         axis = 0 if match["part"] == "lora_A" else 1
         ranks.add(header.shape[axis])
-        target = base.get(match["module"] + ".weight")
+        target = base.get(comparable_name(match["module"]) + ".weight")
         if target is None:
             absent.append(match["module"])
         elif header.shape[1 - axis] != target.shape[1 - axis]:
@@ -97,17 +101,19 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     import torch
     from transformers.initialization import no_init_weights
 
-    from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources
+    from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources, with_own_tower
     from llava.model.checkpoints.model_config import build_config, resolved_tower_path
     from llava.model.language_model.registry import llava_classes
 
-    base_info = checkpoint.base.info if checkpoint.base is not None else None
+    base_info = checkpoint.base_info
     folder = str(checkpoint.folder)
     with reported("weights-config", "take config.json and weights from one and the same save", folder=folder):
-        config = build_config(info, base_info)
+        config = build_config(info)
         _, model_class = llava_classes(info.language_model)
         sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-        with resolved_tower_path(config, info, base_info, stored=sources.stores_tower):
+        with resolved_tower_path(config, info, base_info, stored=sources.stores_tower or sources.merges_tower):
+            if sources.merges_tower and not sources.stores_tower:
+                sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
             with torch.device("meta"), no_init_weights():
                 meta_model = model_class(copy.deepcopy(config))
             meta_model.tie_weights()

@@ -158,7 +158,7 @@ CAUSES: dict[str, Cause] = {
     ),
     # Adapters
     "base-missing": Cause(
-        "the base model is not where the folder says", ("llava/model/checkpoints/model_config.py:find_base",)
+        "the base model is not where the folder says", ("llava/model/checkpoints/base_model.py:find_base",)
     ),
     "lora-base": Cause(
         "the adapter changes tensors that the base does not have, or that have another shape there", _LOADING

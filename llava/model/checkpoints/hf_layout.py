@@ -32,6 +32,10 @@ NAME_RULES = (
     (re.compile(r"^language_model\."), ""),
 )
 
+# A tower's tensors in the original layout, and the level of their names that not every version of transformers writes.
+PUBLISHED_TOWER = "model.vision_tower.vision_tower."
+VISION_MODEL_LEVEL = re.compile(r"(^vision_tower\.|\.vision_tower\.vision_tower\.)vision_model\.")
+
 # Keys that this layout does not have and our conversion writes to its config; other readers ignore them.
 OWN_KEYS = ("conv_mode", "tokenizer_model_max_length")
 
@@ -48,11 +52,18 @@ def is_transformers_layout(config: Mapping[str, Any]) -> bool:
 
 
 def published_name(name: str) -> str:
-    """The name of a tensor in published checkpoints in the original layout."""
+    """The name of a tensor in published checkpoints in the original layout; such a name is returned as it is."""
+    if name.startswith(PUBLISHED_TOWER):
+        return name
     for pattern, replacement in NAME_RULES:
         if pattern.match(name):
             return pattern.sub(replacement, name, count=1)
     return name
+
+
+def comparable_name(name: str) -> str:
+    """The name without the tower's `vision_model.` level, which not every version of transformers writes."""
+    return VISION_MODEL_LEVEL.sub(r"\1", name)
 
 
 def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor u
 
     full          a LLaVA in the original layout: config with `mm_*` keys, weights of the language model and projector
     projector     config with `mm_*` keys and `mm_projector.bin`; the language model is in a base folder
-    lora          adapter_config.json and adapter weights; the language model is in a base folder
+    lora          adapter_config.json and adapter weights; the language model is in a base folder, which may be in either
+                  layout, and its config too where PEFT alone wrote the folder
     transformers  the layout of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration
     language      a language model without a vision tower
 
@@ -15,13 +16,13 @@ by loading.py, and hub repositories are found by hub.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.files import read_json
+from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
@@ -41,9 +42,20 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 
+# Settings of adapter_config.json, with which an adapter is no sum of products and so cannot be merged.
+NOT_MERGED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "target_parameters",
+    "use_bdlora", "use_qalora",
+)  # fmt: skip
+# Ways to begin training, by their first letters, that change the base's weights.
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 # Parts of the names of a LLaVA's tensors.
 TOWER_INFIX = ".vision_tower.vision_tower."
 PROJECTOR_INFIX = "mm_projector."
+
+VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
+VOCABULARY_MODULE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.(weight$|lora_)")
 
 # Names in a tower module begin with this; a whole CLIP or SigLIP model has parts that a tower does not.
 TOWER_MODULE_PREFIX = "vision_tower."
@@ -57,11 +69,15 @@ class CheckpointInfo:
     folder: Path
     kind: str
     config: Mapping[str, Any]
+    config_folder: Path  # whose config.json `config` is: the base's, for an adapter without one (`over_base`)
     language_model: str  # the transformers model type inside: llama, mistral, mpt, qwen2, ...
     tensors: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
     extras: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)  # projector or non-LoRA tensors
     adapter: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)
     adapter_config: Mapping[str, Any] | None = None
+    adapters_below: tuple[
+        CheckpointInfo, ...
+    ] = ()  # of a base that is itself base and adapters, in the order of merging
     base_hint: str | None = None  # the base model that the folder's files name
     has_legacy_config: bool = False  # written before model_type said llava; read as llava_llama
 
@@ -71,7 +87,48 @@ class CheckpointInfo:
 
     @property
     def is_multimodal(self) -> bool:
-        return self.kind == "transformers" or is_multimodal(self.config)
+        return is_transformers_layout(self.config) or is_multimodal(self.config)
+
+    @property
+    def is_adapter_of_llava(self) -> bool:
+        """Whether LLaVA's own training wrote the adapter: with a config, and with the modules beside the language model."""
+        return self.kind == "lora" and bool(self.config) and self.config_folder == self.folder
+
+    @property
+    def adapter_changes_tower(self) -> bool:
+        """Whether an adapter, or one below it, changes the tower; biases that LLaVA's `lora_bias all` adds do not count."""
+        return any(TOWER_INFIX in name for name in self._merged_names)
+
+    @property
+    def adapter_changes_vocabulary(self) -> bool:
+        """Whether an adapter changes embeddings or output layer, which PEFT does not keep equal where the base ties them."""
+        return any(VOCABULARY_MODULE.search(name) for name in self._merged_names)
+
+    @property
+    def adapter_vocabulary_size(self) -> int:
+        """The rows of the largest embedding table or output layer that an adapter stores whole; 0 without one."""
+        sizes = (h.shape[0] for layer in self._adapters for n, h in layer.adapter.items() if VOCABULARY.search(n))
+        return max(sizes, default=0)
+
+    @property
+    def _adapters(self) -> tuple[CheckpointInfo, ...]:
+        return (*self.adapters_below, self)
+
+    @property
+    def _merged_names(self) -> Iterator[str]:
+        return (name for layer in self._adapters for name in layer.merged_adapter)
+
+    @property
+    def merged_adapter(self) -> Mapping[str, TensorHeader]:
+        """The adapter's tensors that are merged.
+
+        LLaVA's own training with `lora_bias all` adds the biases of tower and projector, which are trained and stored with
+        their own modules, or not at all.
+        """
+        if not self.is_adapter_of_llava:
+            return self.adapter
+        beside = (TOWER_INFIX, PROJECTOR_INFIX)
+        return {n: h for n, h in self.adapter.items() if "lora_" in n or not any(infix in n for infix in beside)}
 
     @property
     def stores_tower(self) -> bool:
@@ -90,7 +147,7 @@ class CheckpointInfo:
         """
         config = self.config
         return (
-            self.kind == "transformers"
+            is_transformers_layout(config)
             or bool(config.get("unfreeze_mm_vision_tower"))
             or "mm_vision_tower" in str(config.get("mm_tunable_parts")).split(",")
             or config.get("mm_vision_tower_lr") is not None
@@ -108,8 +165,16 @@ class CheckpointInfo:
 
 
 def folders_of(info: CheckpointInfo, base: CheckpointInfo | None) -> list[Path]:
-    """The folders in which a model's files are looked up: the checkpoint's, then its base's."""
-    return [info.folder] if base is None else [info.folder, base.folder]
+    """The folders in which a model's files are looked up: the checkpoint's, then those of what it was trained on."""
+    if base is None:
+        return [info.folder]
+    return [info.folder, *(layer.folder for layer in reversed(base.adapters_below)), base.folder]
+
+
+def tokenizer_folder(info: CheckpointInfo, base: CheckpointInfo | None) -> Path:
+    """The folder whose tokenizer a model has; the last one where none holds a tokenizer."""
+    folders = folders_of(info, base)
+    return next((folder for folder in folders if holds_tokenizer(folder)), folders[-1])
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
@@ -121,16 +186,18 @@ def inspect(path: str | Path) -> CheckpointInfo:
     projector = _first_file(folder, PROJECTOR_FILES)
     non_lora = _first_file(folder, NON_LORA_FILES)
 
-    if is_transformers_layout(config):
-        kind = "transformers"
-    elif adapter_config is not None and not stored:
+    if adapter_config is not None and not stored:
         kind = "lora"
+    elif is_transformers_layout(config):
+        kind = "transformers"
     elif stored:
         kind = "full" if is_multimodal(config) else "language"
     elif projector is not None:
         kind = "projector"
     else:
         kind = ""
+    if kind == "lora":
+        _check_adapter_config(adapter_config or {}, folder / ADAPTER_CONFIG)
     if kind in ("", "transformers") and not stored:
         raise InputError(
             f"the folder {folder} holds no weights: expected one of {', '.join(name for name, _ in WEIGHT_FORMS)}, "
@@ -151,6 +218,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
         folder=folder,
         kind=kind,
         config=_upgraded(config),
+        config_folder=folder,
         language_model=language_model_type(config),
         tensors={published_name(name) if kind == "transformers" else name: h for name, h in stored.items()},
         extras=extras,
@@ -228,11 +296,40 @@ def _adapter_tensors(folder: Path) -> dict[str, TensorHeader]:
     file = _first_file(folder, ADAPTER_FILES)
     if file is None:
         raise InputError(f"the folder {folder} has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}")
-    return {_without_peft_prefix(name): header for name, header in read_headers(file).items()}
+    return {published_name(_without_peft_levels(name)): header for name, header in read_headers(file).items()}
+
+
+def _check_adapter_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raise an `InputError` if an adapter is no LoRA, or has settings with which it cannot be merged."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"{file}: the adapter is of type {kind!r}; only LORA adapters can be merged")
+    special = next((key for key in NOT_MERGED if config.get(key)), None)
+    if special is not None:
+        raise InputError(
+            f"{file}: the adapter was trained with {special} ({config[special]!r}), and cannot be merged; load it with PEFT"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise InputError(
+            f"{file}: the adapter was trained with init_lora_weights {start!r}, which changes the base's weights before "
+            "training; merge it with PEFT, or save it there with path_initial_model_for_weight_conversion"
+        )
+    for key in ("r", "lora_alpha"):
+        if type(config.get(key)) not in (int, float) or config[key] <= 0:
+            raise InputError(f"{file} has {key} {config.get(key)!r}; it must be a number above 0")
 
 
 def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _without_peft_levels(name: str) -> str:
+    """The name of a module of the base, without the levels that PEFT adds around one that it saves whole."""
+    name = _without_peft_prefix(name)
+    for level in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
+        name = name.replace(level, ".")
+    return name
 
 
 def _without_peft_prefix(name: str) -> str:

@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
-from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, CheckpointInfo, tower_headers
+from llava.model.checkpoints.hf_layout import comparable_name
+from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABULARY, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
 
@@ -36,12 +37,8 @@ ADDED_PART = re.compile(
     r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|(?:embed_tokens|wte)\.weight)"
 )
 
-VISION_MODEL_LEVEL = re.compile(r"(^vision_tower\.|\.vision_tower\.vision_tower\.)vision_model\.")
-
 # Where each weight of a model comes from, by name: the file that it was read from, or the reason why it was made.
 Origins = dict[str, str]
-
-VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class WeightSources:
     folder: str
     merge: LoraMerge | None = None
     stores_tower: bool = False  # the checkpoint's or its base's stored tower is used, not its own folder's weights
+    merges_tower: bool = False  # the adapter changes the tower
     unused_tower: Mapping[str, TensorHeader] = field(repr=False, default_factory=dict)  # stored beside a frozen tower
     may_grow_vocabulary: bool = False  # a base model has fewer rows than the checkpoint that adds image tokens
 
@@ -66,28 +64,30 @@ def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: s
         match = ADDED_PART.fullmatch(name)
         own[f"{prefix}.{match[1]}" if match else name] = header
     headers = {**base.tensors, **base.extras, **own} if base is not None else own
+    if info.adapter_changes_vocabulary and "lm_head.weight" not in headers:  # tied in the base, and not any more
+        headers["lm_head.weight"] = next(header for name, header in headers.items() if VOCABULARY.search(name))
+    merge = None
+    for layer in (*(base.adapters_below if base is not None else ()), info):
+        if layer.adapter:
+            merge = load_adapter(layer.merged_adapter, layer.adapter_config or {}, after=merge)
     tower = {name: header for name, header in headers.items() if TOWER_INFIX in name}
     is_trained = info.trains_tower or (base is not None and base.trains_tower)
     return WeightSources(
         headers=headers if is_trained else {name: header for name, header in headers.items() if name not in tower},
         folder=str(info.folder) if base is None else f"{info.folder} with the base {base.folder}",
-        merge=load_adapter(_adapter_of_language_model(info), info.adapter_config or {}) if info.adapter else None,
+        merge=merge,
         stores_tower=bool(tower) and is_trained,
+        merges_tower=info.adapter_changes_tower,
         unused_tower={} if is_trained else tower,
         may_grow_vocabulary=info.needs_base,
     )
 
 
-def _adapter_of_language_model(info: CheckpointInfo) -> dict[str, TensorHeader]:
-    """The adapter without the biases of tower and projector, which `lora_bias all` adds.
-
-    These are trained and stored with their own modules, or not at all.
-    """
-    return {
-        name: header
-        for name, header in info.adapter.items()
-        if "lora_" in name or not any(infix in name for infix in (TOWER_INFIX, PROJECTOR_INFIX))
-    }
+def with_own_tower(sources: WeightSources, folder: Path, *, prefix: str) -> WeightSources:
+    """Add the tensors of a tower's own folder to the sources, under the names that they have in the model."""
+    inner = f"{prefix}.vision_tower."
+    towers = {inner + name: header for name, header in tower_headers(folder).items()}
+    return replace(sources, headers={**sources.headers, **towers})
 
 
 def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[str, TensorHeader]:
@@ -96,9 +96,13 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[
     Raises:
         InputError: Keys are missing or unexpected, or shapes differ.
     """
-    own_names = {_key(name): name for name in expected}
-    found = {own_names[_key(name)]: header for name, header in sources.headers.items() if _key(name) in own_names}
-    _refuse_unexpected_keys([name for name in sources.headers if _key(name) not in own_names], sources)
+    own_names = {comparable_name(name): name for name in expected}
+    found = {
+        own_names[comparable_name(name)]: header
+        for name, header in sources.headers.items()
+        if comparable_name(name) in own_names
+    }
+    _refuse_unexpected_keys([name for name in sources.headers if comparable_name(name) not in own_names], sources)
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -115,12 +119,7 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[
                 "the weights and the config.json do not belong together"
             )
     if sources.merge is not None:
-        absent = sorted(sources.merge.targets - found.keys())
-        if absent:
-            raise InputError(
-                f"the adapter {sources.merge.source} changes tensor {absent[0]!r}{_and_more(absent)}, which the base model "
-                "does not have; it was trained on another base model"
-            )
+        sources.merge.check_targets(found, expected)
     return found
 
 
@@ -164,11 +163,11 @@ def warn_of_unused_tower(sources: WeightSources, folder: Path) -> None:
     """
     if not sources.unused_tower:
         return
-    used = {_key(f"model.vision_tower.{name}"): header for name, header in tower_headers(folder).items()}
+    used = {comparable_name(f"model.vision_tower.{name}"): header for name, header in tower_headers(folder).items()}
     different = [
         name
         for name, header in sources.unused_tower.items()
-        if (beside := used.get(_key("model" + name[name.index(TOWER_INFIX) :]))) is not None
+        if (beside := used.get(comparable_name("model" + name[name.index(TOWER_INFIX) :]))) is not None
         and not _equal(header, beside)
     ]
     if different:
@@ -255,11 +254,6 @@ def build_with_transformers(
 def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The persistent tensors of a model by name; tied weights appear under each of their names."""
     return dict(model.state_dict(keep_vars=True))
-
-
-def _key(name: str) -> str:
-    """The name without the tower's `vision_model.` level, which not every version of transformers writes."""
-    return VISION_MODEL_LEVEL.sub(r"\1", name)
 
 
 def _refuse_unexpected_keys(names: list[str], sources: WeightSources) -> None:

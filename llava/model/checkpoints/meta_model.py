@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect, tower_headers
+from llava.model.checkpoints.base_model import inspect_with_base
+from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.checkpoints.loading import (
     WeightSources,
     expected_tensors,
@@ -26,8 +27,9 @@ from llava.model.checkpoints.loading import (
     match_names,
     plan_sources,
     warn_of_unused_tower,
+    with_own_tower,
 )
-from llava.model.checkpoints.model_config import build_config, find_base, resolved_tower_path, restore_config
+from llava.model.checkpoints.model_config import build_config, resolved_tower_path, restore_config
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 from llava.model.protocols import LlavaModel
 
@@ -56,7 +58,7 @@ class MetaModel:
     def is_stored_as_is(self, name: str) -> bool:
         """Whether `read` returns the tensor of the file unchanged."""
         merge = self.sources.merge
-        return self.found[name].shape == self.shapes[name] and (merge is None or name not in merge.targets)
+        return self.found[name].shape == self.shapes[name] and (merge is None or not merge.changes(name))
 
 
 def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaModel:
@@ -67,7 +69,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     """
     from llava.model.language_model.registry import llava_classes
 
-    info = inspect(path)
+    info, base_info = inspect_with_base(path, base)
     if not info.is_multimodal:
         raise InputError(
             f"{info.folder} holds a language model without a vision tower ({info.language_model}), not a LLaVA checkpoint"
@@ -77,8 +79,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
             f"the weights of {info.folder} are stored quantized, which no other layout can express; use the checkpoint that "
             "they were quantized from"
         )
-    base_info = find_base(info, base)
-    config = build_config(info, base_info)
+    config = build_config(info)
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     # stored=True, so that the tower is built and its tensors are expected too.
@@ -87,14 +88,12 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
     restore_config(model.config, config)
     if tower_folder is not None:
-        inner = f"{model_class.base_model_prefix}.vision_tower."
         warn_of_unused_tower(sources, tower_folder)
-        towers = {inner + name: header for name, header in tower_headers(tower_folder).items()}
-        sources = replace(sources, headers={**sources.headers, **towers})
+        sources = with_own_tower(sources, tower_folder, prefix=model_class.base_model_prefix)
     expected = expected_tensors(model)
     found = match_names(expected, sources)
     shapes = {name: tuple(expected[name].shape) for name in found}
-    return MetaModel(model, info, base_info, sources, found, shapes, tower_folder)
+    return MetaModel(model, info, base_info, sources, found, shapes, None if sources.merges_tower else tower_folder)
 
 
 def build_empty_model(build: Callable[[], M]) -> M:

@@ -1,0 +1,115 @@
+"""The base model of a checkpoint, and the config that the two have together. torch is not needed.
+
+In: a folder, or the `CheckpointInfo` of one. Out: that of its base; its own, completed by the base's config; the config in
+the original layout. What a folder holds by itself is found out in inspect.py; config objects are made in model_config.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.model.checkpoints.hf_layout import is_transformers_layout, translate_config
+from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+
+logger = logging.getLogger(__name__)
+
+
+def inspect_with_base(path: str | Path, base: str | Path | None = None) -> tuple[CheckpointInfo, CheckpointInfo | None]:
+    """Inspect a checkpoint and the base that it needs; an adapter without a config of its own has its base's.
+
+    Args:
+        path: A model folder or hub repository.
+        base: The base model; None takes the one that the checkpoint's files name.
+
+    Raises:
+        InputError: One of them is no model folder, or the base is needed and not found.
+    """
+    info = inspect(path)
+    base_info = find_base(info, base)
+    return over_base(info, base_info), base_info
+
+
+def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
+    """Find the base model of a checkpoint: the one given, or the one that its files name.
+
+    A whole model needs none (None); a base that is given for it is used for the files that the model lacks, with a warning.
+
+    Raises:
+        InputError: The base is needed and not found, or is no whole model itself.
+    """
+    if base is None:
+        if not info.needs_base:
+            return None
+        base = named_base(info)
+    elif not info.needs_base:
+        logger.warning("%s is a whole model: the base %s is used only for what it lacks", info.folder, base)
+    try:
+        found = inspect(resolve_checkpoint(base, what="base model"))
+    except InputError as error:
+        raise InputError(
+            f"{info.folder} needs its base model: {error}; pass its path as model_base (--model-base)"
+        ) from error
+    if found.stores_quantized and info.needs_base:
+        raise InputError(
+            f"the base {found.folder} is stored quantized, so that nothing can be merged into it; pass the checkpoint that it "
+            f"was quantized from as model_base (--model-base)"
+        )
+    if found.kind == "lora":  # trained one after another
+        below = find_base(found, None)
+        return found if below is None else stacked(found, below)
+    if found.needs_base:
+        raise InputError(
+            f"the base {found.folder} is itself without a language model; pass the folder of a whole model as model_base"
+        )
+    return found
+
+
+def named_base(info: CheckpointInfo) -> str:
+    """The base model that a checkpoint's own files name, as a folder or hub repository."""
+    what = "a LoRA adapter" if info.kind == "lora" else "a projector without a language model"
+    if info.base_hint is None:
+        raise InputError(f"{info.folder} is {what}; pass the folder of its base model as model_base (--model-base)")
+    logger.info("%s is %s; its files name the base model %s", info.folder, what, info.base_hint)
+    beside = info.folder / info.base_hint
+    return str(beside) if beside.is_dir() and beside != info.folder else info.base_hint
+
+
+def over_base(info: CheckpointInfo, base: CheckpointInfo | None) -> CheckpointInfo:
+    """Complete what `inspect` found by the base's config, where an adapter has none in the original layout."""
+    if info.kind != "lora" or base is None or (info.config and not is_transformers_layout(info.config)):
+        return info
+    return replace(
+        info, config=base.config, config_folder=base.config_folder, language_model=base.language_model,
+        has_legacy_config=base.has_legacy_config,
+    )  # fmt: skip
+
+
+def stacked(adapter: CheckpointInfo, base: CheckpointInfo) -> CheckpointInfo:
+    """An adapter and its base as the base of another adapter."""
+    complete = over_base(adapter, base)
+    return replace(
+        base,
+        config=complete.config,
+        config_folder=complete.config_folder,
+        language_model=complete.language_model,
+        extras={**base.extras, **adapter.extras},
+        adapters_below=(*base.adapters_below, complete),
+    )
+
+
+def original_config(info: CheckpointInfo) -> dict[str, Any]:
+    """The config of a checkpoint in the original layout, whatever layout its file has."""
+    values = dict(info.config)
+    if is_transformers_layout(values):
+        values = translate_config(values, folder=info.config_folder)
+    if info.adapter_changes_tower:
+        values["unfreeze_mm_vision_tower"] = True  # the merged tower is the checkpoint's own
+    if info.adapter_changes_vocabulary:
+        values["tie_word_embeddings"] = False
+        values["vocab_size"] = max(int(values.get("vocab_size", 0)), info.adapter_vocabulary_size)
+    return values
