@@ -69,6 +69,7 @@ def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     # pytest would take llava/serve/test_message.py for a file of tests, by its name.
     finders = [finder for finder in sys.meta_path if type(finder).__module__ != "_pytest.assertion.rewrite"]
     monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.delitem(sys.modules, "llava.serve.test_message", raising=False)  # as another file's tests imported it
     # One program asks for this package before it looks at flags.
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", types.ModuleType("xformers.ops"))
