@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from llava.chat_template import TEMPLATE_FILES, ChatTemplate, read_chat_template
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation_templates import DEFAULT_NAME, NAMES, TEMPLATES
 from llava.errors import InputError
@@ -38,6 +41,9 @@ class SeparatorStyle(IntEnum):
     PLAIN = 4  # no roles: an image and its caption
     LLAMA_2 = 5  # [INST] ... [/INST]
     CHATML = 6  # <|im_start|>role, each turn on lines of its own
+    LLAMA_3 = 7  # <|start_header_id|>role<|end_header_id|>
+    GEMMA = 8  # roles carry their own markup; system text opens the first question
+    JINJA = 9  # the chat template of a model folder
 
 
 class Span(NamedTuple):
@@ -71,6 +77,7 @@ class Conversation:
     sep2: str | None = None
     version: str = "Unknown"
     skip_next: bool = False
+    chat_template: ChatTemplate | None = None  # of the style JINJA
 
     def append_message(self, role: str, message: Message) -> None:
         self.messages.append([role, message])
@@ -111,11 +118,19 @@ class Conversation:
 
     def with_system(self, text: str) -> Conversation:
         """Copy with another system text; markup that the template puts before its own stays."""
-        head, found, _ = self.system.partition("<|im_start|>system\n")
-        needs_markup = self.sep_style in (SeparatorStyle.MPT, SeparatorStyle.CHATML)
         copy = self.copy()
-        copy.system = f"{head if found else ''}<|im_start|>system\n{text}" if needs_markup else text
+        copy.system = text
+        if markup := self.system_markup:
+            head, found, _ = self.system.partition(markup)
+            copy.system = f"{head if found else ''}{markup}{text}"
         return copy
+
+    @property
+    def system_markup(self) -> str:
+        """The markup that a field `system` with its own markup begins with: `<|im_start|>system`, a line break."""
+        if self.sep_style not in (SeparatorStyle.MPT, SeparatorStyle.CHATML):
+            return ""
+        return self.roles[0].rstrip("\n").replace("user", "system") + "\n"
 
     def copy(self) -> Conversation:
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
@@ -231,6 +246,63 @@ def _render_chatml(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     return spans
 
 
+def _render_llama_3(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
+    def head(role: str) -> Span:
+        return Span(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False)
+
+    spans = [head("system"), Span(conv.system + conv.sep, False)] if conv.system else []
+    for index, (role, text, is_answer) in enumerate(turns):
+        if text is not None:
+            spans += [head(role), Span(text.strip() + conv.sep, is_answer)]
+        elif index == len(turns) - 1:
+            spans.append(head(role))
+    return spans
+
+
+def _render_gemma(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
+    spans: list[Span] = []
+    for index, (role, text, is_answer) in enumerate(turns):
+        spans.append(Span(role + (f"{conv.system}\n\n" if conv.system and index == 0 else ""), False))
+        if text is not None:
+            end = conv.sep.rstrip("\n")
+            spans += [Span(text + end, is_answer), Span(conv.sep[len(end) :], False)]
+    return spans
+
+
+def _render_jinja(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
+    """Render the chat template, and find the answers by rendering it again with marks in their places."""
+    template = conv.chat_template
+    assert template is not None
+    is_open = bool(turns) and turns[-1].is_answer and turns[-1].text is None
+    said = [("assistant" if turn.is_answer else "user", turn.text or "") for turn in turns[: len(turns) - is_open]]
+    prompt = template.prompt(said, system=conv.system, is_open=is_open)
+    answers = [text for role, text in said if role == "assistant"]
+    if not answers:
+        return [Span(prompt, False)]
+    marks = iter([f"\ue000{number}\ue001" for number in range(len(answers))])
+    marked = [(role, next(marks) if role == "assistant" else text) for role, text in said]
+    around = re.split("\ue000\\d+\ue001", template.prompt(marked, system=conv.system, is_open=is_open))
+    for written in (answers, [text.strip() for text in answers]):
+        if len(around) == len(written) + 1 and prompt == around[0] + "".join(
+            text + after for text, after in zip(written, around[1:], strict=True)
+        ):
+            return _around_answers(around, written, conv.sep, template.generation_prompt)
+    return [Span(prompt, False)]  # a template that rewrites answers: nothing of it can be trained on
+
+
+def _around_answers(around: list[str], answers: list[str], end: str, opening: str) -> list[Span]:
+    """Spans of the text around answers and of the answers, with what separates them from their opening and their end."""
+    spans = [Span(around[0], False)]
+    for text, after in zip(answers, around[1:], strict=True):
+        before = spans.pop().text
+        head, found, space = before.rpartition(opening) if opening else (before, "", "")
+        if space.isspace():  # as in "ASSISTANT: answer", it is the model that writes the space
+            before, text = head + found, space + text
+        ended = after[: len(after) - len(after.removeprefix(end))]
+        spans += [Span(before, False), Span(text + ended, True), Span(after[len(ended) :], False)]
+    return spans
+
+
 def _render_llama_2(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     if turns and turns[0].role != conv.roles[0]:
         raise InputError(
@@ -274,6 +346,9 @@ _STYLES: dict[SeparatorStyle, _Style] = {
     SeparatorStyle.PLAIN: _Style(_render_plain, "sep", "sep2", "sep"),
     SeparatorStyle.LLAMA_2: _Style(_render_llama_2, "sep", "sep2", "sep2"),
     SeparatorStyle.CHATML: _Style(_render_chatml, "sep", "sep", "sep"),
+    SeparatorStyle.LLAMA_3: _Style(_render_llama_3, "sep", "sep", "sep"),
+    SeparatorStyle.GEMMA: _Style(_render_gemma, "sep", "sep", "sep"),
+    SeparatorStyle.JINJA: _Style(_render_jinja, "sep", "sep", "sep"),
 }
 
 
@@ -289,7 +364,8 @@ def web_stop_string(conv: Conversation) -> str | None:
 
 def answer_end(conv: Conversation) -> str:
     """The text that ends an answer in this template, which generation stops at; never empty."""
-    return getattr(conv, _STYLES[conv.sep_style].answer_end)
+    end: str = getattr(conv, _STYLES[conv.sep_style].answer_end)
+    return end.rstrip("\n") or end
 
 
 # Image placeholders
@@ -453,12 +529,49 @@ def _build(entry: dict[str, Any]) -> Conversation:
 
 
 _BY_ENTRY = {name: _build(entry) for name, entry in TEMPLATES.items()}
-conv_templates: dict[str, Conversation] = {name: _BY_ENTRY[entry] for name, entry in NAMES.items()}
+
+
+class _TemplatesByName(dict[str, Conversation]):
+    """The templates of this package by name, and under the path of its file the chat template of a model folder."""
+
+    def __missing__(self, name: str) -> Conversation:
+        file = Path(name)
+        if file.name in TEMPLATE_FILES or file.suffix == ".jinja":
+            if not file.is_file():
+                raise InputError(f"there is no chat template {name!r}; give a file, or one of {', '.join(self)}.")
+            chat_template = read_chat_template(file)
+            if chat_template is None:
+                raise InputError(f"{name} holds no chat template; give a file that does, or one of {', '.join(self)}.")
+            return conversation_from(chat_template)
+        raise KeyError(name)
+
+
+def conversation_from(chat_template: ChatTemplate) -> Conversation:
+    """Make an empty conversation that a folder's chat template renders."""
+    return Conversation(
+        system="",
+        roles=("user", "assistant"),
+        messages=[],
+        offset=0,
+        sep_style=SeparatorStyle.JINJA,
+        sep=chat_template.turn_end,
+        version="chat_template",
+        chat_template=chat_template,
+    )
+
+
+conv_templates: dict[str, Conversation] = _TemplatesByName({name: _BY_ENTRY[entry] for name, entry in NAMES.items()})
 default_conversation = conv_templates[DEFAULT_NAME]
 
 
 def get_template(name: str) -> Conversation:
-    """Copy a template; raise InputError with the known names for an unknown one."""
-    if name not in conv_templates:
-        raise InputError(f"unknown conversation mode {name!r}; known modes are {', '.join(conv_templates)}.")
-    return conv_templates[name].copy()
+    """Copy a template, by its name or by the file of a folder's chat template.
+
+    Raises:
+        InputError: The name is unknown, or the file holds no usable chat template.
+    """
+    try:
+        return conv_templates[name].copy()
+    except KeyError:
+        known = ", ".join(conv_templates)
+        raise InputError(f"unknown conversation mode {name!r}; known modes are {known}.") from None

@@ -147,6 +147,27 @@ TEMPLATES: dict[str, dict[str, Any]] = {
         "sep": "<|im_end|>",
         "version": "qwen",
     },
+    "llava_llama_3": {
+        "style": "LLAMA_3",
+        "system": _LLAVA_LLAMA_2,
+        "roles": ("user", "assistant"),
+        "sep": "<|eot_id|>",
+        "version": "llama_v3",
+    },
+    "phi_3": {
+        "style": "CHATML",
+        "system": "",
+        "roles": ("<|user|>", "<|assistant|>"),
+        "sep": "<|end|>",
+        "version": "phi_3",
+    },
+    "gemma_instruct": {
+        "style": "GEMMA",
+        "system": "",
+        "roles": ("<start_of_turn>user\n", "<start_of_turn>model\n"),
+        "sep": "<end_of_turn>\n",
+        "version": "gemma",
+    },
     # Qwen 3 speaks the same markup and has no system text of its own.
     "qwen_3": {"style": "CHATML", "system": "", "roles": _CHATML, "sep": "<|im_end|>", "version": "qwen"},
 }
@@ -171,6 +192,10 @@ NAMES: dict[str, str] = {
     "mpt": "mpt",
     "qwen_1_5": "qwen_1_5",
     "qwen_3": "qwen_3",
+    "qwen_2": "qwen_1_5",
+    "llava_llama_3": "llava_llama_3",
+    "phi_3": "phi_3",
+    "gemma_instruct": "gemma_instruct",
 }
 
 DEFAULT_NAME = "v1"

@@ -22,7 +22,7 @@ from llava.images.io import to_rgb
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.mm_utils import process_images
 from llava.text.labels import encode_spans
-from llava.text.tokenization import Tokenizer, tokenizer_image_token
+from llava.text.tokenization import Tokenizer, num_doubled, tokenizer_image_token
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,7 +123,8 @@ class Processor:
     def encode_ids(self, conversation: Conversation | str, num_images: int) -> list[int]:
         """Encode to ids alone, which takes less time."""
         text = "".join([span.text for span in self._spans(conversation, num_images)])
-        return tokenizer_image_token(text, self.tokenizer)
+        ids = tokenizer_image_token(text, self.tokenizer)
+        return ids[num_doubled(ids, text, self.tokenizer) :]
 
     def _spans(self, conversation: Conversation | str, num_images: int) -> list[Span]:
         spans = [Span(conversation, False)] if isinstance(conversation, str) else conversation.spans()

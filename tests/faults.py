@@ -264,7 +264,12 @@ CHECKPOINT_FAULTS: dict[str, tuple[str, Break, str]] = {
     "an ordinary padding token": (TINY, edit("tokenizer_config.json", pad_token="a"), "pad-token"),
     "an unknown template": (TINY, config(conv_mode="vicuna_v9"), "template-unknown"),
     "another model's template": (TINY, config(conv_mode="chatml_direct"), "template-mismatch"),
-    "another chat template": (VICUNA, edit("tokenizer_config.json", chat_template=CHAT_TEMPLATE), "chat-template"),
+    "another chat template": (
+        VICUNA,
+        each(config(conv_mode="v1"), edit("tokenizer_config.json", chat_template=CHAT_TEMPLATE)),
+        "chat-template",
+    ),
+    "a damaged chat template": (VICUNA, write("chat_template.jinja", "{% for %}"), "template-unreadable"),
     "a limit beyond the positions": (TINY, config(tokenizer_model_max_length=4096), "context-positions"),
     "a context full of image": (TINY_ANYRES, config(tokenizer_model_max_length=24), "context-short"),
     "an unknown padding side": (TINY, config(tokenizer_padding_side="middle"), "padding-side"),

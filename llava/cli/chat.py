@@ -207,9 +207,12 @@ class Chat:
 
     def describe(self, loaded: LoadedModel) -> None:
         model = loaded.model
+        template = f"{loaded.conv_mode} ({loaded.template_origin})"
+        if self.args.conv_mode:
+            template = f"{self.args.conv_mode} (given by --conv-mode)"
         self.terminal.info(
             f"{loaded.info.folder}: {type(model).__name__} on {model.device} in {str(model.dtype).removeprefix('torch.')}, "
-            f"template {self.args.conv_mode or loaded.conv_mode}, context {loaded.context_len}, loaded in {self.load_s:.2f} s"
+            f"template {template}, context {loaded.context_len}, loaded in {self.load_s:.2f} s"
         )
 
 

@@ -30,6 +30,7 @@ _TEMPLATE = """\
 {{- OPENING -}}
 {%- for message in turns -%}
 {{- PREFIX -}}
+{%- set body -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -40,6 +41,8 @@ _TEMPLATE = """\
 {%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- endset -%}
+{{- BODY -}}
 {{- SUFFIX -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- GENERATION_PROMPT -}}{%- endif -%}
@@ -57,10 +60,13 @@ def chat_template(conv_mode: str, image_placeholder: str) -> str:
         raise InputError(
             f"the template {conv_mode!r} answers an image before the question, which a chat template cannot express"
         )
+    if conv.chat_template is not None:
+        return conv.chat_template.source
     parts = {
         "SYSTEM_OF_MESSAGE": "system_message",  # of most styles, as the next
         "GENERATION_PROMPT": "''",
         **_PARTS[conv.sep_style](conv),
+        "BODY": "body | trim" if conv.sep_style == SeparatorStyle.LLAMA_3 else "body",
         "PLACEHOLDER": _text(image_placeholder + "\n"),
         "SYSTEM": _text(conv.system),
     }
@@ -88,7 +94,7 @@ def _named(conv: Conversation) -> dict[str, str]:
 
 def _mpt(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
+        "SYSTEM_OF_MESSAGE": _text(conv.system_markup) + " + system_message",
         "OPENING": f"system + {_text(conv.sep)}",
         "PREFIX": _by_role(*conv.roles),
         "SUFFIX": _text(conv.sep),
@@ -98,11 +104,33 @@ def _mpt(conv: Conversation) -> dict[str, str]:
 
 def _chatml(conv: Conversation) -> dict[str, str]:
     return {
-        "SYSTEM_OF_MESSAGE": _text("<|im_start|>system\n") + " + system_message",
+        "SYSTEM_OF_MESSAGE": _text(conv.system_markup) + " + system_message",
         "OPENING": f"(system + {_text(conv.sep + chr(10))} if system else '')",
         "PREFIX": _by_role(f"{conv.roles[0]}\n", f"{conv.roles[1]}\n"),
         "SUFFIX": _text(conv.sep + "\n"),
         "GENERATION_PROMPT": _text(f"{conv.roles[1]}\n"),
+    }
+
+
+def _llama_3(conv: Conversation) -> dict[str, str]:
+    def head(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    return {
+        "OPENING": f"({_text(head('system'))} + system + {_text(conv.sep)} if system else '')",
+        "PREFIX": _by_role(*map(head, conv.roles)),
+        "SUFFIX": _text(conv.sep),
+        "GENERATION_PROMPT": _text(head(conv.roles[1])),
+    }
+
+
+def _gemma(conv: Conversation) -> dict[str, str]:
+    question = f"{_text(conv.roles[0])} + (system + {_text(chr(10) * 2)} if system and loop.first else '')"
+    return {
+        "OPENING": "''",
+        "PREFIX": f"({question} if message['role'] == 'user' else {_text(conv.roles[1])})",
+        "SUFFIX": _text(conv.sep),
+        "GENERATION_PROMPT": _text(conv.roles[1]),
     }
 
 
@@ -131,4 +159,6 @@ _PARTS = {
     SeparatorStyle.PLAIN: _plain,
     SeparatorStyle.LLAMA_2: _llama_2,
     SeparatorStyle.CHATML: _chatml,
+    SeparatorStyle.LLAMA_3: _llama_3,
+    SeparatorStyle.GEMMA: _gemma,
 }

@@ -33,7 +33,7 @@ from llava.model.checkpoints.inspect import (
 )
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER, PLAIN_DECODERS, LlavaSettings
-from llava.model.template_defaults import CHATML_START, declared_context_len, template_name
+from llava.model.template_defaults import choose_template, declared_context_len
 
 BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
 
@@ -158,12 +158,14 @@ class _Folder:
 
     def _multimodal_facts(self, settings: LlavaSettings) -> dict[str, str]:
         name = get_model_name_from_path(str(self.folder.absolute()))
+        template = choose_template(self.values, name, folder=self._tokenizer_folder(), has_token=self._has_token)
         wide = f"{self.values.get('mm_hidden_size')} to {self.values.get('hidden_size') or self.values.get('d_model')}"
         return {
             "vision tower": self._tower(settings),
             "projector": f"{settings.projector.type}, {wide}",
             "images": self._images(settings),
-            "template": template_name(self.values, name, uses_chatml=self._uses_chatml()),
+            "template": template.name,
+            "template from": template.origin,
         }
 
     def _kind(self) -> str:
@@ -233,11 +235,12 @@ class _Folder:
     def _tokenizer_folder(self) -> Path | None:
         return next((folder for folder in folders_of(self.info, self.base) if holds_tokenizer(folder)), None)
 
-    def _uses_chatml(self) -> bool:
+    def _has_token(self, text: str) -> bool:
+        """Whether the tokenizer's files have a token of this text."""
         home = self._tokenizer_folder()
-        names = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja")
+        names = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
         files = [home / name for name in names] if home is not None else []
-        return any(CHATML_START in file.read_text(encoding="utf-8") for file in files if file.is_file())
+        return any(json.dumps(text) in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
     def _added_tokens(self) -> list[str]:
         tokens: dict[int, str] = {}

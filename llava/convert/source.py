@@ -45,6 +45,7 @@ TOKENIZER_SET = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 

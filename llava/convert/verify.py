@@ -214,7 +214,9 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
         raise VerificationError(f"the chat template gives {prompt!r}, and the prompt is {sample.prompt!r}")
-    inputs = processor(text=prompt, images=sample.image, return_tensors="pt")
+    # As transformers does: a begin token that the template has written is not added again.
+    begins = bool(begin := processor.tokenizer.bos_token) and prompt.startswith(begin)
+    inputs = processor(text=prompt, images=sample.image, return_tensors="pt", add_special_tokens=not begins)
     config = AutoConfig.from_pretrained(folder)
     ids = inputs["input_ids"][0].tolist()
     if collapsed(ids, config.image_token_index) != sample.inputs.input_ids.tolist():

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation, conv_templates
+from llava.conversation import Conversation, conv_templates, get_template
 from llava.data.formats import Sample, image_sources
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
@@ -85,8 +85,10 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     if not info.config:
         info, _ = inspect_with_base(folder)
     name = conv_mode or template_name(info.config, tokenizer, folder.name)
-    if name not in conv_templates:
-        raise InputError(f"--conv-mode is {name!r}; known: {', '.join(sorted(conv_templates))}")
+    try:
+        template = get_template(name)
+    except InputError as error:
+        raise InputError(f"--conv-mode is {name!r}; known: {', '.join(sorted(conv_templates))}") from error
     config = SimpleNamespace(**{**original_config(info), "name_or_path": str(info.config_folder)})
     settings = LlavaSettings.from_hf(config)
     has_tower = bool(settings.vision.tower)
@@ -96,7 +98,7 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     return SampleReader(
         tokenizer=tokenizer,
         policy=policy_of(build_vision_tower(config, delay_load=True), settings.image) if has_tower else None,
-        conv=conv_templates[name],
+        conv=template,
         max_length=int(limit),
         use_im_start_end=settings.tokens.use_im_start_end,
     )

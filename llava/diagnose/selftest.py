@@ -133,10 +133,11 @@ def check_embeddings(loaded: LoadedModel) -> SelfTestItem:
             "llava/model/splice.py:splice",
         ),
     )
-    from llava.text.tokenization import tokenizer_image_token
+    from llava.text.tokenization import num_doubled, tokenizer_image_token
 
     conversation, inputs = ask(loaded)
     ids = tokenizer_image_token(conversation.get_prompt(), loaded.tokenizer)
+    ids = ids[num_doubled(ids, conversation.get_prompt(), loaded.tokenizer) :]
     place = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else -1
     item.add("prompt", conversation.get_prompt(), "text")
     is_one = ids.count(IMAGE_TOKEN_INDEX) == 1

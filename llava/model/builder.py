@@ -47,10 +47,10 @@ from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, p
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import (
     context_len,
-    conv_mode,
     fit_vocabulary,
     read_generation_config,
     read_tokenizer,
+    template_choice,
 )
 from llava.model.transformers_internals import set_attention
 from llava.processor import Processor
@@ -70,9 +70,10 @@ class LoadedModel:
     model: LlavaModel  # a plain LanguageModel where there is no vision tower
     image_processor: ClipImageProcessor | None  # None where there is no vision tower
     context_len: int
-    conv_mode: str
+    conv_mode: str  # the name of its template, or the file of its folder's chat template
     processor: Processor | None
     info: CheckpointInfo
+    template_origin: str = "by the caller"  # what decided `conv_mode`
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint in the original layout that loads by itself, with the tower's config where it needs one."""
@@ -197,14 +198,16 @@ def load(
     if image_processor is not None:
         use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
         processor = Processor(tokenizer, image_processor, model.image_policy(), use_im_start_end=use_im_start_end)
+    template = template_choice(info.config, tokenizer, name or get_model_name_from_path(str(path)))
     return LoadedModel(
         tokenizer=tokenizer,
         model=model,
         image_processor=image_processor,
         context_len=context_len(model.config),
-        conv_mode=conv_mode(info.config, tokenizer, name or get_model_name_from_path(str(path))),
+        conv_mode=template.name,
         processor=processor,
         info=info,
+        template_origin=template.origin,
     )
 
 

@@ -19,7 +19,7 @@ from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
 from llava.model.config import LlavaSettings, is_multimodal
 from llava.model.protocols import LanguageModel
-from llava.model.template_defaults import CHATML_START, CONTEXT_KEYS, declared_context_len, template_name
+from llava.model.template_defaults import CONTEXT_KEYS, TemplateChoice, choose_template, declared_context_len
 from llava.text import tokenization
 from llava.text.tokenization import Tokenizer
 
@@ -68,8 +68,15 @@ def context_len(config: PreTrainedConfig) -> int:
     return declared_context_len({key: getattr(config, key, None) for key in CONTEXT_KEYS})
 
 
+def template_choice(config: Mapping[str, object], tokenizer: Tokenizer, name: str) -> TemplateChoice:
+    """The conversation template of a loaded model, by its config, the tokenizer and its folder, and its name."""
+    folder = Path(tokenizer.name_or_path)
+    vocabulary = tokenizer.get_vocab()
+    return choose_template(
+        config, name, folder=folder if folder.is_dir() else None, has_token=lambda token: token in vocabulary
+    )
+
+
 def conv_mode(config: Mapping[str, object], tokenizer: Tokenizer, name: str) -> str:
-    """The name of the conversation template of a loaded model, by its config, tokenizer and name."""
-    template = getattr(tokenizer, "chat_template", None)
-    uses_chatml = CHATML_START in tokenizer.get_vocab() or (isinstance(template, str) and CHATML_START in template)
-    return template_name(config, name, uses_chatml=uses_chatml)
+    """The name of the conversation template of a loaded model, as `get_template` takes it."""
+    return template_choice(config, tokenizer, name).name

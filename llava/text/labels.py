@@ -17,7 +17,7 @@ from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, Span, image_placeholder
 from llava.errors import InputError
-from llava.text.tokenization import Tokenizer, encode_with_offsets
+from llava.text.tokenization import Tokenizer, encode_with_offsets, num_doubled
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,8 @@ def encode_spans(
     """Encode the spans' joined text: ids and labels. With image_token_index None, `<image>` is ordinary text."""
     text = "".join(span.text for span in spans)
     ids, offsets = encode_with_offsets(text, tokenizer, image_token_index)
+    first = num_doubled(ids, text, tokenizer)
+    ids, offsets = ids[first:], offsets[first:]
     trained = b"".join((b"\1" if span.trained else b"\0") * len(span.text) for span in spans)
     last = len(text) - 1
     return ids, [
@@ -190,7 +192,13 @@ def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
                 "expected: questions and answers must alternate; merge or drop turns."
             )
         conv.append_message(conv.roles[index % 2], text)
-    return conv.spans(keep_empty_answers=keep_empty_answers)
+    spans = conv.spans(keep_empty_answers=keep_empty_answers)
+    if conv.chat_template is not None and len(turns) > first + 1 and not any(span.trained for span in spans):
+        raise InputError(
+            f"the chat template in {conv.chat_template.path} rewrites answers, so it is unknown what to train; name a "
+            "template of this package (--version)."
+        )
+    return spans
 
 
 def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:

@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
     is_fast: bool
     model_max_length: int
     padding_side: str
+    bos_token: str | None
     eos_token: str | None
     pad_token: str | None
     unk_token: str | None
@@ -199,6 +200,12 @@ def encode_with_offsets(
 def _num_repeated(chunks: list[list[int]], tokenizer: Tokenizer) -> int:
     """1 where the tokenizer opens every chunk with its begin token, which only the first may keep."""
     return int(all(chunk[:1] == [tokenizer.bos_token_id] for chunk in chunks))
+
+
+def num_doubled(ids: list[int], text: str, tokenizer: Tokenizer) -> int:
+    """1 where a text begins with the begin token, as chat templates write it, and the tokenizer has added another."""
+    begin = tokenizer.bos_token
+    return int(bool(begin) and text.startswith(str(begin)) and ids[:2] == [tokenizer.bos_token_id] * 2)
 
 
 def _encode_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -65,11 +65,13 @@ CONFIG_OF_ARGUMENT = {
 
 
 def choose_conversation(version: str | None) -> Conversation:
-    """Look up the template that `--version` names."""
+    """Look up the template that `--version` names, or read the chat template whose file it is."""
     name = VERSION_ALIASES.get(str(version), str(version))
-    if name not in conv_templates:
-        raise InputError(f"--version is {version!r}; known: {', '.join(sorted({*conv_templates, *VERSION_ALIASES}))}")
-    return conv_templates[name]
+    try:
+        return conv_templates[name]
+    except KeyError:
+        known = ", ".join(sorted({*conv_templates, *VERSION_ALIASES}))
+        raise InputError(f"--version is {version!r}; known: {known}") from None
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,9 @@ def add_vision(
     config.mm_use_im_start_end = model_args.mm_use_im_start_end
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
     config.mm_projector_lr = training_args.mm_projector_lr
-    if model_args.version != "plain":  # a template for training only
-        config.conv_mode = VERSION_ALIASES.get(str(model_args.version), model_args.version)
+    version = VERSION_ALIASES.get(str(model_args.version), model_args.version)
+    if version != "plain" and version in conv_templates:  # plain is for training only, and a file is not the model's
+        config.conv_mode = version
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     training_args.use_im_start_end = model_args.mm_use_im_start_end
     training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower

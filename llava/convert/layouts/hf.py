@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import image_placeholder
+from llava.conversation import get_template, image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.options import NAME_VERSIONS
 from llava.convert.source import ORIGINAL_FILES, TOKENIZER_SET, Source, copy_files, stored_dtype
@@ -118,6 +118,8 @@ class HFLayout:
             "conv_mode": source.conv_mode,
             "tokenizer_model_max_length": context_len(source.model.config),
         }
+        if get_template(source.conv_mode).chat_template is not None:  # the chat template that is written says it
+            del values["conv_mode"]
         if self.is_next:
             values |= {"image_grid_pinpoints": self._pinpoints(), "use_image_newline_parameter": True}
         return values

@@ -54,5 +54,6 @@ def examine_checkpoint(path: str | Path, base: str | Path | None = None, *, quic
             "base": str(checkpoint.base.folder) if checkpoint.base is not None else None,
             "vision_tower": checkpoint.values.get("mm_vision_tower"),
             "template": checkpoint.extras.get("template"),
+            "template_from": checkpoint.extras.get("template_origin"),
         }
     return report

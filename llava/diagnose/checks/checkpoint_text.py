@@ -64,8 +64,10 @@ def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check the conversation template against the vocabulary and the tokenizer's chat template."""
     declared = checkpoint.values.get("conv_mode")
     tokenizer = checkpoint.extras["tokenizer"]
-    name = tokenizer_setup.conv_mode(checkpoint.values, tokenizer, checkpoint.folder.name)
-    checkpoint.extras["template"] = name
+    remedy = "copy the chat template again from where the model was published, or delete it"
+    with reported("template-unreadable", remedy, folder=tokenizer.name_or_path):
+        name, origin = tokenizer_setup.template_choice(checkpoint.values, tokenizer, checkpoint.folder.name)
+    checkpoint.extras |= {"template": name, "template_origin": origin}
     if declared is not None and declared not in conv_templates:
         yield found(
             "template-unknown",

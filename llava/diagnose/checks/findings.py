@@ -147,6 +147,10 @@ CAUSES: dict[str, Cause] = {
         "an end token or image token is not marked special: it stays in the output",
         ("llava/text/detokenizer.py:stream_decoder", "llava/text/detokenizer.py:IncrementalDetokenizer"),
     ),
+    "template-unreadable": Cause(
+        "the folder's chat template is damaged, or cannot render a question",
+        ("llava/chat_template.py:read_chat_template", "llava/chat_template.py:ChatTemplate.render"),
+    ),
     "template-unknown": Cause("conv_mode names a template that does not exist", _TEMPLATE),
     "template-mismatch": Cause("the template does not fit the model: its end string is not a token here", _TEMPLATE),
     "chat-template": Cause(

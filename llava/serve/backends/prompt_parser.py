@@ -34,13 +34,15 @@ def _by_heads(prompt: str, template: Conversation) -> Conversation | None:
         return None
     named = template.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO)
     heads = (f"{user}:", f"{assistant}:") if named else template.roles
+    if template.sep_style == SeparatorStyle.LLAMA_3:
+        heads = (_llama_3_head(user), _llama_3_head(assistant))
     separators = (template.sep, template.sep2 if template.sep_style == SeparatorStyle.TWO else template.sep)
     system, *texts = _split_in_turns(prompt, heads)
     if not texts:
         return None
     conversation = template.copy()
     conversation.messages, conversation.offset = [], 0
-    conversation.system = _without_end(system.removesuffix("\n"), template.sep)
+    conversation.system = _without_end(system.removesuffix("\n"), template.sep).removeprefix(_llama_3_head("system"))
     for number, text in enumerate(texts):
         text = text.removeprefix(" " if named else "\n" if template.sep_style == SeparatorStyle.CHATML else "")
         is_open = number == len(texts) - 1 and number % 2 == 1 and not text.strip()
@@ -48,6 +50,10 @@ def _by_heads(prompt: str, template: Conversation) -> Conversation | None:
         ended = None if is_open else _without_end(text, separators[number % 2] or "")
         conversation.append_message(template.roles[number % 2], ended)
     return conversation
+
+
+def _llama_3_head(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
 def _split_in_turns(prompt: str, heads: tuple[str, str]) -> list[str]:

@@ -59,13 +59,15 @@ class ModelApi:
 
     async def models(self) -> schema.ModelList:
         card = self._service.card
+        own = card.template.chat_template
         entry = schema.ModelEntry(
             id=card.name,
             object="model",
             created=self._created,
             owned_by="llava",
             context_len=card.context_len,
-            conv_mode=card.conv_mode,
+            conv_mode=None if own is not None else card.conv_mode,
+            chat_template=None if own is None else {"source": own.source, "special_tokens": dict(own.special_tokens)},
             takes_images=card.takes_images,
         )
         return schema.ModelList(object="list", data=[entry])

@@ -305,6 +305,9 @@ class ModelEntry(Reply):
     # Not OpenAI's.
     context_len: int | None = None
     conv_mode: str | None = None
+    chat_template: dict[str, str | dict[str, str]] | None = (
+        None  # in place of conv_mode, where the model's folder has its own
+    )
     takes_images: bool | None = None
 
 

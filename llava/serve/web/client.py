@@ -17,8 +17,11 @@ from typing import Any
 
 import httpx
 
+from llava.chat_template import checked_template
 from llava.conversation import (
     Conversation,
+    conv_templates,
+    conversation_from,
     get_template,
     web_conv_mode_for_model_name,
     web_stop_string,
@@ -109,7 +112,7 @@ class PageClient:
 
     def __init__(self, address: str) -> None:
         self._address = address.rstrip("/")
-        self._templates: dict[str, str] = {}
+        self._entries: dict[str, Mapping[str, object]] = {}
 
     async def models(self, key: str = "") -> list[str]:
         """Return the names of the models. A controller of the original is asked by its own routes."""
@@ -127,12 +130,21 @@ class PageClient:
                 entries = response.json()["data"]
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 raise InputError(f"the controller {self._address} does not answer: {error or type(error)}") from error
-        self._templates.update({row["id"]: row["conv_mode"] for row in entries if row.get("conv_mode")})
+        self._entries.update({row["id"]: row for row in entries})
         return sorted(row["id"] for row in entries)
 
     def template(self, model: str) -> Conversation:
         """Return the template that the worker reported, else the one that the model's name implies."""
-        return get_template(self._templates.get(model) or web_conv_mode_for_model_name(model))
+        entry = self._entries.get(model, {})
+        own = entry.get("chat_template")
+        if isinstance(own, Mapping):  # of the model's folder, which lies elsewhere
+            tokens = own.get("special_tokens")
+            names = {str(key): str(value) for key, value in tokens.items()} if isinstance(tokens, Mapping) else {}
+            return conversation_from(checked_template(own.get("source"), names, place=self._address))
+        name = entry.get("conv_mode") or web_conv_mode_for_model_name(model)
+        if name not in conv_templates:  # a file's name is refused too
+            raise InputError(f"{self._address} names the template {name!r} for {model!r}, which is not known here")
+        return get_template(str(name))
 
     async def answer(self, turns: Sequence[PageTurn], settings: PageSettings) -> AsyncIterator[PartialAnswer]:
         """Send the last turn to a worker, and yield the answer as it grows. Errors are yielded as messages."""
