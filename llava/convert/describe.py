@@ -18,6 +18,7 @@ from llava.conversation import get_model_name_from_path
 from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
+from llava.images.image_processor import ClipImageProcessor, check_side
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.base_model import find_base, over_base
 from llava.model.checkpoints.hf_layout import is_transformers_layout, original_keys
@@ -32,7 +33,7 @@ from llava.model.checkpoints.inspect import (
     tower_headers,
 )
 from llava.model.checkpoints.weight_files import TensorHeader
-from llava.model.config import OWN_FOLDER, PLAIN_DECODERS, LlavaSettings
+from llava.model.config import OWN_FOLDER, PLAIN_DECODERS, LlavaSettings, check_types
 from llava.model.template_defaults import choose_template, declared_context_len
 
 BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
@@ -78,7 +79,8 @@ class _Folder:
         self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if info.is_multimodal else None
         self.stores_tower = info.tower_in_checkpoint or (self.base is not None and self.base.tower_in_checkpoint)
         self.tower_folder = self._find_tower()
-        self.tower = self._tower_config()
+        self.tower = {key: value for key, value in self._tower_config().items() if value is not None}
+        self._check_image_processor()
 
     def _find_tower(self) -> Path | None:
         """The vision tower's folder, if it is on this disk."""
@@ -94,7 +96,15 @@ class _Folder:
         if self.tower_folder is None:
             return {}
         values = read_json(self.tower_folder / "config.json")
+        check_types(values, self.tower_folder / "config.json")
         return dict(values.get("vision_config") or values)
+
+    def _check_image_processor(self) -> None:
+        side = self.tower.get("image_size")
+        if side is None or self.settings is None or self.settings.vision.s2_scales:
+            return
+        folder = self.tower_folder or self.info.config_folder
+        check_side(ClipImageProcessor.from_pretrained(folder, vision_config=self.tower), side, folder)
 
     # Tensors
 

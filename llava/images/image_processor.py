@@ -65,6 +65,17 @@ def read_processor_config(folder: Path) -> dict[str, Any] | None:
     return nested if isinstance(nested, dict) else None
 
 
+# What a field may hold, by its declared type.
+FIELD_TYPES: dict[str, tuple[str, type | tuple[type, ...]]] = {
+    "dict": ("an object", Mapping),
+    "bool": ("true or false", bool),
+    "int": ("a whole number", int),
+    "float": ("a number", (int, float)),
+    "tuple": ("a list", (list, tuple)),
+    "str": ("a name", str),
+}
+
+
 class PixelBatch(dict):
     """A dict with "pixel_values" whose entries are attributes too, like transformers' `BatchFeature`."""
 
@@ -113,6 +124,11 @@ class ClipImageProcessor:
     model_input_names = ("pixel_values",)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            words, kind = FIELD_TYPES[str(item.type).partition("[")[0]]
+            if not isinstance(value, kind) or (isinstance(value, bool) and item.type != "bool"):
+                raise InputError(f"{item.name} {value!r} of an image processor is not {words}.")
         if set(self.size) not in ({"shortest_edge"}, {"height", "width"}) or not _are_sides(self.size.values()):
             raise InputError(
                 f"size {self.size!r} of an image processor is neither a shortest_edge nor height and width."
@@ -145,7 +161,10 @@ class ClipImageProcessor:
         side = crop.get("shortest_edge") if isinstance(crop, Mapping) else None
         values["crop_size"] = _size_dict(side or crop, exact=True)
         known = {item.name for item in fields(cls)} - {"extra"}
-        extra = {**values.pop("extra", {}), **{key: value for key, value in values.items() if key not in known}}
+        extra = values.pop("extra", {})
+        if not isinstance(extra, Mapping):
+            raise InputError(f"extra {extra!r} of an image processor is not an object.")
+        extra = {**extra, **{key: value for key, value in values.items() if key not in known}}
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
 
     @classmethod
@@ -324,6 +343,26 @@ def _image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
     return [images]
 
 
+def check_side(processor: ClipImageProcessor, side: int, source: object) -> None:
+    """Check that an image processor makes the pixels that a tower takes.
+
+    Args:
+        processor: The processor of the tower.
+        side: Pixels per side that the tower takes.
+        source: The folder of the processor, for the error.
+
+    Raises:
+        InputError: It crops or resizes to another size.
+    """
+    exact = processor.do_resize and "height" in processor.size
+    made = processor.crop_size if processor.do_center_crop else processor.size if exact else None
+    if made is not None and set(made.values()) != {side}:
+        raise InputError(
+            f"the image processor of {source} makes images of {made['width']} x {made['height']} pixels, and the vision tower "
+            f"takes {side} x {side}; copy its config.json and preprocessor_config.json again, so that they agree."
+        )
+
+
 def overview_side(processor: ImageProcessor) -> int:
     """Pixels per side of the square that a whole image is squeezed to before its tiles."""
     return processor.size["shortest_edge" if "shortest_edge" in processor.size else "height"]
@@ -363,6 +402,8 @@ def _known_class(name: str | None) -> str:
     """The class of processor, without the backend or version in its name."""
     if name is None:
         return "CLIPImageProcessor"
+    if not isinstance(name, str):
+        raise InputError(f"the image processor's type {name!r} is not a name; known: {', '.join(DEFAULTS)}.")
     plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if plain not in DEFAULTS:
         raise InputError(f"the image processor {name!r} is not known; known: {', '.join(DEFAULTS)}.")

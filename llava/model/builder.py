@@ -28,7 +28,7 @@ from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor
 from llava.model.checkpoints.base_model import inspect_with_base, original_config
 from llava.model.checkpoints.hub import resolve_checkpoint
-from llava.model.checkpoints.inspect import CheckpointInfo, tokenizer_folder
+from llava.model.checkpoints.inspect import CheckpointInfo, tokenizer_folder, tower_headers
 from llava.model.checkpoints.loading import (
     Origins,
     build_with_transformers,
@@ -42,7 +42,7 @@ from llava.model.checkpoints.loading import (
 )
 from llava.model.checkpoints.model_config import build_config, resolved_tower_path, restore_config
 from llava.model.checkpoints.quantized import load_quantized
-from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.config import LlavaSettings, described_by, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import (
@@ -255,6 +255,8 @@ def _build_multimodal(
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     with resolved_tower_path(config, info, base_info, stored=sources.stores_tower or sources.merges_tower):
+        if not sources.stores_tower:
+            tower_headers(Path(config.mm_vision_tower))  # files that are missing are an error before weights are read
         if sources.merges_tower and not sources.stores_tower:
             sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
         if info.stores_quantized:  # packed in a form that only the library which packed them reads
@@ -288,7 +290,10 @@ def _build_language_model(
     from transformers import AutoModelForCausalLM
 
     folder = base_info.folder if info.needs_base and base_info is not None else info.folder
-    model, origins = load_with_transformers(AutoModelForCausalLM, folder, config=config, dtype=dtype, **loader_options)
+    with described_by(folder / "config.json"):
+        model, origins = load_with_transformers(
+            AutoModelForCausalLM, folder, config=config, dtype=dtype, **loader_options
+        )
     if info.adapter:
         if loader_options:
             raise InputError(

@@ -9,7 +9,8 @@ decided in checkpoints/inspect.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,25 @@ OWN_FOLDER = "."
 # anew, and logits are the output layer's product with the last hidden states. Other language models take no packed rows,
 # compute their own loss, and are read by no other program after a conversion.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+# The keys of config files that this package itself reads, by the type of their values. A key that is null counts as absent.
+KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
+    "an integer": (int, (
+        "mm_vision_select_layer", "mm_hidden_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+        "max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len", "image_size",
+        "patch_size",
+    )),
+    "a string": (str, (
+        "mm_vision_tower", "mm_vision_select_feature", "mm_projector_type", "mm_resampler_type", "image_aspect_ratio",
+        "mm_patch_merge_type", "tokenizer_padding_side", "conv_mode", "model_type", "dtype", "torch_dtype", "_name_or_path",
+        "vision_feature_select_strategy",
+    )),
+    "true or false": (bool, ("unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token")),
+    "an object": (Mapping, ("text_config", "vision_config", "quantization_config")),
+    "a list": (list, ("architectures",)),
+    "a list of integers or a string": ((str, list, tuple), ("s2_scales",)),
+}  # fmt: skip
+TYPES_BY_KEY = {key: (words, kind) for words, (kind, keys) in KEYS_BY_TYPE.items() for key in keys}
 
 # Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
@@ -102,12 +122,20 @@ class LlavaSettings:
 
         def read(key: str, default: Any = None) -> Any:
             value = getattr(config, key, None)
+            check_type(key, value)
             return default if value is None else value
+
+        resampler = read("mm_resampler_type")
+        if resampler is not None:
+            raise InputError(
+                f"mm_resampler_type is {resampler!r}; models with a resampler between tower and projector are not supported, "
+                "use the code that they were trained with"
+            )
 
         return cls(
             vision=VisionSettings(
                 tower=read("mm_vision_tower", read("vision_tower")),
-                select_layer=int(read("mm_vision_select_layer", -2)),
+                select_layer=read("mm_vision_select_layer", -2),
                 select_feature=read("mm_vision_select_feature", "patch"),
                 hidden_size=read("mm_hidden_size"),
                 in_checkpoint=bool(read("unfreeze_mm_vision_tower", False)),
@@ -131,6 +159,51 @@ class LlavaSettings:
             max_length=read("tokenizer_model_max_length"),
             padding_side=read("tokenizer_padding_side", "right"),
         )
+
+
+def check_types(values: Mapping[str, object], source: object) -> None:
+    """Check the types of a config file's values that this package reads, those of its parts too.
+
+    Args:
+        values: The file's content.
+        source: The file, for the error.
+
+    Raises:
+        InputError: A value has another type.
+    """
+    for key, value in values.items():
+        check_type(key, value, source)
+    for part in ("text_config", "vision_config"):
+        inner = values.get(part)
+        if isinstance(inner, Mapping):
+            check_types(inner, f"{part} of {source}")
+
+
+def check_type(key: str, value: object, source: object = "the config") -> None:
+    """Raise an `InputError` if a key's value has another type than this package reads."""
+    if value is None or key not in TYPES_BY_KEY:
+        return
+    words, kind = TYPES_BY_KEY[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{source} has {key} {value!r}; it must be {words}")
+
+
+@contextmanager
+def described_by(file: object) -> Iterator[None]:
+    """Within the block, turn what transformers raises for a config file's values into an `InputError` that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} does not describe a model: {reason}") from error
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if not isinstance(error, StrictDataclassError):
+            raise
+        raise InputError(f"{file} does not describe a model: {' '.join(str(error).split())}") from error
 
 
 def is_multimodal(values: Mapping[str, object]) -> bool:
@@ -157,4 +230,6 @@ def language_model_type(values: Mapping[str, object]) -> str:
 
 def _scales(value: str | list[int]) -> tuple[int, ...]:
     numbers = re.findall(r"\d+", value) if isinstance(value, str) else value
+    if not numbers or not all(str(number).isdecimal() and int(number) > 0 for number in numbers):
+        raise InputError(f"s2_scales is {value!r}; it must list pixels per side, such as '336,672,1008'")
     return tuple(sorted(int(number) for number in numbers))

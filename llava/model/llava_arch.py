@@ -27,7 +27,7 @@ from llava.model.attention import packed_arguments
 from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
 from llava.model.merge import merge_tiles, with_newline_in_graph
-from llava.model.multimodal_encoder.builder import build_vision_tower, policy_of, save_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, check_processor, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
@@ -56,6 +56,7 @@ class LlavaMetaModel(_InnerBase):
         if settings.vision.tower is None:
             return
         tower = build_vision_tower(self.config, delay_load=True)
+        check_processor(tower)
         if settings.vision.in_checkpoint:
             tower.build_model()
         self.vision_tower: CLIPVisionTower | list[CLIPVisionTower] = tower

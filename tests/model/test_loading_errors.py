@@ -285,6 +285,8 @@ def test_tower_folder_without_weights(folder: Path) -> None:
 def test_tower_of_another_size(folder: Path) -> None:
     config = json.loads((folder / "tower" / "config.json").read_text())
     (folder / "tower" / "config.json").write_text(json.dumps(config | {"image_size": 56}))
+    sentence(folder, "makes images of 28 x 28 pixels", "takes 56 x 56")
+    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": 56, "crop_size": 56}))
     sentence(folder, "position_embedding.weight' has shape [5, 32], expected [17, 32]")
 
 

@@ -32,7 +32,7 @@ from llava.model.checkpoints.inspect import (
     read_config,
 )
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
-from llava.model.config import LlavaSettings
+from llava.model.config import LlavaSettings, check_types
 
 COPY_AGAIN = "copy or download the file again, and compare its size with the original's"
 
@@ -95,12 +95,17 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Examine
 
 
 def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    file = checkpoint.folder / "config.json"
     try:
-        checkpoint.config  # noqa: B018  # read once, kept for the checks that follow
+        config = checkpoint.config
     except InputError as error:
-        file = checkpoint.folder / "config.json"
         size = file.stat().st_size if file.is_file() else None
         yield found("config-unreadable", str(error), COPY_AGAIN, file=str(file), bytes=size)
+    else:
+        try:
+            check_types(config, file)
+        except InputError as error:
+            yield found("config-value", str(error), "set it as in training", file=str(file))
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
         try:

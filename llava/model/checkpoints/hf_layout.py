@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.images.image_processor import read_processor_config
-from llava.model.config import OWN_FOLDER
+from llava.model.config import OWN_FOLDER, described_by
 
 MODEL_TYPES = ("llava", "llava_next")
 
@@ -76,7 +76,8 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
         InputError: The config has a feature that LLaVA's original layout does not have.
     """
     source = folder / "config.json"
-    full = _with_defaults(config)
+    with described_by(source):
+        full = _with_defaults(config)
     tower_type, layer = full["vision_config"].get("model_type"), full["vision_feature_layer"]
     if tower_type not in SELECT_FEATURES:
         raise InputError(f"{source} has a vision tower of type {tower_type!r}; known: {', '.join(SELECT_FEATURES)}")

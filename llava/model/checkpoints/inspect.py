@@ -26,7 +26,7 @@ from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
-from llava.model.config import is_multimodal, language_model_type
+from llava.model.config import check_types, is_multimodal, language_model_type
 
 # The files that hold a whole model's weights, in order of preference: (name, whether it is an index of shards).
 WEIGHT_FORMS = (
@@ -182,6 +182,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
     folder = resolve_checkpoint(path)
     adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     config = read_config(folder, required=adapter_config is None)
+    check_types(config, folder / "config.json")
     stored = stored_tensors(folder)
     projector = _first_file(folder, PROJECTOR_FILES)
     non_lora = _first_file(folder, NON_LORA_FILES)
@@ -205,6 +206,10 @@ def inspect(path: str | Path) -> CheckpointInfo:
         )
     if kind == "projector" and not is_multimodal(config):
         raise InputError(f"{folder / 'config.json'} names no vision tower, so {projector} has nothing to connect")
+    if kind != "transformers" and is_multimodal(config) and not config.get("mm_vision_tower"):
+        raise InputError(
+            f"{folder / 'config.json'} has no mm_vision_tower, so that the model's vision tower is not known"
+        )
 
     extras: dict[str, TensorHeader] = {}
     if kind == "lora" and non_lora is not None:

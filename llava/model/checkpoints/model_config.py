@@ -11,27 +11,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from llava.errors import InputError
 from llava.model.checkpoints.base_model import original_config
 from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
-from llava.model.config import OWN_FOLDER, is_multimodal
+from llava.model.config import OWN_FOLDER, LlavaSettings, described_by, is_multimodal
 
 
 def build_config(info: CheckpointInfo) -> PreTrainedConfig:
     """Build the config object of a checkpoint's model, in the original layout whatever layout the folder has."""
     values: Mapping[str, object] = original_config(info)
     values = {key: value for key, value in values.items() if key != "quantization_config" or info.stores_quantized}
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
+    file = info.config_folder / "config.json"
+    with described_by(file):
         config = _config_object(values, info.language_model)
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{info.config_folder / 'config.json'} does not describe a model: {reason}") from error
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise InputError(f"{file} has hidden_act {activation!r}, which transformers does not have")
+    if is_multimodal(values):
+        LlavaSettings.from_hf(config)  # refused here, before a model is built
     config.name_or_path = str(info.folder)
     return config
 
@@ -41,7 +41,9 @@ def _config_object(values: Mapping[str, object], language_model: str) -> PreTrai
         from llava.model.language_model.registry import llava_classes
 
         config_class, _ = llava_classes(language_model)
-        return config_class.from_dict({key: value for key, value in values.items() if key != "model_type"})
+        return config_class.from_dict(
+            {key: value for key, value in values.items() if key not in ("model_type", "text_config")}
+        )
     return AutoConfig.for_model(**values)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from llava.errors import InputError
 from llava.files import read_json
+from llava.images.image_processor import check_side
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
@@ -58,6 +59,11 @@ def build_vision_tower(vision_tower_cfg: object, **kwargs: Any) -> CLIPVisionTow
     if tower_class is None:
         raise InputError(f"s2 (several scales) is not known for a vision tower of type {model_type!r}, only for CLIP")
     return tower_class(str(folder), args=vision_tower_cfg, described=described, **kwargs)
+
+
+def check_processor(tower: VisionTower) -> None:
+    """Raise an `InputError` if a tower's image processor makes images of another size than the tower takes."""
+    check_side(tower.image_processor, tower.tile_size, tower.vision_tower_name)
 
 
 def policy_of(tower: VisionTower, image: ImageSettings) -> ImagePolicy:

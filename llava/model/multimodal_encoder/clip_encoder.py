@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from llava.errors import InputError
 from llava.images.image_processor import ClipImageProcessor
-from llava.model.config import LlavaSettings
+from llava.model.config import LlavaSettings, check_types, described_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -83,7 +83,15 @@ class CLIPVisionTower(nn.Module):
         self.select_layer = settings.select_layer
         self.select_feature = settings.select_feature
         config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
-        self.cfg_only = config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
+        file = Path(vision_tower) / "config.json"
+        with described_by(file):
+            self.cfg_only = (
+                config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
+            )
+        check_types(self.cfg_only.to_dict(), file)
+        for key in ("image_size", "patch_size"):
+            if not getattr(self.cfg_only, key):
+                raise InputError(f"{file} has no {key}, which says how a vision tower cuts its images")
         self.image_processor = self.read_image_processor(vision_tower)
         self.is_loaded = False
         self.vision_tower: VisionModel | None = None
