@@ -39,6 +39,7 @@ class SampleReader:
     conv: Conversation
     max_length: int
     use_im_start_end: bool = False
+    conv_mode: str = ""  # the name of `conv`, as --version takes it
 
     def read(self, sample: Sample) -> EncodedSample:
         images = image_sources(sample)
@@ -101,4 +102,5 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
         conv=template,
         max_length=int(limit),
         use_im_start_end=settings.tokens.use_im_start_end,
+        conv_mode=name,
     )

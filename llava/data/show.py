@@ -73,7 +73,7 @@ def render(samples: Samples, index: int, reader: SampleReader, image_folder: str
     features = reader.image_tokens(sizes)
     num_tokens = len(encoded.ids) - len(sizes) + sum(features)
     num_trained = sum(label != IGNORE_INDEX for label in encoded.labels)
-    lines = [f"{samples.describe(index)}, template {reader.conv.version}"]
+    lines = [f"{samples.describe(index)}, template {reader.conv_mode}"]
     for source, (width, height), count in zip(sources, sizes, features, strict=True):
         lines.append(f"image {image_label(source)}: {width}x{height} pixels, {count} tokens")
     over = f", over the limit of {reader.max_length}: the end is cut off" if num_tokens > reader.max_length else ""

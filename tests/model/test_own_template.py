@@ -294,6 +294,16 @@ def test_loading_info_doctor_and_chat_say_the_same(tmp_path: Path, template: str
         assert ours(loaded.conv_mode, ["Hi?", None]).get_prompt() == "USER: Hi? ASSISTANT:"
 
 
+def test_a_training_step_uses_it(tmp_path: Path) -> None:
+    folder = build(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(LLAMA_3_PARTS)
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cube."}]
+    data.write_text(json.dumps([{"id": "one", "conversations": turns}]))
+    done = run_llava("trace", "--data", str(data), "-m", str(folder))
+    assert "18 of 124 tokens are trained" in done.stdout, done.stderr  # those of "\n" + answer + "<|eot_id|>"
+
+
 def test_doctor_names_a_damaged_template(tmp_path: Path) -> None:
     folder = build(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{% for %}")

@@ -92,7 +92,7 @@ def run_arguments(
         values["image_folder"] = image_folder
     if not has_file:
         reader = read_model(model_path)
-        values |= {"model_name_or_path": model_path, "version": reader.conv.version}
+        values |= {"model_name_or_path": model_path, "version": reader.conv_mode}
         values["model_max_length"] = reader.max_length
     usual = [word for name, value in values.items() if name not in given for word in (f"--{name}", str(value))]
     return [*flags[:1], *usual, *own] if has_file else [*usual, *own]
