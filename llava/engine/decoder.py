@@ -162,6 +162,8 @@ def unsupported_reason(model: LanguageModel) -> str | None:
     kind = language_model_type(model.config.to_dict())
     if kind not in READERS:
         return f"the engine has no arithmetic for language models of type {kind!r}; it knows {', '.join(READERS)}"
+    if getattr(model, "replaces_prepare", False):
+        return "prepare_inputs_labels_for_multimodal of this model was replaced, and the engine inserts images itself"
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return "the engine needs the model on one device; this one is spread over several, or partly not loaded"
     odd = next((type(module).__name__ for module in _projections(model) if type(module) is not nn.Linear), None)

@@ -261,8 +261,18 @@ class LlavaMetaForCausalLM(_CausalBase):
         spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
         return pad(spliced, side=side, max_length=LlavaSettings.from_hf(self.config).max_length)
 
+    @property
+    def replaces_prepare(self) -> bool:
+        """Whether `prepare_inputs_labels_for_multimodal` is another one: of a subclass, or set on the class or the instance."""
+        return getattr(self.prepare_inputs_labels_for_multimodal, "__func__", None) is not OWN_PREPARE
+
     def check_packable(self) -> None:
-        """Raise an `InputError` if samples packed into one row would attend to each other."""
+        """Raise an `InputError` if samples packed into one row would attend to each other, or go past a replaced splice."""
+        if self.replaces_prepare:
+            raise InputError(
+                "samples cannot be packed for a model whose prepare_inputs_labels_for_multimodal was replaced; leave "
+                "--packing False"
+            )
         kind = language_model_type({"model_type": self.config.model_type})
         if kind not in PLAIN_DECODERS:
             raise InputError(
@@ -407,8 +417,36 @@ class LlavaMetaForCausalLM(_CausalBase):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids, kwargs)
-        batch = self._splice_batch(input_ids, attention_mask.to(self.device), None, images, image_sizes, side="left")
-        return super().generate(inputs_embeds=batch.embeds, attention_mask=batch.mask.long(), **kwargs)
+        attention_mask = attention_mask.to(self.device)
+        if self.replaces_prepare:
+            embeds, mask = self._prepare_by_replacement(input_ids, attention_mask, images, image_sizes)
+        else:
+            batch = self._splice_batch(input_ids, attention_mask, None, images, image_sizes, side="left")
+            embeds, mask = batch.embeds, batch.mask
+        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+
+    def _prepare_by_replacement(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor | Sequence[Tensor] | None,
+        image_sizes: Sequence[Sequence[int]] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Call a replaced `prepare_inputs_labels_for_multimodal` for `generate`, as `forward` calls it.
+
+        Returns:
+            Embeddings (B, T, D) and their mask (B, T), with the padding of each row on the left.
+        """
+        if images is None:
+            self._refuse_image_tokens_without_images(input_ids)
+        ids, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+            input_ids, None, attention_mask, None, None, images, image_sizes
+        )
+        if embeds is None:
+            embeds = self._embed(input_ids if ids is None else ids)
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.to(embeds.device)
+        order = mask.bool().long().argsort(dim=1, stable=True)  # padding first, the rest in its order
+        return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
     def _padding_mask(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Infer the mask as transformers does: padding is a pad token that is not also an end token; a single row has none."""
@@ -451,3 +489,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)
+
+
+# What `prepare_inputs_labels_for_multimodal` is where nothing replaced it.
+OWN_PREPARE = LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal
