@@ -1,13 +1,37 @@
-"""The error type for a user's input, and the import of optional packages.
+"""The error type for a user's input, errors of the system that are a user's too, and the import of optional packages.
 
 The message of an `InputError` is one sentence that names the value, the place and the remedy. Command-line programs print
-it and exit with status 2; libraries catch it as a `ValueError`. Any other exception is a bug and keeps its traceback.
+it and exit with status 2; libraries catch it as a `ValueError`. Errors of the operating system about a path or a full disk
+become such a sentence in programs (`describe_system_error`). Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import sysconfig
 from types import ModuleType
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
+
+# What the system says of a path, and the remedy; errors with other numbers are ours.
+PATH_REMEDIES = {
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOENT: "name one that exists",
+    errno.ENOTDIR: "a part of the path is a file; name a folder",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another one, or remove this one first",
+    errno.ENOTEMPTY: "name another one, or empty it first",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ELOOP: "its links lead in a circle; name another one",
+    errno.EBUSY: "wait until nothing uses it, or name another one",
+    errno.EIO: "check the disk, or name another place",
+    errno.ENXIO: "name an ordinary file",
+}
 
 
 class InputError(ValueError):
@@ -16,6 +40,36 @@ class InputError(ValueError):
 
 class MissingPackageError(InputError, ImportError):
     """An optional package is absent; the message names the extra that installs it."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or a cause of it, says that the disk or a limit on files is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        # errors of safetensors and torch have no errno
+        if any(words in str(error).lower() for words in DISK_FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def describe_system_error(error: BaseException) -> str | None:
+    """Return the sentence for an error of the operating system that a user's path or disk has caused; None for any other.
+
+    A file of this package or of the Python installation is none of the user's: its absence is a bug.
+    """
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    path = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else None
+    if is_disk_full(error):
+        place = f"cannot write {path!r}: its disk" if path else "cannot write: the disk"
+        return f"{place} is full or limited; make room, or name a target on another disk"
+    if not isinstance(error, OSError) or path is None or error.errno not in PATH_REMEDIES:
+        return None
+    installed = (os.path.dirname(os.path.abspath(__file__)), *sysconfig.get_paths().values())
+    if error.errno == errno.ENOENT and any(os.path.abspath(path).startswith(folder + os.sep) for folder in installed):
+        return None
+    return f"{path!r} cannot be used: {str(error.strerror).lower()}; {PATH_REMEDIES[error.errno]}"
 
 
 def require(module: str, *, extra: str) -> ModuleType:

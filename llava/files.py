@@ -1,4 +1,4 @@
-"""Atomic folders, errors of a full disk, JSON files, the cache folder.
+"""Atomic folders, JSON files, the cache folder.
 
 `atomic_folder` gives a new folder its name when every byte of it has reached the disk, so that no incomplete folder has
 the final name.
@@ -6,7 +6,6 @@ the final name.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.errors import InputError
+from llava.errors import InputError, is_disk_full
 
 STAGING, TRASH = "incomplete-", "deleted-"  # prefixes of folders that are being written or deleted
 
@@ -29,9 +28,6 @@ TOKENIZER_FILES = (
     "tiktoken.model",
     "sentencepiece.bpe.model",
 )
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "enforce fail at inline_container")
 
 
 @contextmanager
@@ -65,6 +61,8 @@ def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
         flush(parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename == str(staging):
+            error.filename = str(target)  # the name that the user gave
         if not is_disk_full(error):
             raise
         free = shutil.disk_usage(parent).free
@@ -96,18 +94,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or a cause of it, says that the disk or a limit on files is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return True
-        # errors of safetensors and torch have no errno
-        if any(words in str(error).lower() for words in _DISK_FULL_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object; anything else is an `InputError` that names the file."""
     try:
@@ -124,5 +110,21 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """The folder `llava` in the user's cache folder; RuntimeError for a user without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava"
+    """The folder `llava` in the user's cache folder.
+
+    Raises:
+        InputError: the user has no home, and the environment names no cache folder.
+    """
+    return _user_folder("XDG_CACHE_HOME", ".cache") / "llava"
+
+
+def state_folder() -> Path:
+    """The folder `llava` for what is kept between runs; raises as `cache_folder` does."""
+    return _user_folder("XDG_STATE_HOME", ".local/state") / "llava"
+
+
+def _user_folder(variable: str, default: str) -> Path:
+    try:
+        return Path(os.environ.get(variable) or Path.home() / default)
+    except RuntimeError as error:
+        raise InputError(f"this user has no home folder; set the variable HOME or {variable} to a folder") from error

@@ -1,8 +1,8 @@
 """Argument parsing, error messages and exit statuses of all programs.
 
 In: a function and its arguments. Out: an exit status. 0: done. 2: wrong input, described in one line on stderr that begins
-with the program's name as the user called it. 130: interrupted. 141: the reader of stdout is gone. Any other exception is
-a bug and keeps its traceback. Nothing here imports torch.
+with the program's name as the user called it; so are errors of the system about a path, and a full disk. 130: interrupted.
+141: the reader of stdout is gone. Any other exception is a bug and keeps its traceback. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from llava.errors import InputError
+from llava.errors import InputError, describe_system_error
 
 Flags = argparse._ActionsContainer  # a parser or a group of its flags
 
@@ -53,6 +53,11 @@ def run_program(function: Callable[..., int | None], *args: object, name: str) -
         # The interpreter flushes stdout once more at its end, which would print a warning.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except Exception as error:
+        sentence = describe_system_error(error)
+        if sentence is None:
+            raise
+        return print_error(sentence, name=name)
 
 
 def print_error(message: str, *, name: str) -> int:

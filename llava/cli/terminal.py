@@ -6,16 +6,15 @@ Without a terminal at both ends there are no prompts and no colors: only answers
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.cli.colors import RESET, Colors, style_code, wants_colors
 from llava.errors import InputError
+from llava.files import state_folder
 
 if TYPE_CHECKING:
     from llava.engine.handle import RequestHandle
@@ -116,7 +115,11 @@ def _line_history() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    file = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "llava" / "history"
+    try:
+        file = state_folder() / "history"
+    except InputError:  # a user without a home: no history
+        yield
+        return
     readline.set_history_length(1000)
     with suppress(OSError):  # the first session, or an unreadable file: the history starts empty
         readline.read_history_file(file)

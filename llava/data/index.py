@@ -103,7 +103,7 @@ class DataFile:
             return _collect(self.format.records(self.path))
         try:
             cache = cache or cache_folder()
-        except RuntimeError:  # a user without a home
+        except InputError:  # a user without a home
             cache = Path(tempfile.gettempdir()) / "llava-cache"
         # One index per path: that of an older state of the file is replaced.
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]

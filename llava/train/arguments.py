@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from llava.errors import InputError
+from llava.errors import InputError, require
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.distributed import import_collectives, program_name
 from llava.train.legacy_flags import parse_flags, translate
@@ -140,6 +140,7 @@ class TrainingArguments(transformers.TrainingArguments):
     unfreeze_mm_vision_tower: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        require("accelerate", extra="train")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava.errors import InputError
-from llava.files import STAGING, TRASH, flush, flush_tree, is_disk_full
+from llava.errors import InputError, is_disk_full
+from llava.files import STAGING, TRASH, flush, flush_tree
 from llava.model.checkpoints.weight_files import read_headers
 from llava.train.save import PROJECTOR_FILE
 

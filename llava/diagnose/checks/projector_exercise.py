@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llava.diagnose.checks.sample_image import QUESTION
 from llava.diagnose.tracer.record import SelfTestItem
 from llava.engine.request import SamplingParams
+from llava.errors import MissingPackageError, require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +50,11 @@ def exercise_projector(loaded: LoadedModel, path: str, *, steps: int) -> SelfTes
         return item
     if loaded.info.needs_base:
         item.skipped = "the folder stands on a base, and a projector's base has to be a whole model"
+        return item
+    try:
+        require("accelerate", extra="train")
+    except MissingPackageError as error:
+        item.skipped = str(error)
         return item
     with tempfile.TemporaryDirectory() as scratch:
         _run_exercise(item, path, Path(scratch), steps=steps)

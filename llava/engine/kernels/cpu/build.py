@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from llava.errors import InputError
 from llava.files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,14 @@ def load() -> dict[torch.dtype, NativeFunctions] | None:
 @functools.cache
 def _compiled() -> Path | None:
     facts = "\n".join([SOURCE.read_text(), HEADER.read_text(), *FLAGS, _processor()])
-    path = cache_folder() / "kernels" / f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    try:
+        folder = cache_folder() / "kernels"
+    except InputError as error:
+        logger.info(
+            "the engine computes with PyTorch's own operators, since what is compiled cannot be kept: %s", error
+        )
+        return None
+    path = folder / f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     compiler = next((name for name in COMPILERS if shutil.which(name)), None)
@@ -74,8 +82,8 @@ def _compiled() -> Path | None:
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             os.replace(made, path)
