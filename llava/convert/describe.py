@@ -53,8 +53,13 @@ class CheckpointDescription:
     readers: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe_checkpoint(path: str | Path) -> CheckpointDescription:
-    """Describe a model folder, a GGUF file or a folder of GGUF files on this disk."""
+def describe_checkpoint(path: str | Path, base: str | Path | None = None) -> CheckpointDescription:
+    """Describe a model folder, a GGUF file or a folder of GGUF files on this disk.
+
+    Args:
+        path: The folder or file.
+        base: The base model of an adapter or projector; None looks for the one that the folder's files name.
+    """
     place = Path(path).expanduser()
     if place.is_file() and place.suffix == ".gguf":
         return _describe_gguf(place, [place])
@@ -65,14 +70,14 @@ def describe_checkpoint(path: str | Path) -> CheckpointDescription:
     pair = sorted(place.glob("*.gguf"))
     if pair and not (place / "config.json").is_file():
         return _describe_gguf(place, pair)
-    return _Folder(inspect(place)).describe()
+    return _Folder(inspect(place), base).describe()
 
 
 class _Folder:
     """A model folder; each method finds out one fact."""
 
-    def __init__(self, found: CheckpointInfo) -> None:
-        self.base = _base_on_disk(found)
+    def __init__(self, found: CheckpointInfo, base: str | Path | None = None) -> None:
+        self.base = _base_on_disk(found) if base is None else find_base(found, base)
         self.info = info = over_base(found, self.base)
         self.folder = info.folder
         self.values = _original_config(info)

@@ -30,6 +30,9 @@ def build_parser() -> ArgumentParser:
         epilog=EXAMPLES,
     )
     parser.add_argument("path", metavar="PATH", help="a model folder, or a .gguf file")
+    parser.add_argument(
+        "--model-base", metavar="FOLDER", help="base model of an adapter or projector (default: what its files name)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    description = describe_checkpoint(args.path)
+    description = describe_checkpoint(args.path, args.model_base)
     print(as_json(description) if args.json else "\n".join(lines(description)))
 
 

@@ -252,6 +252,9 @@ def test_an_adapter_without_its_base(bases: dict[str, Path], tmp_path: Path) -> 
     assert examine_checkpoint(tmp_path, quick=True).codes == ["base-missing"]
     with pytest.raises(InputError, match="--model-base"):
         load(tmp_path, device="cpu")
+    given = describe_checkpoint(tmp_path, bases["original"])
+    assert given.missing == ()
+    assert given.facts["images"] == describe_checkpoint(bases["original"]).facts["images"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
