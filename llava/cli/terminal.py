@@ -6,6 +6,7 @@ Without a terminal at both ends there are no prompts and no colors: only answers
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -101,10 +102,16 @@ def show(handle: RequestHandle, write: Callable[[str], None]) -> Result:
 def quiet_libraries() -> None:
     """Hide warnings and progress bars of libraries; log messages of this package still show."""
     warnings.simplefilter("ignore")
+    quiet_bitsandbytes()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def quiet_bitsandbytes() -> None:
+    """Hide its log messages: one at each product of matrices, and one about a kernel that is an option of some processors."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager

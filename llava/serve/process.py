@@ -10,6 +10,8 @@ import gc
 import logging
 import sys
 
+from llava.cli.terminal import quiet_bitsandbytes
+
 SWITCH_S = 0.0005  # Python's default is ten times as long
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -18,6 +20,7 @@ def set_up_logging(level: str) -> None:
     """Log to stderr: this package from `level` up, uvicorn its errors only."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
+    quiet_bitsandbytes()
     logging.getLogger("llava").setLevel(level.upper())
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli.program import run_program
 from llava.cli.startup import quick_imports
+from llava.cli.terminal import quiet_bitsandbytes
 from llava.errors import InputError
 from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name
 from llava.utils import lazy_exports
@@ -63,6 +64,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
 def main(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> int:
     """Run the program; an error of the user's is one sentence and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet_bitsandbytes()
     logging.getLogger("llava").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     return run_program(_program, argv, attn_implementation, name=program_name())
 

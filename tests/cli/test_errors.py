@@ -255,3 +255,10 @@ def test_an_interrupt_while_starting_is_quiet() -> None:
     )
     done = run_python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_no_message_of_a_library_stands_between_the_words_of_an_answer() -> None:
+    pytest.importorskip("bitsandbytes")
+    done = run_llava(*CHAT, "--load-8bit", "--device", "cpu", "--max-new-tokens", "4", IMAGE, "What is it?")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MatMul8bitLt" not in done.stdout
