@@ -65,7 +65,8 @@ def choose_template(
     """Choose the conversation template of a model.
 
     The config's `conv_mode` decides, then the chat template in the tokenizer's folder: it is called by the name of the
-    template of this package that renders the same, else by its file. Without one the model's type and name decide.
+    template of this package that renders the same, else by its file. Without one the model's type and name decide, and
+    in the original layout too where the chat template is the one that the language model had before.
 
     Args:
         config: The keys of config.json.
@@ -84,6 +85,8 @@ def choose_template(
     if own is None or folder is None:
         return TemplateChoice(usual, "by the model's type and name")
     equal = _equal_template(own, folder, usual)
+    if equal != usual and "text_config" not in config and _opens_alike(own, usual):
+        return TemplateChoice(usual, "by the model's type and name; the folder's chat template is its language model's")
     if equal is not None:
         return TemplateChoice(equal, f"equal to the folder's chat template, {Path(own.path).name}")
     return TemplateChoice(own.path, "the folder's own chat template")
@@ -125,6 +128,18 @@ def _equal_template(own: ChatTemplate, folder: Path, usual: str) -> str | None:
         ):
             return name
     return None
+
+
+def _opens_alike(own: ChatTemplate, usual: str) -> bool:
+    """Whether two templates ask a first question alike, but for white space and a default system text.
+
+    LLaVA's training renders prompts by its own templates, and leaves the chat template of the language model in the folder. The
+    two then differ in what stands around answers (llava-v1.6-mistral) or between turns (llava-v1.6-34b).
+    """
+    system, texts = _PROBES[1]
+    prompt = own.prompt(_turns(texts), system=system, is_open=True)
+    ours = "".join(_rendered(conv_templates[usual], system, texts).split())
+    return ours.endswith("".join(prompt.removeprefix(own.special_tokens.get("bos_token", "")).split()))
 
 
 def _turns(texts: Sequence[str]) -> list[tuple[str, str]]:

@@ -99,7 +99,8 @@ def folder_with(folder: Path, template: str, name: str = "chat_template.json", *
 
 
 def chosen(folder: Path, model_type: str = "llama") -> TemplateChoice:
-    return choose_template({"model_type": model_type}, "model", folder=folder, has_token=lambda text: False)
+    config = {"model_type": "llava", "text_config": {"model_type": model_type}}
+    return choose_template(config, "model", folder=folder, has_token=lambda text: False)
 
 
 def theirs(folder: Path, texts: list[str], system: str | None = None, *, as_parts: bool, is_open: bool = True) -> str:
@@ -220,7 +221,7 @@ def test_without_one_the_type_decides(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     origin = "by the model's type and name"
     assert chosen(tmp_path) == ("llava_v1", origin)
-    assert chosen(tmp_path, "llava_qwen2") == ("qwen_1_5", origin)
+    assert chosen(tmp_path, "qwen2") == ("qwen_1_5", origin)
     assert chosen(tmp_path, "phi3") == ("phi_3", origin)
     is_llama_3 = choose_template({}, "m", folder=tmp_path, has_token=lambda text: text == "<|start_header_id|>")
     assert is_llama_3.name == "llava_llama_3"
@@ -271,7 +272,7 @@ def test_files_that_hold_no_template_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "origin"),
     [
-        (BAKLLAVA, "the folder's own chat template"),
+        (MISTRAL, "the folder's own chat template"),
         (PHI_3, "equal to the folder's chat template"),
         (None, "by the model's"),
     ],
@@ -290,8 +291,8 @@ def test_loading_info_doctor_and_chat_say_the_same(tmp_path: Path, template: str
     done = run_llava("chat", "-v", "-m", str(folder), "--device", "cpu", "--max-new-tokens", "1", "What?")
     assert f"template {loaded.conv_mode} ({loaded.template_origin})" in done.stderr
     assert Session(loaded).conversation("Hi?").get_prompt() == ours(loaded.conv_mode, ["Hi?", None]).get_prompt()
-    if template == BAKLLAVA:
-        assert ours(loaded.conv_mode, ["Hi?", None]).get_prompt() == "USER: Hi? ASSISTANT:"
+    if template == MISTRAL:
+        assert ours(loaded.conv_mode, ["Hi?", None]).get_prompt().endswith("[INST] Hi? [/INST]")
 
 
 def test_a_training_step_uses_it(tmp_path: Path) -> None:
@@ -342,3 +343,32 @@ def test_a_page_takes_the_template_from_the_server(tmp_path: Path, monkeypatch: 
     assert conversation.get_prompt() == ours(name, ["Hi?", None]).get_prompt()
     with pytest.raises(InputError, match="not known here"):
         client.template("bad")
+
+
+YI = (  # of a folder whose language model is Yi
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']}}"
+    "{{'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "model_type", "token", "expected"),
+    [
+        (MISTRAL, "mistral", "", "mistral_instruct"),
+        (YI, "llama", "<|im_start|>", "chatml_direct"),
+        (BAKLLAVA, "mistral", "", None),
+    ],
+    ids=["llava-v1.6-mistral", "llava-v1.6-34b", "BakLLaVA-1"],
+)
+def test_the_language_model_s_template_in_the_original_layout(
+    tmp_path: Path, template: str, model_type: str, token: str, expected: str | None
+) -> None:
+    """LLaVA's training left it in the folder and rendered its own; the two open alike. Where they do not, it is the model's."""
+    folder = folder_with(tmp_path, template)
+    config = {"model_type": f"llava_{model_type}", "mm_vision_tower": "tower"}
+    choice = choose_template(config, "model", folder=folder, has_token=lambda text: text == token)
+    assert choice.name == (expected or str(folder / "chat_template.json"))
+    in_theirs = {"model_type": "llava_next", "text_config": {"model_type": model_type}}
+    assert (
+        choose_template(in_theirs, "model", folder=folder, has_token=lambda text: text == token).name != "chatml_direct"
+    )
