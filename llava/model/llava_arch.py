@@ -364,7 +364,11 @@ class LlavaMetaForCausalLM(_CausalBase):
             "return_dict": return_dict,
         }
         kwargs |= {name: value for name, value in asked.items() if value is not None}
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if (
+            past_key_values is not None
+        ):  # transformers 5.24 calls it `cache`, and warns of the old name even where it is None
+            kwargs["past_key_values"] = past_key_values
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if loss_only and labels is not None and self.can_fuse_loss():
             return self._forward_to_loss(labels, **kwargs)

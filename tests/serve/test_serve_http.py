@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from serve_kit import wait_until
 
+from llava.errors import InputError
 from llava.serve.http.server import PARSER, bind
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -163,3 +164,9 @@ def test_requests_in_a_row_are_answered_in_their_order(port: int) -> None:
 def test_garbage_behind_a_request_is_not_answered_first(port: int) -> None:
     seen = answers(port, GET.replace(b"/ ", b"/slow ") + b"garbage\r\n\r\n", num=2)
     assert seen in ([["/slow", "", ["host"]], 400], [None])
+
+
+@pytest.mark.parametrize("number", [-1, 65536, 99999])
+def test_a_port_that_does_not_exist_is_refused(number: int) -> None:
+    with pytest.raises(InputError, match=f"--port is {number}"):
+        bind("127.0.0.1", number)

@@ -27,6 +27,8 @@ PARSER = "h11"
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; `InputError` where the address cannot be used."""
+    if not 0 <= port <= 65535:  # getaddrinfo takes larger ones modulo 65536
+        raise InputError(f"--port is {port}; give 0 (any free one) to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, OverflowError, UnicodeError) as error:
