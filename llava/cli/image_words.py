@@ -295,7 +295,7 @@ def _existing(word: str) -> str | None:
 
 
 def _spellings(word: str) -> Iterator[str]:
-    """Yield the paths that a word may stand for, the likeliest first."""
+    """Yield the paths that a word may stand for, the most likely first."""
     if word.lower().startswith("file://"):
         path = unquote(re.sub(r"^file://(?:localhost)?", "", word, flags=re.IGNORECASE))
         yield path.lstrip("/") if re.match(r"/[A-Za-z]:", path) else path

@@ -261,7 +261,7 @@ def _build_multimodal(
             sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
         if info.stores_quantized:  # packed in a form that only the library which packed them reads
             place = loader_options.get("device_map", {"": str(device)})
-            model, origins = load_quantized(model_class, config, info, dtype, place)
+            model, origins = load_quantized(model_class, config, info, dtype, place, unused=sources.unused_tower)
         elif loader_options:
             model, origins = build_with_transformers(model_class, config, sources, dtype, loader_options)
         else:

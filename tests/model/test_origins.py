@@ -258,6 +258,26 @@ def test_a_stored_copy_of_the_frozen_tower_is_no_matter(tmp_path: Path, caplog: 
     assert "differ" not in caplog.text
 
 
+@pytest.mark.parametrize("quantization", [None, "4bit", "8bit"])
+def test_a_model_with_a_frozen_tower_saves_and_loads(
+    tmp_path: Path, quantization: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The saved folder holds a copy of the tower, which its config does not call trained."""
+    folder = build(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    save_tower(folder / "tower")
+    state = {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "vision_tower" not in name
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"unfreeze_mm_vision_tower": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    first = load(folder, device="cpu", quantization=quantization)
+    first.save(tmp_path / "saved")
+    assert any("vision_tower" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
+    assert torch.equal(logits(load(tmp_path / "saved", device="cpu")), logits(first))
+    assert "tensors that differ" not in caplog.text
+
+
 def test_a_base_s_stored_tower_is_the_one_of_its_projector(tmp_path: Path) -> None:
     base = build(tmp_path / "base")
     state = load_file(base / "model.safetensors")

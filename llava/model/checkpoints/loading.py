@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -186,11 +186,12 @@ def _equal(stored: TensorHeader, used: TensorHeader) -> bool:
 
 
 def load_with_transformers(
-    model_class: type[PreTrainedModel], folder: Path | None, **options: object
+    model_class: type[PreTrainedModel], folder: Path | None, unused: Collection[str] = (), /, **options: object
 ) -> tuple[PreTrainedModel, Origins]:
     """Call a class's `from_pretrained`, and refuse what transformers would fill with new numbers or leave out.
 
-    `folder` is None where `state_dict` is among the options. Returns the model, and where each of its weights comes from.
+    `folder` is None where `state_dict` is among the options; `unused` are stored tensors that the caller
+    accounts for. Returns the model, and where each of its weights comes from.
 
     Raises:
         InputError: A weight is not stored, or stored and not used, or of another shape.
@@ -201,7 +202,7 @@ def load_with_transformers(
     )
     where = str(folder) if folder is not None else model.config.name_or_path
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
-    unexpected = sorted(name for name in report["unexpected_keys"] if not COMPUTED.search(name))
+    unexpected = sorted(n for n in report["unexpected_keys"] if n not in unused and not COMPUTED.search(n))
     for names, fault in (
         (missing, "is in no weight file"),
         (unexpected, "is stored and has no use in the model"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ def load_quantized(
     info: CheckpointInfo,
     dtype: torch.dtype,
     device_map: object,
+    *,
+    unused: Collection[str] = (),
 ) -> tuple[PreTrainedModel, Origins]:
     """Load a folder's packed weights under the names of the original layout, and say where each weight comes from.
 
@@ -53,11 +55,11 @@ def load_quantized(
         options["key_mapping"] = {rule.pattern: name for rule, name in NAME_RULES}
     try:
         return load_with_transformers(
-            model_class, info.folder, config=config, dtype=dtype, device_map=device_map, **options
+            model_class, info.folder, unused, config=config, dtype=dtype, device_map=device_map, **options
         )
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
-    except (ImportError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+    except (ImportError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"the weights of {info.folder} are stored quantized by {method}, and cannot be read here: {reason}; install what "
