@@ -21,10 +21,9 @@ TokenText = Callable[[int], str]
 
 @dataclass
 class ReplyWriter:
-    """Write the replies to one request, with the same id and time in all of them. A stream closes with `ending`."""
+    """Write the replies to one request, with the same id and time in all of them."""
 
     id_prefix: ClassVar[str]
-    ending: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     model: str
     token_text: TokenText
@@ -61,11 +60,11 @@ class ChatWriter(ReplyWriter):
             choice = schema.ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
             yield self._chunk([choice])
 
-    def delta(self, chunk: Chunk) -> schema.ChatChunk:
+    def deltas(self, chunk: Chunk) -> Iterable[schema.ChatChunk]:
         delta = schema.Delta(content=chunk.text) if chunk.text or not chunk.finish_reason else schema.Delta()
         logprobs, reason = self._logprobs(chunk.logprobs), finish_reason(chunk)
         choice = schema.ChatChunkChoice(index=chunk.index, delta=delta, logprobs=logprobs, finish_reason=reason)
-        return self._chunk([choice])
+        yield self._chunk([choice])
 
     def closing(self, stats: RequestStats) -> Iterable[schema.ChatChunk]:
         """Return the last chunks of a stream: usage, without choices, where the request asked for it."""
@@ -114,8 +113,8 @@ class TextWriter(ReplyWriter):
     def opening(self, num_choices: int) -> Iterable[schema.TextReply]:
         return ()
 
-    def delta(self, chunk: Chunk) -> schema.TextReply:
-        return self._reply([self._choice(chunk)])
+    def deltas(self, chunk: Chunk) -> Iterable[schema.TextReply]:
+        yield self._reply([self._choice(chunk)])
 
     def closing(self, stats: RequestStats) -> Iterable[schema.TextReply]:
         if self.include_usage or self.inspect:

@@ -1,20 +1,17 @@
 """Translate bodies of the OpenAI-compatible API to prompts and sampling parameters.
 
-In: a validated body and the `ModelCard`. Out: a `ParsedRequest`: prompts, image URLs, sampling parameters. serve/service.py
-opens the images and submits it. Replies are made in replies.py. Pure functions: no HTTP, no model.
+In: a validated body and the `ModelCard`. Out: a `ParsedRequest` (serve/chat_turns.py): prompts, image URLs, sampling
+parameters. Replies are made in replies.py. Pure functions: no HTTP, no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, check_placeholders, with_image_placeholders
+from llava.conversation import check_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
+from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
 from llava.serve.openai import schema
 
 DEFAULT_NEW_TOKENS = 512
@@ -24,24 +21,6 @@ SAME_NAMES = (
     "ignore_eos", "n", "regex",
 )  # fmt: skip
 ANY_OBJECT: dict[str, object] = {"type": "object"}
-
-
-@dataclass(frozen=True)
-class ParsedRequest:
-    """Prompts, one request to the engine for each, their images, and how tokens are sampled."""
-
-    prompts: tuple[Conversation | str, ...]
-    images: tuple[schema.ImageURL, ...]
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """One message of a chat."""
-
-    role: str
-    text: str
-    images: tuple[schema.ImageURL, ...] = ()
 
 
 def parse_chat(body: schema.ChatRequest, card: ModelCard) -> ParsedRequest:
@@ -69,7 +48,7 @@ def parse_chat(body: schema.ChatRequest, card: ModelCard) -> ParsedRequest:
 def parse_completion(body: schema.CompletionRequest, card: ModelCard) -> ParsedRequest:
     """Return the prompts of a completion request as they are."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    images = tuple(body.images or ())
+    images = tuple(_shown(image) for image in body.images or ())
     if images and len(prompts) > 1:
         raise InputError("images go with a single prompt; send a request for each prompt that has images")
     for prompt in prompts:
@@ -105,47 +84,13 @@ def _turn(message: schema.SystemMessage | schema.UserMessage | schema.AssistantM
     role = "system" if isinstance(message, schema.SystemMessage) else message.role
     if isinstance(message.content, str):
         text = message.content
-        images: tuple[schema.ImageURL, ...] = ()
+        images: tuple[ShownImage, ...] = ()
     else:
         texts = [part.text for part in message.content if not isinstance(part, schema.ImagePart)]
-        images = tuple(part.image_url for part in message.content if isinstance(part, schema.ImagePart))
+        images = tuple(_shown(part.image_url) for part in message.content if isinstance(part, schema.ImagePart))
         text = "\n".join(texts)
     return checked_turn(ChatTurn(role, text, images), f"messages[{index}]")
 
 
-def checked_turn(turn: ChatTurn, path: str) -> ChatTurn:
-    """Return the turn, or raise `InputError` where it is empty or shows an image by a role other than the user."""
-    if turn.role != "user" and DEFAULT_IMAGE_TOKEN in turn.text:
-        raise InputError(f"{path}: {DEFAULT_IMAGE_TOKEN} stands for an image, and only the user shows images")
-    if turn.role == "user" and not turn.text.strip() and not turn.images:
-        raise InputError(f"{path}: the content is empty; ask something or show an image")
-    return turn
-
-
-def as_conversation(turns: Sequence[ChatTurn], card: ModelCard) -> Conversation:
-    """Render turns in the model's template.
-
-    Images come before the text of their turn, as in training, unless it has placeholders. Consecutive turns of one role
-    become one.
-    """
-    system = [turn.text for turn in turns if turn.role == "system"]
-    spoken = turns[len(system) :]
-    if any(turn.role == "system" for turn in spoken):
-        raise InputError("system messages come before all others")
-    if not spoken:
-        raise InputError("there is no question: messages needs one with the role user")
-    if spoken[0].role != "user":
-        raise InputError("the first message after the system's must be the user's")
-    if spoken[-1].role != "user":
-        raise InputError("the last message must be the user's: the next one is the model's answer")
-    conversation = card.template.with_system("\n".join(system)) if system else card.template.copy()
-    for role, run in groupby(spoken, key=lambda turn: turn.role):
-        texts = [
-            with_image_placeholders(turn.text, len(turn.images), card.image_placeholder)
-            if role == "user"
-            else turn.text
-            for turn in run
-        ]
-        conversation.append_message(conversation.roles[role == "assistant"], "\n".join(texts))
-    conversation.append_message(conversation.roles[1], None)
-    return conversation
+def _shown(image: schema.ImageURL) -> ShownImage:
+    return ShownImage(image.url, "low" if image.detail == "low" else "auto")

@@ -15,9 +15,10 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
+from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of, prompt_details_of
-from llava.serve.openai.requests import ANY_OBJECT, ChatTurn, ParsedRequest, as_conversation, checked_turn, sampling_of
+from llava.serve.openai.requests import ANY_OBJECT, sampling_of
 from llava.serve.service import RequestStats
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -171,7 +172,7 @@ def _turn(message: InputMessage, index: int) -> ChatTurn:
     if isinstance(message.content, str):
         return checked_turn(ChatTurn(role, message.content), f"input[{index}]")
     shown = [part for part in message.content if isinstance(part, InputImage)]
-    images = tuple(schema.ImageURL(url=part.image_url, detail=part.detail) for part in shown)
+    images = tuple(ShownImage(part.image_url, "low" if part.detail == "low" else "auto") for part in shown)
     if images and role != "user":
         raise InputError(f"input[{index}]: only the user shows images")
     text = "\n".join(part.text for part in message.content if not isinstance(part, InputImage))
@@ -182,7 +183,6 @@ class ResponsesWriter(ReplyWriter):
     """Write the answer as one message with one text."""
 
     id_prefix = "resp_"
-    ending = b""
 
     def __init__(self, body: ResponsesRequest, sampling: SamplingParams) -> None:
         super().__init__(body.model, token_text=str, inspect=body.inspect)
@@ -198,10 +198,10 @@ class ResponsesWriter(ReplyWriter):
         yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
         yield self._text_event("response.content_part.added", part=self._content(""))
 
-    def delta(self, chunk: Chunk) -> ResponsesEvent:
+    def deltas(self, chunk: Chunk) -> Iterable[ResponsesEvent]:
         self._text += chunk.text
         self._is_cut = chunk.finish_reason == "length"
-        return self._text_event("response.output_text.delta", delta=chunk.text, logprobs=[])
+        yield self._text_event("response.output_text.delta", delta=chunk.text, logprobs=[])
 
     def closing(self, stats: RequestStats) -> Iterable[ResponsesEvent]:
         whole = self._whole(stats)

@@ -6,22 +6,22 @@ replies.py. The controller publishes the same routes over its workers (serve/rou
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ValidationError
 
-from llava.engine.request import Detail
+from llava.serve.answers import ReplyBody, StreamEncoding, answer
+from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error
-from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect, read_json
+from llava.serve.http.streams import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ChatWriter, TextWriter
-from llava.serve.openai.requests import ParsedRequest, parse_chat, parse_completion
+from llava.serve.openai.requests import parse_chat, parse_completion
 from llava.serve.openai.responses_api import (
     ResponsesEvent,
     ResponsesReply,
@@ -29,7 +29,7 @@ from llava.serve.openai.responses_api import (
     ResponsesWriter,
     parse_responses,
 )
-from llava.serve.service import AdmittedRequest, Service
+from llava.serve.service import Service
 
 B = TypeVar("B", bound=schema.SamplingFields)
 W = TypeVar("W", ChatWriter, TextWriter)
@@ -109,52 +109,11 @@ class ModelApi:
     async def _answer(
         self, request: Request, body: schema.SamplingFields, parsed: ParsedRequest, writer: AnyWriter
     ) -> Response:
-        service = self._service
-        deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
-        urls = [image.url for image in parsed.images]
-        details: list[Detail] = ["low" if image.detail == "low" else "auto" for image in parsed.images]
-        submitted = service.submit(parsed.prompts, parsed.sampling, urls, details=details, streamed=bool(body.stream))
-        async with asyncio.timeout_at(deadline):
-            admitted = await cancel_on_disconnect(submitted, request.receive)
-        if not body.stream:
-            return await cancel_on_disconnect(_whole(admitted, writer, deadline), request.receive)
-        return StreamedResponse(
-            _events(admitted, writer),
-            media_type=EVENTS,
-            deadline=deadline,
-            final_chunk=error_event,
-            on_close=admitted.close,
-        )
+        encoding = RESPONSES_STREAM if isinstance(writer, ResponsesWriter) else STREAM
+        return await answer(request, self._service, parsed, writer, encoding, streamed=bool(body.stream))
 
 
-async def _whole(admitted: AdmittedRequest, writer: AnyWriter, deadline: float) -> Response:
-    end = "cancelled"
-    try:
-        async with asyncio.timeout_at(deadline):
-            chunks = [chunk async for chunk in admitted]
-        end = "finished"
-        return Response(writer.whole(chunks, admitted.stats()).as_json(), media_type="application/json")
-    except TimeoutError:
-        end = "deadline"
-        raise
-    except Exception as error:
-        end = "failed" if as_api_error(error).status >= 500 else "cancelled"
-        raise
-    finally:
-        admitted.close(end)
-
-
-async def _events(admitted: AdmittedRequest, writer: AnyWriter) -> AsyncIterator[bytes]:
-    for reply in writer.opening(admitted.num_choices):
-        yield server_sent_event(reply)
-    async for chunk in admitted:
-        yield server_sent_event(writer.delta(chunk))
-    for reply in writer.closing(admitted.stats()):
-        yield server_sent_event(reply)
-    yield writer.ending
-
-
-def server_sent_event(reply: schema.Reply) -> bytes:
+def server_sent_event(reply: ReplyBody) -> bytes:
     """Encode one event of a stream; those of /v1/responses are named by their type."""
     name = f"event: {reply.type}\n" if isinstance(reply, ResponsesEvent) else ""
     return f"{name}data: {reply.as_json()}\n\n".encode()
@@ -163,6 +122,10 @@ def server_sent_event(reply: schema.Reply) -> bytes:
 def error_event(error: Exception) -> bytes:
     """Encode the last event of a stream that failed, which clients raise."""
     return f"event: error\ndata: {json.dumps(as_api_error(error).body())}\n\n".encode()
+
+
+RESPONSES_STREAM = StreamEncoding(EVENTS, server_sent_event, error_event)
+STREAM = StreamEncoding(EVENTS, server_sent_event, error_event, b"data: [DONE]\n\n")
 
 
 def unknown_model(name: str, known: list[str]) -> ApiError:
