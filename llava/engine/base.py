@@ -140,10 +140,9 @@ class BaseEngine(ABC):
         prompt = self._build_prompt(request)
         handle = self._handle(request.request_id, prompt, params.max_new_tokens, make_handle)
         ends, stop = self._ends_of(request)
-        is_constrained = params.json_schema is not None or params.regex is not None
         detokenizers = [
             IncrementalDetokenizer(
-                self.tokenizer, stop, end_ids=ends, min_tokens=params.min_new_tokens, keep_space=is_constrained
+                self.tokenizer, stop, end_ids=ends, min_tokens=params.min_new_tokens, keep_space=params.is_constrained
             )
             for _ in range(params.n)
         ]

@@ -1,11 +1,15 @@
-"""Answers that obey a JSON schema or a regular expression, by llguidance (extra `constrain`).
+"""Answers that obey a JSON schema, a regular expression or a grammar, by llguidance (extra `constrain`).
 
-In: a tokenizer, and a request's schema or expression. Out: a `Grammar` that says before each token which ones are allowed.
+In: a tokenizer, and a request's schema, expression or grammar. Out: a `Grammar` that says before each token which ones are
+allowed.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,40 +20,86 @@ from llava.text.tokenization import Tokenizer
 
 # One way to write each value. Where any blank space may stand between two tokens, a small model writes it without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_GRAMMAR_CHARS = 2**17
+MAX_COMPILED = 32  # grammars that are kept
+MAX_FORCED_CHARS = 256  # of a text that a grammar prescribes, tokenized at once
+# The library counts steps, of which it takes 14 to 50 in a microsecond; a state of its lexer is 1 to 2 kB.
+COMPILE_LIMITS = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+}
 
 
 class GrammarMaker:
-    """Makes grammars for one tokenizer. Reading its vocabulary happens once, at the first request that needs it."""
+    """Makes grammars for one tokenizer, from any thread but the engine's.
+
+    A compiled grammar, or the reason why it cannot be one, is kept for requests that come again. What a stranger's grammar may
+    cost is bounded: the size of its text, and the library's own counts of states and steps, both when it is compiled and at
+    each token. Reading the vocabulary happens once, at the first request that needs it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = end_ids
         self._read: Any = None
+        self._compiled: OrderedDict[tuple[str, str], Any] = (
+            OrderedDict()
+        )  # matchers at their beginning, or `InputError`s
+        self._lock = threading.Lock()  # of what is kept
+        self._compiling = threading.Lock()  # one at a time: strangers' grammars take one core at most
 
     def __call__(self, params: SamplingParams) -> Grammar | None:
-        if params.json_schema is None and params.regex is None:
+        asked = _asked(params)
+        if asked is None:
             return None
+        found = self._kept(asked)
+        if found is None:
+            with self._compiling:
+                found = self._kept(asked) or self._compile(*asked)
+                self._keep(asked, found)
+        if isinstance(found, InputError):
+            raise InputError(str(found))
+        with self._lock:
+            return Grammar(found.deep_copy(), lambda: self._forget(asked))
+
+    def _kept(self, asked: tuple[str, str]) -> Any:
+        with self._lock:
+            if asked in self._compiled:
+                self._compiled.move_to_end(asked)
+            return self._compiled.get(asked)
+
+    def _keep(self, asked: tuple[str, str], found: Any) -> None:
+        with self._lock:
+            self._compiled[asked] = found
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+
+    def _forget(self, asked: tuple[str, str]) -> None:
+        """Compile again next time: copies share their lexer, whose states may have come to their limit."""
+        with self._lock:
+            self._compiled.pop(asked, None)
+
+    def _compile(self, name: str, text: str) -> Any:
+        """The matcher, with its first step taken; or an `InputError`."""
         library = require("llguidance", extra="constrain")
         if self._read is None:
             self._read = self._vocabulary(library)
-        name, grammar = self._grammar(library, params)
-        wrong = library.LLMatcher.validate_grammar(grammar, self._read)
-        if wrong:
-            raise InputError(f"{name} is not one that answers can be held to: {' '.join(str(wrong).split())[:300]}")
-        return Grammar(library.LLMatcher(self._read, grammar))
-
-    def _grammar(self, library: Any, params: SamplingParams) -> tuple[str, str]:
-        if params.regex is not None:
-            return f"regex {params.regex!r}", library.LLMatcher.grammar_from_regex(params.regex)
-        schema = params.json_schema
-        if not isinstance(schema, str):
-            schema = json.dumps(schema)
         try:
-            json.loads(schema)
+            grammar = _WRITERS[name](library.LLMatcher, text)
+            matcher = library.LLMatcher(
+                self._read, grammar, log_level=0, limits=library.LLParserLimits(**COMPILE_LIMITS)
+            )
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # where a grammar begins with a text, all of that is read here
+            problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as error:
-            raise InputError(f"json_schema is not JSON: {error}") from error
-        return "json_schema", library.LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+            problem = str(error)
+        shown = f"{name} {text[:80]!r}" if name == "regex" else name
+        reason = " ".join(problem.partition("\n<state>")[0].split())[:300]
+        return InputError(f"{shown} is not one that answers can be held to: {reason}") if problem else matcher
 
     def _vocabulary(self, library: Any) -> Any:
         ends = sorted(self._end_ids)
@@ -62,11 +112,36 @@ class GrammarMaker:
         )
 
 
-class Grammar:
-    """How far one answer has come in its grammar."""
+_WRITERS: dict[str, Callable[[Any, str], str]] = {
+    "json_schema": lambda matcher, text: matcher.grammar_from_json_schema(text, overrides=JSON_STYLE),
+    "regex": lambda matcher, text: matcher.grammar_from_regex(text),
+    "grammar": lambda matcher, text: matcher.grammar_from_lark(text),
+}
 
-    def __init__(self, matcher: Any) -> None:
+
+def _asked(params: SamplingParams) -> tuple[str, str] | None:
+    """The field that constrains the answer and its text; None where there is none."""
+    name = next((name for name in _WRITERS if getattr(params, name) is not None), None)
+    if name is None:
+        return None
+    given = getattr(params, name)
+    try:
+        text = given if isinstance(given, str) else json.dumps(given)
+        if name == "json_schema":
+            json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON: {error}") from error
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InputError(f"{name} has {len(text):,} characters; answers can be held to {MAX_GRAMMAR_CHARS:,} at most")
+    return name, text
+
+
+class Grammar:
+    """How far one answer has come in its grammar. `on_error` is called where the library gives up."""
+
+    def __init__(self, matcher: Any, on_error: Callable[[], None] = lambda: None) -> None:
         self._matcher = matcher
+        self._on_error = on_error
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Which tokens may follow (V,), as booleans."""
@@ -85,7 +160,9 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the answer's grammar failed: {' '.join(self._matcher.get_error().split())[:300]}")
+            self._on_error()
+            reason = self._matcher.get_error().partition("\n<state>")[0]
+            raise InputError(f"the answer's grammar failed: {' '.join(reason.split())[:300]}")
 
 
 class _Vocabulary:
@@ -104,7 +181,11 @@ class _Vocabulary:
         self.special_token_ids = sorted(special | set(range(len(names), vocab_size)))
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text in the middle of another: without the space that sentencepiece puts before a beginning."""
+        """Ids of a text in the middle of another: without the space that sentencepiece puts before a beginning.
+
+        Of a long text only the beginning, which is all that the next token needs.
+        """
+        text = text[:MAX_FORCED_CHARS]
         before, both = (self._ids(line) for line in ("\n", "\n" + text))
         return both[len(before) :] if both[: len(before)] == before else self._ids(text)
 

@@ -24,7 +24,7 @@ from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineConfig
 from llava.engine.prompt import Prompt
 from llava.engine.prompt_builder import check_token_ids
-from llava.engine.request import Request, SamplingParams, ScoreRequest
+from llava.engine.request import CONSTRAINTS, Request, SamplingParams, ScoreRequest
 from llava.engine.sequence import GenerationState, RequestState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import EngineWorker
@@ -109,7 +109,7 @@ class HFEngine(BaseEngine):
 
     def _check(self, params: SamplingParams) -> None:
         super()._check(params)
-        for name in ("logprobs", "json_schema", "regex"):
+        for name in ("logprobs", *CONSTRAINTS):
             if getattr(params, name) is not None:
                 raise InputError(
                     f"model.generate answers this request, and takes no {name}; leave it out, or use a model that the engine "

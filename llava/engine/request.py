@@ -25,6 +25,7 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
+CONSTRAINTS = ("json_schema", "regex", "grammar")  # fields of `SamplingParams`
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class SamplingParams:
     n: int = 1  # completions of one prompt, each with its own random numbers
     json_schema: str | Mapping[str, Any] | None = None  # the answer is JSON that this schema allows
     regex: str | None = None  # the answer matches this expression as a whole
+    grammar: str | None = None  # the answer matches this grammar, in llguidance's form of Lark
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
@@ -104,8 +106,9 @@ class SamplingParams:
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
         _require(1 <= self.n <= MAX_COMPLETIONS, "n", self.n, f"1 to {MAX_COMPLETIONS}")
-        if self.json_schema is not None and self.regex is not None:
-            raise InputError("json_schema and regex exclude each other; give one of them")
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} exclude each other; give one of them")
 
     @classmethod
     def given(cls, **values: Any) -> SamplingParams:
@@ -115,6 +118,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer must match something."""
+        return any(getattr(self, name) is not None for name in CONSTRAINTS)
 
     def resolved(self, defaults: SamplingDefaults) -> SamplingParams:
         """The same with the model's defaults for what is None."""

@@ -153,8 +153,9 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
     """The fields that were given; the last five are not OpenAI's."""
     if params.logprobs is not None:
         raise InputError("this worker passes requests on to another server and gives no logprobs")
-    if params.regex is not None:
-        raise InputError("this worker passes requests on to another server and takes no regex")
+    for name in ("regex", "grammar"):
+        if getattr(params, name) is not None:
+            raise InputError(f"this worker passes requests on to another server and takes no {name}")
     ours, usual = params, SamplingParams()
     names = (
         "top_p", "seed", "presence_penalty", "frequency_penalty", "n",

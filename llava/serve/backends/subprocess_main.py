@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llava.serve")
 
-IMAGE_THREADS = 4  # make prompts with images; text is made by the thread that reads the line
+BUILD_THREADS = (
+    4  # of each pool: prompts with images, and answers held to a grammar; the thread that reads the pipe does the rest
+)
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,27 @@ class EngineHost:
         self._engine = engine
         self._pipe = pipe
         self._events: deque[RequestAccepted | ChunkEvent | EndEvent] = deque()
-        self._pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="llava-prompt")
+        self._image_pool = ThreadPoolExecutor(BUILD_THREADS, thread_name_prefix="llava-prompt")
+        self._grammar_pool = ThreadPoolExecutor(BUILD_THREADS, thread_name_prefix="llava-grammar")
         self._sending, self._lock = threading.Lock(), threading.Lock()
-        self._being_built: dict[int, bool] = {}  # requests with images, and whether they were aborted meanwhile
+        self._being_built: dict[int, bool] = {}  # by the pool, and whether they were aborted meanwhile
 
     def serve(self) -> None:
         for message in self._pipe:
             if isinstance(message, AbortCommand):
                 self._abort(message.number)
+            elif message.request.sampling.is_constrained:
+                self._submit_by(self._grammar_pool, message)
             elif message.request.images:
-                self._being_built[message.number] = False
-                self._pool.submit(self._build, message)
+                self._submit_by(self._image_pool, message)
             else:
                 self._submit(message)
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._image_pool, self._grammar_pool):
+            pool.shutdown(cancel_futures=True)
+
+    def _submit_by(self, pool: ThreadPoolExecutor, command: SubmitCommand) -> None:
+        self._being_built[command.number] = False
+        pool.submit(self._build, command)
 
     def add_event(self, event: ChunkEvent | EndEvent) -> None:
         """From the engine's thread, which calls `send_events` after the step."""

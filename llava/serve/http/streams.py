@@ -1,46 +1,22 @@
-"""JSON bodies, streamed responses, and the cancelling of work whose client has disconnected.
+"""Streamed responses, and the cancelling of work whose client has disconnected.
 
-In: Starlette requests; iterators of bytes. Out: JSON values, or `InputError`; responses whose source is stopped soon after the
-client disconnects, or at a deadline.
+In: iterators of bytes. Out: responses whose source is stopped soon after the client disconnects, or at a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-
-from llava.errors import InputError
 
 T = TypeVar("T")
 
 FINAL_CHUNK_S = 5.0
-
-
-async def read_json(request: Request) -> object:
-    """Parse the body as JSON, whatever the Content-Type: the original's servers ignored it too."""
-    return parse_json(await request.body())
-
-
-def parse_json(body: bytes) -> object:
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        if b"\\u" in body:  # an escape may be half of a surrogate pair, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"the body is not JSON: {reason}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:

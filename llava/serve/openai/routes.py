@@ -18,7 +18,7 @@ from llava.serve.answers import ReplyBody, StreamEncoding, answer
 from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error
-from llava.serve.http.streams import read_json
+from llava.serve.http.json_body import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ChatWriter, TextWriter
 from llava.serve.openai.requests import parse_chat, parse_completion

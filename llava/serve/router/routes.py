@@ -19,9 +19,9 @@ from fastapi import APIRouter, FastAPI, Request, Response
 
 from llava.serve.http.app import Lifespan, background, make_app
 from llava.serve.http.errors import ApiError, as_api_error
+from llava.serve.http.json_body import read_json
 from llava.serve.http.metrics import Gauge, Metrics
 from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
-from llava.serve.http.streams import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.routes import SCHEMAS, error_event, openai_routes
 from llava.serve.router import protocol

@@ -15,8 +15,9 @@ from starlette.requests import ClientDisconnect
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.request import PromptTooLongError
 from llava.serve.http.errors import as_api_error
+from llava.serve.http.json_body import read_json
 from llava.serve.http.limits import decode_images
-from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect, read_json
+from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.replies import stats_as_json
 from llava.serve.router import protocol
 from llava.serve.service import AdmittedRequest, Service
