@@ -16,13 +16,13 @@ from typing import Any
 import uvicorn
 from cli_kit import environment
 
+from llava.serve.apis import SCHEMAS, model_routes
 from llava.serve.backends.base import Backend
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.app import make_app
 from llava.serve.http.limits import ServeLimits
 from llava.serve.http.middleware import AccessPolicy
 from llava.serve.http.server import PARSER, bind
-from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
 from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.heartbeat import Heartbeat
 from llava.serve.router.routes import ControllerApi, controller_app
@@ -82,7 +82,7 @@ def worker(
     listener = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     api = WorkerApi(service)
-    routers = [api.router(), openai_routes(ModelApi(service))]
+    routers = [api.router(), *model_routes(service)]
     lifespans = []
     if controller is None:
         routers.append(single_worker_routes(service))

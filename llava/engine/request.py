@@ -225,6 +225,7 @@ class Chunk:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None  # the one that ended the completion
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]  # empty unless asked for
     finish_reason: FinishReason
+    stop_string: str | None = None  # the one that ended it
 
 
 @dataclass(frozen=True)

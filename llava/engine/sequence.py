@@ -285,6 +285,7 @@ class GenerationState(RequestState):
                 tuple(sequence.ids[sequence.num_prompt :]),
                 tuple(sequence.logprobs),
                 sequence.finish_reason,
+                sequence.detokenizer.stop_string,
             )
             for sequence in self.sequences
             if sequence.detokenizer is not None and sequence.finish_reason is not None
@@ -307,7 +308,9 @@ class GenerationState(RequestState):
         logprobs: abc.Sequence[TokenLogprob] = (),
     ) -> None:
         if self._streamed:
-            self.handle.put(Chunk(sequence.index, text, tuple(token_ids), tuple(logprobs), sequence.finish_reason))
+            detokenizer, reason = sequence.detokenizer, sequence.finish_reason
+            stop = detokenizer.stop_string if detokenizer is not None and reason is not None else None
+            self.handle.put(Chunk(sequence.index, text, tuple(token_ids), tuple(logprobs), reason, stop))
 
 
 class ScoringState(RequestState):

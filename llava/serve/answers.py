@@ -7,17 +7,21 @@ serve/anthropic/) has writers of its own; admission, deadlines and disconnected 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request, Response
+from pydantic import ValidationError
 
 from llava.engine.request import Chunk
 from llava.serve.chat_turns import ParsedRequest
-from llava.serve.http.errors import as_api_error
+from llava.serve.http.errors import ApiError, as_api_error
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
+from llava.serve.openai.schema import Body, describe_error
 from llava.serve.service import AdmittedRequest, RequestStats, Service
+
+B = TypeVar("B", bound=Body)
 
 
 class ReplyBody(Protocol):
@@ -41,6 +45,15 @@ class AnswerWriter(Protocol):
         """The one reply to a request without a stream."""
 
 
+def validated(values: object, kind: type[B]) -> B:
+    """Return a body as its model; `ApiError` names the field that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        message, param = describe_error(error, values)
+        raise ApiError(400, message, param=param) from None
+
+
 @dataclass(frozen=True)
 class StreamEncoding:
     """How replies become bytes of a stream. `ending` follows the last reply, `final_chunk` ends a stream that failed."""
@@ -59,8 +72,9 @@ async def answer(
     encoding: StreamEncoding,
     *,
     streamed: bool,
+    on_admitted: Callable[[AdmittedRequest], Awaitable[None]] | None = None,
 ) -> Response:
-    """Submit a request to the model, and respond with its answer."""
+    """Submit a request to the model, and respond with its answer. `on_admitted` is awaited before a stream begins."""
     deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
     urls = [image.url for image in parsed.images]
     details = [image.detail for image in parsed.images]
@@ -70,7 +84,7 @@ async def answer(
     if not streamed:
         return await cancel_on_disconnect(_whole(admitted, writer, deadline), request.receive)
     return StreamedResponse(
-        _encoded(admitted, writer, encoding),
+        _encoded(admitted, writer, encoding, on_admitted),
         media_type=encoding.media_type,
         deadline=deadline,
         final_chunk=encoding.final_chunk,
@@ -95,7 +109,14 @@ async def _whole(admitted: AdmittedRequest, writer: AnswerWriter, deadline: floa
         admitted.close(end)
 
 
-async def _encoded(admitted: AdmittedRequest, writer: AnswerWriter, encoding: StreamEncoding) -> AsyncIterator[bytes]:
+async def _encoded(
+    admitted: AdmittedRequest,
+    writer: AnswerWriter,
+    encoding: StreamEncoding,
+    on_admitted: Callable[[AdmittedRequest], Awaitable[None]] | None,
+) -> AsyncIterator[bytes]:
+    if on_admitted is not None:
+        await on_admitted(admitted)
     for reply in writer.opening(admitted.num_choices):
         yield encoding.encode(reply)
     async for chunk in admitted:

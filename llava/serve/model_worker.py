@@ -128,9 +128,9 @@ def _in_own_process(wanted: str, device: str) -> bool:
 
 def serve_worker(service: Service, args: Namespace, address: ListenAddress) -> int:
     """Run a worker until a signal comes."""
+    from llava.serve.apis import SCHEMAS, model_routes
     from llava.serve.http.app import make_app
     from llava.serve.http.server import run_server
-    from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
     from llava.serve.router.heartbeat import Heartbeat
     from llava.serve.router.worker_routes import WorkerApi
 
@@ -140,7 +140,7 @@ def serve_worker(service: Service, args: Namespace, address: ListenAddress) -> i
         heartbeat = Heartbeat(args.controller_address, worker, api.status, key=address.key)
         service.changed = heartbeat.changed
     _, app = make_app(
-        [api.router(), openai_routes(ModelApi(service))],
+        [api.router(), *model_routes(service)],
         title=f"llava worker: {service.card.name}",
         metrics=service.metrics,
         access=address.access,

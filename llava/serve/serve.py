@@ -102,12 +102,12 @@ def supervised_app(args: Namespace, address: ListenAddress, name: str) -> tuple[
 
 def model_app(service: Service, access: AccessPolicy) -> tuple[FastAPI, AccessMiddleware]:
     """Build the application of one model without a controller. Returns what `make_app` returns."""
+    from llava.serve.apis import SCHEMAS, model_routes
     from llava.serve.http.app import make_app
-    from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
     from llava.serve.router.worker_routes import WorkerApi, single_worker_routes
 
     return make_app(
-        [WorkerApi(service).router(), single_worker_routes(service), openai_routes(ModelApi(service))],
+        [WorkerApi(service).router(), single_worker_routes(service), *model_routes(service)],
         title=f"llava serve: {service.card.name}",
         metrics=service.metrics,
         access=access,

@@ -7,6 +7,7 @@ took. Both protocols of a worker use this: openai/routes.py and router/worker_ro
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields, replace
@@ -45,6 +46,7 @@ class Service:
         self.metrics = Metrics(self._gauges)
         self.draining = False
         self.num_requests = 0
+        self._counting = threading.Lock()  # counting tokens is for one thread at a time
         self.changed: Callable[[], None] = lambda: None  # called when a request begins or ends
 
     @property
@@ -70,18 +72,9 @@ class Service:
             ServerBusyError: the server is full or being stopped.
             InputError: the request cannot be answered.
         """
-        if self.draining:
-            raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
-        if self.num_requests >= self.limits.max_requests:
-            raise ServerBusyError(f"{self.num_requests} requests are running already; try again in a moment")
-        if image_sources and not self.card.takes_images:
-            raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
-        admitted = AdmittedRequest(self)
+        admitted = self._admit(image_sources)
         try:
-            images: list[Image.Image] = []
-            if image_sources:
-                images = await asyncio.to_thread(opener, image_sources, self.limits, admitted.reservation)
-                admitted.layouts = self.backend.model.plan([image.size for image in images], details)
+            images = await self._open(admitted, image_sources, details, opener)
             for prompt in prompts:
                 request = Request(prompt, tuple(images), sampling, details=tuple(details))
                 admitted.add(await self.backend.start(request, streamed=streamed), sampling.n)
@@ -90,6 +83,49 @@ class Service:
             admitted.close("refused")
             raise
         return admitted
+
+    async def count_tokens(
+        self, prompt: Conversation | str, image_sources: Sequence[str] = (), *, details: Sequence[Detail] = ()
+    ) -> int | None:
+        """Return the tokens of a prompt with its images, within the limits of a request; None where they are not known.
+
+        Raises:
+            ServerBusyError, InputError: as `submit`.
+        """
+        admitted = self._admit(image_sources)
+        try:
+            await self._open(admitted, image_sources, details, open_images)
+            return await self.num_tokens(prompt, admitted.layouts)
+        finally:
+            admitted.close("counted")
+
+    async def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+        """Return the tokens of a prompt whose images have these layouts; None where they are not known."""
+
+        def count() -> int | None:
+            with self._counting:
+                return self.backend.model.num_tokens(prompt, layouts)
+
+        return await asyncio.to_thread(count)
+
+    def _admit(self, image_sources: Sequence[str]) -> AdmittedRequest:
+        if self.draining:
+            raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
+        if self.num_requests >= self.limits.max_requests:
+            raise ServerBusyError(f"{self.num_requests} requests are running already; try again in a moment")
+        if image_sources and not self.card.takes_images:
+            raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
+        return AdmittedRequest(self)
+
+    async def _open(
+        self, admitted: AdmittedRequest, sources: Sequence[str], details: Sequence[Detail], opener: Opener
+    ) -> list[Image.Image]:
+        """Open the images of a request, and plan their layouts."""
+        if not sources:
+            return []
+        images = await asyncio.to_thread(opener, sources, self.limits, admitted.reservation)
+        admitted.layouts = self.backend.model.plan([image.size for image in images], details)
+        return images
 
     def pause(self) -> float:
         """Return the seconds for which tokens are collected before a chunk is sent."""
@@ -202,6 +238,7 @@ def merged(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
             tuple(token for chunk in parts for token in chunk.token_ids),
             tuple(token for chunk in parts for token in chunk.logprobs),
             parts[-1].finish_reason,
+            parts[-1].stop_string,
         )
         for index, parts in joined.items()
     ]

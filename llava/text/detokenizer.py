@@ -58,7 +58,7 @@ class IncrementalDetokenizer:
         self.token_ids: list[int] = []
         self.text = ""
         self.stopped = False
-        self._is_cut = False  # by a stop string, rather than ended by a token
+        self.stop_string: str | None = None  # the one that ended the answer, rather than a token
 
     @property
     def has_stop_strings(self) -> bool:
@@ -92,7 +92,7 @@ class IncrementalDetokenizer:
 
     def finish(self) -> str:
         """Return the last of the text: what was held back and did not become a stop string."""
-        delta = "" if self._is_cut else self._emit(self._decoder.finish())
+        delta = "" if self.stop_string is not None else self._emit(self._decoder.finish())
         rest, self._held = self._trimmed(self._held), ""
         self.text += rest
         return delta + rest
@@ -102,10 +102,11 @@ class IncrementalDetokenizer:
             return ""
         self._held += text if self.text or self._held or self._keep_space else text.lstrip()
         stop = self._stop if len(self.token_ids) > self._min_tokens else []
-        ends = [position for word in stop if (position := self._held.find(word)) >= 0]
+        ends = [(position, word) for word in stop if (position := self._held.find(word)) >= 0]
         if ends:
-            self.stopped = self._is_cut = True
-            ready, self._held = self._trimmed(self._held[: min(ends)]), ""
+            first, self.stop_string = min(ends)
+            self.stopped = True
+            ready, self._held = self._trimmed(self._held[:first]), ""
         else:
             keep = max([overlap(self._held, word) for word in stop], default=0)
             ready = self._trimmed(self._held[: len(self._held) - keep])

@@ -27,6 +27,10 @@ class ModelCard:
     context_len: int | None  # None: only the server elsewhere knows
     image_placeholder: str  # what stands for one image in a prompt
     takes_images: bool = True
+    # None where only the server elsewhere knows.
+    architecture: str | None = None
+    num_parameters: int | None = None
+    dtype: str | None = None
 
 
 class ServerBusyError(Exception):
@@ -79,6 +83,9 @@ class ServedModel(Protocol):
         """Bytes held of planned images until the answer's end."""
 
     def token_text(self, token_id: int) -> str: ...
+
+    def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+        """Tokens of a prompt with images of these layouts; None where only the remote server knows. One thread at a time."""
 
 
 class Backend(Protocol):

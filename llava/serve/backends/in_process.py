@@ -82,7 +82,7 @@ class EngineRequest:
             raise BackendError(str(error)) from error
         if not self._streamed:
             yield [
-                Chunk(whole.index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason)
+                Chunk(whole.index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.stop_string)
                 for whole in self._result.completions
             ]
 

@@ -45,6 +45,9 @@ class RemoteModel:
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
         return 0  # they have been sent
 
+    def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+        return None
+
     def token_text(self, token_id: int) -> str:
         raise AssertionError("probabilities are refused, so no token has to be named")
 
@@ -292,4 +295,6 @@ class RemoteRequest:
         (open_choices.discard if reason else open_choices.add)(index)
         if text or reason:
             end = REASONS.get(reason, "stop") if reason else None
-            self._chunks.put_nowait(Chunk(index, text or "", finish_reason=end))
+            stop = choice.get("stop_reason")  # vLLM names the stop string
+            stop = stop if end and isinstance(stop, str) else None
+            self._chunks.put_nowait(Chunk(index, text or "", finish_reason=end, stop_string=stop))

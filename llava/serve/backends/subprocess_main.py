@@ -154,7 +154,7 @@ class ForwardingHandle(RequestHandle):
         self._host, self._number = host, number
 
     def put(self, chunk: Chunk) -> None:
-        fields = (chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason)
+        fields = (chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason, chunk.stop_string)
         self._forward(ChunkEvent(self._number, fields))
 
     def finish(self, result: Result | Score) -> None:

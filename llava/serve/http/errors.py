@@ -1,12 +1,13 @@
-"""Translate exceptions to HTTP: a status and one sentence, in the form of OpenAI's errors.
+"""Translate exceptions to HTTP: a status and one sentence, in the form of errors of the protocol that was asked.
 
-In: exceptions of routes. Out: responses. The original protocol has its own error codes (serve/router/protocol.py).
+In: exceptions of routes, and the path. Out: responses. The original protocol has its own error codes
+(serve/router/protocol.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -14,11 +15,31 @@ from starlette.exceptions import HTTPException
 
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError, UnreachableError
+from llava.serve.http.forwarded import route_path
 
 logger = logging.getLogger("llava.serve")
 
 RETRY_AFTER_S = 2
+MAX_SHOWN_PATH = 100
+# Parts of the APIs that this server does not have, by the beginning of the path.
+ABSENT = {
+    "/v1/embeddings": "embeddings",
+    "/v1/images": "generation of images",
+    "/v1/audio": "audio",
+    "/v1/moderations": "moderation",
+    "/v1/files": "files",
+    "/v1/batches": "batches",
+    "/v1/messages/batches": "batches",
+    "/v1/fine_tuning": "fine-tuning",
+    "/v1/assistants": "assistants",
+    "/v1/threads": "assistants",
+    "/v1/rerank": "reranking",
+    "/v1/score": "scoring",
+    "/v1/realtime": "realtime sessions",
+    "/v1/vector_stores": "vector stores",
+}
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = ERROR_TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
@@ -28,17 +49,38 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
-    def body(self) -> dict[str, object]:
-        """The error as JSON, in OpenAI's form."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+ErrorForm = Callable[[ApiError], dict[str, object]]
 
 
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def openai_form(error: ApiError) -> dict[str, object]:
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def ollama_form(error: ApiError) -> dict[str, object]:
+    return {"error": str(error)}
+
+
+def anthropic_form(error: ApiError) -> dict[str, object]:
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+# By the beginning of the path; all others have OpenAI's.
+ERROR_FORMS: tuple[tuple[str, ErrorForm], ...] = (("/api/", ollama_form), ("/v1/messages", anthropic_form))
+
+
+def form_of(path: str) -> ErrorForm:
+    """Return the form of errors of the protocol that a path belongs to."""
+    return next((form for beginning, form in ERROR_FORMS if path.startswith(beginning)), openai_form)
+
+
+def error_response(error: ApiError, path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     headers = dict(headers or {})
     if error.status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(form_of(path)(error), error.status, headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -62,15 +104,28 @@ def as_api_error(error: Exception) -> ApiError:
 
 def add_error_handlers(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> JSONResponse:
-        return error_response(as_api_error(error))
+        return error_response(as_api_error(error), route_path(request.scope))
 
     async def respond_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        if error.status_code in (404, 405):  # in the form of the original's servers, for its clients
-            return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-        return error_response(ApiError(error.status_code, str(error.detail)), error.headers)
+        path = route_path(request.scope)
+        if error.status_code not in (404, 405):
+            return error_response(ApiError(error.status_code, str(error.detail)), path, error.headers)
+        body = form_of(path)(_no_route(error.status_code, request.method, path))
+        # The detail is what the original's servers say, for its clients.
+        return JSONResponse(body | {"detail": error.detail}, error.status_code, error.headers)
 
     app.add_exception_handler(HTTPException, respond_http)
     for kind in (ApiError, InputError, ServerBusyError, BackendError, TimeoutError):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(Exception, respond)
+
+
+def _no_route(status: int, method: str, path: str) -> ApiError:
+    shown = repr(path if len(path) <= MAX_SHOWN_PATH else path[:MAX_SHOWN_PATH] + "...")
+    if status == 405:
+        return ApiError(405, f"{shown} does not take {method[:20]}; /docs lists what this server has")
+    absent = next((what for beginning, what in ABSENT.items() if path.startswith(beginning)), None)
+    if absent is not None:
+        return ApiError(404, f"this server has no {absent}; /docs lists what it has", code="not_supported")
+    return ApiError(404, f"there is no {shown} here; /docs lists what this server has", code="unknown_url")

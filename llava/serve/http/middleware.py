@@ -10,11 +10,12 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -127,21 +128,21 @@ class AccessMiddleware:
 
     def _refusal(self, request: RequestScope) -> Response | None:
         policy, host, origin = self._policy, request.header("host"), request.header("origin")
+        path, method = request.scope["path"], request.scope["method"]
         if policy.hosts is not None and _host_name(f"//{host}") not in policy.hosts:
             message = "this server does not answer to the name in the Host header"
-            return error_response(ApiError(421, message, code="wrong_host"))
+            return error_response(ApiError(421, message, code="wrong_host"), path)
         if origin and origin not in policy.origins and urlsplit(origin).netloc != host:
             message = "pages of other sites may not use this server"
-            return error_response(ApiError(403, message, code="cross_origin"))
-        path, method = request.scope["path"], request.scope["method"]
+            return error_response(ApiError(403, message, code="cross_origin"), path)
         is_open = path in self._open_paths or path.startswith(self._open_folders) or method == "OPTIONS"
-        if not is_open and not policy.keys.allow(request.header("authorization")):
-            message = "this server needs an API key: send the header 'Authorization: Bearer KEY'"
-            return error_response(ApiError(401, message, code="invalid_api_key"), {"www-authenticate": "Bearer"})
+        if not is_open and not policy.keys.allow(authorization_of(Headers(scope=request.scope))):
+            message = "this server needs an API key: send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            return error_response(ApiError(401, message, code="invalid_api_key"), path, {"www-authenticate": "Bearer"})
         length = request.header("content-length")
         if length.isdecimal() and int(length) > policy.max_body_bytes:
             message = _too_large(policy.max_body_bytes)
-            return error_response(ApiError(413, message, code="body_too_large"), {"connection": "close"})
+            return error_response(ApiError(413, message, code="body_too_large"), path, {"connection": "close"})
         return None
 
     def _log(self, scope: Scope, status: int | None, seconds: float) -> None:
@@ -186,6 +187,12 @@ class RequestScope:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+
+
+def authorization_of(headers: Mapping[str, str]) -> str:
+    """Return the Authorization header. Anthropic's clients send the key in a header of its own."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (f"Bearer {key}" if key else "")
 
 
 def _host_name(url: str) -> str:

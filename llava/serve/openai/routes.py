@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from llava.serve.answers import ReplyBody, StreamEncoding, answer
+from llava.serve.answers import ReplyBody, StreamEncoding, answer, validated
 from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.app import Schemas
-from llava.serve.http.errors import ApiError, as_api_error
+from llava.serve.http.errors import ApiError, as_api_error, openai_form
 from llava.serve.http.json_body import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ChatWriter, TextWriter
@@ -69,6 +69,9 @@ class ModelApi:
             conv_mode=None if own is not None else card.conv_mode,
             chat_template=None if own is None else {"source": own.source, "special_tokens": dict(own.special_tokens)},
             takes_images=card.takes_images,
+            architecture=card.architecture,
+            num_parameters=card.num_parameters,
+            dtype=card.dtype,
         )
         return schema.ModelList(object="list", data=[entry])
 
@@ -88,11 +91,7 @@ class ModelApi:
         return await self._answer(request, body, parsed, ResponsesWriter(body, parsed.sampling))
 
     def _validated(self, values: object, kind: type[B]) -> B:
-        try:
-            body = kind.model_validate(values)
-        except ValidationError as error:
-            message, param = schema.describe_error(error, values)
-            raise ApiError(400, message, param=param) from None
+        body = validated(values, kind)
         if body.model != self._service.card.name:
             raise unknown_model(body.model, [self._service.card.name])
         return body
@@ -121,7 +120,7 @@ def server_sent_event(reply: ReplyBody) -> bytes:
 
 def error_event(error: Exception) -> bytes:
     """Encode the last event of a stream that failed, which clients raise."""
-    return f"event: error\ndata: {json.dumps(as_api_error(error).body())}\n\n".encode()
+    return f"event: error\ndata: {json.dumps(openai_form(as_api_error(error)))}\n\n".encode()
 
 
 RESPONSES_STREAM = StreamEncoding(EVENTS, server_sent_event, error_event)

@@ -309,6 +309,9 @@ class ModelEntry(Reply):
         None  # in place of conv_mode, where the model's folder has its own
     )
     takes_images: bool | None = None
+    architecture: str | None = None
+    num_parameters: int | None = None
+    dtype: str | None = None
 
 
 class ModelList(Reply):

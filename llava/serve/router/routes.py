@@ -1,4 +1,4 @@
-"""The controller's routes: those of the original for workers and clients, and the OpenAI-compatible ones.
+"""The controller's routes: those of the original for workers and clients, and those of the APIs that clients speak.
 
 In: HTTP requests. Out: JSON, or a worker's response. The table of workers is in dispatch.py, forwarding in proxy.py.
 """
@@ -10,20 +10,24 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 
+from llava.serve.anthropic import replies as anthropic
+from llava.serve.apis import SCHEMAS, forwarded_routes
 from llava.serve.http.app import Lifespan, background, make_app
 from llava.serve.http.errors import ApiError, as_api_error
 from llava.serve.http.json_body import read_json
 from llava.serve.http.metrics import Gauge, Metrics
 from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
+from llava.serve.ollama import replies as ollama
+from llava.serve.ollama.requests import matches
 from llava.serve.openai import schema
-from llava.serve.openai.routes import SCHEMAS, error_event, openai_routes
+from llava.serve.openai.routes import error_event
 from llava.serve.router import protocol
 from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.proxy import Proxy
@@ -173,20 +177,54 @@ class ControllerApi:
         question = _up_to_first_question(given) if isinstance(given, list) else given
         return await self._forward(request, "/v1/responses", body, question)
 
+    # Ollama's and Anthropic's.
+
+    async def ollama_chat(self, request: Request) -> Response:
+        body = await self._ollama_body(request)
+        question = _up_to_first_question(body.get("messages"))
+        return await self._forward(request, "/api/chat", body, question, ollama.error_line)
+
+    async def ollama_generate(self, request: Request) -> Response:
+        body = await self._ollama_body(request)
+        return await self._forward(request, "/api/generate", body, body.get("images"), ollama.error_line)
+
+    async def messages(self, request: Request) -> Response:
+        return await self._forward_messages(request, "/v1/messages")
+
+    async def count_tokens(self, request: Request) -> Response:
+        return await self._forward_messages(request, "/v1/messages/count_tokens")
+
+    async def _forward_messages(self, request: Request, path: str) -> Response:
+        body = await self._body_of(request)
+        question = _up_to_first_question(body.get("messages"))
+        return await self._forward(request, path, body, question, anthropic.error_event)
+
+    async def _ollama_body(self, request: Request) -> dict[str, Any]:
+        body = await self._body_of(request)
+        known = (name for name in self.dispatcher.model_names() if matches(body["model"], name))
+        return body | {"model": next(known, body["model"])}
+
     async def _body_of(self, request: Request) -> dict[str, Any]:
         body = await read_json(request)
         protocol.text_field(body, "model")
         assert isinstance(body, dict)
         return body
 
-    async def _forward(self, request: Request, path: str, body: dict[str, Any], question: object) -> Response:
+    async def _forward(
+        self,
+        request: Request,
+        path: str,
+        body: dict[str, Any],
+        question: object,
+        final_chunk: Callable[[Exception], bytes] = error_event,
+    ) -> Response:
         key = body.get("prompt_cache_key") or question
         return await self._proxy.forward(
             request,
             path,
             model=body["model"],
             conversation=_fingerprint(body["model"], key) if key else None,
-            final_chunk=error_event,
+            final_chunk=final_chunk,
         )
 
     async def models(self) -> schema.ModelList:
@@ -221,7 +259,7 @@ def controller_app(
     api: ControllerApi, access: AccessPolicy, *, lifespans: Sequence[Lifespan] = (), open_paths: Sequence[str] = ()
 ) -> tuple[FastAPI, AccessMiddleware]:
     return make_app(
-        [api.router(), openai_routes(api)],
+        [api.router(), *forwarded_routes(api)],
         title="llava controller",
         metrics=Metrics(api.gauges),
         access=access,

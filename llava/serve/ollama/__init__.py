@@ -1,0 +1,1 @@
+"""The API of Ollama: chat, generate, and what clients ask of the models."""

@@ -1,0 +1,150 @@
+"""The routes of Ollama's API: chat, generate, and what clients ask of the models.
+
+In: HTTP requests. Out: JSON, or a line of JSON for each part of an answer. Bodies are in schema.py, what they mean in
+requests.py, how answers look in replies.py. The controller publishes the same routes (serve/router/routes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from fastapi import APIRouter, Request, Response
+
+import llava
+from llava.errors import InputError
+from llava.serve.answers import answer, validated
+from llava.serve.http.errors import ApiError
+from llava.serve.http.json_body import read_json
+from llava.serve.ollama import replies, schema
+from llava.serve.ollama.requests import matches, parse_generate, parse_ollama_chat
+from llava.serve.openai.schema import ModelEntry, ModelList, Reply
+from llava.serve.service import Service
+
+B = TypeVar("B", bound=schema.AskingFields)
+NO_EMBEDDINGS = "this server makes no embeddings; it answers by /api/chat and /api/generate"
+FIXED = "the models of this server are those that it was started with; they cannot be {0} by this API"
+CHANGES = (
+    ("POST", "/api/create", "created"),
+    ("POST", "/api/copy", "copied"),
+    ("POST", "/api/push", "pushed"),
+    ("DELETE", "/api/delete", "deleted"),
+)
+
+
+class OllamaApi(Protocol):
+    """What answers the routes: a model here, or workers elsewhere."""
+
+    async def ollama_chat(self, request: Request) -> Response: ...
+
+    async def ollama_generate(self, request: Request) -> Response: ...
+
+    async def models(self) -> ModelList: ...
+
+
+class ModelOllamaApi:
+    """The API of one model, which `models` lists."""
+
+    def __init__(self, service: Service, models: Callable[[], Awaitable[ModelList]]) -> None:
+        self._service = service
+        self._models = models
+
+    async def models(self) -> ModelList:
+        return await self._models()
+
+    async def ollama_chat(self, request: Request) -> Response:
+        body = await self._body(request, schema.OllamaChatRequest)
+        writer = replies.OllamaWriter(body.model, as_message=True)
+        if not body.messages:
+            return _loaded(body, writer)
+        parsed = parse_ollama_chat(body, self._service.card)
+        return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
+
+    async def ollama_generate(self, request: Request) -> Response:
+        body = await self._body(request, schema.GenerateRequest)
+        writer = replies.OllamaWriter(body.model, as_message=False)
+        if not body.prompt and not body.images:
+            return _loaded(body, writer)
+        parsed = parse_generate(body, self._service.card)
+        return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
+
+    async def _body(self, request: Request, kind: type[B]) -> B:
+        body = validated(await read_json(request), kind)
+        if not matches(body.model, self._service.card.name):
+            raise _unknown(body.model)
+        return body
+
+
+def _loaded(body: schema.AskingFields, writer: replies.OllamaWriter) -> Response:
+    return _json(writer.nothing("unload" if body.keep_alive in (0, "0") else "load"))
+
+
+def _json(reply: Reply) -> Response:
+    return Response(reply.as_json(), media_type="application/json")
+
+
+def _unknown(name: str) -> ApiError:
+    return ApiError(404, f"model {name[:200]!r} not found; GET /api/tags lists the models", code="model_not_found")
+
+
+def _refusing(message: str) -> Callable[[], Awaitable[Response]]:
+    async def refuse() -> Response:
+        raise InputError(message)
+
+    return refuse
+
+
+def ollama_routes(api: OllamaApi) -> APIRouter:
+    router = APIRouter(tags=["Ollama's API"])
+
+    async def entry_of(request: Request) -> ModelEntry:
+        body = validated(await read_json(request), schema.ModelRequest)
+        name = body.model or body.name
+        if not name:
+            raise InputError("model is missing: the name of a model")
+        entry = next((entry for entry in (await api.models()).data if matches(name, entry.id)), None)
+        if entry is None:
+            raise _unknown(name)
+        return entry
+
+    @router.post("/api/chat", response_class=Response)
+    async def chat(request: Request) -> Response:
+        """Answer a conversation, which may show images; a stream of lines of JSON unless `stream` is false."""
+        return await api.ollama_chat(request)
+
+    @router.post("/api/generate", response_class=Response)
+    async def generate(request: Request) -> Response:
+        """Answer one question, or continue a raw prompt."""
+        return await api.ollama_generate(request)
+
+    @router.get("/api/tags", response_model=schema.Tags)
+    async def tags() -> Response:
+        """The models of this server."""
+        return _json(schema.Tags(models=[replies.listed(entry) for entry in (await api.models()).data]))
+
+    @router.get("/api/ps", response_model=schema.RunningModels)
+    async def ps() -> Response:
+        """The models that are loaded, which are all."""
+        return _json(schema.RunningModels(models=[replies.running(entry) for entry in (await api.models()).data]))
+
+    @router.post("/api/show", response_model=schema.ShownModel)
+    async def show(request: Request) -> Response:
+        """One of the models."""
+        return _json(replies.shown(await entry_of(request)))
+
+    @router.get("/api/version", response_model=schema.Version)
+    async def version() -> Response:
+        """The version of this package."""
+        return _json(schema.Version(version=llava.__version__))
+
+    @router.post("/api/pull", response_model=schema.Status)
+    async def pull(request: Request) -> Response:
+        """Nothing is downloaded: a model of this server is there, and no other can be fetched."""
+        await entry_of(request)
+        return Response(schema.Status(status="success").as_json() + "\n", media_type=replies.LINES)
+
+    refused = [(method, path, FIXED.format(what)) for method, path, what in CHANGES]
+    refused += [("POST", path, NO_EMBEDDINGS) for path in ("/api/embed", "/api/embeddings")]
+    for method, path, message in refused:
+        router.add_api_route(path, _refusing(message), methods=[method], include_in_schema=False)
+    return router
