@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from scripts.plot_loss import COLOURS, NUM_MARKS, round_up
+from llava.train.run_folder.loss_plot import COLOURS, NUM_MARKS, round_up
 
 WIDTH, HEIGHT = 460, 320
 LEFT, RIGHT, TOP, BOTTOM = 60, 16, 48, 44

@@ -72,6 +72,13 @@ def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
         ) from error
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old content or the new one, never a part."""
+    begun = file.with_name(f"{STAGING}{file.name}")
+    begun.write_text(text, encoding="utf-8")
+    os.replace(begun, file)
+
+
 def refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise InputError(f"the target {str(target)!r} exists; name a new folder, or remove this one first")

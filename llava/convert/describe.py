@@ -20,7 +20,7 @@ from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.base_model import find_base, over_base
+from llava.model.checkpoints.base_model import base_on_disk, find_base, over_base
 from llava.model.checkpoints.hf_layout import is_transformers_layout, original_keys
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
@@ -328,13 +328,9 @@ class _Folder:
 
 def _base_on_disk(info: CheckpointInfo) -> CheckpointInfo | None:
     """The base that the folder's files name, if it is on this disk."""
-    hint = info.base_hint
-    if not info.needs_base or hint is None:
-        return None
-    places = (info.folder / hint, Path(hint))
+    place = base_on_disk(info) if info.needs_base else None
     names = ("config.json", ADAPTER_CONFIG)
-    place = next((place for place in places if any((place / name).is_file() for name in names)), None)
-    return find_base(info, place) if place is not None and place != info.folder else None
+    return find_base(info, place) if place is not None and any((place / name).is_file() for name in names) else None
 
 
 def _original_config(info: CheckpointInfo) -> dict[str, Any]:

@@ -151,6 +151,13 @@ def open_samples(
     return Samples(chosen)
 
 
+def data_files(data_path: str | os.PathLike[str]) -> list[Path]:
+    """List the files that `--data_path` names; of a mixture, its own file first."""
+    entries = [entry.path for entry in _read_mixture(os.fspath(data_path)).entries]
+    mixture = Path(data_path)
+    return entries if mixture in entries or not mixture.is_file() else [mixture, *entries]
+
+
 def _counts(mixture: Mixture, sizes: Sequence[int]) -> list[int]:
     """The number of samples of each file in an epoch; with weights, their sum is the epoch's size exactly."""
     weights = [entry.weight for entry in mixture.entries if entry.weight is not None]

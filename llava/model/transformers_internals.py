@@ -16,6 +16,7 @@ TRAINER_METHODS = (
     "_get_train_sampler",  # to group samples by length
     "_load_best_model",  # to read a projector or an adapter alone
     "_load_from_checkpoint",  # likewise
+    "_load_optimizer_and_scheduler",  # to let the settings of a resumed run count
     "_prepare_for_training",  # to see the model as it is trained, sharded and wrapped
     "_prepare_inputs",  # to keep on the host what a step reads there
     "_save",  # to write a projector or an adapter alone

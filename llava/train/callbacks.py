@@ -17,9 +17,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from llava.errors import InputError
 from llava.train.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# The lines of a run, for its log file; on the terminal they are printed beside the bar.
+PROGRESS = logging.getLogger("llava.train.progress")
+PROGRESS.propagate = False
+PROGRESS.setLevel(logging.INFO)
 
 
 def _percent(value: float) -> str:
@@ -40,7 +46,7 @@ _COLUMNS: dict[str, Callable[[float], str]] = {
     "trained_tokens": lambda value: f"trained {_percent(value)}",
     "data_wait": lambda value: f"waiting for data {_percent(value)}",
     "train_loss": lambda value: f"mean loss {value:.4f}",
-    "train_runtime": lambda value: f"took {_duration(value)}",
+    "train_runtime": lambda value: f"took {format_duration(value)}",
 }
 
 
@@ -48,11 +54,12 @@ def log_line(logs: Mapping[str, object], step: int, max_steps: int, eta: float |
     """Format one dictionary of figures as one line."""
     parts = [text(value) for name, text in _COLUMNS.items() if isinstance(value := logs.get(name), (int, float))]
     if eta is not None and "loss" in logs:
-        parts.append(f"ETA {_duration(eta)}")
+        parts.append(f"ETA {format_duration(eta)}")
     return f"step {step:,}/{max_steps:,}  " + "  ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Format as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
@@ -83,9 +90,12 @@ class ConsoleCallback(TrainerCallback):
         since, first = self.began
         done = state.global_step - first
         eta = (time.perf_counter() - since) / done * (state.max_steps - state.global_step) if done else None
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
         self.write(log_line(logs, state.global_step, state.max_steps, eta))
 
     def write(self, line: str) -> None:
+        PROGRESS.info(line)
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
@@ -113,6 +123,13 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal_number = 0
+
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        if state.global_step > state.max_steps:
+            raise InputError(
+                f"the checkpoint is at step {state.global_step:,}, and this run ends at step {state.max_steps:,}; raise "
+                "--num_train_epochs or --max_steps, or give another --output_dir"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: object, control: TrainerControl, **kwargs: object

@@ -57,7 +57,7 @@ _DROPPED = "the libraries dropped it"
 
 # Accepted because old scripts have them; each with the reason why it has no effect.
 WITHOUT_MEANING = {
-    "overwrite_output_dir": "an output folder is never emptied; a run continues from its last checkpoint",
+    "overwrite_output_dir": "an earlier result is never removed; a run continues from its last checkpoint",
     "use_mps_device": "a Mac's GPU is used whenever it is there",
     "push_to_hub_organization": "write the organization into --hub_model_id",
     "include_tokens_per_second": f"{_DROPPED}; see --include_num_input_tokens_seen",
@@ -69,6 +69,7 @@ WITHOUT_MEANING = {
 
 # Still flags here, but without an effect.
 KEPT_WITHOUT_MEANING = {
+    "overwrite_output_dir": "an earlier result is never removed; a run continues from its last checkpoint",
     "lazy_preprocess": ("False", "samples are always prepared when they are drawn"),
     "mpt_attn_impl": ("", "MPT models use the attention that torch has"),
     "lora_weight_path": ("", "it never had a use; --model_name_or_path may name a merged checkpoint"),

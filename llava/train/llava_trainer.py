@@ -1,7 +1,7 @@
 """transformers' Trainer for a LLaVA: parameter groups, order of samples, checkpoints, log figures, explained failures.
 
-In: model, arguments, data. Out: the trained model and its checkpoints. sampler.py computes orders, save.py writes files,
-checkpoints.py renames and rotates their folders, metrics.py counts figures, failures.py explains errors. Scheduling,
+In: model, arguments, data. Out: the trained model and its checkpoints. sampler.py computes orders, the files are written by
+run_folder/save.py and run_folder/checkpoints.py; metrics.py counts figures, failures.py explains errors. Scheduling,
 precision, distribution and resuming are transformers'. The private methods that are overridden here are listed in
 model/transformers_internals.py.
 """
@@ -19,29 +19,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
+from llava.files import read_json
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.callbacks import ConsoleCallback, StopCallback
-from llava.train.checkpoints import (
+from llava.train.eval_samples import generate_answers, write_answers
+from llava.train.failures import SampleLoss, explain_non_finite, explain_out_of_memory, is_out_of_memory
+from llava.train.indexed_dataset import ITEM_INDICES, IndexedCollator, IndexedDataset, find_samples
+from llava.train.metrics import Throughput, base_model, measure_matmul_rate
+from llava.train.performance import one_host_thread, raise_fetch_limit
+from llava.train.run_folder.checkpoints import (
     STATE_FILE,
     explain_full_disk,
     finalize_checkpoint,
     rotate_checkpoints,
     staging_folder,
 )
-from llava.train.eval_samples import generate_answers, write_answers
-from llava.train.failures import SampleLoss, explain_non_finite, explain_out_of_memory, is_out_of_memory
-from llava.train.indexed_dataset import ITEM_INDICES, IndexedCollator, IndexedDataset, find_samples
-from llava.train.metrics import Throughput, base_model, measure_matmul_rate
-from llava.train.performance import one_host_thread, raise_fetch_limit
-from llava.train.sampler import LengthGroupedSampler
-from llava.train.save import (
+from llava.train.run_folder.save import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
     gathered_projector,
@@ -50,6 +50,7 @@ from llava.train.save import (
     save_projector,
     saves_projector_only,
 )
+from llava.train.sampler import LengthGroupedSampler
 
 logger = logging.getLogger(__name__)
 
@@ -343,6 +344,9 @@ class LLaVATrainer(Trainer):
             return
         super()._save(output_dir, state_dict)
         if self.args.lora_enable and self.args.should_save:
+            (folder / "README.md").unlink(
+                missing_ok=True
+            )  # PEFT's card has no content; run_folder/summary.py writes one
             save_non_lora(self.model, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -354,11 +358,43 @@ class LLaVATrainer(Trainer):
         if self.args.lora_enable:
             load_trained(target, folder / NON_LORA_FILE)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of optimizer and schedule, and keep the settings of this run, which may differ."""
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        folder = Path(checkpoint)
+        if not any(folder.glob("optimizer*")) or not (folder / SCHEDULER_NAME).is_file():
+            logger.warning(
+                "%s holds no state of the optimizer (--save_only_model, or its files were removed): the weights and the "
+                "schedule go on, the optimizer begins anew", folder,
+            )  # fmt: skip
+            self.lr_scheduler.last_epoch = int(read_json(folder / STATE_FILE)["global_step"])
+        for group, own in zip(self._groups(), settings, strict=True):
+            group.update(own)
+        resume_schedule(self.lr_scheduler)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def resume_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Apply the base rates of the optimizer's groups at the schedule's step. Schedules without a formula are left."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    groups = scheduler.optimizer.param_groups
+    base = [group["initial_lr"] for group in groups]
+    rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": base, "_last_lr": rates})
 
 
 def split_groups(optimizer: torch.optim.Optimizer, names: dict[int, str], own_rates: dict[str, float | None]) -> None:

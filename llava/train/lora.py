@@ -1,7 +1,7 @@
 """Add low-rank adapters to a LLaVA's language model.
 
 In: a model and the `lora_*` training arguments. Out: a PEFT model in which every linear layer of the language model has
-an adapter, and neither tower nor projector has. save.py decides which tensors are saved, and how.
+an adapter, and neither tower nor projector has. run_folder/save.py decides which tensors are saved, and how.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from llava.model.transformers_internals import set_attention
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
-from llava.train.save import smart_tokenizer_and_embedding_resize
+from llava.train.run_folder.save import smart_tokenizer_and_embedding_resize
 
 if TYPE_CHECKING:
     from peft import PeftModel

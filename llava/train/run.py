@@ -1,7 +1,7 @@
 """Run a training: from its arguments to the files that it leaves.
 
 In: arguments (arguments.py). Out: a folder that `load_pretrained_model` reads. The steps: tokenizer and base model, freezing
-and adapters, tower and projector (model_setup.py), data (data.py), LLaVATrainer (llava_trainer.py), files (save.py).
+and adapters, tower and projector (model_setup.py), data (data.py), LLaVATrainer (llava_trainer.py), files (run_folder/).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -22,12 +23,6 @@ from llava.model.protocols import LlavaModel
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import Stopped
-from llava.train.checkpoints import (
-    checkpoint_fault,
-    explain_full_disk,
-    latest_checkpoint,
-    remove_unfinished_checkpoints,
-)
 from llava.train.data import LazySupervisedDataset, make_supervised_data_module
 from llava.train.distributed import rank0_print
 from llava.train.llava_trainer import LLaVATrainer
@@ -45,7 +40,10 @@ from llava.train.model_setup import (
 )
 from llava.train.packing import pack_data_module
 from llava.train.performance import prepare_layers
-from llava.train.save import safe_save_model_for_hf_trainer, saves_projector_only
+from llava.train.run_folder.checkpoints import explain_full_disk
+from llava.train.run_folder.record import open_run_folder
+from llava.train.run_folder.save import safe_save_model_for_hf_trainer, saves_projector_only
+from llava.train.run_folder.summary import log_to_file, remember_base, summarize, write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -63,29 +61,41 @@ def run(
         InputError: the arguments, the data or a checkpoint cannot be used, or a loss is not finite.
         Stopped: a signal ended the run after a checkpoint was written.
     """
-    trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
-    needed = estimate(trainer.model, training_args)
     if training_args.estimate_memory:
+        trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
+        needed = estimate(trainer.model, training_args)
         rank0_print(f"memory on each device, for the longest batches that may come:\n{needed.table()}")
         return trainer
+    with open_run_folder(model_args, data_args, training_args) as (record, resumed), log_to_file(training_args):
+        trainer = build_trainer(model_args, data_args, training_args, attn_implementation=attn_implementation)
+        remember_base(trainer, model_args)
+        _train(trainer, resumed)
+        run_folder = Path(training_args.output_dir)
+        with explain_full_disk("the result", run_folder):
+            _save_result(trainer)
+            if training_args.should_save:
+                summary = summarize(trainer, model_args, data_args)
+                write_summary(trainer, summary, record)
+                replace(record, finished=True).write(run_folder)
+                rank0_print("\n".join(summary.lines()))
+    return trainer
+
+
+def _train(trainer: LLaVATrainer, resumed: str | None) -> None:
+    """Train to the last step, from a checkpoint if there is one, and report what was unusual."""
+    args = trainer.args
+    needed = estimate(trainer.model, args)
     logger.info("this run needs %s, for the longest batches that may come", needed.line())
-    run_folder = Path(training_args.output_dir)
-    if training_args.should_save:
-        remove_unfinished_checkpoints(run_folder)
-    resumed = _checkpoint_to_resume(training_args)
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=resumed)
     if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
         raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
-    if training_args.device.type == "cuda":
+    if args.device.type == "cuda":
         logger.info("the run used %.1f GiB, %.1f were estimated", peak_memory() / GIB, needed.peak / GIB)
     dataset = getattr(trainer.train_dataset, "samples", trainer.train_dataset)  # may be packed
     if isinstance(dataset, LazySupervisedDataset):
         for report in dataset.reports():
             logger.warning(report)
-    with explain_full_disk("the result", run_folder):
-        _save_result(trainer)
-    return trainer
 
 
 def build_trainer(
@@ -160,21 +170,6 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         )
     if training_args.remove_unused_columns:
         raise InputError("--remove_unused_columns True would throw the images away; leave it False")
-
-
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names; without it, the newest complete one in the output folder."""
-    named, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if named in ("False", "false", False):
-        return None
-    if named in ("True", "true", True, None):
-        latest = latest_checkpoint(folder)
-        if latest is None and named is not None:
-            raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no complete checkpoint-*")
-        return None if latest is None else str(latest)
-    if fault := checkpoint_fault(Path(named)):
-        raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to resume from: {fault}")
-    return named
 
 
 def _save_result(trainer: LLaVATrainer) -> None:

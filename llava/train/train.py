@@ -8,6 +8,7 @@ imported at first use.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ EXPORTS = {
     "llava.train.data": ("DataCollatorForSupervisedDataset", "LazySupervisedDataset", "make_supervised_data_module"),
     "llava.train.llava_trainer": ("LLaVATrainer",),
     "llava.train.lora": ("find_all_linear_names",),
-    "llava.train.save": (
+    "llava.train.run_folder.save": (
         "get_mm_adapter_state_maybe_zero_3",
         "get_peft_state_maybe_zero_3",
         "get_peft_state_non_lora_maybe_zero_3",
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
 
 def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
     with quick_imports():
+        import torch
+
+        if not torch.accelerator.is_available():  # DeepSpeed, which transformers imports, warns otherwise
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import transformers
 
         import llava.train.run  # noqa: F401  # with what a run needs

@@ -83,7 +83,14 @@ def test_the_commands_teach_the_model(
     assert len(validation) == 6
     assert validation[-1] < 0.3 < validation[0]
 
-    plot = [sys.executable, str(ROOT / "scripts" / "plot_loss.py"), "outputs/logos-lora", "--out", "loss.svg"]
+    plot = [
+        sys.executable,
+        "-m",
+        "llava.train.run_folder.loss_plot",
+        "outputs/logos-lora",
+        "--out",
+        "loss.svg",
+    ]
     subprocess.run(plot, check=True)
     drawn, shown = (file.read_text() for file in (tmp_path / "loss.svg", ROOT / "docs" / "finetune-loss.svg"))
     for mark in ("<circle", "<polyline", "<text"):
@@ -116,7 +123,8 @@ def test_a_plot_needs_losses(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
     plot = [
         sys.executable,
-        str(ROOT / "scripts" / "plot_loss.py"),
+        "-m",
+        "llava.train.run_folder.loss_plot",
         str(tmp_path),
         "--out",
         str(tmp_path / "x.svg"),

@@ -25,9 +25,9 @@ from golden_data import HERE
 from safetensors.torch import load_file
 from train_kit import argv
 
-from llava.train import checkpoints
-from llava.train.checkpoints import checkpoint_fault, latest_checkpoint, list_checkpoints
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.run_folder import checkpoints
+from llava.train.run_folder.checkpoints import checkpoint_fault, latest_checkpoint, list_checkpoints
 from llava.train.train import main
 
 STEPS = 6

@@ -15,8 +15,8 @@ from llava.errors import InputError
 from llava.model.language_model.registry import llava_classes
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import find_all_linear_names
+from llava.train.run_folder.save import get_peft_state_maybe_zero_3, get_peft_state_non_lora_maybe_zero_3
 from llava.train.sampler import LengthGroupedSampler
-from llava.train.save import get_peft_state_maybe_zero_3, get_peft_state_non_lora_maybe_zero_3
 
 TRAINING = recording("training.json")
 CASES = {name: case for name, case in TRAINING["param_groups_cases"].items() if "failed" not in case}

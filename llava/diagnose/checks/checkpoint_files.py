@@ -18,7 +18,7 @@ from typing import Any
 from llava.diagnose.checks.findings import DoctorFinding, Fix, found, reported
 from llava.errors import InputError
 from llava.files import read_json
-from llava.model.checkpoints.base_model import find_base, original_config, over_base
+from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -230,8 +230,7 @@ def check_base(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
 
 def _find_named_base(checkpoint: ExaminedCheckpoint, info: CheckpointInfo) -> Iterator[DoctorFinding]:
     hint = info.base_hint
-    places = [checkpoint.folder / hint, Path(hint)] if hint else []
-    place = next((place for place in places if place.is_dir() and place != checkpoint.folder), None)
+    place = base_on_disk(info)
     what = "a LoRA adapter" if info.kind == "lora" else "a projector without a language model"
     if place is None:
         yield found(

@@ -104,7 +104,10 @@ CAUSES: dict[str, Cause] = {
     ),
     "projector-empty": Cause(
         "the projector was saved empty (ZeRO-3 shards that were not gathered)",
-        ("llava/train/save.py:maybe_zero_3", "llava/model/multimodal_projector/pretrained.py:load_projector"),
+        (
+            "llava/train/run_folder/save.py:maybe_zero_3",
+            "llava/model/multimodal_projector/pretrained.py:load_projector",
+        ),
     ),
     "projector-type": Cause("the projector's layers do not match mm_projector_type", _PROJECTOR),
     "projector-width": Cause("the projector's input width is not the tower's: it belongs to another tower", _PROJECTOR),
@@ -167,7 +170,7 @@ CAUSES: dict[str, Cause] = {
     "lora-base": Cause(
         "the adapter changes tensors that the base does not have, or that have another shape there", _LOADING
     ),
-    "lora-empty": Cause("the adapter was saved empty", ("llava/train/save.py:get_peft_state_maybe_zero_3",)),
+    "lora-empty": Cause("the adapter was saved empty", ("llava/train/run_folder/save.py:get_peft_state_maybe_zero_3",)),
     "lora-rank": Cause(
         "the rank in adapter_config.json is not that of the tensors", ("llava/model/checkpoints/lora.py:LoraMerge",)
     ),

@@ -41,7 +41,7 @@ def exercise_projector(loaded: LoadedModel, path: str, *, steps: int) -> SelfTes
             "llava/train/arguments.py:ModelArguments",
             "llava/model/multimodal_projector/builder.py:build_vision_projector",
             "llava/train/llava_trainer.py:LLaVATrainer",
-            "llava/train/save.py:save_projector",
+            "llava/train/run_folder/save.py:save_projector",
             "llava/model/builder.py:load",
         ),
     )
@@ -67,7 +67,7 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     from llava.model.builder import load
     from llava.model.multimodal_encoder.builder import save_tower
     from llava.session import Session
-    from llava.train.save import safe_save_model_for_hf_trainer
+    from llava.train.run_folder.save import safe_save_model_for_hf_trainer
 
     # A training run prints; its numbers are in the item instead.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

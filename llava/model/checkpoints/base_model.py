@@ -75,8 +75,26 @@ def named_base(info: CheckpointInfo) -> str:
     if info.base_hint is None:
         raise InputError(f"{info.folder} is {what}; pass the folder of its base model as model_base (--model-base)")
     logger.info("%s is %s; its files name the base model %s", info.folder, what, info.base_hint)
-    beside = info.folder / info.base_hint
-    return str(beside) if beside.is_dir() and beside != info.folder else info.base_hint
+    beside = base_on_disk(info)
+    return info.base_hint if beside is None else str(beside)
+
+
+def base_on_disk(info: CheckpointInfo) -> Path | None:
+    """The folder of the base model that a checkpoint's files name, if it is on this disk.
+
+    A run writes its base's absolute path, and the path relative to its own folder for folders that are moved together; other
+    programs write what they were given.
+    """
+    if info.base_hint is None:
+        return None
+    relative = str(info.config.get("base_model_relative_path") or info.base_hint)
+    places = (
+        Path(info.base_hint),
+        info.folder / relative,
+        info.folder.parent / relative,
+    )  # a checkpoint-N lies one deeper
+    own = info.folder.resolve()
+    return next((place for place in places if place.is_dir() and place.resolve() != own), None)
 
 
 def over_base(info: CheckpointInfo, base: CheckpointInfo | None) -> CheckpointInfo:

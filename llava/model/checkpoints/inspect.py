@@ -361,5 +361,6 @@ def _upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base_hint(config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None) -> str | None:
-    hint = (adapter_config or {}).get("base_model_name_or_path") or config.get("_name_or_path")
-    return hint if isinstance(hint, str) and hint else None
+    named = ((adapter_config or {}).get("base_model_name_or_path"), config.get("base_model_name_or_path"))
+    hint = next((name for name in (*named, config.get("_name_or_path")) if name), None)
+    return hint if isinstance(hint, str) else None

@@ -1,8 +1,8 @@
 """Load a pretrained projector, which a pretraining run saved as mm_projector.bin, into a model.
 
 In: a .bin or .safetensors file and a model with a projector. Out: the same model with the weights of its projector (and of
-`image_newline`, and of the embeddings of added tokens) loaded. Saving is in train/save.py, whole checkpoints are loaded by
-model/builder.py.
+`image_newline`, and of the embeddings of added tokens) loaded. Saving is in train/run_folder/save.py;
+whole checkpoints are loaded by model/builder.py.
 """
 
 from __future__ import annotations

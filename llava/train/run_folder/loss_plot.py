@@ -3,7 +3,7 @@
 In: one or more trainer_state.json files (or the folders that hold them). Out: an image with the loss of every logged step
 and, where a run had a validation set, its validation loss as dots. Standard library only.
 
-    python scripts/plot_loss.py outputs/logos-lora --out loss.svg
+    python -m llava.train.run_folder.loss_plot outputs/logos-lora --out loss.svg
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 from llava.errors import InputError, is_disk_full
 from llava.files import STAGING, TRASH, flush, flush_tree
 from llava.model.checkpoints.weight_files import read_headers
-from llava.train.save import PROJECTOR_FILE
+from llava.train.run_folder.save import PROJECTOR_FILE
 
 logger = logging.getLogger(__name__)
 
