@@ -27,6 +27,8 @@ PREPROCESSOR = {
     "size": {"shortest_edge": 28},
     "crop_size": {"height": 28, "width": 28},
 }
+SIGLIP = TOWER | {"model_type": "siglip_vision_model"}
+SIGLIP_PREPROCESSOR = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}
 NUM_TOKENS = 259  # three special ones and 256 bytes
 
 CONFIG = {
@@ -61,12 +63,12 @@ ANYRES = {
 }
 
 
-def build(folder: Path, language_model: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+def build(folder: Path, language_model: str = "llama", *, seed: int = 0, siglip: bool = False, **changes: Any) -> Path:
     """Write a model folder and return it; `changes` go into its config.json."""
     from llava.model.language_model.registry import llava_classes
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_tower_config(folder / "tower")
+    save_tower_config(folder / "tower", siglip=siglip)
     save_tokenizer(folder)
     config_class, model_class = llava_classes(language_model)
     config = config_class(**{**CONFIG, **changes})
@@ -85,11 +87,11 @@ def build(folder: Path, language_model: str = "llama", *, seed: int = 0, **chang
     return folder
 
 
-def save_tower_config(folder: Path) -> None:
+def save_tower_config(folder: Path, *, siglip: bool = False) -> None:
     """What describes a tower, without its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(TOWER))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "config.json").write_text(json.dumps(SIGLIP if siglip else TOWER))
+    (folder / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PREPROCESSOR if siglip else PREPROCESSOR))
 
 
 def save_tower(folder: Path, *, seed: int = 1) -> Path:

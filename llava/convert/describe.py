@@ -20,8 +20,8 @@ from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
 from llava.images.layout import ImagePolicy
-from llava.model.checkpoints.base_model import base_on_disk, find_base, over_base
-from llava.model.checkpoints.hf_layout import is_transformers_layout, original_keys
+from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
+from llava.model.checkpoints.foreign import ForeignModel
 from llava.model.checkpoints.hub import find_vision_tower
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -29,11 +29,18 @@ from llava.model.checkpoints.inspect import (
     TOWER_INFIX,
     CheckpointInfo,
     folders_of,
-    inspect,
+    survey,
     tower_headers,
 )
 from llava.model.checkpoints.weight_files import TensorHeader
-from llava.model.config import OWN_FOLDER, PLAIN_DECODERS, LlavaSettings, check_types
+from llava.model.config import (
+    OWN_FOLDER,
+    PLAIN_DECODERS,
+    LlavaSettings,
+    check_projector_type,
+    check_tower_type,
+    check_types,
+)
 from llava.model.template_defaults import choose_template, declared_context_len
 
 BYTES_PER_NUMBER = {"float32": 4.0, "bfloat16 or float16": 2.0, "8-bit": 1.0, "4-bit": 0.5625}
@@ -70,7 +77,8 @@ def describe_checkpoint(path: str | Path, base: str | Path | None = None) -> Che
     pair = sorted(place.glob("*.gguf"))
     if pair and not (place / "config.json").is_file():
         return _describe_gguf(place, pair)
-    return _Folder(inspect(place), base).describe()
+    found = survey(place)
+    return _describe_foreign(found, found.foreign) if found.foreign is not None else _Folder(found, base).describe()
 
 
 class _Folder:
@@ -80,11 +88,13 @@ class _Folder:
         self.base = _base_on_disk(found) if base is None else find_base(found, base)
         self.info = info = over_base(found, self.base)
         self.folder = info.folder
-        self.values = _original_config(info)
+        self.values = original_config(info)
         self.settings = LlavaSettings.from_hf(SimpleNamespace(**self.values)) if info.is_multimodal else None
         self.stores_tower = info.tower_in_checkpoint or (self.base is not None and self.base.tower_in_checkpoint)
         self.tower_folder = self._find_tower()
         self.tower = {key: value for key, value in self._tower_config().items() if value is not None}
+        if self.settings is not None:
+            check_projector_type(self.settings.projector.type)
         self._check_image_processor()
 
     def _find_tower(self) -> Path | None:
@@ -106,6 +116,8 @@ class _Folder:
 
     def _check_image_processor(self) -> None:
         side = self.tower.get("image_size")
+        if self.tower and self.settings is not None:
+            check_tower_type(self.tower.get("model_type"), self.settings.vision.tower)
         if side is None or self.settings is None or self.settings.vision.s2_scales:
             return
         folder = self.tower_folder or self.info.config_folder
@@ -130,12 +142,6 @@ class _Folder:
             "adapter": _count(self.info.adapter.values()),
         }
         return {name: count for name, count in parts.items() if count}
-
-    def stored(self) -> dict[str, int]:
-        sizes: Counter[str] = Counter()
-        for header in (*self.info.tensors.values(), *self.info.extras.values(), *self.info.adapter.values()):
-            sizes[header.dtype] += header.num_bytes
-        return dict(sizes.most_common())
 
     def memory(self) -> dict[str, int]:
         """The bytes of the weights by dtype; quantized models keep tower, projector and embeddings in 16 bits."""
@@ -165,7 +171,7 @@ class _Folder:
             layout=self.info.kind,
             facts={key: value for key, value in facts.items() if value},
             parameters=self.parameters(),
-            stored_bytes=self.stored(),
+            stored_bytes=_stored(self.info),
             memory_bytes=self.memory(),
             missing=tuple(self._missing()),
             readers=self._readers(),
@@ -333,24 +339,6 @@ def _base_on_disk(info: CheckpointInfo) -> CheckpointInfo | None:
     return find_base(info, place) if place is not None and any((place / name).is_file() for name in names) else None
 
 
-def _original_config(info: CheckpointInfo) -> dict[str, Any]:
-    """The config's keys in the original layout, as far as the file has them; transformers' defaults are not loaded."""
-    config = dict(info.config)
-    if not is_transformers_layout(config):
-        return config
-    for part, values in _TRANSFORMERS_DEFAULTS.items():
-        config[part] = {**values, **(config.get(part) or {})}
-    known = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_grid_pinpoints": []}
-    return original_keys({**known, **config}, folder=info.config_folder)
-
-
-# What a published config.json may leave out.
-_TRANSFORMERS_DEFAULTS = {
-    "text_config": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
-    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "patch_size": 14},
-}
-
-
 _ADDED_TOKENS = {
     "added_tokens.json": lambda values: {index: token for token, index in values.items() if isinstance(index, int)},
     "tokenizer_config.json": lambda values: {
@@ -362,6 +350,14 @@ _ADDED_TOKENS = {
         int(token["id"]): str(token["content"]) for token in values.get("added_tokens") or [] if isinstance(token, dict)
     },
 }
+
+
+def _stored(info: CheckpointInfo) -> dict[str, int]:
+    """The bytes of a folder's tensors by dtype."""
+    sizes: Counter[str] = Counter()
+    for header in (*info.tensors.values(), *info.extras.values(), *info.adapter.values()):
+        sizes[header.dtype] += header.num_bytes
+    return dict(sizes.most_common())
 
 
 def _count(headers: Iterable[TensorHeader]) -> int:
@@ -380,6 +376,19 @@ def _is_quantized(name: str, header: TensorHeader) -> bool:
 
 def _holds_weights(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+
+
+def _describe_foreign(info: CheckpointInfo, model: ForeignModel) -> CheckpointDescription:
+    """Describe a model that is not read by the sentence with which every command refuses it."""
+    return CheckpointDescription(
+        path=str(info.folder),
+        layout="foreign",
+        facts={"kind": model.name},
+        parameters={"all": _count(info.tensors.values())} if info.tensors else {},
+        stored_bytes=_stored(info),
+        memory_bytes={},
+        readers={"llava": f"no: {model.sentence(info.folder)}"},
+    )
 
 
 def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:

@@ -81,8 +81,8 @@ def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: in
     from llava.model.tokenizer_setup import conv_mode as template_name
 
     folder = resolve_checkpoint(path)
-    tokenizer = builder.load_tokenizer(folder)
     info = inspect(folder)
+    tokenizer = builder.load_tokenizer(folder)
     if not info.config:
         info, _ = inspect_with_base(folder)
     name = conv_mode or template_name(info.config, tokenizer, folder.name)

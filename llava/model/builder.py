@@ -254,7 +254,8 @@ def _build_multimodal(
 
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-    with resolved_tower_path(config, info, base_info, stored=sources.stores_tower or sources.merges_tower):
+    stored = sources.stores_tower or sources.merges_tower
+    with resolved_tower_path(config, info, base_info, stored=stored, names=sources.headers):
         if not sources.stores_tower:
             tower_headers(Path(config.mm_vision_tower))  # files that are missing are an error before weights are read
         if sources.merges_tower and not sources.stores_tower:

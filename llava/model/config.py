@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llava.constants import PROJECTOR_NAME, UNKNOWN_PROJECTOR
 from llava.errors import InputError
 from llava.images.layout import MERGES, ImageSize, Merge, Mode, image_mode, parse_pinpoints
 
@@ -49,8 +50,14 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 TYPES_BY_KEY = {key: (words, kind) for words, (kind, keys) in KEYS_BY_TYPE.items() for key in keys}
 
+# The types of vision towers that are read, as their own config.json says.
+TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+
 # Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
+
+# Published classes of the type `llava`, whose name says which language model is inside.
+ORIGINAL_CLASS = re.compile(r"Llava(\w+)ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,18 @@ def check_type(key: str, value: object, source: object = "the config") -> None:
         raise InputError(f"{source} has {key} {value!r}; it must be {words}")
 
 
+def check_tower_type(model_type: object, name: object) -> None:
+    """Raise an `InputError` if vision towers of a type are not read; `name` is the tower's."""
+    if model_type not in TOWER_TYPES:
+        raise InputError(f"the vision tower {name!r} is of type {model_type!r}; known: {', '.join(TOWER_TYPES)}")
+
+
+def check_projector_type(name: str) -> None:
+    """Raise an `InputError` if there is no projector of a name."""
+    if not re.fullmatch(PROJECTOR_NAME, name):
+        raise InputError(UNKNOWN_PROJECTOR.format(name))
+
+
 @contextmanager
 def described_by(file: object) -> Iterator[None]:
     """Within the block, turn what transformers raises for a config file's values into an `InputError` that names the file."""
@@ -214,18 +233,35 @@ def is_multimodal(values: Mapping[str, object]) -> bool:
 def language_model_type(values: Mapping[str, object]) -> str:
     """The transformers model type of the language model: `llama` for `llava_llama`, for v0's `llama`, and for `llava`.
 
-    The type `llava` was published for LLaMA-based checkpoints before transformers used it for its own layout, which has a
-    `text_config`.
+    The type `llava` was published for checkpoints over LLaMA, and later by the class's name over others, before transformers
+    used it for its own layout, which has a `text_config`.
     """
     text_config = values.get("text_config")
     if isinstance(text_config, Mapping):
         return str(text_config.get("model_type", "llama"))
     model_type = str(values.get("model_type", ""))
     if model_type == "llava":
-        return "llama"
+        architectures = values.get("architectures")
+        named = (
+            ORIGINAL_CLASS.fullmatch(str(architectures[0]))
+            if isinstance(architectures, list) and architectures
+            else None
+        )
+        model_type = PREFIX + (named[1].lower() if named else "llama")
     if model_type in MODEL_TYPE_ALIASES:
         return MODEL_TYPE_ALIASES[model_type]
     return model_type.removeprefix(PREFIX)
+
+
+def is_causal_language_model(model_type: str) -> bool:
+    """Whether transformers has a causal language model of a type; it is imported only for types with no class here."""
+    if model_type in (*PLAIN_DECODERS, "mpt"):
+        return True
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # The mapping loads its entries when they are indexed; its `get` finds only loaded ones.
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _scales(value: str | list[int]) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ class VisionTower(TorchModule, Protocol):
 
     vision_tower_name: str  # the folder that its config was read from
     image_processor: ClipImageProcessor
-    select_layer: int  # as the config has it, usually negative
+    select_layer: int  # of the module, usually negative
     select_feature: str
     has_class_token: bool  # whether hidden states begin with one for the whole tile
     resamples_pixels: bool
@@ -97,6 +97,9 @@ class VisionTower(TorchModule, Protocol):
     def input_modules(self) -> list[nn.Module]: ...
     def layers_used(self) -> list[nn.Module]: ...
     def modules_used(self) -> list[nn.Module]: ...
+
+    cfg_only: PreTrainedConfig  # as declared; `config` is that of the module, which may be a part of the tower
+
     @property
     def hidden_state_index(self) -> int: ...
     @property

@@ -113,7 +113,7 @@ class HFLayout:
             "tie_word_embeddings": bool(source.model.config.tie_word_embeddings),
             "torch_dtype": TORCH_DTYPES[source.dtype or stored_dtype(source.info)],
             "vision_config": tower,
-            "vision_feature_layer": settings.vision.select_layer,
+            "vision_feature_layer": source.tower.select_layer,
             "vision_feature_select_strategy": strategies[settings.vision.select_feature],
             "conv_mode": source.conv_mode,
             "tokenizer_model_max_length": context_len(source.model.config),

@@ -43,6 +43,8 @@ class OriginalLayout:
             changes |= {"mm_vision_tower": self._tower_name(), "unfreeze_mm_vision_tower": True}
         elif self.place == "out":
             changes |= {"mm_vision_tower": TOWER_FOLDER, "unfreeze_mm_vision_tower": False}
+        if self.place != "named":  # the tower's folder describes what is stored, which may be a part of the tower
+            changes["mm_vision_select_layer"] = self.source.tower.select_layer
         values = config_for(self.source, changes)
         if values["mm_vision_tower"] != OWN_FOLDER:
             values.pop("vision_config", None)  # the tower's folder has it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from llava.diagnose.checks.findings import DoctorFinding, Fix, found, reported
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
+from llava.model.checkpoints.foreign import ForeignModel, foreign_model
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -28,8 +30,8 @@ from llava.model.checkpoints.inspect import (
     SHARD,
     WEIGHT_FORMS,
     CheckpointInfo,
-    inspect,
     read_config,
+    survey,
 )
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import LlavaSettings, check_types
@@ -54,7 +56,7 @@ class ExaminedCheckpoint:
 
     @cached_property
     def _found(self) -> CheckpointInfo:
-        return inspect(self.folder)
+        return survey(self.folder)
 
     @property
     def info(self) -> CheckpointInfo:
@@ -102,6 +104,10 @@ def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         size = file.stat().st_size if file.is_file() else None
         yield found("config-unreadable", str(error), COPY_AGAIN, file=str(file), bytes=size)
     else:
+        model = foreign_model(config)
+        if model is not None:
+            yield _foreign(checkpoint.folder, model, config)
+            return
         try:
             check_types(config, file)
         except InputError as error:
@@ -121,9 +127,32 @@ def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             )
 
 
+def check_kind(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Ask the function by which every command decides whether it reads a folder, once its weight files can be read."""
+    try:
+        info = checkpoint.info
+    except InputError as error:  # each file is readable, but together they are no checkpoint
+        yield found("weights-config", str(error), "compare the folder with the one that it was copied from")
+        return
+    if info.foreign is not None:
+        yield _foreign(checkpoint.folder, info.foreign, info.config)
+
+
+def _foreign(folder: Path, model: ForeignModel, config: Mapping[str, Any]) -> DoctorFinding:
+    return found(
+        "model-type",
+        model.sentence(folder),
+        f"use {' or '.join(model.readers)}; if config.json says something wrong, correct it",
+        model_type=config.get("model_type"),
+    )
+
+
 def check_weight_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check that every weight file exists, is whole, and holds the tensors that the index places in it."""
     folder = checkpoint.folder
+    with suppress(InputError):  # of a config.json that cannot be read, which `check_config` finds
+        if foreign_model(checkpoint.config) is not None:
+            return  # its weights may lie anywhere
     form = next(((name, indexed) for name, indexed in WEIGHT_FORMS if (folder / name).is_file()), None)
     if form is not None and form[1]:
         yield from _indexed(folder / form[0])
@@ -217,15 +246,8 @@ def _numbered(folder: Path) -> Iterator[DoctorFinding]:
 
 def check_base(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Find the base model of a projector or an adapter."""
-    try:
-        info = checkpoint.info
-    except InputError as error:  # each file is readable, but together they are no checkpoint
-        yield found("weights-config", str(error), "compare the folder with the one that it was copied from")
-        return
-    if checkpoint.base is None and not info.needs_base:
-        return
-    if checkpoint.base is None:
-        yield from _find_named_base(checkpoint, info)
+    if checkpoint.base is None and checkpoint.info.needs_base:
+        yield from _find_named_base(checkpoint, checkpoint.info)
 
 
 def _find_named_base(checkpoint: ExaminedCheckpoint, info: CheckpointInfo) -> Iterator[DoctorFinding]:

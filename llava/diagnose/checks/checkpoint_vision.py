@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llava.constants import PROJECTOR_NAME
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.errors import InputError
@@ -20,9 +21,8 @@ from llava.images.layout import image_mode, parse_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
-from llava.model.config import OWN_FOLDER
+from llava.model.config import OWN_FOLDER, check_projector_type, check_tower_type
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_projector.builder import MLP_NAME, PROJECTORS
 
 PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
 
@@ -66,17 +66,6 @@ def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         )
 
 
-def check_model_type(checkpoint: ExaminedCheckpoint) -> None:
-    from llava.model.language_model.registry import llava_classes
-
-    kind = checkpoint.info.language_model
-    if not kind and not checkpoint.config:
-        raise CheckSkipped("the folder has no config.json; its base's is used")
-    declared = checkpoint.config.get("model_type")
-    with reported("model-type", "set model_type in config.json", model_type=declared):
-        llava_classes(kind)
-
-
 def check_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check that the tower exists, is of a known kind, and has the selected layer; keep it for later checks."""
     vision = checkpoint.settings.vision
@@ -112,17 +101,11 @@ def _tower_parts(
     checkpoint: ExaminedCheckpoint, view: SimpleNamespace, described: dict[str, Any]
 ) -> Iterator[DoctorFinding]:
     from llava.images.image_processor import ClipImageProcessor
-    from llava.model.multimodal_encoder.builder import TOWER_CLASSES, build_vision_tower
+    from llava.model.multimodal_encoder.builder import build_vision_tower
 
     kind = str(described.get("model_type"))
-    if kind not in TOWER_CLASSES:
-        yield found(
-            "tower-type",
-            f"the vision tower is of type {kind!r}; known: {', '.join(TOWER_CLASSES)}",
-            "name another tower in mm_vision_tower, or add its kind to TOWER_CLASSES",
-            model_type=kind,
-        )
-        return
+    with reported("tower-type", "name another tower in mm_vision_tower", model_type=kind):
+        check_tower_type(kind, checkpoint.settings.vision.tower)
     place = view.mm_vision_tower if view.mm_vision_tower != OWN_FOLDER else checkpoint.info.config_folder
     with reported("preprocessor", COPY_PREPROCESSOR, mm_vision_tower=view.mm_vision_tower):
         ClipImageProcessor.from_pretrained(place, vision_config=described)
@@ -283,20 +266,13 @@ def judge_projector(
             shapes={header.name: list(header.shape) for header in empty},
         )
         return
-    match = MLP_NAME.fullmatch(kind)
-    is_known = match is not None or kind in PROJECTORS
-    if not is_known or (int(match[1]) if match else 1) != len(layers):
-        yield found(
-            "projector-type",
-            f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored"
-            if is_known
-            else f"mm_projector_type {kind!r} is not known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}",
-            f"set it to {_kind_of(layers)}, as the stored layers are",
-            fix=set_in_json("config.json", mm_projector_type=_kind_of(layers)),
-            mm_projector_type=kind,
-            stored_layers=len(layers),
-        )
-        return
+    remedy = f"set it to {_kind_of(layers)}, as the stored layers are"
+    fix = set_in_json("config.json", mm_projector_type=_kind_of(layers))
+    with reported("projector-type", remedy, fix=fix, mm_projector_type=kind, stored_layers=len(layers)):
+        check_projector_type(kind)
+        match = re.fullmatch(PROJECTOR_NAME, kind)
+        if match is None or int(match["depth"] or 1) != len(layers):
+            raise InputError(f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored")
     takes, gives = layers[min(layers)].shape[1], layers[max(layers)].shape[0]
     yield from _judge_widths(takes, config_width, tower_width)
     if text_width is not None and gives != text_width:
@@ -333,5 +309,5 @@ def _judge_widths(takes: int, config_width: int | None, tower_width: int | None)
 
 def _kind_of(layers: dict[int, TensorHeader]) -> str:
     """Return the mm_projector_type of the stored layers."""
-    named_alone = any(not PROJECTOR_TENSOR.fullmatch(header.name)[1] for header in layers.values())  # type: ignore[index]
+    named_alone = any(header.name.endswith("mm_projector.weight") for header in layers.values())
     return "linear" if named_alone else f"mlp{len(layers)}x_gelu"

@@ -111,7 +111,8 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         config = build_config(info)
         _, model_class = llava_classes(info.language_model)
         sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
-        with resolved_tower_path(config, info, base_info, stored=sources.stores_tower or sources.merges_tower):
+        stored = sources.stores_tower or sources.merges_tower
+        with resolved_tower_path(config, info, base_info, stored=stored, names=sources.headers):
             if sources.merges_tower and not sources.stores_tower:
                 sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
             with torch.device("meta"), no_init_weights():

@@ -40,7 +40,7 @@ CAUSES: dict[str, Cause] = {
         "a setting in config.json has an invalid value", ("llava/model/config.py:LlavaSettings.from_hf",)
     ),
     "model-type": Cause(
-        "the language model's type is unknown", ("llava/model/language_model/registry.py:llava_classes",)
+        "the folder holds a model that is not read here", ("llava/model/checkpoints/foreign.py:foreign_model",)
     ),
     "weights-missing": Cause("the folder holds no weights", ("llava/model/checkpoints/inspect.py:inspect",)),
     "shard-missing": Cause(

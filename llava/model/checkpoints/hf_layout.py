@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.errors import InputError
 from llava.images.image_processor import read_processor_config
 from llava.model.config import OWN_FOLDER, described_by
 
 MODEL_TYPES = ("llava", "llava_next")
+CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 
 # First match wins. Three generations of names: 4.3x-4.4x and what version 5 writes (`language_model.model.…`), the names
 # in memory since 4.5x (`model.language_model.…`), each with or without the tower's `vision_model.` level.
@@ -44,11 +44,16 @@ SELECT_FEATURES = {
     "clip_vision_model": {"default": "patch", "full": "cls_patch"},
     "siglip_vision_model": {"full": "patch"},
 }
+DEFAULT_TOWER = "clip_vision_model"
 
 
 def is_transformers_layout(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this layout; the model type `llava` alone means either layout."""
-    return config.get("model_type") in MODEL_TYPES and isinstance(config.get("text_config"), Mapping)
+    if config.get("model_type") not in MODEL_TYPES:
+        return False
+    architectures = config.get("architectures")
+    is_named = isinstance(architectures, list) and any(name in CLASSES for name in architectures)
+    return is_named or any(isinstance(config.get(part), Mapping) for part in ("text_config", "vision_config"))
 
 
 def published_name(name: str) -> str:
@@ -72,25 +77,31 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
     The vision part stays under `vision_config`, and the tower's name `.` says that it is in the checkpoint's own folder.
     The image processor in `folder` decides whether images are padded to squares.
 
-    Raises:
-        InputError: The config has a feature that LLaVA's original layout does not have.
+    A config with an `unknown_feature` is none of these, and is refused before (foreign.py).
     """
-    source = folder / "config.json"
-    with described_by(source):
+    with described_by(folder / "config.json"):
         full = _with_defaults(config)
-    tower_type, layer = full["vision_config"].get("model_type"), full["vision_feature_layer"]
-    if tower_type not in SELECT_FEATURES:
-        raise InputError(f"{source} has a vision tower of type {tower_type!r}; known: {', '.join(SELECT_FEATURES)}")
-    for key, value, known in (
-        ("vision_feature_select_strategy", full["vision_feature_select_strategy"], tuple(SELECT_FEATURES[tower_type])),
-        ("projector_hidden_act", full["projector_hidden_act"], ("gelu",)),
-        ("multimodal_projector_bias", full.get("multimodal_projector_bias", True), (True,)),
+    return original_keys({**config, **full}, folder=folder)
+
+
+def unknown_feature(config: Mapping[str, Any]) -> str | None:
+    """Name the first setting of a config with which the original layout has no words for the model; None without one."""
+    vision = config.get("vision_config")
+    tower_type = vision.get("model_type", DEFAULT_TOWER) if isinstance(vision, Mapping) else DEFAULT_TOWER
+    features = SELECT_FEATURES.get(tower_type) if isinstance(tower_type, str) else None
+    for name, value, known in (
+        ("a vision tower of type", tower_type, tuple(SELECT_FEATURES)),
+        (
+            "vision_feature_select_strategy",
+            config.get("vision_feature_select_strategy", "default"),
+            tuple(features or ()),
+        ),
+        ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
+        ("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,)),
     ):
         if value not in known:
-            raise InputError(f"{source} has {key} {value!r}; known: {', '.join(map(str, known))}")
-    if not isinstance(layer, int):
-        raise InputError(f"{source} joins the vision layers {layer}; only a single vision_feature_layer is supported")
-    return original_keys({**config, **full}, folder=folder)
+            return f"{name} {value!r}; known: {', '.join(map(str, known))}"
+    return None
 
 
 def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor u
     transformers  the layout of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration
     language      a language model without a vision tower
 
+Models that are not read are recognised by foreign.py: `inspect` refuses them, `survey` describes them.
+
 Headers of weight files are read by weight_files.py, transformers' layout is translated by hf_layout.py, tensors are loaded
 by loading.py, and hub repositories are found by hub.py.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
+from llava.model.checkpoints.foreign import ForeignModel, ForeignModelError, foreign_model
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
@@ -80,6 +83,7 @@ class CheckpointInfo:
     ] = ()  # of a base that is itself base and adapters, in the order of merging
     base_hint: str | None = None  # the base model that the folder's files name
     has_legacy_config: bool = False  # written before model_type said llava; read as llava_llama
+    foreign: ForeignModel | None = None  # what it is instead of a model that is read
 
     @property
     def needs_base(self) -> bool:
@@ -178,25 +182,62 @@ def tokenizer_folder(info: CheckpointInfo, base: CheckpointInfo | None) -> Path:
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """Inspect a model folder or hub repository."""
+    """Inspect a model folder or hub repository that is to be read.
+
+    Every command asks this function, so that none reads what another one refuses.
+
+    Raises:
+        ForeignModelError: It holds a model that is not read.
+        InputError: It is no model folder, or its files are damaged.
+    """
+    info = survey(path)
+    if info.foreign is not None:
+        raise ForeignModelError(info.foreign, info.folder)
+    return info
+
+
+def survey(path: str | Path) -> CheckpointInfo:
+    """Find out what a model folder or hub repository holds; `foreign` says so where it is no model that is read."""
     folder = resolve_checkpoint(path)
     adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     config = read_config(folder, required=adapter_config is None)
-    check_types(config, folder / "config.json")
     stored = stored_tensors(folder)
-    projector = _first_file(folder, PROJECTOR_FILES)
-    non_lora = _first_file(folder, NON_LORA_FILES)
+    foreign = foreign_model(config, stored)
+    kind = _kind(config, stored=bool(stored), projector=_first_file(folder, PROJECTOR_FILES), adapter=adapter_config)
+    if foreign is None:
+        check_types(config, folder / "config.json")
+        _check_parts(folder, kind, config, stored=bool(stored), adapter_config=adapter_config)
+    return CheckpointInfo(
+        folder=folder,
+        kind=kind,
+        config=_upgraded(config) if foreign is None else config,
+        config_folder=folder,
+        language_model=language_model_type(config),
+        tensors={published_name(name) if kind == "transformers" else name: h for name, h in stored.items()},
+        extras=_extra_tensors(folder, kind, stored),
+        adapter=_adapter_tensors(folder) if kind == "lora" else {},
+        adapter_config=adapter_config if kind == "lora" else None,
+        base_hint=_base_hint(config, adapter_config),
+        has_legacy_config=is_legacy_config(config),
+        foreign=foreign,
+    )
 
-    if adapter_config is not None and not stored:
-        kind = "lora"
-    elif is_transformers_layout(config):
-        kind = "transformers"
-    elif stored:
-        kind = "full" if is_multimodal(config) else "language"
-    elif projector is not None:
-        kind = "projector"
-    else:
-        kind = ""
+
+def _kind(config: Mapping[str, Any], *, stored: bool, projector: Path | None, adapter: Mapping[str, Any] | None) -> str:
+    """The kind of a folder, empty for one without weights; `stored` says whether it holds a whole model's."""
+    if adapter is not None and not stored:
+        return "lora"
+    if is_transformers_layout(config):
+        return "transformers"
+    if stored:
+        return "full" if is_multimodal(config) else "language"
+    return "projector" if projector is not None else ""
+
+
+def _check_parts(
+    folder: Path, kind: str, config: Mapping[str, Any], *, stored: bool, adapter_config: Mapping[str, Any] | None
+) -> None:
+    """Raise an `InputError` if a folder lacks what its kind needs."""
     if kind == "lora":
         _check_adapter_config(adapter_config or {}, folder / ADAPTER_CONFIG)
     if kind in ("", "transformers") and not stored:
@@ -205,33 +246,23 @@ def inspect(path: str | Path) -> CheckpointInfo:
             f"{PROJECTOR_FILES[1]} or {ADAPTER_FILES[0]}"
         )
     if kind == "projector" and not is_multimodal(config):
-        raise InputError(f"{folder / 'config.json'} names no vision tower, so {projector} has nothing to connect")
+        raise InputError(
+            f"{folder / 'config.json'} names no vision tower, so {_first_file(folder, PROJECTOR_FILES)} has nothing to connect"
+        )
     if kind != "transformers" and is_multimodal(config) and not config.get("mm_vision_tower"):
         raise InputError(
             f"{folder / 'config.json'} has no mm_vision_tower, so that the model's vision tower is not known"
         )
 
-    extras: dict[str, TensorHeader] = {}
-    if kind == "lora" and non_lora is not None:
-        extras = {_without_peft_prefix(name): header for name, header in read_headers(non_lora).items()}
-    elif (
-        projector is not None and kind in ("full", "projector") and not any(PROJECTOR_INFIX in name for name in stored)
-    ):
-        extras = read_headers(projector)
 
-    return CheckpointInfo(
-        folder=folder,
-        kind=kind,
-        config=_upgraded(config),
-        config_folder=folder,
-        language_model=language_model_type(config),
-        tensors={published_name(name) if kind == "transformers" else name: h for name, h in stored.items()},
-        extras=extras,
-        adapter=_adapter_tensors(folder) if kind == "lora" else {},
-        adapter_config=adapter_config if kind == "lora" else None,
-        base_hint=_base_hint(config, adapter_config),
-        has_legacy_config=is_legacy_config(config),
-    )
+def _extra_tensors(folder: Path, kind: str, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """The tensors beside a model's or an adapter's own: a projector, or what LoRA training trained whole."""
+    projector, non_lora = _first_file(folder, PROJECTOR_FILES), _first_file(folder, NON_LORA_FILES)
+    if kind == "lora" and non_lora is not None:
+        return {_without_peft_prefix(name): header for name, header in read_headers(non_lora).items()}
+    if projector is not None and kind in ("full", "projector") and not any(PROJECTOR_INFIX in name for name in stored):
+        return read_headers(projector)
+    return {}
 
 
 def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:

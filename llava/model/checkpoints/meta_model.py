@@ -83,7 +83,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     # stored=True, so that the tower is built and its tensors are expected too.
-    with resolved_tower_path(config, info, base_info, stored=True):
+    with resolved_tower_path(config, info, base_info, stored=True, names=sources.headers):
         tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
     restore_config(model.config, config)

@@ -7,7 +7,8 @@ model/builder.py, and without memory in meta_model.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,8 +17,11 @@ from transformers.activations import ACT2FN
 from llava.errors import InputError
 from llava.model.checkpoints.base_model import original_config
 from llava.model.checkpoints.hub import resolve_vision_tower
-from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
+from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.config import OWN_FOLDER, LlavaSettings, described_by, is_multimodal
+
+TOWER_LAYER = re.compile(re.escape(TOWER_INFIX) + r"vision_model\.encoder\.layers\.(\d+)\.")
+TOWER_HEAD = f"{TOWER_INFIX}vision_model.head."
 
 
 def build_config(info: CheckpointInfo) -> PreTrainedConfig:
@@ -49,12 +53,18 @@ def _config_object(values: Mapping[str, object], language_model: str) -> PreTrai
 
 @contextmanager
 def resolved_tower_path(
-    config: PreTrainedConfig, info: CheckpointInfo, base_info: CheckpointInfo | None, *, stored: bool
+    config: PreTrainedConfig,
+    info: CheckpointInfo,
+    base_info: CheckpointInfo | None,
+    *,
+    stored: bool,
+    names: Collection[str] = (),
 ) -> Iterator[None]:
     """Within the block, let `config` name its vision tower by an absolute path.
 
     The config of an adapter is a copy of its base's, so a relative folder that it names may be the base's. `stored` says
-    whether the tower's weights are among the checkpoint's.
+    whether the tower's weights are among the checkpoint's, and `names` are those of the checkpoint's tensors: LLaVA-NeXT
+    stores SigLIP towers without parts that it does not use.
     """
     name, unfrozen = config.mm_vision_tower, getattr(config, "unfreeze_mm_vision_tower", None)
     place = config.name_or_path
@@ -66,9 +76,14 @@ def resolved_tower_path(
         )
         config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside)
     config.unfreeze_mm_vision_tower = stored
+    layers = {int(match[1]) for name in names if (match := TOWER_LAYER.search(name))}
+    if layers:
+        config.stored_tower = {"layers": len(layers), "head": any(TOWER_HEAD in name for name in names)}
     try:
         yield
     finally:
+        if layers:
+            del config.stored_tower
         config.mm_vision_tower, config.name_or_path = name, place
         config.unfreeze_mm_vision_tower = unfrozen
         if unfrozen is None:
@@ -78,7 +93,7 @@ def resolved_tower_path(
 def restore_config(built: PreTrainedConfig, config: PreTrainedConfig) -> None:
     """Give the config of a built model, a copy made within `resolved_tower_path`, the names that its file has."""
     built.name_or_path = config.name_or_path
-    for key in ("mm_vision_tower", "unfreeze_mm_vision_tower"):
+    for key in ("mm_vision_tower", "unfreeze_mm_vision_tower", "stored_tower"):
         if hasattr(config, key):
             setattr(built, key, getattr(config, key))
         elif hasattr(built, key):

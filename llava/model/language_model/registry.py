@@ -14,7 +14,7 @@ from importlib import import_module
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
-from llava.model.config import PREFIX
+from llava.model.config import PREFIX, is_causal_language_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
 # Language models with a module of their own: model type in transformers -> (module, config class, model class).
@@ -44,16 +44,15 @@ def compose(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMod
     The inner model must take `inputs_embeds`.
     """
     if model_type not in _composed:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        # The mapping loads its entries when they are indexed; its `get` finds only loaded ones.
-        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
-        if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not is_causal_language_model(model_type):
             raise InputError(
                 f"transformers has no causal language model of type {model_type!r} for a LLaVA to build on; "
                 f"those with classes of their own here are {', '.join(NAMED)}"
             )
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        known = CONFIG_MAPPING[model_type]
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[known]
         name = "Llava" + causal_lm.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         config_class = type(f"{name}Config", (known,), {"model_type": PREFIX + model_type, "__module__": __name__})

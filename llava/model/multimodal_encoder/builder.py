@@ -17,7 +17,7 @@ from llava.files import read_json
 from llava.images.image_processor import check_side
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.hub import resolve_vision_tower
-from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings
+from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings, check_tower_type
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 from llava.model.protocols import VisionTower
@@ -50,10 +50,7 @@ def build_vision_tower(vision_tower_cfg: object, **kwargs: Any) -> CLIPVisionTow
     else:
         folder = Path(resolve_vision_tower(vision.tower, checkpoint_folder=folder))
     model_type = str((described or read_json(folder / "config.json")).get("model_type"))
-    if model_type not in TOWER_CLASSES:
-        raise InputError(
-            f"the vision tower {vision.tower!r} is of type {model_type!r}; known: {', '.join(TOWER_CLASSES)}"
-        )
+    check_tower_type(model_type, vision.tower)
     one_scale, many_scales = TOWER_CLASSES[model_type]
     tower_class = many_scales if vision.s2_scales else one_scale
     if tower_class is None:
@@ -91,7 +88,7 @@ def save_tower(tower: VisionTower, config: PreTrainedConfig, target: Path) -> No
     elif Path(name).is_absolute() or place == Path(name).absolute() or not place.match(name):
         return
     elif vision.in_checkpoint:
-        tower.config.save_pretrained(target / name)
+        tower.cfg_only.save_pretrained(target / name)  # of a part, too: loading sees which one is stored
         tower.image_processor.save_pretrained(target / name)
     elif place != (target / name).absolute():
         shutil.copytree(place, target / name, dirs_exist_ok=True)

@@ -22,6 +22,8 @@ from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings, check_types, described_by
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -82,6 +84,7 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower_name = vision_tower
         self.select_layer = settings.select_layer
         self.select_feature = settings.select_feature
+        self.stored: Mapping[str, int] | None = getattr(args, "stored_tower", None)
         config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
         file = Path(vision_tower) / "config.json"
         with described_by(file):
@@ -108,6 +111,10 @@ class CLIPVisionTower(nn.Module):
         vision_model = self._vision_model()
         return [vision_model.embeddings, vision_model.pre_layrnorm]
 
+    def config_to_build(self) -> PreTrainedConfig:
+        """The config of the module, which differs from the tower's own where a checkpoint stores a part of the tower."""
+        return self.cfg_only
+
     # Common to all.
 
     def load_model(self, device_map: str | torch.device | None = None) -> None:
@@ -116,6 +123,7 @@ class CLIPVisionTower(nn.Module):
             return
         from llava.model.checkpoints.loading import load_tower_weights
 
+        self.stored = None  # the tower's own folder holds all of it
         self.build_model()
         load_tower_weights(self, Path(self.vision_tower_name))
         if device_map is not None and device_map != "auto":
@@ -128,7 +136,7 @@ class CLIPVisionTower(nn.Module):
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            self.vision_tower = VisionModel(getattr(transformers, self.model_class)(self.cfg_only))
+            self.vision_tower = VisionModel(getattr(transformers, self.model_class)(self.config_to_build()))
         self.vision_tower.requires_grad_(False)
         self.vision_tower.eval()
         self.is_loaded = True
