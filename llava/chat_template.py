@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,6 +35,46 @@ _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _PLACEHOLDER = re.compile(rf"(?:{DEFAULT_IM_START_TOKEN})?{DEFAULT_IMAGE_TOKEN}(?:{DEFAULT_IM_END_TOKEN})?")
 
 TemplateMessage = dict[str, object]  # {"role": ..., "content": a text, or a list of parts}
+_TRIED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "one_name",
+        "description": "one_text",
+        "parameters": {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ToolCallForm:
+    """How an answer calls tools: `opening`, a JSON object with a name and arguments, `closing`.
+
+    Further calls follow after `between`. `arguments_as_text` says that a template takes arguments as a text of JSON.
+    """
+
+    opening: str = "<tool_call>\n"
+    closing: str = "\n</tool_call>"
+    between: str | None = "\n</tool_call>\n<tool_call>\n"  # None: one call in an answer
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    arguments_as_text: bool = False
+
+    def message(self, text: str, calls: Sequence[tuple[str, Mapping[str, object]]], number: int) -> TemplateMessage:
+        """An assistant's message with calls (name, arguments), of which the first is the `number`th of the conversation."""
+
+        def arguments(given: Mapping[str, object]) -> object:
+            return json.dumps(given, ensure_ascii=False) if self.arguments_as_text else given
+
+        named = [
+            {"id": call_id(number + at), "type": "function", "function": {"name": name, "arguments": arguments(given)}}
+            for at, (name, given) in enumerate(calls)
+        ]
+        return {"role": "assistant", "content": text, "tool_calls": named}
+
+
+def call_id(number: int) -> str:
+    """The id of a call in a prompt; Mistral's templates want nine letters and digits."""
+    return f"call{number:05d}"
 
 
 @dataclass(frozen=True)
@@ -60,17 +100,37 @@ class ChatTemplate:
                 f"the chat template in {self.path} leaves system text out; give none, or give --conv-mode the name of a "
                 "template"
             )
+        return self._with_placeholders(text, [turn for _, turn in turns])
+
+    def tool_prompt(self, messages: Sequence[TemplateMessage], tools: Sequence[Mapping[str, object]]) -> str:
+        """Render messages whose contents are texts with `<image>`, calls and results of tools, and these tools.
+
+        Raises:
+            InputError: The template refuses them, or cannot be rendered.
+        """
+        texts = [str(message["content"]) for message in messages]
+        given = [message | {"content": self._content(text)} for message, text in zip(messages, texts, strict=True)]
+        return self._with_placeholders(self.render(given, tools=tools, add_generation_prompt=True), texts)
+
+    def _with_placeholders(self, text: str, turns: Sequence[str]) -> str:
+        """Put `<image>`, in the form that the turns have it, in the place of the template's own image tokens."""
         if self._image_mark is not None:
             text = text.replace(self._image_mark, DEFAULT_IMAGE_TOKEN)
-        forms = {found for _, turn in turns for found in _PLACEHOLDER.findall(turn)}
+        forms = {found for turn in turns for found in _PLACEHOLDER.findall(turn)}
         return text.replace(DEFAULT_IMAGE_TOKEN, forms.pop()) if len(forms) == 1 and self.takes_images else text
 
-    def render(self, messages: Sequence[TemplateMessage], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[TemplateMessage],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> str:
         """Render messages as they are, with images in the template's own form."""
         try:
             parts, size = [], 0
             for part in _compile(self.source).generate(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             ):  # fmt: skip
                 size += len(part)
@@ -103,6 +163,47 @@ class ChatTemplate:
         asked = [("user", "one")]
         closed, opened = self.prompt(asked, is_open=False), self.prompt(asked, is_open=True)
         return opened[len(_common_start(closed, opened)) :] if len(opened) > len(closed) else ""
+
+    @cached_property
+    def tool_call_form(self) -> ToolCallForm | None:
+        """How an answer calls tools in this template; None where it does not show tools, calls and results."""
+        for as_text in (False, True):
+            try:
+                if (form := self._try_tools(ToolCallForm(arguments_as_text=as_text))) is not None:
+                    return form
+            except InputError:
+                continue
+        return None
+
+    def _try_tools(self, form: ToolCallForm) -> ToolCallForm | None:
+        tried = ("one_name", {"key": "value"})
+        asked: TemplateMessage = {"role": "user", "content": self._content("one")}
+        result: TemplateMessage = {"role": "tool", "name": "one_name", "tool_call_id": call_id(0)}
+        call = form.message("", [tried], 0)
+        opened = self.render([asked], tools=[_TRIED_TOOL], add_generation_prompt=True)
+        answered = self.render([asked, call], tools=[_TRIED_TOOL], add_generation_prompt=False)
+        given = [asked, call, result | {"content": self._content("one_result")}]
+        found = _find_call(answered, len(_common_start(opened, answered)))
+        if "one_text" not in opened or found is None:
+            return None
+        if "one_result" not in self.render(given, tools=[_TRIED_TOOL], add_generation_prompt=True):
+            return None
+        start, stop, name_key, arguments_key = found
+        try:
+            twice = self.render(
+                [asked, form.message("", [tried, tried], 0)], tools=[_TRIED_TOOL], add_generation_prompt=False
+            )
+            second = _find_call(twice, stop)
+        except InputError:  # of a template for one call
+            second = None
+        return replace(
+            form,
+            opening=answered[len(_common_start(opened, answered)) : start],
+            closing=answered[stop:].partition(self.turn_end)[0].rstrip(),
+            between=None if second is None else twice[stop : second[0]],
+            name_key=name_key,
+            arguments_key=arguments_key,
+        )
 
     # The form of a message that the template reads
 
@@ -225,6 +326,22 @@ def adds_begin_token(folder: Path, begin: str) -> bool:
         after = json.dumps(read_json(file).get("post_processor"), ensure_ascii=False)
         return json.dumps(begin, ensure_ascii=False) in after or declared is True
     return declared is not False and (folder / "tokenizer.model").is_file()
+
+
+def _find_call(text: str, start: int) -> tuple[int, int, str, str] | None:
+    """The first call of `one_name` after `start`: where its object begins and ends, and its keys of name and arguments."""
+    at = text.find("{", start)
+    while at >= 0:
+        try:
+            value, stop = json.JSONDecoder().raw_decode(text, at)
+        except ValueError:
+            value, stop = None, at
+        names = {json.dumps(part): key for key, part in value.items()} if isinstance(value, dict) else {}
+        arguments = names.get('{"key": "value"}')
+        if '"one_name"' in names and arguments is not None:
+            return at, stop, names['"one_name"'], arguments
+        at = text.find("{", at + 1)
+    return None
 
 
 def _common_start(first: str, second: str) -> str:

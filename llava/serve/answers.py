@@ -19,7 +19,8 @@ from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.errors import ApiError, as_api_error
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.schema import Body, describe_error
-from llava.serve.service import AdmittedRequest, RequestStats, Service
+from llava.serve.service import AdmittedRequest, RequestStats, Service, merged
+from llava.serve.tools import ToolCallReader
 
 B = TypeVar("B", bound=Body)
 
@@ -36,13 +37,14 @@ class AnswerWriter(Protocol):
     def opening(self, num_choices: int) -> Iterable[ReplyBody]:
         """The first replies of a stream."""
 
-    def deltas(self, chunk: Chunk) -> Iterable[ReplyBody]: ...
+    def deltas(self, chunk: Chunk) -> Iterable[ReplyBody]:
+        """The replies to a chunk; where tools may be called it is an `AnswerChunk`."""
 
     def closing(self, stats: RequestStats) -> Iterable[ReplyBody]:
         """The last replies of a stream."""
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> ReplyBody:
-        """The one reply to a request without a stream."""
+        """The one reply to a request without a stream, from one chunk for each choice."""
 
 
 def validated(values: object, kind: type[B]) -> B:
@@ -81,10 +83,11 @@ async def answer(
     submitted = service.submit(parsed.prompts, parsed.sampling, urls, details=details, streamed=streamed)
     async with asyncio.timeout_at(deadline):
         admitted = await cancel_on_disconnect(submitted, request.receive)
+    reader = None if parsed.tools is None else ToolCallReader(parsed.tools)
     if not streamed:
-        return await cancel_on_disconnect(_whole(admitted, writer, deadline), request.receive)
+        return await cancel_on_disconnect(_whole(admitted, writer, reader, deadline), request.receive)
     return StreamedResponse(
-        _encoded(admitted, writer, encoding, on_admitted),
+        _encoded(admitted, writer, reader, encoding, on_admitted),
         media_type=encoding.media_type,
         deadline=deadline,
         final_chunk=encoding.final_chunk,
@@ -92,11 +95,15 @@ async def answer(
     )
 
 
-async def _whole(admitted: AdmittedRequest, writer: AnswerWriter, deadline: float) -> Response:
+async def _whole(
+    admitted: AdmittedRequest, writer: AnswerWriter, reader: ToolCallReader | None, deadline: float
+) -> Response:
     end = "cancelled"
     try:
         async with asyncio.timeout_at(deadline):
-            chunks = [chunk async for chunk in admitted]
+            chunks = merged([chunk async for chunk in admitted])
+        if reader is not None:
+            chunks = [reader.read(chunk) for chunk in chunks]
         end = "finished"
         return Response(writer.whole(chunks, admitted.stats()).as_json(), media_type="application/json")
     except TimeoutError:
@@ -112,6 +119,7 @@ async def _whole(admitted: AdmittedRequest, writer: AnswerWriter, deadline: floa
 async def _encoded(
     admitted: AdmittedRequest,
     writer: AnswerWriter,
+    reader: ToolCallReader | None,
     encoding: StreamEncoding,
     on_admitted: Callable[[AdmittedRequest], Awaitable[None]] | None,
 ) -> AsyncIterator[bytes]:
@@ -120,7 +128,7 @@ async def _encoded(
     for reply in writer.opening(admitted.num_choices):
         yield encoding.encode(reply)
     async for chunk in admitted:
-        for reply in writer.deltas(chunk):
+        for reply in writer.deltas(chunk if reader is None else reader.read(chunk)):
             yield encoding.encode(reply)
     for reply in writer.closing(admitted.stats()):
         yield encoding.encode(reply)

@@ -7,14 +7,18 @@ serve/openai/, serve/ollama/ and serve/anthropic/. Pure functions: no HTTP, no m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
+from llava.chat_template import ChatTemplate, TemplateMessage, ToolCallForm, call_id
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, with_image_placeholders
+from llava.conversation import Conversation, answer_end, with_image_placeholders
 from llava.engine.request import Detail, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
+from llava.serve.tools import PLAIN_FORM, ToolCall, ToolUse, written_calls
+
+_CUT = "\ue002"  # a private character that ends a beginning
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,27 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """One message of a chat."""
+    """One message of a chat: of the system, the user, the assistant or a tool.
+
+    An assistant's turn may have `calls` of tools; a tool's result has the `call_id` and the name of its call.
+    """
 
     role: str
     text: str
     images: tuple[ShownImage, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """Prompts, one request to the engine for each, their images, and how tokens are sampled."""
+    """Prompts, one request to the engine for each, their images, how tokens are sampled, and which tools may be called."""
 
-    prompts: tuple[Conversation | str, ...]
+    prompts: tuple[Conversation | str | Sequence[int], ...]
     images: tuple[ShownImage, ...]
     sampling: SamplingParams
+    tools: ToolUse | None = None
 
 
 def checked_turn(turn: ChatTurn, path: str) -> ChatTurn:
@@ -52,30 +63,114 @@ def checked_turn(turn: ChatTurn, path: str) -> ChatTurn:
     return turn
 
 
+def parsed_chat(
+    turns: Sequence[ChatTurn],
+    card: ModelCard,
+    sampling: SamplingParams,
+    *,
+    tools: ToolUse | None = None,
+    continues: bool = True,
+) -> ParsedRequest:
+    """Return the request for the next turn of a chat.
+
+    Args:
+        turns: In any order of roles. System texts become one; a chat that the assistant begins gets a blank question before.
+        card: The model.
+        sampling: How tokens are chosen, before tools.
+        tools: What the answer may call.
+        continues: Where the last turn is the assistant's, the answer continues it; else it is another turn.
+    """
+    if not turns:
+        raise InputError("there is no question: messages needs one with the role user")
+    *before, last = turns
+    images = tuple(image for turn in turns for image in turn.images)
+    beginning = ""
+    if last.role == "assistant" and continues and not last.calls:
+        turns, beginning = before, last.text
+    if tools is not None:
+        beginning += tools.beginning
+        grammar = tools.grammar(sampling.json_schema)
+        if grammar is not None and sampling.regex is not None:
+            raise InputError("a call of a tool obeys its schema, so there is no regex beside it; leave one of them out")
+        if grammar is not None:
+            sampling = replace(sampling, json_schema=None, grammar=grammar)
+        sampling = replace(sampling, stop=(*sampling.stop, *tools.stop))
+    own = card.template.chat_template
+    with_calls = tools is not None or any(turn.calls or turn.role == "tool" for turn in turns)
+    if with_calls and own is not None and own.tool_call_form is not None:
+        prompt: Conversation | str = _tool_prompt(turns, card, own, own.tool_call_form, tools) + beginning
+    else:
+        description = ChatTurn("system", tools.description()) if tools is not None else None
+        conversation = as_conversation([*turns, *([description] if description else [])], card)
+        prompt = begun(conversation, beginning) if beginning else conversation
+    if isinstance(prompt, str) and not sampling.ignore_eos:
+        sampling = replace(sampling, stop=(*sampling.stop, answer_end(card.template)))
+    return ParsedRequest((prompt,), images, sampling, tools)
+
+
 def as_conversation(turns: Sequence[ChatTurn], card: ModelCard) -> Conversation:
-    """Render turns in the model's template.
+    """Render turns in the model's template, with the next answer open.
 
     Images come before the text of their turn, as in training, unless it has placeholders. Consecutive turns of one role
-    become one.
+    become one. Calls of tools are written out, and a result is the user's.
     """
     system = [turn.text for turn in turns if turn.role == "system"]
-    spoken = turns[len(system) :]
-    if any(turn.role == "system" for turn in spoken):
-        raise InputError("system messages come before all others")
-    if not spoken:
-        raise InputError("there is no question: messages needs one with the role user")
-    if spoken[0].role != "user":
-        raise InputError("the first message after the system's must be the user's")
-    if spoken[-1].role != "user":
-        raise InputError("the last message must be the user's: the next one is the model's answer")
     conversation = card.template.with_system("\n".join(system)) if system else card.template.copy()
-    for role, run in groupby(spoken, key=lambda turn: turn.role):
-        texts = [
-            with_image_placeholders(turn.text, len(turn.images), card.image_placeholder)
-            if role == "user"
-            else turn.text
-            for turn in run
-        ]
-        conversation.append_message(conversation.roles[role == "assistant"], "\n".join(texts))
+    spoken = _spoken(turns)
+    for is_answer, run in groupby(spoken, key=lambda turn: turn.role == "assistant"):
+        texts = [_as_text(turn, card) for turn in run]
+        conversation.append_message(conversation.roles[is_answer], "\n".join(texts))
     conversation.append_message(conversation.roles[1], None)
     return conversation
+
+
+def begun(conversation: Conversation, beginning: str) -> str:
+    """Render a conversation whose open answer begins with a text; the model writes what follows."""
+    filled = conversation.copy()
+    filled.messages[-1][1] = beginning + _CUT
+    prompt, found, _ = filled.get_prompt().partition(_CUT)
+    if not found or (beginning.strip() and not prompt.rstrip().endswith(beginning.strip())):
+        raise InputError(
+            "this model's template does not let an answer begin with a given text; end with the user's message"
+        )
+    return prompt
+
+
+def _spoken(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
+    """The turns of user, assistant and tools; the first is the user's."""
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not spoken:
+        raise InputError("there is no question: messages needs one with the role user")
+    if spoken[0].role == "assistant":
+        spoken.insert(0, ChatTurn("user", " "))
+    return spoken
+
+
+def _as_text(turn: ChatTurn, card: ModelCard) -> str:
+    if turn.role == "user":
+        return with_image_placeholders(turn.text, len(turn.images), card.image_placeholder)
+    if turn.role == "tool":
+        return f"<tool_response>\n{turn.text}\n</tool_response>"
+    if turn.calls:
+        return "\n".join([*([turn.text] if turn.text else []), written_calls(PLAIN_FORM, turn.calls)])
+    return turn.text
+
+
+def _tool_prompt(
+    turns: Sequence[ChatTurn], card: ModelCard, template: ChatTemplate, form: ToolCallForm, tools: ToolUse | None
+) -> str:
+    """Render turns by a chat template that knows tools."""
+    messages: list[TemplateMessage] = []
+    if system := [turn.text for turn in turns if turn.role == "system"]:
+        messages.append({"role": "system", "content": "\n".join(system)})
+    numbers: dict[str, str] = {}  # the ids of calls in the prompt, by the client's
+    for turn in _spoken(turns):
+        if turn.calls:
+            messages.append(form.message(turn.text, [call.given() for call in turn.calls], len(numbers)))
+            numbers |= {call.call_id: call_id(len(numbers) + at) for at, call in enumerate(turn.calls)}
+        elif turn.role == "tool":
+            own_id = numbers.get(turn.call_id) or call_id(max(0, len(numbers) - 1))
+            messages.append({"role": "tool", "content": turn.text, "tool_call_id": own_id, "name": turn.name})
+        else:
+            messages.append({"role": turn.role, "content": _as_text(turn, card)})
+    return template.tool_prompt(messages, [tool.as_json() for tool in tools.tools] if tools is not None else [])

@@ -55,7 +55,7 @@ class Service:
 
     async def submit(
         self,
-        prompts: Sequence[Conversation | str],
+        prompts: Sequence[Conversation | str | Sequence[int]],
         sampling: SamplingParams,
         image_sources: Sequence[str] = (),
         *,
@@ -99,7 +99,9 @@ class Service:
         finally:
             admitted.close("counted")
 
-    async def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+    async def num_tokens(
+        self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]
+    ) -> int | None:
         """Return the tokens of a prompt whose images have these layouts; None where they are not known."""
 
         def count() -> int | None:

@@ -84,7 +84,7 @@ class ServedModel(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
-    def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
         """Tokens of a prompt with images of these layouts; None where only the remote server knows. One thread at a time."""
 
 

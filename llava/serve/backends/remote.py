@@ -45,7 +45,7 @@ class RemoteModel:
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
         return 0  # they have been sent
 
-    def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int | None:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
         return None
 
     def token_text(self, token_id: int) -> str:

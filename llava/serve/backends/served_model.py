@@ -63,10 +63,14 @@ class LocalModel:
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
         return sum(prompt_bytes(layout, self.tile_side) for layout in layouts)
 
-    def num_tokens(self, prompt: Conversation | str, layouts: Sequence[ImageLayout]) -> int:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int:
         if self._counter is None:  # a tokenizer of its own: they change settings while they work
             self._counter = Processor(deepcopy(self.tokenizer))
-        ids = self._counter.encode_ids(prompt, len(layouts))
+        ids: Sequence[int]
+        if isinstance(prompt, (Conversation, str)):
+            ids = self._counter.encode_ids(prompt, len(layouts))
+        else:
+            ids = prompt
         return len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)
 
     def token_text(self, token_id: int) -> str:

@@ -11,7 +11,7 @@ from llava.conversation import check_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
+from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
 from llava.serve.openai import schema
 
 DEFAULT_NEW_TOKENS = 512
@@ -35,14 +35,13 @@ def parse_chat(body: schema.ChatRequest, card: ModelCard) -> ParsedRequest:
     elif isinstance(body.response_format, schema.JsonSchemaFormat):
         json_schema = body.response_format.json_schema.schema_
     turns = [_turn(message, index) for index, message in enumerate(body.messages)]
-    conversation = as_conversation(turns, card)
     sampling = sampling_of(
         body,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         json_schema=json_schema,
     )
-    return ParsedRequest((conversation,), tuple(image for turn in turns for image in turn.images), sampling)
+    return parsed_chat(turns, card, sampling)
 
 
 def parse_completion(body: schema.CompletionRequest, card: ModelCard) -> ParsedRequest:

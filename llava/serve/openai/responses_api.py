@@ -15,7 +15,7 @@ from pydantic import Field
 from llava.engine.request import Chunk, SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
+from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ReplyWriter, in_order, inspection_of, prompt_details_of
 from llava.serve.openai.requests import ANY_OBJECT, sampling_of
@@ -163,8 +163,7 @@ def parse_responses(body: ResponsesRequest, card: ModelCard) -> ParsedRequest:
     if isinstance(text_format, PlainFormat) and text_format.type == "json_object":
         json_schema = ANY_OBJECT
     sampling = sampling_of(body, max_new_tokens=body.max_output_tokens, json_schema=json_schema)
-    images = tuple(image for turn in turns for image in turn.images)
-    return ParsedRequest((as_conversation(turns, card),), images, sampling)
+    return parsed_chat(turns, card, sampling)
 
 
 def _turn(message: InputMessage, index: int) -> ChatTurn:
