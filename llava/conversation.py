@@ -563,6 +563,14 @@ def conversation_from(chat_template: ChatTemplate) -> Conversation:
 conv_templates: dict[str, Conversation] = _TemplatesByName({name: _BY_ENTRY[entry] for name, entry in NAMES.items()})
 default_conversation = conv_templates[DEFAULT_NAME]
 
+# The templates under the names of the variables that outside code imports.
+conv_vicuna_v0, conv_vicuna_v1 = conv_templates["v0"], conv_templates["v1"]
+conv_llava_v0, conv_llava_v0_mmtag = conv_templates["llava_v0"], conv_templates["v0_mmtag"]
+conv_llava_v1, conv_llava_v1_mmtag = conv_templates["llava_v1"], conv_templates["v1_mmtag"]
+conv_llama_2, conv_llava_llama_2 = conv_templates["llama_2"], conv_templates["llava_llama_2"]
+conv_llava_plain, conv_mpt = conv_templates["plain"], conv_templates["mpt"]
+conv_mistral_instruct, conv_chatml_direct = conv_templates["mistral_instruct"], conv_templates["chatml_direct"]
+
 
 def get_template(name: str) -> Conversation:
     """Copy a template, by its name or by the file of a folder's chat template.

@@ -16,10 +16,10 @@ _CURIOUS_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_TAG_FORMAT = "The visual content will be provided with the following format: <Image>visual content</Image>."
 _TAGGED_IMAGES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
-    "visual content that the user provides, and assist the user with a variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
+    f"visual content that the user provides, and assist the user with a variety of tasks using natural language.{_TAG_FORMAT}"
 )
 _LLAMA_2_CHAT = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
@@ -32,6 +32,7 @@ _LLAVA_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+_SIMPLE = "Answer the questions about the visual content that the user provides."
 _MPT = (
     "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
     "The assistant gives helpful and honest answers."
@@ -168,6 +169,46 @@ TEMPLATES: dict[str, dict[str, Any]] = {
         "sep": "<end_of_turn>\n",
         "version": "gemma",
     },
+    "qwen_2_5": {
+        "style": "CHATML",
+        "system": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        "roles": _CHATML,
+        "sep": "<|im_end|>",
+        "version": "qwen",
+    },
+    "mistral_orca": {
+        "style": "MPT",
+        "system": (
+            "<|im_start|>system\nYou are MistralOrca, a large language model trained by Alignment Lab AI. "
+            "Write out your reasoning step-by-step to be sure you get the right answers!"
+        ),
+        "roles": _MARKED,
+        "sep": "<|im_end|>",
+        "version": "mpt",
+    },
+    "mistral_zephyr": {
+        "style": "MPT",
+        "system": "<|system|>\nYou are a helpful AI assistant.",
+        "roles": ("<|user|>\n", "<|assistant|>\n"),
+        "sep": "</s>",
+        "version": "mpt",
+    },
+    "llava_llama_2_simple": {
+        "style": "LLAMA_2",
+        "system": _SIMPLE,
+        "roles": _CAPITALS,
+        "sep": "<s>",
+        "sep2": "</s>",
+        "version": "llama_v2",
+    },
+    "llava_llama_2_mmtag": {
+        "style": "LLAMA_2",
+        "system": f"{_SIMPLE}{_TAG_FORMAT}",
+        "roles": _CAPITALS,
+        "sep": "<s>",
+        "sep2": "</s>",
+        "version": "llama_v2_mmtag",
+    },
     # Qwen 3 speaks the same markup and has no system text of its own.
     "qwen_3": {"style": "CHATML", "system": "", "roles": _CHATML, "sep": "<|im_end|>", "version": "qwen"},
 }
@@ -196,6 +237,14 @@ NAMES: dict[str, str] = {
     "llava_llama_3": "llava_llama_3",
     "phi_3": "phi_3",
     "gemma_instruct": "gemma_instruct",
+    "qwen_2_5": "qwen_2_5",
+    "llava_mistral_instruct": "mistral_instruct",
+    "mistral_orca": "mistral_orca",
+    "mistral_zephyr": "mistral_zephyr",
+    "llava_v0_mmtag": "v0_mmtag",
+    "llava_v1_mmtag": "v1_mmtag",
+    "llava_llama_2_simple": "llava_llama_2_simple",
+    "llava_llama_2_mmtag": "llava_llama_2_mmtag",
 }
 
 DEFAULT_NAME = "v1"

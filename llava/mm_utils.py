@@ -7,17 +7,19 @@ images/io.py opens files. Helpers for tokens, stop strings and model names are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError
 from llava.images.image_processor import ImageProcessor, mean_colour, overview_side
 from llava.images.io import decode_base64, load_image, to_rgb
 from llava.images.layout import (
+    Pinpoints,
     fit_inside,
     get_anyres_image_grid_shape,
     image_mode,
     parse_pinpoints,
+    read_pinpoints,
     select_best_resolution,
     tile_boxes,
 )
@@ -76,7 +78,7 @@ def process_images(
     if mode == "square":
         return image_processor(images, return_tensors="pt")["pixel_values"]
     if mode == "anyres":
-        pinpoints = parse_pinpoints(getattr(model_cfg, "image_grid_pinpoints", None))
+        pinpoints = read_pinpoints(getattr(model_cfg, "image_grid_pinpoints", None))
         pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
     else:
         colour = mean_colour(image_processor)
@@ -88,15 +90,14 @@ def process_images(
     return torch.stack(pixels, dim=0)
 
 
-def process_anyres_image(
-    image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | Iterable[Sequence[int]]
-) -> torch.Tensor:
+def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pinpoints: Pinpoints) -> torch.Tensor:
     """Cut an image into tiles (tiles, 3, side, side), as many as `plan(image.size, policy).num_tiles`.
 
     The first is the overview, the whole image squeezed to a square; the tiles of the best canvas follow, row by row.
     """
-    canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
+    tile_size = processor.crop_size["height"]
+    canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints, tile_size))
+    tiles = divide_to_patches(resize_and_pad_image(image, canvas), tile_size)
     side = overview_side(processor)
     return _tile_pixels([image.resize((side, side)), *tiles], processor)
 

@@ -188,7 +188,7 @@ CHECKPOINT_FAULTS: dict[str, tuple[str, Break, str]] = {
     "no newline": (TINY_ANYRES, tensors(without("image_newline")), "newline-missing"),
     "no pinpoints": (TINY_ANYRES, config(image_grid_pinpoints=[]), "pinpoints"),
     "pinpoints of another tower": (TINY_ANYRES, config(image_grid_pinpoints=[[50, 100], [100, 50]]), "pinpoints"),
-    "pinpoints that are no list": (TINY_ANYRES, config(image_grid_pinpoints="(1x1),...,(6x6)"), "pinpoints"),
+    "pinpoints that are no list": (TINY_ANYRES, config(image_grid_pinpoints="(6x6),...,(1x1)"), "pinpoints"),
     "no tower": (TINY, config(mm_vision_tower="no/such/folder/at/all"), "tower-missing"),
     "a tower of an unknown kind": (TINY, edit("tower/config.json", model_type="resnet"), "tower-type"),
     "a trained tower left behind": (TINY, tensors(without("vision_tower.")), "tower-weights"),

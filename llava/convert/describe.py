@@ -19,7 +19,7 @@ from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
-from llava.images.layout import ImagePolicy
+from llava.images.layout import ImagePolicy, TileRange, parse_pinpoints
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.foreign import ForeignModel
 from llava.model.checkpoints.hub import find_vision_tower
@@ -244,12 +244,15 @@ class _Folder:
         modes = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
         text = modes[image.mode]
         if "image_size" in self.tower and "patch_size" in self.tower:
+            side = self.tower["image_size"]
             policy = ImagePolicy(
-                image.mode, self.tower["image_size"], self.tower["patch_size"], image.pinpoints, image.merge,
+                image.mode, side, self.tower["patch_size"], parse_pinpoints(image.pinpoints, side), image.merge,
                 cls_token=settings.vision.select_feature == "cls_patch",
             )  # fmt: skip
             text += f", {policy.features_per_tile} tokens {'a tile' if image.mode == 'anyres' else 'each'}"
-        if image.pinpoints:
+        if isinstance(image.pinpoints, TileRange):
+            text += f", canvases of {image.pinpoints} tiles"
+        elif image.pinpoints:
             text += ", canvases " + " ".join(f"{size.width}x{size.height}" for size in image.pinpoints)
         return text
 

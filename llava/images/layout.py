@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from llava.errors import InputError
 
@@ -23,6 +24,11 @@ Merge = Literal["flat", "spatial", "spatial_unpad"]
 # How `image_aspect_ratio` is spelled in config files, and what it means.
 MODES: dict[str | None, Mode] = {None: "square", "square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: tuple[Merge, ...] = ("flat", "spatial", "spatial_unpad")
+
+# A range of canvases, in tiles across and down, as LLaVA-NeXT writes it: "(1x1),...,(6x6)".
+TILES = r"\(\s*(\d+)\s*x\s*(\d+)\s*\)"
+TILE_RANGE = re.compile(rf"\s*{TILES}(?:\s*,\s*(?:\.\.\.\s*,\s*)?{TILES})*\s*")
+MAX_CANVASES = 4096  # of a range
 
 
 class ImageSize(NamedTuple):
@@ -37,6 +43,24 @@ class Grid(NamedTuple):
 
     rows: int
     cols: int
+
+
+class TileRange(NamedTuple):
+    """All canvases from `first` to `last`, each (tiles across, tiles down). What they are in pixels, the tower decides."""
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+    def __str__(self) -> str:
+        return "({}x{}),...,({}x{})".format(*self.first, *self.last)
+
+    def canvases(self, tile_size: int) -> tuple[ImageSize, ...]:
+        columns, rows = (range(start, stop + 1) for start, stop in zip(self.first, self.last, strict=True))
+        return tuple(ImageSize(across * tile_size, down * tile_size) for across in columns for down in rows)
+
+
+# What image_grid_pinpoints may be, in a config and as a flag.
+Pinpoints: TypeAlias = str | Iterable[Sequence[int]] | TileRange | None
 
 
 class Crop(NamedTuple):
@@ -76,7 +100,7 @@ class ImagePolicy:
     cls_token: bool = False  # the tower also gives one feature for the whole tile, before the patches
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pinpoints", parse_pinpoints(self.pinpoints))
+        object.__setattr__(self, "pinpoints", parse_pinpoints(self.pinpoints, self.tile_size))
         if self.mode not in MODES.values():
             raise InputError(f"image mode is {self.mode!r}; known: {', '.join(dict.fromkeys(MODES.values()))}.")
         if self.merge not in MERGES:
@@ -210,19 +234,32 @@ def select_best_resolution(
 
 
 def get_anyres_image_grid_shape(
-    image_size: Sequence[int], grid_pinpoints: str | Iterable[Sequence[int]], patch_size: int
+    image_size: Sequence[int], grid_pinpoints: Pinpoints, patch_size: int
 ) -> tuple[int, int]:
     """Count the tiles of `patch_size` pixels (across, down) on the canvas that is chosen for an image."""
-    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
+    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints, patch_size))
     return width // patch_size, height // patch_size
 
 
-def parse_pinpoints(pinpoints: str | Iterable[Sequence[int]] | None) -> tuple[ImageSize, ...]:
-    """Read canvas sizes from a list of pairs, or from a flag: "[(336, 672), (672, 336)]"."""
+def parse_pinpoints(pinpoints: Pinpoints, tile_size: int) -> tuple[ImageSize, ...]:
+    """Read canvas sizes in pixels, for tiles of `tile_size` pixels, from any form that `read_pinpoints` reads."""
+    canvases = read_pinpoints(pinpoints)
+    return canvases.canvases(tile_size) if isinstance(canvases, TileRange) else canvases
+
+
+def read_pinpoints(pinpoints: Pinpoints) -> tuple[ImageSize, ...] | TileRange:
+    """Read canvas sizes from a list of pairs, or from a flag: "[(336, 672), (672, 336)]" in pixels, "(1x1),...,(6x6)" in tiles.
+
+    The second form is a range in both directions, from its first pair to its last, whatever stands between them.
+    """
     value: object = pinpoints
-    if isinstance(pinpoints, str):
+    if isinstance(value, TileRange):
+        return value
+    if isinstance(value, str):
+        if TILE_RANGE.fullmatch(value):
+            return _tile_range(value)
         try:
-            value = ast.literal_eval(pinpoints)
+            value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise _bad_pinpoints(pinpoints) from None
     if value is None:
@@ -237,9 +274,21 @@ def parse_pinpoints(pinpoints: str | Iterable[Sequence[int]] | None) -> tuple[Im
     return tuple(ImageSize(*pair) for pair in pairs)
 
 
+def _tile_range(text: str) -> TileRange:
+    pairs = [(int(across), int(down)) for across, down in re.findall(TILES, text)]
+    first, last = pairs[0], pairs[-1]
+    counts = [stop - start + 1 for start, stop in zip(first, last, strict=True)]
+    if min(first) < 1 or min(counts) < 1 or math.prod(counts) > MAX_CANVASES:
+        raise InputError(
+            f"image_grid_pinpoints {text!r} is no range of 1 to {MAX_CANVASES} canvases such as '(1x1),...,(6x6)'."
+        )
+    return TileRange(first, last)
+
+
 def _bad_pinpoints(value: object) -> InputError:
     return InputError(
-        f"image_grid_pinpoints {value!r} is not a list of [width, height] pairs such as [[336, 672], [672, 336]]."
+        f"image_grid_pinpoints {value!r} is neither a list of [width, height] pairs such as [[336, 672], [672, 336]] nor a "
+        "range of tiles such as '(1x1),...,(6x6)'."
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.constants import PROJECTOR_NAME, UNKNOWN_PROJECTOR
 from llava.errors import InputError
-from llava.images.layout import MERGES, ImageSize, Merge, Mode, image_mode, parse_pinpoints
+from llava.images.layout import MERGES, ImageSize, Merge, Mode, TileRange, image_mode, read_pinpoints
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -97,7 +97,7 @@ class ImageSettings:
 
     mode: Mode = "square"
     merge: Merge = "flat"
-    pinpoints: tuple[ImageSize, ...] = ()
+    pinpoints: tuple[ImageSize, ...] | TileRange = ()
 
     def __post_init__(self) -> None:
         if self.merge not in MERGES:
@@ -156,7 +156,7 @@ class LlavaSettings:
             image=ImageSettings(
                 mode=image_mode(read("image_aspect_ratio")),
                 merge=read("mm_patch_merge_type", "flat").replace("-", "_"),
-                pinpoints=parse_pinpoints(read("image_grid_pinpoints", [])),
+                pinpoints=read_pinpoints(read("image_grid_pinpoints", [])),
             ),
             tokens=TokenSettings(
                 use_im_start_end=bool(read("mm_use_im_start_end", False)),

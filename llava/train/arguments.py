@@ -76,7 +76,9 @@ class DataArguments:
         "square", "How an image is fitted to the tower's square: square (crop), pad, anyres."
     )
     image_grid_pinpoints: str | None = _opt(
-        None, "anyres: resolutions to choose from, as a list of (width, height), e.g. '[(336, 672), (672, 336)]'."
+        None,
+        "anyres: resolutions to choose from: a list of (width, height), e.g. '[(336, 672), (672, 336)]', or a range of tiles, "
+        "e.g. '(1x1),...,(6x6)'.",
     )
     eval_data_path: str | None = _opt(None, "Validation samples; --eval_strategy sets how often they are used.")
     eval_image_folder: str | None = _opt(None, "Image folder of the validation samples, if it is not --image_folder.")

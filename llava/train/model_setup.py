@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava.conversation import Conversation, conv_templates
 from llava.errors import InputError
-from llava.images.layout import parse_pinpoints
+from llava.images.layout import TileRange, parse_pinpoints
 from llava.model.builder import default_dtype, load, load_tokenizer
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
 from llava.model.checkpoints.loading import (
@@ -209,7 +209,7 @@ def inherit_vision_settings(
     }
     logger.info("no --vision_tower given: using the checkpoint's own vision settings, %s", kept)
     image = LlavaSettings.from_hf(config).image
-    pinpoints = [[size.width, size.height] for size in image.pinpoints]
+    pinpoints = image.pinpoints if isinstance(image.pinpoints, TileRange) else [list(size) for size in image.pinpoints]
     return (
         dataclasses.replace(model_args, **kept),
         dataclasses.replace(data_args, image_aspect_ratio=image.mode, image_grid_pinpoints=str(pinpoints)),
@@ -240,10 +240,9 @@ def add_vision(
     """Attach tower and projector, record their settings in the config, and choose which parts are trained."""
     config = model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio
-    if data_args.image_aspect_ratio == "anyres":
-        if not data_args.image_grid_pinpoints:
-            raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, the tilings to choose from")
-        config.image_grid_pinpoints = [list(size) for size in parse_pinpoints(data_args.image_grid_pinpoints)]
+    pinpoints = data_args.image_grid_pinpoints
+    if data_args.image_aspect_ratio == "anyres" and not pinpoints:
+        raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, the tilings to choose from")
     inner = model.get_model()
     kept = getattr(config, "mm_projector_type", None) if getattr(inner, "mm_projector", None) is not None else None
     if kept is not None and kept != model_args.mm_projector_type:
@@ -254,6 +253,8 @@ def add_vision(
     inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
     tower = model.get_vision_tower()
     assert tower is not None
+    if data_args.image_aspect_ratio == "anyres":
+        config.image_grid_pinpoints = [list(size) for size in parse_pinpoints(pinpoints, tower.tile_size)]
     tower.requires_grad_(False)  # adapters with `lora_bias all` unfreeze the biases of a tower that is attached already
     data_args.image_processor = tower.image_processor
     if not tower.resamples_pixels:  # its first layer would cast them anyway; loaders transfer half the bytes

@@ -22,6 +22,7 @@ from llava.images.layout import (
     image_mode,
     parse_pinpoints,
     plan,
+    read_pinpoints,
     select_best_resolution,
     tile_boxes,
     unpad_box,
@@ -29,8 +30,8 @@ from llava.images.layout import (
 
 TABLES = json.loads(golden("images/size_tables.json").read_text())
 COUNTS = json.loads(golden("images/feature_counts.json").read_text())
-PINPOINTS_336 = parse_pinpoints([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])
-PINPOINTS_56 = parse_pinpoints([[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]])
+PINPOINTS_336 = parse_pinpoints([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], 336)
+PINPOINTS_56 = parse_pinpoints([[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]], 56)
 RELEASED = ImagePolicy("anyres", 336, 14, PINPOINTS_336, "spatial_unpad")
 
 
@@ -39,6 +40,16 @@ def test_best_resolution_and_grid(row: dict) -> None:
     assert list(select_best_resolution(row["size"], row["pinpoints"])) == row["best"]
     assert list(get_anyres_image_grid_shape(row["size"], row["pinpoints"], row["patch"])) == row["grid"]
     assert list(get_anyres_image_grid_shape(row["size"], str(row["pinpoints"]), row["patch"])) == row["grid_from_str"]
+
+
+def test_ranges_of_tiles() -> None:
+    for row in json.loads(golden("images/tile_ranges.json").read_text()):
+        assert list(get_anyres_image_grid_shape(row["size"], row["pinpoints"], row["patch"])) == row["grid"], row
+    assert parse_pinpoints("(1x1), ... ,( 2x3 )", 10) == ((10, 10), (10, 20), (10, 30), (20, 10), (20, 20), (20, 30))
+    assert parse_pinpoints("(2x1)", 10) == ((20, 10),)
+    text = "(1x1),...,(6x6)"
+    assert str(read_pinpoints(text)) == text
+    assert ImagePolicy("anyres", 336, 14, text).pinpoints == parse_pinpoints(text, 336)
 
 
 @pytest.mark.parametrize("row", TABLES["resize_and_pad"], ids=lambda row: f"{row['size']}-{row['target']}")
@@ -164,22 +175,39 @@ def test_tiles_somebody_else_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "(", "3", "[1, 2]", "[(0, 336)]", "[(336, 672, 1)]", "[(336.0, 672)]", "abc", "{}"]
+    "text",
+    [
+        "",
+        "(",
+        "3",
+        "[1, 2]",
+        "[(0, 336)]",
+        "[(336, 672, 1)]",
+        "[(336.0, 672)]",
+        "abc",
+        "{}",
+        "(0x1),...,(2x2)",
+        "(2x2),...,(1x3)",
+        "(1x1),...,(900x900)",
+        "(1x1),...",
+        "(1x1)...(2x2)",
+        "1x1",
+    ],
 )
 def test_pinpoints_that_are_none(text: str) -> None:
     if text == "{}":  # an empty collection names no canvas; the policy says so
         with pytest.raises(InputError, match="names none"):
-            ImagePolicy("anyres", 336, 14, parse_pinpoints(text))
+            ImagePolicy("anyres", 336, 14, parse_pinpoints(text, 336))
         return
     with pytest.raises(InputError, match="image_grid_pinpoints"):
-        parse_pinpoints(text)
+        parse_pinpoints(text, 336)
 
 
 def test_policies_that_cannot_work() -> None:
     with pytest.raises(InputError, match="names none"):
         ImagePolicy("anyres", 336, 14)
     with pytest.raises(InputError, match=r"\[300, 336\]"):
-        ImagePolicy("anyres", 336, 14, parse_pinpoints([(300, 336)]))
+        ImagePolicy("anyres", 336, 14, parse_pinpoints([(300, 336)], 336))
     with pytest.raises(InputError, match="mm_patch_merge_type is 'bogus'"):
         ImagePolicy("pad", 336, 14, merge="bogus")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="does not fit"):

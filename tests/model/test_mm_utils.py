@@ -108,7 +108,7 @@ class _Raw:
 @pytest.mark.parametrize("size", [(1, 1), (5, 400), (400, 5), (64, 48), (100, 200), (57, 56)])
 def test_tiles_are_those_of_the_plan(size: tuple[int, int]) -> None:
     pinpoints = EXPECTED["pinpoints"]["56"]
-    policy = ImagePolicy("anyres", 56, 14, parse_pinpoints(pinpoints), "spatial_unpad")
+    policy = ImagePolicy("anyres", 56, 14, parse_pinpoints(pinpoints, 56), "spatial_unpad")
     image = Image.effect_noise(size, 80).convert("RGB")
     for flavour in ("CLIPImageProcessor", "SiglipImageProcessor"):
         processor = ClipImageProcessor.from_dict({"image_processor_type": flavour, "size": 56, "crop_size": 56})

@@ -17,7 +17,7 @@ from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_js
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.errors import InputError
 from llava.files import read_json
-from llava.images.layout import image_mode, parse_pinpoints
+from llava.images.layout import TileRange, image_mode, read_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
@@ -32,7 +32,7 @@ def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     values = checkpoint.values
     readings: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
         ("image-mode", "image_aspect_ratio", image_mode),
-        ("pinpoints", "image_grid_pinpoints", parse_pinpoints),
+        ("pinpoints", "image_grid_pinpoints", read_pinpoints),
     )
     faults: list[DoctorFinding] = []
     for code, key, read in readings:
@@ -186,7 +186,9 @@ def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
 
     tower, image = tower_of(checkpoint), checkpoint.settings.image
     remedy = f"use pairs of multiples of {tower.tile_size}, those that the model was trained with"
-    pinpoints = [list(size) for size in image.pinpoints]
+    pinpoints = (
+        str(image.pinpoints) if isinstance(image.pinpoints, TileRange) else [list(size) for size in image.pinpoints]
+    )
     with reported("pinpoints", remedy, tile_size=tower.tile_size, pinpoints=pinpoints):
         checkpoint.extras["policy"] = policy_of(tower, image)
     newline = checkpoint.named("image_newline")

@@ -88,7 +88,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "pinpoints": Cause(
         "image_grid_pinpoints are missing, unreadable or not multiples of the tower's image size",
-        ("llava/images/layout.py:ImagePolicy", "llava/images/layout.py:parse_pinpoints"),
+        ("llava/images/layout.py:ImagePolicy", "llava/images/layout.py:read_pinpoints"),
     ),
     "context-short": Cause(
         "images and prompt take all or nearly all of the context",

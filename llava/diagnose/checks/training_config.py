@@ -35,7 +35,7 @@ from llava.diagnose.checks.findings import (
 )
 from llava.errors import InputError
 from llava.files import read_json
-from llava.images.layout import ImagePolicy, image_mode, parse_pinpoints
+from llava.images.layout import ImagePolicy, image_mode, read_pinpoints
 from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
@@ -213,7 +213,7 @@ def _policy(run: ExaminedRun) -> ImagePolicy | None:
         return None
     if not run.model.vision_tower:
         return run.base.extras.get("policy")
-    pinpoints = parse_pinpoints(run.data.image_grid_pinpoints)
+    pinpoints = read_pinpoints(run.data.image_grid_pinpoints)
     merge: Any = (run.model.mm_patch_merge_type or "flat").replace("-", "_")
     return policy_of(run.tower, ImageSettings(image_mode(run.data.image_aspect_ratio), merge, pinpoints))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.image_processor import check_side
-from llava.images.layout import ImagePolicy
+from llava.images.layout import ImagePolicy, parse_pinpoints
 from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings, check_tower_type
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
@@ -69,7 +69,7 @@ def policy_of(tower: VisionTower, image: ImageSettings) -> ImagePolicy:
         mode=image.mode,
         tile_size=tower.tile_size,
         patch_size=tower.tile_size // tower.num_patches_per_side,
-        pinpoints=image.pinpoints,
+        pinpoints=parse_pinpoints(image.pinpoints, tower.tile_size),
         merge=image.merge,
         cls_token=tower.has_class_feature,
     )
