@@ -1,22 +1,25 @@
 """Small helpers, most of them for outside code that imports them from here.
 
-Module attributes that are imported at first use, messages of the web server, a logger that also writes to a file, and
-the switch that skips torch's random initialisation.
+Module attributes that are imported at first use, messages of the web server, loggers, the first process of a distributed
+run, and the switch that skips torch's random initialisation.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava.constants import LOGDIR
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+MODERATION_URL = "https://api.openai.com/v1/moderations"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
 
 
@@ -84,3 +87,60 @@ def build_logger(logger_name: str, logger_filename: str = "") -> logging.Logger:
         logger.addHandler(handler)
     logger.propagate = False  # the root logger would write every line again
     return logger
+
+
+class StreamToLogger:
+    """A text stream that writes whole lines to a logger; what else is asked of it goes to the stdout of its creation."""
+
+    def __init__(self, logger: logging.Logger, log_level: int = logging.INFO) -> None:
+        self.terminal: TextIO = sys.stdout
+        self.logger = logger
+        self.log_level = log_level
+        self.linebuf = ""  # of a line without its end
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.terminal, name)
+
+    def write(self, buf: str) -> None:
+        *lines, self.linebuf = (self.linebuf + buf).split("\n")
+        for line in lines:
+            self.logger.log(self.log_level, line.rstrip())
+
+    def flush(self) -> None:
+        if self.linebuf:
+            self.logger.log(self.log_level, self.linebuf.rstrip())
+        self.linebuf = ""
+
+
+def pretty_print_semaphore(semaphore: Any) -> str:
+    """Describe a semaphore of asyncio, or None."""
+    if semaphore is None:
+        return "None"
+    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
+
+
+def violates_moderation(text: str) -> bool:
+    """Ask OpenAI's moderation service about a text, with the key in OPENAI_API_KEY; False where it gives no verdict.
+
+    Nothing in this package calls it.
+    """
+    import urllib.request
+
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+    request = urllib.request.Request(MODERATION_URL, json.dumps({"input": text}).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return bool(json.load(response)["results"][0]["flagged"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a distributed run, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def rank0_print(*args: object) -> None:
+    """Print on the first process of a distributed run only."""
+    if is_first_process():
+        print(*args)

@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from llava.train.arguments import parse_train_args
-from llava.train.distributed import barrier_and_destroy_process_group, is_first_process
+from llava.train.distributed import barrier_and_destroy_process_group
 from llava.train.run import build_trainer
+from llava.utils import is_first_process
 
 ROWS = 60  # of operations.txt
 

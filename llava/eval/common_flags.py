@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from llava.cli.program import ArgumentParser
+from llava.errors import InputError
 from llava.eval.files import Faults
-from llava.eval.harness.judge import add_judge_flags
+from llava.eval.harness.judge import REVIEWER, add_judge_flags
 from llava.eval.harness.reviews import REVIEWS, review_files
 
 
@@ -60,6 +61,20 @@ class EvalScript:
         if self.judge is not None:
             add_judge_flags(parser, model=self.judge)
         return parser
+
+    def call(self, args: object) -> None:
+        """Run the program with an object whose attributes are the flags, as outside code does; absent ones have defaults.
+
+        Raises:
+            InputError: A flag without a default is absent.
+        """
+        values: dict[str, object] = {}
+        for flag in self.flags:
+            name = flag.name.lstrip("-").replace("-", "_")
+            values[name] = getattr(args, name, flag.default)
+            if flag.required and not hasattr(args, name):
+                raise InputError(f"the arguments of {self.name} have no {name!r}: {flag.help}")
+        self.run(Namespace(**values))
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         return self.build_parser().run(self.run, argv)
@@ -112,7 +127,7 @@ def review_script(name: str) -> EvalScript:
         MAX_TOKENS,
     )
     description = "Let a language model compare two answers to each question."
-    return EvalScript(f"{name}.py", description, flags, partial(review_files, kind=kind), judge="gpt-4-0613")
+    return EvalScript(f"{name}.py", description, flags, partial(review_files, kind=kind), judge=REVIEWER)
 
 
 def report_faults(faults: Faults) -> None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 
 from llava.eval.common_flags import review_script
+from llava.eval.harness.judge import get_eval
+from llava.eval.metrics.gpt_review import parse_score
+
+__all__ = ["build_parser", "get_eval", "main", "parse_score"]
 
 SCRIPT = review_script("eval_gpt_review_visual")
 build_parser, main = SCRIPT.build_parser, SCRIPT.main

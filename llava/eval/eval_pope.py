@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, read_json_lines
 from llava.eval.metrics.yes_no import YesNoCounts, pope_answer
 from llava.eval.tasks.answers import pair, read_answers
 from llava.eval.tasks.pope import label_questions, read_labels
+from llava.eval.types import JsonRow
 
 FLAGS = (
     ScriptFlag("--annotation-dir", "folder with coco_pope_SPLIT.json", required=True),
@@ -36,15 +39,28 @@ def run(args: Namespace) -> None:
         counts = YesNoCounts.count(
             (None if one.text is None else pope_answer(one.text), one.question.reference) for one in of_split
         )
-        found = counts.figures()
-        print("TP\tFP\tTN\tFN\t\n{TP}\t{FP}\t{TN}\t{FN}".format(**found))
-        print("Accuracy: {accuracy}\nPrecision: {precision}\nRecall: {recall}\nF1 score: {f1}".format(**found))
-        print("Yes ratio: {yes_ratio}".format(**found))
-        print("{f1:.3f}, {accuracy:.3f}, {precision:.3f}, {recall:.3f}, {yes_ratio:.3f}".format(**found))
+        print_figures(counts)
         print("====================================")
         for name in counts.undefined():
             faults.add("figures with nothing to divide by", "they stand as 0", f"{name} of {split}")
     report_faults(faults)
+
+
+def print_figures(counts: YesNoCounts) -> None:
+    found = counts.figures()
+    print("TP\tFP\tTN\tFN\t\n{TP}\t{FP}\t{TN}\t{FN}".format(**found))
+    print("Accuracy: {accuracy}\nPrecision: {precision}\nRecall: {recall}\nF1 score: {f1}".format(**found))
+    print("Yes ratio: {yes_ratio}".format(**found))
+    print("{f1:.3f}, {accuracy:.3f}, {precision:.3f}, {recall:.3f}, {yes_ratio:.3f}".format(**found))
+
+
+def eval_pope(answers: Sequence[JsonRow], label_file: str | Path) -> None:
+    """Print the figures of one split, whose answers stand in the order of the labels."""
+    labels = read_json_lines(Path(label_file), "file of labels")
+    if len(answers) != len(labels):
+        raise InputError(f"{str(label_file)!r} has {len(labels)} labels for {len(answers)} answers; they go by order")
+    pairs = zip(answers, labels, strict=True)
+    print_figures(YesNoCounts.count((pope_answer(answer["text"]), label["label"]) for answer, label in pairs))
 
 
 SCRIPT = EvalScript("eval_pope.py", "POPE's figures for each split.", FLAGS, run)

@@ -46,10 +46,15 @@ def read_predictions(file: str, faults: Faults) -> dict[str, JsonRow]:
     return found
 
 
-def choice_index(letter: str | None, problem: JsonRow, options: Sequence[str]) -> int:
-    """Return the index of a letter among a problem's choices, or -1."""
-    letters = list(options[: len(problem["choices"])])
-    return letters.index(letter) if letter in letters else -1
+def get_pred_idx(prediction: str | None, choices: Sequence[str], options: Sequence[str]) -> int:
+    """Return the index of a letter among those of a problem's choices, or -1."""
+    letters = list(options[: len(choices)])
+    return letters.index(prediction) if prediction in letters else -1
+
+
+def convert_caps(results: Sequence[JsonRow]) -> list[JsonRow]:
+    """Write answers as captions, in the form of COCO's results."""
+    return [{"image_id": int(row["question_id"]), "caption": row["text"]} for row in results]
 
 
 def run(args: Namespace) -> None:
@@ -65,7 +70,7 @@ def run(args: Namespace) -> None:
             row = {"text": FAILED, "prompt": "Unknown"}
         text = row["text"]
         letter = science_qa_letter(text, args.options)
-        results[name], outputs[name] = choice_index(letter, problem, args.options), text
+        results[name], outputs[name] = get_pred_idx(letter, problem["choices"], args.options), text
         analysis = {
             "question_id": name,
             "parsed_ans": letter or FAILED,

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
-from llava.eval.eval_science_qa import SPLIT_FLAGS, choice_index, read_predictions
+from llava.eval.eval_science_qa import SPLIT_FLAGS, convert_caps, get_pred_idx, read_predictions
 from llava.eval.files import Faults, need, read_json_object
 from llava.eval.metrics.choices import stated_letter
 from llava.eval.tasks.scienceqa import read_split
 from llava.eval.types import JsonRow
+
+__all__ = ["build_parser", "convert_caps", "get_pred_idx", "main"]
 
 FLAGS = (
     *SPLIT_FLAGS,
@@ -40,7 +42,8 @@ def read_gpt4(file: str) -> dict[str, str]:
 def count_correct(counts: Counter[str], problem: JsonRow, ours: str, gpt4: str, options: Sequence[str]) -> None:
     """Count which of two answers to a problem are right: ours, GPT-4's, and GPT-4's with ours where it has no letter."""
     letters = stated_letter(ours), stated_letter(gpt4)
-    our_right, gpt4_right = (choice_index(letter, problem, options) == problem["answer"] for letter in letters)
+    indices = [get_pred_idx(letter, problem["choices"], options) for letter in letters]
+    our_right, gpt4_right = (index == problem["answer"] for index in indices)
     counts["total"] += 1
     counts["ours"] += our_right
     counts["gpt4"] += gpt4_right

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
-from llava.eval.eval_science_qa import FAILED, choice_index, read_predictions
+from llava.eval.eval_science_qa import FAILED, convert_caps, get_pred_idx, read_predictions
 from llava.eval.eval_science_qa_gpt4 import FLAGS as GPT4_FLAGS
 from llava.eval.eval_science_qa_gpt4 import count_correct, print_counts, read_gpt4
 from llava.eval.files import Faults, write_json
 from llava.eval.metrics.choices import stated_letter
 from llava.eval.tasks.scienceqa import read_split
+
+__all__ = ["build_parser", "convert_caps", "get_pred_idx", "main"]
 
 FLAGS = (
     *GPT4_FLAGS,
@@ -51,7 +53,7 @@ def run(args: Namespace) -> None:
         texts = {"Our": ours[name]["text"], "GPT-4": gpt4[name], "Requery": asked_again}
         count_correct(counts, problem, texts["Our"], texts["GPT-4"], args.options)
         letter = stated_letter(texts["Requery"])
-        results[name] = choice_index(letter or stated_letter(texts["Our"]), problem, args.options)
+        results[name] = get_pred_idx(letter or stated_letter(texts["Our"]), problem["choices"], args.options)
         is_right = results[name] == problem["answer"]
         counts["requery"] += is_right
         if letter is not None and not is_right:

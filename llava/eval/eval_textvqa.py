@@ -16,7 +16,9 @@ from llava.errors import InputError
 from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, need, read_json_lines
 from llava.eval.metrics.vqa import mean_score, soft_accuracy
-from llava.eval.tasks.short import textvqa_annotations, textvqa_question
+from llava.eval.tasks.short import prompt_processor, textvqa_annotations
+
+__all__ = ["build_parser", "eval_single", "main", "prompt_processor"]
 
 FLAGS = (
     ScriptFlag("--annotation-file", "TextVQA_0.5.1_val.json", required=True),
@@ -43,7 +45,7 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
     for number, row in enumerate(rows, start=1):
         where = f"answer {number} of {str(file)!r}"
         name, text = str(need(row, "question_id", where)), str(need(row, "text", where))
-        question = textvqa_question(str(need(row, "prompt", where)))
+        question = prompt_processor(str(need(row, "prompt", where)))
         if (name, question) not in annotations:
             faults.add("answers to unknown questions", "they count nowhere", f"{question!r} about {name!r}")
             continue
@@ -56,6 +58,11 @@ def score(file: Path, annotations: Mapping[tuple[str, str], list[str]]) -> None:
     print(file.stem)
     print(f"Samples: {len(pairs)}\nAccuracy: {100.0 * mean_score(pairs, soft_accuracy):.2f}%\n")
     report_faults(faults)
+
+
+def eval_single(annotation_file: str | Path, result_file: str | Path) -> None:
+    """Print the accuracy of one answers file."""
+    score(Path(result_file), textvqa_annotations(Path(annotation_file)))
 
 
 SCRIPT = EvalScript("eval_textvqa.py", "TextVQA's accuracy.", FLAGS, run)

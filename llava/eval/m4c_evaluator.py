@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
+from llava.errors import MissingPackageError
 from llava.eval.metrics.vqa import (
     anls,
     drop_articles,
@@ -48,6 +50,28 @@ class TextVQAAccuracyEvaluator(_Evaluator):
 
 class STVQAAccuracyEvaluator(_Evaluator):
     score = staticmethod(exact_accuracy)
+
+
+class TextCapsBleu4Evaluator:
+    """Computes TextCaps' BLEU-4 with the package pycocoevalcap (and Java, for its tokenizer)."""
+
+    def __init__(self) -> None:
+        try:
+            bleu = import_module("pycocoevalcap.bleu.bleu")
+            tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer")
+        except ModuleNotFoundError as error:
+            raise MissingPackageError(
+                "this needs the package 'pycocoevalcap'; install it with: pip install pycocoevalcap"
+            ) from error
+        self.tokenizer = tokenizer.PTBTokenizer()
+        self.scorer = bleu.Bleu(4)
+
+    def eval_pred_list(self, pred_list: Sequence[JsonRow]) -> float:
+        """Return BLEU-4 of rows with `pred_answer` and `gt_answers`."""
+        references = {n: [{"caption": text} for text in row["gt_answers"]] for n, row in enumerate(pred_list)}
+        captions = {n: [{"caption": row["pred_answer"]}] for n, row in enumerate(pred_list)}
+        scores, _ = self.scorer.compute_score(self.tokenizer.tokenize(references), self.tokenizer.tokenize(captions))
+        return scores[3]
 
 
 class STVQAANLSEvaluator(_Evaluator):

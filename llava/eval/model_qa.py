@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_qa.py", "Answer text questions.", FLAGS, run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

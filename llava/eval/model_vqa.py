@@ -14,7 +14,7 @@ from llava.eval.common_flags import EvalScript, answer_flags
 from llava.eval.harness.answer_file import FREE_TOKENS, answer_file, get_chunk, split_list
 from llava.eval.tasks.short import read_questions
 
-__all__ = ["build_parser", "get_chunk", "main", "split_list"]
+__all__ = ["build_parser", "eval_model", "get_chunk", "main", "split_list"]
 
 
 def run(args: Namespace) -> None:
@@ -23,7 +23,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_vqa.py", "Answer questions about images at length.", answer_flags(), run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

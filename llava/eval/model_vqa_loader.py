@@ -14,7 +14,7 @@ from llava.eval.common_flags import EvalScript, ScriptFlag, answer_flags
 from llava.eval.harness.answer_file import answer_file, get_chunk, split_list
 from llava.eval.tasks.short import read_questions
 
-__all__ = ["build_parser", "get_chunk", "main", "split_list"]
+__all__ = ["build_parser", "eval_model", "get_chunk", "main", "split_list"]
 
 FLAGS = (*answer_flags(), ScriptFlag("--max_new_tokens", "maximum number of tokens of an answer", 128))
 
@@ -25,7 +25,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_vqa_loader.py", "Answer questions about images.", FLAGS, run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

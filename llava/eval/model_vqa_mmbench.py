@@ -14,9 +14,11 @@ from llava.errors import InputError
 from llava.eval.common_flags import LETTER_ALONE, EvalScript, ScriptFlag, answer_flags
 from llava.eval.files import read_table
 from llava.eval.harness.answer_file import FREE_TOKENS, answer_file, get_chunk, split_list
-from llava.eval.tasks.mmbench import SUFFIXES, questions_from_table
+from llava.eval.tasks.mmbench import OPTION_LETTERS, SUFFIXES, get_options, is_none, questions_from_table
 
-__all__ = ["build_parser", "get_chunk", "main", "split_list"]
+__all__ = ["build_parser", "eval_model", "get_chunk", "get_options", "is_none", "main", "split_list"]
+
+all_options = list(OPTION_LETTERS)
 
 FLAGS = (
     *answer_flags(),
@@ -37,7 +39,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_vqa_mmbench.py", "Answer MMBench's questions.", FLAGS, run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

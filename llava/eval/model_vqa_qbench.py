@@ -15,6 +15,9 @@ from llava.eval.common_flags import ANSWERS_FILE, DEVICE, MODEL_BASE, MODEL_PATH
 from llava.eval.files import read_json_lines, read_json_rows, write_json_lines
 from llava.eval.harness.answer_file import FREE_TOKENS, answer_file
 from llava.eval.tasks.qbench import REQUESTS, questions_from_rows
+from llava.images.io import load_image
+
+__all__ = ["build_parser", "eval_model", "load_image", "main"]
 
 FOLDER = "./playground/data/qbench"
 FLAGS = (
@@ -41,7 +44,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_vqa_qbench.py", "Answer Q-Bench's questions.", FLAGS, run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from llava.eval.files import read_json_rows
 from llava.eval.harness.answer_file import FREE_TOKENS, answer_file, get_chunk, split_list
 from llava.eval.tasks.scienceqa import questions_from_samples
 
-__all__ = ["build_parser", "get_chunk", "main", "split_list"]
+__all__ = ["build_parser", "eval_model", "get_chunk", "main", "split_list"]
 
 FLAGS = (
     *answer_flags(questions="tables/question.json", conv_mode="llava_v0", sampling=SAMPLING_FLAGS[:1]),
@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_vqa_science.py", "Answer ScienceQA's questions.", FLAGS, run)
-build_parser, main = SCRIPT.build_parser, SCRIPT.main
+build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +26,8 @@ from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, require
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor
-from llava.model.checkpoints.base_model import inspect_with_base, original_config
-from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.base_model import inspect_with_base, original_config, with_config
+from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_checkpoint
 from llava.model.checkpoints.inspect import CheckpointInfo, tokenizer_folder, tower_headers
 from llava.model.checkpoints.loading import (
     Origins,
@@ -44,6 +44,7 @@ from llava.model.checkpoints.model_config import build_config, resolved_tower_pa
 from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, described_by, is_multimodal
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
+from llava.model.language_model import llava_llama, llava_mistral, llava_mpt, llava_qwen  # noqa: F401  # for AutoConfig
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import (
     context_len,
@@ -58,8 +59,12 @@ from llava.text.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Arguments that callers of the original pass and that have no effect.
-OBSOLETE_OPTIONS = ("multimodal", "low_cpu_mem_usage", "trust_remote_code", "use_fast")
+# Arguments that callers of the original pass and that have no effect: the files say what they would say.
+OBSOLETE_OPTIONS = ("multimodal", "low_cpu_mem_usage", "trust_remote_code", "use_fast", "use_safetensors")
+# Arguments of `load` under other names, and those that are handed on to it as they are.
+OTHER_NAMES = {"torch_dtype": "dtype", "use_auth_token": "token"}
+HANDED_ON = ("attn_implementation", "customized_config", "dtype", "max_memory", "overwrite_config")
+HUB_OPTIONS = tuple(field.name for field in fields(HubOptions))
 
 
 @dataclass(frozen=True)
@@ -101,24 +106,29 @@ def load_pretrained_model(
         device_map: How accelerate shards the model; "auto" where it does not fit on one GPU.
         device: The device; without a GPU the default becomes the best device that is present.
         use_flash_attn: Short for `attn_implementation="flash_attention_2"`.
-        **kwargs: `dtype` or `torch_dtype`, `attn_implementation`, `quantization_config`. Those of `OBSOLETE_OPTIONS` are
-            ignored; any other is an `InputError`.
+        **kwargs: `dtype` or `torch_dtype`, `attn_implementation`, `quantization_config`, `customized_config`,
+            `overwrite_config`, `max_memory`, as `load` takes them; `cache_dir`, `revision`, `local_files_only`, `token` for hub
+            repositories. Those of `OBSOLETE_OPTIONS` are ignored, None counts as not given, any other is an `InputError`.
 
     Returns:
         Tokenizer, model, image processor (None for a plain language model), context length in tokens.
     """
-    options = {key: value for key, value in kwargs.items() if key not in OBSOLETE_OPTIONS}
-    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
-    options.pop("torch_dtype", None)
-    attn_implementation = options.pop("attn_implementation", None)
-    given_config = options.pop("quantization_config", None)
+    options = {OTHER_NAMES.get(name, name): value for name, value in kwargs.items() if value is not None}
+    for name in OBSOLETE_OPTIONS:
+        options.pop(name, None)
     load_8bit, load_4bit = options.pop("load_in_8bit", load_8bit), options.pop("load_in_4bit", load_4bit)
-    if options:
-        raise InputError(f"load_pretrained_model does not know the argument {next(iter(options))!r}")
     if load_8bit and load_4bit:
         raise InputError("load_8bit and load_4bit exclude each other; give one of them")
-    if use_flash_attn:
-        attn_implementation = "flash_attention_2"
+    quantization = options.pop("quantization_config", None) or ("8bit" if load_8bit else "4bit" if load_4bit else None)
+    if options.pop("use_flash_attention_2", False) or use_flash_attn:
+        options["attn_implementation"] = "flash_attention_2"
+    if options.pop("offload_folder", None) is not None:
+        logger.warning("offload_folder is not used: all weights stay in memory")
+    hub = HubOptions(**{name: options.pop(name) for name in HUB_OPTIONS if name in options})
+    unknown = [name for name in options if name not in HANDED_ON]
+    if unknown:
+        raise InputError(f"load_pretrained_model does not know the argument {unknown[0]!r}")
+    device_map = device_map or None  # some callers give "" for it
     if device == "cuda" and not is_present(torch.device("cuda")):
         found = pick_device("auto")
         if device_map in ("auto", None):
@@ -132,9 +142,9 @@ def load_pretrained_model(
         name=model_name,
         device=device,
         device_map=device_map,
-        dtype=dtype,
-        quantization=given_config or ("8bit" if load_8bit else "4bit" if load_4bit else None),
-        attn_implementation=attn_implementation,
+        quantization=quantization,
+        hub=hub,
+        **options,
     )
     return loaded.tokenizer, loaded.model, loaded.image_processor, loaded.context_len
 
@@ -149,6 +159,10 @@ def load(
     quantization: str | QuantizationConfigMixin | None = None,
     attn_implementation: str | None = None,
     device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    overwrite_config: Mapping[str, Any] | None = None,
+    customized_config: PreTrainedConfig | Mapping[str, Any] | str | Path | None = None,
+    hub: HubOptions = DEFAULT_HUB,
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -160,14 +174,19 @@ def load(
         dtype: "auto", "fp16", "bf16", "fp32" or a torch dtype.
         quantization: "4bit" or "8bit" (extra `quant`), or a quantization config of transformers.
         device_map: Shards the model over several devices; takes precedence over `device`.
+        max_memory: How much each device may hold where `device_map` shards the model, as `{0: "10GiB", "cpu": "30GiB"}`.
+        overwrite_config: Keys of config.json, in the original layout, with other values than the file's.
+        customized_config: A config in place of the folder's: an object, its keys, or a JSON file.
+        hub: How hub repositories are looked up; a revision is that of `path` alone.
 
     Raises:
         InputError: The folder is no complete model, or this machine cannot do what was asked for.
     """
-    info, base_info = inspect_with_base(path, base)
+    info, base_info = inspect_with_base(path, base, hub=hub)
+    info = with_config(info, replaced=_config_values(customized_config), changed=overwrite_config)
     _check_attention(attn_implementation)
     needed_bytes = info.stored_bytes + (base_info.stored_bytes if base_info is not None else 0)
-    placement = pick_placement(device, device_map, needed_bytes=needed_bytes)
+    placement = pick_placement(device, device_map, needed_bytes=needed_bytes, max_memory=max_memory)
     target = placement.device
     chosen_dtype = pick_dtype(dtype, target)
     loader_options: dict[str, object] = {}
@@ -179,12 +198,14 @@ def load(
     if placement.device_map is not None or quantization is not None:
         require("accelerate", extra="quant")
         loader_options["device_map"] = placement.device_map or {"": str(target)}
+        if placement.max_memory is not None:
+            loader_options["max_memory"] = dict(placement.max_memory)
 
     config = build_config(info)
     if attn_implementation is not None:
         set_attention(config, attn_implementation)
     build = _build_multimodal if is_multimodal(config.to_dict()) else _build_language_model
-    model, origins = build(info, base_info, config, target, chosen_dtype, loader_options)
+    model, origins = build(info, base_info, config, target, chosen_dtype, loader_options, hub.for_other_repositories)
     read_generation_config(model, info, base_info)
 
     tokenizer = read_tokenizer(tokenizer_folder(info, base_info), model.config)
@@ -221,6 +242,12 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
     return read_tokenizer(tokenizer_folder(info, base_info), SimpleNamespace(**original_config(info)))
 
 
+def _config_values(given: PreTrainedConfig | Mapping[str, Any] | str | Path | None) -> Mapping[str, Any] | None:
+    if isinstance(given, (str, Path)):
+        return read_json(Path(given) / "config.json" if Path(given).is_dir() else Path(given))
+    return given.to_dict() if isinstance(given, PreTrainedConfig) else given
+
+
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +274,7 @@ def _build_multimodal(
     device: torch.device,
     dtype: torch.dtype,
     loader_options: dict[str, object],
+    hub: HubOptions,
 ) -> tuple[LlavaModel, Origins]:
     from transformers.initialization import no_init_weights
 
@@ -255,7 +283,7 @@ def _build_multimodal(
     _, model_class = llava_classes(info.language_model)
     sources = plan_sources(info, base_info, prefix=model_class.base_model_prefix)
     stored = sources.stores_tower or sources.merges_tower
-    with resolved_tower_path(config, info, base_info, stored=stored, names=sources.headers):
+    with resolved_tower_path(config, info, base_info, stored=stored, names=sources.headers, hub=hub):
         if not sources.stores_tower:
             tower_headers(Path(config.mm_vision_tower))  # files that are missing are an error before weights are read
         if sources.merges_tower and not sources.stores_tower:
@@ -287,6 +315,7 @@ def _build_language_model(
     device: torch.device,
     dtype: torch.dtype,
     loader_options: dict[str, object],
+    hub: HubOptions,
 ) -> tuple[PreTrainedModel, Origins]:
     from transformers import AutoModelForCausalLM
 

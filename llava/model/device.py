@@ -6,6 +6,7 @@ what this machine has. No other module asks what hardware there is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,6 +14,8 @@ from typing import TypeAlias
 import torch
 
 from llava.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -82,13 +85,25 @@ class Placement:
 
     device: torch.device
     device_map: str | Mapping[str, str | int | torch.device] | None = None  # None: the whole model is on `device`
+    max_memory: Mapping[int | str, int] | None = None  # bytes for each GPU and for "cpu"; None: what is free
 
 
-def pick_placement(device: str | torch.device | int, device_map: DeviceMap, *, needed_bytes: int) -> Placement:
+def pick_placement(
+    device: str | torch.device | int,
+    device_map: DeviceMap,
+    *,
+    needed_bytes: int,
+    max_memory: Mapping[int | str, int | str] | None = None,
+) -> Placement:
     """Decide whether a model goes to one device or is sharded by accelerate.
 
-    A `device_map` takes precedence over `device`; weights of `needed_bytes` that fit on one GPU are not sharded.
+    A `device_map` takes precedence over `device`; weights of `needed_bytes` that fit on one GPU are not sharded, unless
+    `max_memory` says how much each device may hold.
     """
+    if max_memory is not None and device_map is None:
+        device_map = "auto"
+    if max_memory is not None and (isinstance(device_map, Mapping) or device_map not in STRATEGIES):
+        logger.warning("max_memory is not used: device_map %r says already where the model goes", device_map)
     if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
     if isinstance(device_map, Mapping):
@@ -101,7 +116,27 @@ def pick_placement(device: str | torch.device | int, device_map: DeviceMap, *, n
     if device_map is not None and device_map not in STRATEGIES:
         return Placement(pick_device(device_map))
     target = pick_device(device)
+    if max_memory is not None and target.type != "cuda":
+        logger.warning("max_memory is not used: there is no GPU to share the model with")
     if device_map is None or target.type != "cuda":
         return Placement(target)
+    if max_memory is not None:
+        return Placement(target, device_map, _memory_limits(max_memory))
     free, _ = torch.cuda.mem_get_info(target)
     return Placement(target) if needed_bytes < LARGEST_SHARE * free else Placement(target, device_map)
+
+
+def _memory_limits(given: Mapping[int | str, int | str]) -> dict[int | str, int]:
+    """Bytes by device, as accelerate takes them, from `{0: "10GiB", "cpu": "30GiB"}`."""
+    from accelerate.utils import convert_file_size_to_int
+
+    limits: dict[int | str, int] = {}
+    for name, size in given.items():
+        key = name if name == "cpu" else pick_device(name).index or 0
+        try:
+            limits[key] = convert_file_size_to_int(size)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"max_memory {size!r} for {name!r} is no size; give bytes, or a text such as '10GiB'"
+            ) from error
+    return limits

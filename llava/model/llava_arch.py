@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,13 @@ from llava.images.layout import ImagePolicy, plan
 from llava.model.attention import packed_arguments
 from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
 from llava.model.loss import can_fuse, next_token_loss
-from llava.model.merge import merge_tiles, with_newline_in_graph
+from llava.model.merge import merge_tiles, unpad_image, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, check_processor, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
 from llava.model.splice import PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
-from llava.model.transformers_internals import register_recorded_outputs
+from llava.model.transformers_internals import attention_of, eager_attention, register_recorded_outputs
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedConfig
@@ -47,15 +48,18 @@ else:
     _InnerBase = _CausalBase = object
 
 
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image", "with_vision"]
+
+
 class LlavaMetaModel(_InnerBase):
     """Mixin for a language model's inner model: `vision_tower`, `mm_projector` and, for spatial_unpad, `image_newline`."""
 
-    def add_vision_modules(self) -> None:
+    def add_vision_modules(self, attn_implementation: str | None = None) -> None:
         """Create the modules that the config declares; called once, after the language model is built."""
         settings = LlavaSettings.from_hf(self.config)
         if settings.vision.tower is None:
             return
-        tower = build_vision_tower(self.config, delay_load=True)
+        tower = build_vision_tower(self.config, delay_load=True, attn_implementation=attn_implementation)
         check_processor(tower)
         if settings.vision.in_checkpoint:
             tower.build_model()
@@ -122,12 +126,13 @@ class LlavaMetaForCausalLM(_CausalBase):
     model_class: type | None = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        asked_attention = attention_of(config)  # None where the language model chooses
         super().__init__(config, *args, **kwargs)
         inner = self.get_model()
         inner_class: Any = type(inner)
         inner.__class__ = self.model_class or with_vision(inner_class)
         register_recorded_outputs(inner)
-        inner.add_vision_modules()
+        inner.add_vision_modules(asked_attention)
         # Again, since post_init depends on the class and on the modules that exist.
         inner.post_init()
         self.post_init()
@@ -321,6 +326,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
+        modalities: Sequence[str] | None = None,
         packed: bool = False,
         loss_only: bool = False,
         **kwargs: Any,
@@ -331,10 +337,13 @@ class LlavaMetaForCausalLM(_CausalBase):
 
         Args:
             images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
+            output_attentions: Compute attention weights, by eager attention.
+            modalities: "image" for each image, as LLaVA-NeXT's callers pass it.
             packed: Pack the batch's rows into one, for training: no padding is computed and no sample sees another.
             loss_only: Leave out the logits, the largest tensors of a training step, where labels are given and the
                 language model allows it.
         """
+        check_modalities(modalities)
         if packed:
             self.check_packable()
             spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
@@ -374,7 +383,8 @@ class LlavaMetaForCausalLM(_CausalBase):
             return self._forward_to_loss(labels, **kwargs)
         if packed and labels is not None:
             labels = labels.to(row.embeds.device)
-        return super().forward(labels=labels, **kwargs)
+        with eager_attention(self.config) if output_attentions else nullcontext():
+            return super().forward(labels=labels, **kwargs)
 
     def can_fuse_loss(self) -> bool:
         """Whether the loss can be computed without the logits (loss.py)."""
@@ -397,6 +407,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         inputs: Tensor | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
+        modalities: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Generate for prompts with images, and return the new tokens only.
@@ -405,8 +416,11 @@ class LlavaMetaForCausalLM(_CausalBase):
             inputs: (B, L) with -200 for each image; `input_ids` is another name for it. Rows are padded on the left
                 whatever the config says, since new tokens follow the end of a row.
             images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
-            **kwargs: Those of transformers' `generate`, except `inputs_embeds`.
+            modalities: "image" for each image, as LLaVA-NeXT's callers pass it.
+            **kwargs: Those of transformers' `generate`, except `inputs_embeds`. `output_attentions` is computed by eager
+                attention.
         """
+        check_modalities(modalities)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if "inputs_embeds" in kwargs:
             raise InputError(
@@ -427,7 +441,8 @@ class LlavaMetaForCausalLM(_CausalBase):
         else:
             batch = self._splice_batch(input_ids, attention_mask, None, images, image_sizes, side="left")
             embeds, mask = batch.embeds, batch.mask
-        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+        with eager_attention(self.config) if kwargs.get("output_attentions") else nullcontext():
+            return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
 
     def _prepare_by_replacement(
         self,
@@ -493,6 +508,16 @@ class LlavaMetaForCausalLM(_CausalBase):
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)
+
+
+def check_modalities(modalities: Sequence[str] | None) -> None:
+    """Raise an `InputError` unless all that is given are images or texts."""
+    for name in [modalities] if isinstance(modalities, str) else modalities or ():
+        if name not in ("image", "text"):
+            raise InputError(
+                f"modalities has {name!r}, and this model takes images; give the frames of a video as images, each with an "
+                "<image> of its own in the prompt"
+            )
 
 
 # What `prepare_inputs_labels_for_multimodal` is where nothing replaced it.

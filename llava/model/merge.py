@@ -7,10 +7,12 @@ In: features per tile, an `ImageLayout` (images/layout.py). Out: the image's fea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llava.images.layout import ImageLayout
+from llava.images.layout import Crop, ImageLayout, unpad_box
 
 
 def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -> Tensor:
@@ -31,8 +33,7 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
         side, width = layout.feature_grid.rows // rows, features.shape[-1]
         # (rows, cols, side, side, D) -> (rows, side, cols, side, D): features as they lie in the image
         grid = tiles.reshape(rows, cols, side, side, width).transpose(1, 2).reshape(*layout.feature_grid, width)
-        crop = layout.crop
-        grid = grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
+        grid = cropped(grid, layout.crop)
         if ends:
             grid = torch.cat([grid, ends[0].expand(grid.shape[0], 1, width)], dim=1)
         merged = torch.cat([overview, grid.reshape(-1, width)])
@@ -41,6 +42,17 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
             f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
         )
     return merged
+
+
+def cropped(grid: Tensor, crop: Crop) -> Tensor:
+    """Return a part of a grid (rows, cols, ...)."""
+    return grid[crop.row_start : crop.row_stop, crop.col_start : crop.col_stop]
+
+
+def unpad_image(tensor: Tensor, original_size: Sequence[int]) -> Tensor:
+    """Cut the padding of an image of `original_size` (width, height) off a grid of its features (D, rows, cols)."""
+    rows, cols = tensor.shape[1:]
+    return cropped(tensor.movedim(0, -1), unpad_box(rows, cols, original_size)).movedim(-1, 0)
 
 
 def with_newline_in_graph(features: list[Tensor], newline: Tensor | None) -> list[Tensor]:

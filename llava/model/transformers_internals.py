@@ -6,8 +6,17 @@ methods of `Trainer` that train/llava_trainer.py overrides are listed here and s
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+logger = logging.getLogger(__name__)
+
+EAGER = "eager"  # the attention implementation that computes every weight
 
 # Trainer has no public hook at these points of a run.
 TRAINER_METHODS = (
@@ -42,3 +51,27 @@ def attention_of(config: PreTrainedConfig) -> str:
 def set_attention(config: PreTrainedConfig, name: str) -> None:
     """Set the attention implementation of a config before its model is built; a model has `set_attn_implementation`."""
     config._attn_implementation = name
+
+
+@contextmanager
+def eager_attention(config: PreTrainedConfig, *, warns: bool = True) -> Iterator[None]:
+    """Within the block, let the model of a config compute attention weights, which only transformers' eager attention does.
+
+    The first switch is said in a warning if `warns`.
+    """
+    before = attention_of(config)
+    if before == EAGER:
+        yield
+        return
+    if warns:
+        _say_once(f"attention weights are computed by eager attention for this call, since {before} gives none")
+    set_attention(config, EAGER)
+    try:
+        yield
+    finally:
+        set_attention(config, before)
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

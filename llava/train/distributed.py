@@ -1,4 +1,4 @@
-"""Facts about this process of a distributed run that need no torch: program name and rank; and the shutdown at its end."""
+"""Facts about this process of a distributed run that need no torch: the program's name; and the shutdown at its end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from llava.cli.program import called_as
 def program_name() -> str:
     """Return the name by which the user called the training program."""
     return called_as("llava train")
-
-
-def is_first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def rank0_print(*args: object) -> None:
-    """Print on the first process of a distributed run only."""
-    if is_first_process():
-        print(*args)
 
 
 def import_collectives() -> None:

@@ -45,12 +45,29 @@ from llava.train.run_folder.save import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
     gathered_projector,
+    get_mm_adapter_state_maybe_zero_3,
     load_trained,
+    maybe_zero_3,
     save_non_lora,
     save_projector,
     saves_projector_only,
 )
-from llava.train.sampler import LengthGroupedSampler
+from llava.train.sampler import (
+    LengthGroupedSampler,
+    get_length_grouped_indices,
+    get_modality_length_grouped_indices,
+    split_to_even_chunks,
+)
+
+__all__ = [
+    "LLaVATrainer",
+    "LengthGroupedSampler",
+    "get_length_grouped_indices",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_modality_length_grouped_indices",
+    "maybe_zero_3",
+    "split_to_even_chunks",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import Stopped
 from llava.train.data import LazySupervisedDataset, make_supervised_data_module
-from llava.train.distributed import rank0_print
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.memory import GIB, estimate
 from llava.train.metrics import peak_memory
@@ -44,6 +43,7 @@ from llava.train.run_folder.checkpoints import explain_full_disk
 from llava.train.run_folder.record import open_run_folder
 from llava.train.run_folder.save import safe_save_model_for_hf_trainer, saves_projector_only
 from llava.train.run_folder.summary import log_to_file, remember_base, summarize, write_summary
+from llava.utils import rank0_print
 
 logger = logging.getLogger(__name__)
 

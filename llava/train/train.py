@@ -17,8 +17,8 @@ from llava.cli.program import run_program
 from llava.cli.startup import quick_imports
 from llava.cli.terminal import quiet_bitsandbytes
 from llava.errors import InputError
-from llava.train.distributed import barrier_and_destroy_process_group, is_first_process, program_name
-from llava.utils import lazy_exports
+from llava.train.distributed import barrier_and_destroy_process_group, program_name
+from llava.utils import is_first_process, lazy_exports, rank0_print
 
 if TYPE_CHECKING:
     from llava.train.llava_trainer import LLaVATrainer
@@ -37,6 +37,7 @@ EXPORTS = {
         "safe_save_model_for_hf_trainer",
         "smart_tokenizer_and_embedding_resize",
     ),
+    "llava.text.first_generation": ("_add_speaker_and_signal", "_mask_targets", "_tokenize_fn"),
     "llava.text.labels": (
         "preprocess",
         "preprocess_llama_2",
@@ -46,9 +47,8 @@ EXPORTS = {
         "preprocess_v1",
     ),
     "llava.train.run": ("run",),
-    "llava.train.distributed": ("rank0_print",),
 }
-__all__ = ["main", "train", *(name for names in EXPORTS.values() for name in names)]
+__all__ = ["main", "rank0_print", "train", *(name for names in EXPORTS.values() for name in names)]
 
 __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 

@@ -18,7 +18,7 @@ from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, r
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import TileRange, image_mode, read_pinpoints
-from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
+from llava.model.checkpoints.hub import HubOptions, looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER, check_projector_type, check_tower_type
@@ -94,7 +94,7 @@ def _tower_folder(checkpoint: ExaminedCheckpoint) -> str:
     name = str(checkpoint.settings.vision.tower)
     folders = [checkpoint.folder] + ([checkpoint.base.folder] if checkpoint.base is not None else [])
     beside = next((folder for folder in folders if (folder / name / "config.json").is_file()), folders[0])
-    return resolve_vision_tower(name, checkpoint_folder=beside, download=False)
+    return resolve_vision_tower(name, checkpoint_folder=beside, hub=HubOptions(local_files_only=True))
 
 
 def _tower_parts(

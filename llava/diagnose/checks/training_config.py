@@ -36,7 +36,7 @@ from llava.diagnose.checks.findings import (
 from llava.errors import InputError
 from llava.files import read_json
 from llava.images.layout import ImagePolicy, image_mode, read_pinpoints
-from llava.model.checkpoints.hub import looks_like_repository, resolve_vision_tower
+from llava.model.checkpoints.hub import HubOptions, looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
 
@@ -172,7 +172,7 @@ def _check_tower(run: ExaminedRun) -> Iterator[DoctorFinding]:
     name = run.model.vision_tower
     base = run.base.folder if run.base.settings.vision.tower == name else None
     try:
-        folder = resolve_vision_tower(name, checkpoint_folder=base, download=False)
+        folder = resolve_vision_tower(name, checkpoint_folder=base, hub=HubOptions(local_files_only=True))
         run.tower = build_vision_tower(dataclasses.replace(run.model, vision_tower=folder), delay_load=True)
     except InputError as error:
         if looks_like_repository(name):

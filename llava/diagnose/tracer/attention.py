@@ -10,7 +10,6 @@ shows what would have changed it. Neither proves a cause.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from llava.diagnose.tracer.generation import TracedAnswer
 from llava.diagnose.tracer.hooks_sequence import decoder_layers, segments
 from llava.images.layout import ImageSize
 from llava.model.protocols import LlavaModel
-from llava.model.transformers_internals import attention_of
+from llava.model.transformers_internals import eager_attention
 
 # Answer tokens with relevance, at most: each needs a backward pass.
 MOST_GRADIENTS = 32
@@ -93,7 +92,6 @@ def _agreement(traced: TracedAnswer, logits: Tensor) -> float | None:
 def _capture_attention(model: LlavaModel) -> Iterator[list[Tensor]]:
     """Collect the attention weights of every layer (T, T), averaged over heads, of passes within the block."""
     weights: list[Tensor] = []
-    before = attention_of(model.config)
 
     def hook(module: nn.Module, args: object, output: object) -> None:
         found = output[1] if isinstance(output, tuple) and len(output) > 1 else None
@@ -106,16 +104,10 @@ def _capture_attention(model: LlavaModel) -> Iterator[list[Tensor]]:
         for name, module in layer.named_children()
         if "attn" in name or "attention" in name
     ]
-    # Fused attention kernels do not return their weights. transformers warns of submodules that it cannot switch.
-    library = logging.getLogger("transformers.modeling_utils")
-    level = library.level
-    library.setLevel(logging.ERROR)
     try:
-        model.set_attn_implementation("eager")
-        yield weights
+        with eager_attention(model.config, warns=False):
+            yield weights
     finally:
-        model.set_attn_implementation(before)
-        library.setLevel(level)
         for handle in handles:
             handle.remove()
 

@@ -29,6 +29,7 @@ SYSTEM = "You are a helpful and precise assistant for checking the quality of th
 RULES = Path(__file__).resolve().parents[1] / "table" / "rule.json"
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
+REVIEWER = "gpt-4-0613"  # the model that compares answers
 NUM_TRIES = 5
 
 # MM-Vet's prompt as published: the judge completes the last cell of the last row.
@@ -76,9 +77,20 @@ def _detail(error: urllib.error.HTTPError) -> str:
         return f"is {KEY_VARIABLE} set, and the model's name right?"
 
 
+def default_url() -> str:
+    return os.environ.get("OPENAI_BASE_URL", OPENAI)
+
+
+def get_eval(content: str, max_tokens: int) -> str:
+    """Ask the default judge to compare two answers as `content` says, and return its reply."""
+    request = comparison_request({}, content, max_tokens)
+    judge = Judge(default_url(), REVIEWER)
+    return judge.reply(request.messages, max_tokens=request.max_tokens, temperature=request.temperature)
+
+
 def add_judge_flags(parser: ArgumentParser, *, model: str | None) -> None:
     """Add --judge-url and --judge-model. With a default model the default server is OpenAI's, else there is no judge."""
-    url = os.environ.get("OPENAI_BASE_URL", OPENAI) if model else None
+    url = default_url() if model else None
     about = f"any server with OpenAI's API; the key is in {KEY_VARIABLE}; replies are kept"
     group = parser.add_argument_group("judge", about)
     group.add_argument("--judge-url", default=url, metavar="URL", help=f"its URL, up to /v1 (default: {url or 'none'})")
@@ -148,7 +160,7 @@ def comparison(question: str, answers: Sequence[str], rule: Mapping[str, str], c
 
 def comparison_request(row: JsonRow, content: str, max_tokens: int = 1024) -> JudgeRequest:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-    return JudgeRequest(row, messages, lambda reply: {"tuple": list(parse_score(reply))}, max_tokens)
+    return JudgeRequest(row, messages, lambda reply: {"tuple": parse_score(reply)}, max_tokens)
 
 
 def llava_bench_requests(answered: Sequence[AnsweredQuestion], faults: Faults) -> list[JudgeRequest]:

@@ -12,15 +12,15 @@ from llava.eval.types import JsonRow
 NO_SCORE = (-1.0, -1.0)  # what the original writes when a reply has no pair of numbers in its first line
 
 
-def parse_score(review: str) -> tuple[float, float]:
-    """Return the pair of numbers in a reply's first line, or NO_SCORE."""
+def parse_score(review: str) -> list[float]:
+    """Return the pair of numbers in a reply's first line, or those of NO_SCORE."""
     parts = review.split("\n", 1)[0].replace(",", " ").split(" ")
     if len(parts) != 2:
-        return NO_SCORE
+        return list(NO_SCORE)
     try:
-        return float(parts[0]), float(parts[1])
+        return [float(parts[0]), float(parts[1])]
     except ValueError:
-        return NO_SCORE
+        return list(NO_SCORE)
 
 
 def relative_scores(pairs: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from llava.errors import InputError
@@ -25,6 +26,7 @@ FILES = {
     "cn": ("mmbench_dev_cn_20231003.tsv", "mmbench_test_cn_20231003.tsv"),
 }
 SUFFIXES = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}
+OPTION_LETTERS = LETTERS[:4]
 EMPTY = ("", "nan", "none")
 CIRCULAR_STEP = 1_000_000
 LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -54,7 +56,7 @@ def questions_from_table(
         options = options_of(row)
         letters = LETTERS[: len(options)]
         image = _image(row, images)
-        question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+        question = row["question"] if is_none(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         for number in range(len(options) if all_rounds else 1):
             turned = options[number:] + options[:number]
             meant = letters[number:] + letters[:number]  # the table's letter of each letter shown
@@ -67,7 +69,7 @@ def questions_from_table(
                     shown if suffix is None else f"{shown}\n{suffix}",
                     (image,),
                     row.get("category", ""),
-                    None if is_empty(answer) else letters[meant.index(answer)],
+                    None if is_none(answer) else letters[meant.index(answer)],
                     tuple(turned),
                     number,
                     shown,
@@ -77,19 +79,20 @@ def questions_from_table(
     return questions
 
 
+def get_options(row: Mapping[str, str], options: Sequence[str]) -> list[str]:
+    """Return the texts in the columns `options`, up to the first empty one."""
+    return [row[letter] for letter in takewhile(lambda letter: not is_none(row.get(letter)), options)]
+
+
 def options_of(row: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the options before the first empty one."""
-    found = []
-    for letter in LETTERS[:4]:
-        if is_empty(row.get(letter)):
-            break
-        found.append(row[letter])
+    found = get_options(row, OPTION_LETTERS)
     if not found:
         raise InputError(f"MMBench's question {row['index']!r} has no options in the columns A to D")
     return tuple(found)
 
 
-def is_empty(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """Whether a cell is empty: None, not a number, or a text that stands for either."""
     return value is None or str(value).strip().lower() in EMPTY
 
 
@@ -124,7 +127,7 @@ def score(answered: Sequence[AnsweredQuestion]) -> Scores:
         (str(row[column]), right[name])
         for name, places in questions.items()
         for column in ("l2-category", "category")
-        if not is_empty((row := answered[places[0]].question.extra["row"]).get(column))
+        if not is_none((row := answered[places[0]].question.extra["row"]).get(column))
     ]
     total = percent(list(right.values()))
     unread = sum(letter is None and given.text is not None for letter, given in zip(letters, answered, strict=True))

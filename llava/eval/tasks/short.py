@@ -164,7 +164,7 @@ def read_textvqa(folder: Path) -> list[Question]:
         asked = read_questions(file, images)
     questions = []
     for question in asked:
-        text = textvqa_question(question.prompt)
+        text = prompt_processor(question.prompt)
         people = truths.get((str(question.id), text))
         if people is None:
             raise InputError(f"TextVQA's question {text!r} about {question.id!r} has no annotation")
@@ -177,7 +177,7 @@ def textvqa_annotations(file: Path) -> dict[tuple[str, str], list[str]]:
     return {(str(row["image_id"]), str(row["question"]).lower()): row["answers"] for row in rows}
 
 
-def textvqa_question(prompt: str) -> str:
+def prompt_processor(prompt: str) -> str:
     """Return the bare question in lower case, out of any of the forms of prompts that were used for TextVQA."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):

@@ -7,19 +7,23 @@ the original layout. What a folder holds by itself is found out in inspect.py; c
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import is_transformers_layout, translate_config
-from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_checkpoint
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.config import check_types, language_model_type
 
 logger = logging.getLogger(__name__)
 
 
-def inspect_with_base(path: str | Path, base: str | Path | None = None) -> tuple[CheckpointInfo, CheckpointInfo | None]:
+def inspect_with_base(
+    path: str | Path, base: str | Path | None = None, *, hub: HubOptions = DEFAULT_HUB
+) -> tuple[CheckpointInfo, CheckpointInfo | None]:
     """Inspect a checkpoint and the base that it needs; an adapter without a config of its own has its base's.
 
     Args:
@@ -29,12 +33,12 @@ def inspect_with_base(path: str | Path, base: str | Path | None = None) -> tuple
     Raises:
         InputError: One of them is no model folder, or the base is needed and not found.
     """
-    info = inspect(path)
-    base_info = find_base(info, base)
+    info = inspect(resolve_checkpoint(path, hub=hub))
+    base_info = find_base(info, base, hub=hub.for_other_repositories)
     return over_base(info, base_info), base_info
 
 
-def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo | None:
+def find_base(info: CheckpointInfo, base: str | Path | None, *, hub: HubOptions = DEFAULT_HUB) -> CheckpointInfo | None:
     """Find the base model of a checkpoint: the one given, or the one that its files name.
 
     A whole model needs none (None); a base that is given for it is used for the files that the model lacks, with a warning.
@@ -49,7 +53,7 @@ def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo |
     elif not info.needs_base:
         logger.warning("%s is a whole model: the base %s is used only for what it lacks", info.folder, base)
     try:
-        found = inspect(resolve_checkpoint(base, what="base model"))
+        found = inspect(resolve_checkpoint(base, what="base model", hub=hub))
     except InputError as error:
         raise InputError(
             f"{info.folder} needs its base model: {error}; pass its path as model_base (--model-base)"
@@ -60,7 +64,7 @@ def find_base(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo |
             f"was quantized from as model_base (--model-base)"
         )
     if found.kind == "lora":  # trained one after another
-        below = find_base(found, None)
+        below = find_base(found, None, hub=hub)
         return found if below is None else stacked(found, below)
     if found.needs_base:
         raise InputError(
@@ -118,6 +122,24 @@ def stacked(adapter: CheckpointInfo, base: CheckpointInfo) -> CheckpointInfo:
         extras={**base.extras, **adapter.extras},
         adapters_below=(*base.adapters_below, complete),
     )
+
+
+def with_config(
+    info: CheckpointInfo, *, replaced: Mapping[str, Any] | None = None, changed: Mapping[str, Any] | None = None
+) -> CheckpointInfo:
+    """Give a checkpoint another config than its file: `replaced` whole, or with the keys of `changed`, of the original layout.
+
+    Raises:
+        InputError: A value has another type than its key.
+    """
+    if replaced is None and not changed:
+        return info
+    packed = {key: info.config[key] for key in ("quantization_config",) if key in info.config}
+    values = (
+        original_config(info if replaced is None else replace(info, config=replaced)) | packed | dict(changed or {})
+    )
+    check_types(values, "the given config")
+    return replace(info, config=values, language_model=language_model_type(values))
 
 
 def original_config(info: CheckpointInfo) -> dict[str, Any]:

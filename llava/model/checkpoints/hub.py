@@ -7,6 +7,7 @@ local folder; the hub library's switch for working offline (HF_HUB_OFFLINE) appl
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.errors import InputError
@@ -18,7 +19,25 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
-def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
+@dataclass(frozen=True)
+class HubOptions:
+    """How a hub repository is looked up; none of it matters for a local folder."""
+
+    revision: str | None = None  # a branch, tag or commit
+    cache_dir: str | Path | None = None  # where copies are kept; None: the hub library's own place
+    local_files_only: bool = False  # look into that place only
+    token: str | bool | None = None  # for private repositories; None: the one that the hub library has stored
+
+    @property
+    def for_other_repositories(self) -> HubOptions:
+        """Those for what a model needs besides its own repository, of which a revision says nothing."""
+        return replace(self, revision=None)
+
+
+DEFAULT_HUB = HubOptions()
+
+
+def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions = DEFAULT_HUB) -> Path:
     """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
 
     `what` is how errors call it.
@@ -33,14 +52,11 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model") -> Path:
         raise InputError(
             f"there is no {what} folder {text!r}; give an existing folder or a repository id such as 'owner/name'"
         )
-    return fetch_repository(text, what=what, tried=[f"the folder {folder.absolute()}"])
+    return fetch_repository(text, what=what, tried=[f"the folder {folder.absolute()}"], hub=hub)
 
 
-def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, download: bool = True) -> str:
-    """Find the folder of a vision tower: beside the checkpoint, then in the working directory, then on the hub.
-
-    Without `download`, only the hub's local cache is looked up.
-    """
+def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, hub: HubOptions = DEFAULT_HUB) -> str:
+    """Find the folder of a vision tower: beside the checkpoint, then in the working directory, then on the hub."""
     here = find_vision_tower(name, checkpoint_folder=checkpoint_folder)
     if here is not None:
         return str(here)
@@ -49,7 +65,7 @@ def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, do
         raise InputError(
             f"the vision tower {name!r} was not found; tried {' and '.join(tried)}, and it is no hub repository id"
         )
-    return str(fetch_repository(name, what="vision tower", tried=tried, download=download))
+    return str(fetch_repository(name, what="vision tower", tried=tried, hub=hub))
 
 
 def find_vision_tower(name: str, *, checkpoint_folder: Path | None = None) -> Path | None:
@@ -69,16 +85,17 @@ def looks_like_repository(text: str) -> bool:
     return REPOSITORY_ID.fullmatch(text) is not None and not Path(text).parent.is_dir()
 
 
-def fetch_repository(repository: str, *, what: str, tried: list[str], download: bool = True) -> Path:
+def fetch_repository(repository: str, *, what: str, tried: list[str], hub: HubOptions = DEFAULT_HUB) -> Path:
     """Return the local copy of a hub repository, downloaded if need be; `tried` are the places that an error names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    tried = [*tried, f"the hub repository {repository}"]
+    revision = f" at {hub.revision}" if hub.revision is not None else ""
+    tried = [*tried, f"the hub repository {repository}{revision}"]
     try:
         for pattern in WEIGHT_PATTERNS:
             wanted = [*SMALL_FILES, pattern]
-            folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=not download))
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, **vars(hub)))
             if any(folder.glob(pattern)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

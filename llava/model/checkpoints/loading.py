@@ -37,6 +37,11 @@ ADDED_PART = re.compile(
     r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|(?:embed_tokens|wte)\.weight)"
 )
 
+TOO_LARGE = (
+    "the model does not fit into the memory that device_map and max_memory allow, and no part of it is read from disk at every "
+    "step; allow more, use more GPUs, or load it in 8 or 4 bits"
+)
+
 # Where each weight of a model comes from, by name: the file that it was read from, or the reason why it was made.
 Origins = dict[str, str]
 
@@ -197,9 +202,16 @@ def load_with_transformers(
         InputError: A weight is not stored, or stored and not used, or of another shape.
     """
     # With mismatched sizes ignored, transformers reports them instead of raising an error without a name.
-    model, report = model_class.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    try:
+        model, report = model_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except ValueError as error:
+        if "offload" in str(error):
+            raise InputError(TOO_LARGE) from error
+        raise
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise InputError(TOO_LARGE)
     where = str(folder) if folder is not None else model.config.name_or_path
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
     unexpected = sorted(n for n in report["unexpected_keys"] if n not in unused and not COMPUTED.search(n))

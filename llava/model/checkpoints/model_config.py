@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from llava.errors import InputError
 from llava.model.checkpoints.base_model import original_config
-from llava.model.checkpoints.hub import resolve_vision_tower
+from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.config import OWN_FOLDER, LlavaSettings, described_by, is_multimodal
 
@@ -59,6 +59,7 @@ def resolved_tower_path(
     *,
     stored: bool,
     names: Collection[str] = (),
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Iterator[None]:
     """Within the block, let `config` name its vision tower by an absolute path.
 
@@ -74,7 +75,7 @@ def resolved_tower_path(
         beside = next(
             (folder for folder in folders_of(info, base_info) if (folder / name / "config.json").is_file()), info.folder
         )
-        config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside)
+        config.mm_vision_tower = resolve_vision_tower(name, checkpoint_folder=beside, hub=hub)
     config.unfreeze_mm_vision_tower = stored
     layers = {int(match[1]) for name in names if (match := TOWER_LAYER.search(name))}
     if layers:

@@ -8,6 +8,7 @@ The image processor is in images/image_processor.py; builder.py decides which to
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from llava.errors import InputError
 from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings, check_types, described_by
+from llava.model.transformers_internals import eager_attention, set_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,8 +56,13 @@ class VisionModel(nn.Module):
         """A parameter, or a buffer, which frozen weights are under ZeRO-3 (train/performance.py)."""
         return next(value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.vision_model(*args, **kwargs)
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        self.vision_model.set_attn_implementation(attn_implementation)
+
+    def forward(self, *args: Any, output_attentions: bool = False, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Run the whole model; with `output_attentions`, by eager attention, which alone gives the weights."""
+        with eager_attention(self.config) if output_attentions else nullcontext():
+            return self.vision_model(*args, output_attentions=output_attentions, **kwargs)
 
 
 class CLIPVisionTower(nn.Module):
@@ -67,6 +74,7 @@ class CLIPVisionTower(nn.Module):
         delay_load: Read the configs only. `load_model()` reads the weights later, or `build_model()` makes the module
             without reading weights, for a checkpoint that holds them.
         described: The tower's config, where `vision_tower` is a checkpoint whose config.json holds it.
+        attn_implementation: As transformers names it; None: transformers' default.
     """
 
     # transformers' classes by name, which imports them when a tower is built.
@@ -77,7 +85,12 @@ class CLIPVisionTower(nn.Module):
     passes_once = True  # whether a batch of images runs through the layers once, or once for each scale
 
     def __init__(
-        self, vision_tower: str, args: object, delay_load: bool = False, described: dict[str, Any] | None = None
+        self,
+        vision_tower: str,
+        args: object,
+        delay_load: bool = False,
+        described: dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         settings = LlavaSettings.from_hf(args).vision
@@ -92,6 +105,8 @@ class CLIPVisionTower(nn.Module):
                 config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
             )
         check_types(self.cfg_only.to_dict(), file)
+        if attn_implementation is not None:
+            set_attention(self.cfg_only, attn_implementation)
         for key in ("image_size", "patch_size"):
             if not getattr(self.cfg_only, key):
                 raise InputError(f"{file} has no {key}, which says how a vision tower cuts its images")
@@ -190,13 +205,30 @@ class CLIPVisionTower(nn.Module):
             states = layer(states, None)  # no attention mask
         return self._without_class_feature(states)
 
-    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Compute the features of a batch; a list of single images gives a list, as in the original."""
-        # A frozen tower keeps no activations, whatever the caller's gradient mode is.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+    def forward(
+        self, images: Tensor | list[Tensor], output_attentions: bool = False
+    ) -> Tensor | list[Tensor] | tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the features of a batch; a list of single images gives a list, as in the original.
+
+        With `output_attentions`, of a batch, also the attention weights of every layer of the tower, those behind the
+        hidden state that is used too: a tuple of (N, heads, positions, positions), after the features.
+        """
+        # A frozen tower keeps no activations, whatever the caller's gradient mode is, unless pixels are to get gradients.
+        needs_grad = self.trainable or any(image.requires_grad for image in images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
+            if output_attentions:
+                return self._features_and_attentions(images)
             if isinstance(images, list):
                 return [self.forward_feature(image.unsqueeze(0)) for image in images]
             return self.forward_feature(images)
+
+    def _features_and_attentions(self, images: Tensor | list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not isinstance(images, Tensor) or not self.passes_once:
+            raise InputError("a tower gives its attention weights for one batch of images at one scale")
+        assert self.vision_tower is not None, "the tower's weights were not loaded"
+        pixels = images.to(device=self.device, dtype=self.dtype)
+        outputs = self.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+        return self.feature_select(outputs), outputs.attentions
 
     @property
     def trainable(self) -> bool:
@@ -222,6 +254,11 @@ class CLIPVisionTower(nn.Module):
     def tile_size(self) -> int:
         """Pixels per side of a tile."""
         return self.config.image_size
+
+    @property
+    def image_size(self) -> int:
+        """The name of `tile_size` in outside code."""
+        return self.tile_size
 
     @property
     def num_patches_per_side(self) -> int:

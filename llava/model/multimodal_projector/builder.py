@@ -27,6 +27,19 @@ class IdentityMap(nn.Module):
         return {"mm_projector_type": "identity"}
 
 
+class SimpleResBlock(nn.Module):
+    """Two layers with a GELU between them, added to their normalised input; for projectors of outside code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(channels)
+        self.proj = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        normalised = self.pre_norm(features)
+        return normalised + self.proj(normalised)
+
+
 def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
     """Build `depth` linear layers with a GELU between each two; the first changes the width."""
     layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]

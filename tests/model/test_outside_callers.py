@@ -1,0 +1,177 @@
+"""Evaluation suites that load a model by this package: the calls of lmms-eval's and VLMEvalKit's classes, in their order.
+
+The classes are not copied: what they import, construct and call is written down here from their sources.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from golden_data import golden
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.engine.engine import Engine
+from llava.engine.request import Request, SamplingParams
+from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load, load_pretrained_model
+
+CHECKPOINTS = ("llava-v1.5-tiny-vicuna", "llava-v1.6-tiny-vicuna")
+GENERATION = {
+    "do_sample": False,
+    "temperature": 0,
+    "top_p": None,
+    "num_beams": 1,
+    "max_new_tokens": 12,
+    "use_cache": True,
+}
+QUESTIONS = ("What is shown?", "How many cats and dogs are in this image, and where?")
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def path(request: pytest.FixtureRequest) -> Path:
+    # Towers are named relative to the recordings' folder.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(golden(""))
+        yield golden(f"checkpoints/{request.param}")
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return [Image.effect_noise(size, 90).convert("RGB") for size in ((64, 48), (40, 90))]
+
+
+def prompt_of(template: str, question: str) -> str:
+    conv = copy.deepcopy(conv_templates[template])
+    conv.append_message(conv.roles[0], question)
+    conv.append_message(conv.roles[1], None)
+    return conv.get_prompt()
+
+
+def engine_texts(path: Path, images: list[Image.Image], template: str) -> list[str]:
+    """The answers of this package's own engine."""
+    requests = []
+    for image, question in zip(images, QUESTIONS, strict=True):
+        conv = copy.deepcopy(conv_templates[template])
+        conv.append_message(conv.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{question}")
+        conv.append_message(conv.roles[1], None)
+        requests.append(Request(conv, [image], SamplingParams(max_new_tokens=12)))
+    loaded = load(path, device="cpu")
+    with Engine(loaded.model, loaded.processor) as engine:
+        return [result.text for result in engine.generate(requests)]
+
+
+def as_half(pixels: Any) -> Any:
+    return [one.to(torch.float16) for one in pixels] if isinstance(pixels, list) else pixels.to(torch.float16)
+
+
+class LmmsEval:
+    """What lmms-eval's model `llava` does, with `device_map` at its default."""
+
+    def __init__(self, pretrained: str) -> None:
+        name = get_model_name_from_path(pretrained)
+        self.tokenizer, self.model, self.image_processor, self.max_length = load_pretrained_model(
+            pretrained, None, name, device_map="", use_flash_attention_2=False
+        )
+        self.config = self.model.config
+        self.model.eval()
+        self.model.tie_weights()
+        self.model.to("cpu")
+
+    def pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        flips = self.tokenizer.padding_side == "left"
+        rows = [row.flip(0) for row in rows] if flips else rows
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return padded.flip(1) if flips else padded
+
+    def answers(self, visuals: list[Image.Image], contexts: tuple[str, ...], template: str) -> list[str]:
+        until = [self.tokenizer.decode(self.tokenizer.eos_token_id)]
+        assert until == ["</s>"]
+        assert self.tokenizer.encode("a b", add_special_tokens=False)
+        pixels = as_half(process_images(visuals, self.image_processor, self.config))
+        prompts = [prompt_of(template, f"{DEFAULT_IMAGE_TOKEN}\n{context}") for context in contexts]
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        rows = [tokenizer_image_token(one, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt") for one in prompts]
+        ids = self.pad(rows, pad_id).to("cpu")
+        out = self.model.generate(
+            ids, attention_mask=ids.ne(pad_id), pad_token_id=pad_id, images=pixels,
+            image_sizes=[image.size for image in visuals], **GENERATION,
+        )  # fmt: skip
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def loglikelihood(self, visual: Image.Image, context: str, continuation: str, template: str) -> float:
+        pixels = as_half(process_images([visual], self.image_processor, self.config))
+        conv = conv_templates[template].copy()
+        conv.append_message(conv.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{context}")
+        conv.append_message(conv.roles[1], None)
+        begun = tokenizer_image_token(conv.get_prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+        conv.messages[1][1] = continuation
+        ids = tokenizer_image_token(conv.get_prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+        labels = ids.clone()
+        labels[0, : begun.shape[1]] = -100
+        with torch.inference_mode():
+            outputs = self.model(
+                input_ids=ids, labels=labels, images=pixels, use_cache=True, image_sizes=[visual.size],
+                modalities=["image"],
+            )  # fmt: skip
+        assert outputs["logits"].argmax(dim=-1).shape[0] == 1
+        return float(outputs["loss"].item())
+
+
+def test_lmms_eval(path: Path, images: list[Image.Image]) -> None:
+    suite = LmmsEval(str(path))
+    found = suite.answers(images, QUESTIONS, "vicuna_v1")
+    alone = [suite.answers([image], (text,), "vicuna_v1")[0] for image, text in zip(images, QUESTIONS, strict=True)]
+    assert found == alone == engine_texts(path, images, "vicuna_v1")
+    losses = [suite.loglikelihood(images[0], QUESTIONS[0], text, "vicuna_v1") for text in (found[0], "zebra")]
+    assert losses[0] < losses[1]
+
+
+def vlmeval_answer(parts: Any, prompt: str, pixels: Any, stop: str, **more: Any) -> str:
+    tokenizer, model, _, _ = parts
+    ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0).to("cpu")
+    criteria = KeywordsStoppingCriteria([stop], tokenizer, ids)
+    with torch.inference_mode():
+        out = model.generate(ids, images=pixels, stopping_criteria=[criteria], **{**GENERATION, **more})
+    return tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+
+
+def test_vlmevalkit_llava(path: Path, images: list[Image.Image]) -> None:
+    name = get_model_name_from_path(str(path))
+    parts = load_pretrained_model(
+        model_path=str(path), model_base=None, model_name=name, device="cpu", device_map="cpu"
+    )
+    system = conv_templates["llava_v1"].system + " "
+    settings = SimpleNamespace(image_aspect_ratio="pad")
+    pixels = process_images(images, parts[2], settings).to("cpu", dtype=torch.float16)
+    both = vlmeval_answer(parts, f"{system}USER:  <image>  <image> What? ASSISTANT: ", pixels, "</s>")
+    history = f"{system}USER: Hi ASSISTANT: Hello.</s>USER:  <image> What? ASSISTANT: "
+    assert isinstance(both, str)
+    assert vlmeval_answer(parts, history, pixels[:1], "</s>") == vlmeval_answer(parts, history, pixels[:1], "</s>")
+    assert vlmeval_answer(parts, f"{system}USER: Hi ASSISTANT: ", None, "</s>") is not None
+
+
+def test_vlmevalkit_next2_and_onevision(path: Path, images: list[Image.Image]) -> None:
+    parts = load_pretrained_model(str(path), None, get_model_name_from_path(str(path)), device_map=None)
+    _, model, image_processor, _ = parts
+    model.eval()
+    model.tie_weights()
+    conv = copy.deepcopy(conv_templates["vicuna_v1"])
+    stop = conv.sep if conv.sep_style != SeparatorStyle.TWO else conv.sep2
+    single = torch.stack(
+        [image_processor.preprocess(one, return_tensors="pt")["pixel_values"][0].half() for one in images]
+    )
+    prompt = prompt_of("vicuna_v1", "<image>\n<image>\nWhat?")
+    assert isinstance(vlmeval_answer(parts, prompt, single, stop), str)
+    tiles = [
+        one.to(dtype=torch.float16, device="cpu") for one in process_images(images[:1], image_processor, model.config)
+    ]
+    question = prompt_of("vicuna_v1", f"<image>\n{QUESTIONS[0]}")
+    found = vlmeval_answer(parts, question, tiles, stop, image_sizes=[images[0].size], modalities=["image"])
+    assert found == engine_texts(path, images, "vicuna_v1")[0]
