@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError
+from llava.images.decode import to_rgb
 from llava.images.image_processor import ImageProcessor, mean_colour, overview_side
-from llava.images.io import decode_base64, load_image, to_rgb
+from llava.images.io import decode_base64, load_image
 from llava.images.layout import (
     Pinpoints,
     fit_inside,

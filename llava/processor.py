@@ -17,8 +17,8 @@ import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, Span, check_placeholders, image_placeholder
 from llava.errors import InputError
+from llava.images.decode import to_rgb
 from llava.images.image_processor import ClipImageProcessor
-from llava.images.io import to_rgb
 from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
 from llava.mm_utils import process_images
 from llava.text.labels import encode_spans

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from llava.errors import InputError
-from llava.images.io import looks_like_image
+from llava.images.formats import looks_like_image
 
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 URL = re.compile(r"(https?://|data:image/)\S+", re.IGNORECASE)

@@ -17,7 +17,7 @@ from llava.conversation import Conversation, check_placeholders
 from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage
 from llava.engine.request import Request, ScoreRequest
 from llava.errors import InputError
-from llava.images.io import to_rgb
+from llava.images.decode import to_rgb
 from llava.processor import Processor
 
 

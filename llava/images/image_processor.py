@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from llava.errors import InputError
 from llava.files import read_json
-from llava.images.io import to_rgb
+from llava.images.decode import to_rgb
 
 if TYPE_CHECKING:
     import numpy as np

@@ -147,6 +147,7 @@ class Service:
         try:
             yield
         finally:
+            self.limits.decoder.close()
             await self.backend.close()
 
     def _gauges(self) -> Mapping[str, float]:

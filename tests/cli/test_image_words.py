@@ -12,7 +12,8 @@ from PIL import Image
 
 from llava.cli.image_words import ReadWords, read_line, read_words, split_sources, starts_with_path
 from llava.errors import InputError
-from llava.images.io import ADDED_FORMATS, load_image, looks_like_image
+from llava.images.formats import FORMATS, looks_like_image
+from llava.images.io import load_image
 from llava.session import LoadedImage
 
 WHAT = "What is this?"
@@ -263,7 +264,11 @@ def test_bytes_of_images_are_known(kind: str) -> None:
     Image.new("RGB", (16, 16), "red").save(content, kind)
     assert looks_like_image(content.getvalue())
     Path("x.jfif").write_bytes(content.getvalue())
-    assert LoadedImage.open("x.jfif").image.size == (16, 16)
+    if kind in ("PPM", "JPEG2000", "ICO", "QOI"):
+        with pytest.raises(InputError, match=r"'x\.jfif' is an? .*, which is not decoded here; save it as PNG or JPEG"):
+            LoadedImage.open("x.jfif")
+    else:
+        assert LoadedImage.open("x.jfif").image.size == (16, 16)
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
@@ -275,9 +280,9 @@ def test_a_format_without_a_decoder_names_the_remedy(brand: bytes, monkeypatch: 
     Path("x.HEIC").write_bytes(content)
     with pytest.raises(InputError, match=r"'x\.HEIC' is a HEIC photograph.*pip install pillow-heif.*JPEG or PNG"):
         load_image("x.HEIC")
-    assert {item.name for item in ADDED_FORMATS if item.start.match(content)} == {"HEIF"}
+    assert {item.name for item in FORMATS if item.start.match(content)} == {"HEIF"}
     avif = b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif"
-    assert next(item for item in ADDED_FORMATS if item.start.match(avif)).name == "AVIF"
+    assert next(item for item in FORMATS if item.start.match(avif)).name == "AVIF"
 
 
 def test_a_decoder_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llava.errors import InputError
 from llava.images.download import ImageLimits
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.limits import ServeLimits
-from llava.serve.http.memory_budget import MemoryBudget
+from llava.serve.http.memory_budget import MemoryBudget, MemoryBudgetError
 from llava.serve.http.middleware import AccessPolicy, ApiKeys, read_keys
 
 MODEL = "llava-v1.5-tiny"
@@ -202,18 +203,16 @@ def test_a_server_that_is_being_stopped_takes_nothing_new(backend: EngineBackend
 
 def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBackend) -> None:
     """Bodies while they are there, images before there is memory for them; all is given back."""
-    memory = MemoryBudget(3_000_000)
+    memory = MemoryBudget(12_000_000)
     with worker(backend, access=AccessPolicy(memory=memory)) as (address, service):
-        large = showing(png(900, 900))  # 3.24 million bytes of pixels in a body of a few thousand
-        response = httpx.post(address + CHAT, json=large)
-        assert response.status_code == 429
-        assert int(response.headers["retry-after"]) >= 1
-        assert "3,000,000 bytes" in message(response)
-        chunk = httpx.post(
-            f"{address}/worker_generate_stream", json={"prompt": "<image>\nhi", "images": [png(900, 900)]}
-        )
-        assert chunk.status_code == 429
-        long = httpx.post(address + CHAT, content=b" " * 1_600_000)  # twice that, with what is parsed of it
+        # 12.96 million bytes to decode it, in a body of a few thousand: that never fits
+        response = httpx.post(address + CHAT, json=showing(png(900, 900)))
+        assert response.status_code == 400
+        assert "12,960,000 bytes of memory" in message(response)
+        assert "may hold 12,000,000" in message(response)
+        body = {"prompt": "<image>\nhi", "images": [png(900, 900)]}
+        assert b"12,960,000 bytes" in httpx.post(f"{address}/worker_generate_stream", json=body).content
+        long = httpx.post(address + CHAT, content=b" " * 6_500_000)  # twice that, with what is parsed of it
         assert long.status_code == 429
         wait_until(lambda: memory.num_bytes == 0)
         fitting = showing(png(600, 600)) | {"max_tokens": 900, "ignore_eos": True, "stream": True}
@@ -222,9 +221,44 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes(backend: EngineBac
             next(lines)
             held = memory.num_bytes
             assert 4 * 600 * 600 <= held < 1.1 * 4 * 600 * 600
-            assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 429
+            response = httpx.post(address + CHAT, json=showing(png(850, 850)))
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert "12,000,000 bytes" in message(response)
+            body = {"prompt": "<image>\nhi", "images": [png(850, 850)]}
+            assert httpx.post(f"{address}/worker_generate_stream", json=body).status_code == 429
         wait_until(lambda: service.num_requests == 0 and memory.num_bytes == 0)
-        assert httpx.post(address + CHAT, json=showing(png(700, 700))).status_code == 200
+        assert httpx.post(address + CHAT, json=showing(png(850, 850))).status_code == 200
+
+
+def test_a_request_that_has_ended_holds_no_more() -> None:
+    """A thread that still decodes its image ends later than a client that has left."""
+    memory = MemoryBudget(1000)
+    reservation = memory.reserve()
+    reservation.change(600)
+    reservation.release()
+    reservation.change(-500)
+    assert memory.num_bytes == 0
+    with pytest.raises(MemoryBudgetError, match="ended"):
+        reservation.change(10)
+    assert memory.num_bytes == 0
+
+
+def test_an_image_that_is_slow_to_decode_stops_nobody(backend: EngineBackend) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (1500, 1500)).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    bomb = whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * 40_000 + b"\xff\xd9"  # each is a pass over the image
+    url = "data:image/jpeg;base64," + base64.b64encode(bomb).decode()
+    with worker(backend) as (address, service), ThreadPoolExecutor(1) as thread:
+        slow = thread.submit(httpx.post, address + CHAT, json=showing(url), timeout=300)
+        wait_until(lambda: service.num_requests == 1)
+        assert httpx.get(address + "/health").status_code == 200
+        assert httpx.post(address + CHAT, json=showing(png(70, 70)), timeout=300).status_code == 200
+        assert not slow.done()
+        assert slow.result().status_code == 400
+        assert "seconds of processor time" in message(slow.result())
+        wait_until(lambda: service.memory.num_bytes == 0)
 
 
 def test_the_memory_budget_must_hold_one_request(capsys: pytest.CaptureFixture[str]) -> None:

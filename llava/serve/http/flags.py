@@ -76,7 +76,8 @@ def add_limit_flags(parser: ArgumentParser) -> None:
 
 def memory_budget_from(args: Namespace) -> MemoryBudget:
     """Return the budget, after a check that the largest allowed request fits: else it would get status 429 for ever."""
-    from llava.serve.http.memory_budget import BODY_COPIES, BYTES_PER_PIXEL, MemoryBudget
+    from llava.images.formats import BYTES_PER_PIXEL
+    from llava.serve.http.memory_budget import BODY_COPIES, MemoryBudget
 
     needed = BODY_COPIES * args.max_body_mb + BYTES_PER_PIXEL * getattr(args, "max_megapixels", 0.0) * 1e6 / 2**20
     if not args.max_held_mb >= needed:

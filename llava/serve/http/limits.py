@@ -1,7 +1,8 @@
 """The limits of one request, and the opening of its images within them.
 
 In: limits, and the images of a request as URLs or base64. Out: PIL images, or an `InputError`. Body sizes, hosts and API keys
-are checked in middleware.py; downloads are in images/download.py.
+are checked in middleware.py; downloads are in images/download.py. Images are decoded in processes of their own
+(images/decoder_pool.py), and what that takes is reserved before.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError
+from llava.images.decoder_pool import DecoderPool
 from llava.images.download import ImageLimits
 from llava.images.io import decode_base64, load_image
-from llava.serve.http.memory_budget import BYTES_PER_PIXEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,7 @@ class ServeLimits:
     images: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=20 * 2**20, timeout_s=10.0))
     allow_urls: bool = True  # download images from http and https addresses
     image_folder: Path | None = None  # file:// addresses are read in this folder; None: nowhere
+    decoder: DecoderPool = field(default_factory=DecoderPool, compare=False)  # starts its processes when an image comes
 
     def __post_init__(self) -> None:
         for name in ("max_requests", "deadline_s"):
@@ -71,9 +73,6 @@ def _open_all(
     limits.check_count(len(given))
     images, left = [], limits.images.max_pixels
 
-    def reserve(num_pixels: int) -> None:
-        reservation.grow(BYTES_PER_PIXEL * num_pixels)
-
     for number, one in enumerate(given, start=1):
         if left <= 0:
             raise InputError(
@@ -81,7 +80,8 @@ def _open_all(
             )
         allowed = replace(limits.images, max_pixels=left)
         try:
-            image = load_image(source_of(one, allowed), limits=allowed, reserve=reserve)
+            source = source_of(one, allowed)
+            image = load_image(source, limits=allowed, decoder=limits.decoder, reserve=reservation.change)
         except InputError as error:
             raise InputError(f"image {number}: {error}") from error
         left -= image.width * image.height

@@ -12,7 +12,6 @@ from llava.errors import InputError
 from llava.serve.backends.base import ServerBusyError
 
 BODY_COPIES = 2  # the bytes, and what is parsed of them
-BYTES_PER_PIXEL = 4  # of an opened image
 DEFAULT_BYTES = 4096 * 2**20
 
 
@@ -35,7 +34,17 @@ class MemoryBudget:
         return Reservation(self)
 
     def change(self, num_bytes: int) -> None:
-        """Add bytes, or subtract them where the number is negative."""
+        """Add bytes, or subtract them where the number is negative.
+
+        Raises:
+            MemoryBudgetError: others hold too much at the moment.
+            InputError: they are more than all requests together may hold.
+        """
+        if num_bytes > self.max_bytes:
+            raise InputError(
+                f"{num_bytes:,} bytes of memory are needed for this, and all requests together may hold {self.max_bytes:,}; "
+                "send less"
+            )
         with self._lock:
             if num_bytes > 0 and self.num_bytes + num_bytes > self.max_bytes:
                 raise MemoryBudgetError(
@@ -46,21 +55,29 @@ class MemoryBudget:
 
 
 class Reservation:
-    """The bytes that one request holds."""
+    """The bytes that one request holds. A thread that goes on after the request's end can hold no more."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
+        self._lock = threading.Lock()
+        self._is_over = False
         self.num_bytes = 0
 
-    def grow(self, num_bytes: int) -> None:
-        self._budget.change(num_bytes)
-        self.num_bytes += num_bytes
+    def change(self, num_bytes: int) -> None:
+        """Hold more bytes, or fewer where the number is negative."""
+        with self._lock:
+            if self._is_over and num_bytes > 0:
+                raise MemoryBudgetError("the request has ended")
+            if not self._is_over:
+                self._budget.change(num_bytes)
+                self.num_bytes += num_bytes
 
     def shrink_to(self, num_bytes: int) -> None:
         """Release all but `num_bytes`."""
-        released = max(0, self.num_bytes - num_bytes)
-        self.num_bytes -= released
-        self._budget.change(-released)
+        self.change(-max(0, self.num_bytes - num_bytes))
 
     def release(self) -> None:
-        self.shrink_to(0)
+        """Release everything, for good."""
+        with self._lock:
+            self._budget.change(-self.num_bytes)
+            self.num_bytes, self._is_over = 0, True

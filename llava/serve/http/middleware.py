@@ -178,7 +178,7 @@ class RequestScope:
             if self._left < 0:
                 raise HTTPException(413, _too_large(self._max))
             try:
-                self.reservation.grow(BODY_COPIES * num_bytes)
+                self.reservation.change(BODY_COPIES * num_bytes)
             except MemoryBudgetError as error:
                 raise HTTPException(429, str(error)) from error
         return message
