@@ -51,6 +51,17 @@ def config(**values: Any) -> Break:
     return edit("config.json", **values)
 
 
+def undeclared_tower(folder: Path) -> None:
+    """Beside the public tower, from which it was trained away."""
+    tiny.save_tower(folder / "tower")
+    config(unfreeze_mm_vision_tower=False)(folder)
+
+
+def also_found(source: str) -> list[str]:
+    """What is found in a recorded checkpoint that nobody broke: two were saved with another tower than they name."""
+    return ["tower-unused"] if source in (LINEAR, MPT) else []
+
+
 def write(file: str, text: str) -> Break:
     return lambda folder: (folder / file).write_text(text)
 
@@ -191,6 +202,7 @@ CHECKPOINT_FAULTS: dict[str, tuple[str, Break, str]] = {
     "pinpoints that are no list": (TINY_ANYRES, config(image_grid_pinpoints="(6x6),...,(1x1)"), "pinpoints"),
     "no tower": (TINY, config(mm_vision_tower="no/such/folder/at/all"), "tower-missing"),
     "a tower of an unknown kind": (TINY, edit("tower/config.json", model_type="resnet"), "tower-type"),
+    "a trained tower that no key declares": (TINY, undeclared_tower, "tower-unused"),
     "a trained tower left behind": (TINY, tensors(without("vision_tower.")), "tower-weights"),
     "a layer that is not there": (TINY, config(mm_vision_select_layer=-9), "select-layer"),
     "pixels of another size": (

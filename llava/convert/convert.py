@@ -7,11 +7,12 @@ error and nothing written. The target appears under its name only when it is com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llava.convert.accounting import unused_tensors
 from llava.convert.gguf.pair import GgufPair
 from llava.convert.layouts.delta import DeltaLayout
 from llava.convert.layouts.hf import HFLayout
@@ -50,6 +51,7 @@ class ConversionReport:
     verify_s: float
     tensors: TensorComparison
     logits: LogitComparison | None  # None: not compared
+    left_out: Mapping[str, tuple[str, ...]]  # stored tensors of the source that the target does not hold, by reason
     notes: tuple[str, ...]
 
     def summary(self) -> str:
@@ -73,6 +75,8 @@ class ConversionReport:
                 lines.append(
                     f"compared prompt and ids of the sample: equal; pixels: largest difference {logits.pixels:.3g}"
                 )
+        for reason, names in self.left_out.items():
+            lines.append(f"left out {len(names)} tensors, {names[0]} first: {reason}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -84,6 +88,9 @@ class Layout(Protocol):
     def write(self, folder: Path, progress: ByteProgress) -> None: ...
     def verify(self, folder: Path, *, logits: bool) -> Verification: ...
     def notes(self) -> list[str]: ...
+    def left_out(
+        self,
+    ) -> dict[str, tuple[str, ...]]: ...  # tensors that the model has and the target does not, by reason
 
 
 # Of delta and from-delta, `base` is the other side of the sum; of the others, the model that the source is built on.
@@ -120,6 +127,7 @@ def convert(
     refuse_existing(Path(target))
     source = open_source(path, base=None if to in NEEDS_BASE else base, dtype=options.dtype)
     layout = LAYOUT_BUILDERS[to](source, options, base)
+    left_out = unused_tensors(source.meta_model) | layout.left_out()
     with atomic_folder(Path(target), num_bytes=layout.num_bytes) as folder:
         started = time.perf_counter()
         with ByteProgress("writing", layout.num_bytes) as progress:
@@ -137,6 +145,7 @@ def convert(
             verify_s=verified - written,
             tensors=tensors,
             logits=logits,
+            left_out=left_out,
             notes=tuple(layout.notes()),
         )
         write_json(folder / RECORD, _record(report))

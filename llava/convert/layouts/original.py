@@ -75,6 +75,12 @@ class OriginalLayout:
     def notes(self) -> list[str]:
         return []
 
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        if self.place != "named":
+            return {}
+        names = tuple(name for name in self.source.names if self.source.is_tower(name))
+        return {f"the vision tower stays in {self.source.meta_model.tower_folder}, which config.json names": names}
+
     def _write_small_files(self, folder: Path) -> None:
         source = self.source
         values = self.config()

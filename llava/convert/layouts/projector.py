@@ -46,6 +46,10 @@ class ProjectorLayout:
     def verify(self, folder: Path, *, logits: bool) -> Verification:
         return Verification(verify_projector_file(self.source, self.tensors(), folder / PROJECTOR_FILE))
 
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        others = tuple(name for name in self.source.names if name not in self.names)
+        return {"language model and vision tower, which are no part of a projector": others}
+
     def notes(self) -> list[str]:
         return [
             f"it loads beside its base model: llava chat -m THIS --model-base {self.source.config.get('model_type')}"

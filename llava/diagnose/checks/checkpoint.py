@@ -36,6 +36,7 @@ WEIGHTS = (
     DoctorCheck("structure", weights.check_structure, needs=("tower",), last=True),
     DoctorCheck("numbers", weights.check_numbers, needs=("adapter",)),
     DoctorCheck("smoke test", weights.check_smoke_test, needs=("tower", "numbers"), last=True),
+    DoctorCheck("stored tower", weights.check_stored_tower, needs=("tower",)),
 )
 
 

@@ -121,6 +121,27 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             match_names(expected_tensors(meta_model), sources)
 
 
+def check_stored_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
+    """Compare a stored tower that config.json does not call trained with the one that is used in its place."""
+    from llava.model.checkpoints.loading import differing_tower_tensors, plan_sources
+
+    sources = plan_sources(checkpoint.info, checkpoint.base_info, prefix="model")
+    tower = checkpoint.extras.get("tower")
+    if tower is None or not sources.unused_tower:
+        return
+    different = differing_tower_tensors(sources, Path(tower.vision_tower_name))
+    if different:
+        yield found(
+            "tower-unused",
+            f"{checkpoint.folder} stores {len(different)} vision tower tensors, {different[0]} first, that differ from those "
+            f"of {tower.vision_tower_name}; the latter are used, as in the original",
+            "if the tower was trained, set unfreeze_mm_vision_tower to true in config.json; if it was not, name the tower of "
+            "the training in mm_vision_tower",
+            different=len(different),
+            stored=len(sources.unused_tower),
+        )
+
+
 def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check for NaN, infinity, impossibly large numbers, and parts that are all zero."""
     import torch

@@ -71,6 +71,10 @@ CAUSES: dict[str, Cause] = {
         "the tower's weights are neither in the checkpoint nor in its folder",
         ("llava/model/checkpoints/loading.py:load_tower_weights",),
     ),
+    "tower-unused": Cause(
+        "the stored vision tower is not used, and differs from the one that is",
+        ("llava/model/checkpoints/loading.py:differing_tower_tensors",),
+    ),
     "select-layer": Cause(
         "mm_vision_select_layer is a layer that the tower does not have",
         ("llava/model/multimodal_encoder/clip_encoder.py:feature_select",),

@@ -133,7 +133,9 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) file by file, with the adapter merged and the vocabulary grown; one file is open at a time."""
     by_file: dict[Path, list[str]] = {}
+    first: dict[int, TensorHeader] = {}
     for name, header in found.items():
+        _check_tied(header, first.setdefault(id(expected[name]), header))
         by_file.setdefault(header.file, []).append(name)
     for file, names in by_file.items():
         with open_tensors(file) as tensors:
@@ -142,6 +144,15 @@ def read_tensors(
                 if sources.merge is not None:
                     tensor = sources.merge.apply(name, tensor)
                 yield name, grow_vocabulary(name, tensor, expected[name].shape)
+
+
+def _check_tied(header: TensorHeader, other: TensorHeader) -> None:
+    """Raise an `InputError` if two stored tensors are one weight of the model and are not equal."""
+    if header != other and not _equal(header, other):
+        raise InputError(
+            f"{header.file}: tensor {header.name!r} differs from {other.name!r}, and config.json ties them "
+            "(tie_word_embeddings true), so that only one of them can be used; set it to false if they were trained apart"
+        )
 
 
 def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
@@ -162,19 +173,11 @@ def load_tower_weights(tower: nn.Module, folder: Path) -> Origins:
 
 
 def warn_of_unused_tower(sources: WeightSources, folder: Path) -> None:
-    """Compare a stored tower, which its config does not call trained, with the one in `folder` that is used in its place.
+    """Name a stored tower that its config does not call trained, and that differs from the one in `folder` that is used.
 
     They are equal where the tower was frozen in training. Where they are not, the original uses the folder's all the same.
     """
-    if not sources.unused_tower:
-        return
-    used = {comparable_name(f"model.vision_tower.{name}"): header for name, header in tower_headers(folder).items()}
-    different = [
-        name
-        for name, header in sources.unused_tower.items()
-        if (beside := used.get(comparable_name("model" + name[name.index(TOWER_INFIX) :]))) is not None
-        and not _equal(header, beside)
-    ]
+    different = differing_tower_tensors(sources, folder)
     if different:
         logger.warning(
             "%s stores %d vision tower tensors that differ from those of %s (%s first). As in the original, the latter are "
@@ -182,6 +185,19 @@ def warn_of_unused_tower(sources: WeightSources, folder: Path) -> None:
             "true there",
             sources.folder, len(different), folder, different[0],
         )  # fmt: skip
+
+
+def differing_tower_tensors(sources: WeightSources, folder: Path) -> list[str]:
+    """Compare the tensors of a stored tower that is not used with those in `folder` that are; return those that differ."""
+    if not sources.unused_tower:
+        return []
+    used = {comparable_name(f"model.vision_tower.{name}"): header for name, header in tower_headers(folder).items()}
+    return [
+        name
+        for name, header in sources.unused_tower.items()
+        if (beside := used.get(comparable_name("model" + name[name.index(TOWER_INFIX) :]))) is not None
+        and not _equal(header, beside)
+    ]
 
 
 def _equal(stored: TensorHeader, used: TensorHeader) -> bool:
