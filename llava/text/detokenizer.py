@@ -185,7 +185,8 @@ class TableDecoder:
         self._opening_text = opening
         self._opening: list[int] | None = []  # the first tokens of a run that has no text yet
         self._bytes = _Utf8(_EACH_BYTE)
-        self._gap = ""  # what comes before the text of this run, if it has any
+        self._gap = ""  # what comes before the text of this run, when its first token is there
+        self._is_spaced = False  # whether that was the last text so far
         self._has_text = False
         self._ready = ""
 
@@ -215,11 +216,12 @@ class TableDecoder:
             return
         self._end_bytes()
         if type(text) is not str:  # SeparateText
-            self._ready += (" " if self._has_text else "") + text
-            self._opening, self._gap, self._has_text = [], " ", True
+            self._ready += (" " if self._has_text and not self._is_spaced else "") + text
+            self._opening, self._gap, self._has_text, self._is_spaced = [], " ", True, False
         elif self._opening is None:
             self._ready += text
         else:
+            self._write_gap()
             self._opening.append(token)
             opening = self._opening_text(self._opening)
             if opening:
@@ -229,8 +231,13 @@ class TableDecoder:
     def _open_run(self) -> None:
         """Note that this run has text from here on."""
         if self._opening is not None:
+            self._write_gap()
+            self._opening, self._has_text, self._is_spaced = None, True, False
+
+    def _write_gap(self) -> None:
+        if self._gap:
             self._ready += self._gap
-            self._opening, self._gap, self._has_text = None, "", True
+            self._gap, self._is_spaced = "", True
 
     def _end_bytes(self) -> None:
         """Emit incomplete bytes as they are: what comes next is no byte that would complete them."""

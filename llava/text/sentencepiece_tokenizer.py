@@ -78,6 +78,7 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         self.sp_model_kwargs = sp_model_kwargs or {}
         self._model_bytes = _read_model(Path(vocab_file))
         self._start_processor()
+        kwargs |= _described_tokens(kwargs.pop("additional_special_tokens", None), kwargs)
         super().__init__(
             unk_token=_as_special(unk_token),
             bos_token=_as_special(bos_token),
@@ -168,7 +169,8 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         added = {} if split_special_tokens else self._added_tokens_encoder
         segments = [text] if split_special_tokens else self._segments(text)
         # Without the legacy rule, one space is added for the whole text; it yields to a special token.
-        yields = segments[:1] and segments[0] in added and segments[0] in self.all_special_tokens
+        first = next((one for n, one in enumerate(segments) if one in added or self._is_kept(segments, n, added)), "")
+        yields = first in added and first in self.all_special_tokens
         leading = "" if self.legacy or not text or yields else _UNDERLINE
         start = 0
         for index, segment in enumerate(segments):
@@ -185,6 +187,11 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
         added = tuple(self._added_tokens_encoder)
         segments = _any_of(added).split(text) if added else [text]
         return [segment for segment in segments if segment] or [text]
+
+    def _is_kept(self, segments: list[str], index: int, added: dict[str, int]) -> bool:
+        """Whether anything of a segment is left when the added tokens beside it have stripped its spaces."""
+        left, right = self._strip(segments, index, added)
+        return left < right
 
     def _strip(self, segments: list[str], index: int, added: dict[str, int]) -> tuple[int, int]:
         """Where a segment begins and ends without the spaces that the added tokens beside it strip."""
@@ -320,9 +327,10 @@ class LlamaSentencePieceTokenizer(PreTrainedTokenizer):
                 texts.append(self.convert_tokens_to_string(run))
                 run = []
             texts.append(token)
-        if run:
+        texts = [part for part in texts if part]
+        if run:  # also where nothing comes of it: a space before the end is kept
             texts.append(self.convert_tokens_to_string(run))
-        text = (" " if spaces_between_special_tokens else "").join(part for part in texts if part)
+        text = (" " if spaces_between_special_tokens else "").join(texts)
         clean = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
@@ -425,6 +433,25 @@ def _as_special(token: str | AddedToken | None) -> AddedToken | None:
     if not isinstance(token, str):
         return token
     return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def _described_tokens(given: object, options: Mapping[str, object]) -> dict[str, object]:
+    """Special tokens that special_tokens_map.json describes as objects, as options of transformers' constructor.
+
+    transformers 5 hands them on as they are in the file, under the name that version 4 had for them.
+    """
+    if not isinstance(given, (list, tuple)):
+        return {}
+    tokens = [AddedToken(**token, special=True) if isinstance(token, dict) else token for token in given]
+    described = {str(token): token for token in tokens}
+    listed, decoder = options.get("extra_special_tokens"), options.get("added_tokens_decoder")
+    others = [token for token in listed if str(token) not in described] if isinstance(listed, (list, tuple)) else []
+    found: dict[str, object] = {"extra_special_tokens": [*tokens, *others]}
+    if isinstance(decoder, dict):
+        found["added_tokens_decoder"] = {
+            index: _as_special(described.get(str(token), token)) for index, token in decoder.items()
+        }
+    return found
 
 
 def _read_model(path: Path) -> bytes:

@@ -19,10 +19,11 @@ from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+FAST_LLAMA = "LlamaTokenizerFast"  # version 4 loads it by its tokenizer.json although asked for a slow class
 # Class names under which sentencepiece LLaMA tokenizers were saved; None: the folder has no tokenizer_config.json.
-_LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "LlamaSentencePieceTokenizer")
+_LLAMA_CLASSES = (None, "LlamaTokenizer", FAST_LLAMA, "LlamaSentencePieceTokenizer")
 
 
 class Tokenizer(Protocol):
@@ -68,7 +69,8 @@ def load_tokenizer(
     """Load the tokenizer of a folder, of the class that its files call for.
 
     `tokenizer.model` of a LLaMA-type model is read by the sentencepiece library, even where a `tokenizer.json` (a
-    conversion of it) lies beside it. Otherwise `tokenizer.json` is taken literally; other files go to transformers.
+    conversion of it) lies beside it, unless the folder's config names the fast class, with which the model was trained.
+    Otherwise `tokenizer.json` is taken literally; other files go to transformers.
     Without `model_max_length` (in tokens), the folder's own is kept.
     """
     folder = Path(path)
@@ -99,9 +101,11 @@ def _input_error_behind(error: BaseException | None) -> InputError | None:
 
 def _choose_loader(folder: Path) -> Callable[..., Tokenizer]:
     tokenizer_class = _tokenizer_config(folder).get("tokenizer_class")
-    if (folder / "tokenizer.model").is_file() and tokenizer_class in _LLAMA_CLASSES:
+    has_json = (folder / "tokenizer.json").is_file()
+    is_fast = has_json and tokenizer_class == FAST_LLAMA
+    if (folder / "tokenizer.model").is_file() and tokenizer_class in _LLAMA_CLASSES and not is_fast:
         return LlamaSentencePieceTokenizer.from_pretrained
-    if (folder / "tokenizer.json").is_file():
+    if has_json:
         return _load_tokenizer_json
     if holds_tokenizer(folder):
         return _load_by_transformers
@@ -114,10 +118,29 @@ def _choose_loader(folder: Path) -> Callable[..., Tokenizer]:
 def _load_tokenizer_json(folder: str, **options: object) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
+    config = _tokenizer_config(Path(folder))
     # Version 5 ignores this setting of a file unless asked not to; earlier versions obeyed it.
-    if _tokenizer_config(Path(folder)).get("clean_up_tokenization_spaces"):
+    if config.get("clean_up_tokenization_spaces"):
         options["clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"] = True
-    return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    if config.get("tokenizer_class") == FAST_LLAMA:
+        _obey_begin_and_end(tokenizer, config)
+    return tokenizer
+
+
+def _obey_begin_and_end(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, object]) -> None:
+    """Let the begin and end tokens be added as the config says; version 4's class of this name does not ask the file."""
+    from tokenizers.processors import TemplateProcessing
+
+    before = [tokenizer.bos_token] if config.get("add_bos_token", True) else []
+    after = [tokenizer.eos_token] if config.get("add_eos_token", False) else []
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])]
+    second = [f"{token}:1" for token in before], [f"{token}:1" for token in after]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *second[0], "$B:1", *second[1]],
+        special_tokens=added,
+    )
 
 
 def _load_by_transformers(folder: str, **options: object) -> Tokenizer:

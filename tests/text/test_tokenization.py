@@ -87,6 +87,33 @@ def test_ids_and_texts_are_the_recorded_ones(name):
         assert tokenizer.batch_decode([ids[1:]], skip_special_tokens=True) == [row["batch_decode_no_bos_strip"]], prompt
 
 
+CLASSES = json.loads(golden("tokenizer_classes.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", CLASSES["folders"])
+def test_folders_that_a_fast_class_saved(name, tmp_path):
+    """A tokenizer.json beside the model file: which of them counts, and how text is decoded, as the original has it."""
+    shutil.copytree(golden("tokenizers/llama-mini1k-fast"), tmp_path, dirs_exist_ok=True)
+    shutil.copy(golden("tokenizers/llama-mini1k-legacy/tokenizer.model"), tmp_path)
+    record, file = CLASSES["folders"][name], tmp_path / "tokenizer_config.json"
+    if record["edit"] is None:
+        file.unlink()
+    else:
+        values = json.loads(file.read_text(encoding="utf-8")) | record["edit"]
+        file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.is_fast == record["class"].endswith("Fast")
+    for prompt, row in zip(CLASSES["prompts"], record["rows"], strict=True):
+        ids = tokenizer(prompt).input_ids
+        assert ids == row["ids"], prompt
+        assert encode_with_offsets(prompt, tokenizer, None)[0] == ids
+        assert tokenizer.decode(ids) == row["decode"], prompt
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row["skip"], prompt
+        assert tokenizer.decode(ids[1:]) == row["tail"], prompt
+        decoder = stream_decoder(tokenizer)
+        assert "".join([*[decoder.push([token]) for token in ids], decoder.finish()]) == row["skip"], prompt
+
+
 def test_return_tensors(mini):
     prompt = "a<image>b"
     tensor = tokenizer_image_token(prompt, mini, return_tensors="pt")
