@@ -310,6 +310,11 @@ class _Folder:
             }
         if self.settings is None:
             return {"llava": "text only"}
+        tower = self._tower_type()
+        if tower is not None and tower not in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
+            own = "yes" if not self.info.needs_base else "yes, with its base model"
+            others = ("original LLaVA code", "transformers", "vLLM", "SGLang", "llama.cpp")
+            return {"llava": own, **dict.fromkeys(others, f"no, since its vision tower is of type {tower}")}
         is_theirs = self.info.kind == "transformers"
         plain = self.info.language_model in PLAIN_DECODERS and self.settings.projector.type == "mlp2x_gelu"
         whole = not self.info.needs_base
@@ -324,6 +329,12 @@ class _Folder:
             "SGLang": self._sglang(str(self.settings.vision.tower), is_plain=plain and whole),
             "llama.cpp": "after llava convert --to gguf" if plain else "no",
         }
+
+    def _tower_type(self) -> str | None:
+        """The type of the vision tower, as far as its config is on this disk."""
+        if self.tower_folder is None or not (self.tower_folder / "config.json").is_file():
+            return None
+        return str(read_json(self.tower_folder / "config.json").get("model_type"))
 
     def _sglang(self, tower: str, *, is_plain: bool) -> str:
         """SGLang reads the original layout with a tower that its own loader finds by name."""

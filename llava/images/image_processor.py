@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as config files spell them
 
 # Defaults for what a config file leaves out, by the class that it names. transformers' own LLaVA processors are CLIP's
@@ -46,6 +47,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": _EXACT,
     "LlavaOnevisionImageProcessor": _EXACT | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     "ViTImageProcessor": _EXACT | {"resample": BILINEAR},
+    "BitImageProcessor": _CLIP,
+    "Siglip2ImageProcessor": _EXACT | {"resample": BILINEAR},
+    "DINOv3ViTImageProcessor": _EXACT | {"resample": BILINEAR, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+    "ConvNextImageProcessor": _EXACT,
 }
 # The class for a vision config that came without a processor file, by its model_type.
 TOWER_IMAGE_PROCESSORS = {
@@ -53,6 +58,13 @@ TOWER_IMAGE_PROCESSORS = {
     "clip_vision_model": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
     "siglip_vision_model": "SiglipImageProcessor",
+    "siglip2_vision_model": "Siglip2ImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "dinov2_with_registers": "BitImageProcessor",
+    "dinov3_vit": "DINOv3ViTImageProcessor",
+    "aimv2_vision_model": "CLIPImageProcessor",
+    "mlcd_vision_model": "CLIPImageProcessor",
+    "convnext": "ConvNextImageProcessor",
 }
 
 
@@ -153,6 +165,8 @@ class ClipImageProcessor:
         values = {key: value for key, value in {**config, **overrides}.items() if value is not None}
         kind = _known_class(values.pop("image_processor_type", None) or values.pop("feature_extractor_type", None))
         values.pop("feature_extractor_type", None)
+        if kind == "ConvNextImageProcessor" and "crop_size" not in values:
+            values |= _convnext_sizes(values.get("size", 384), values.get("crop_pct", 224 / 256))
         values = {**DEFAULTS[kind], **values, "image_processor_type": kind}
         exact = set(DEFAULTS[kind]["size"]) == {"height", "width"}
         values["size"] = _size_dict(values["size"], exact=exact)
@@ -396,6 +410,17 @@ def _size_dict(value: object, *, exact: bool) -> dict[str, int]:
 
 def _are_sides(values: Iterable[object]) -> bool:
     return all(type(value) is int and value > 0 for value in values)
+
+
+def _convnext_sizes(size: object, crop_pct: float) -> dict[str, Any]:
+    """ConvNeXt's rule: below 384 pixels a larger image is cropped, from there on it is resized to a square."""
+    side = size.get("shortest_edge", size.get("height")) if isinstance(size, Mapping) else size
+    if not isinstance(side, int) or not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
+        raise InputError(f"size {size!r} with crop_pct {crop_pct!r} of an image processor is not a size to crop from.")
+    square = {"height": side, "width": side}
+    if side >= 384:
+        return {"size": square, "crop_size": square, "do_center_crop": False}
+    return {"size": {"shortest_edge": int(side / crop_pct)}, "crop_size": square, "do_center_crop": True}
 
 
 def _known_class(name: str | None) -> str:

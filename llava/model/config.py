@@ -51,7 +51,19 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
 TYPES_BY_KEY = {key: (words, kind) for words, (kind, keys) in KEYS_BY_TYPE.items() for key in keys}
 
 # The types of vision towers that are read, as their own config.json says.
-TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+TOWER_TYPES = (
+    "clip",
+    "clip_vision_model",
+    "siglip",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "aimv2_vision_model",
+    "mlcd_vision_model",
+    "convnext",
+)
 
 # Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}

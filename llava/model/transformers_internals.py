@@ -7,11 +7,14 @@ methods of `Trainer` that train/llava_trainer.py overrides are listed here and s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 logger = logging.getLogger(__name__)
@@ -75,3 +78,28 @@ def eager_attention(config: PreTrainedConfig, *, warns: bool = True) -> Iterator
 @cache
 def _say_once(message: str) -> None:
     logger.warning(message)
+
+
+def current_names(model: nn.Module, names: Iterable[str], comparable: Callable[[str], str]) -> Mapping[str, str]:
+    """Map stored tensor names to those of a model whose transformers class renamed its modules since they were published.
+
+    transformers renames them in `from_pretrained`, and back in `save_pretrained`; it has no documented function for it. Names
+    that no class of the model renamed are not in the result. `comparable` gives names the form in which they are compared.
+    """
+    renamed = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        renamings = [
+            each for each in get_model_conversion_mapping(module, add_legacy=False) if isinstance(each, WeightRenaming)
+        ]
+        if not renamings:
+            continue
+        place = comparable(f"{prefix}.") if prefix else ""
+        for name in names:
+            if comparable(name).startswith(place):
+                inside = comparable(name).removeprefix(place)
+                new, _ = rename_source_key(inside, renamings, [])
+                if new != inside:
+                    renamed[name] = place + new
+    return renamed

@@ -249,17 +249,18 @@ def _tower_activations(model: nn.Module, shape: TrainingShape, *, packed: bool) 
     if tower is None or not tower.trainable:
         return 0.0
     num_tiles = shape.batch * _tiles_per_sequence(base_model(model).image_policy(), shape, packed=packed)
-    config, compute = tower.config, shape.compute_bytes
-    layer_input = config.hidden_size * max(tower.dtype.itemsize, compute)
+    width, compute = tower.hidden_size, shape.compute_bytes
+    inner = getattr(tower.config, "intermediate_size", 4 * width)
+    layer_input = width * max(tower.dtype.itemsize, compute)
     # Two norms, queries, keys, values and output; before the activation of the MLP, and after it.
-    products = compute * (6 * config.hidden_size + 2 * config.intermediate_size)
+    products = compute * (6 * width + 2 * inner)
     if shape.keep is not None:
         per_token = layer_input + shape.keep * products
     elif shape.checkpointing:
         per_token = layer_input
     else:
-        casts = 2 * config.hidden_size * compute if compute < tower.dtype.itemsize else 0  # for keys and values again
-        per_token = 2 * layer_input + products + casts + compute * config.intermediate_size  # in the MLP's activation
+        casts = 2 * width * compute if compute < tower.dtype.itemsize else 0  # for keys and values again
+        per_token = 2 * layer_input + products + casts + compute * inner  # in the MLP's activation
     return num_tiles * (tower.num_patches + 1) * len(tower.layers_used()) * per_token
 
 

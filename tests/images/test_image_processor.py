@@ -166,8 +166,8 @@ def test_other_places_of_the_config(tmp_path: Path) -> None:
     processor = ClipImageProcessor.from_pretrained(str(siglip))
     assert (processor.size, processor.do_center_crop) == ({"height": 384, "width": 384}, False)
     assert processor.image_mean == (0.5, 0.5, 0.5)
-    (usual / "config.json").write_text(json.dumps({"model_type": "dinov2", "image_size": 56}))
-    with pytest.raises(InputError, match="dinov2"):
+    (usual / "config.json").write_text(json.dumps({"model_type": "beit", "image_size": 56}))
+    with pytest.raises(InputError, match="beit"):
         ClipImageProcessor.from_pretrained(usual)
     with pytest.raises(InputError, match="neither"):
         ClipImageProcessor.from_pretrained(empty)

@@ -257,15 +257,26 @@ def judge_projector(
             tensors=0,
         )
         return
-    empty = [header for header in layers.values() if header.num_elements == 0 or len(header.shape) != 2]
+    empty = [header for header in layers.values() if header.num_elements == 0]
     if empty:
         yield found(
             "projector-empty",
-            f"{empty[0].file} holds {empty[0].name} with the shape {list(empty[0].shape)}: it was saved while ZeRO-3 had its "
-            "numbers scattered over the GPUs",
+            f"{empty[0].file} holds {empty[0].name} with the shape {list(empty[0].shape)}, without numbers; saving under "
+            "ZeRO-3 without gathering the weights leaves such tensors",
             "save it again with llava train, which gathers such tensors; or take it from a checkpoint by DeepSpeed's "
             "zero_to_fp32.py",
             shapes={header.name: list(header.shape) for header in empty},
+        )
+        return
+    other = [header for header in layers.values() if len(header.shape) != 2]
+    if other:
+        yield found(
+            "projector-type",
+            f"{other[0].file} holds {other[0].name} with the shape {list(other[0].shape)}, which is no linear layer (a norm "
+            f"has one dimension, a convolution four): mm_projector_type is {kind!r}, and such a projector has linear layers only",
+            "register the projector's type (docs/extend.md), or take the projector that belongs to this config.json",
+            mm_projector_type=kind,
+            shapes={header.name: list(header.shape) for header in other},
         )
         return
     remedy = f"set it to {_kind_of(layers)}, as the stored layers are"

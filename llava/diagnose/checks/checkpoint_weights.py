@@ -118,7 +118,7 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
             with torch.device("meta"), no_init_weights():
                 meta_model = model_class(copy.deepcopy(config))
             meta_model.tie_weights()
-            match_names(expected_tensors(meta_model), sources)
+            match_names(expected_tensors(meta_model), sources, meta_model)
 
 
 def check_stored_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:

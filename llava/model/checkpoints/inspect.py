@@ -62,7 +62,11 @@ VOCABULARY_MODULE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.(weight$|lora
 
 # Names in a tower module begin with this; a whole CLIP or SigLIP model has parts that a tower does not.
 TOWER_MODULE_PREFIX = "vision_tower."
-NOT_IN_TOWER = re.compile(r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
+NOT_IN_TOWER = re.compile(
+    r"vision_tower\.(text_model\.|text_projection|visual_projection|logit_scale|logit_bias|classifier\.)"
+)
+# The level that a model with a head has above the tower.
+ABOVE_TOWER = re.compile(r"^(vision_model|dinov2|dinov2_with_registers|convnext)\.")
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,7 @@ def tower_headers(folder: Path) -> dict[str, TensorHeader]:
     headers = stored_tensors(folder)
     if not headers:
         raise InputError(f"the vision tower's folder {folder} holds no weights")
-    in_tower = {TOWER_MODULE_PREFIX + name.removeprefix("vision_model."): header for name, header in headers.items()}
+    in_tower = {TOWER_MODULE_PREFIX + ABOVE_TOWER.sub("", name): header for name, header in headers.items()}
     return {name: header for name, header in in_tower.items() if not NOT_IN_TOWER.match(name)}
 
 

@@ -23,6 +23,7 @@ from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABULARY, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
+from llava.model.transformers_internals import current_names
 
 logger = logging.getLogger(__name__)
 
@@ -95,19 +96,27 @@ def with_own_tower(sources: WeightSources, folder: Path, *, prefix: str) -> Weig
     return replace(sources, headers={**sources.headers, **towers})
 
 
-def match_names(expected: Mapping[str, Tensor], sources: WeightSources) -> dict[str, TensorHeader]:
+def match_names(expected: Mapping[str, Tensor], sources: WeightSources, model: nn.Module) -> dict[str, TensorHeader]:
     """Find the stored tensor for every name that a model expects; of tied names one must be stored.
+
+    Names of modules that transformers renamed since are read as it reads them.
 
     Raises:
         InputError: Keys are missing or unexpected, or shapes differ.
     """
     own_names = {comparable_name(name): name for name in expected}
+    headers = sources.headers
+    unknown = [name for name in headers if comparable_name(name) not in own_names]
+    if unknown:
+        names = current_names(model, unknown, comparable_name)
+        headers = {names.get(name, name): header for name, header in headers.items()}
+        unknown = [name for name in unknown if comparable_name(names.get(name, name)) not in own_names]
     found = {
         own_names[comparable_name(name)]: header
-        for name, header in sources.headers.items()
+        for name, header in headers.items()
         if comparable_name(name) in own_names
     }
-    _refuse_unexpected_keys([name for name in sources.headers if comparable_name(name) not in own_names], sources)
+    _refuse_unexpected_keys(unknown, sources)
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -160,7 +169,7 @@ def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
     if hasattr(model, "tie_weights"):  # a model built with empty weights is not tied yet
         model.tie_weights()
     expected = expected_tensors(model)
-    found = match_names(expected, sources)
+    found = match_names(expected, sources, model)
     with torch.no_grad():
         for name, tensor in read_tensors(found, expected, sources):
             expected[name].copy_(tensor)
@@ -269,10 +278,11 @@ def build_with_transformers(
 ) -> tuple[PreTrainedModel, Origins]:
     """Build a quantized or sharded model by `from_pretrained`, with `options` for transformers and accelerate."""
     with torch.device("meta"):
-        expected = expected_tensors(model_class(copy.deepcopy(config)))
+        meta_model = model_class(copy.deepcopy(config))
+    expected = expected_tensors(meta_model)
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in read_tensors(match_names(expected, sources), expected, sources)
+        for name, tensor in read_tensors(match_names(expected, sources, meta_model), expected, sources)
     }
     name = config.name_or_path
     model, origins = load_with_transformers(model_class, None, config=config, state_dict=state, dtype=dtype, **options)

@@ -91,7 +91,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
         warn_of_unused_tower(sources, tower_folder)
         sources = with_own_tower(sources, tower_folder, prefix=model_class.base_model_prefix)
     expected = expected_tensors(model)
-    found = match_names(expected, sources)
+    found = match_names(expected, sources, model)
     shapes = {name: tuple(expected[name].shape) for name in found}
     return MetaModel(model, info, base_info, sources, found, shapes, None if sources.merges_tower else tower_folder)
 

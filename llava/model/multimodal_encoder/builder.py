@@ -19,6 +19,15 @@ from llava.images.layout import ImagePolicy, parse_pinpoints
 from llava.model.checkpoints.hub import resolve_vision_tower
 from llava.model.config import OWN_FOLDER, ImageSettings, LlavaSettings, check_tower_type
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
+from llava.model.multimodal_encoder.hidden_state_towers import (
+    Aimv2VisionTower,
+    ConvNextVisionTower,
+    Dinov2VisionTower,
+    Dinov2WithRegistersVisionTower,
+    Dinov3VisionTower,
+    MlcdVisionTower,
+    Siglip2VisionTower,
+)
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 from llava.model.protocols import VisionTower
 
@@ -28,6 +37,13 @@ TOWER_CLASSES: dict[str, tuple[type[CLIPVisionTower], type[CLIPVisionTower] | No
     "clip_vision_model": (CLIPVisionTower, CLIPVisionTowerS2),
     "siglip": (SigLipVisionTower, None),
     "siglip_vision_model": (SigLipVisionTower, None),
+    "siglip2_vision_model": (Siglip2VisionTower, None),
+    "dinov2": (Dinov2VisionTower, None),
+    "dinov2_with_registers": (Dinov2WithRegistersVisionTower, None),
+    "dinov3_vit": (Dinov3VisionTower, None),
+    "aimv2_vision_model": (Aimv2VisionTower, None),
+    "mlcd_vision_model": (MlcdVisionTower, None),
+    "convnext": (ConvNextVisionTower, None),
 }
 
 

@@ -80,6 +80,7 @@ class CLIPVisionTower(nn.Module):
     # transformers' classes by name, which imports them when a tower is built.
     config_class = "CLIPVisionConfig"
     model_class = "CLIPVisionModel"
+    module_class = VisionModel
     has_class_token = True  # whether hidden states begin with a class token
     resamples_pixels = False  # whether pixels are resampled before the first layer casts them to its dtype
     passes_once = True  # whether a batch of images runs through the layers once, or once for each scale
@@ -98,12 +99,9 @@ class CLIPVisionTower(nn.Module):
         self.select_layer = settings.select_layer
         self.select_feature = settings.select_feature
         self.stored: Mapping[str, int] | None = getattr(args, "stored_tower", None)
-        config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
         file = Path(vision_tower) / "config.json"
         with described_by(file):
-            self.cfg_only = (
-                config_class.from_dict(described) if described else config_class.from_pretrained(vision_tower)
-            )
+            self.cfg_only = self.read_config(vision_tower, described)
         check_types(self.cfg_only.to_dict(), file)
         if attn_implementation is not None:
             set_attention(self.cfg_only, attn_implementation)
@@ -117,6 +115,10 @@ class CLIPVisionTower(nn.Module):
             self.load_model()
 
     # Overridden by other families of towers.
+
+    def read_config(self, name: str, described: dict[str, Any] | None) -> PreTrainedConfig:
+        config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
+        return config_class.from_dict(described) if described else config_class.from_pretrained(name)
 
     def read_image_processor(self, name: str) -> ClipImageProcessor:
         return ClipImageProcessor.from_pretrained(name, vision_config=self.cfg_only)
@@ -151,7 +153,7 @@ class CLIPVisionTower(nn.Module):
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            self.vision_tower = VisionModel(getattr(transformers, self.model_class)(self.config_to_build()))
+            self.vision_tower = self.module_class(getattr(transformers, self.model_class)(self.config_to_build()))
         self.vision_tower.requires_grad_(False)
         self.vision_tower.eval()
         self.is_loaded = True
