@@ -41,7 +41,9 @@ def data_url(path: Path = DEMO) -> str:
 def running(app: Any, listener: Any = None) -> Iterator[str]:
     """An application behind a real socket, in a thread; gives its address."""
     listener = listener or bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, http=PARSER, log_config=None, access_log=False, lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=PARSER, log_config=None, access_log=False, lifespan="on", proxy_headers=False)
+    )
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -11,14 +11,17 @@ import logging
 import sys
 
 from llava.cli.terminal import quiet_bitsandbytes
+from llava.serve.http.request_record import RequestIdFilter
 
 SWITCH_S = 0.0005  # Python's default is ten times as long
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s"
 
 
 def set_up_logging(level: str) -> None:
     """Log to stderr: this package from `level` up, uvicorn its errors only."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RequestIdFilter())
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
     quiet_bitsandbytes()
     logging.getLogger("llava").setLevel(level.upper())

@@ -20,7 +20,7 @@ from llava.serve.http.flags import ListenAddress, add_limit_flags, add_server_fl
 from llava.serve.model_worker import add_model_flags, check_model_flags, load_backend
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
 
     from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
     from llava.serve.service import Service
@@ -136,9 +136,10 @@ def run_app(
 
     first_page = f"{PAGE_PATH}/" if with_page else "/docs"
 
-    @app.get("/", include_in_schema=False)
-    async def home() -> RedirectResponse:
-        return RedirectResponse(first_page)
+    async def home(request: Request) -> RedirectResponse:
+        return RedirectResponse(request.scope.get("root_path", "") + first_page)
+
+    app.add_route("/", home, include_in_schema=False)
 
     if with_page:
         from llava.serve.web.page import Page, mount

@@ -22,6 +22,7 @@ from llava.__main__ import main
 from llava.errors import InputError
 from llava.images.download import ImageLimits
 from llava.serve.backends.in_process import EngineBackend
+from llava.serve.http.cors import CrossOrigin
 from llava.serve.http.limits import ServeLimits
 from llava.serve.http.memory_budget import MemoryBudget, MemoryBudgetError
 from llava.serve.http.middleware import AccessPolicy, ApiKeys, read_keys
@@ -93,7 +94,7 @@ def test_keys_from_files_and_variables(tmp_path: Path) -> None:
 
 
 def test_pages_of_other_sites_and_tricky_names_are_kept_out(backend: EngineBackend) -> None:
-    access = AccessPolicy(hosts=("127.0.0.1", "localhost"), origins=("https://friend.example",))
+    access = AccessPolicy(hosts=("127.0.0.1", "localhost"), cross_origin=CrossOrigin(("https://friend.example",)))
     with worker(backend, access=access) as (address, _):
         port = address.rpartition(":")[2]
 

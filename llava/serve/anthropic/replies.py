@@ -15,7 +15,7 @@ from typing import Any
 from llava.engine.request import Chunk, Usage
 from llava.serve.answers import ReplyBody, StreamEncoding
 from llava.serve.anthropic import schema
-from llava.serve.http.errors import anthropic_form, as_api_error
+from llava.serve.http.errors import anthropic_form, as_api_error, error_body
 from llava.serve.openai.schema import ModelList
 from llava.serve.service import RequestStats
 
@@ -114,7 +114,7 @@ def event(reply: ReplyBody) -> bytes:
 
 def error_event(error: Exception) -> bytes:
     """Encode the last event of a stream that failed, which clients raise."""
-    return f"event: error\ndata: {json.dumps(anthropic_form(as_api_error(error)))}\n\n".encode()
+    return f"event: error\ndata: {json.dumps(error_body(as_api_error(error), anthropic_form))}\n\n".encode()
 
 
 STREAM = StreamEncoding(EVENTS, event, error_event)

@@ -13,17 +13,17 @@ from typing import Literal
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.middleware.cors import CORSMiddleware
 
 import llava
+from llava.serve.http.docs_page import render_docs
 from llava.serve.http.errors import add_error_handlers
 from llava.serve.http.metrics import CONTENT_TYPE, Metrics
 from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
 
-OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json")
+OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json")
 
 HealthCheck = Callable[[], Awaitable[str | None]]  # None, or what is wrong
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
@@ -55,18 +55,16 @@ def make_app(
                 await stack.enter_async_context(enter())
             yield
 
-    app = FastAPI(title=title, version=llava.__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title=title, version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     for router in (*routers, _monitoring(metrics, liveness, readiness)):
         app.include_router(router)
     _document(app, schemas)
-    if access.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(access.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(render_docs(app.openapi()))
+
     known_paths = app.openapi()["paths"]
     open_paths = (*OPEN_PATHS, *open_paths)
     return app, AccessMiddleware(app, access, metrics, known_paths=known_paths, open_paths=open_paths)

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError, UnreachableError
 from llava.serve.http.forwarded import route_path
+from llava.serve.http.request_record import current_id, note_error
 
 logger = logging.getLogger("llava.serve")
 
@@ -49,13 +50,22 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
+    @property
+    def type(self) -> str:
+        """Its type in OpenAI's form."""
+        return ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    @property
+    def kind(self) -> str:
+        """What it is counted as."""
+        return self.code or self.type
+
 
 ErrorForm = Callable[[ApiError], dict[str, object]]
 
 
 def openai_form(error: ApiError) -> dict[str, object]:
-    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
 def ollama_form(error: ApiError) -> dict[str, object]:
@@ -76,15 +86,31 @@ def form_of(path: str) -> ErrorForm:
     return next((form for beginning, form in ERROR_FORMS if path.startswith(beginning)), openai_form)
 
 
-def error_response(error: ApiError, path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(
+    error: ApiError, path: str, headers: Mapping[str, str] | None = None, **further: object
+) -> JSONResponse:
+    """Return the response for an error, in the form of the path's protocol; `further` fields are added to its body."""
     headers = dict(headers or {})
     if error.status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
-    return JSONResponse(form_of(path)(error), error.status, headers)
+    note_error(error.kind, str(error))
+    return JSONResponse(error_body(error, form_of(path)) | further, error.status, headers)
+
+
+def error_body(error: ApiError, form: ErrorForm) -> dict[str, object]:
+    """Return an error as JSON, with the id of the request, by which its log lines are found."""
+    number = current_id()
+    return form(error) | ({} if number is None else {"request_id": number})
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return the error for the client. An unexpected one is logged with its traceback and reported without."""
+    """Return the error for the client, and note it. An unexpected one is logged with its traceback and reported without."""
+    found = _as_api_error(error)
+    note_error(found.kind, str(found))
+    return found
+
+
+def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
@@ -111,9 +137,13 @@ def add_error_handlers(app: FastAPI) -> None:
         path = route_path(request.scope)
         if error.status_code not in (404, 405):
             return error_response(ApiError(error.status_code, str(error.detail)), path, error.headers)
-        body = form_of(path)(_no_route(error.status_code, request.method, path))
-        # The detail is what the original's servers say, for its clients.
-        return JSONResponse(body | {"detail": error.detail}, error.status_code, error.headers)
+        missing = _no_route(error.status_code, request.method, path)
+        if path.startswith(("/v1/", "/api/")):
+            return error_response(missing, path, error.headers)
+        if error.status_code == 405:  # at the routes of the original, as its servers say it
+            note_error(missing.kind, str(missing))
+            return JSONResponse({"detail": error.detail}, 405, error.headers)
+        return error_response(missing, path, error.headers, detail=error.detail)
 
     app.add_exception_handler(HTTPException, respond_http)
     for kind in (ApiError, InputError, ServerBusyError, BackendError, TimeoutError):

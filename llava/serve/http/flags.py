@@ -53,7 +53,20 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
         action="append",
         metavar="ORIGIN",
         default=[],
-        help="accept requests of this site's pages, as https://example.org (CORS; default: none)",
+        help="accept requests of this site's pages, as https://example.org (CORS; * for all; default: none)",
+    )
+    access.add_argument(
+        "--trusted-proxy",
+        action="append",
+        metavar="ADDRESS",
+        default=[],
+        help="believe the X-Forwarded headers of a proxy at this address or network; unix: at the unix socket",
+    )
+    access.add_argument(
+        "--root-path",
+        metavar="PREFIX",
+        default="",
+        help="the prefix that a proxy publishes this server under, as /llava",
     )
     add_number(access, "--max-body-mb", 64.0, "MB", "largest body of a request")
     add_number(access, "--max-held-mb", 4096.0, "MB", "bodies and images of all requests together; more get status 429")
@@ -132,6 +145,8 @@ def listen_address_from(args: Namespace) -> ListenAddress:
 
 def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
     """Return who may send requests, and the first of their keys."""
+    from llava.serve.http.cors import CrossOrigin
+    from llava.serve.http.forwarded import TrustedProxies, checked_prefix
     from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
     from llava.serve.http.server import is_loopback
 
@@ -143,7 +158,9 @@ def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
         keys=ApiKeys(keys),
         max_body_bytes=int(args.max_body_mb * 2**20),
         hosts=(*LOOPBACK_NAMES, *args.allow_host) if loopback else tuple(args.allow_host) or None,
-        origins=tuple(args.allow_origin),
+        cross_origin=CrossOrigin(tuple(args.allow_origin)),
+        proxies=TrustedProxies.given(args.trusted_proxy),
+        root_path=checked_prefix(args.root_path),
         memory=memory_budget_from(args),
     )
     return access, keys[0] if keys else None

@@ -29,6 +29,9 @@ class Metrics:
         self.response_s = Histogram(
             "llava_http_response_seconds", "Time to the last byte", ["path"], buckets=SECONDS, registry=registry
         )
+        self.errors = Counter(
+            "llava_errors", "Requests that failed or were refused, by kind", ["kind"], registry=registry
+        )
         self.finished = Counter("llava_requests", "Requests to the model by how they ended", ["end"], registry=registry)
         self.prompt_tokens = Counter("llava_prompt_tokens", "Tokens read, by kind", ["kind"], registry=registry)
         self.new_tokens = Counter("llava_generated_tokens", "Tokens written", registry=registry)

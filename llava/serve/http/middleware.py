@@ -1,7 +1,8 @@
 """ASGI middleware: checks of Host, Origin, API key and body size; counters; one log line for each response.
 
-In: an ASGI application and an `AccessPolicy`. Out: the same application behind the checks. A log line has method, path, status
-and time, never with a query, a header or a body. Plain ASGI, so that streams pass through unchanged.
+In: an ASGI application and an `AccessPolicy`. Out: the same application behind the checks. A log line has method, path, status,
+time, the sentence of an error and the request's id, never a query, a header or a body. Plain ASGI, so that streams pass
+through unchanged.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.errors import InputError
+from llava.serve.http.cors import CrossOrigin
 from llava.serve.http.errors import ApiError, error_response
+from llava.serve.http.forwarded import TrustedProxies, as_sent, route_path
 from llava.serve.http.memory_budget import BODY_COPIES, MemoryBudget, MemoryBudgetError, Reservation
 from llava.serve.http.metrics import Metrics
+from llava.serve.http.request_record import REQUEST_ID, NotedError, begin_record
 
 logger = logging.getLogger("llava.serve")
 
@@ -79,7 +83,9 @@ class AccessPolicy:
     keys: ApiKeys = field(default_factory=ApiKeys)
     max_body_bytes: int = 64 * 2**20
     hosts: tuple[str, ...] | None = None  # accepted in the Host header, against DNS rebinding; None: any
-    origins: tuple[str, ...] = ()  # other sites whose pages may send requests (CORS)
+    cross_origin: CrossOrigin = field(default_factory=CrossOrigin)  # pages of other sites that may send requests
+    proxies: TrustedProxies = field(default_factory=TrustedProxies)  # whose X-Forwarded headers are believed
+    root_path: str = ""  # the prefix of all paths, which a proxy may remove
     memory: MemoryBudget = field(default_factory=MemoryBudget)  # of all requests together
 
     def __post_init__(self) -> None:
@@ -114,7 +120,13 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestScope(scope, receive, send, self._policy.max_body_bytes, self._policy.memory.reserve())
+        policy = self._policy
+        scope = as_sent(scope, policy.proxies, policy.root_path)
+        headers = Headers(scope=scope)
+        record = begin_record(headers.get(REQUEST_ID, ""))
+        added = policy.cross_origin.headers(headers.get("origin", ""))
+        send = _adding(added | _id_headers(record.id, route_path(scope)), send)
+        request = RequestScope(scope, receive, send, policy.max_body_bytes, policy.memory.reserve())
         started = time.perf_counter()
         try:
             refusal = self._refusal(request)
@@ -124,17 +136,27 @@ class AccessMiddleware:
                 await self._app(scope, request.receive, request.send)
         finally:
             request.reservation.release()
-            self._log(scope, request.status, time.perf_counter() - started)
+            self._log(scope, request.status, time.perf_counter() - started, record.error)
 
     def _refusal(self, request: RequestScope) -> Response | None:
         policy, host, origin = self._policy, request.header("host"), request.header("origin")
-        path, method = request.scope["path"], request.scope["method"]
-        if policy.hosts is not None and _host_name(f"//{host}") not in policy.hosts:
-            message = "this server does not answer to the name in the Host header"
+        path, method = route_path(request.scope), request.scope["method"]
+        name = _host_name(f"//{host}")
+        if policy.hosts is not None and name not in policy.hosts:
+            message = (
+                f"this server does not answer to the name {_shown(name or host)} in the Host header; if it is the server's "
+                f"own, start it with --allow-host {_shown(name or 'NAME')}"
+            )
             return error_response(ApiError(421, message, code="wrong_host"), path)
-        if origin and origin not in policy.origins and urlsplit(origin).netloc != host:
-            message = "pages of other sites may not use this server"
+        if origin and not policy.cross_origin.allow(origin, host):
+            message = (
+                f"pages of {_shown(origin)} may not use this server; to let them, start it with --allow-origin "
+                f"{_shown(origin)}, or where this is the server's own name, let the proxy pass the Host header on"
+            )
             return error_response(ApiError(403, message, code="cross_origin"), path)
+        preflight = policy.cross_origin.preflight(method, Headers(scope=request.scope))
+        if preflight is not None:
+            return preflight
         is_open = path in self._open_paths or path.startswith(self._open_folders) or method == "OPTIONS"
         if not is_open and not policy.keys.allow(authorization_of(Headers(scope=request.scope))):
             message = "this server needs an API key: send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
@@ -145,12 +167,18 @@ class AccessMiddleware:
             return error_response(ApiError(413, message, code="body_too_large"), path, {"connection": "close"})
         return None
 
-    def _log(self, scope: Scope, status: int | None, seconds: float) -> None:
-        path = scope["path"] if scope["path"] in self._known_paths else "other"
+    def _log(self, scope: Scope, status: int | None, seconds: float, error: NotedError | None) -> None:
+        path = route_path(scope)
+        path = path if path in self._known_paths else "other"
         shown = str(status) if status is not None else "none"
         self._metrics.responses.labels(path, shown).inc()
         self._metrics.response_s.labels(path).observe(seconds)
-        logger.info("%s %s %s %.0f ms", scope["method"], path, shown, 1000 * seconds)
+        if error is None and status is None:
+            error = NotedError("client_left", "the client left before its answer began")
+        if error is not None:
+            self._metrics.errors.labels(error.kind).inc()
+        sentence = f": {error.sentence}" if error is not None else ""
+        logger.info("%s %s %s %.0f ms%s", scope["method"], path, shown, 1000 * seconds, sentence)
 
 
 class RequestScope:
@@ -187,6 +215,29 @@ class RequestScope:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+
+
+def _id_headers(number: str, path: str) -> dict[str, str]:
+    """The headers of a response that have the request's id; Anthropic's clients read one of their own."""
+    return {REQUEST_ID: number} | ({"request-id": number} if path.startswith("/v1/messages") else {})
+
+
+def _adding(added: dict[str, str], send: Send) -> Send:
+    """Return `send` with headers added to the response."""
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = dict(message, headers=[*message.get("headers", ()), *pairs])
+        await send(message)
+
+    return send_with_headers
+
+
+def _shown(text: str) -> str:
+    """A name that a client sent, for a sentence: short and printable."""
+    short = text if len(text) <= 100 else text[:100] + "..."
+    return "".join(character if character.isprintable() else "?" for character in short)
 
 
 def authorization_of(headers: Mapping[str, str]) -> str:

@@ -99,6 +99,7 @@ def run_server(
         access_log=False,
         lifespan="on",
         server_header=False,
+        proxy_headers=False,  # uvicorn would believe any sender of this machine; forwarded.py decides
         timeout_graceful_shutdown=max(1, int(drain_s)),
         backlog=2048,
     )

@@ -14,7 +14,7 @@ from typing import Literal
 
 from llava.engine.request import Chunk
 from llava.serve.answers import ReplyBody, StreamEncoding
-from llava.serve.http.errors import as_api_error
+from llava.serve.http.errors import as_api_error, error_body, ollama_form
 from llava.serve.ollama import schema
 from llava.serve.ollama.requests import DEFAULT_TAG
 from llava.serve.openai.schema import ModelEntry
@@ -85,7 +85,7 @@ def line(reply: ReplyBody) -> bytes:
 
 def error_line(error: Exception) -> bytes:
     """The last line of a stream that failed, which clients raise."""
-    return json.dumps({"error": str(as_api_error(error))}).encode() + b"\n"
+    return json.dumps(error_body(as_api_error(error), ollama_form)).encode() + b"\n"
 
 
 STREAM = StreamEncoding(LINES, line, error_line)

@@ -185,3 +185,4 @@ class Status(Reply):
 
 class OllamaError(Reply):
     error: str
+    request_id: str | None = None

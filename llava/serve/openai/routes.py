@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from llava.serve.answers import ReplyBody, StreamEncoding, answer, validated
 from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.app import Schemas
-from llava.serve.http.errors import ApiError, as_api_error, openai_form
+from llava.serve.http.errors import ApiError, as_api_error, error_body, openai_form
 from llava.serve.http.json_body import read_json
 from llava.serve.openai import schema
 from llava.serve.openai.replies import ChatWriter, TextWriter
@@ -120,7 +120,7 @@ def server_sent_event(reply: ReplyBody) -> bytes:
 
 def error_event(error: Exception) -> bytes:
     """Encode the last event of a stream that failed, which clients raise."""
-    return f"event: error\ndata: {json.dumps(openai_form(as_api_error(error)))}\n\n".encode()
+    return f"event: error\ndata: {json.dumps(error_body(as_api_error(error), openai_form))}\n\n".encode()
 
 
 RESPONSES_STREAM = StreamEncoding(EVENTS, server_sent_event, error_event)

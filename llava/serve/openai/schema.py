@@ -328,6 +328,7 @@ class ErrorBody(Reply):
 
 class ErrorReply(Reply):
     error: ErrorBody
+    request_id: str | None = None
 
 
 def describe_error(error: ValidationError, body: object) -> tuple[str, str | None]:

@@ -21,6 +21,7 @@ from fastapi import Request, Response
 from llava.serve.backends.base import BackendError
 from llava.serve.http.errors import ApiError
 from llava.serve.http.middleware import authorization_of
+from llava.serve.http.request_record import REQUEST_ID, current_id
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.routes import unknown_model
 from llava.serve.router.dispatch import Dispatcher
@@ -67,7 +68,7 @@ class Proxy:
         """
         deadline = asyncio.get_running_loop().time() + self._deadline_s
         body = await request.body()
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", REQUEST_ID: current_id() or ""}
         authorization = f"Bearer {self._key}" if self._key else authorization_of(request.headers)
         if authorization:
             headers["authorization"] = authorization
