@@ -35,8 +35,8 @@ from benchmarks import ROOT
 from benchmarks.convert.greedy import greedy_answer
 from benchmarks.measure import add_output, publish, table
 from llava.convert.convert import ConversionOptions, convert
-from llava.convert.gguf.tokenizer import QWEN_PATTERN
 from llava.model.builder import load
+from llava.model.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
 
 SENTENCEPIECE = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -91,7 +91,7 @@ def make_tokenizer(folder: Path, *, qwen: bool) -> int:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -68,7 +68,7 @@ def run(args: Namespace) -> None:
     from llava.engine.config import EngineConfig
 
     config = EngineConfig(weights=args.weights, max_running=max(sequences), prefix_cache=False, feature_cache_bytes=0)
-    path = find_model(args.model_path)
+    path = find_model(args.model_path, args.mmproj)
 
     from llava.cli.terminal import quiet_libraries
     from llava.engine.engine import Engine

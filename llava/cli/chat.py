@@ -83,7 +83,7 @@ def run(args: Namespace) -> int:
     images = [LoadedImage.open(source, limits) for source in words.sources]
     if question is not None:
         check_question(question, len(images))
-    args.model_path = find_model(args.model_path)
+    args.model_path = find_model(args.model_path, args.mmproj)
     terminal = Terminal(quiet=args.quiet)
     terminal.attached([image for image in images if image.source in words.inside], question)
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from llava.cli.program import Flags
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
-from llava.model.checkpoints.hub import looks_like_repository
+from llava.model.checkpoints.hub import gguf_pair, is_gguf, looks_like_repository, resolve_checkpoint
 from llava.model.checkpoints.inspect import inspect
 
 
 def add_path_flag(flags: Flags) -> None:
-    where = "folder or hub repository (default: the small model in the package)"
-    flags.add_argument("--model-path", "-m", metavar="FOLDER", help=where)
+    where = "folder, hub repository or .gguf file (default: the small model in the package)"
+    flags.add_argument("--model-path", "-m", metavar="MODEL", help=where)
 
 
 def add_loading_flags(flags: Flags) -> None:
-    """--model-base, --device and --dtype."""
+    """--mmproj, --model-base, --device and --dtype."""
+    flags.add_argument("--mmproj", metavar="FILE", help="tower and projector of a GGUF file (default: found beside it)")
     flags.add_argument("--model-base", metavar="FOLDER", help="language model under a LoRA or projector folder")
     flags.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     flags.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: what suits the device)")
@@ -55,16 +56,24 @@ def sampling_from(args: Namespace) -> SamplingParams:
     return SamplingParams.given(**{name: getattr(args, name, None) for name in names})
 
 
-def find_model(path: str | None) -> str:
-    """Return the folder or hub repository to load (None: the model in the package), checked without torch.
+def find_model(path: str | None, mmproj: str | None = None) -> str:
+    """Return the folder or hub repository to load, checked without torch.
+
+    Args:
+        path: A folder, hub repository or GGUF file; None is the model in the package.
+        mmproj: For a GGUF file, the one with its tower and projector.
 
     Raises:
-        InputError: the folder's files show that it cannot be loaded.
+        InputError: the model's files show that it cannot be loaded.
     """
+    if mmproj is not None:
+        return str(gguf_pair(path, mmproj))
     if path is None:
         from llava.assets import embedded_model_path
 
         return str(embedded_model_path())
+    if is_gguf(path):
+        path = str(resolve_checkpoint(path))
     if Path(path).expanduser().exists() or not looks_like_repository(path):
         inspect(path)
     return path

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llava.conversation import get_model_name_from_path
-from llava.convert.gguf.file import read_gguf_header
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
 from llava.images.layout import ImagePolicy, TileRange, parse_pinpoints
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.foreign import ForeignModel
-from llava.model.checkpoints.hub import find_vision_tower
+from llava.model.checkpoints.gguf_config import PROJECTORS
+from llava.model.checkpoints.gguf_file import GgufHeader, read_gguf_header
+from llava.model.checkpoints.gguf_folder import find_pair, gguf_checkpoint
+from llava.model.checkpoints.gguf_names import ARCHITECTURE_OF
+from llava.model.checkpoints.hub import find_vision_tower, is_gguf
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
     PROJECTOR_INFIX,
@@ -60,23 +63,23 @@ class CheckpointDescription:
     readers: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe_checkpoint(path: str | Path, base: str | Path | None = None) -> CheckpointDescription:
+def describe_checkpoint(
+    path: str | Path, base: str | Path | None = None, *, mmproj: str | Path | None = None
+) -> CheckpointDescription:
     """Describe a model folder, a GGUF file or a folder of GGUF files on this disk.
 
     Args:
         path: The folder or file.
         base: The base model of an adapter or projector; None looks for the one that the folder's files name.
+        mmproj: For a GGUF file, the one with its tower and projector; None looks for it beside the other.
     """
     place = Path(path).expanduser()
-    if place.is_file() and place.suffix == ".gguf":
-        return _describe_gguf(place, [place])
+    if mmproj is not None or is_gguf(place):
+        return _describe_gguf(place, None if mmproj is None else Path(mmproj).expanduser())
     if not place.is_dir():
         raise InputError(
             f"there is no model folder or .gguf file {str(path)!r}; llava info looks at what is on this disk"
         )
-    pair = sorted(place.glob("*.gguf"))
-    if pair and not (place / "config.json").is_file():
-        return _describe_gguf(place, pair)
     found = survey(place)
     return _describe_foreign(found, found.foreign) if found.foreign is not None else _Folder(found, base).describe()
 
@@ -317,6 +320,7 @@ class _Folder:
             return {"llava": own, **dict.fromkeys(others, f"no, since its vision tower is of type {tower}")}
         is_theirs = self.info.kind == "transformers"
         plain = self.info.language_model in PLAIN_DECODERS and self.settings.projector.type == "mlp2x_gelu"
+        in_gguf = self.info.language_model in ARCHITECTURE_OF and self.settings.projector.type in PROJECTORS
         whole = not self.info.needs_base
         convert = "after llava convert --to transformers" if plain else "no"
         in_vllm = is_theirs or (plain and whole and self.info.language_model != "qwen3")
@@ -327,7 +331,7 @@ class _Folder:
             "transformers": "yes" if is_theirs else convert,
             "vLLM": plugin if in_vllm else convert,
             "SGLang": self._sglang(str(self.settings.vision.tower), is_plain=plain and whole),
-            "llama.cpp": "after llava convert --to gguf" if plain else "no",
+            "llama.cpp": "after llava convert --to gguf" if in_gguf else "no",
         }
 
     def _tower_type(self) -> str | None:
@@ -405,33 +409,53 @@ def _describe_foreign(info: CheckpointInfo, model: ForeignModel) -> CheckpointDe
     )
 
 
-def _describe_gguf(path: Path, files: list[Path]) -> CheckpointDescription:
-    """Describe one GGUF file, or a folder of them."""
-    headers = {file.name: read_gguf_header(file) for file in files}
-    facts: dict[str, object] = {}
-    stored: Counter[str] = Counter()
-    parameters = {}
-    for name, header in headers.items():
-        is_vision = header.architecture == "clip"
-        prefix = "clip.vision" if is_vision else header.architecture
-        facts[name] = ", ".join(
-            [
-                "vision tower and projector" if is_vision else f"language model, {header.architecture}",
-                f"{header.keys.get(f'{prefix}.block_count')} layers",
-                f"{header.keys.get(f'{prefix}.embedding_length')} wide",
-            ]
-        )
-        if not is_vision:
-            facts["context"] = header.keys.get(f"{prefix}.context_length")
-            facts["vocabulary"] = header.keys.get("tokenizer.ggml.tokens")
-        parameters["tower and projector" if is_vision else "language model"] = header.num_parameters
-        for tensor in header.tensors.values():
-            stored[tensor.kind] += tensor.num_bytes or 0
-    is_pair = {header.architecture == "clip" for header in headers.values()} == {True, False}
-    missing = () if is_pair or path.is_file() else ("one file of the pair: a language model and a file named mmproj-*",)
+def _describe_gguf(place: Path, mmproj: Path | None) -> CheckpointDescription:
+    """Describe a pair of GGUF files as the checkpoint that is loaded of them; where that is refused, what their headers say."""
+    try:
+        files: Sequence[Path] = find_pair(place, mmproj)
+        missing: tuple[str, ...] = ()
+    except InputError as error:
+        files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+        missing = (str(error),)
+    heads = [read_gguf_header(file) for file in files]
     command = "yes: llama-mtmd-cli -m MODEL --mmproj MMPROJ --jinja --image IMAGE -p QUESTION"
-    readers = {"llava": "no", "llama.cpp": command if is_pair else "yes, with the other file of the pair"}
-    return CheckpointDescription(str(path), "gguf", facts, parameters, dict(stored), {}, missing, readers)
+    readers = {"llava": "no", "llama.cpp": "with the other file of the pair" if missing else command}
+    facts: dict[str, object] = dict(_gguf_facts(head) for head in heads)
+    stored: Counter[str] = Counter()
+    for tensor in (tensor for head in heads for tensor in head.tensors.values()):
+        stored[tensor.kind] += tensor.num_bytes or 0
+    if not missing:
+        try:
+            whole = _Folder(inspect(gguf_checkpoint(*files))).describe()
+        except InputError as error:
+            readers["llava"] = f"no: {error}"
+        else:
+            facts |= {**whole.facts, "kind": f"a pair of GGUF files, read as {whole.facts['kind']}"}
+            readers |= {"llava": "yes", "transformers, vLLM": "after llava convert --to transformers"}
+            return replace(
+                whole,
+                path=str(place),
+                layout="gguf",
+                facts=facts,
+                stored_bytes=dict(stored),
+                missing=(),
+                readers=readers,
+            )
+    parameters = {_part(head): head.num_parameters for head in heads}
+    return CheckpointDescription(str(place), "gguf", facts, parameters, dict(stored), {}, missing, readers)
+
+
+def _part(head: GgufHeader) -> str:
+    return "tower and projector" if head.architecture == "clip" else "language model"
+
+
+def _gguf_facts(head: GgufHeader) -> tuple[str, str]:
+    """A GGUF file's name, and what its header says in a line."""
+    is_vision = head.architecture == "clip"
+    prefix = "clip.vision" if is_vision else head.architecture
+    sizes = f"{head.keys.get(f'{prefix}.block_count')} layers, {head.keys.get(f'{prefix}.embedding_length')} wide"
+    what = "vision tower and projector" if is_vision else f"language model, {head.architecture}"
+    return head.file.name, f"{what}, {sizes}"
 
 
 def as_json(description: CheckpointDescription) -> str:

@@ -33,6 +33,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--model-base", metavar="FOLDER", help="base model of an adapter or projector (default: what its files name)"
     )
+    parser.add_argument(
+        "--mmproj", metavar="FILE", help="tower and projector of a .gguf file (default: found beside it)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    description = describe_checkpoint(args.path, args.model_base)
+    description = describe_checkpoint(args.path, args.model_base, mmproj=args.mmproj)
     print(as_json(description) if args.json else "\n".join(lines(description)))
 
 

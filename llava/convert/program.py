@@ -25,6 +25,7 @@ from llava.convert.options import (
 )
 from llava.errors import InputError
 from llava.files import refuse_existing
+from llava.model.checkpoints.hub import gguf_pair
 from llava.model.checkpoints.inspect import inspect
 
 EXAMPLES = """\
@@ -32,6 +33,7 @@ examples:
   llava convert ./llava-v1.5-7b ./llava-v1.5-7b-hf --to transformers
   llava convert ./llava-1.5-7b-hf ./llava-v1.5-7b --to original
   llava convert ./llava-v1.5-7b ./gguf --to gguf --precision q8_0
+  llava convert ./llava-v1.5-7b-q8_0.gguf ./llava-v1.5-7b --mmproj ./mmproj-f16.gguf --to original
   llava convert ./llava-lora ./merged --to original --base ./vicuna-7b
   llava convert ./llava-v1.5-7b ./projector --to projector
   llava convert ./llava-v1.5-7b ./small --to original --dtype bf16 --shard-size 2GB --tower in
@@ -49,10 +51,13 @@ def build_parser() -> ArgumentParser:
         description="Write a checkpoint in another layout, tensor by tensor, and verify that it is the same model.",
         epilog=EXAMPLES + "\n".join(f"  {name:<{width}}  {what}" for name, what in LAYOUTS.items()),
     )
-    parser.add_argument("source", metavar="SOURCE", help="a model folder or hub repository, in any layout")
+    parser.add_argument("source", metavar="SOURCE", help="a model folder, hub repository or .gguf file")
     parser.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
     parser.add_argument("--to", required=True, choices=LAYOUTS, metavar="LAYOUT", help="the target's layout, see below")
     parser.add_argument("--base", metavar="FOLDER", help="the language model under an adapter, projector or delta")
+    parser.add_argument(
+        "--mmproj", metavar="FILE", help="tower and projector of a .gguf file (default: found beside it)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the target (default: each tensor keeps its own)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a weight file at most (5GB)")
     tower = "the vision tower's weights as the source has them, in the checkpoint, or out of it in a folder beside them"
@@ -76,6 +81,8 @@ def run(args: Namespace) -> None:
     refuse_existing(Path(args.target))
     if args.to in NEEDS_BASE and args.base is None:
         raise InputError(f"--to {args.to} needs the base model's folder; give it with --base")
+    if args.mmproj is not None:
+        args.source = str(gguf_pair(args.source, args.mmproj))
     inspect(args.source)  # errors that headers show are raised before libraries are loaded
     from llava.convert.convert import ConversionOptions, convert
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.errors import InputError
-
-UNIGRAM, BPE = 1, 2
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from llava.model.checkpoints.gguf_tokenizer import NORMAL, UNIGRAM
 
 
 class ScoredPiece(NamedTuple):

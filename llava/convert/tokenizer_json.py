@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.convert.sentencepiece_file import BPE, UNIGRAM, read_sentencepiece
+from llava.convert.sentencepiece_file import read_sentencepiece
 from llava.errors import InputError
+from llava.model.checkpoints.gguf_tokenizer import BPE, UNIGRAM
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 from llava.text.tokenization import tokenizer_image_token
 

@@ -22,6 +22,7 @@ from llava.cli.colors import Colors, wants_colors
 from llava.cli.program import ArgumentParser, add_number
 from llava.diagnose.checks.findings import CAUSES, DoctorFinding, DoctorReport
 from llava.errors import InputError
+from llava.model.checkpoints.hub import gguf_pair
 
 EXIT_FOUND = 1
 KINDS = ("checkpoint", "data", "config", "server")
@@ -49,6 +50,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--as", dest="kind", choices=KINDS, help="what PATH is, where its name does not tell")
     parser.add_argument("--quick", action="store_true", help="checkpoint: read no weights, only headers and configs")
     parser.add_argument("--model-base", metavar="FOLDER", help="checkpoint: the model under a LoRA or projector")
+    parser.add_argument("--mmproj", metavar="FILE", help="GGUF file: that of its tower and projector")
     parser.add_argument("--image-folder", metavar="FOLDER", help="data: the folder that images are relative to")
     parser.add_argument("--model-path", "-m", metavar="FOLDER", help="data: read labels and lengths with this model")
     parser.add_argument("--max-length", type=int, metavar="N", help="data: judge lengths by this limit")
@@ -105,6 +107,8 @@ def kind_of(path: str) -> str:
     file = Path(path)
     if file.is_dir() or not file.exists():
         return "checkpoint"  # or a hub repository
+    if file.suffix.lower() == ".gguf":
+        return "checkpoint"
     if file.suffix.lower() in (".yaml", ".yml"):
         text = file.read_text(encoding="utf-8", errors="replace")
         return "data" if re.search(r"^datasets\s*:", text, flags=re.MULTILINE) else "config"
@@ -115,6 +119,8 @@ def examine_path(kind: str, path: str, args: Namespace) -> DoctorReport:
     if kind == "checkpoint":
         from llava.diagnose.checks.checkpoint import examine_checkpoint
 
+        if args.mmproj is not None:
+            path = str(gguf_pair(path, args.mmproj))
         return examine_checkpoint(path, args.model_base, quick=args.quick)
     if kind == "data":
         from llava.data.reader import read_model

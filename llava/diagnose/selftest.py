@@ -69,7 +69,7 @@ def run(args: Namespace) -> int:
 
     if args.steps < 1:
         raise InputError(f"--steps is {args.steps}; give 1 or more, or --skip-training")
-    path = find_model(args.model)
+    path = find_model(args.model, args.mmproj)
     prepare()
     quiet_libraries()
     from llava.model.builder import load

@@ -88,7 +88,7 @@ def _trace_question(args: Namespace) -> int:
         get_template(args.conv_mode)
     images = [LoadedImage.open(source) for source in words.sources]
     check_question(question, len(images))
-    args.model_path = find_model(args.model_path)
+    args.model_path = find_model(args.model_path, args.mmproj)
     sampling = sampling_from(args)
     args.load_8bit, args.load_4bit, args.verbose = False, False, False
 
@@ -121,7 +121,7 @@ def _trace_sample(args: Namespace, training_flags: Sequence[str]) -> int:
     record = trace_sample(
         args.data,
         args.index,
-        model_path=find_model(args.model_path),
+        model_path=find_model(args.model_path, args.mmproj),
         image_folder=args.image_folder,
         flags=training_flags,
         break_at=args.break_at,

@@ -94,7 +94,7 @@ def check_model_flags(args: Namespace) -> None:
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     EngineConfig(max_running=args.limit_model_concurrency, memory_fraction=args.memory_fraction)
-    args.model_path = find_model(args.model_path)
+    args.model_path = find_model(args.model_path, args.mmproj)
 
 
 def load_backend(args: Namespace) -> Backend:

@@ -59,10 +59,10 @@ def not_a_checkpoint(folder: Path, file: str = "notes.txt") -> Path:
 BAD: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no such folder": (lambda folder: folder / "absent", ["--to", "original"], "there is no model folder"),
     "not a checkpoint": (not_a_checkpoint, ["--to", "original"], "holds no config.json"),
-    "a GGUF pair": (
+    "an empty GGUF file": (
         lambda folder: not_a_checkpoint(folder, "model-f16.gguf"),
         ["--to", "original"],
-        "holds GGUF files, which are read by llama.cpp alone",
+        "is not a GGUF file",
     ),
     "a missing shard": (without_shard, ["--to", "transformers"], "pytorch_model-00002-of-00003.bin, which does not exist"),
     "a language model": (lambda _: "checkpoints/vicuna-tiny-base", ["--to", "gguf"], "without a vision tower (llama)"),

@@ -84,10 +84,13 @@ def test_other_layouts(tmp_path: Path) -> None:
     assert pair.layout == "gguf"
     assert pair.parameters["language model"] == whole.parameters["language model"]
     assert pair.missing == ()
+    for key in ("template", "context", "images", "projector", "language model"):
+        assert pair.facts[key] == whole.facts[key]
+    assert (pair.readers["llava"], pair.memory_bytes) == ("yes", whole.memory_bytes)
     (vision,) = (tmp_path / "gguf").glob("mmproj-*")
     assert describe_checkpoint(vision).facts == {vision.name: "vision tower and projector, 8 layers, 256 wide"}
     vision.unlink()
-    assert "one file of the pair" in describe_checkpoint(tmp_path / "gguf").missing[0]
+    assert "give the file of tower and projector" in describe_checkpoint(tmp_path / "gguf").missing[0]
 
 
 def test_readers_agree_with_conversions(tmp_path: Path) -> None:

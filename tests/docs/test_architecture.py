@@ -125,7 +125,11 @@ LIGHT_FILES = [
     *(PACKAGE / f"images/{name}.py" for name in ("layout", "io", "download")),
     *(PACKAGE / f"model/{name}.py" for name in ("config", "template_defaults", "utils")),
     *(PACKAGE / f"model/checkpoints/{name}.py" for name in ("hub", "inspect", "hf_layout", "weight_files")),
-    *(PACKAGE / f"convert/{name}.py" for name in ("program", "info", "options", "describe", "merge_lora", "gguf/file")),
+    *(
+        PACKAGE / f"model/checkpoints/gguf_{name}.py"
+        for name in ("config", "file", "folder", "names", "tensors", "tokenizer")
+    ),
+    *(PACKAGE / f"convert/{name}.py" for name in ("program", "info", "options", "describe", "merge_lora")),
     PACKAGE / "engine/request.py",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "numpy", "PIL"}

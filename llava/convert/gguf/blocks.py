@@ -1,6 +1,7 @@
-"""Pack tensors into GGUF's tensor types and unpack them to float32, with the gguf package for the quantized ones.
+"""Pack tensors into GGUF's tensor types, with the gguf package for the quantized ones.
 
-In: a tensor and a type by GGUF's name. Out: an array as it lies in the file; from the bytes of a file, a tensor.
+In: a tensor and a type by GGUF's name. Out: an array as it lies in the file. The opposite way is
+model/checkpoints/gguf_blocks.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava.model.checkpoints.gguf_blocks import DTYPES
+
 BLOCK = 32  # elements that share a scale in q8_0
 CHUNK = 2**24  # elements packed at once, since packing makes several copies
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def pack(gguf: ModuleType, tensor: Tensor, kind: str) -> np.ndarray:
@@ -24,11 +26,3 @@ def pack(gguf: ModuleType, tensor: Tensor, kind: str) -> np.ndarray:
         return np.concatenate([gguf.quants.quantize(part.float().numpy(), quantization) for part in tensor.split(rows)])
     numbers = tensor.to(DTYPES[kind]).contiguous()
     return (numbers.view(torch.int16) if kind == "BF16" else numbers).numpy()
-
-
-def unpack(gguf: ModuleType, stored: np.ndarray, kind: str, shape: tuple[int, ...]) -> Tensor:
-    """Convert the stored array of a tensor of `shape` back, to float32."""
-    if kind not in DTYPES:
-        rows = stored.reshape(*shape[:-1], -1)
-        return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])).reshape(shape)
-    return torch.from_numpy(stored).view(DTYPES[kind]).reshape(shape).float()

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from llava.convert.gguf.blocks import BLOCK, pack, unpack
+from llava.convert.gguf.blocks import BLOCK, pack
 from llava.convert.gguf.tokenizer import add_tokenizer, tokenizer_notes
 from llava.convert.source import Source
 from llava.convert.verify import (
@@ -33,47 +34,37 @@ from llava.convert.verify import (
 )
 from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
+from llava.model.checkpoints.gguf_blocks import dequantize
+from llava.model.checkpoints.gguf_config import (
+    OWN_LENGTH,
+    OWN_PROJECTOR,
+    OWN_TYPE,
+    PROJECTORS,
+    SINGLE_LAYER,
+    llama_3_factors,
+)
+from llava.model.checkpoints.gguf_names import (
+    ARCHITECTURE_OF,
+    INTERLEAVED,
+    ROPE_FACTORS,
+    SHIFTED_NORMS,
+    gguf_name,
+    interleave,
+    is_vision,
+    uninterleave,
+)
 from llava.model.tokenizer_setup import context_len
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
+    from transformers import PreTrainedConfig
 
 # The precisions, and the file type of a model whose matrices have that precision.
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 
-# Language models and the GGUF name of their architecture.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Architectures whose rotary embedding rotates neighbouring elements where transformers rotates halves: rows are reordered.
-INTERLEAVED = ("llama",)
-
-TEXT_NAMES = (
-    (r"model\.embed_tokens\.", "token_embd."),
-    (r"model\.norm\.", "output_norm."),
-    (r"lm_head\.", "output."),
-    (r"model\.layers\.(\d+)\.input_layernorm\.", r"blk.\1.attn_norm."),
-    (r"model\.layers\.(\d+)\.post_attention_layernorm\.", r"blk.\1.ffn_norm."),
-    (r"model\.layers\.(\d+)\.self_attn\.o_proj\.", r"blk.\1.attn_output."),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"blk.\1.attn_\2."),
-    (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.", r"blk.\1.attn_\2_norm."),
-    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.", r"blk.\1.ffn_\2."),
-)
-TOWER = r"model\.vision_tower\.vision_tower\.vision_model\."
-VISION_NAMES = (
-    (TOWER + r"embeddings\.class_embedding$", "v.class_embd"),
-    (TOWER + r"embeddings\.patch_embedding\.", "v.patch_embd."),
-    (TOWER + r"embeddings\.position_embedding\.", "v.position_embd."),
-    (TOWER + r"pre_layrnorm\.", "v.pre_ln."),
-    (TOWER + r"encoder\.layers\.(\d+)\.layer_norm1\.", r"v.blk.\1.ln1."),
-    (TOWER + r"encoder\.layers\.(\d+)\.layer_norm2\.", r"v.blk.\1.ln2."),
-    (TOWER + r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"v.blk.\1.attn_out."),
-    (TOWER + r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"v.blk.\1.attn_\2."),
-    (TOWER + r"encoder\.layers\.(\d+)\.mlp\.fc1\.", r"v.blk.\1.ffn_up."),
-    (TOWER + r"encoder\.layers\.(\d+)\.mlp\.fc2\.", r"v.blk.\1.ffn_down."),
-    (r"model\.mm_projector\.(\d+)\.", r"mm.\1."),
-    (r"model\.image_newline$", "v.image_newline"),
-)
+ROPE_TYPES = ("default", "linear", "llama3")
 # Parts of a tower behind the layer whose features are used; llama.cpp would apply them if they were stored.
-UNUSED = re.compile(TOWER + r"(post_layernorm|head)\.")
+UNUSED = re.compile(r"model\.vision_tower\.vision_tower\.vision_model\.(post_layernorm|head)\.")
 
 
 @dataclass(frozen=True)
@@ -94,16 +85,39 @@ class GgufPair:
         self.source = source
         self.precision = precision
         _check_expressible(source)
-        self.architecture = ARCHITECTURES[source.info.language_model]
+        self.architecture = ARCHITECTURE_OF[source.info.language_model]
         kept = [name for name in source.names if not UNUSED.match(name)]
         self.text = [self._entry(name) for name in kept if not is_vision(name)]
+        config = source.model.config
+        if config.rope_parameters.get("rope_type") == "llama3":
+            shape = (_head_dim(config) // 2,)
+            self.text.insert(0, PlannedGgufTensor(ROPE_FACTORS, ROPE_FACTORS, shape, self._kind(ROPE_FACTORS, shape)))
         self.vision = [self._entry(name) for name in kept if is_vision(name)]
+        if self.is_single_layer:
+            self.vision += self._second_layer()
 
     def _entry(self, name: str) -> PlannedGgufTensor:
         target, shape = gguf_name(name), self.source.shape(name)
         if target is None:
             raise InputError(f"GGUF has no name for tensor {name!r} of {self.source.folder}")
+        if target.startswith("mm.") and self.is_single_layer:
+            shape = (2 * shape[0], *shape[1:])
         return PlannedGgufTensor(target, name, shape, self._kind(target, shape))
+
+    @property
+    def is_single_layer(self) -> bool:
+        """Whether the projector is a single linear layer, which llama.cpp does not compute.
+
+        It is stored as two: as GELU(x) - GELU(-x) is x, the first makes x and -x, and the second subtracts them.
+        """
+        return self.source.settings.projector.type in SINGLE_LAYER
+
+    def _second_layer(self) -> list[PlannedGgufTensor]:
+        width, kinds = self.source.model.config.hidden_size, self.gguf.GGMLQuantizationType
+        return [
+            PlannedGgufTensor("mm.2.weight", "", (width, 2 * width), kinds.F16),
+            PlannedGgufTensor("mm.2.bias", "", (width,), kinds.F32),
+        ]
 
     def _kind(self, target: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
         """Choose a tensor's type: the precision asked for, except where llama.cpp computes in another one.
@@ -158,11 +172,32 @@ class GgufPair:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            tensor, heads = self.source.read(entry.source), self._heads(entry)
-            data = pack(self.gguf, tensor if heads is None else interleave(tensor, heads), entry.kind.name)
+            data = pack(self.gguf, self._stored(entry), entry.kind.name)
             writer.write_tensor_data(data)
             progress.update(data.nbytes)
         writer.close()
+
+    def _stored(self, entry: PlannedGgufTensor) -> Tensor:
+        """The tensor as llama.cpp expects it: with its rows reordered, or one added to a norm."""
+        if entry.source == ROPE_FACTORS:
+            return self._rope_factors()
+        if not entry.source:
+            return _difference_layer(entry.shape)
+        tensor, heads = self.source.read(entry.source), self._heads(entry)
+        if entry.name.startswith("mm.") and self.is_single_layer:
+            return torch.cat([tensor, -tensor])
+        if self._is_shifted(entry):
+            return tensor.float() + 1
+        return tensor if heads is None else interleave(tensor, heads)
+
+    def _is_shifted(self, entry: PlannedGgufTensor) -> bool:
+        return self.architecture in SHIFTED_NORMS and entry.name.endswith("norm.weight")
+
+    def _rope_factors(self) -> Tensor:
+        config = self.source.model.config
+        return torch.tensor(
+            llama_3_factors(config.rope_parameters["rope_theta"], _head_dim(config), config.rope_parameters)
+        )
 
     def _heads(self, entry: PlannedGgufTensor) -> int | None:
         """The number of heads whose rows are reordered for the rotary embedding; None: not this tensor."""
@@ -176,9 +211,11 @@ class GgufPair:
 
     def _describe_text(self, writer: GGUFWriter) -> None:
         config = self.source.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = config.rope_parameters
+        head_dim, rope = _head_dim(config), config.rope_parameters
         writer.add_type("model")
+        writer.add_string(OWN_TYPE, self.source.info.language_model)
+        if length := self.source.config.get("tokenizer_model_max_length"):
+            writer.add_uint32(OWN_LENGTH, length)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
@@ -203,6 +240,7 @@ class GgufPair:
         writer.add_clip_has_vision_encoder(True)
         writer.add_bool("clip.has_llava_projector", True)  # the key of releases before 2025
         writer.add_clip_projector_type("mlp")
+        writer.add_string(OWN_PROJECTOR, source.settings.projector.type)
         writer.add_vision_image_size(config.image_size)
         writer.add_vision_patch_size(config.patch_size)
         writer.add_vision_embedding_length(config.hidden_size)
@@ -214,9 +252,8 @@ class GgufPair:
         writer.add_vision_image_mean([float(value) for value in processor.image_mean])
         writer.add_vision_image_std([float(value) for value in processor.image_std])
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
-        layer = tower.hidden_state_index
-        if layer != config.num_hidden_layers - 1:  # the default
-            writer.add_array("clip.vision.feature_layer", [layer])
+        writer.add_array("clip.vision.feature_layer", [tower.hidden_state_index])
+        writer.add_string("clip.vision.image_aspect_ratio", source.policy.mode)
         if source.policy.mode == "anyres":
             writer.add_string("clip.vision.mm_patch_merge_type", source.policy.merge)
             writer.add_array(
@@ -251,6 +288,9 @@ class GgufPair:
     def verify(self, folder: Path, *, logits: bool) -> Verification:
         """Read the files back and compare every tensor; logits are computed by our model with the weights of the files."""
         stored = self._read_back(folder)
+        self._verify_rope_factors(stored.pop(ROPE_FACTORS, None))
+        for name in [name for name in stored if name.startswith("mm.2.")]:
+            stored.pop(name)()
         kept = [name for name in self.source.names if not UNUSED.match(name)]
         require_same_names(kept, stored)
         largest = max(largest_difference(self.source.read(name), stored[name]()) for name in kept)
@@ -259,7 +299,8 @@ class GgufPair:
             raise InputError(
                 f"some numbers of {self.source.folder} are beyond the range of {self.precision}; use --precision bf16"
             )
-        if self.precision == "f32" and largest:
+        # One added and taken away again rounds a norm's weights.
+        if self.precision == "f32" and largest > (2**-22 if self.architecture in SHIFTED_NORMS else 0):
             raise VerificationError(f"tensors differ by {largest:.3g} in float32")
         if not logits:
             return Verification(tensors)
@@ -272,10 +313,14 @@ class GgufPair:
         theirs = own_logits(self.source.model, read, sample.inputs)
         return Verification(tensors, compare_logits(ours, theirs, exact=tensors.is_exact))
 
-    def _read_back(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
+    def _verify_rope_factors(self, read: Callable[[], Tensor] | None) -> None:
+        if read is not None and not torch.equal(read(), self._rope_factors()):
+            raise VerificationError(f"tensor {ROPE_FACTORS!r} has other numbers than the config says")
+
+    def _read_back(self, folder: Path) -> dict[str, Callable[[], Tensor]]:
         """Published name -> a function that reads the tensor from the pair, in our row order."""
         by_name = {entry.name: entry for entry in (*self.text, *self.vision)}
-        readers = {}
+        readers: dict[str, Callable[[], Tensor]] = {}
         for file in self.file_names():
             for item in self.gguf.GGUFReader(folder / file).tensors:
                 entry, shape = by_name.get(item.name), tuple(reversed(item.shape.tolist()))
@@ -283,51 +328,49 @@ class GgufPair:
                     raise VerificationError(
                         f"{file} holds {item.name!r} of shape {item.shape.tolist()}, which was not planned"
                     )
-                readers[entry.source] = partial(self._unpacked, folder / file, int(item.data_offset), entry)
+                readers[entry.source or entry.name] = partial(
+                    self._unpacked, folder / file, int(item.data_offset), entry
+                )
         return readers
 
     def _unpacked(self, file: Path, offset: int, entry: PlannedGgufTensor) -> Tensor:
         size = self._size(entry)
         data = np.fromfile(file, dtype=np.uint8, count=size, offset=offset)
-        numbers = unpack(self.gguf, data, entry.kind.name, entry.shape)
+        numbers = dequantize(torch.from_numpy(data), entry.kind.name, entry.shape).float()
+        if not entry.source and not torch.equal(numbers, _difference_layer(entry.shape)):
+            raise VerificationError(f"tensor {entry.name!r} is not the layer that subtracts")
+        if entry.name.startswith("mm.") and self.is_single_layer and entry.source:
+            numbers, negative = numbers.chunk(2)
+            if not torch.equal(numbers, -negative):
+                raise VerificationError(f"the halves of tensor {entry.name!r} are not each other's negative")
+        if self._is_shifted(entry):
+            return numbers - 1
         heads = self._heads(entry)
         return numbers if heads is None else uninterleave(numbers, heads)
 
 
-def interleave(rows: Tensor, num_heads: int) -> Tensor:
-    """Reorder the rows of each head from two halves to pairs of neighbours."""
-    return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+def _difference_layer(shape: tuple[int, ...]) -> Tensor:
+    """Weight or bias of the layer that subtracts the second half of its input from the first."""
+    if len(shape) == 1:
+        return torch.zeros(shape)
+    one = torch.eye(shape[0])
+    return torch.cat([one, -one], dim=1)
 
 
-def uninterleave(rows: Tensor, num_heads: int) -> Tensor:
-    """Undo `interleave`."""
-    return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def gguf_name(name: str) -> str | None:
-    """The GGUF name of a tensor; None where GGUF has none."""
-    for pattern, replacement in VISION_NAMES if is_vision(name) else TEXT_NAMES:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
-
-
-def is_vision(name: str) -> bool:
-    """Whether a tensor belongs in the file of tower and projector."""
-    return ".vision_tower." in name or ".mm_projector." in name or name.endswith("image_newline")
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _check_expressible(source: Source) -> None:
     settings, tower = source.settings, source.tower
     rope = getattr(source.model.config, "rope_parameters", None) or {}
     unsupported = {
-        f"a language model of type {source.info.language_model!r}": source.info.language_model not in ARCHITECTURES,
-        f"a projector of type {settings.projector.type!r}": settings.projector.type != "mlp2x_gelu",
+        f"a language model of type {source.info.language_model!r}": source.info.language_model not in ARCHITECTURE_OF,
+        f"a projector of type {settings.projector.type!r}": settings.projector.type not in PROJECTORS,
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
         f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature != "patch",
         f"a tower of type {tower.config.model_type!r}": tower.config.model_type
         not in ("clip_vision_model", "siglip_vision_model"),
-        f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default")
-        not in ("default", "linear"),
+        f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ROPE_TYPES,
     }
     source.require_supported("gguf", unsupported)

@@ -1,65 +1,74 @@
 """The tokenizer's fields of a GGUF file.
 
 In: a `Source`. Out: tokens, scores, types, merges, special ids and the chat template under the keys that llama.cpp reads.
-Where llama.cpp splits text by other rules than the model was trained with, `tokenizer_notes` says so.
+Where llama.cpp splits text by other rules than the model was trained with, `tokenizer_notes` says so. The opposite way is
+model/checkpoints/gguf_tokenizer.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.conversation import image_placeholder
 from llava.convert.chat_template import chat_template
-from llava.convert.sentencepiece_file import (
+from llava.convert.sentencepiece_file import ScoredPiece, SentencePieceFile, read_sentencepiece
+from llava.convert.source import Source
+from llava.errors import InputError
+from llava.model.checkpoints.gguf_config import OWN_LEGACY
+from llava.model.checkpoints.gguf_tokenizer import (
     BPE,
     BYTE,
     CONTROL,
+    MODEL_KINDS,
     NORMAL,
+    PRE_TOKENIZERS,
     UNIGRAM,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    ScoredPiece,
-    SentencePieceFile,
-    read_sentencepiece,
 )
-from llava.convert.source import Source
-from llava.errors import InputError
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerFast
 
-# The name that llama.cpp gives to the pre-tokenizer of a language model's byte-level tokenizer.
-PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
-# The expression behind that name, which is Qwen's own.
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-MODELS = {BPE: "llama", UNIGRAM: "t5"}
+MODELS = {kind: name for name, kind in MODEL_KINDS.items()}
 UNKNOWN_PENALTY = 10.0  # what sentencepiece subtracts from the lowest score for a character without a piece
+# The pre-tokenizer that is named for a language model whose tokenizer splits text by an expression that GGUF cannot name.
+NEAREST = {"qwen2": "qwen2", "qwen3": "qwen2"}
+SPACE = "▁"
 
 
 def add_tokenizer(writer: GGUFWriter, source: Source) -> None:
     """Write the tokenizer and the chat template of a source; a tokenizer that GGUF cannot hold is an `InputError`."""
-    tokenizer = source.tokenizer
+    tokenizer, num_rows = source.tokenizer, source.model.config.vocab_size
     if isinstance(tokenizer, LlamaSentencePieceTokenizer):
-        _add_sentencepiece(writer, tokenizer, source.model.config.vocab_size)
-    elif source.info.language_model in PRE_TOKENIZERS and getattr(tokenizer, "is_fast", False):
-        _add_byte_level(writer, tokenizer, source)
+        _add_sentencepiece(writer, tokenizer, num_rows)
+    elif getattr(tokenizer, "is_fast", False):
+        parts = _parts_of(tokenizer)
+        if parts["model"]["type"] != "BPE":
+            raise _not_expressible(source, f"a tokenizer of kind {parts['model']['type']}")
+        if any(step["type"] == "ByteLevel" for step in _steps(parts["pre_tokenizer"])):
+            _add_byte_level(writer, tokenizer, parts, source)
+        else:
+            _add_merges_of_pieces(writer, tokenizer, parts, source)
     else:
-        raise InputError(
-            f"the gguf layout cannot express the tokenizer of {source.folder} ({type(tokenizer).__name__} of a "
-            f"{source.info.language_model} model); known are sentencepiece models and Qwen's"
-        )
+        raise _not_expressible(source, f"a tokenizer of class {type(tokenizer).__name__} without a tokenizer.json")
     for name in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     writer.add_chat_template(
         chat_template(source.conv_mode, image_placeholder(source.settings.tokens.use_im_start_end))
     )
+
+
+def _not_expressible(source: Source, what: str) -> InputError:
+    return InputError(f"the gguf layout cannot express {what}, which {source.folder} has")
 
 
 def _add_sentencepiece(writer: GGUFWriter, tokenizer: LlamaSentencePieceTokenizer, num_rows: int) -> None:
@@ -70,14 +79,22 @@ def _add_sentencepiece(writer: GGUFWriter, tokenizer: LlamaSentencePieceTokenize
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         if index >= len(file.pieces):
             pieces.append(ScoredPiece(str(token.content), -1000.0, CONTROL if token.special else USER_DEFINED))
-    _add_tokens(writer, [piece.text for piece in pieces], [piece.kind for piece in pieces], num_rows)
-    writer.add_token_scores([piece.score for piece in pieces] + [-10000.0] * (num_rows - len(pieces)))
-    writer.add_tokenizer_model(MODELS[file.kind])
-    writer.add_tokenizer_pre("default")
+    _add_pieces(writer, pieces, num_rows, kind=file.kind, adds_space=True, legacy=tokenizer.legacy)
     writer.add_add_bos_token(tokenizer.add_bos_token)
     writer.add_add_eos_token(tokenizer.add_eos_token)
-    writer.add_add_space_prefix(True)
+
+
+def _add_pieces(
+    writer: GGUFWriter, pieces: list[ScoredPiece], num_rows: int, *, kind: int, adds_space: bool, legacy: bool
+) -> None:
+    """Write a sentencepiece vocabulary, and where spaces are added to a text."""
+    _add_tokens(writer, [piece.text for piece in pieces], [piece.kind for piece in pieces], num_rows)
+    writer.add_token_scores([piece.score for piece in pieces] + [-10000.0] * (num_rows - len(pieces)))
+    writer.add_tokenizer_model(MODELS[kind])
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(adds_space)
     writer.add_remove_extra_whitespaces(False)
+    writer.add_bool(OWN_LEGACY, legacy)
 
 
 def with_characters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
@@ -96,25 +113,104 @@ def with_characters_for_bytes(file: SentencePieceFile) -> list[ScoredPiece]:
     return found
 
 
-def _add_byte_level(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, source: Source) -> None:
-    model = _parts_of(tokenizer)["model"]
-    if model["type"] != "BPE":
-        raise InputError(
-            f"the gguf layout cannot express a tokenizer of kind {model['type']}, which {source.folder} has"
-        )
+def _add_merges_of_pieces(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any], source: Source
+) -> None:
+    """Write a tokenizer.json that was made of a sentencepiece model: a piece's score is the rank of the merge that makes it."""
+    steps = [*_steps(parts["normalizer"]), *_steps(parts["pre_tokenizer"])]
+    strange = next((step["type"] for step in steps if not _handles_spaces(step)), None)
+    if strange is not None:
+        raise _not_expressible(source, f"a tokenizer with the step {strange}")
+    schemes = {step.get("prepend_scheme", "always") for step in steps if _adds_space(step)} - {"never"}
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(parts["model"]["merges"]):
+        ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
+    tokens, kinds = _tokens_and_kinds(tokenizer)
+    unknown = parts["model"]["unk_token"]
+    pieces = []
+    for token, kind in zip(tokens, kinds, strict=True):
+        if token == unknown:
+            kind = UNKNOWN
+        elif kind == NORMAL and parts["model"]["byte_fallback"] and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            kind = BYTE
+        pieces.append(ScoredPiece(token, -float(ranks.get(token, len(ranks))), kind))
+    legacy = schemes == {"always"} and not any("Regex" in step.get("pattern", {}) for step in steps)
+    _add_pieces(writer, pieces, source.model.config.vocab_size, kind=BPE, adds_space=bool(schemes), legacy=legacy)
+    writer.add_add_bos_token(_adds_begin(tokenizer, parts))
+    writer.add_add_eos_token(False)
+
+
+def _handles_spaces(step: dict[str, Any]) -> bool:
+    """Whether a step of a tokenizer.json only writes spaces as sentencepiece does, or separates words at them."""
+    if step["type"] in ("Metaspace", "Prepend"):
+        return bool(step.get("replacement", step.get("prepend")) == SPACE)
+    if step["type"] == "Replace":
+        return bool(step["content"] == SPACE)
+    return step["type"] == "Split" and step["pattern"] in ({"String": " "}, {"String": SPACE})
+
+
+def _adds_space(step: dict[str, Any]) -> bool:
+    """Whether a step puts a space before a text; a replacement of an expression is how this package's conversion does it."""
+    return step["type"] in ("Metaspace", "Prepend") or (step["type"] == "Replace" and "Regex" in step["pattern"])
+
+
+def _add_byte_level(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any], source: Source
+) -> None:
+    name = pre_tokenizer_of(parts) or NEAREST.get(source.info.language_model)
+    if name is None:
+        found = [step["pattern"] for step in _steps(parts["pre_tokenizer"]) if "pattern" in step]
+        raise _not_expressible(source, f"a tokenizer that splits text by {found or 'other rules than known ones'}")
+    tokens, kinds = _tokens_and_kinds(tokenizer)
+    _add_tokens(writer, tokens, kinds, source.model.config.vocab_size)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
+    if merges:
+        writer.add_token_merges(merges)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_add_bos_token(_adds_begin(tokenizer, parts))
+
+
+def pre_tokenizer_of(parts: dict[str, Any]) -> str | None:
+    """GGUF's name of the rules by which a byte-level tokenizer splits text; None where it has none."""
+    steps = list(_steps(parts["pre_tokenizer"]))
+    if any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in steps):
+        return None
+    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    if any(step["type"] == "ByteLevel" and step.get("use_regex", True) for step in steps):
+        patterns.append(PRE_TOKENIZERS["gpt-2"])  # the expression that this step has built in
+    known = {pattern: name for name, pattern in PRE_TOKENIZERS.items()}
+    return known.get(patterns[0]) if len(patterns) == 1 else None
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of them."""
+    if step is None:
+        return
+    inner = step.get("pretokenizers") or step.get("normalizers")
+    if inner is None:
+        yield step
+        return
+    for part in inner:
+        yield from _steps(part)
+
+
+def _tokens_and_kinds(tokenizer: PreTrainedTokenizerFast) -> tuple[list[str], list[int]]:
     tokens = [""] * len(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         tokens[index] = token
     added = tokenizer.added_tokens_decoder
     kinds = [
-        1 if index not in added else CONTROL if added[index].special else USER_DEFINED for index in range(len(tokens))
+        NORMAL if index not in added else CONTROL if added[index].special else USER_DEFINED
+        for index in range(len(tokens))
     ]
-    _add_tokens(writer, tokens, kinds, source.model.config.vocab_size)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    writer.add_token_merges(merges)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE_TOKENIZERS[source.info.language_model])
-    writer.add_add_bos_token(False)
+    return tokens, kinds
+
+
+def _adds_begin(tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]) -> bool:
+    """Whether a tokenizer puts its begin token before every text."""
+    begin = tokenizer.bos_token
+    return begin is not None and json.dumps(begin) in json.dumps(parts["post_processor"])
 
 
 def _parts_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -134,7 +230,9 @@ def tokenizer_notes(source: Source) -> list[str]:
     """Say where llama.cpp tokenizes text otherwise than the source's tokenizer."""
     tokenizer = source.tokenizer
     if not isinstance(tokenizer, LlamaSentencePieceTokenizer):
-        return byte_level_notes(_parts_of(tokenizer))
+        parts = _parts_of(tokenizer)
+        is_byte_level = any(step["type"] == "ByteLevel" for step in _steps(parts["pre_tokenizer"]))
+        return byte_level_notes(parts) if is_byte_level else []
     notes = []
     if not tokenizer.legacy:
         notes.append(
@@ -150,14 +248,12 @@ def tokenizer_notes(source: Source) -> list[str]:
 
 def byte_level_notes(parts: dict[str, Any]) -> list[str]:
     notes = []
-    if parts["normalizer"] is not None:
+    if any(step["type"].startswith("NF") for step in _steps(parts["normalizer"])):
         notes.append(
             "llama.cpp does not bring letters and their accents together (Unicode NFC), which this tokenizer does: text in "
             "which they come apart gets other ids"
         )
-    steps = parts["pre_tokenizer"] or {}
-    found = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
-    if QWEN_PATTERN not in found and parts["model"]["merges"]:
+    if pre_tokenizer_of(parts) is None and parts["model"]["merges"]:
         notes.append(
             "llama.cpp splits text as Qwen's own tokenizers do, and this one splits it otherwise: ids may differ"
         )

@@ -21,6 +21,7 @@ from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.foreign import ForeignModel, foreign_model
+from llava.model.checkpoints.gguf_folder import is_gguf_folder
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -150,6 +151,8 @@ def _foreign(folder: Path, model: ForeignModel, config: Mapping[str, Any]) -> Do
 def check_weight_files(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check that every weight file exists, is whole, and holds the tensors that the index places in it."""
     folder = checkpoint.folder
+    if is_gguf_folder(folder):  # which is made of the two files' headers
+        return
     with suppress(InputError):  # of a config.json that cannot be read, which `check_config` finds
         if foreign_model(checkpoint.config) is not None:
             return  # its weights may lie anywhere

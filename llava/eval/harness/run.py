@@ -86,7 +86,7 @@ def run(args: Namespace) -> None:
     if (args.judge_url is None) != (args.judge_model is None):
         raise InputError("--judge-url and --judge-model go together; give both or neither")
     sampling = sampling_from(args)
-    model_path = find_model(args.model_path)
+    model_path = find_model(args.model_path, args.mmproj)
     name = get_model_name_from_path(model_path)
     out = args.out or Path("eval-runs") / name
     plans = [plan_task(task, args, out) for task in tasks]

@@ -1,4 +1,4 @@
-"""Find a model: a local folder, or a repository of the Hugging Face hub.
+"""Find a model: a local folder, a pair of GGUF files, or a repository of the Hugging Face hub.
 
 In: a path or a repository id. Out: a local folder. The network is used only for a text of the form `owner/name` that is no
 local folder; the hub library's switch for working offline (HF_HUB_OFFLINE) applies, and an error names all places tried.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.errors import InputError
+from llava.model.checkpoints.gguf_folder import gguf_checkpoint, holds_gguf_files
 
 REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -40,10 +41,14 @@ DEFAULT_HUB = HubOptions()
 def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions = DEFAULT_HUB) -> Path:
     """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
 
+    A GGUF file, or a folder of GGUF files, gives the folder that gguf_folder.py makes for it.
+
     `what` is how errors call it.
     """
     text = str(path)
     folder = Path(text).expanduser()
+    if is_gguf(folder):
+        return gguf_checkpoint(folder)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -53,6 +58,21 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions
             f"there is no {what} folder {text!r}; give an existing folder or a repository id such as 'owner/name'"
         )
     return fetch_repository(text, what=what, tried=[f"the folder {folder.absolute()}"], hub=hub)
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is a GGUF file on this disk, or a folder with nothing but such files."""
+    place = Path(path).expanduser()
+    return holds_gguf_files(place) or (place.suffix == ".gguf" and place.is_file())
+
+
+def gguf_pair(path: str | Path | None, mmproj: str | Path) -> Path:
+    """The folder of small files for a language model in a GGUF file, with the file of its tower and projector."""
+    if path is None or not is_gguf(path):
+        raise InputError(
+            f"--mmproj belongs to a language model in a .gguf file, and the model is {str(path)!r}; leave it out"
+        )
+    return gguf_checkpoint(Path(path).expanduser(), Path(mmproj).expanduser())
 
 
 def resolve_vision_tower(name: str, *, checkpoint_folder: Path | None = None, hub: HubOptions = DEFAULT_HUB) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.foreign import ForeignModel, ForeignModelError, foreign_model
+from llava.model.checkpoints.gguf_folder import gguf_pair_tensors, is_gguf_folder
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
@@ -275,11 +276,6 @@ def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     if not file.is_file():
         if not required:
             return {}
-        if next(folder.glob("*.gguf"), None) is not None:
-            raise InputError(
-                f"the folder {folder} holds GGUF files, which are read by llama.cpp alone; give the checkpoint that they were "
-                "converted from"
-            )
         raise InputError(f"the folder {folder} holds no config.json, so it is not a model folder")
     return read_json(file)
 
@@ -288,7 +284,9 @@ def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorHeader]:
-    """Read the headers of a model's weights in any of `WEIGHT_FORMS`, or shards without an index; {} without weights."""
+    """Read the headers of a model's weights: a GGUF pair, any of `WEIGHT_FORMS`, or shards without an index; {} without any."""
+    if is_gguf_folder(folder):
+        return gguf_pair_tensors(folder)
     for name, is_index in WEIGHT_FORMS:
         if (folder / name).is_file():
             return _indexed_tensors(folder / name) if is_index else read_headers(folder / name)

@@ -1,9 +1,10 @@
 """Read weight files: what they hold, from their headers, and their tensors, one at a time.
 
 In: a `.safetensors` or `.bin` file. Out: name -> `TensorHeader` (dtype, shape), without torch and without reading weights;
-and the tensors themselves, for which torch is imported. Files are not trusted: a safetensors header is bounded and checked
-against the file's length, and the pickle in a `.bin` is read by an unpickler that knows only what a tensor is built of
-(torch reads it with `weights_only=True`). The files of a checkpoint are found by inspect.py, and loaded by loading.py.
+and the tensors themselves, those of a `.gguf` file too (gguf_tensors.py), for which torch is imported. Files are not
+trusted: a safetensors header is bounded and checked against the file's length, and the pickle in a `.bin` is read by an
+unpickler that knows only what a tensor is built of (torch reads it with `weights_only=True`). The files of a checkpoint are
+found by inspect.py, and loaded by loading.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from llava.errors import InputError
+from llava.model.checkpoints.gguf_tensors import GgufTensors
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +102,9 @@ def open_tensors(file: Path) -> Iterator[Tensors]:
     """Open one weight file; tensors are on the CPU, and mapped from the file where its format allows."""
     if not file.is_file():
         raise InputError(f"the weight file {file} does not exist")
+    if file.suffix == ".gguf":
+        yield GgufTensors(file)
+        return
     if file.suffix != ".safetensors":
         yield PickledTensors(load_pickled_tensors(file))
         return
