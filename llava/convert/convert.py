@@ -53,6 +53,7 @@ class ConversionReport:
     logits: LogitComparison | None  # None: not compared
     left_out: Mapping[str, tuple[str, ...]]  # stored tensors of the source that the target does not hold, by reason
     notes: tuple[str, ...]
+    commands: tuple[str, ...]  # that use the target
 
     def summary(self) -> str:
         """Format what was written and how it was verified, a line each."""
@@ -77,7 +78,8 @@ class ConversionReport:
                 )
         for reason, names in self.left_out.items():
             lines.append(f"left out {len(names)} tensors, {names[0]} first: {reason}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"run it: {command}" for command in self.commands)])
 
 
 class Layout(Protocol):
@@ -91,6 +93,7 @@ class Layout(Protocol):
     def left_out(
         self,
     ) -> dict[str, tuple[str, ...]]: ...  # tensors that the model has and the target does not, by reason
+    def commands(self, target: Path) -> list[str]: ...
 
 
 # Of delta and from-delta, `base` is the other side of the sum; of the others, the model that the source is built on.
@@ -147,6 +150,7 @@ def convert(
             logits=logits,
             left_out=left_out,
             notes=tuple(layout.notes()),
+            commands=tuple(layout.commands(Path(target))),
         )
         write_json(folder / RECORD, _record(report))
     return report
@@ -159,5 +163,6 @@ def _record(report: ConversionReport) -> dict[str, object]:
     import llava
 
     values = asdict(report) | {"target": report.target.name, "source": Path(report.source).name}
+    del values["commands"]  # which name the folder that the target was first in
     versions = {"llava": llava.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return values | {"logits": values["logits"] or "not compared", "versions": versions}

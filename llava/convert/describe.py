@@ -426,7 +426,7 @@ def _describe_gguf(place: Path, mmproj: Path | None) -> CheckpointDescription:
         stored[tensor.kind] += tensor.num_bytes or 0
     if not missing:
         try:
-            whole = _Folder(inspect(gguf_checkpoint(*files))).describe()
+            whole = _Folder(survey(gguf_checkpoint(*files))).describe()
         except InputError as error:
             readers["llava"] = f"no: {error}"
         else:

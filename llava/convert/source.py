@@ -7,6 +7,7 @@ The layouts are listed in convert.py; files are matched with a model in model/ch
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -220,6 +221,11 @@ def stored_dtype(info: CheckpointInfo) -> str:
     for header in info.tensors.values():
         counts[header.dtype] += header.num_elements
     return max(FLOATS, key=lambda name: counts[name])
+
+
+def chat_command(folder: Path) -> str:
+    """The command that starts a conversation with the model in a folder."""
+    return f"llava chat -m {shlex.quote(str(folder))}"
 
 
 def copy_files(folder: Path, target: Path, names: Iterable[str]) -> None:

@@ -84,6 +84,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "a linear projector": ("llama", {"mm_projector_type": "linear"}),
     "a projector of one layer": ("llama", {"mm_projector_type": "mlp1x_gelu"}),
     "tiles": ("llama", ANYRES),
+    "a range of tiles": ("llama", {**ANYRES, "image_grid_pinpoints": "(1x1),...,(6x6)"}),
     "the last layer": ("llama", {"mm_vision_select_layer": -1}),
     "images not padded": ("llama", {"image_aspect_ratio": "square"}),
 }

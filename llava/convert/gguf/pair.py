@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from llava.convert.gguf.blocks import BLOCK, pack
 from llava.convert.gguf.tokenizer import add_tokenizer, tokenizer_notes
-from llava.convert.source import Source
+from llava.convert.source import Source, chat_command
 from llava.convert.verify import (
     TensorComparison,
     Verification,
@@ -263,6 +264,10 @@ class GgufPair:
     def left_out(self) -> dict[str, tuple[str, ...]]:
         names = tuple(name for name in self.source.names if UNUSED.match(name))
         return {"parts of the vision tower behind the features": names} if names else {}
+
+    def commands(self, target: Path) -> list[str]:
+        text, vision = (shlex.quote(str(target / name)) for name in self.file_names())
+        return [chat_command(target), f"llama-mtmd-cli -m {text} --mmproj {vision} --jinja --image IMAGE -p QUESTION"]
 
     def notes(self) -> list[str]:
         notes = tokenizer_notes(self.source)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava.convert.layouts.original import OriginalLayout
-from llava.convert.source import Source
+from llava.convert.source import Source, chat_command
 from llava.convert.verify import (
     TensorComparison,
     Verification,
@@ -88,6 +88,9 @@ class DeltaLayout(OriginalLayout):
             largest = max(largest, largest_difference(found, expected))
             num_bytes += item.num_bytes
         return Verification(TensorComparison(len(planned), num_bytes, largest))
+
+    def commands(self, target: Path) -> list[str]:
+        return [chat_command(target)] if self.sign > 0 else []
 
     def notes(self) -> list[str]:
         return [

@@ -15,7 +15,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, image_placeholder
 from llava.convert.chat_template import chat_template
 from llava.convert.options import NAME_VERSIONS
-from llava.convert.source import ORIGINAL_FILES, TOKENIZER_SET, Source, copy_files, stored_dtype
+from llava.convert.source import ORIGINAL_FILES, TOKENIZER_SET, Source, chat_command, copy_files, stored_dtype
 from llava.convert.tokenizer_json import PAD_TOKEN, TokenizerDifference, convert_tokenizer, differences, save_tokenizer
 from llava.convert.verify import Verification, verify_folder
 from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_shards
@@ -202,6 +202,9 @@ class HFLayout:
         elif mode == "anyres":
             values |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": self._pinpoints()}
         return values
+
+    def commands(self, target: Path) -> list[str]:
+        return [chat_command(target)]
 
     def notes(self) -> list[str]:
         """Properties of the target that a user should know."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava.convert.source import Source, config_for
+from llava.convert.source import Source, chat_command, config_for
 from llava.convert.verify import Verification, verify_folder
 from llava.convert.writer import SHARD_BYTES, ByteProgress, PlannedTensor, write_json, write_safetensors, write_shards
 from llava.images.image_processor import TOWER_IMAGE_PROCESSORS, ClipImageProcessor
@@ -80,6 +80,9 @@ class OriginalLayout:
             return {}
         names = tuple(name for name in self.source.names if self.source.is_tower(name))
         return {f"the vision tower stays in {self.source.meta_model.tower_folder}, which config.json names": names}
+
+    def commands(self, target: Path) -> list[str]:
+        return [chat_command(target)]
 
     def _write_small_files(self, folder: Path) -> None:
         source = self.source

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.convert.source import Source, config_for, open_source
+from llava.convert.source import Source, chat_command, config_for, open_source
 from llava.convert.verify import TensorComparison, Verification, VerificationError, require_same_names, rounding
 from llava.convert.writer import ByteProgress, PlannedTensor, write_json
 from llava.errors import InputError
@@ -51,9 +51,10 @@ class ProjectorLayout:
         return {"language model and vision tower, which are no part of a projector": others}
 
     def notes(self) -> list[str]:
-        return [
-            f"it loads beside its base model: llava chat -m THIS --model-base {self.source.config.get('model_type')}"
-        ]
+        return [f"it loads beside its base model, of type {self.source.config.get('model_type')}"]
+
+    def commands(self, target: Path) -> list[str]:
+        return [f"{chat_command(target)} --model-base BASE"]
 
 
 def save(tensors: list[PlannedTensor], file: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = ("F32", "F16", "BF16")
+LONGEST = 1024  # items of an array that is kept: all but those of a vocabulary
 QUANTIZED_AS = "F16"  # how a quantized tensor counts, and is stored by a conversion unless asked otherwise
 # A norm behind the features that are used, which converters leave out: in its place one that changes nothing.
 MADE = {"v.post_ln.weight": 1.0, "v.post_ln.bias": 0.0}
@@ -44,7 +45,7 @@ class PublishedTensor(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _cached_header(file: Path, size: int, changed_ns: int) -> GgufHeader:
-    return read_gguf_header(file)
+    return read_gguf_header(file, longest=LONGEST)
 
 
 def gguf_header(file: Path) -> GgufHeader:
