@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from llava.eval.types import JsonRow, Question
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "tokenizers")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
+PER_TASK = ("prompts", "questions")  # settings that each task has its own of
 WHOLE_BYTES = 64 * 2**20  # larger files are hashed by their ends and their size
 END_BYTES = 4 * 2**20
 
@@ -86,13 +88,27 @@ def git_revision() -> str | None:
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def differences(first: Mapping[str, object], second: Mapping[str, object], prefix: str = "") -> list[str]:
-    """List what differs between two settings, with both values."""
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """List what differs between the settings of two runs, with both values; of tasks, those that both have."""
+    before, after = ({key: value for key, value in run.items() if key not in PER_TASK} for run in (first, second))
+    found = _differences(before, after)
+    for task, prompts in first["prompts"].items():
+        if second["prompts"].get(task, prompts) == prompts:
+            continue
+        counts = [run.get("questions", {}).get(task, "?") for run in (first, second)]
+        if counts[0] == counts[1]:
+            found.append(f"{task}: its questions or prompts differ")
+        else:
+            found.append(f"{task}: {counts[0]} and {counts[1]} questions")
+    return found
+
+
+def _differences(first: Mapping[str, object], second: Mapping[str, object], prefix: str = "") -> list[str]:
     found = []
     for name in dict.fromkeys([*first, *second]):
         a, b = first.get(name), second.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{name}.")
+            found += _differences(a, b, f"{prefix}{name}.")
         elif a != b:
             found.append(f"{prefix}{name}: {a!r} and {b!r}")
     return found

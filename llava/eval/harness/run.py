@@ -21,7 +21,7 @@ from llava.eval.files import Faults, read_json_object, write_json
 from llava.eval.harness.answer_log import AnswerLog
 from llava.eval.harness.client import ModelChoice, missing_images
 from llava.eval.harness.judge import Judge, add_judge_flags, judge_answers
-from llava.eval.harness.manifest import differences, environment, model_hash, prompts_hash
+from llava.eval.harness.manifest import PER_TASK, differences, environment, model_hash, prompts_hash
 from llava.eval.harness.report import write_report
 from llava.eval.harness.results import MANIFEST, TABLE, write_results
 from llava.eval.harness.runner import NOT_ASKED, AskSettings, TaskJob, answer_jobs, num_shards
@@ -85,6 +85,10 @@ def run(args: Namespace) -> None:
         get_template(args.conv_mode)
     if (args.judge_url is None) != (args.judge_model is None):
         raise InputError("--judge-url and --judge-model go together; give both or neither")
+    for flag in ("limit", "max_new_tokens"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise InputError(f"--{flag.replace('_', '-')} is {value}; give 1 or more, or leave it out")
     sampling = sampling_from(args)
     model_path = find_model(args.model_path, args.mmproj)
     name = get_model_name_from_path(model_path)
@@ -154,6 +158,7 @@ def run_settings(args: Namespace, plans: Sequence[TaskPlan], choice: ModelChoice
             "max_new_tokens": args.max_new_tokens or "each task's own",
         },
         "prompts": {plan.task.name: prompts_hash(plan.job.questions) for plan in plans},
+        "questions": {plan.task.name: len(plan.job.questions) for plan in plans},
     }
 
 
@@ -167,19 +172,14 @@ def prepare_folder(out: Path, plans: Sequence[TaskPlan], manifest: JsonRow, *, f
         previous = read_json_object(file, "manifest")
         before = previous["settings"]
         manifest["template"] = previous.get("template")
-        # Tasks may be added to a run; those that both have must be the same.
-        shared = before["prompts"].keys() & manifest["settings"]["prompts"].keys()
-        old, new = (
-            {**settings, "prompts": {name: settings["prompts"][name] for name in sorted(shared)}}
-            for settings in (before, manifest["settings"])
-        )
-        changed = differences(old, new)
+        changed = differences(before, manifest["settings"])
         if changed:
             raise InputError(
                 f"{str(out)!r} holds answers of another run ({'; '.join(changed[:3])}); give another --out, or --fresh to "
                 "start over"
             )
-        manifest["settings"]["prompts"] = before["prompts"] | manifest["settings"]["prompts"]
+        for key in PER_TASK:
+            manifest["settings"][key] = before.get(key, {}) | manifest["settings"][key]
     write_json(file, manifest)
 
 

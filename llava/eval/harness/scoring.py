@@ -73,11 +73,12 @@ def score_questions(task: Task, questions: Sequence[Question], path: Path, fault
 
 def load_questions(task: Task, data_dir: Path) -> list[Question]:
     """Read a task's questions, or raise an `InputError` that says what is missing."""
-    if not data_dir.is_dir():
+    home = task.home(data_dir)
+    if not home.is_dir():
         raise InputError(f"there is no data folder {str(data_dir)!r}; give the one with the benchmarks' folders in it")
-    questions = task.read(task.home(data_dir))
+    questions = task.read(home)
     if not questions:
-        raise InputError(f"{task.title} has no questions in {str(task.home(data_dir))!r}")
+        raise InputError(f"{task.title} has no questions in {str(home)!r}")
     return questions
 
 
@@ -124,7 +125,7 @@ def build_parser() -> ArgumentParser:
         description="Score answers that are there already. No model is loaded.",
         epilog="The answers may be JSON lines with question_id and text, or the benchmark's own result format.",
     )
-    parser.add_argument("task", metavar="TASK", help="a task of `llava eval list`, or your own .jsonl or .yaml file")
+    parser.add_argument("task", metavar="TASK", help="a task of `llava eval list`, or a file of your own")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="file or folder of answers")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the figures at full precision as JSON")

@@ -8,6 +8,7 @@ from llava.cli.program import closest
 from llava.errors import InputError
 from llava.eval.tasks import judged, mmbench, mme, mmmu, pope, qbench, scienceqa, seed, short, tiny
 from llava.eval.tasks.custom import custom_task, task_from_file
+from llava.eval.tasks.own_rows import FILES
 from llava.eval.tasks.task import Task
 
 __all__ = ["SUITES", "TASKS", "custom_task", "find_task", "find_tasks"]
@@ -53,9 +54,13 @@ SUITES = {
 def find_tasks(names: str, data_dir: Path) -> list[Task]:
     """Find tasks and suites by their names with commas between them, each task once."""
     found: dict[str, Task] = {}
-    for word in filter(None, names.split(",")):
+    for word in dict.fromkeys(filter(None, names.split(","))):
         for name in SUITES.get(word, (word,)):
             task = find_task(name)
+            if found.get(task.name, task) is not task:
+                raise InputError(
+                    f"two of the tasks {names!r} are called {task.name!r}; name one of the files otherwise"
+                )
             if word == "tiny" and task is tiny.PHOTOS and not tiny.has_photos(task.home(data_dir)):
                 continue
             found[task.name] = task
@@ -68,8 +73,10 @@ def find_task(name: str) -> Task:
     """Find a task by its name, or read the file that describes it."""
     if name in TASKS:
         return TASKS[name]
-    if name.endswith((".jsonl", ".json", ".yaml", ".yml")):
+    if name.lower().endswith((*FILES, ".yaml", ".yml")):
         return task_from_file(Path(name))
     known = [*TASKS, *SUITES]
     hint = closest(name, known)
-    raise InputError(f"unknown task {name!r}{hint} (tasks: {', '.join(known)}; or a .jsonl or .yaml file)")
+    raise InputError(
+        f"unknown task {name!r}{hint} (tasks: {', '.join(known)}; or a file of your own: {', '.join(FILES)}, .yaml)"
+    )

@@ -1,8 +1,8 @@
-"""Tasks made from a file of questions: JSON lines with questions, images and answers, and the name of a metric.
+"""Tasks made from a file of questions: rows with questions, images and answers, and the name of a metric.
 
 A row has `image` (or `images`), `question` (or `text`) and `answer` (or `answers`), and may have `question_id`, `category`
-and `options`. `llava eval mine.jsonl` runs it as it is; `mine.yaml` says what differs from the defaults; in Python,
-`TASKS["mine"] = custom_task("mine", "mine.jsonl")` adds it to the table.
+and `options`; own_rows.py reads files and fields. `llava eval mine.jsonl` runs it as it is; `mine.yaml` says what differs from
+the defaults; in Python, `TASKS["mine"] = custom_task("mine", "mine.jsonl")` adds it to the table.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.files import find_file, need, read_json_rows, read_text
+from llava.eval.files import find_file, read_text
 from llava.eval.metrics.choices import LETTERS, find_letter
 from llava.eval.metrics.vqa import anls, exact_accuracy, soft_accuracy
 from llava.eval.metrics.yes_no import pope_answer
+from llava.eval.tasks.own_rows import WHAT, has_option_columns, read_own_rows
 from llava.eval.tasks.task import LETTER_SUFFIX, WORD_SUFFIX, Task, accuracy
 from llava.eval.types import AnsweredQuestion, Question, Scores
 
@@ -48,7 +49,7 @@ def custom_task(
     title: str | None = None,
     folder: str = "",
     images: str | Path = "",
-    metric: str = "match",
+    metric: str | None = None,
     suffix: str | None = None,
     max_new_tokens: int = 128,
 ) -> Task:
@@ -60,10 +61,12 @@ def custom_task(
         title: the name in reports (default: `name`).
         folder: the task's folder in the data folder.
         images: what the rows' images are relative to, itself relative to `folder` unless absolute.
-        metric: a name of `METRICS`; `InputError` if it is none.
+        metric: a name of `METRICS`; `InputError` if it is none. None: "choice" for a table with options, else "match".
         suffix: the last line of every prompt; None asks for a word, or for a letter where the metric is "choice".
         max_new_tokens: of an answer, at most.
     """
+    if metric is None:
+        metric = "choice" if has_option_columns(Path(folder) / file) else "match"
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r} of the task {name!r}; known: {', '.join(METRICS)}")
     ending = SUFFIXES.get(metric, WORD_SUFFIX) if suffix is None else suffix
@@ -71,7 +74,7 @@ def custom_task(
         name,
         title or name,
         folder,
-        partial(read_rows, file=str(file), images=str(images), suffix=ending),
+        partial(read_rows, file=str(file), images=str(images), suffix=ending, metric=metric),
         partial(_score, metric=metric),
         headline=metric,
         max_new_tokens=max_new_tokens,
@@ -82,7 +85,7 @@ def task_from_file(path: Path) -> Task:
     """Make the task that a file of rows, or a YAML file about one, describes. Paths in it are relative to that file."""
     folder = path.resolve().parent
     if path.suffix not in (".yaml", ".yml"):
-        return custom_task(path.stem, path.resolve(), images=folder)
+        return custom_task(path.stem, path.name, folder=str(folder))
     import yaml
 
     try:
@@ -94,32 +97,32 @@ def task_from_file(path: Path) -> Task:
     unknown = sorted(set(values) - KEYS)
     if unknown:
         raise InputError(f"{str(path)!r} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    for key, value in values.items():
+        if not isinstance(value, int if key == "max_new_tokens" else str) or value in (True, False, ""):
+            needed = "a number" if key == "max_new_tokens" else "a text"
+            raise InputError(f"{str(path)!r} has {key}: {value!r}; it must be {needed}")
     name = str(values.pop("name", path.stem))
     file, images = values.pop("file"), values.pop("images", "")
-    return custom_task(name, folder / str(file), images=folder / str(images), **values)
+    return custom_task(name, str(file), folder=str(folder), images=str(images), **values)
 
 
-def read_rows(folder: Path, *, file: str, images: str, suffix: str) -> list[Question]:
+def read_rows(folder: Path, *, file: str, images: str, suffix: str, metric: str = "match") -> list[Question]:
     """Read the questions of a file of rows."""
-    path = find_file(folder, (file,), "file of the task's rows")
+    path = find_file(folder, (file,), WHAT)
     questions = []
-    for number, row in enumerate(read_json_rows(path, "file of the task's rows"), start=1):
-        where = f"{path}, row {number}"
-        names = row.get("images", row.get("image", []))
-        names = [names] if isinstance(names, str) else names or []
-        question = str(row["question"] if "question" in row else need(row, "text", where))
-        answers = row["answers"] if "answers" in row else need(row, "answer", where)
-        answers = [answers] if isinstance(answers, (str, int, float)) else answers
-        options = tuple(map(str, row.get("options", ())))
-        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-        prompt = f"{question}{lines}" + (f"\n{suffix}" if suffix else "")
+    for number, row in enumerate(read_own_rows(path, folder / images), start=1):
+        if metric == "choice" and not {*row.answers} & {*row.options, *LETTERS[: len(row.options)]}:
+            options = ", ".join(map(repr, row.options)) or "none"
+            raise InputError(
+                f"{path}, row {number}: the metric is choice, but the answer {row.answers[0]!r} is no letter and no text of "
+                f"the row's options ({options}); give them, or another metric"
+            )
+        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, row.options, strict=False))
+        prompt = f"{row.question}{lines}" + (f"\n{suffix}" if suffix else "")
+        extra = {"question": row.question}
         questions.append(
-            Question(row.get("question_id", number), prompt, tuple(folder / images / str(name) for name in names),
-                 str(row.get("category", "")), [str(answer) for answer in answers], options,
-                 extra={"question": question})
-        )  # fmt: skip
-    if not questions:
-        raise InputError(f"the file of the task's rows {str(path)!r} is empty")
+            Question(row.id, prompt, row.images, row.category, list(row.answers), row.options, extra=extra)
+        )
     return questions
 
 
