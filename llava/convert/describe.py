@@ -374,8 +374,7 @@ def _stored(info: CheckpointInfo) -> dict[str, int]:
     """The bytes of a folder's tensors by dtype."""
     sizes: Counter[str] = Counter()
     for header in (*info.tensors.values(), *info.extras.values(), *info.adapter.values()):
-        for part in header.stored:
-            sizes[part.dtype] += part.num_bytes
+        sizes[header.dtype] += header.num_bytes
     return dict(sizes.most_common())
 
 

@@ -31,6 +31,7 @@ from llava.text.detokenizer import IncrementalDetokenizer
 from llava.text.tokenization import Tokenizer
 
 T = TypeVar("T")
+NUM_LAST_WORDS = 16  # tokens, which is enough to read the next one
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,12 @@ class BaseEngine(ABC):
         ends, stop = self._ends_of(request)
         detokenizers = [
             IncrementalDetokenizer(
-                self.tokenizer, stop, end_ids=ends, min_tokens=params.min_new_tokens, keep_space=params.is_constrained
+                self.tokenizer,
+                stop,
+                end_ids=ends,
+                min_tokens=params.min_new_tokens,
+                keep_space=params.is_constrained or params.keep_space,
+                after=_last_words(prompt) if params.keep_space else (),
             )
             for _ in range(params.n)
         ]
@@ -170,6 +176,16 @@ class BaseEngine(ABC):
     @abstractmethod
     def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Score | list[Score]:
         """The probabilities of given continuations, of one request or of many together."""
+
+    @abstractmethod
+    def submit_score(
+        self,
+        request: ScoreRequest,
+        *,
+        wait: bool = False,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
+        """Submit a request to score; the arguments are those of `submit`, and the handle has the score."""
 
     def abort(self, request_id: str) -> None:
         """End a request within a step; one that is unknown, or over, is left alone."""
@@ -242,6 +258,13 @@ class BaseEngine(ABC):
             if isinstance(request.prompt, Conversation):
                 stop.append(answer_end(request.prompt))
         return ends, stop
+
+
+def _last_words(prompt: Prompt) -> list[int]:
+    """The last tokens of a prompt, behind its images."""
+    tail = prompt.ids[-NUM_LAST_WORDS:]
+    images = [at for at, token in enumerate(tail) if token < 0]
+    return tail[images[-1] + 1 :] if images else tail
 
 
 def end_ids_of(model: LanguageModel, tokenizer: Tokenizer) -> frozenset[int]:

@@ -10,7 +10,7 @@ base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -119,8 +119,32 @@ class Engine(BaseEngine):
     def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Score | list[Score]:
         """How likely given continuations are, of one request or of many together."""
         if isinstance(requests, ScoreRequest):
-            return self._submit_score(requests).score()
-        return self._wait_for_all([self._submit_score(request) for request in requests], RequestHandle.score)
+            return self.submit_score(requests, wait=True).score()
+        return self._wait_for_all([self.submit_score(request, wait=True) for request in requests], RequestHandle.score)
+
+    def submit_score(
+        self,
+        request: ScoreRequest,
+        *,
+        wait: bool = False,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
+        """Submit a request to score; the arguments are those of `submit`, and the handle has the score."""
+        prompt, continuation = self._prompt_builder.with_continuation(request)
+        handle = self._handle(request.request_id, prompt, len(continuation), make_handle)
+        if handle.max_new_tokens < len(continuation):
+            raise InputError(
+                f"a prompt of {handle.size.total} tokens and a continuation of {len(continuation)} do not fit a context of "
+                f"{self._limit}"
+            )
+        state = ScoringState(handle, prompt)
+        total = len(prompt.ids) + len(continuation)
+        num_top = min(request.num_top, self._vocab_size)
+        state.sequences = [
+            RunningSequence(prompt, max_total=total, request=state, continuation=continuation, num_top=num_top)
+        ]
+        self._worker.add(state, wait=wait)
+        return handle
 
     def stats(self) -> EngineStats:
         worker, scheduler, pool = self._worker, self._worker.scheduler, self._pool
@@ -152,20 +176,6 @@ class Engine(BaseEngine):
             raise InputError(
                 f"num_beams is {params.num_beams}, and the engine searches one beam; give 1, or use llava.engine.HFEngine"
             )
-
-    def _submit_score(self, request: ScoreRequest) -> RequestHandle:
-        prompt, continuation = self._prompt_builder.with_continuation(request)
-        handle = self._handle(None, prompt, len(continuation))
-        if handle.max_new_tokens < len(continuation):
-            raise InputError(
-                f"a prompt of {handle.size.total} tokens and a continuation of {len(continuation)} do not fit a context of "
-                f"{self._limit}"
-            )
-        state = ScoringState(handle, prompt)
-        total = len(prompt.ids) + len(continuation)
-        state.sequences = [RunningSequence(prompt, max_total=total, request=state, continuation=continuation)]
-        self._worker.add(state, wait=True)
-        return handle
 
 
 def _gpu_preprocessor(processor: Processor, device: torch.device) -> GpuPreprocessor | None:

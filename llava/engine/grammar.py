@@ -16,6 +16,7 @@ import numpy as np
 
 from llava.engine.request import SamplingParams
 from llava.errors import InputError, require
+from llava.text.token_bytes import TokenSpelling
 from llava.text.tokenization import Tokenizer
 
 # One way to write each value. Where any blank space may stand between two tokens, a small model writes it without end.
@@ -172,13 +173,10 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = end_id
         self.bos_token_id = tokenizer.bos_token_id
-        special = set(tokenizer.all_special_ids)
-        names = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
-        spell = _byte_level_spelling() if _is_byte_level(names) else None
-        self.tokens = [_bytes_of(name, spell, is_special=token in special) for token, name in enumerate(names)] + [
-            b""
-        ] * (vocab_size - len(names))
-        self.special_token_ids = sorted(special | set(range(len(names), vocab_size)))
+        spelling = TokenSpelling(tokenizer)
+        pieces = [spelling.piece(token) for token in range(vocab_size)]
+        self.tokens = [piece.data for piece in pieces]
+        self.special_token_ids = [token for token, piece in enumerate(pieces) if piece.is_special]
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text in the middle of another: without the space that sentencepiece puts before a beginning.
@@ -191,25 +189,3 @@ class _Vocabulary:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _is_byte_level(names: list[str]) -> bool:
-    """Whether tokens are spelled in the alphabet of GPT-2, which writes a space as "Ġ"; sentencepiece writes "▁"."""
-    return any("Ġ" in name for name in names) and not any(name.startswith("▁") for name in names)
-
-
-def _byte_level_spelling() -> dict[str, int]:
-    """The byte that each character of GPT-2's alphabet stands for: itself where it can be printed, else the next free."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(printed)]
-    return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def _bytes_of(name: str, spell: dict[str, int] | None, *, is_special: bool) -> bytes:
-    if is_special:
-        return name.encode()
-    if spell is not None:
-        return bytes(spell[char] for char in name) if all(char in spell for char in name) else name.encode()
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
-    return name.replace("▁", " ").encode()

@@ -22,6 +22,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineConfig
+from llava.engine.handle import RequestHandle
 from llava.engine.prompt import Prompt
 from llava.engine.prompt_builder import check_token_ids
 from llava.engine.request import CONSTRAINTS, Request, SamplingParams, ScoreRequest
@@ -35,6 +36,8 @@ from llava.model.protocols import LanguageModel, LlavaModel
 from llava.model.tokenizer_setup import context_len
 from llava.processor import ModelInputs, Processor
 from llava.text.tokenization import Tokenizer
+
+NO_SCORES = "model.generate scores no continuations; the engine does, for models that it can run"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class HFEngine(BaseEngine):
         )
 
     def score(self, requests: ScoreRequest | Sequence[ScoreRequest]) -> Any:
-        raise InputError("model.generate scores no continuations; the engine does, for models that it can run")
+        raise InputError(NO_SCORES)
+
+    def submit_score(self, request: ScoreRequest, **options: Any) -> RequestHandle:
+        raise InputError(NO_SCORES)
 
     def stats(self) -> EngineStats:
         worker = self._worker

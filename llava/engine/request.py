@@ -70,6 +70,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # go on after the end token, for measurements
+    keep_space: bool = False  # keep blank space around the answer, as what continues a text needs
     logprobs: int | None = None  # how many alternatives to report beside each token; None reports nothing
     n: int = 1  # completions of one prompt, each with its own random numbers
     json_schema: str | Mapping[str, Any] | None = None  # the answer is JSON that this schema allows
@@ -260,22 +261,31 @@ class ScoreRequest:
     """How probable `continuation` (text, or token ids) is after `prompt`. Nothing is sampled.
 
     Text is tokenized together with the prompt's where that leaves the prompt's tokens as they are, as a model would have
-    seen it; mind the space before a first word.
+    seen it; mind the space before a first word. `num_top` most likely tokens are reported at each position.
     """
 
     prompt: Conversation | str | Sequence[int]
     continuation: str | Sequence[int]
     images: Sequence[Image.Image] = ()
+    num_top: int = 0
+    request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.num_top <= MAX_LOGPROBS, "num_top", self.num_top, f"0 to {MAX_LOGPROBS}")
 
 
 @dataclass(frozen=True)
 class Score:
-    """The tokens of a continuation, each one's log probability, and whether greedy decoding would have given them all."""
+    """The tokens of a continuation, each one's log probability, and whether greedy decoding would have given them all.
+
+    `tops` has for each position the most likely tokens as (token id, log probability), where they were asked for.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     is_greedy: bool
     usage: Usage
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @property
     def total_logprob(self) -> float:

@@ -27,7 +27,7 @@ from llava.engine.prompt import PromptImage
 from llava.engine.request import TokenLogprob
 from llava.engine.sampler import Sampler, SamplerOutput
 from llava.engine.scheduler import ScheduledChunk, SchedulerOutput
-from llava.engine.sequence import Sequence
+from llava.engine.sequence import Sequence, TokenScore
 from llava.images.gpu_preprocess import GpuPreprocessor
 from llava.model.protocols import LlavaModel
 from llava.model.splice import splice
@@ -45,7 +45,7 @@ class StepOutput:
     chunk: ScheduledChunk
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    scores: tuple[tuple[float, bool], ...] = ()  # of each given token: log probability, and whether it is the argmax
+    scores: tuple[TokenScore, ...] = ()  # of each given token
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,35 @@ class _SampledChunks:
 
 
 @dataclass(frozen=True)
+class _ScoredChunk:
+    """A chunk of a continuation: of each of its N given tokens, and of the K most likely ones in its place."""
+
+    chunk: ScheduledChunk
+    logprobs: Tensor  # (N,)
+    is_argmax: Tensor  # (N,)
+    top_ids: Tensor  # (N, K)
+    top_logprobs: Tensor  # (N, K)
+
+    def to_host(self) -> _ScoredChunk:
+        tensors = (self.logprobs, self.is_argmax, self.top_ids, self.top_logprobs)
+        return _ScoredChunk(self.chunk, *(_copied(tensor) for tensor in tensors))
+
+    def output(self) -> StepOutput:
+        tops = [
+            tuple(zip(ids, values, strict=True))
+            for ids, values in zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        ]
+        rows = zip(self.logprobs.tolist(), self.is_argmax.tolist(), tops, strict=True)
+        return StepOutput(self.chunk, scores=tuple(TokenScore(*row) for row in rows))
+
+
+@dataclass(frozen=True)
 class InFlightStep:
     """A launched step. Its tensors are on the host, or on their way there until `arrived` has happened."""
 
     step: SchedulerOutput
     parts: list[_SampledChunks]
-    scores: list[tuple[ScheduledChunk, Tensor, Tensor]]
+    scores: list[_ScoredChunk]
     arrived: torch.cuda.Event | None
 
 
@@ -116,7 +139,7 @@ class Runner:
     def launch(self, step: SchedulerOutput) -> InFlightStep:
         """Begin a step. On a CPU it is over when this returns."""
         parts: list[_SampledChunks] = []
-        scores: list[tuple[ScheduledChunk, Tensor, Tensor]] = []
+        scores: list[_ScoredChunk] = []
         if step.decode:
             parts.append(self._decode(step.decode))
         if step.prefill:
@@ -142,11 +165,7 @@ class Runner:
                     outputs.append(StepOutput(chunk, tuple(accepted)))
                 elif chunk.samples:
                     outputs.append(StepOutput(chunk, (tokens[first],), logprobs.get(first, ())))
-        outputs += [
-            StepOutput(chunk, scores=tuple(zip(values.tolist(), is_argmax.tolist(), strict=True)))
-            for chunk, values, is_argmax in step.scores
-        ]
-        return outputs
+        return outputs + [scored.output() for scored in step.scores]
 
     # Decoding: one position of each sequence, whose token is on the device.
 
@@ -165,9 +184,7 @@ class Runner:
 
     # Prompts: any number of positions, whose tokens and images are known here.
 
-    def _prefill(
-        self, chunks: list[ScheduledChunk]
-    ) -> tuple[_SampledChunks, list[tuple[ScheduledChunk, Tensor, Tensor]]]:
+    def _prefill(self, chunks: list[ScheduledChunk]) -> tuple[_SampledChunks, list[_ScoredChunk]]:
         num_tokens = sum(chunk.count for chunk in chunks)
         size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs else None
         arrays = self._arrays(chunks, size)
@@ -285,7 +302,7 @@ class Runner:
         self._newest.index_copy_(0, device_slots, tokens)
         return _SampledChunks(chunks, firsts, output)
 
-    def _scores(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[tuple[ScheduledChunk, Tensor, Tensor]]:
+    def _scores(self, chunks: list[ScheduledChunk], hidden: Tensor) -> list[_ScoredChunk]:
         """Of each token of a continuation that the next position's logits are computed for here."""
         scores, end = [], 0
         for chunk in chunks:
@@ -296,24 +313,25 @@ class Runner:
                 continue
             targets = to_device(sequence.ids[first + 1 : chunk.stop + 1], self.device)
             states = hidden[end - (chunk.stop - first) : end]
-            values, is_argmax = [], []
+            parts: list[tuple[Tensor, ...]] = []
             for at in range(0, len(targets), SCORED_POSITIONS):
                 logprobs = self.decoder.logits(states[at : at + SCORED_POSITIONS]).float().log_softmax(dim=-1)
                 wanted = targets[at : at + SCORED_POSITIONS]
-                values.append(logprobs.gather(1, wanted[:, None]).squeeze(1))
-                is_argmax.append(logprobs.argmax(dim=-1) == wanted)
-            scores.append((chunk, torch.cat(values), torch.cat(is_argmax)))
+                top = logprobs.topk(sequence.num_top, dim=-1)
+                own = logprobs.gather(1, wanted[:, None]).squeeze(1)
+                parts.append((own, logprobs.argmax(dim=-1) == wanted, top.indices, top.values))
+            scores.append(_ScoredChunk(chunk, *(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
         return scores
 
     def _copy_to_host(
-        self, step: SchedulerOutput, parts: list[_SampledChunks], scores: list[tuple[ScheduledChunk, Tensor, Tensor]]
+        self, step: SchedulerOutput, parts: list[_SampledChunks], scores: list[_ScoredChunk]
     ) -> InFlightStep:
         if self.device.type != "cuda":
             return InFlightStep(step, parts, scores, None)
         parts = [
             _SampledChunks(part.chunks, part.firsts, _to_host(part.output)) for part in parts if part.output is not None
         ]
-        scores = [(chunk, _copied(values), _copied(is_argmax)) for chunk, values, is_argmax in scores]
+        scores = [scored.to_host() for scored in scores]
         arrived = torch.cuda.Event()
         arrived.record()
         return InFlightStep(step, parts, scores, arrived)

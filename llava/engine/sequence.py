@@ -15,6 +15,8 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import abc
+from dataclasses import replace
+from typing import NamedTuple
 
 from llava.engine.config import Cancelled
 from llava.engine.grammar import Grammar
@@ -37,6 +39,14 @@ from llava.engine.request import (
 from llava.text.detokenizer import IncrementalDetokenizer
 
 SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of a request's completions: odd, and far from small numbers
+
+
+class TokenScore(NamedTuple):
+    """What a given token of a continuation scored."""
+
+    logprob: float
+    is_argmax: bool
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens there
 
 
 class SamplingState:
@@ -92,6 +102,7 @@ class Sequence:
         sampling: How its tokens are chosen; None for a continuation.
         detokenizer: Reads its text; None for a continuation.
         continuation: Given tokens whose probabilities are asked for; nothing is sampled then.
+        num_top: How many of the most likely tokens are reported beside each of these.
     """
 
     _assignments = itertools.count()
@@ -106,6 +117,7 @@ class Sequence:
         sampling: SamplingState | None = None,
         detokenizer: IncrementalDetokenizer | None = None,
         continuation: abc.Sequence[int] = (),
+        num_top: int = 0,
     ):
         self.request = request
         self.index = index
@@ -115,6 +127,7 @@ class Sequence:
         self.num_prompt = len(prompt.ids)
         self.ids = [*prompt.ids, *continuation]
         self.is_scored = bool(continuation)
+        self.num_top = num_top
         self.max_total = max_total
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
@@ -259,6 +272,7 @@ class GenerationState(RequestState):
                 sequence.finish_reason = "length"
             if sequence.finish_reason is not None:
                 break
+        logprobs = [replace(token, top=token.top[: sampling.params.logprobs]) for token in logprobs]
         sequence.logprobs += logprobs
         ended = sequence.finish_reason is not None
         if ended:
@@ -318,9 +332,9 @@ class ScoringState(RequestState):
 
     def __init__(self, handle: RequestHandle, prompt: Prompt) -> None:
         super().__init__(handle, prompt)
-        self._scores: list[tuple[float, bool]] = []
+        self._scores: list[TokenScore] = []
 
-    def add(self, sequence: Sequence, scores: abc.Sequence[tuple[float, bool]]) -> bool:
+    def add(self, sequence: Sequence, scores: abc.Sequence[TokenScore]) -> bool:
         """Append scores, in order; returns whether these were the last."""
         self._scores += scores
         return len(self._scores) == len(sequence.ids) - sequence.num_prompt
@@ -330,9 +344,10 @@ class ScoringState(RequestState):
         self.handle.finish(
             Score(
                 tuple(sequence.ids[sequence.num_prompt :]),
-                tuple(logprob for logprob, _ in self._scores),
-                all(is_argmax for _, is_argmax in self._scores),
+                tuple(score.logprob for score in self._scores),
+                all(score.is_argmax for score in self._scores),
                 self.usage(0),
+                tuple(score.top for score in self._scores) if sequence.num_top else (),
             )
         )
 

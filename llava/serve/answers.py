@@ -9,20 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from fastapi import Request, Response
-from pydantic import ValidationError
 
 from llava.engine.request import Chunk
 from llava.serve.chat_turns import ParsedRequest
-from llava.serve.http.errors import ApiError, as_api_error
+from llava.serve.http.errors import as_api_error
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
-from llava.serve.openai.schema import Body, describe_error
 from llava.serve.service import AdmittedRequest, RequestStats, Service, merged
 from llava.serve.tools import ToolCallReader
-
-B = TypeVar("B", bound=Body)
 
 
 class ReplyBody(Protocol):
@@ -45,15 +41,6 @@ class AnswerWriter(Protocol):
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> ReplyBody:
         """The one reply to a request without a stream, from one chunk for each choice."""
-
-
-def validated(values: object, kind: type[B]) -> B:
-    """Return a body as its model; `ApiError` names the field that is wrong."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        message, param = describe_error(error, values)
-        raise ApiError(400, message, param=param) from None
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def parsed_chat(
     beginning = ""
     if last.role == "assistant" and continues and not last.calls:
         turns, beginning = before, last.text
+        sampling = replace(sampling, keep_space=bool(beginning))
     if tools is not None:
         beginning += tools.beginning
         grammar = tools.grammar(sampling.json_schema)
@@ -137,8 +138,15 @@ def begun(conversation: Conversation, beginning: str) -> str:
 
 
 def _spoken(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
-    """The turns of user, assistant and tools; the first is the user's."""
-    spoken = [turn for turn in turns if turn.role != "system"]
+    """The turns of user, assistant and tools; the first is the user's, and the assistant's are one between others."""
+    spoken: list[ChatTurn] = []
+    for turn in turns:
+        last = spoken[-1] if spoken else None
+        if last is not None and turn.role == last.role == "assistant":
+            text = "\n".join(text for text in (last.text, turn.text) if text)
+            spoken[-1] = ChatTurn("assistant", text, calls=last.calls + turn.calls)
+        elif turn.role != "system":
+            spoken.append(turn)
     if not spoken:
         raise InputError("there is no question: messages needs one with the role user")
     if spoken[0].role == "assistant":

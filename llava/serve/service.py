@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Detail, Request, SamplingParams, Timings, Usage
+from llava.engine.request import Chunk, Detail, Request, SamplingParams, Score, ScoreRequest, Timings, Usage
 from llava.errors import InputError
 from llava.serve.backends.base import Backend, BackendRequest, ModelCard, ServerBusyError
 from llava.serve.http.limits import ServeLimits, open_images
@@ -83,6 +83,23 @@ class Service:
             admitted.close("refused")
             raise
         return admitted
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Return the probabilities of given tokens, within the limits of a request; raises as `submit` does."""
+        admitted = self._admit(())
+        try:
+            return list(await asyncio.gather(*(self.backend.score(request) for request in requests)))
+        finally:
+            admitted.close("scored")
+
+    async def token_ids(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt of text alone."""
+
+        def encode() -> list[int]:
+            with self._counting:
+                return self.backend.model.token_ids(prompt)
+
+        return await asyncio.to_thread(encode)
 
     async def count_tokens(
         self, prompt: Conversation | str, image_sources: Sequence[str] = (), *, details: Sequence[Detail] = ()

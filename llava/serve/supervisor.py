@@ -29,7 +29,7 @@ WORKER_FLAGS = (
     "log_level", "drain_seconds", "max_body_mb", "max_held_mb", "max_images", "max_image_mb", "max_megapixels", "max_requests",
     "deadline", "image_timeout", "image_folder",
 )  # fmt: skip
-WORKER_SWITCHES = ("load_8bit", "load_4bit", "no_image_urls", "allow_private_hosts")
+WORKER_SWITCHES = ("load_8bit", "load_4bit", "no_image_urls", "allow_private_hosts", "strict")
 
 
 def worker_command(args: Namespace, address: ListenAddress, name: str) -> list[str]:

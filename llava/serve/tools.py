@@ -19,6 +19,7 @@ from llava.conversation import Conversation
 from llava.engine.grammar import JSON_STYLE
 from llava.engine.request import Chunk
 from llava.errors import InputError
+from llava.serve.json_schema import closed
 from llava.text.detokenizer import overlap
 
 MAX_TOOLS = 128
@@ -90,9 +91,16 @@ class ToolUse:
             raise InputError(f"two tools are named {twice!r}; give each a name of its own")
 
     @property
+    def only_tool(self) -> Tool | None:
+        """The tool that the answer must call, where there is one alone."""
+        return self.tools[0] if self.is_required and len(self.tools) == 1 else None
+
+    @property
     def beginning(self) -> str:
-        """The text that an answer begins with, as part of the prompt."""
-        return self.form.opening if self.is_required else ""
+        """The text that an answer begins with, as part of the prompt: all that is certain of it."""
+        if not self.is_required:
+            return ""
+        return self.form.opening + ("" if self.only_tool is None else _head(self.form, self.only_tool.name))
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -127,10 +135,11 @@ class ToolUse:
         between, closing = self.form.between, _quoted(self.form.closing)
         more = f"({_quoted(between)} {one}){{0,{MAX_CALLS - 1}}}" if self.is_parallel and between else ""
         if self.is_required:
-            rules.append(f"start: {one} {more} {closing if more else ''}")
+            first = one if self.only_tool is None else f"%json {_schema(self.only_tool)} {_quoted('}') if more else ''}"
+            rules.append(f"start: {first} {more} {closing if more else ''}")
         elif text_schema is not None:
             schema = json.loads(text_schema) if isinstance(text_schema, str) else text_schema
-            words = f"%json {json.dumps(dict(schema) | {'x-guidance': JSON_STYLE})}"
+            words = f"%json {json.dumps(closed(schema) | {'x-guidance': JSON_STYLE})}"
             rules.append(f"start: {_quoted(self.form.opening)} {one} {more} {closing} | {words}")
         elif mark := self.form.opening.strip():
             rest = self.form.opening[self.form.opening.index(mark) + len(mark) :]
@@ -165,9 +174,11 @@ def form_of(template: Conversation) -> ToolCallForm:
 
 def _schema(tool: Tool) -> str:
     """The schema of a tool's arguments, which are an object."""
-    schema = dict(tool.parameters)
-    if not {"type", "$ref", "anyOf", "oneOf", "allOf"} & set(schema):
-        schema["type"] = "object"
+    schema = closed(dict(tool.parameters))
+    if not {"$ref", "anyOf", "oneOf", "allOf"} & set(schema):
+        schema = {"type": "object", "properties": {}} | schema
+    if schema.get("properties") == {}:
+        schema.setdefault("additionalProperties", False)
     return json.dumps(schema | {"x-guidance": JSON_STYLE | {"lenient": not tool.is_strict}})
 
 
@@ -238,11 +249,16 @@ class _AnswerReader:
         self._call_id: str | None = None  # of a call whose arguments are coming
         self._end = _JsonEnd()
         self._read_to = 0  # of `_held`, by `_end`
+        self._begun = use.only_tool  # whose call the prompt begins
 
     def read(self, text: str, *, is_end: bool) -> tuple[str, list[CallDelta]]:
         """Return the text that stands beside calls, and parts of calls."""
         self._held += text
         written, calls = "", list[CallDelta]()
+        if self._begun is not None:
+            self._call_id = ToolCall(self._begun.name, "").call_id
+            calls.append(CallDelta(self._number, self._call_id, self._begun.name))
+            self._begun = None
         before = None
         while before != (self._held, self._state):
             before = (self._held, self._state)

@@ -31,6 +31,7 @@ class IncrementalDetokenizer:
         end_ids: token ids that end the answer; None means the tokenizer's end token.
         min_tokens: number of tokens within which nothing ends the answer.
         keep_space: keep blank space around the answer.
+        after: ids of a text that the answer continues: its first token reads as in the middle of that text.
     """
 
     def __init__(
@@ -41,8 +42,12 @@ class IncrementalDetokenizer:
         end_ids: Collection[int] | None = None,
         min_tokens: int = 0,
         keep_space: bool = False,
+        after: Sequence[int] = (),
     ) -> None:
         self._decoder = stream_decoder(tokenizer)
+        if after:
+            self._decoder.push(after)
+            self._decoder.finish()
         self._stop = [text for text in stop if text]
         # A stop string that is one special token never appears in the text, so its id is looked for. Some vocabularies
         # leave such tokens out of all_special_ids; decoding tells.
@@ -100,7 +105,7 @@ class IncrementalDetokenizer:
     def _emit(self, text: str) -> str:
         if not (text or self._held):
             return ""
-        self._held += text if self.text or self._held or self._keep_space else text.lstrip()
+        self._held += text
         stop = self._stop if len(self.token_ids) > self._min_tokens else []
         ends = [(position, word) for word in stop if (position := self._held.find(word)) >= 0]
         if ends:
@@ -109,13 +114,19 @@ class IncrementalDetokenizer:
             ready, self._held = self._trimmed(self._held[:first]), ""
         else:
             keep = max([overlap(self._held, word) for word in stop], default=0)
-            ready = self._trimmed(self._held[: len(self._held) - keep])
-            self._held = self._held[len(ready) :]
+            certain = self._held[: len(self._held) - keep]
+            ready = self._trimmed(certain)
+            # Blank space before the answer is dropped once it cannot begin a stop string.
+            dropped = 0 if self.text or self._keep_space else len(certain) - len(certain.lstrip())
+            self._held = self._held[dropped + len(ready) :]
         self.text += ready
         return ready
 
     def _trimmed(self, text: str) -> str:
-        return text if self._keep_space else text.rstrip()
+        """Without blank space at the end, and at the beginning of the answer."""
+        if self._keep_space:
+            return text
+        return text.rstrip() if self.text else text.strip()
 
 
 def overlap(text: str, stop: str) -> int:

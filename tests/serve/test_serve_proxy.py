@@ -103,8 +103,12 @@ def test_the_controller_answers_as_its_workers_do(house: tuple[str, Dispatcher, 
             assert [model.id for model in client.models.list()] == [MODEL]
             assert client.models.retrieve(MODEL).model_dump()["conv_mode"] == "v1"
             plain = client.completions.create(model=MODEL, prompt="USER: hi ASSISTANT:", max_tokens=5)
-            with pytest.raises(openai.BadRequestError, match="temprature"):
-                client.chat.completions.create(model=MODEL, messages=SHOW, extra_body={"temprature": 1})
+            with pytest.raises(openai.BadRequestError, match="temperature"):
+                client.chat.completions.create(model=MODEL, messages=SHOW, extra_body={"temperature": "1"})
+            for streamed in (False, True):
+                raw = client.chat.completions.with_raw_response
+                response = raw.create(model=MODEL, messages=SHOW, stream=streamed, extra_body={"temprature": 1})
+                assert response.headers["x-ignored-fields"] == "temprature"
             with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
                 client.chat.completions.create(model="other", messages=SHOW)
             replies.append((text, plain.choices[0].text))

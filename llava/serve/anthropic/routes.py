@@ -16,10 +16,10 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from llava.errors import InputError
-from llava.serve.answers import answer, validated
+from llava.serve.answers import answer
 from llava.serve.anthropic import replies, schema
 from llava.serve.anthropic.requests import parse_messages, parse_prompt_fields, stop_sequences
-from llava.serve.http.json_body import read_json
+from llava.serve.bodies import read_body
 from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai.routes import unknown_model
 from llava.serve.openai.schema import ModelList, Reply
@@ -79,7 +79,7 @@ class ModelAnthropicApi:
         return _json(schema.TokenCount(input_tokens=num_tokens))
 
     async def _body(self, request: Request, kind: type[B]) -> B:
-        body = validated(await read_json(request), kind)
+        body = await read_body(request, kind, strict=self._service.limits.strict)
         if body.model != self._service.card.name:
             raise unknown_model(body.model, [self._service.card.name])
         return body

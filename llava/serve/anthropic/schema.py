@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llava.serve.openai.schema import Body, Nothing, Reply
+from llava.serve.bodies import Body
+from llava.serve.openai.schema import Nothing, Reply
 
 MAX_STOPS = 16
 Ignored = object | None  # accepted without effect

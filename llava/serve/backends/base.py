@@ -7,11 +7,12 @@ the end. Backends are in_process.py, subprocess.py and remote.py. Nothing here k
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Detail, Request, Timings, Usage
+from llava.engine.request import Chunk, Detail, Request, SamplingDefaults, Score, ScoreRequest, Timings, Usage
+from llava.text.token_bytes import TokenPiece
 
 if TYPE_CHECKING:
     from llava.images.layout import ImageLayout
@@ -27,6 +28,7 @@ class ModelCard:
     context_len: int | None  # None: only the server elsewhere knows
     image_placeholder: str  # what stands for one image in a prompt
     takes_images: bool = True
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # what is not given means
     # None where only the server elsewhere knows.
     architecture: str | None = None
     num_parameters: int | None = None
@@ -82,7 +84,12 @@ class ServedModel(Protocol):
     def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
         """Bytes held of planned images until the answer's end."""
 
-    def token_text(self, token_id: int) -> str: ...
+    def token_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt of text alone; one thread at a time."""
+
+    def token_piece(self, token_id: int) -> TokenPiece: ...
+
+    def text_of(self, token_ids: Sequence[int]) -> str: ...
 
     def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
         """Tokens of a prompt with images of these layouts; None where only the remote server knows. One thread at a time."""
@@ -94,6 +101,9 @@ class Backend(Protocol):
 
     async def start(self, request: Request, *, streamed: bool) -> BackendRequest:
         """Submit a request; raises `InputError` where it cannot work, `ServerBusyError` where the queue is full."""
+
+    async def score(self, request: ScoreRequest) -> Score:
+        """The probabilities of given tokens; raises as `start` does, and where it knows none."""
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring, by name."""

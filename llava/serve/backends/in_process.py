@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llava.engine.base import EngineStats
 from llava.engine.config import EngineError, QueueFull
-from llava.engine.request import Chunk, Request, Result, Timings, Usage
+from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest, Timings, Usage
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError
@@ -41,6 +41,12 @@ class EngineBackend:
         except EngineError as error:
             raise server_error(error) from error
 
+    async def score(self, request: ScoreRequest) -> Score:
+        try:
+            return await score_of(await asyncio.to_thread(self.engine.submit_score, request))
+        except EngineError as error:
+            raise server_error(error) from error
+
     def gauges(self) -> Mapping[str, float]:
         return gauges(self.engine.stats())
 
@@ -49,6 +55,17 @@ class EngineBackend:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.engine.close)
+
+
+async def score_of(pending: PendingAnswer) -> Score:
+    """Wait for a score; where nobody waits any more, it is not computed further."""
+    try:
+        async for _ in pending:
+            pass
+        return pending.score(timeout=0)
+    finally:
+        if not pending.done:
+            pending.abort()
 
 
 def _abort(submitting: asyncio.Future[RequestHandle]) -> None:

@@ -19,10 +19,21 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from llava.conversation import Conversation, answer_end
-from llava.engine.request import Chunk, Detail, FinishReason, Request, SamplingParams, Timings, Usage
+from llava.engine.request import (
+    Chunk,
+    Detail,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Score,
+    ScoreRequest,
+    Timings,
+    Usage,
+)
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ModelCard, ServerBusyError, UnreachableError
 from llava.serve.backends.prompt_parser import parse_prompt
+from llava.text.token_bytes import TokenPiece
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,8 +59,14 @@ class RemoteModel:
     def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
         return None
 
-    def token_text(self, token_id: int) -> str:
+    def token_ids(self, prompt: str) -> list[int]:
+        raise InputError("this worker passes text on, and does not know its tokens")
+
+    def token_piece(self, token_id: int) -> TokenPiece:
         raise AssertionError("probabilities are refused, so no token has to be named")
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        raise InputError("this worker passes text on, and does not know its tokens")
 
 
 class RemoteBackend:
@@ -84,7 +101,10 @@ class RemoteBackend:
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             raise _refused(response.status_code, text)
-        return RemoteRequest(response, posted)
+        return RemoteRequest(response, posted, keep_space=request.sampling.keep_space)
+
+    async def score(self, request: ScoreRequest) -> Score:
+        raise InputError("this worker passes requests on to another server and gives no logprobs")
 
     def gauges(self) -> Mapping[str, float]:
         return {}
@@ -198,8 +218,9 @@ def _message(values: object) -> str | None:
 class RemoteRequest:
     """A request of the remote server. A task reads the events, so that `abort` can end it from anywhere."""
 
-    def __init__(self, response: httpx.Response, posted: float) -> None:
+    def __init__(self, response: httpx.Response, posted: float, *, keep_space: bool = False) -> None:
         self._response = response
+        self._keep_space = keep_space
         self._posted = posted
         self._first: float | None = None
         self._ended = posted
@@ -286,7 +307,7 @@ class RemoteRequest:
         text = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content")
         reason = choice.get("finish_reason")
         if text and index not in self._begun:  # some begin an answer with a blank; ours do not
-            text = text.lstrip()
+            text = text if self._keep_space else text.lstrip()
             if text:
                 self._begun.add(index)
         if text and self._first is None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.engine.prompt import prompt_bytes
-from llava.engine.request import Detail
+from llava.engine.request import Detail, SamplingDefaults
 from llava.model.config import LlavaSettings
 from llava.processor import Processor
 from llava.serve.backends.base import ModelCard
+from llava.text.token_bytes import TokenPiece, TokenSpelling
 from llava.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class LocalModel:
     tokenizer: Tokenizer
     processor: Processor | None
     tile_side: int  # 0 where it does not see
-    _texts: dict[int, str] = field(default_factory=dict)
+    _spelling: TokenSpelling | None = None
     _counter: Processor | None = None
 
     @classmethod
@@ -49,6 +50,7 @@ class LocalModel:
             context_len=context_len,
             image_placeholder=image_placeholder(LlavaSettings.from_hf(loaded.model.config).tokens.use_im_start_end),
             takes_images=loaded.processor is not None,
+            sampling_defaults=SamplingDefaults.of(loaded.model.generation_config),
             architecture=str(loaded.model.config.model_type),
             num_parameters=_num_parameters(loaded.model.parameters()),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
@@ -64,22 +66,23 @@ class LocalModel:
         return sum(prompt_bytes(layout, self.tile_side) for layout in layouts)
 
     def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int:
-        if self._counter is None:  # a tokenizer of its own: they change settings while they work
-            self._counter = Processor(deepcopy(self.tokenizer))
-        ids: Sequence[int]
-        if isinstance(prompt, (Conversation, str)):
-            ids = self._counter.encode_ids(prompt, len(layouts))
-        else:
-            ids = prompt
-        return len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)
+        is_text = isinstance(prompt, (Conversation, str))
+        ids = self._encoder().encode_ids(prompt, len(layouts)) if is_text else prompt  # type: ignore[arg-type]
+        return len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)  # type: ignore[arg-type]
 
-    def token_text(self, token_id: int) -> str:
-        """Its text inside a text, which for many tokenizers is not what the token decodes to by itself."""
-        text = self._texts.get(token_id)
-        if text is None:
-            decode = self.tokenizer.decode
-            before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-            alone = decode(before, skip_special_tokens=False)
-            text = decode([*before, token_id], skip_special_tokens=False)[len(alone) :]
-            self._texts[token_id] = text
-        return text
+    def token_ids(self, prompt: str) -> list[int]:
+        return self._encoder().encode_ids(prompt, 0)
+
+    def _encoder(self) -> Processor:
+        """One with a tokenizer of its own: they change settings while they work."""
+        if self._counter is None:
+            self._counter = Processor(deepcopy(self.tokenizer))
+        return self._counter
+
+    def token_piece(self, token_id: int) -> TokenPiece:
+        if self._spelling is None:
+            self._spelling = TokenSpelling(self.tokenizer)
+        return self._spelling.piece(token_id)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llava.engine.config import EngineClosed
+from llava.engine.config import EngineClosed, EngineError
 from llava.engine.handle import PendingAnswer, Wakeups
-from llava.engine.request import Chunk, Request, Result, Score
+from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest
 from llava.serve.backends.base import BackendError
-from llava.serve.backends.in_process import EngineRequest, gauges, server_error
+from llava.serve.backends.in_process import EngineRequest, gauges, score_of, server_error
 from llava.serve.backends.pipe import MessagePipe
 from llava.serve.backends.served_model import LocalModel
 from llava.serve.backends.subprocess_main import (
@@ -97,6 +97,16 @@ class ProcessBackend:
         return self._process.pid
 
     async def start(self, request: Request, *, streamed: bool) -> EngineRequest:
+        return EngineRequest(await self._submitted(request, streamed), streamed)
+
+    async def score(self, request: ScoreRequest) -> Score:
+        try:
+            return await score_of(await self._submitted(request, streamed=False))
+        except EngineError as error:
+            raise server_error(error) from error
+
+    async def _submitted(self, request: Request | ScoreRequest, streamed: bool) -> PipeHandle:
+        """Send a request over the pipe, and wait until the engine has taken it."""
         number = next(self._numbers)
         name = request_id_of(number)
         pending = PipeHandle(name, lambda _: self._pipe.send(AbortCommand(number)), self._wakeups)
@@ -112,7 +122,7 @@ class ProcessBackend:
             raise
         if pending.refusal is not None:
             raise server_error(pending.refusal)
-        return EngineRequest(pending, streamed)
+        return pending
 
     def gauges(self) -> Mapping[str, float]:
         return {} if self._stats is None else gauges(self._stats)

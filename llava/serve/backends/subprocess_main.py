@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
 from llava.engine.handle import RequestHandle
-from llava.engine.request import Chunk, Request, Result, Score
+from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.pipe import MessagePipe
@@ -52,7 +52,7 @@ class StartCommand:
 
 class SubmitCommand(NamedTuple):
     number: int  # the sender's name for it
-    request: Request
+    request: Request | ScoreRequest
     streamed: bool
 
 
@@ -98,7 +98,7 @@ class EngineHost:
         for message in self._pipe:
             if isinstance(message, AbortCommand):
                 self._abort(message.number)
-            elif message.request.sampling.is_constrained:
+            elif isinstance(message.request, Request) and message.request.sampling.is_constrained:
                 self._submit_by(self._grammar_pool, message)
             elif message.request.images:
                 self._submit_by(self._image_pool, message)
@@ -123,7 +123,10 @@ class EngineHost:
     def _submit(self, command: SubmitCommand) -> None:
         make_handle = partial(ForwardingHandle, self, command.number)
         try:
-            self._engine.submit(command.request, streamed=command.streamed, make_handle=make_handle)
+            if isinstance(command.request, ScoreRequest):
+                self._engine.submit_score(command.request, make_handle=make_handle)
+            else:
+                self._engine.submit(command.request, streamed=command.streamed, make_handle=make_handle)
         except Exception as error:
             if not isinstance(error, (InputError, EngineError)):
                 logger.exception("a request could not be submitted")

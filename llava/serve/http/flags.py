@@ -80,6 +80,9 @@ def add_limit_flags(parser: ArgumentParser) -> None:
     add_number(limits, "--max-requests", 2048, "N", "requests at once, waiting ones included; more get status 429")
     add_number(limits, "--deadline", 600.0, "S", "seconds for a whole answer")
     add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download")
+    limits.add_argument(
+        "--strict", action="store_true", help="refuse unknown fields; else a header of the reply names them"
+    )
     limits.add_argument("--no-image-urls", action="store_true", help="download nothing: images come as data: URLs only")
     limits.add_argument(
         "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
@@ -116,6 +119,7 @@ def limits_from(args: Namespace) -> ServeLimits:
             allow_private_hosts=args.allow_private_hosts,
         ),
         allow_urls=not args.no_image_urls,
+        strict=args.strict,
         image_folder=Path(args.image_folder).expanduser() if args.image_folder else None,
     )
 

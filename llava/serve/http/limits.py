@@ -33,6 +33,7 @@ class ServeLimits:
     deadline_s: float = 600.0  # from the first byte of a request to the last of its answer
     images: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=20 * 2**20, timeout_s=10.0))
     allow_urls: bool = True  # download images from http and https addresses
+    strict: bool = False  # refuse fields of bodies that are not known
     image_folder: Path | None = None  # file:// addresses are read in this folder; None: nowhere
     decoder: DecoderPool = field(default_factory=DecoderPool, compare=False)  # starts its processes when an image comes
 

@@ -125,7 +125,8 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         record = begin_record(headers.get(REQUEST_ID, ""))
         added = policy.cross_origin.headers(headers.get("origin", ""))
-        send = _adding(added | _id_headers(record.id, route_path(scope)), send)
+        record.headers |= added | _id_headers(record.id, route_path(scope))
+        send = _adding(record.headers, send)
         request = RequestScope(scope, receive, send, policy.max_body_bytes, policy.memory.reserve())
         started = time.perf_counter()
         try:
@@ -223,11 +224,11 @@ def _id_headers(number: str, path: str) -> dict[str, str]:
 
 
 def _adding(added: dict[str, str], send: Send) -> Send:
-    """Return `send` with headers added to the response."""
-    pairs = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
+    """Return `send` with headers added to the response, those too that `added` gets until it begins."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
+            pairs = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
             message = dict(message, headers=[*message.get("headers", ()), *pairs])
         await send(message)
 

@@ -1,7 +1,7 @@
-"""What is noted of the request in progress: its id, and the error that it ended with.
+"""What is noted of the request in progress: its id, the error that it ended with, and headers of its response.
 
-In: a request's headers; errors as they are made. Out: the id for log lines, responses and errors. The record travels in a
-context variable, so that functions which know no request can note an error.
+In: a request's headers; errors as they are made. Out: the id for log lines, responses and errors; headers. The record travels
+in a context variable, so that functions which know no request can note an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import re
 import uuid
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 REQUEST_ID = "x-request-id"
 _ACCEPTED = re.compile(r"[\x21-\x7e]{1,100}")
@@ -26,6 +26,7 @@ class NotedError:
 class RequestRecord:
     id: str
     error: NotedError | None = None
+    headers: dict[str, str] = field(default_factory=dict)  # to add to the response
 
 
 _current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
@@ -45,6 +46,13 @@ def note_error(kind: str, message: str) -> None:
         words = " ".join(message.split())
         shown = "".join(character if character.isprintable() else "?" for character in words)
         record.error = NotedError(kind, shown if len(shown) <= 300 else shown[:300] + "...")
+
+
+def note_header(name: str, text: str) -> None:
+    """Add a header, in printable ASCII, to the response to the request in progress."""
+    record = _current.get()
+    if record is not None:
+        record.headers[name] = text
 
 
 def current_id() -> str | None:

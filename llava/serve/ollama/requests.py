@@ -6,7 +6,6 @@ In: a validated body and the `ModelCard`. Out: a `ParsedRequest`. Pure functions
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import check_placeholders, with_image_placeholders
@@ -14,14 +13,11 @@ from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
+from llava.serve.json_schema import closed
 from llava.serve.ollama import schema
 
 DEFAULT_TAG = ":latest"
 ANY_OBJECT: dict[str, object] = {"type": "object"}
-# Where a JSON schema has schemas inside. Those of allOf describe one object together, so that none may close it.
-SCHEMAS_BY_NAME = {"properties", "$defs", "definitions"}
-SCHEMA_LISTS = {"anyOf", "oneOf", "prefixItems"}
-CLOSED_BY = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf"}
 UNKNOWN_CONTEXT = 8192  # new tokens at most where only the server elsewhere knows the context
 
 
@@ -76,27 +72,6 @@ def sampling_of(body: schema.AskingFields, card: ModelCard) -> SamplingParams:
         frequency_penalty=options.frequency_penalty,
         json_schema=ANY_OBJECT if body.format == "json" else closed(body.format) if body.format else None,
     )
-
-
-def closed(schema: object) -> Any:
-    """Return a JSON schema whose objects have no properties but the listed ones, unless it says that they may.
-
-    Ollama reads schemas so, and its clients make them so: other properties would keep a small model from an end.
-    """
-    if not isinstance(schema, dict):
-        return schema
-    copy = dict(schema)
-    for key in SCHEMAS_BY_NAME & copy.keys():
-        if isinstance(copy[key], dict):
-            copy[key] = {name: closed(value) for name, value in copy[key].items()}
-    for key in SCHEMA_LISTS & copy.keys():
-        if isinstance(copy[key], list):
-            copy[key] = [closed(value) for value in copy[key]]
-    if "items" in copy:
-        copy["items"] = closed(copy["items"])
-    if copy.get("properties") and not CLOSED_BY & copy.keys():
-        copy["additionalProperties"] = False
-    return copy
 
 
 def matches(asked: str, name: str) -> bool:

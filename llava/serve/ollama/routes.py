@@ -13,9 +13,9 @@ from fastapi import APIRouter, Request, Response
 
 import llava
 from llava.errors import InputError
-from llava.serve.answers import answer, validated
+from llava.serve.answers import answer
+from llava.serve.bodies import read_body
 from llava.serve.http.errors import ApiError
-from llava.serve.http.json_body import read_json
 from llava.serve.ollama import replies, schema
 from llava.serve.ollama.requests import matches, parse_generate, parse_ollama_chat
 from llava.serve.openai.schema import ModelEntry, ModelList, Reply
@@ -69,7 +69,7 @@ class ModelOllamaApi:
         return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
 
     async def _body(self, request: Request, kind: type[B]) -> B:
-        body = validated(await read_json(request), kind)
+        body = await read_body(request, kind, strict=self._service.limits.strict)
         if not matches(body.model, self._service.card.name):
             raise _unknown(body.model)
         return body
@@ -98,7 +98,7 @@ def ollama_routes(api: OllamaApi) -> APIRouter:
     router = APIRouter(tags=["Ollama's API"])
 
     async def entry_of(request: Request) -> ModelEntry:
-        body = validated(await read_json(request), schema.ModelRequest)
+        body = await read_body(request, schema.ModelRequest)
         name = body.model or body.name
         if not name:
             raise InputError("model is missing: the name of a model")

@@ -6,30 +6,30 @@ replies.py. The controller publishes the same routes over its workers (serve/rou
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, cast
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from llava.serve.answers import ReplyBody, StreamEncoding, answer, validated
+from llava.engine.request import ScoreRequest
+from llava.serve.answers import ReplyBody, StreamEncoding, answer
+from llava.serve.bodies import read_body
 from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error, error_body, openai_form
-from llava.serve.http.json_body import read_json
+from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai import schema
-from llava.serve.openai.replies import ChatWriter, TextWriter
+from llava.serve.openai.replies import ChatWriter, EchoedPrompt, TextWriter
 from llava.serve.openai.requests import parse_chat, parse_completion
-from llava.serve.openai.responses_api import (
-    ResponsesEvent,
-    ResponsesReply,
-    ResponsesRequest,
-    ResponsesWriter,
-    parse_responses,
-)
-from llava.serve.service import Service
+from llava.serve.openai.response_store import ResponseStore
+from llava.serve.openai.responses_api import ResponsesWriter, parse_responses
+from llava.serve.openai.responses_schema import ResponsesEvent, ResponsesReply, ResponsesRequest
+from llava.serve.service import AdmittedRequest, Service
 
 B = TypeVar("B", bound=schema.SamplingFields)
 W = TypeVar("W", ChatWriter, TextWriter)
@@ -55,6 +55,7 @@ class ModelApi:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._store = ResponseStore()
         self._created = int(time.time())
 
     async def models(self) -> schema.ModelList:
@@ -76,22 +77,48 @@ class ModelApi:
         return schema.ModelList(object="list", data=[entry])
 
     async def chat_completions(self, request: Request) -> Response:
-        body = self._validated(await read_json(request), schema.ChatRequest)
+        body = await self._body(request, schema.ChatRequest)
         writer = self._writer(ChatWriter, body, with_logprobs=bool(body.logprobs))
+        writer.legacy_functions = body.functions is not None
         return await self._answer(request, body, parse_chat(body, self._service.card), writer)
 
     async def completions(self, request: Request) -> Response:
-        body = self._validated(await read_json(request), schema.CompletionRequest)
+        body = await self._body(request, schema.CompletionRequest)
+        parsed = parse_completion(body, self._service.card)
         writer = self._writer(TextWriter, body, with_logprobs=body.logprobs is not None)
-        return await self._answer(request, body, parse_completion(body, self._service.card), writer)
+        writer.num_choices, writer.only_prompts = parsed.sampling.n, body.max_tokens == 0
+        if body.echo:
+            async with asyncio.timeout(self._service.limits.deadline_s):
+                echoes = await cancel_on_disconnect(self._echoes(parsed, body.logprobs), request.receive)
+            parsed = replace(parsed, prompts=tuple(echo.token_ids for echo in echoes))
+            writer.echoes = echoes
+        return await self._answer(request, body, parsed, writer)
+
+    async def _echoes(self, parsed: ParsedRequest, num_top: int | None) -> list[EchoedPrompt]:
+        """Return the prompts with their tokens, and the probabilities of these unless `num_top` is None."""
+        service, echoes = self._service, list[EchoedPrompt]()
+        for prompt in parsed.prompts:
+            if isinstance(prompt, str):
+                echoes.append(EchoedPrompt(prompt, await service.token_ids(prompt)))
+            else:
+                ids = cast("Sequence[int]", prompt)
+                echoes.append(EchoedPrompt(service.backend.model.text_of(ids), ids))
+        if num_top is None:
+            return echoes
+        asked = [echo for echo in echoes if len(echo.token_ids) > 1]
+        requests = [ScoreRequest(echo.token_ids[:1], echo.token_ids[1:], num_top=num_top) for echo in asked]
+        scores = iter(await service.score(requests))
+        return [replace(echo, score=next(scores)) if len(echo.token_ids) > 1 else echo for echo in echoes]
 
     async def responses(self, request: Request) -> Response:
-        body = self._validated(await read_json(request), ResponsesRequest)
-        parsed = parse_responses(body, self._service.card)
-        return await self._answer(request, body, parsed, ResponsesWriter(body, parsed.sampling))
+        body = await self._body(request, ResponsesRequest)
+        card, piece_of = self._service.card, self._service.backend.model.token_piece
+        parsed, turns = parse_responses(body, card, self._store)
+        writer = ResponsesWriter(body, parsed, turns, card, piece_of, self._store)
+        return await self._answer(request, body, parsed, writer)
 
-    def _validated(self, values: object, kind: type[B]) -> B:
-        body = validated(values, kind)
+    async def _body(self, request: Request, kind: type[B]) -> B:
+        body = await read_body(request, kind, strict=self._service.limits.strict)
         if body.model != self._service.card.name:
             raise unknown_model(body.model, [self._service.card.name])
         return body
@@ -99,7 +126,7 @@ class ModelApi:
     def _writer(self, kind: type[W], body: schema.GenerationFields, *, with_logprobs: bool) -> W:
         return kind(
             body.model,
-            self._service.backend.model.token_text,
+            self._service.backend.model.token_piece,
             with_logprobs=with_logprobs,
             inspect=body.inspect,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
@@ -108,8 +135,20 @@ class ModelApi:
     async def _answer(
         self, request: Request, body: schema.SamplingFields, parsed: ParsedRequest, writer: AnyWriter
     ) -> Response:
+        options = body.stream_options if isinstance(body, schema.GenerationFields) else None
+
+        async def count_prompts(admitted: AdmittedRequest) -> None:
+            if options is not None and options.continuous_usage_stats:
+                counting = (self._service.num_tokens(prompt, admitted.layouts) for prompt in parsed.prompts)
+                counts = await asyncio.gather(*counting)
+                known = [count for count in counts if count is not None]
+                writer.num_prompt_tokens = sum(known) if len(known) == len(counts) else None
+
         encoding = RESPONSES_STREAM if isinstance(writer, ResponsesWriter) else STREAM
-        return await answer(request, self._service, parsed, writer, encoding, streamed=bool(body.stream))
+        streamed = bool(body.stream)
+        return await answer(
+            request, self._service, parsed, writer, encoding, streamed=streamed, on_admitted=count_prompts
+        )
 
 
 def server_sent_event(reply: ReplyBody) -> bytes:
@@ -146,7 +185,7 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
     add("/v1/chat/completions", api.chat_completions, "Answer a conversation, which may show images.", *chat)
     text = (schema.CompletionRequest, schema.TextReply, schema.TextReply)
     add("/v1/completions", api.completions, "Continue a finished prompt.", *text)
-    same = "The same as a chat, in OpenAI's newer form; nothing is stored."
+    same = "The same as a chat, in OpenAI's newer form; the latest answers are kept in memory for a while."
     add("/v1/responses", api.responses, same, ResponsesRequest, ResponsesReply, ResponsesEvent)
 
     @router.get("/v1/models", responses=_errors(401, 403, 421), response_model=schema.ModelList)
@@ -154,7 +193,7 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
         """The models of this server."""
         return Response((await api.models()).as_json(), media_type="application/json")
 
-    @router.get("/v1/models/{model}", responses=_errors(401, 403, 404, 421), response_model=schema.ModelEntry)
+    @router.get("/v1/models/{model:path}", responses=_errors(401, 403, 404, 421), response_model=schema.ModelEntry)
     async def model(model: str) -> Response:
         """One of them."""
         entries = (await api.models()).data

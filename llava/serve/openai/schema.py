@@ -1,26 +1,21 @@
 """Request and reply bodies of the OpenAI-compatible API, as pydantic models.
 
-Requests are strict: a wrong type or an unknown field is refused, and `describe_error` says which and where. Fields for
-features that this server does not have are accepted at the value that asks for nothing. requests.py translates
-bodies; routes are in routes.py. The OpenAPI document is made from these classes.
+A wrong type is refused (serve/bodies.py). Fields that would change the answer, of features that this server does not have, are
+accepted at the value that asks for nothing. requests.py translates bodies; routes are in routes.py. The OpenAPI document is
+made from these classes.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from llava.cli.program import closest
-from llava.engine.request import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_SEED
+from llava.engine.request import MAX_COMPLETIONS, MAX_LOGPROBS
+from llava.serve.bodies import Body
+from llava.serve.tools import MAX_TOOLS
 
 MAX_STOPS = 16
-
-
-class Body(BaseModel):
-    """Part of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Reply(BaseModel):
@@ -35,7 +30,9 @@ class Reply(BaseModel):
 
 class ImageURL(Body):
     url: str = Field(description="an http(s) or data: URL", min_length=1)
-    detail: Literal["auto", "low", "high"] = Field("auto", description="low: one tile; else the model's own tiling")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="low: one tile; else the model's own tiling"
+    )
 
 
 class TextPart(Body):
@@ -46,6 +43,11 @@ class TextPart(Body):
 class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageURL
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: str
 
 
 Nothing = Annotated[list[object], Field(max_length=0)] | None
@@ -63,19 +65,54 @@ class UserMessage(Body):
     name: str | None = None
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str = Field(description="a JSON object")
+
+
+class CallOfTool(Body):
+    """A call in an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str | list[TextPart]
+    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
+    tool_calls: list[CallOfTool] | None = None
+    function_call: CalledFunction | None = Field(None, description="the older form of tool_calls")
     name: str | None = None
-    # What the official client sends back of an answer.
-    refusal: None = None
-    annotations: Nothing = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Nothing = None
+    # What clients send back of an answer.
+    refusal: object = None
+    annotations: object = None
+    audio: object = None
+    parsed: object = None
+    reasoning: object = None
+    reasoning_content: object = None
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(Body):
+    """What a tool gave."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart] | None
+    tool_call_id: str = ""
+    name: str | None = None
+
+
+class FunctionMessage(Body):
+    """What a function gave, in the older form."""
+
+    role: Literal["function"]
+    content: str | None
+    name: str
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")
+]
 
 
 # Requests
@@ -83,6 +120,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="each chunk has the usage so far")
     include_obfuscation: bool = Field(False, description="accepted and ignored")
 
 
@@ -116,11 +154,13 @@ class SamplingFields(Body):
 
     model: str
     temperature: float | None = Field(None, ge=0, le=100, description="default: 0, greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0: greedy")
     stream: bool | None = None
     user: str | None = None
     # Not OpenAI's; named as vLLM and others name them.
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="sample from so many most probable tokens; 0: all")
+    top_k: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="sample from so many most probable tokens; 0 or -1: all"
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0)
@@ -140,39 +180,90 @@ class SamplingFields(Body):
 class GenerationFields(SamplingFields):
     """Further fields that chat and completions have."""
 
-    max_tokens: int | None = Field(None, ge=1, description="of each answer")
+    max_tokens: int | None = Field(None, ge=0, description="of each answer")
     n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="-1: another one each time")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
     stream_options: StreamOptions | None = None
 
 
+class FunctionBody(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, object] | None = None
+    strict: bool | None = Field(
+        None, description="hold the arguments to the schema also where the model chooses to call"
+    )
+
+
+class ToolBody(Body):
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")]
+
+
 class ChatRequest(GenerationFields):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    max_completion_tokens: int | None = Field(None, ge=0, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
+    tools: list[ToolBody] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = Field(None, description="default: auto")
+    parallel_tool_calls: bool | None = Field(
+        None, description="several calls in an answer; by default only where the model chooses to call"
+    )
+    functions: list[FunctionBody] | None = Field(None, max_length=MAX_TOOLS, description="the older form of tools")
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    # Not OpenAI's; named as vLLM names them.
+    continue_final_message: bool | None = Field(
+        None, description="go on with the assistant's last message (the default); false: answer it by another turn"
+    )
+    add_generation_prompt: bool | None = None
     # Accepted at these values only.
-    tools: Nothing = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    # Accepted and ignored.
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    prediction: object = None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationFields):
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: str | Prompts = Field(description="one or several, as text or as token ids")
     images: list[ImageURL] | None = Field(None, description="one for each `<image>` of a single prompt")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = Field(None, description="the answer begins with the prompt, and its log probabilities")
+    best_of: int | None = Field(None, ge=1, le=MAX_COMPLETIONS, description="accepted where it is n")
     # Accepted at these values only.
-    echo: Literal[False] | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
 
 
 # Replies
@@ -188,7 +279,7 @@ class UsageBody(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: PromptDetails | None = None  # known at the end
 
 
 class SeenImage(Reply):
@@ -223,13 +314,26 @@ class ChatLogprobs(Reply):
     refusal: None = None
 
 
+class FunctionReply(Reply):
+    name: str
+    arguments: str
+
+
+class ToolCallReply(Reply):
+    id: str
+    type: Literal["function"]
+    function: FunctionReply
+
+
 class AssistantReply(Reply):
     role: Literal["assistant"]
-    content: str
+    content: str | None  # None where there are only calls
     refusal: None = None
+    tool_calls: list[ToolCallReply] | None = None
+    function_call: FunctionReply | None = None
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(Reply):
@@ -249,9 +353,23 @@ class ChatReply(Reply):
     inspect: Inspection | None = None
 
 
+class FunctionDelta(Reply):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Reply):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChatChunkChoice(Reply):
@@ -273,8 +391,8 @@ class ChatChunk(Reply):
 
 class TextLogprobs(Reply):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  # None for the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -329,31 +447,3 @@ class ErrorBody(Reply):
 class ErrorReply(Reply):
     error: ErrorBody
     request_id: str | None = None
-
-
-def describe_error(error: ValidationError, body: object) -> tuple[str, str | None]:
-    """Return what is wrong with a body, in one sentence, and the name of the field."""
-    problems = [(_path(item["loc"], body), item) for item in error.errors(include_url=False, include_context=False)]
-    # Of the alternatives of a union, the one that got furthest is the one that was meant.
-    path, worst = max(problems, key=lambda pair: len(pair[0]))
-    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
-    if worst["type"] == "extra_forbidden":
-        fields = ChatRequest.model_fields | CompletionRequest.model_fields
-        known = [field.alias or key for key, field in fields.items()]
-        hint = closest(str(path[-1]), known) if len(path) == 1 else ""
-        return f"unknown field {name!r}{hint}", name
-    message = worst["msg"][:1].lower() + worst["msg"][1:]
-    return (f"{name}: {message}" if name else f"the body is not valid: {message}"), name or None
-
-
-def _path(loc: tuple[int | str, ...], body: Any) -> list[int | str]:
-    """Return the steps of an error's location that are in the body; pydantic adds names of types."""
-    steps: list[int | str] = []
-    for position, step in enumerate(loc):
-        inside = isinstance(body, dict) and step in body
-        if inside or (isinstance(body, list) and isinstance(step, int) and step < len(body)):
-            body = body[step]
-        elif not (isinstance(body, dict) and position == len(loc) - 1):
-            continue
-        steps.append(step)
-    return steps

@@ -19,10 +19,12 @@ import httpx
 from fastapi import Request, Response
 
 from llava.serve.backends.base import BackendError
+from llava.serve.bodies import IGNORED_HEADER
 from llava.serve.http.errors import ApiError
 from llava.serve.http.middleware import authorization_of
-from llava.serve.http.request_record import REQUEST_ID, current_id
+from llava.serve.http.request_record import REQUEST_ID, current_id, note_header
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
+from llava.serve.openai.response_store import NOT_FOUND
 from llava.serve.openai.routes import unknown_model
 from llava.serve.router.dispatch import Dispatcher
 
@@ -78,6 +80,8 @@ class Proxy:
 
         async with asyncio.timeout_at(deadline):
             response = await cancel_on_disconnect(self._first_response(build, model, conversation), request.receive)
+        if response.ignored_fields:
+            note_header(IGNORED_HEADER, response.ignored_fields)
         if response.rest is None:
             async with response.held:
                 return Response(response.first, response.status, media_type=response.media_type)
@@ -110,6 +114,9 @@ class Proxy:
                     if response.status_code in BUSY:
                         tried[worker] = _busy(model, response.status_code, await response.aread())
                         continue
+                    if response.status_code == 400 and NOT_FOUND.encode() in await response.aread():
+                        tried[worker] = ApiError(400, _message_in(response.content), code=NOT_FOUND)
+                        continue
                     return await WorkerResponse.begin(worker, response, stack.pop_all())
                 except httpx.HTTPError as error:
                     logger.warning("worker %s failed: %s", worker, repr(error))
@@ -130,12 +137,17 @@ def _busy(model: str, status: int, body: bytes) -> ApiError:
     """The error for the client where no other worker takes the request either."""
     if status == 429:
         return ApiError(429, "all workers are full", code="server_full")
+    message = _message_in(body)
+    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {message}", code="no_worker")
+
+
+def _message_in(body: bytes) -> str:
+    """The sentence in a worker's error."""
     try:
         value = json.loads(body.rstrip(b"\0"))
-        message = value["text"] if "text" in value else value["error"]["message"]
+        return str(value["text"] if "text" in value else value["error"]["message"])
     except (ValueError, TypeError, KeyError):
-        message = "it does not say why"
-    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {message}", code="no_worker")
+        return "it does not say why"
 
 
 @dataclass(frozen=True)
@@ -148,15 +160,17 @@ class WorkerResponse:
     first: bytes
     rest: AsyncIterator[bytes] | None  # the other bytes; None where there are none
     held: AsyncExitStack  # frees the connection and the slot in the worker's queue
+    ignored_fields: str | None = None
 
     @classmethod
     async def begin(cls, worker: str, response: httpx.Response, held: AsyncExitStack) -> WorkerResponse:
         status, media_type = response.status_code, response.headers.get("content-type")
+        ignored = response.headers.get(IGNORED_HEADER)
         try:
             if "content-length" in response.headers:
-                return cls(worker, status, media_type, await response.aread(), None, held)
+                return cls(worker, status, media_type, await response.aread(), None, held, ignored)
             rest = response.aiter_raw()
-            return cls(worker, status, media_type, await anext(rest, b""), rest, held)
+            return cls(worker, status, media_type, await anext(rest, b""), rest, held, ignored)
         except BaseException:
             await held.aclose()
             raise
