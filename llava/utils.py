@@ -1,7 +1,7 @@
 """Small helpers, most of them for outside code that imports them from here.
 
 Module attributes that are imported at first use, messages of the web server, loggers, the first process of a distributed
-run, and the switch that skips torch's random initialisation.
+run, the switch that skips torch's random initialisation, and what a program is waiting for.
 """
 
 from __future__ import annotations
@@ -10,17 +10,61 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from llava.constants import LOGDIR
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 MODERATION_URL = "https://api.openai.com/v1/moderations"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+
+@dataclass
+class Wait:
+    """Something that takes long: what it is, and how much is done of how much; None: not known."""
+
+    what: str
+    total: int | None = None
+    in_bytes: bool = False
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+class WaitWatcher(Protocol):
+    """Shows what a program is waiting for (cli/waits.py)."""
+
+    def begin(self, wait: Wait) -> None: ...
+    def end(self, wait: Wait) -> None: ...
+
+
+# Set by programs. A library shows nothing by itself.
+WATCHER: ContextVar[WaitWatcher | None] = ContextVar("WATCHER", default=None)
+
+
+def is_watched() -> bool:
+    """Whether a program shows what it is waiting for."""
+    return WATCHER.get() is not None
+
+
+@contextmanager
+def waiting(what: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Wait]:
+    """Tell a program that the block may take long; the block may set `done` of the value as it goes on."""
+    wait, watcher = Wait(what, total, in_bytes), WATCHER.get()
+    if watcher is None:
+        yield wait
+        return
+    watcher.begin(wait)
+    try:
+        yield wait
+    finally:
+        watcher.end(wait)
 
 
 def lazy_exports(

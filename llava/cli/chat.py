@@ -19,11 +19,13 @@ from llava.cli.model_flags import add_model_flags, find_model, quantization_from
 from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, add_number, closest
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
+from llava.cli.waits import hide_waits
 from llava.conversation import check_question, get_template
 from llava.engine.request import Result
 from llava.errors import InputError
 from llava.images.download import ImageLimits
 from llava.session import LoadedImage, Session
+from llava.utils import waiting
 
 if TYPE_CHECKING:
     from llava.model.builder import LoadedModel
@@ -84,6 +86,8 @@ def run(args: Namespace) -> int:
     if question is not None:
         check_question(question, len(images))
     args.model_path = find_model(args.model_path, args.mmproj)
+    if args.quiet:
+        hide_waits()
     terminal = Terminal(quiet=args.quiet)
     terminal.attached([image for image in images if image.source in words.inside], question)
 
@@ -107,7 +111,8 @@ def load_model(args: Namespace) -> LoadedModel:
     with quick_imports():
         if not args.verbose:
             quiet_libraries()
-        from llava.model.builder import load
+        with waiting("loading libraries"):
+            from llava.model.builder import load
 
         bits = quantization_from(args)
         return load(args.model_path, base=args.model_base, device=args.device, dtype=args.dtype, quantization=bits)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from llava.cli.waits import shown_waits
 from llava.errors import InputError, describe_system_error
 
 Flags = argparse._ActionsContainer  # a parser or a group of its flags
@@ -40,9 +41,13 @@ def called_as(name: str) -> str:
 
 
 def run_program(function: Callable[..., int | None], *args: object, name: str) -> int:
-    """Call `function`, and return its exit status or that of the exception; None counts as 0. `name` begins error lines."""
+    """Call `function`, and return its exit status or that of the exception; None counts as 0. `name` begins error lines.
+
+    What it waits for is shown.
+    """
     try:
-        status = function(*args) or 0
+        with shown_waits():
+            status = function(*args) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be handled
         return status
     except InputError as error:

@@ -37,6 +37,7 @@ from llava.images.gpu_preprocess import GpuPreprocessor
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
+from llava.utils import waiting
 
 
 class Engine(BaseEngine):
@@ -81,7 +82,7 @@ class Engine(BaseEngine):
         )
         if on_gpu and config.graphs:
             tower = model.get_vision_tower() if processor.image_processor is not None else None
-            with torch.inference_mode():
+            with torch.inference_mode(), waiting("compiling kernels and recording CUDA graphs"):
                 runner.record_graphs(None if tower is None else (3, tower.tile_size, tower.tile_size))
         scheduler = Scheduler(
             self._pool,

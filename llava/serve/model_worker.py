@@ -20,6 +20,7 @@ from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
 from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, listen_address_from
+from llava.utils import waiting
 
 if TYPE_CHECKING:
     from llava.serve.backends.base import Backend
@@ -99,7 +100,8 @@ def check_model_flags(args: Namespace) -> None:
 
 def load_backend(args: Namespace) -> Backend:
     """Load the engine that the flags ask for, in this process or in one of its own."""
-    from llava.model.builder import load
+    with waiting("loading libraries"):
+        from llava.model.builder import load
 
     config = EngineConfig(
         max_running=args.limit_model_concurrency,

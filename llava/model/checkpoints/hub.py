@@ -12,12 +12,9 @@ from pathlib import Path
 
 from llava.errors import InputError
 from llava.model.checkpoints.gguf_folder import gguf_checkpoint, holds_gguf_files
+from llava.model.checkpoints.hub_download import download_repository
 
 REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-# All files of a checkpoint except weights; those in the old format are downloaded only where there is no other.
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -107,18 +104,6 @@ def looks_like_repository(text: str) -> bool:
 
 def fetch_repository(repository: str, *, what: str, tried: list[str], hub: HubOptions = DEFAULT_HUB) -> Path:
     """Return the local copy of a hub repository, downloaded if need be; `tried` are the places that an error names."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     revision = f" at {hub.revision}" if hub.revision is not None else ""
     tried = [*tried, f"the hub repository {repository}{revision}"]
-    try:
-        for pattern in WEIGHT_PATTERNS:
-            wanted = [*SMALL_FILES, pattern]
-            folder = Path(snapshot_download(repository, allow_patterns=wanted, **vars(hub)))
-            if any(folder.glob(pattern)):
-                break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the {what} {repository!r} was not found; tried {' and '.join(tried)} ({reason})") from error
-    return folder
+    return download_repository(repository, what=what, tried=tried, options=dict(vars(hub)))

@@ -24,6 +24,7 @@ from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABU
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
 from llava.model.transformers_internals import current_names
+from llava.utils import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +171,11 @@ def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
         model.tie_weights()
     expected = expected_tensors(model)
     found = match_names(expected, sources, model)
-    with torch.no_grad():
+    sizes = {name: header.num_bytes for name, header in found.items()}
+    with torch.no_grad(), waiting("loading weights", sum(sizes.values()), in_bytes=True) as wait:
         for name, tensor in read_tensors(found, expected, sources):
             expected[name].copy_(tensor)
+            wait.done += sizes[name]
     return {name: str(header.file) for name, header in found.items()}
 
 
@@ -228,9 +231,10 @@ def load_with_transformers(
     """
     # With mismatched sizes ignored, transformers reports them instead of raising an error without a name.
     try:
-        model, report = model_class.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with waiting("loading weights"):
+            model, report = model_class.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except ValueError as error:
         if "offload" in str(error):
             raise InputError(TOO_LARGE) from error

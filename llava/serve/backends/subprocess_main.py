@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava.cli.waits import shown_waits
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
 from llava.engine.handle import RequestHandle
@@ -191,8 +192,10 @@ def main(descriptor: int) -> None:
         return
     set_up_logging(command.log_level)
     try:
-        loaded = command.load()
-        with open_engine(loaded, command.config) as engine:
+        with shown_waits():
+            loaded = command.load()
+            opened = open_engine(loaded, command.config)
+        with opened as engine:
             name, conv_mode = command.name, command.conv_mode
             pipe.send(LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=engine.context_len))
             freeze_heap()

@@ -22,6 +22,7 @@ import torch
 
 from llava.errors import InputError
 from llava.files import cache_folder
+from llava.utils import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def _compiled() -> Path | None:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            with waiting("compiling the engine's arithmetic for this processor"):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             os.replace(made, path)
     except (OSError, subprocess.SubprocessError) as error:
         logger.info(
