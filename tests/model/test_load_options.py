@@ -73,6 +73,9 @@ def test_a_config_in_place_of_the_folder_s(folder: Path, tmp_path: Path) -> None
         assert torch.equal(model(ids, images=pixels).logits, expected(ids, images=pixels).logits)
     both = model_of(folder, customized_config=config, overwrite_config={"mm_vision_select_layer": 0})
     assert both.get_vision_tower().select_layer == 0
+    for wrong in ({"customized_config": 7}, {"overwrite_config": [1]}, {"overwrite_config": {1: 2}}):
+        with pytest.raises(InputError, match="it must be an object with the keys"):
+            model_of(folder, **wrong)
     with pytest.raises(InputError, match="no/file"):
         model_of(folder, customized_config="no/file.json")
 

@@ -132,6 +132,9 @@ def with_config(
     Raises:
         InputError: A value has another type than its key.
     """
+    for name, values in (("customized_config", replaced), ("overwrite_config", changed)):
+        if values is not None and not (isinstance(values, Mapping) and all(isinstance(key, str) for key in values)):
+            raise InputError(f"{name} is {values!r}; it must be an object with the keys of config.json")
     if replaced is None and not changed:
         return info
     packed = {key: info.config[key] for key in ("quantization_config",) if key in info.config}
