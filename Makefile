@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-eval test test-all lint format docs-tree site clean
+.PHONY: help demo demo-eval test test-all test-versions lint format docs-tree site clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 QUESTION := What do you see in this picture?
 
@@ -28,6 +28,9 @@ test: $(VENV)/.dev ## set up, and run the tests but the slow ones
 
 test-all: $(VENV)/.dev ## run all tests, as CI does
 	$(PYTEST)
+
+test-versions: ## run the tests on the lowest and the newest supported versions, in environments under build/
+	$(PYTHON) scripts/test_versions.py
 
 lint: $(VENV)/.dev ## check style, types and translations
 	$(BIN)/ruff check .
