@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -348,7 +348,8 @@ class LlavaMetaForCausalLM(_CausalBase):
             self.check_packable()
             spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
             row = pack(spliced, max_length=LlavaSettings.from_hf(self.config).max_length)
-            attention_mask, boundaries = packed_arguments(self.config, row)
+            with self._attention(output_attentions):  # which decides the mask
+                attention_mask, boundaries = packed_arguments(self.config, row)
             input_ids, inputs_embeds, labels, position_ids = None, row.embeds, row.labels, row.positions
             use_cache = False  # with a cache, transformers would not look for positions that restart
             kwargs |= boundaries
@@ -379,12 +380,16 @@ class LlavaMetaForCausalLM(_CausalBase):
         ):  # transformers 5.24 calls it `cache`, and warns of the old name even where it is None
             kwargs["past_key_values"] = past_key_values
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        if loss_only and labels is not None and self.can_fuse_loss():
+        if loss_only and labels is not None and not output_attentions and self.can_fuse_loss():
             return self._forward_to_loss(labels, **kwargs)
         if packed and labels is not None:
             labels = labels.to(row.embeds.device)
-        with eager_attention(self.config) if output_attentions else nullcontext():
+        with self._attention(output_attentions):
             return super().forward(labels=labels, **kwargs)
+
+    def _attention(self, output_attentions: bool | None) -> AbstractContextManager[None]:
+        """Within the block, the model computes attention weights, if they are asked for."""
+        return eager_attention(self.config) if output_attentions else nullcontext()
 
     def can_fuse_loss(self) -> bool:
         """Whether the loss can be computed without the logits (loss.py)."""
@@ -441,7 +446,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         else:
             batch = self._splice_batch(input_ids, attention_mask, None, images, image_sizes, side="left")
             embeds, mask = batch.embeds, batch.mask
-        with eager_attention(self.config) if kwargs.get("output_attentions") else nullcontext():
+        with self._attention(kwargs.get("output_attentions")):
             return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
 
     def _prepare_by_replacement(

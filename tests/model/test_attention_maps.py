@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel
 
 from llava.errors import InputError
 from llava.model import transformers_internals
+from llava.model.attention import VARLEN, register_varlen, varlen_kernel
 from llava.model.builder import load
 
 IDS = torch.tensor([[1, 40, -200, 70, 80]])
@@ -62,6 +63,22 @@ def test_the_language_model_gives_its_weights(language_model: str, tmp_path: Pat
     plain = model.generate(IDS, images=PIXELS, do_sample=False, max_new_tokens=3, min_new_tokens=3)
     assert torch.equal(answer.sequences, plain)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_samples_of_a_packed_row_do_not_read_each_other(model: Any) -> None:
+    ids, pixels = IDS.repeat(2, 1), torch.cat([PIXELS, -PIXELS])
+    options: dict[str, Any] = {"images": pixels, "labels": ids.clamp(min=0), "packed": True}
+    transformers_internals.set_attention(model.config, VARLEN)  # whose mask is of another form
+    try:
+        register_varlen(varlen_kernel())
+        found = model(ids, output_attentions=True, loss_only=True, **options)
+        assert transformers_internals.attention_of(model.config) == VARLEN
+    finally:
+        transformers_internals.set_attention(model.config, "sdpa")
+    length = found.attentions[0].shape[-1] // 2
+    assert not found.attentions[0][:, :, length:, :length].any()
+    assert not found.attentions[0][:, :, :length, length:].any()
+    assert torch.allclose(found.loss, model(ids, **options).loss, atol=1e-5)
 
 
 def test_gradients_of_pixels(model: Any) -> None:
