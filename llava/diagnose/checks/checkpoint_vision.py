@@ -272,8 +272,8 @@ def judge_projector(
     if other:
         yield found(
             "projector-type",
-            f"{other[0].file} holds {other[0].name} with the shape {list(other[0].shape)}, which is no linear layer (a norm "
-            f"has one dimension, a convolution four): mm_projector_type is {kind!r}, and such a projector has linear layers only",
+            f"{other[0].file} holds {other[0].name} with the shape {list(other[0].shape)}, which is no linear layer (a "
+            f"norm has one dimension, a convolution four): mm_projector_type is {kind!r}, whose layers are all linear",
             "register the projector's type (docs/extend.md), or take the projector that belongs to this config.json",
             mm_projector_type=kind,
             shapes={header.name: list(header.shape) for header in other},
