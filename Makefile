@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -45,11 +46,11 @@ format: $(VENV)/.dev ## format the code
 docs-tree: ## print every file of the package with its first line
 	@$(PYTHON) scripts/docs/tree.py
 
-site: $(VENV)/.docs ## build the pages of docs/ as a site, in build/site
-	$(BIN)/python scripts/docs/site.py
+site: $(DOCS_VENV)/.done ## build the pages of docs/ as a site, in build/site
+	$(DOCS_VENV)/bin/python scripts/docs/site.py
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build llava.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) build llava.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,8 +61,13 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt '.[docs]'
+# An environment of its own, without the package, whose sources the site reads: no target changes another's.
+DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+$(DOCS_VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c '$(DOCS_NEEDS)' > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--requirement $(DOCS_VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

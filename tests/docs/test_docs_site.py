@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,15 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     broken = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert broken.returncode != 0
     assert "nowhere.md" in broken.stdout + broken.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_building_the_site_leaves_the_other_environment_alone() -> None:
+    commands = subprocess.run(["make", "-n", "-B", "site"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "scripts/docs/site.py" in commands
+    assert not re.search(r"\.venv/", commands)
+    assert not re.search(r"install.*'?\.(?:\[|'|\s|$)", commands)  # the package itself is installed nowhere
+    others = subprocess.run(["make", "-n", "-B", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    installs = [line for line in others.stdout.splitlines() if " install " in line and re.search(r"\s'?\.(?:\[|'|$)", line)]
+    assert installs
+    assert all("--editable" in line for line in installs)
