@@ -58,7 +58,7 @@ class Session:
 
     Args:
         template: The conversation so far, usually empty; None: the model's own template.
-        sampling: How tokens are chosen; None: greedy.
+        sampling: How tokens are chosen, which may be changed between questions; None: greedy.
         engine: What answers; None: the one that `open_engine` chooses, opened at the first question.
     """
 
@@ -74,7 +74,7 @@ class Session:
 
         self._loaded = loaded
         self._template = template or get_template(loaded.conv_mode)
-        self._sampling = sampling or SamplingParams()
+        self.sampling = sampling or SamplingParams()
         self._given_engine = engine
         self._placeholder = image_placeholder(LlavaSettings.from_hf(loaded.model.config).tokens.use_im_start_end)
         self.exchanges: list[Exchange] = []
@@ -108,7 +108,7 @@ class Session:
 
         The question and the waiting images become history with `record`.
         """
-        request = Request(self.conversation(question), [image.image for image in self.images], self._sampling)
+        request = Request(self.conversation(question), [image.image for image in self.images], self.sampling)
         return self._engine.stream(request)
 
     @cached_property
@@ -118,7 +118,7 @@ class Session:
             return self._given_engine
         from llava.engine.selection import open_engine
 
-        return open_engine(self._loaded, EngineConfig(max_running=1), num_beams=self._sampling.num_beams)
+        return open_engine(self._loaded, EngineConfig(max_running=1), num_beams=self.sampling.num_beams)
 
     def record(self, question: str, answer: str) -> None:
         """Keep a question and its answer, a cancelled one too. An empty answer is not kept, and its images wait."""
@@ -138,6 +138,16 @@ class Session:
         conversation.append_message(user, with_image_placeholders(question, len(self.waiting), self._placeholder))
         conversation.append_message(assistant, None)
         return conversation
+
+    @property
+    def system(self) -> str:
+        """The system text, without the markup that some templates keep in it."""
+        text, markup = self._template.system, self._template.system_markup
+        return text.partition(markup)[2] if markup and markup in text else text
+
+    def set_system(self, text: str) -> None:
+        """Give the conversation another system text, from its beginning on."""
+        self._template = self._template.with_system(text)
 
     def undo(self) -> Exchange:
         """Take the last exchange back; its images wait for the next question again."""

@@ -1,7 +1,7 @@
 """`llava chat`: ask a model about images, once or in a conversation.
 
 In: images, a question or typed lines, flags. Out: answers on stdout, streamed; everything else on stderr. The conversation is
-in session.py, input and output in terminal.py, generation in engine/.
+in session.py, its commands in chat_commands.py, input and output in terminal.py, generation in engine/.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava.cli.image_words import read_line, read_words, split_sources, starts_with_path
+from llava.cli.chat_commands import COMMANDS, EXIT, PLAIN_WORDS, SETTINGS, find_command, unknown_command
+from llava.cli.image_words import read_line, read_words, starts_with_path
+from llava.cli.inline_images import PROTOCOLS
+from llava.cli.line_completion import LineCompleter
 from llava.cli.model_flags import add_model_flags, find_model, quantization_from, sampling_from
-from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, add_number, closest
+from llava.cli.program import EXIT_BAD_INPUT, ArgumentParser, add_number
 from llava.cli.startup import prepare, quick_imports
 from llava.cli.terminal import Terminal, quiet_libraries, show
 from llava.cli.waits import hide_waits
@@ -39,7 +42,6 @@ examples:
   echo "Describe it." | llava chat photo.jpg -         the question from a pipe
   llava chat - "What is this?" < photo.jpg             the image from a pipe
 """
-EXIT = "/exit"
 
 
 def build_parser() -> ArgumentParser:
@@ -57,6 +59,9 @@ def build_parser() -> ArgumentParser:
     answers = parser.add_argument_group("answers")
     add_number(answers, "--temperature", 0.0, "T", "0 decodes greedily")
     answers.add_argument("--top-p", type=float, metavar="P", help="sample from top tokens of this total probability")
+    answers.add_argument("--top-k", type=int, metavar="K", help="sample from so many most probable tokens; 0: all")
+    answers.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1, repeat less")
+    answers.add_argument("--seed", type=int, metavar="N", help="the same seed samples the same answer")
     add_number(answers, "--num-beams", 1, "N", "beam search; the answer is not streamed")
     add_number(answers, "--max-new-tokens", 512, "N", "at most so many per answer")
     images = parser.add_argument_group("images")
@@ -64,6 +69,12 @@ def build_parser() -> ArgumentParser:
     images.add_argument("--allow-private-hosts", action="store_true", help="download from this machine's network too")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a line of JSON per answer, with token counts and times")
+    output.add_argument(
+        "--show-images",
+        choices=("auto", *PROTOCOLS, "off"),
+        default="auto",
+        help="show attached images in the terminal, by this protocol (default: what the terminal can)",
+    )
     output.add_argument("--quiet", "-q", action="store_true", help="nothing but answers and errors")
     output.add_argument("--verbose", "-v", action="store_true", help="show prompts, token counts and times on stderr")
     return parser
@@ -88,7 +99,7 @@ def run(args: Namespace) -> int:
     args.model_path = find_model(args.model_path, args.mmproj)
     if args.quiet:
         hide_waits()
-    terminal = Terminal(quiet=args.quiet)
+    terminal = Terminal(quiet=args.quiet, image_protocol=args.show_images)
     terminal.attached([image for image in images if image.source in words.inside], question)
 
     started = time.perf_counter()
@@ -135,10 +146,14 @@ class Chat:
             self.terminal.info(
                 f"{num_images} image{'s' * (num_images != 1)}; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
             )
+            self.terminal.show_images(self.session.waiting)
         status = 0
-        for line in self.terminal.lines():
+        completer = LineCompleter([*COMMANDS], {"/set": [*SETTINGS]})
+        for line in self.terminal.lines(complete=completer.complete):
             try:
-                if not self.handle(line.strip()):
+                if line.is_block:
+                    self.ask(line.text.strip())
+                elif not self.handle(line.text.strip()):
                     break
             except InputError as error:
                 self.terminal.error(error)
@@ -153,24 +168,30 @@ class Chat:
         """Answer a question or run a command; False ends the conversation."""
         if not line:
             return True
-        name, _, argument = line.partition(" ")
-        if name not in COMMANDS and (not line.startswith("/") or starts_with_path(line)):
+        word, _, argument = line.partition(" ")
+        name = find_command(word, interactive=self.terminal.interactive)
+        if name is None and line.startswith("/") and not starts_with_path(line):
+            raise unknown_command(word)
+        if name is None or (word in PLAIN_WORDS and argument):
             self.ask(line)
             return True
-        if name not in COMMANDS:
-            known = list(COMMANDS)
-            raise InputError(f"unknown command {name!r}{closest(name, known)} (commands: {', '.join(known)})")
         COMMANDS[name].run(self, argument.strip())
         return name != EXIT
 
     def ask(self, line: str) -> None:
         """Answer a typed line, after attaching the images that it names; a line of images alone waits for its question."""
         read = read_line(line, [image.source for image in self.session.images])
-        images = [LoadedImage.open(source, self.limits) for source in read.sources]
-        self.session.attach(images)
+        images = self.attach(read.sources)
         self.terminal.attached(images, read.question)
         if read.question is not None:
             self.answer(read.question)
+
+    def attach(self, sources: Sequence[str | bytes]) -> list[LoadedImage]:
+        """Open images, which go with the next question, and show them where the terminal can."""
+        images = [LoadedImage.open(source, self.limits) for source in sources]
+        self.session.attach(images)
+        self.terminal.show_images(images)
+        return images
 
     def answer(self, question: str) -> None:
         sources = [image.source for image in self.session.waiting]
@@ -219,70 +240,6 @@ class Chat:
             f"{loaded.info.folder}: {type(model).__name__} on {model.device} in {str(model.dtype).removeprefix('torch.')}, "
             f"template {template}, context {loaded.context_len}, loaded in {self.load_s:.2f} s"
         )
-
-
-# The commands. Each gets the rest of the line.
-
-
-def _image(chat: Chat, argument: str) -> None:
-    sources = split_sources(argument)
-    if not sources:
-        raise InputError("/image needs the path or URL of at least one image")
-    chat.session.attach([LoadedImage.open(source, chat.limits) for source in sources])
-    num_waiting = len(chat.session.waiting)
-    chat.terminal.info(f"{num_waiting} image{'s' * (num_waiting != 1)} will go with the next question")
-
-
-def _reset(chat: Chat, argument: str) -> None:
-    chat.session.reset()
-    chat.terminal.info("a new conversation, without images")
-
-
-def _undo(chat: Chat, argument: str) -> None:
-    chat.terminal.info(f"taken back: {chat.session.undo().question}")
-
-
-def _retry(chat: Chat, argument: str) -> None:
-    chat.answer(chat.session.undo().question)
-
-
-def _save(chat: Chat, argument: str) -> None:
-    if not argument:
-        raise InputError("/save needs the name of a file to write")
-    chat.session.save(argument)
-    chat.terminal.info(f"saved in {argument}")
-
-
-def _load(chat: Chat, argument: str) -> None:
-    if not argument:
-        raise InputError("/load needs the name of a file that /save wrote")
-    chat.session.load(argument, chat.limits)
-    chat.terminal.info(f"{len(chat.session.exchanges)} questions and answers taken up")
-
-
-def _help(chat: Chat, argument: str) -> None:
-    width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
-    for name, command in COMMANDS.items():
-        chat.terminal.info(f"{f'{name} {command.argument}':<{width}}  {command.help}")
-
-
-@dataclass(frozen=True)
-class SlashCommand:
-    run: Callable[[Chat, str], None]
-    argument: str
-    help: str
-
-
-COMMANDS = {
-    "/image": SlashCommand(_image, "PATH ...", "add images to the next question"),
-    "/reset": SlashCommand(_reset, "", "start again, without history and images"),
-    "/undo": SlashCommand(_undo, "", "take the last question and answer back"),
-    "/retry": SlashCommand(_retry, "", "answer the last question anew"),
-    "/save": SlashCommand(_save, "FILE", "write the conversation as JSON"),
-    "/load": SlashCommand(_load, "FILE", "take up a conversation that was saved"),
-    "/help": SlashCommand(_help, "", "show these commands"),
-    EXIT: SlashCommand(lambda chat, argument: None, "", "leave (as Ctrl-D does)"),
-}
 
 
 if __name__ == "__main__":

@@ -46,13 +46,14 @@ def quantization_from(args: Namespace) -> str | None:
 
 
 def sampling_from(args: Namespace) -> SamplingParams:
-    """Build the sampling parameters of --temperature, --top-p, --num-beams and --max-new-tokens.
+    """Build the sampling parameters of the flags that have their names.
 
     A flag that the program does not have, or that was left out, is not given: the model's default holds.
     """
-    if getattr(args, "top_p", None) is not None and args.temperature == 0:
-        raise InputError("--top-p has no effect at temperature 0; give --temperature as well")
-    names = ("temperature", "top_p", "num_beams", "max_new_tokens")
+    for name in ("top_p", "top_k"):
+        if getattr(args, name, None) is not None and args.temperature == 0:
+            raise InputError(f"--{name.replace('_', '-')} has no effect at temperature 0; give --temperature as well")
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_beams", "max_new_tokens")
     return SamplingParams.given(**{name: getattr(args, name, None) for name in names})
 
 

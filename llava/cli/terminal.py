@@ -7,13 +7,16 @@ Without a terminal at both ends there are no prompts and no colors: only answers
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava.cli.colors import RESET, Colors, style_code, wants_colors
+from llava.cli.inline_images import as_escape, asks_for_sixel, find_protocol
+from llava.cli.line_completion import bind_tab
 from llava.errors import InputError
 from llava.files import state_folder
 
@@ -23,12 +26,23 @@ if TYPE_CHECKING:
     from llava.session import LoadedImage
 
 
+BLOCK_MARK = '"""'
+
+
+class TypedLine(NamedTuple):
+    """A line of input, or several between marks (`is_block`), which are never a command."""
+
+    text: str
+    is_block: bool = False
+
+
 class Terminal:
     """Where a program reads lines and writes answers; `interactive` if stdin and stdout are both terminals."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, image_protocol: str = "auto") -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.quiet = quiet
+        self._image_protocol = image_protocol
         self.use_colors = self.interactive and wants_colors(sys.stdout)
 
     def write(self, text: str) -> None:
@@ -43,32 +57,54 @@ class Terminal:
 
     def attached(self, images: Sequence[LoadedImage], question: str | None) -> None:
         """Say which images were found in what the user wrote, and what is asked about them."""
-        for image in images:
-            self.info(f"attached {image.source} ({image.image.width}x{image.image.height})")
+        self.name_images(images)
         if images:
             self.info(f"asked: {question}" if question is not None else "waiting for a question about it")
+
+    def name_images(self, images: Sequence[LoadedImage]) -> None:
+        for image in images:
+            self.info(f"attached {image.source} ({image.image.width}x{image.image.height})")
+
+    def show_images(self, images: Sequence[LoadedImage]) -> None:
+        """Show images on a terminal that can; others get a line with name and size from `attached`."""
+        if not (images and self.interactive) or self.quiet:
+            return
+        if self._image_protocol == "auto":
+            found = find_protocol(os.environ)
+            self._image_protocol = found or ("sixel" if asks_for_sixel() else "off")
+        if self._image_protocol != "off":
+            for image in images:
+                self.write(as_escape(image.image, self._image_protocol) + "\n")
 
     def error(self, error: InputError) -> None:
         """Write an error to stderr; the program goes on."""
         print(self._styled("red", f"error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
 
-    def lines(self, prompt: str = "> ") -> Iterator[str]:
-        """Yield lines until the end of input. At a prompt, Ctrl-C drops the line; a second one in a row ends the input."""
+    def lines(
+        self, prompt: str = "> ", *, complete: Callable[[str, int], str | None] | None = None
+    ) -> Iterator[TypedLine]:
+        """Yield lines until the end of input. At a prompt, Ctrl-C drops the line; a second one in a row ends the input.
+
+        At a prompt several lines between two `BLOCK_MARK`s are one, and Tab completes words by `complete`.
+        """
         if not self.interactive:
             try:
-                yield from (line.rstrip("\r\n") for line in sys.stdin)
+                yield from (TypedLine(line.rstrip("\r\n")) for line in sys.stdin)
             except UnicodeDecodeError as error:
                 raise InputError(
                     'stdin holds no text; read an image from it with a question: llava chat - "What is this?"'
                 ) from error
             return
         # \001 and \002 tell readline that what is between them has no width.
-        shown = f"\001{style_code('bold')}\002{prompt}\001{RESET}\002" if self.use_colors else prompt
+        shown, more = (
+            f"\001{style_code('bold')}\002{text}\001{RESET}\002" if self.use_colors else text
+            for text in (prompt, "... ")
+        )
         interrupted = False
-        with _line_history():
+        with _line_history(complete):
             while True:
                 try:
-                    line = input(shown)
+                    line = _read_block(input(shown), more)
                 except EOFError:
                     print(file=sys.stderr)
                     return
@@ -84,6 +120,18 @@ class Terminal:
 
     def _styled(self, style: str, text: str) -> str:
         return Colors(self.use_colors and sys.stderr.isatty())(text, style)
+
+
+def _read_block(first: str, prompt: str) -> TypedLine:
+    """Read on to the mark that ends a block, where a typed line begins one; without a mark the line is the end."""
+    text = first.lstrip()
+    if not text.startswith(BLOCK_MARK):
+        return TypedLine(first)
+    lines = [text.removeprefix(BLOCK_MARK)]
+    while BLOCK_MARK not in lines[-1]:
+        lines.append(input(prompt))
+    last, _, rest = lines[-1].rpartition(BLOCK_MARK)
+    return TypedLine("\n".join([*lines[:-1], last + (f" {rest.strip()}" if rest.strip() else "")]), is_block=True)
 
 
 def show(handle: RequestHandle, write: Callable[[str], None]) -> Result:
@@ -115,13 +163,15 @@ def quiet_bitsandbytes() -> None:
 
 
 @contextmanager
-def _line_history() -> Iterator[None]:
-    """Edit and recall typed lines within the block; they are kept between sessions. Nothing without readline."""
+def _line_history(complete: Callable[[str, int], str | None] | None) -> Iterator[None]:
+    """Edit, complete and recall typed lines within the block; they are kept between sessions. Nothing without readline."""
     try:
         import readline
     except ImportError:  # Windows
         yield
         return
+    if complete is not None:
+        bind_tab(complete)
     try:
         file = state_folder() / "history"
     except InputError:  # a user without a home: no history

@@ -275,7 +275,7 @@ def test_a_session_remembers_questions_images_and_answers(session: Session, tmp_
 
 
 def test_a_broken_off_answer_stays_and_an_empty_one_does_not(session: Session, loaded: Any) -> None:
-    session._sampling = SamplingParams(max_new_tokens=1500)
+    session.sampling = SamplingParams(max_new_tokens=1500)
     session.attach([LoadedImage.open(IMAGE, DEFAULT_LIMITS)])
     with session.ask("What is it?") as handle:
         next(chunk for chunk in handle if chunk.text)

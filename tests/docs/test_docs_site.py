@@ -93,6 +93,8 @@ def test_building_the_site_leaves_the_other_environment_alone() -> None:
     assert not re.search(r"\.venv/", commands)
     assert not re.search(r"install.*'?\.(?:\[|'|\s|$)", commands)  # the package itself is installed nowhere
     others = subprocess.run(["make", "-n", "-B", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
-    installs = [line for line in others.stdout.splitlines() if " install " in line and re.search(r"\s'?\.(?:\[|'|$)", line)]
+    installs = [
+        line for line in others.stdout.splitlines() if " install " in line and re.search(r"\s'?\.(?:\[|'|$)", line)
+    ]
     assert installs
     assert all("--editable" in line for line in installs)
