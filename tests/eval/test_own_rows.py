@@ -49,6 +49,10 @@ def test_images(image: Any, expected: list[Any], tmp_path: Path) -> None:
     if isinstance(image, str):
         image = image.replace("{folder}", str(tmp_path))
     [question] = questions(tmp_path, {**ROW, "image": image})
+    if isinstance(image, list) and image:
+        by_number = {f"image_{number}": one for number, one in enumerate([*image, None], start=1)}
+        [numbered] = questions(tmp_path, {"question": "?", "answer": "x", **by_number, "image_id": 5})
+        assert numbered.images == question.images
     assert list(question.images) == [tmp_path / one if isinstance(one, str) else one for one in expected]
 
 
@@ -76,7 +80,7 @@ def test_options(options: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [(5, ["5"]), (0.5, ["0.5"]), (True, ["yes"]), (["a", 3], ["a", "3"]), ([{"answer": "x", "id": 1}] * 2, ["x"])],
+    [(5, ["5"]), (0.5, ["0.5"]), (True, ["yes"]), (["a", 3], ["a", "3"]), ([{"answer": "x", "id": 1}] * 2, ["x", "x"])],
 )
 def test_answers(answer: Any, expected: list[str], tmp_path: Path) -> None:
     assert questions(tmp_path, {**ROW, "answer": answer})[0].answer == expected
@@ -102,6 +106,8 @@ def test_answers(answer: Any, expected: list[str], tmp_path: Path) -> None:
         ({"options": 3}, "the options 3; give a list"),
         ({"options": list("abcdefghijkl")}, "has 12 options; at most 10"),
         ({"image": 7}, "image 1 is 7; give a file"),
+        ({"image": ..., "img": "a.png"}, "the field 'img', which is not read; call it 'image'"),
+        ({"image": ..., "image_url": "https://x.org/a.png"}, "the field 'image_url', which is not read"),
         ({"image": ["a.png", None]}, "image 2 is null; give a file"),
         ({"image": "https://x.org/a.png"}, "nothing is downloaded"),
         ({"image": "data:image/png,abc"}, "a data: URL without base64"),
@@ -111,10 +117,19 @@ def test_answers(answer: Any, expected: list[str], tmp_path: Path) -> None:
 )
 def test_what_is_refused(row: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=named) as error:
-        questions(tmp_path, ROW, {**ROW, **row})
+        questions(tmp_path, ROW, {key: value for key, value in {**ROW, **row}.items() if value is not ...})
     assert "own.jsonl, row 2" in str(error.value)
     assert len(str(error.value)) < 300 + len(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_answers_of_ten_people_count_each(tmp_path: Path) -> None:
+    people = ["red"] * 2 + ["blue"] * 8
+    kit.write_lines(tmp_path / "own.jsonl", [{"question": "?", "answers": people}])
+    (tmp_path / "own.yaml").write_text("file: own.jsonl\nmetric: vqa\n")
+    report = score_file(find_task(str(tmp_path / "own.yaml")), kit.answers(tmp_path / "a.jsonl", {1: "red"}), tmp_path)
+    # Each person left out in turn: two times one other said it, eight times two did; a third of the votes each.
+    assert report.scores.headline == pytest.approx(100 * (2 * (1 / 3) + 8 * (2 / 3)) / 10)
 
 
 def test_absent_fields_are_named(tmp_path: Path) -> None:

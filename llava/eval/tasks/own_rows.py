@@ -32,6 +32,8 @@ IMAGE_FIELDS = ("images", "image", "image_path")
 OPTION_FIELDS = ("options", "choices")
 ANSWER_FIELDS = ("answers", "answer")
 ID_FIELDS = ("question_id", "index", "id")
+NUMBERED_IMAGE = re.compile(r"image_(\d+)")  # as MMMU has them
+OTHER_IMAGE = re.compile("image|img|picture|photo", re.IGNORECASE)
 MIN_BASE64 = 64  # characters; a shorter text in a column of images is the index of the row that has the image
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 MAX_SHOWN = 60  # characters of a value in an error
@@ -150,6 +152,16 @@ def _read_row(row: JsonRow, number: int, where: str, folder: Path, by_index: Map
 
 def _images(row: JsonRow, where: str, folder: Path, by_index: Mapping[str, object]) -> tuple[Path | bytes, ...]:
     value = _first(row, IMAGE_FIELDS)
+    if not any(name in row for name in IMAGE_FIELDS):
+        numbered = sorted((int(match[1]), name) for name in row if (match := NUMBERED_IMAGE.fullmatch(name)))
+        value = [row[name] for _, name in numbered if row[name] is not None]
+        other = next(
+            (name for name in row if OTHER_IMAGE.search(name) and isinstance(row[name], (str, bytes, list))), None
+        )
+        if other is not None and not numbered:
+            raise InputError(
+                f"{where} has the field {other!r}, which is not read; call it 'image' if it holds the image"
+            )
     if isinstance(value, str) and len(value) < MIN_BASE64 and value != by_index.get(value, value):
         value = by_index[value]
     if value is None or value == "":
@@ -235,7 +247,7 @@ def _answers(row: JsonRow, where: str, options: Sequence[str]) -> tuple[str, ...
     texts = [_plain(one) for one in given]
     letters = dict(zip(LETTERS, options, strict=False))
     named = [letters[text.strip()] for text in texts if text not in options and text.strip() in letters]
-    return tuple(dict.fromkeys([*texts, *named]))
+    return (*texts, *(text for text in named if text not in texts))  # several people may have given the same answer
 
 
 def _first(row: JsonRow, names: Sequence[str]) -> object:
