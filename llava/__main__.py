@@ -24,6 +24,9 @@ class Command:
 
 COMMANDS = {
     "chat": Command("llava.cli.chat", "ask a model about images: one question, or a conversation"),
+    "models": Command("llava.cli.models", "list the models that have a name, their sizes, and which fit here"),
+    "pull": Command("llava.cli.pull", "download a model and all that it needs"),
+    "rm": Command("llava.cli.remove", "remove the copy of a model that was downloaded"),
     "cli": Command("llava.serve.cli", "the same with the flags and output of the original command line"),
     "serve": Command("llava.serve.serve", "serve a model: OpenAI-compatible API and web page, at one address"),
     "controller": Command("llava.serve.controller", "for many machines: register workers and route requests to them"),
@@ -47,7 +50,7 @@ EXAMPLES = """\
 examples:
   llava chat photo.jpg "What is in this image?"        one answer from the model that comes with the package
   llava chat photo.jpg                                 a conversation about an image; /help lists its commands
-  llava chat -m ./llava-v1.5-7b a.jpg b.jpg "What changed?"
+  llava chat -m llava-1.5-7b a.jpg b.jpg "What changed?"   a published model; llava models lists their names
   llava cli --model-path ./llava-v1.5-7b --image-file photo.jpg --device cuda
   llava serve ./llava-v1.5-7b                          an API and a web page on this machine
   llava train scripts/configs/finetune_lora.yaml learning_rate=1e-4

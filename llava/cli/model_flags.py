@@ -12,12 +12,13 @@ from pathlib import Path
 from llava.cli.program import Flags
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
+from llava.model.checkpoints.catalog import EMBEDDED
 from llava.model.checkpoints.hub import gguf_pair, is_gguf, looks_like_repository, resolve_checkpoint
 from llava.model.checkpoints.inspect import inspect
 
 
 def add_path_flag(flags: Flags) -> None:
-    where = "folder, hub repository or .gguf file (default: the small model in the package)"
+    where = "name (llava models), folder, hub repository or .gguf file (default: tiny, in the package)"
     flags.add_argument("--model-path", "-m", metavar="MODEL", help=where)
 
 
@@ -73,7 +74,7 @@ def find_model(path: str | None, mmproj: str | None = None) -> str:
         from llava.assets import embedded_model_path
 
         return str(embedded_model_path())
-    if is_gguf(path):
+    if is_gguf(path) or path == EMBEDDED:
         path = str(resolve_checkpoint(path))
     if Path(path).expanduser().exists() or not looks_like_repository(path):
         inspect(path)

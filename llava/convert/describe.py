@@ -20,12 +20,13 @@ from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
 from llava.images.layout import ImagePolicy, TileRange, parse_pinpoints
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
+from llava.model.checkpoints.catalog import did_you_mean
 from llava.model.checkpoints.foreign import ForeignModel
 from llava.model.checkpoints.gguf_config import PROJECTORS
 from llava.model.checkpoints.gguf_file import GgufHeader, read_gguf_header
 from llava.model.checkpoints.gguf_folder import find_pair, gguf_checkpoint
 from llava.model.checkpoints.gguf_names import ARCHITECTURE_OF
-from llava.model.checkpoints.hub import find_vision_tower, is_gguf
+from llava.model.checkpoints.hub import HubOptions, find_vision_tower, is_gguf, is_known_name, resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
     PROJECTOR_INFIX,
@@ -76,9 +77,12 @@ def describe_checkpoint(
     place = Path(path).expanduser()
     if mmproj is not None or is_gguf(place):
         return _describe_gguf(place, None if mmproj is None else Path(mmproj).expanduser())
+    if is_known_name(str(path)):
+        place = resolve_checkpoint(path, hub=HubOptions(local_files_only=True))
     if not place.is_dir():
+        meant = did_you_mean(str(path)) or ";"
         raise InputError(
-            f"there is no model folder or .gguf file {str(path)!r}; llava info looks at what is on this disk"
+            f"there is no model folder or .gguf file {str(path)!r}{meant} llava info looks at what is on this disk"
         )
     found = survey(place)
     return _describe_foreign(found, found.foreign) if found.foreign is not None else _Folder(found, base).describe()

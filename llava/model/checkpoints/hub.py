@@ -10,7 +10,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.assets import embedded_model_path
 from llava.errors import InputError
+from llava.model.checkpoints.catalog import EMBEDDED, did_you_mean, repository_of
 from llava.model.checkpoints.gguf_folder import gguf_checkpoint, holds_gguf_files
 from llava.model.checkpoints.hub_download import download_repository
 
@@ -38,7 +40,8 @@ DEFAULT_HUB = HubOptions()
 def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions = DEFAULT_HUB) -> Path:
     """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
 
-    A GGUF file, or a folder of GGUF files, gives the folder that gguf_folder.py makes for it.
+    A GGUF file, or a folder of GGUF files, gives the folder that gguf_folder.py makes for it. A name of catalog.py that is no
+    folder stands for its repository, or for the model in the package.
 
     `what` is how errors call it.
     """
@@ -50,11 +53,34 @@ def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions
         return folder
     if folder.exists():
         raise InputError(f"the {what} path {text!r} is a file; give the folder that holds its config.json")
+    if text == EMBEDDED:
+        return embedded_model_path()
+    text = repository_of(text) or text
     if not looks_like_repository(text):
         raise InputError(
-            f"there is no {what} folder {text!r}; give an existing folder or a repository id such as 'owner/name'"
+            f"there is no {what} folder {text!r}{did_you_mean(text) or ';'} give an existing folder, a repository id such as "
+            "'owner/name', or a name that llava models lists"
         )
     return fetch_repository(text, what=what, tried=[f"the folder {folder.absolute()}"], hub=hub)
+
+
+def is_known_name(text: str) -> bool:
+    """Whether a text is a name of catalog.py, and no folder."""
+    return (text == EMBEDDED or repository_of(text) is not None) and not Path(text).expanduser().exists()
+
+
+def local_copy(repository: str) -> Path | None:
+    """The folder of a repository's last copy in the hub library's cache, whole or not; None without one."""
+    snapshots = cache_of(repository) / "snapshots"
+    found = [folder for folder in snapshots.iterdir() if folder.is_dir()] if snapshots.is_dir() else []
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def cache_of(repository: str) -> Path:
+    """Where the hub library keeps a repository, and nothing else."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
 def is_gguf(path: str | Path) -> bool:
