@@ -29,7 +29,13 @@ def run(args: Namespace) -> None:
 
 
 SCRIPT = EvalScript("model_qa.py", "Answer text questions.", FLAGS, run)
-build_parser, main, eval_model = SCRIPT.build_parser, SCRIPT.main, SCRIPT.call
+build_parser, main = SCRIPT.build_parser, SCRIPT.main
+
+
+def eval_model(model_name: str, questions_file: str, answers_file: str) -> None:
+    """Run the program as outside code calls it."""
+    SCRIPT.call(Namespace(model_name=model_name, question_file=questions_file, answers_file=answers_file))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -369,6 +369,14 @@ def test_eval_model_of_the_programs(program: str, tmp_path: Path) -> None:
     assert len(answers[0]) == 1
 
 
+def test_eval_model_of_the_text_program(tmp_path: Path) -> None:
+    from llava.eval.model_qa import eval_model
+
+    questions = write_lines(tmp_path / "q.jsonl", [{"question_id": 3, "text": "Hello?", "category": "generic"}])
+    eval_model(str(golden("checkpoints/vicuna-tiny-base")), str(questions), str(tmp_path / "a.jsonl"))
+    assert [row["question_id"] for row in rows_of(tmp_path / "a.jsonl")] == [3]
+
+
 def test_eval_model_names_what_is_absent(tmp_path: Path) -> None:
     from llava.eval.common_flags import EvalScript, ScriptFlag
 
