@@ -40,7 +40,7 @@ def loaded(flags: str) -> tuple[Any, Any]:
     args = build_parser().parse_args(shlex.split(flags))
     args.model_path = args.model or args.model_path
     check_model_flags(args)
-    access, _ = access_from(args)
+    access = access_from(args)
     service = Service(load_backend(args), limits_from(args), access.memory)
     return service, model_app(service, access)[1]
 

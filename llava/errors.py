@@ -42,6 +42,12 @@ class MissingPackageError(InputError, ImportError):
     """An optional package is absent; the message names the extra that installs it."""
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """Return a text as a message may repeat it: what is longer than `limit` loses its middle."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or a cause of it, says that the disk or a limit on files is full."""
     while error is not None:

@@ -20,9 +20,10 @@ from llava.serve.apis import SCHEMAS, model_routes
 from llava.serve.backends.base import Backend
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.app import make_app
+from llava.serve.http.connections import protocol_class
 from llava.serve.http.limits import ServeLimits
 from llava.serve.http.middleware import AccessPolicy
-from llava.serve.http.server import PARSER, bind
+from llava.serve.http.server import bind
 from llava.serve.router.dispatch import Dispatcher
 from llava.serve.router.heartbeat import Heartbeat
 from llava.serve.router.routes import ControllerApi, controller_app
@@ -40,9 +41,11 @@ def data_url(path: Path = DEMO) -> str:
 @contextlib.contextmanager
 def running(app: Any, listener: Any = None) -> Iterator[str]:
     """An application behind a real socket, in a thread; gives its address."""
-    listener = listener or bind("127.0.0.1", 0)
+    listener = listener or bind("127.0.0.1", 0)[0]
+    policy = getattr(app, "policy", AccessPolicy())
+    http = protocol_class(policy.connections, policy.proxies)
     server = uvicorn.Server(
-        uvicorn.Config(app, http=PARSER, log_config=None, access_log=False, lifespan="on", proxy_headers=False)
+        uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="on", proxy_headers=False)
     )
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
@@ -76,12 +79,13 @@ def worker(
     *,
     access: AccessPolicy | None = None,
     controller: str | None = None,
+    key: str | None = None,
 ) -> Iterator[tuple[str, Service]]:
     """A worker over a backend, which stays open; it answers a controller's questions about itself unless it has one."""
     limits = limits or ServeLimits()
     access = access or AccessPolicy()
     service = Service(backend, limits, access.memory)
-    listener = bind("127.0.0.1", 0)
+    (listener,) = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     api = WorkerApi(service)
     routers = [api.router(), *model_routes(service)]
@@ -89,7 +93,7 @@ def worker(
     if controller is None:
         routers.append(single_worker_routes(service))
     else:
-        heartbeat = Heartbeat(controller, address, api.status)
+        heartbeat = Heartbeat(controller, address, api.status, key=key)
         service.changed = heartbeat.changed
         lifespans.append(heartbeat.lifespan)
     _, app = make_app(
@@ -107,9 +111,11 @@ def worker(
 
 
 @contextlib.contextmanager
-def controller(dispatcher: Dispatcher | None = None, **options: Any) -> Iterator[tuple[str, Dispatcher]]:
+def controller(
+    dispatcher: Dispatcher | None = None, *, access: AccessPolicy | None = None, **options: Any
+) -> Iterator[tuple[str, Dispatcher]]:
     dispatcher = dispatcher or Dispatcher()
-    _, app = controller_app(ControllerApi(dispatcher, **options), AccessPolicy())
+    _, app = controller_app(ControllerApi(dispatcher, **options), access or AccessPolicy())
     with running(app) as address:
         yield address, dispatcher
 
@@ -141,9 +147,12 @@ def make_greedy(page: Any) -> None:
 class Program:
     """A `llava` command in a process of its own, and what it says on stdout."""
 
-    def __init__(self, *arguments: str, **variables: str) -> None:
+    def __init__(
+        self, *arguments: str, module: str | None = "llava", stdin: int | None = None, **variables: str
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llava", *arguments],
+            [sys.executable, *(["-m", module] if module else []), *arguments],
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

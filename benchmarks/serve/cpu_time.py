@@ -25,9 +25,10 @@ from llava.engine.sequence import GenerationState
 from llava.model.builder import load
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.app import make_app
+from llava.serve.http.connections import ConnectionLimits, protocol_class
 from llava.serve.http.limits import ServeLimits
 from llava.serve.http.middleware import AccessPolicy
-from llava.serve.http.server import PARSER, bind
+from llava.serve.http.server import bind
 from llava.serve.openai.routes import SCHEMAS, ModelApi, openai_routes
 from llava.serve.process import freeze_heap
 from llava.serve.service import Service
@@ -76,8 +77,10 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
             handing[0] += time.thread_time() - started
 
     GenerationState.add = timed  # type: ignore[method-assign,assignment]
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, http=PARSER, loop="asyncio", log_config=None, access_log=False))
+    (listener,) = bind("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=protocol_class(ConnectionLimits()), loop="asyncio", log_config=None, access_log=False)
+    )
     serving = threading.Thread(target=lambda: server.run(sockets=[listener]), name="serving")
     serving.start()
     clients, questions = Clients(1, f"http://127.0.0.1:{listener.getsockname()[1]}"), Questions()

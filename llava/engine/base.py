@@ -161,6 +161,7 @@ class BaseEngine(ABC):
                 index=index,
                 sampling=SamplingState(params, index, frozenset(detokenizer.end_ids), self._make_grammar(params)),
                 detokenizer=detokenizer,
+                client=request.client,
             )
             for index, detokenizer in enumerate(detokenizers)
         ]

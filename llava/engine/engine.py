@@ -142,7 +142,14 @@ class Engine(BaseEngine):
         total = len(prompt.ids) + len(continuation)
         num_top = min(request.num_top, self._vocab_size)
         state.sequences = [
-            RunningSequence(prompt, max_total=total, request=state, continuation=continuation, num_top=num_top)
+            RunningSequence(
+                prompt,
+                max_total=total,
+                request=state,
+                continuation=continuation,
+                num_top=num_top,
+                client=request.client,
+            )
         ]
         self._worker.add(state, wait=wait)
         return handle

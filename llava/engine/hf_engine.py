@@ -150,9 +150,12 @@ class GenerateLoop(EngineWorker):
                     self._finish(request, sequence, output)
                 else:
                     self._complete(request)
+                    self._note_step()
             except Exception as error:
                 if not request.handle.done:
                     self._fail(request, error)
+                if isinstance(error, torch.AcceleratorError):  # others are `generate`'s, about one request
+                    self._note_step(error)
             self.num_running = 0
             self.wakeups.send()
 

@@ -101,6 +101,7 @@ class EngineLoop(EngineWorker):
         except Exception as error:
             self._fail_all(in_flight.step, error)
             return
+        self._note_step()
         for output in outputs:
             if not output.chunk.sequence.done:
                 try:
@@ -134,6 +135,7 @@ class EngineLoop(EngineWorker):
     def _fail_all(self, step: SchedulerOutput, error: Exception) -> None:
         for request in {_request_of(chunk.sequence) for chunk in step.chunks if not chunk.sequence.done}:
             self._fail(request, error)
+        self._note_step(error)
 
 
 def _request_of(sequence: Sequence) -> RequestState:

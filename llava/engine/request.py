@@ -173,6 +173,7 @@ class Request:
         sampling: How tokens are chosen.
         request_id: Unique among those running; made up where it is None.
         details: One for each image, or none; "low" asks for the overview tile alone of a model that cuts into tiles.
+        client: Who asks; where many wait, the clients take turns.
     """
 
     prompt: Conversation | str | Sequence[int]
@@ -180,6 +181,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None
     details: Sequence[Detail] = ()
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,7 @@ class ScoreRequest:
     images: Sequence[Image.Image] = ()
     num_top: int = 0
     request_id: str | None = None
+    client: str = ""  # as in `Request`
 
     def __post_init__(self) -> None:
         _require(0 <= self.num_top <= MAX_LOGPROBS, "num_top", self.num_top, f"0 to {MAX_LOGPROBS}")

@@ -3,15 +3,17 @@
 In: sequences. Out: a `SchedulerOutput` for each step, which names positions of sequences to compute. Running sequences get
 their next token first; the rest of the step's token budget goes to prompts in the order of arrival, long ones in chunks.
 When the pool is full, the sequence admitted last is preempted: it gives its blocks back and is computed again later. The
-sequence admitted first always advances, so every sequence ends. No torch.
+sequence admitted first always advances, so every sequence ends. Where several clients wait, they take turns, and a client that
+runs more than its share of sequences gives slots to those that run less (fair_queue.py). No torch.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from llava.engine.fair_queue import FairQueue
 from llava.engine.kv_cache import BlockPool
 from llava.engine.sequence import Sequence
 
@@ -63,10 +65,12 @@ class Scheduler:
         self.pool = pool
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # in the order of admission
         self.num_preemptions = 0
         self._draft = draft
+        self._max_running = max_running
+        self._is_blocked = False  # there are slots, and no blocks for the sequence that is next
         self._free_slots = list(range(max_running - 1, -1, -1))
 
     @property
@@ -77,13 +81,15 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def add_first(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences before all others: they belong to a request that has begun."""
-        self.waiting.extendleft(reversed(list(sequences)))
+        """Queue sequences before all others of their client: they belong to a request that has begun."""
+        for sequence in reversed(list(sequences)):
+            self.waiting.put_back(sequence)
 
     def schedule(self) -> SchedulerOutput:
         """Plan the next step; its positions count as computed from now on."""
         step = SchedulerOutput()
         num_preempted = self.num_preemptions
+        self._preempt_for_others()
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -101,8 +107,15 @@ class Scheduler:
             if budget > 0 and (not sequence.has_token_in_slot or sequence.is_scored):
                 budget -= self._prefill(sequence, budget, step)
         if self.num_preemptions == num_preempted:  # else the pool is full, and preempted sequences' tokens are pending
-            while self.waiting and budget > 0 and self._free_slots and self._admit(self.waiting[0]):
-                budget -= self._prefill(self.running[-1], budget, step)
+            self._is_blocked = False
+            running = Counter(sequence.client for sequence in self.running)
+            while self.waiting and budget > 0 and self._free_slots:
+                sequence = self.waiting.next(running, self._max_running)
+                if not self._admit(sequence):
+                    self._is_blocked = True
+                    break
+                running[sequence.client] += 1
+                budget -= self._prefill(sequence, budget, step)
         return step
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
@@ -144,7 +157,7 @@ class Scheduler:
             pool.release(found)
             pool.num_hits -= len(found)
             return False
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.assign_slot(self._free_slots.pop(), found + new, num_computed=len(found) * size)
         if sequence.num_new == 0:
@@ -163,13 +176,34 @@ class Scheduler:
     def _grow_by_preemption(self, sequence: Sequence) -> bool:
         """Get a block for the next position by preempting; False where the sequence itself was preempted."""
         while not self._grow(sequence, sequence.num_total):
-            victim = self.running.pop()
-            self.num_preemptions += 1
-            self._release(victim)
-            self.waiting.appendleft(victim)
+            victim = self.running[-1]
+            self._preempt(victim)
+            self.waiting.put_first(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _preempt_for_others(self) -> None:
+        """Take slots from clients that run more than their share, for waiting ones that run less."""
+        if (self._free_slots and not self._is_blocked) or not self.waiting.has_several_clients(self.running):
+            return
+        running = Counter(sequence.client for sequence in self.running)
+        for _ in range(self.waiting.num_owed(running, self._max_running)):
+            most, count = running.most_common(1)[0]
+            if count <= self.waiting.share(running, self._max_running):
+                return
+            # The newest, of which least is computed again; never the first of all, so that every sequence ends.
+            victim = next(sequence for sequence in reversed(self.running) if sequence.client == most)
+            if victim is self.running[0]:
+                return
+            self._preempt(victim)
+            self.waiting.put_back(victim)
+            running[most] -= 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.num_preemptions += 1
+        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None

@@ -103,6 +103,7 @@ class Sequence:
         detokenizer: Reads its text; None for a continuation.
         continuation: Given tokens whose probabilities are asked for; nothing is sampled then.
         num_top: How many of the most likely tokens are reported beside each of these.
+        client: Who asked for it.
     """
 
     _assignments = itertools.count()
@@ -118,6 +119,7 @@ class Sequence:
         detokenizer: IncrementalDetokenizer | None = None,
         continuation: abc.Sequence[int] = (),
         num_top: int = 0,
+        client: str = "",
     ):
         self.request = request
         self.index = index
@@ -129,6 +131,7 @@ class Sequence:
         self.is_scored = bool(continuation)
         self.num_top = num_top
         self.max_total = max_total
+        self.client = client
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.num_computed = 0  # positions whose keys and values are there, or being computed by a step in flight

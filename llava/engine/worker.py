@@ -22,6 +22,8 @@ from llava.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 3  # in a row, after which the device counts as broken
+
 
 class EngineWorker(ABC):
     """One thread. A request that fails gets its error, and the thread continues."""
@@ -36,6 +38,7 @@ class EngineWorker(ABC):
         self._closing = False
         self.num_waiting = 0
         self.num_finished = 0
+        self._num_failed_steps = 0  # in a row
         self._thread = threading.Thread(target=self._run, name="llava-engine", daemon=True)
 
     # Other threads' side.
@@ -149,6 +152,19 @@ class EngineWorker(ABC):
             self._remove(request)
             request.cancel()
             request.release()
+
+    def _note_step(self, error: Exception | None = None) -> None:
+        """Count failed steps. A device that fails again and again, as after a CUDA error, does not recover in this process.
+
+        Raises:
+            RuntimeError: So many steps in a row have failed.
+        """
+        if error is None:
+            self._num_failed_steps = 0
+        elif not isinstance(error, (InputError, torch.OutOfMemoryError)):
+            self._num_failed_steps += 1
+            if self._num_failed_steps == MAX_FAILED_STEPS:
+                raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row failed, the last with: {error}") from error
 
     def _fail(self, request: RequestState, error: Exception) -> None:
         self._remove(request)

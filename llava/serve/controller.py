@@ -11,12 +11,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser, add_number
-from llava.serve.http.flags import add_server_flags, listen_address_from
+from llava.serve.http.flags import add_server_flags, add_worker_key_flag, listen_address_from
 
 EXAMPLES = """\
 examples:
   llava controller                                       on this machine alone, port 21001
-  llava controller --host 10.0.0.1 --api-key-file keys   for workers on other machines; keys guard registration too
+  llava controller --host 10.0.0.1 --api-key-file keys --worker-key-file worker-keys      for workers on other machines
 """
 
 
@@ -32,6 +32,16 @@ def build_parser() -> ArgumentParser:
     )
     add_number(parser, "--deadline", 600.0, "S", "seconds for a whole answer")
     add_server_flags(parser, port=21001)
+    workers = parser.add_argument_group("workers")
+    add_worker_key_flag(workers)
+    workers.add_argument(
+        "--allow-worker",
+        action="append",
+        metavar="ADDRESS",
+        default=[],
+        help="a worker may be at this host, address or network, as gpu1.example, 10.0.0.7 or 10.0.0.0/24; may be repeated "
+        "(default: at the address that registers it)",
+    )
     return parser
 
 
@@ -43,15 +53,17 @@ def run(args: Namespace) -> int:
     address = listen_address_from(args)
     from llava.serve.http.server import run_server
     from llava.serve.router.dispatch import Dispatcher
+    from llava.serve.router.places import WorkerPlaces
     from llava.serve.router.routes import ControllerApi, controller_app
 
-    api = ControllerApi(Dispatcher(args.dispatch_method), key=address.key, deadline_s=args.deadline)
+    places = WorkerPlaces(args.allow_worker)
+    api = ControllerApi(Dispatcher(args.dispatch_method), places=places, deadline_s=args.deadline)
     _, app = controller_app(api, address.access)
 
     def started() -> None:
         print(f"controller {address.url}", flush=True)
 
-    return run_server(app, address.listener, drain_s=args.drain_seconds, started=started)
+    return run_server(app, address.listeners, drain_s=args.drain_seconds, started=started)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,9 @@ def run(args: Namespace) -> int:
 
     from fastapi import FastAPI
 
+    from llava.serve.http.keys import ApiKeys
     from llava.serve.http.metrics import Metrics
-    from llava.serve.http.middleware import AccessMiddleware, ApiKeys
+    from llava.serve.http.middleware import AccessMiddleware
     from llava.serve.http.server import run_server
     from llava.serve.web.page import Page, mount
 
@@ -68,7 +69,7 @@ def run(args: Namespace) -> int:
     access = replace(address.access, keys=ApiKeys())
     return run_server(
         AccessMiddleware(app, access, Metrics(), known_paths=("/",)),
-        address.listener,
+        address.listeners,
         drain_s=args.drain_seconds,
         started=lambda: print(f"page {address.url}", flush=True),
     )

@@ -19,7 +19,14 @@ from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path, get_template
 from llava.engine.config import EngineConfig
 from llava.errors import InputError
-from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, listen_address_from
+from llava.serve.http.flags import (
+    add_limit_flags,
+    add_server_flags,
+    add_worker_key_flag,
+    limits_from,
+    listen_address_from,
+)
+from llava.serve.process import end_with_stdin
 from llava.utils import waiting
 
 if TYPE_CHECKING:
@@ -59,6 +66,12 @@ def add_worker_flags(parser: ArgumentParser) -> None:
     )
     add_number(worker, "--stream-interval", 1, "N", "tokens in a chunk of the original protocol")
     worker.add_argument("--no-register", action="store_true", help="do not register with a controller")
+    worker.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        help="end when standard input is closed, as by the end of a parent process",
+    )
+    add_worker_key_flag(worker)
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
@@ -84,7 +97,9 @@ def run(args: Namespace) -> int:
         raise InputError(f"--stream-interval is {args.stream_interval}; give 1 or more tokens")
     limits = limits_from(args)
     check_model_flags(args)
-    address = listen_address_from(args)
+    address = listen_address_from(args, is_worker=True)
+    if args.end_with_stdin:
+        end_with_stdin()
     from llava.serve.service import Service
 
     return serve_worker(Service(load_backend(args), limits, address.access.memory), args, address)
@@ -139,7 +154,7 @@ def serve_worker(service: Service, args: Namespace, address: ListenAddress) -> i
     api, heartbeat = WorkerApi(service, args.stream_interval), None
     if not args.no_register:
         worker = args.worker_address or address.url
-        heartbeat = Heartbeat(args.controller_address, worker, api.status, key=address.key)
+        heartbeat = Heartbeat(args.controller_address, worker, api.status, key=address.worker_key)
         service.changed = heartbeat.changed
     _, app = make_app(
         [api.router(), *model_routes(service)],
@@ -160,7 +175,9 @@ def serve_worker(service: Service, args: Namespace, address: ListenAddress) -> i
     def started() -> None:
         print(f"worker {address.url} serves {service.card.name}", flush=True)
 
-    return run_server(app, address.listener, drain_s=args.drain_seconds, started=started, drain=drain)
+    return run_server(
+        app, address.listeners, drain_s=args.drain_seconds, started=started, drain=drain, lost=service.lost
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.errors import InputError
 from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_from, listen_address_from
 from llava.serve.model_worker import add_worker_flags, serve_worker
+from llava.serve.process import end_with_stdin
 
 ENDPOINT_KEY_VARIABLE = "LLAVA_ENDPOINT_KEY"
 EXAMPLES = """\
@@ -57,7 +58,9 @@ def run(args: Namespace) -> int:
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     limits = limits_from(args)
-    address = listen_address_from(args)
+    address = listen_address_from(args, is_worker=True)
+    if args.end_with_stdin:
+        end_with_stdin()
     from dataclasses import replace
 
     from llava.serve.backends.base import ModelCard

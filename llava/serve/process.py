@@ -6,14 +6,20 @@ its own (backends/subprocess_main.py).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 
 from llava.cli.terminal import quiet_bitsandbytes
 from llava.serve.http.request_record import RequestIdFilter
 
 SWITCH_S = 0.0005  # Python's default is ten times as long
+ORPHAN_S = 10.0  # for the answers of a process whose parent is gone
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s"
 
 
@@ -39,3 +45,17 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def end_with_stdin() -> None:
+    """End this process, as by SIGTERM, when standard input is closed: whoever started it is gone, however it ended."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="llava-parent", daemon=True).start()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError, require
+from llava.serve.http.flags import add_worker_key_flag, worker_keys_from
 
 
 def build_parser() -> ArgumentParser:
@@ -19,6 +20,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--controller-address", metavar="URL", help="the controller, as http://localhost:21001")
     parser.add_argument("--worker-name", metavar="URL", help="its address; the controller asks it for its models")
+    add_worker_key_flag(parser)
     parser.add_argument("--check-heart-beat", action="store_true", help="remove it when its heartbeats stop")
     return parser
 
@@ -32,9 +34,13 @@ def run(args: Namespace) -> int:
         if not getattr(args, flag):
             raise InputError(f"--{flag.replace('_', '-')} is missing")
     httpx = require("httpx", extra="serve")
+    keys = worker_keys_from(args)
+    headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
     body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat, "worker_status": None}
     try:
-        response = httpx.post(f"{args.controller_address.rstrip('/')}/register_worker", json=body, timeout=10)
+        response = httpx.post(
+            f"{args.controller_address.rstrip('/')}/register_worker", json=body, headers=headers, timeout=10
+        )
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise InputError(f"the controller {args.controller_address} did not take the worker: {error}") from error

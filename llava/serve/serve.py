@@ -7,9 +7,11 @@ several workers each has a process and a GPU of its own (supervisor.py), and thi
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -85,19 +87,22 @@ def run(args: Namespace) -> int:
         service.draining = True
 
     apps = model_app(service, address.access)
-    return run_app(*apps, args, address, model=service.card.name, with_page=with_page, drain=drain)
+    return run_app(*apps, args, address, model=service.card.name, with_page=with_page, drain=drain, lost=service.lost)
 
 
 def supervised_app(args: Namespace, address: ListenAddress, name: str) -> tuple[FastAPI, AccessMiddleware]:
     """Build a controller that starts its workers. Returns what `make_app` returns."""
+    from llava.serve.http.keys import ApiKeys
     from llava.serve.router.dispatch import Dispatcher
     from llava.serve.router.routes import ControllerApi, controller_app
     from llava.serve.supervisor import Supervisor, worker_command
 
     command = worker_command(args, address, name)
-    supervisor = Supervisor(command, args.num_workers, device=args.device, key=address.key)
-    api = ControllerApi(Dispatcher(), key=address.key, deadline_s=args.deadline)
-    return controller_app(api, address.access, lifespans=[supervisor.lifespan], open_paths=[f"{PAGE_PATH}/"])
+    key = secrets.token_urlsafe(32)
+    supervisor = Supervisor(command, args.num_workers, device=args.device, key=key)
+    api = ControllerApi(Dispatcher(), deadline_s=args.deadline)
+    access = replace(address.access, worker_keys=ApiKeys([key]))
+    return controller_app(api, access, lifespans=[supervisor.lifespan], open_paths=[f"{PAGE_PATH}/"])
 
 
 def model_app(service: Service, access: AccessPolicy) -> tuple[FastAPI, AccessMiddleware]:
@@ -128,6 +133,7 @@ def run_app(
     model: str,
     with_page: bool,
     drain: Callable[[], Awaitable[None]] | None = None,
+    lost: Callable[[], str | None] = lambda: None,
 ) -> int:
     """Mount the page, print the addresses, and serve `checked`, which is `app` behind its checks."""
     from fastapi.responses import RedirectResponse
@@ -153,13 +159,13 @@ def run_app(
         print(f"docs  {address.url}/docs")
         print(f"try   {curl_command(address, model)}", flush=True)
 
-    return run_server(checked, address.listener, drain_s=args.drain_seconds, started=started, drain=drain)
+    return run_server(checked, address.listeners, drain_s=args.drain_seconds, started=started, drain=drain, lost=lost)
 
 
 def curl_command(address: ListenAddress, model: str) -> str:
     """Return a command that sends the server a question."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
-    key = " -H 'Authorization: Bearer KEY'" if address.key else ""
+    key = " -H 'Authorization: Bearer KEY'" if address.access.keys else ""
     quoted = body.replace("'", "'\\''")
     return f"curl -s {address.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
 

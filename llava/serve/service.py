@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from llava.conversation import Conversation
 from llava.engine.request import Chunk, Detail, Request, SamplingParams, Score, ScoreRequest, Timings, Usage
 from llava.errors import InputError
-from llava.serve.backends.base import Backend, BackendRequest, ModelCard, ServerBusyError
+from llava.serve.backends.base import Backend, BackendError, BackendRequest, ModelCard, ServerBusyError
+from llava.serve.http.keys import current_client
 from llava.serve.http.limits import ServeLimits, open_images
 from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.http.metrics import Metrics
@@ -46,6 +47,7 @@ class Service:
         self.metrics = Metrics(self._gauges)
         self.draining = False
         self.num_requests = 0
+        self.num_answers = 0  # of them: each prompt, and each of its n completions
         self._counting = threading.Lock()  # counting tokens is for one thread at a time
         self.changed: Callable[[], None] = lambda: None  # called when a request begins or ends
 
@@ -65,30 +67,37 @@ class Service:
     ) -> AdmittedRequest:
         """Submit a request; the caller reads the answers and calls `close` in any case.
 
-        Each prompt is one request to the backend; the images, which `opener` opens, go with every prompt. Without `streamed`
-        all chunks come at the end. `details` is "low" or "auto" for each image.
+        Each prompt is one request to the backend; the images, which `opener` opens, go with every prompt. With `streamed` this
+        returns when the first chunk is there, so that what fails before has a status of its own, and a controller may ask
+        another worker. Without, all chunks come at the end. `details` is "low" or "auto" for each image.
 
         Raises:
             ServerBusyError: the server is full or being stopped.
             InputError: the request cannot be answered.
+            BackendError: the backend failed before the first chunk.
         """
-        admitted = self._admit(image_sources)
+        admitted = self._admit(image_sources, len(prompts) * sampling.n)
         try:
             images = await self._open(admitted, image_sources, details, opener)
             for prompt in prompts:
-                request = Request(prompt, tuple(images), sampling, details=tuple(details))
+                request = Request(prompt, tuple(images), sampling, details=tuple(details), client=current_client.get())
                 admitted.add(await self.backend.start(request, streamed=streamed), sampling.n)
             admitted.reservation.shrink_to(self.backend.model.held_bytes(admitted.layouts))
-        except BaseException:
-            admitted.close("refused")
+            if streamed:
+                await admitted.begin()
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            admitted.close("failed" if isinstance(error, BackendError) else "cancelled" if cancelled else "refused")
             raise
         return admitted
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Return the probabilities of given tokens, within the limits of a request; raises as `submit` does."""
-        admitted = self._admit(())
+        admitted = self._admit((), len(requests))
+        client = current_client.get()
         try:
-            return list(await asyncio.gather(*(self.backend.score(request) for request in requests)))
+            scores = (self.backend.score(replace(request, client=client)) for request in requests)
+            return list(await asyncio.gather(*scores))
         finally:
             admitted.close("scored")
 
@@ -109,7 +118,7 @@ class Service:
         Raises:
             ServerBusyError, InputError: as `submit`.
         """
-        admitted = self._admit(image_sources)
+        admitted = self._admit(image_sources, 1)
         try:
             await self._open(admitted, image_sources, details, open_images)
             return await self.num_tokens(prompt, admitted.layouts)
@@ -127,14 +136,22 @@ class Service:
 
         return await asyncio.to_thread(count)
 
-    def _admit(self, image_sources: Sequence[str]) -> AdmittedRequest:
+    def _admit(self, image_sources: Sequence[str], num_answers: int) -> AdmittedRequest:
         if self.draining:
             raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
-        if self.num_requests >= self.limits.max_requests:
-            raise ServerBusyError(f"{self.num_requests} requests are running already; try again in a moment")
+        most = self.limits.max_requests
+        if num_answers > most:
+            raise InputError(
+                f"the request asks for {num_answers:,} answers, its prompts times n, and this server gives {most:,} at once; "
+                "send fewer prompts in a request, or a smaller n"
+            )
+        if self.num_answers + num_answers > most:
+            raise ServerBusyError(
+                f"{self.num_answers:,} answers are running or waiting, and {most:,} may be; try again in a moment"
+            )
         if image_sources and not self.card.takes_images:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
-        return AdmittedRequest(self)
+        return AdmittedRequest(self, num_answers)
 
     async def _open(
         self, admitted: AdmittedRequest, sources: Sequence[str], details: Sequence[Detail], opener: Opener
@@ -155,6 +172,10 @@ class Service:
         """Return None, or what is wrong with the server."""
         return None if await self.backend.is_alive() else "the model does not answer any more"
 
+    def lost(self) -> str | None:
+        """Return why the server should end and be started again, if it should."""
+        return self.backend.lost
+
     async def readiness(self) -> str | None:
         """Return None, or why no requests are taken now."""
         return "being stopped" if self.draining else await self.liveness()
@@ -168,7 +189,8 @@ class Service:
             await self.backend.close()
 
     def _gauges(self) -> Mapping[str, float]:
-        return {"requests_in_flight": self.num_requests, "held_bytes": self.memory.num_bytes, **self.backend.gauges()}
+        counts = {"requests_in_flight": self.num_requests, "answers_in_flight": self.num_answers}
+        return counts | {"held_bytes": self.memory.num_bytes, **self.backend.gauges()}
 
 
 @dataclass(frozen=True)
@@ -183,14 +205,18 @@ class RequestStats:
 class AdmittedRequest:
     """One request of a client, which may have several prompts, and its answers."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, num_answers: int) -> None:
         self._service = service
+        self._num_answers = num_answers
         self._backend_requests: list[BackendRequest] = []
         self._num_choices: list[int] = []
         self._closed = False
+        self._source = self._chunks()
+        self._first: Chunk | None = None
         self.layouts: Sequence[ImageLayout] = ()
         self.reservation = service.memory.reserve()
         service.num_requests += 1
+        service.num_answers += num_answers
         service.changed()
 
     def add(self, request: BackendRequest, num_choices: int) -> None:
@@ -201,7 +227,17 @@ class AdmittedRequest:
     def num_choices(self) -> int:
         return sum(self._num_choices)
 
+    async def begin(self) -> None:
+        """Wait for the first chunk."""
+        self._first = await anext(self._source, None)
+
     async def __aiter__(self) -> AsyncIterator[Chunk]:
+        if self._first is not None:
+            yield self._first
+        async for chunk in self._source:
+            yield chunk
+
+    async def _chunks(self) -> AsyncIterator[Chunk]:
         """Yield the chunks of all answers, prompt after prompt; the index of a choice counts through all prompts.
 
         The first chunk and the end come at once. In between, tokens of many streams are collected for a moment, which bounds
@@ -233,6 +269,7 @@ class AdmittedRequest:
             return
         self._closed = True
         self._service.num_requests -= 1
+        self._service.num_answers -= self._num_answers
         self._service.changed()
         if end == "finished":
             stats = self.stats()

@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from llava.serve.http.flags import KEY_VARIABLE, ListenAddress
+from llava.serve.http.flags import KEY_VARIABLE, WORKER_KEY_VARIABLE, ListenAddress
 
 logger = logging.getLogger("llava.serve")
 
@@ -27,7 +27,7 @@ GOOD_RUN_S = 60.0  # a worker that ran so long is restarted after the shortest p
 WORKER_FLAGS = (
     "model_path", "model_base", "conv_mode", "dtype", "limit_model_concurrency", "memory_fraction", "engine_process",
     "log_level", "drain_seconds", "max_body_mb", "max_held_mb", "max_images", "max_image_mb", "max_megapixels", "max_requests",
-    "deadline", "image_timeout", "image_folder",
+    "deadline", "image_timeout", "image_folder", "read_timeout",
 )  # fmt: skip
 WORKER_SWITCHES = ("load_8bit", "load_4bit", "no_image_urls", "allow_private_hosts", "strict")
 
@@ -35,6 +35,7 @@ WORKER_SWITCHES = ("load_8bit", "load_4bit", "no_image_urls", "allow_private_hos
 def worker_command(args: Namespace, address: ListenAddress, name: str) -> list[str]:
     """Return the command line of a worker, without its device."""
     words = [sys.executable, "-m", "llava", "worker", "--port", "0", "--host", "127.0.0.1", "--model-name", name]
+    words.append("--end-with-stdin")
     words += ["--controller-address", address.url]
     for flag in WORKER_FLAGS:
         value = getattr(args, flag)
@@ -44,9 +45,13 @@ def worker_command(args: Namespace, address: ListenAddress, name: str) -> list[s
 
 
 class Supervisor:
-    """The worker processes. With the device `auto` or `cuda`, worker i sees the i-th GPU; all share any other device."""
+    """The worker processes. With the device `auto` or `cuda`, worker i sees the i-th GPU; all share any other device.
 
-    def __init__(self, command: list[str], num_workers: int, *, device: str, key: str | None) -> None:
+    `key` is the workers' key, by which they register and are asked; no other key opens them. They end with this process,
+    however it ends, since their standard input does.
+    """
+
+    def __init__(self, command: list[str], num_workers: int, *, device: str, key: str) -> None:
         self._command = command
         self._num_workers = num_workers
         self._device = device
@@ -77,7 +82,7 @@ class Supervisor:
                 "--device",
                 self._device,
                 env=self._environment(number),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
             )
             self._processes[number] = process
             status = await process.wait()
@@ -87,9 +92,8 @@ class Supervisor:
             await asyncio.sleep(pause)
 
     def _environment(self, number: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        if self._key:
-            environment[KEY_VARIABLE] = self._key
+        environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+        environment[WORKER_KEY_VARIABLE] = self._key
         if self._device in ("auto", "cuda"):
             visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             environment["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if visible else str(number)

@@ -59,6 +59,7 @@ def in_use(scheduler: Scheduler) -> None:
     caching=st.booleans(),
     lag=st.booleans(),
     num_drafts=st.integers(0, 3),
+    num_clients=st.integers(1, 4),
 )
 def test_every_sequence_ends_and_nothing_leaks(
     arrivals: list[Any],
@@ -68,6 +69,7 @@ def test_every_sequence_ends_and_nothing_leaks(
     caching: bool,
     lag: bool,
     num_drafts: int,
+    num_clients: int,
 ) -> None:
     """A run of the scheduler with tokens made up; with `lag`, a step is launched before the last one's tokens are known."""
     lag = lag and not num_drafts
@@ -108,7 +110,8 @@ def test_every_sequence_ends_and_nothing_leaks(
         while coming and coming[0][0] <= now:
             _, num_prompt, num_new, abort = coming.popleft()
             ids = [chosen.randrange(2) for _ in range(num_prompt)]  # alike often enough to be shared
-            sequence = Sequence(Prompt(ids, ()), max_total=num_prompt + num_new)
+            client = str(chosen.randrange(num_clients))
+            sequence = Sequence(Prompt(ids, ()), max_total=num_prompt + num_new, client=client)
             sequences.append(sequence)
             scheduler.add(sequence)
             if abort is not None:

@@ -15,7 +15,8 @@ import uvicorn
 from serve_kit import wait_until
 
 from llava.errors import InputError
-from llava.serve.http.server import PARSER, bind
+from llava.serve.http.connections import ConnectionLimits, protocol_class
+from llava.serve.http.server import bind
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
@@ -45,8 +46,10 @@ async def told(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(told, http=PARSER, log_config=None, access_log=False, lifespan="on"))
+    (listener,) = bind("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(told, http=protocol_class(ConnectionLimits()), log_config=None, access_log=False, lifespan="on")
+    )
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

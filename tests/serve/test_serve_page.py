@@ -126,7 +126,7 @@ def stop_in_a_browser(address: str, service: Any) -> None:
 
     app = mount(FastAPI(), Page.over(address), "/page")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    with running(app, bind("127.0.0.1", 0)) as place, playwright.sync_playwright() as driver:
+    with running(app, bind("127.0.0.1", 0)[0]) as place, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page()
         page.goto(f"{place}/page/")

@@ -233,7 +233,7 @@ def test_silent_workers_expire_and_a_new_controller_is_told_again(servers: dict[
     # A controller that is started anew under the same address knows nobody; heart-beats tell it.
     backend = recorded_backend(NAMES[0], "faithful")
 
-    listener = bind("127.0.0.1", 0)
+    (listener,) = bind("127.0.0.1", 0)
     place = listener.getsockname()
     address = f"http://127.0.0.1:{place[1]}"
     with worker(backend, controller=address) as (_, service):
@@ -242,6 +242,6 @@ def test_silent_workers_expire_and_a_new_controller_is_told_again(servers: dict[
             _, app = controller_app(ControllerApi(dispatcher), AccessPolicy())
             with running(app, listener):
                 wait_until(lambda: service.changed() or dispatcher.model_names() == ["faithful"])  # noqa: B023
-            listener = bind("127.0.0.1", place[1])
+            (listener,) = bind("127.0.0.1", place[1])
         listener.close()
     backend.engine.close()

@@ -48,7 +48,7 @@ class BackendError(Exception):
 
 
 class UnreachableError(BackendError):
-    """The remote server cannot be reached. Nothing has been answered, so another worker may be tried."""
+    """The engine or the remote server is not there. Where nothing has been answered, another worker may be tried."""
 
 
 class BackendRequest(Protocol):
@@ -109,5 +109,9 @@ class Backend(Protocol):
         """Numbers for monitoring, by name."""
 
     async def is_alive(self) -> bool: ...
+
+    @property
+    def lost(self) -> str | None:
+        """Why it will never answer again, so that the server should end; None while it may."""
 
     async def close(self) -> None: ...

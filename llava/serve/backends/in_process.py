@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from llava.engine.base import EngineStats
-from llava.engine.config import EngineError, QueueFull
+from llava.engine.config import EngineClosed, EngineError, QueueFull
 from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest, Timings, Usage
 from llava.engine.selection import open_engine
 from llava.errors import InputError
-from llava.serve.backends.base import BackendError, ServerBusyError
+from llava.serve.backends.base import BackendError, ServerBusyError, UnreachableError
 from llava.serve.backends.served_model import LocalModel
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class EngineBackend:
     async def is_alive(self) -> bool:
         return self.engine.alive
 
+    @property
+    def lost(self) -> str | None:
+        return None if self.engine.alive else "the engine has stopped"
+
     async def close(self) -> None:
         await asyncio.to_thread(self.engine.close)
 
@@ -77,7 +81,9 @@ def server_error(error: Exception) -> Exception:
     """The server's error for an engine's."""
     if isinstance(error, InputError):
         return error
-    return (ServerBusyError if isinstance(error, QueueFull) else BackendError)(str(error))
+    if isinstance(error, QueueFull):
+        return ServerBusyError(str(error))
+    return (UnreachableError if isinstance(error, EngineClosed) else BackendError)(str(error))
 
 
 def gauges(stats: EngineStats) -> Mapping[str, float]:
@@ -96,7 +102,7 @@ class EngineRequest:
             async for chunks in self._pending.batches(pause):
                 yield chunks
         except EngineError as error:
-            raise BackendError(str(error)) from error
+            raise server_error(error) from error
         if not self._streamed:
             yield [
                 Chunk(whole.index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.stop_string)

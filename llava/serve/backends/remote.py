@@ -117,6 +117,10 @@ class RemoteBackend:
         except httpx.HTTPError:
             return False
 
+    @property
+    def lost(self) -> None:
+        return None
+
     async def close(self) -> None:
         await self._client.aclose()
 

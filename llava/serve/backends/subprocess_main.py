@@ -8,6 +8,7 @@ signals: a terminal and a service manager send theirs to every process, and answ
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llava.serve")
 
-BUILD_THREADS = (
-    4  # of each pool: prompts with images, and answers held to a grammar; the thread that reads the pipe does the rest
-)
+# Of each pool: prompts with images, and answers held to a grammar; the thread that reads the pipe does the rest.
+BUILD_THREADS = 4
+END_S = 10.0  # for the engine's thread to finish its step after the pipe has ended
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class SubmitCommand(NamedTuple):
 
 class AbortCommand(NamedTuple):
     number: int
+
+
+class PingCommand(NamedTuple):
+    """Asks for a message, which says that the process works."""
 
 
 class RequestAccepted(NamedTuple):
@@ -97,7 +102,9 @@ class EngineHost:
 
     def serve(self) -> None:
         for message in self._pipe:
-            if isinstance(message, AbortCommand):
+            if isinstance(message, PingCommand):
+                self.send_events()
+            elif isinstance(message, AbortCommand):
                 self._abort(message.number)
             elif isinstance(message.request, Request) and message.request.sampling.is_constrained:
                 self._submit_by(self._grammar_pool, message)
@@ -200,6 +207,10 @@ def main(descriptor: int) -> None:
             pipe.send(LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=engine.context_len))
             freeze_heap()
             EngineHost(engine, pipe).serve()
+            # The server is gone. A step that hangs must not keep the GPU's memory.
+            timer = threading.Timer(END_S, os._exit, args=[1])
+            timer.daemon = True
+            timer.start()
     except InputError as error:
         pipe.send(picklable(error))
     finally:

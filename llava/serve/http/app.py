@@ -41,11 +41,13 @@ def make_app(
     schemas: Schemas,
     lifespans: Sequence[Lifespan] = (),
     open_paths: Collection[str] = (),
+    worker_paths: Collection[str] = (),
 ) -> tuple[FastAPI, AccessMiddleware]:
     """Build the application of a server, and the same behind its checks, which is the one to run.
 
     `liveness` and `readiness` are what /health and /ready report. `schemas` are bodies ("validation") and replies
-    ("serialization") that routes read and write themselves. Paths in `open_paths` and `OPEN_PATHS` need no API key.
+    ("serialization") that routes read and write themselves. Paths in `open_paths` and `OPEN_PATHS` need no API key, those in
+    `worker_paths` a worker's.
     """
 
     @asynccontextmanager
@@ -67,7 +69,10 @@ def make_app(
 
     known_paths = app.openapi()["paths"]
     open_paths = (*OPEN_PATHS, *open_paths)
-    return app, AccessMiddleware(app, access, metrics, known_paths=known_paths, open_paths=open_paths)
+    checked = AccessMiddleware(
+        app, access, metrics, known_paths=known_paths, open_paths=open_paths, worker_paths=worker_paths
+    )
+    return app, checked
 
 
 @asynccontextmanager

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from llava.errors import InputError
+from llava.errors import InputError, shortened
 from llava.serve.backends.base import BackendError, ServerBusyError, UnreachableError
 from llava.serve.http.forwarded import route_path
 from llava.serve.http.request_record import current_id, note_error
@@ -39,6 +40,8 @@ ABSENT = {
     "/v1/realtime": "realtime sessions",
     "/v1/vector_stores": "vector stores",
 }
+CLIENT_LEFT = 499  # in logs and metrics: the client left before it had sent its request
+MAX_MESSAGE = 1000  # characters
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = ERROR_TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 
@@ -47,8 +50,9 @@ class ApiError(Exception):
     """An error with its HTTP status. `param` names the field of the body that caused it."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        super().__init__(shortened(message, MAX_MESSAGE))  # it may repeat a value of any length
+        self.status, self.code = status, code
+        self.param = None if param is None else shortened(param)
 
     @property
     def type(self) -> str:
@@ -145,7 +149,11 @@ def add_error_handlers(app: FastAPI) -> None:
             return JSONResponse({"detail": error.detail}, 405, error.headers)
         return error_response(missing, path, error.headers, detail=error.detail)
 
+    async def respond_to_nobody(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
     app.add_exception_handler(HTTPException, respond_http)
+    app.add_exception_handler(ClientDisconnect, respond_to_nobody)
     for kind in (ApiError, InputError, ServerBusyError, BackendError, TimeoutError):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(Exception, respond)

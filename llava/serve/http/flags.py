@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli.program import ArgumentParser, add_number
+from llava.cli.program import ArgumentParser, Flags, add_number
 from llava.errors import InputError, require
 from llava.images.download import ImageLimits
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llava.serve")
 
 KEY_VARIABLE = "LLAVA_API_KEYS"
+WORKER_KEY_VARIABLE = "LLAVA_WORKER_KEYS"
 
 
 def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
@@ -69,7 +71,29 @@ def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
         help="the prefix that a proxy publishes this server under, as /llava",
     )
     add_number(access, "--max-body-mb", 64.0, "MB", "largest body of a request")
+    add_number(
+        access, "--read-timeout", 20.0, "S", "seconds for the head of a request; a body has longer, the more has come"
+    )
+    access.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="open at once (default: half of the process's file descriptors)",
+    )
+    access.add_argument(
+        "--max-connections-per-client", type=int, metavar="N", help="from one address (default: half of all)"
+    )
     add_number(access, "--max-held-mb", 4096.0, "MB", "bodies and images of all requests together; more get status 429")
+
+
+def add_worker_key_flag(parser: Flags) -> None:
+    """Add the flag of controllers and workers for the keys between them."""
+    parser.add_argument(
+        "--worker-key-file",
+        metavar="FILE",
+        help="keys by which workers register with a controller, and it asks them; one on a line; not keys of clients; the "
+        f"variable {WORKER_KEY_VARIABLE} adds some, with commas",
+    )
 
 
 def add_limit_flags(parser: ArgumentParser) -> None:
@@ -77,7 +101,13 @@ def add_limit_flags(parser: ArgumentParser) -> None:
     add_number(limits, "--max-images", 16, "N", "images in one request")
     add_number(limits, "--max-image-mb", 20.0, "MB", "bytes of one image, encoded")
     add_number(limits, "--max-megapixels", 89.4, "MP", "of all images of a request together")
-    add_number(limits, "--max-requests", 2048, "N", "requests at once, waiting ones included; more get status 429")
+    add_number(
+        limits,
+        "--max-requests",
+        2048,
+        "N",
+        "answers at once, waiting ones included, each prompt and each n counted; more get status 429",
+    )
     add_number(limits, "--deadline", 600.0, "S", "seconds for a whole answer")
     add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download")
     limits.add_argument(
@@ -126,45 +156,68 @@ def limits_from(args: Namespace) -> ServeLimits:
 
 @dataclass(frozen=True)
 class ListenAddress:
-    """A bound socket and its URL, what is accepted there, and the key that is sent to other servers."""
+    """Bound sockets and their URL, what is accepted there, and the key between a worker and its controller."""
 
-    listener: socket.socket
+    listeners: list[socket.socket]
     url: str
     access: AccessPolicy
-    key: str | None
+    worker_key: str | None = None
 
 
-def listen_address_from(args: Namespace) -> ListenAddress:
-    """Set up logging, read the keys, and bind the socket. The first key is that of requests to other servers."""
+def listen_address_from(args: Namespace, *, is_worker: bool = False) -> ListenAddress:
+    """Set up logging, read the keys, and bind the sockets. A worker registers with the first of its worker keys."""
     for package in ("uvicorn", "fastapi", "httpx"):
         require(package, extra="serve")
     from llava.serve.http.server import bind, url_of
     from llava.serve.process import set_up_logging
 
     set_up_logging(args.log_level)
-    access, key = access_from(args)
-    listener = bind(args.host, args.port)
-    return ListenAddress(listener, url_of(listener, args.host), access, key)
+    worker_keys = worker_keys_from(args)
+    access = access_from(args, worker_keys, is_worker=is_worker)
+    listeners = bind(args.host, args.port)
+    return ListenAddress(listeners, url_of(listeners, args.host), access, next(iter(worker_keys), None))
 
 
-def access_from(args: Namespace) -> tuple[AccessPolicy, str | None]:
-    """Return who may send requests, and the first of their keys."""
+def worker_keys_from(args: Namespace) -> list[str]:
+    """Return the keys between workers and controllers, where a program has a flag for them."""
+    from llava.serve.http.keys import read_keys
+
+    if not hasattr(args, "worker_key_file"):  # a server that has nothing to do with workers
+        return []
+    return read_keys(args.worker_key_file, os.environ.get(WORKER_KEY_VARIABLE))
+
+
+def access_from(args: Namespace, worker_keys: Sequence[str] = (), *, is_worker: bool = False) -> AccessPolicy:
+    """Return who may send requests, and how many connections there may be."""
+    from llava.serve.http.connections import ConnectionLimits
     from llava.serve.http.cors import CrossOrigin
     from llava.serve.http.forwarded import TrustedProxies, checked_prefix
-    from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy, ApiKeys, read_keys
+    from llava.serve.http.keys import ApiKeys, read_keys
+    from llava.serve.http.middleware import LOOPBACK_NAMES, AccessPolicy
     from llava.serve.http.server import is_loopback
 
-    keys = read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE))
+    keys = ApiKeys(read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE)))
+    between = ApiKeys(worker_keys)
+    if keys.overlap(between):
+        raise InputError(
+            "a key of clients is a worker's key too: its holder could register workers; give different ones"
+        )
     loopback = is_loopback(args.host)
-    if not loopback and not keys:
+    if not loopback and not keys and not (is_worker and between):
         logger.warning("this server is open to everybody who reaches %s: give keys by --api-key-file", args.host)
-    access = AccessPolicy(
-        keys=ApiKeys(keys),
+    return AccessPolicy(
+        keys=keys,
+        worker_keys=between,
+        is_worker=is_worker,
         max_body_bytes=int(args.max_body_mb * 2**20),
         hosts=(*LOOPBACK_NAMES, *args.allow_host) if loopback else tuple(args.allow_host) or None,
         cross_origin=CrossOrigin(tuple(args.allow_origin)),
         proxies=TrustedProxies.given(args.trusted_proxy),
         root_path=checked_prefix(args.root_path),
         memory=memory_budget_from(args),
+        connections=ConnectionLimits.given(
+            args.max_connections,
+            args.max_connections_per_client,
+            read_timeout_s=min(args.read_timeout, getattr(args, "deadline", args.read_timeout)),
+        ),
     )
-    return access, keys[0] if keys else None

@@ -29,7 +29,9 @@ class ServeLimits:
     """What one request may take. The defaults suit a server on a network."""
 
     max_images: int = 16  # of one request
-    max_requests: int = 2048  # at once, waiting ones included; one more gets 429
+    max_requests: int = (
+        2048  # answers at once, waiting ones, prompts and completions counted one by one; one more gets 429
+    )
     deadline_s: float = 600.0  # from the first byte of a request to the last of its answer
     images: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=20 * 2**20, timeout_s=10.0))
     allow_urls: bool = True  # download images from http and https addresses

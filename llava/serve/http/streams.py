@@ -14,9 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llava.serve.backends.base import ServerBusyError
+
 T = TypeVar("T")
 
 FINAL_CHUNK_S = 5.0
+STOP_S = 1.0
+STOPPING = "the server is being stopped before the answer is finished; ask again"
 
 
 async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:
@@ -100,6 +104,11 @@ class StreamedResponse(Response):
                 async with asyncio.timeout_at(self._deadline):
                     async for chunk in chunks:
                         await write(chunk)
+            except asyncio.CancelledError:  # the server is being stopped, or the client has left, who reads no more
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(STOP_S):
+                        await write(self._final_chunk(ServerBusyError(STOPPING, stopping=True)), more=False)
+                raise
             except Exception as error:
                 if isinstance(error, OSError) and not isinstance(error, TimeoutError):
                     raise  # the connection to the client

@@ -28,8 +28,8 @@ MIN_INTERVAL_S = 0.2  # between heartbeats that report a changed queue
 class Heartbeat:
     """The background task of one worker.
 
-    `worker` is the worker's URL and its name, `key` an API key of the controller. `changed` makes the next heartbeat come
-    sooner, as in the original.
+    `worker` is the worker's URL and its name, `key` a worker's key, which the controller shows to it from then on. `changed`
+    makes the next heartbeat come sooner, as in the original.
     """
 
     def __init__(

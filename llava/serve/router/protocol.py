@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import check_placeholders
 from llava.engine.request import SamplingParams
-from llava.errors import InputError
+from llava.errors import InputError, shortened
 
 # Error codes of a chunk. With any but OK the text is a message for the user and nothing follows.
 OK = 0
@@ -29,6 +29,8 @@ moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE 
 
 CONTEXT_FULL = "Exceeds max token length. Please start a new conversation, thanks."
 DEFAULT_NEW_TOKENS = 256
+MAX_NAMES = 64  # models of one worker
+MAX_NAME = 200  # characters
 GREEDY_BELOW = 0.001  # temperatures up to this mean greedy decoding
 
 N = TypeVar("N", int, float)
@@ -73,21 +75,23 @@ class GenerateBody:
         prompt = body.get("prompt")
         if not isinstance(prompt, str):
             raise InputError("the body needs a 'prompt', a string")
-        images = body.get("images") or []
+        images = body.get("images")
+        images = [] if images is None else images
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise InputError("'images' must be a list of images in base64")
         check_placeholders(prompt.count(DEFAULT_IMAGE_TOKEN), len(images))
         num_new_tokens = _number(body, "max_new_tokens", DEFAULT_NEW_TOKENS)
         temperature = _number(body, "temperature", 1.0)
-        stop = body.get("stop") or ""
-        if not isinstance(stop, str):
-            raise InputError("'stop' must be a string")
+        stop = body.get("stop")
+        if not isinstance(stop, str | None):
+            raise InputError(f"'stop' is {stop!r}; it must be a string")
+        top_p = _number(body, "top_p", 1.0)
         sampling = None
         if num_new_tokens >= 1:
             greedy = temperature <= GREEDY_BELOW
             sampling = SamplingParams.given(
                 temperature=0.0 if greedy else temperature,
-                top_p=None if greedy else _number(body, "top_p", 1.0),
+                top_p=None if greedy else top_p,
                 max_new_tokens=num_new_tokens,
                 stop=(stop,) if stop else (),
             )
@@ -121,6 +125,8 @@ class WorkerStatus:
         names = values.get("model_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError("'model_names' of a worker must be a list of strings")
+        if len(names) > MAX_NAMES or any(len(name) > MAX_NAME for name in names):
+            raise InputError(f"a worker has at most {MAX_NAMES} models, with names of at most {MAX_NAME} characters")
         speed, queue_length = _count(values, "speed"), _count(values, "queue_length")
         return cls(tuple(names), speed, int(queue_length))
 
@@ -148,7 +154,7 @@ class RegistrationBody:
         name = text_field(body, "worker_name")
         assert isinstance(body, Mapping)
         if not name.startswith(("http://", "https://")):
-            raise InputError(f"worker_name is {name!r}; it must be the worker's http address")
+            raise InputError(f"worker_name is {shortened(name)!r}; it must be the worker's http address")
         if not isinstance(body.get("check_heart_beat"), bool):
             raise InputError("the body needs 'check_heart_beat', true or false")
         status = body.get("worker_status")

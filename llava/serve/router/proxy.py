@@ -2,7 +2,7 @@
 
 In: a request, the model that it names, and the dispatcher. Out: the worker's response, chunk by chunk. Where a worker cannot be
 reached, is full, or fails before the first byte of its response, another one is asked; after that, the response ends with
-an error in the form of its protocol.
+an error in the form of its protocol. The key that a worker gets is the one that it showed itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 from fastapi import Request, Response
@@ -21,16 +22,20 @@ from fastapi import Request, Response
 from llava.serve.backends.base import BackendError
 from llava.serve.bodies import IGNORED_HEADER
 from llava.serve.http.errors import ApiError
-from llava.serve.http.middleware import authorization_of
+from llava.serve.http.keys import current_client
+from llava.serve.http.middleware import CLIENT_HEADER
 from llava.serve.http.request_record import REQUEST_ID, current_id, note_header
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.response_store import NOT_FOUND
 from llava.serve.openai.routes import unknown_model
-from llava.serve.router.dispatch import Dispatcher
+from llava.serve.router.dispatch import Dispatcher, Worker
 
 logger = logging.getLogger("llava.serve")
 
 BUSY = (429, 503)  # statuses after which another worker is asked
+FAILED = (500, 502)  # also then, but not one after another: the request may be what makes them fail
+MAX_FAILED = 2
+MAX_ERROR = 64 * 1024  # bytes of a worker's error that are read
 CONNECT_S = 10.0
 TRIES = 2  # of one worker that accepts the connection: a kept-alive connection may have been closed meanwhile
 # Shorter than the time after which servers close an idle connection, so that none is closed as it is used.
@@ -42,12 +47,12 @@ class WorkerLostError(BackendError):
 
 
 class Proxy:
-    """Forwards requests to workers. Without a `key` for them, the client's own Authorization header is sent."""
+    """Forwards requests to workers. The client's own Authorization header stays here."""
 
-    def __init__(self, dispatcher: Dispatcher, *, key: str | None, deadline_s: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, *, deadline_s: float) -> None:
         self._dispatcher = dispatcher
-        self._key = key
         self._deadline_s = deadline_s
+        self._waits: dict[str, set[asyncio.Timeout]] = {}
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S),
@@ -70,13 +75,16 @@ class Proxy:
         """
         deadline = asyncio.get_running_loop().time() + self._deadline_s
         body = await request.body()
-        headers = {"content-type": "application/json", REQUEST_ID: current_id() or ""}
-        authorization = f"Bearer {self._key}" if self._key else authorization_of(request.headers)
-        if authorization:
-            headers["authorization"] = authorization
+        headers = {
+            "content-type": "application/json",
+            REQUEST_ID: current_id() or "",
+            CLIENT_HEADER: current_client.get(),
+        }
 
-        def build(worker: str) -> httpx.Request:
-            return self.client.build_request("POST", worker + path, content=body, headers=headers)
+        def build(worker: Worker) -> httpx.Request:
+            return self.client.build_request(
+                "POST", worker.url + path, content=body, headers=headers | headers_for(worker)
+            )
 
         async with asyncio.timeout_at(deadline):
             response = await cancel_on_disconnect(self._first_response(build, model, conversation), request.receive)
@@ -91,7 +99,7 @@ class Proxy:
                 self._dispatcher.mark_unreachable(response.worker)
 
         return StreamedResponse(
-            response.chunks(response.rest),
+            response.chunks(response.rest, partial(self._waiting_for, response.worker)),
             media_type=response.media_type,
             deadline=deadline,
             final_chunk=final_chunk,
@@ -99,26 +107,59 @@ class Proxy:
             status=response.status,
         )
 
+    def end_waits(self, worker: str) -> None:
+        """End all waiting for a worker that does not say anything any more: requests go to others, streams get an error."""
+        for wait in self._waits.get(worker, ()):
+            wait.reschedule(0.0)
+
+    @asynccontextmanager
+    async def _waiting_for(self, worker: str) -> AsyncIterator[None]:
+        """Wait for bytes of a worker; raises `httpx.ReadTimeout` where `end_waits` is called meanwhile."""
+        waits = self._waits.setdefault(worker, set())
+        try:
+            async with asyncio.timeout(None) as wait:
+                waits.add(wait)
+                try:
+                    yield
+                finally:
+                    waits.discard(wait)
+        except TimeoutError as error:
+            if not wait.expired():
+                raise
+            raise httpx.ReadTimeout("it does not answer any more") from error
+        finally:
+            if not waits:
+                self._waits.pop(worker, None)
+
     async def _first_response(
-        self, build: Callable[[str], httpx.Request], model: str, conversation: str | None
+        self, build: Callable[[Worker], httpx.Request], model: str, conversation: str | None
     ) -> WorkerResponse:
         """Ask workers until one has sent the first byte of its response."""
         tried: dict[str, ApiError] = {}
         failures: Counter[str] = Counter()
+        num_failed = 0
         while (worker := self._dispatcher.choose(model, conversation=conversation, without=tried)) is not None:
+            known = self._dispatcher.worker(worker)
+            assert known is not None
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._dispatcher.serving(worker))
                 try:
-                    response = await self.client.send(build(worker), stream=True)
-                    stack.push_async_callback(response.aclose)
-                    if response.status_code in BUSY:
-                        tried[worker] = _busy(model, response.status_code, await response.aread())
-                        continue
-                    if response.status_code == 400 and NOT_FOUND.encode() in await response.aread():
-                        tried[worker] = ApiError(400, _message_in(response.content), code=NOT_FOUND)
-                        continue
-                    return await WorkerResponse.begin(worker, response, stack.pop_all())
-                except httpx.HTTPError as error:
+                    async with self._waiting_for(worker):
+                        response = await self.client.send(build(known), stream=True)
+                        stack.push_async_callback(response.aclose)
+                        num_failed += response.status_code in FAILED
+                        if response.status_code in BUSY:
+                            tried[worker] = _busy(model, response.status_code, await read_start(response))
+                            continue
+                        if response.status_code in FAILED and num_failed < MAX_FAILED:
+                            known.num_failures += 1
+                            tried[worker] = _failed(response.status_code, await read_start(response))
+                            continue
+                        if response.status_code == 400 and NOT_FOUND.encode() in await response.aread():
+                            tried[worker] = ApiError(400, _sentence(response.content), code=NOT_FOUND)
+                            continue
+                        return await WorkerResponse.begin(worker, response, stack.pop_all())
+                except (httpx.HTTPError, httpx.InvalidURL) as error:
                     logger.warning("worker %s failed: %s", worker, repr(error))
                     failures[worker] += 1
                     if isinstance(error, httpx.ConnectError) or failures[worker] == TRIES:
@@ -127,26 +168,45 @@ class Proxy:
                             self._dispatcher.mark_unreachable(worker)
         if tried:
             raise min(tried.values(), key=lambda error: error.status)
-        known = self._dispatcher.model_names()
-        if model in known:
+        if self._dispatcher.workers_of(model):
             raise ApiError(503, f"no worker for {model!r} can be reached at the moment", code="no_worker")
-        raise unknown_model(model, known)
+        raise unknown_model(model, self._dispatcher.model_names())
+
+
+def headers_for(worker: Worker) -> dict[str, str]:
+    """The headers for one worker: its own key, and the host name by which it registered."""
+    headers = {"host": worker.host_header} if worker.host_header else {}
+    return headers | ({"authorization": f"Bearer {worker.key}"} if worker.key else {})
+
+
+async def read_start(response: httpx.Response, limit: int = MAX_ERROR) -> bytes:
+    """Read a body up to a limit, behind which it is of no interest."""
+    data = b""
+    async for part in response.aiter_raw():
+        data += part
+        if len(data) >= limit:
+            break
+    return data[:limit]
 
 
 def _busy(model: str, status: int, body: bytes) -> ApiError:
     """The error for the client where no other worker takes the request either."""
     if status == 429:
         return ApiError(429, "all workers are full", code="server_full")
-    message = _message_in(body)
-    return ApiError(503, f"no worker for {model!r} takes requests at the moment: {message}", code="no_worker")
+    message = f"no worker for {model!r} takes requests at the moment: {_sentence(body)}"
+    return ApiError(503, message, code="no_worker")
 
 
-def _message_in(body: bytes) -> str:
-    """The sentence in a worker's error."""
+def _failed(status: int, body: bytes) -> ApiError:
+    return ApiError(status, _sentence(body), code="worker_failed")
+
+
+def _sentence(body: bytes) -> str:
+    """The sentence in an error of either protocol."""
     try:
-        value = json.loads(body.rstrip(b"\0"))
+        value = json.loads(body.partition(b"\0")[0])
         return str(value["text"] if "text" in value else value["error"]["message"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return "it does not say why"
 
 
@@ -175,11 +235,18 @@ class WorkerResponse:
             await held.aclose()
             raise
 
-    async def chunks(self, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def chunks(
+        self, rest: AsyncIterator[bytes], waiting: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> AsyncIterator[bytes]:
+        """Yield all bytes; each wait for more is within `waiting`."""
         async with self.held:
             yield self.first
             try:
-                async for chunk in rest:
+                while True:
+                    async with waiting():
+                        chunk = await anext(rest, None)
+                    if chunk is None:
+                        break
                     yield chunk
             except httpx.HTTPError as error:
                 raise WorkerLostError("the worker was lost in the middle of its answer; please ask again") from error

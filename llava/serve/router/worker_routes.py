@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -43,11 +44,12 @@ class WorkerApi:
 
     def status(self) -> protocol.WorkerStatus:
         """Return what a controller needs. As in the original, the queue is all requests that are not finished."""
-        return protocol.WorkerStatus((self._service.card.name,), 1, self._service.num_requests)
+        return protocol.WorkerStatus((self._service.card.name,), 1, self._service.num_answers)
 
-    async def worker_get_status(self) -> dict[str, object]:
-        """The names of the models, the speed, and the number of unfinished requests."""
-        return self.status().as_json()
+    async def worker_get_status(self) -> Response:
+        """The names of the models, the speed, and the number of unfinished requests; status 503 where the model is gone."""
+        problem = await self._service.readiness()
+        return JSONResponse(self.status().as_json(), 503 if problem else 200)
 
     async def worker_generate_stream(self, request: Request) -> Response:
         """Answer a prompt; each chunk has the prompt and the answer so far."""
@@ -68,7 +70,7 @@ class WorkerApi:
             return _one_chunk(body.prompt + protocol.CONTEXT_FULL)
         except Exception as error:
             problem = as_api_error(error)
-            status = problem.status if problem.status in (429, 503) else 200
+            status = problem.status if problem.status == 429 or problem.status >= 500 else 200
             return _one_chunk(str(problem), protocol.WORKER_FAILED, status)
         return StreamedResponse(
             generate_stream(admitted, body, self._stream_interval),

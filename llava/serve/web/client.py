@@ -162,6 +162,9 @@ class PageClient:
             yield PartialAnswer(f"the connection to the worker was lost: {error or type(error).__name__}", failed=True)
 
     async def _worker(self, client: httpx.AsyncClient, model: str) -> str:
+        """Return whom to ask: the controller, which forwards to its workers, or the worker that an original one names."""
+        if model in self._entries:
+            return self._address
         response = await client.post(f"{self._address}/get_worker_address", json={"model": model})
         response.raise_for_status()
         address = response.json()["address"]
