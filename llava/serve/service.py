@@ -111,7 +111,11 @@ class Service:
         return await asyncio.to_thread(encode)
 
     async def count_tokens(
-        self, prompt: Conversation | str, image_sources: Sequence[str] = (), *, details: Sequence[Detail] = ()
+        self,
+        prompt: Conversation | str | Sequence[int],
+        image_sources: Sequence[str] = (),
+        *,
+        details: Sequence[Detail] = (),
     ) -> int | None:
         """Return the tokens of a prompt with its images, within the limits of a request; None where they are not known.
 

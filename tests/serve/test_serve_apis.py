@@ -286,6 +286,110 @@ def test_a_worker_before_another_server_answers_all_protocols(
         assert "server behind" in counted["error"]["message"]
 
 
+# Tools
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["yellow", "red"]}, "count": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "paint", "description": "Paints stars.", "input_schema": PARAMETERS}
+
+
+def test_a_tool_that_must_be_called_through_messages(address: str) -> None:
+    body = {"model": MODEL, "max_tokens": 80, "messages": ASKED, "tools": [TOOL], "tool_choice": {"type": "any"}}
+    whole = post(f"{address}/v1/messages", body)
+    (block,) = whole["content"]
+    assert (block["type"], block["name"], whole["stop_reason"]) == ("tool_use", "paint", "tool_use")
+    assert block["input"]["colour"] in ("yellow", "red")
+    assert 1 <= block["input"]["count"] <= 9
+    named = events(f"{address}/v1/messages", body)
+    kinds = [name for name, _ in named if name not in ("ping", "content_block_delta")]
+    assert kinds == ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
+    started = next(event for name, event in named if name == "content_block_start")["content_block"]
+    assert (started["type"], started["name"], started["input"]) == ("tool_use", "paint", {})
+    deltas = [event["delta"] for name, event in named if name == "content_block_delta"]
+    assert {delta["type"] for delta in deltas} == {"input_json_delta"}
+    assert json.loads("".join(delta["partial_json"] for delta in deltas)) == block["input"]
+    assert named[-2][1]["delta"]["stop_reason"] == "tool_use"
+    # The result goes back with the call that it belongs to.
+    result = {"type": "tool_result", "tool_use_id": block["id"], "content": [{"type": "text", "text": "done"}, SHOWN]}
+    history = [*ASKED, {"role": "assistant", "content": whole["content"]}, {"role": "user", "content": [result]}]
+    more = body | {"messages": history, "tool_choice": {"type": "none"}}
+    assert post(f"{address}/v1/messages", more)["content"][0]["type"] == "text"
+    counted = {name: more[name] for name in ("model", "messages", "tools")}
+    plain = post(f"{address}/v1/messages/count_tokens", {"model": MODEL, "messages": ASKED})["input_tokens"]
+    assert post(f"{address}/v1/messages/count_tokens", counted)["input_tokens"] > plain + 64  # a second image
+    stray = {"role": "user", "content": [result | {"tool_use_id": "other"}]}
+    assert "other" in post(f"{address}/v1/messages", body | {"messages": [stray]}, 400)["error"]["message"]
+    served = body | {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}
+    assert "runs none" in post(f"{address}/v1/messages", served, 400)["error"]["message"]
+    missing = body | {"tool_choice": {"type": "tool", "name": "carve"}}
+    assert "carve" in post(f"{address}/v1/messages", missing, 400)["error"]["message"]
+
+
+def test_tools_of_ollama_s_chats(address: str) -> None:
+    function = {"name": "paint", "description": "Paints stars.", "parameters": PARAMETERS}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Who are you?"}]}
+    body["tools"] = [{"type": "function", "function": function}]
+    *parts, last = lines(f"{address}/api/chat", body)
+    assert last["done"]
+    assert "".join(part["message"]["content"] for part in parts)  # this model does not call by itself
+    call = {"function": {"name": "paint", "arguments": {"colour": "red", "count": 2}}}
+    history = [*body["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_name": "paint", "content": "done"})
+    assert post(f"{address}/api/chat", body | {"messages": history, "stream": False})["message"]["content"]
+
+
+def test_calls_are_written_in_each_protocol_s_form() -> None:
+    from llava.engine.request import Chunk, Timings, Usage
+    from llava.serve.anthropic.replies import MessageWriter
+    from llava.serve.ollama.replies import OllamaWriter
+    from llava.serve.service import RequestStats
+    from llava.serve.tools import Tool, ToolCall, ToolCallReader, ToolUse, written_calls
+
+    use = ToolUse((Tool("paint", parameters=PARAMETERS), Tool("carve")))
+    calls = [ToolCall("paint", '{"colour": "red", "count": 2}'), ToolCall("carve", "{}")]
+    text = "Sure. " + written_calls(use.form, calls)
+    stats = RequestStats(Usage(5, 0, 0, 9), Timings(0.0, 0.1, 0.2))
+    for size in (1, 3, 1000):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        chunks = [Chunk(0, piece) for piece in pieces[:-1]] + [Chunk(0, pieces[-1], finish_reason="stop")]
+        ollama, anthropic = OllamaWriter(MODEL, as_message=True), MessageWriter(MODEL, ())
+        readers = ToolCallReader(use), ToolCallReader(use)
+        streamed = [json.loads(reply.as_json()) for chunk in chunks for reply in ollama.deltas(readers[0].read(chunk))]
+        streamed += [json.loads(reply.as_json()) for reply in ollama.closing(stats)]
+        assert "".join(part["message"]["content"] for part in streamed).strip() == "Sure."
+        calls = [call["function"] for part in streamed for call in part["message"].get("tool_calls", ())]
+        assert [(call["name"], call["arguments"]) for call in calls] == [
+            ("paint", {"colour": "red", "count": 2}),
+            ("carve", {}),
+        ]
+        assert streamed[-1]["done"]
+        named = [json.loads(reply.as_json()) for chunk in chunks for reply in anthropic.deltas(readers[1].read(chunk))]
+        named += [json.loads(reply.as_json()) for reply in anthropic.closing(stats)]
+        blocks: dict[int, Any] = {}
+        for event in named:
+            if event["type"] == "content_block_start":
+                assert event["index"] == len(blocks)
+                blocks[event["index"]] = [event["content_block"]["type"], event["content_block"].get("name"), ""]
+            elif event["type"] == "content_block_delta":
+                delta = event["delta"]
+                blocks[event["index"]][2] += delta["text"] if delta["type"] == "text_delta" else delta["partial_json"]
+        assert [block[:2] for block in blocks.values()] == [
+            ["text", None],
+            ["tool_use", "paint"],
+            ["tool_use", "carve"],
+        ]
+        assert blocks[0][2].strip() == "Sure."
+        assert json.loads(blocks[1][2]) == {"colour": "red", "count": 2}
+        assert json.loads(blocks[2][2]) == {}
+        assert [event["type"] for event in named].count("content_block_stop") == 3
+        assert named[-2]["delta"]["stop_reason"] == "tool_use"
+
+
 # The clients themselves
 
 

@@ -18,12 +18,13 @@ from llava.serve.anthropic import schema
 from llava.serve.http.errors import anthropic_form, as_api_error, error_body
 from llava.serve.openai.schema import ModelList
 from llava.serve.service import RequestStats
+from llava.serve.tools import AnswerChunk, calls_of
 
 EVENTS = "text/event-stream; charset=utf-8"
 
 
 class MessageWriter:
-    """Write the answer as one message with one text."""
+    """Write the answer as one message, with a block for its text and one for each call of a tool."""
 
     def __init__(self, model: str, stop_sequences: Sequence[str]) -> None:
         self._id = f"msg_{uuid.uuid4().hex}"
@@ -31,34 +32,61 @@ class MessageWriter:
         self._stop_sequences = stop_sequences
         self.num_prompt_tokens = 0  # for a stream's start, before the engine says it
         self._end: tuple[schema.StopReason, str | None] = ("end_turn", None)
+        self._num_blocks = 0
+        self._open: str | None = None  # the block being written: "text", or the id of a call
 
     def opening(self, num_choices: int) -> Iterable[schema.MessagesEvent]:
         usage = usage_of(Usage(self.num_prompt_tokens, 0, 0, 0))
         yield schema.MessagesEvent(type="message_start", message=self._message([], None, None, usage))
-        block = schema.AnswerText(type="text", text="")
-        yield schema.MessagesEvent(type="content_block_start", index=0, content_block=block)
         yield schema.MessagesEvent(type="ping")
 
     def deltas(self, chunk: Chunk) -> Iterable[schema.MessagesEvent]:
         self._note_end(chunk)
-        if chunk.text:
-            delta = schema.MessageDelta(type="text_delta", text=chunk.text)
-            yield schema.MessagesEvent(type="content_block_delta", index=0, delta=delta)
+        if chunk.text and not (self._open != "text" and self._num_blocks and not chunk.text.strip()):
+            yield from self._begin("text", schema.AnswerText(type="text", text=""))
+            yield self._delta(schema.MessageDelta(type="text_delta", text=chunk.text))
+        for call in chunk.calls if isinstance(chunk, AnswerChunk) else ():
+            if call.name is not None:
+                block = schema.AnswerCall(type="tool_use", id=call.call_id, name=call.name, input={})
+                yield from self._begin(call.call_id, block)
+            if call.arguments:
+                yield self._delta(schema.MessageDelta(type="input_json_delta", partial_json=call.arguments))
 
     def closing(self, stats: RequestStats) -> Iterable[schema.MessagesEvent]:
+        yield from self._close()
         reason, text = self._end
-        yield schema.MessagesEvent(type="content_block_stop", index=0)
         delta = schema.MessageDelta(stop_reason=reason, stop_sequence=text)
         yield schema.MessagesEvent(type="message_delta", delta=delta, usage=usage_of(stats.usage))
         yield schema.MessagesEvent(type="message_stop")
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.MessagesReply:
-        self._note_end(chunks[-1])
+        for chunk in chunks:
+            self._note_end(chunk)
         text = "".join(chunk.text for chunk in chunks)
-        content = [schema.AnswerText(type="text", text=text)] if text else []
+        content: list[schema.AnswerBlock] = [schema.AnswerText(type="text", text=text)] if text.strip() else []
+        for call in calls_of(chunks):
+            name, arguments = call.given()
+            content.append(schema.AnswerCall(type="tool_use", id=call.call_id, name=name, input=dict(arguments)))
         return self._message(content, *self._end, usage_of(stats.usage))
 
+    def _begin(self, name: str, block: schema.AnswerBlock) -> Iterable[schema.MessagesEvent]:
+        """Open a block, unless it is the open one."""
+        if self._open != name:
+            yield from self._close()
+            self._open = name
+            yield schema.MessagesEvent(type="content_block_start", index=self._num_blocks, content_block=block)
+
+    def _close(self) -> Iterable[schema.MessagesEvent]:
+        if self._open is not None:
+            yield schema.MessagesEvent(type="content_block_stop", index=self._num_blocks)
+            self._num_blocks, self._open = self._num_blocks + 1, None
+
+    def _delta(self, delta: schema.MessageDelta) -> schema.MessagesEvent:
+        return schema.MessagesEvent(type="content_block_delta", index=self._num_blocks, delta=delta)
+
     def _note_end(self, chunk: Chunk) -> None:
+        if isinstance(chunk, AnswerChunk) and chunk.calls:
+            self._end = ("tool_use", None)
         if chunk.finish_reason == "length":
             self._end = ("max_tokens", None)
         elif chunk.stop_string in self._stop_sequences:  # the template's own stop strings are no sequence of the client
@@ -66,7 +94,7 @@ class MessageWriter:
 
     def _message(
         self,
-        content: list[schema.AnswerText],
+        content: list[schema.AnswerBlock],
         reason: schema.StopReason | None,
         text: str | None,
         usage: schema.MessageUsage,

@@ -18,7 +18,7 @@ from starlette.types import Scope
 from llava.errors import InputError
 from llava.serve.answers import answer
 from llava.serve.anthropic import replies, schema
-from llava.serve.anthropic.requests import parse_messages, parse_prompt_fields, stop_sequences
+from llava.serve.anthropic.requests import parse_count, parse_messages, stop_sequences
 from llava.serve.bodies import read_body
 from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai.routes import unknown_model
@@ -70,8 +70,8 @@ class ModelAnthropicApi:
 
     async def count_tokens(self, request: Request) -> Response:
         body = await self._body(request, schema.CountTokensRequest)
-        conversation, images = parse_prompt_fields(body, self._service.card)
-        counting = self._service.count_tokens(conversation, [image.url for image in images])
+        parsed = parse_count(body, self._service.card)
+        counting = self._service.count_tokens(parsed.prompts[0], [image.url for image in parsed.images])
         async with asyncio.timeout(self._service.limits.deadline_s):
             num_tokens = await cancel_on_disconnect(counting, request.receive)
         if num_tokens is None:

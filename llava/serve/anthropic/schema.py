@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llava.serve.bodies import Body
 from llava.serve.openai.schema import Nothing, Reply
+from llava.serve.tools import MAX_TOOLS
 
 MAX_STOPS = 16
 Ignored = object | None  # accepted without effect
@@ -49,12 +50,52 @@ class ThinkingBlock(Body):
     data: str | None = None
 
 
-ContentBlock = Annotated[TextBlock | ImageBlock | ThinkingBlock, Field(discriminator="type")]
+class ToolUseBlock(Body):
+    """A call in an earlier answer."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, object]
+    cache_control: Ignored = None
+    caller: Ignored = None
+
+
+class ToolResultBlock(Body):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = None
+    is_error: bool | None = None
+    cache_control: Ignored = None
+
+
+ContentBlock = Annotated[
+    TextBlock | ImageBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
 
 
 class InputTurn(Body):
     role: Literal["user", "assistant", "system"]
     content: str | list[ContentBlock]
+
+
+class ToolDefinition(Body):
+    name: str
+    description: str | None = None
+    input_schema: dict[str, object] = Field(default_factory=dict)
+    strict: bool | None = None
+    type: str | None = Field(None, description="custom, the only kind: this server runs no tools itself")
+    cache_control: Ignored = None
+    eager_input_streaming: Ignored = None
+    input_examples: Ignored = None
+    defer_loading: Ignored = None
+    allowed_callers: Ignored = None
+
+
+class ChosenTool(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class JsonFormat(Body):
@@ -74,8 +115,8 @@ class PromptFields(Body):
     model: str
     messages: list[InputTurn] = Field(min_length=1)
     system: str | list[TextBlock] | None = None
-    tools: Nothing = None
-    tool_choice: Ignored = None
+    tools: list[ToolDefinition] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ChosenTool | None = None
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(None, description="the earlier name of output_config.format")
     # Accepted and ignored.
@@ -108,7 +149,15 @@ class AnswerText(Reply):
     text: str
 
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+class AnswerCall(Reply):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, object]
+
+
+AnswerBlock = AnswerText | AnswerCall
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class MessageUsage(Reply):
@@ -125,17 +174,18 @@ class MessagesReply(Reply):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[AnswerText]
+    content: list[AnswerBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
 
 
 class MessageDelta(Reply):
-    """What a delta adds: text, or how the answer ended."""
+    """What a delta adds: text, a part of a call's arguments, or how the answer ended."""
 
-    type: Literal["text_delta"] | None = None
+    type: Literal["text_delta", "input_json_delta"] | None = None
     text: str | None = None
+    partial_json: str | None = None
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
 
@@ -146,7 +196,7 @@ class MessagesEvent(Reply):
     type: str
     message: MessagesReply | None = None
     index: int | None = None
-    content_block: AnswerText | None = None
+    content_block: AnswerBlock | None = None
     delta: MessageDelta | None = None
     usage: MessageUsage | None = None
 

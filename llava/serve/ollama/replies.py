@@ -19,6 +19,7 @@ from llava.serve.ollama import schema
 from llava.serve.ollama.requests import DEFAULT_TAG
 from llava.serve.openai.schema import ModelEntry
 from llava.serve.service import RequestStats
+from llava.serve.tools import AnswerChunk, ToolCall, calls_of
 
 LINES = "application/x-ndjson"
 NEVER = "2318-01-01T00:00:00Z"  # when a model that stays loaded is unloaded; far away, as Ollama's servers say it
@@ -32,21 +33,27 @@ class OllamaWriter:
         self._model = model
         self._as_message = as_message
         self._is_cut = False
+        self._with_calls: list[AnswerChunk] = []
 
     def opening(self, num_choices: int) -> Iterable[schema.Answer]:
         return ()
 
     def deltas(self, chunk: Chunk) -> Iterable[schema.Answer]:
         self._is_cut = chunk.finish_reason == "length"
+        if isinstance(chunk, AnswerChunk) and chunk.calls:
+            self._with_calls.append(chunk)
         if chunk.text:
             yield self._answer(chunk.text)
 
     def closing(self, stats: RequestStats) -> Iterable[schema.Answer]:
-        yield self._last("", stats)
+        if self._with_calls:
+            yield self._answer("", calls_of(self._with_calls))
+        yield self._last(self._answer(""), stats)
 
     def whole(self, chunks: Sequence[Chunk], stats: RequestStats) -> schema.Answer:
         self._is_cut = chunks[-1].finish_reason == "length"
-        return self._last("".join(chunk.text for chunk in chunks), stats)
+        text = "".join(chunk.text for chunk in chunks)
+        return self._last(self._answer(text, calls_of(chunks)), stats)
 
     def nothing(self, reason: Literal["load", "unload"]) -> schema.Answer:
         """The answer to a request without a question, which loads or unloads a model."""
@@ -54,16 +61,18 @@ class OllamaWriter:
         answer.done, answer.done_reason = True, reason
         return answer
 
-    def _answer(self, text: str) -> schema.Answer:
+    def _answer(self, text: str, calls: Sequence[ToolCall] = ()) -> schema.Answer:
         answer = schema.Answer(model=self._model, created_at=rfc3339(datetime.now(UTC)), done=False)
         if self._as_message:
             answer.message = schema.AnswerMessage(role="assistant", content=text)
+            if calls:
+                answer.message.tool_calls = [_call(call, index) for index, call in enumerate(calls)]
         else:
             answer.response = text
         return answer
 
-    def _last(self, text: str, stats: RequestStats) -> schema.Answer:
-        answer, timings = self._answer(text), stats.timings
+    def _last(self, answer: schema.Answer, stats: RequestStats) -> schema.Answer:
+        timings = stats.timings
         first_token_s = timings.total_s if timings.first_token_s is None else timings.first_token_s
         answer.done, answer.done_reason = True, "length" if self._is_cut else "stop"
         answer.total_duration = _nanoseconds(timings.total_s)
@@ -73,6 +82,12 @@ class OllamaWriter:
         answer.eval_count = stats.usage.num_new_tokens
         answer.eval_duration = _nanoseconds(timings.total_s - first_token_s)
         return answer
+
+
+def _call(call: ToolCall, index: int) -> schema.CallReply:
+    name, arguments = call.given()
+    function = schema.CalledFunctionReply(name=name, arguments=dict(arguments), index=index)
+    return schema.CallReply(id=call.call_id, function=function)
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -131,7 +146,7 @@ def shown(entry: ModelEntry) -> schema.ShownModel:
         template=str(source),
         details=_details(entry),
         model_info=info,
-        capabilities=["completion", *(["vision"] if entry.takes_images else [])],
+        capabilities=["completion", "tools", *(["vision"] if entry.takes_images else [])],
         modified_at=_created(entry),
     )
 

@@ -5,6 +5,7 @@ In: a validated body and the `ModelCard`. Out: a `ParsedRequest`. Pure functions
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -12,9 +13,11 @@ from llava.conversation import check_placeholders, with_image_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, as_conversation, checked_turn
+from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
 from llava.serve.json_schema import closed
 from llava.serve.ollama import schema
+from llava.serve.openai.requests import chosen_tools
+from llava.serve.tools import Tool, ToolCall
 
 DEFAULT_TAG = ":latest"
 ANY_OBJECT: dict[str, object] = {"type": "object"}
@@ -23,12 +26,11 @@ UNKNOWN_CONTEXT = 8192  # new tokens at most where only the server elsewhere kno
 
 def parse_ollama_chat(body: schema.OllamaChatRequest, card: ModelCard) -> ParsedRequest:
     """Return the conversation of a chat request in the model's template, with its last answer open."""
-    turns = [
-        checked_turn(ChatTurn(message.role, message.content or "", _shown(message.images)), f"messages[{index}]")
-        for index, message in enumerate(body.messages)
-    ]
-    images = tuple(image for turn in turns for image in turn.images)
-    return ParsedRequest((as_conversation(turns, card),), images, sampling_of(body, card))
+    turns = [_turn(message, index) for index, message in enumerate(body.messages)]
+    functions = [tool.function for tool in body.tools or ()]
+    tools = [Tool(one.name, one.description or "", one.parameters or {}) for one in functions]
+    use = chosen_tools(tools, card, is_required=False, is_parallel=None)
+    return parsed_chat(turns, card, sampling_of(body, card), tools=use)
 
 
 def parse_generate(body: schema.GenerateRequest, card: ModelCard) -> ParsedRequest:
@@ -39,7 +41,7 @@ def parse_generate(body: schema.GenerateRequest, card: ModelCard) -> ParsedReque
         turns = [checked_turn(ChatTurn("user", body.prompt, images), "prompt")]
         if body.system:
             turns.insert(0, ChatTurn("system", body.system))
-        return ParsedRequest((as_conversation(turns, card),), images, sampling)
+        return parsed_chat(turns, card, sampling)
     if body.system:
         raise InputError("system has no effect with raw: true, where the prompt is complete; give one of them")
     if DEFAULT_IMAGE_TOKEN in body.prompt:
@@ -48,6 +50,24 @@ def parse_generate(body: schema.GenerateRequest, card: ModelCard) -> ParsedReque
     else:
         prompt = with_image_placeholders(body.prompt, len(images), card.image_placeholder)
     return ParsedRequest((prompt,), images, sampling)
+
+
+def _turn(message: schema.ChatMessage, index: int) -> ChatTurn:
+    path, text = f"messages[{index}]", message.content or ""
+    if message.images and message.role != "user":
+        raise InputError(f"{path}: only the user shows images")
+    if message.role == "tool":
+        return checked_turn(
+            ChatTurn("tool", text, call_id=message.tool_call_id or "", name=message.tool_name or ""), path
+        )
+    calls = tuple(_call(one.function, one.id) for one in message.tool_calls or ())
+    return checked_turn(ChatTurn(message.role, text, _shown(message.images), calls), path)
+
+
+def _call(function: schema.PastFunction, call_id: str | None) -> ToolCall:
+    given = function.arguments or {}
+    arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return ToolCall(function.name, arguments, call_id) if call_id else ToolCall(function.name, arguments)
 
 
 def sampling_of(body: schema.AskingFields, card: ModelCard) -> SamplingParams:

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from llava.engine.request import MAX_SEED, MAX_TOP_K
 from llava.serve.bodies import Body
-from llava.serve.openai.schema import Nothing, Reply
+from llava.serve.openai.schema import Nothing, Reply, ToolBody
+from llava.serve.tools import MAX_TOOLS
 
 MAX_STOPS = 16
 Ignored = object | None  # accepted without effect
@@ -72,18 +73,32 @@ class AskingFields(Body):
     shift: Ignored = None
 
 
+class PastFunction(Body):
+    name: str
+    arguments: dict[str, object] | str | None = None
+    index: Ignored = None
+    description: Ignored = None
+
+
+class CallBody(Body):
+    function: PastFunction
+    type: Ignored = None
+    id: str | None = None
+
+
 class ChatMessage(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = ""
     images: list[str] | None = Field(None, description="in base64")
     thinking: Ignored = None
-    tool_calls: Nothing = None
+    tool_calls: list[CallBody] | None = None
     tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 class OllamaChatRequest(AskingFields):
     messages: list[ChatMessage] = Field(default_factory=list, description="without any, the model is only loaded")
-    tools: Nothing = None
+    tools: list[ToolBody] | None = Field(None, max_length=MAX_TOOLS)
 
 
 class GenerateRequest(AskingFields):
@@ -111,9 +126,21 @@ class ModelRequest(Body):
     keep_alive: Ignored = None
 
 
+class CalledFunctionReply(Reply):
+    name: str
+    arguments: dict[str, object]
+    index: int
+
+
+class CallReply(Reply):
+    id: str
+    function: CalledFunctionReply
+
+
 class AnswerMessage(Reply):
     role: Literal["assistant"]
     content: str
+    tool_calls: list[CallReply] | None = None
 
 
 class Answer(Reply):
