@@ -230,7 +230,11 @@ def test_errors_have_the_form_of_their_protocol(address: str) -> None:
         reply = post(f"{address}/v1/messages", body, status)
         assert (reply["type"], reply["error"]["type"]) == ("error", kind)
         assert word in reply["error"]["message"]
-    for path, word in (("/v1/embeddings", "no embeddings"), ("/v1/nothing", "/v1/nothing"), ("/nothing", "/nothing")):
+    for path, word in (
+        ("/v1/embeddings", "no embeddings"),
+        ("/v1/nothing", "/v1/nothing"),
+        ("/chat/completions", "/v1"),
+    ):
         assert word in post(f"{address}{path}", {}, 404)["error"]["message"]
     assert "/api/nothing" in post(f"{address}/api/nothing", {}, 404)["error"]
     assert post(f"{address}/v1/messages/batches", {}, 404)["error"]["type"] == "not_found_error"

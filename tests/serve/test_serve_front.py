@@ -215,8 +215,8 @@ def test_behind_a_proxy_under_a_prefix(removes: bool, says_prefix: bool) -> None
         assert moved.headers["location"] == "https://llava.example/llava/page/"
         other = httpx.post(f"{address}/llava/seen", headers={"host": "llava.example", "origin": "https://evil.example"})
         assert other.status_code == 403
-        missing = httpx.post(f"{address}/llava/nothing", headers={"host": "llava.example"})
-        assert "'/nothing'" in missing.json()["error"]["message"]
+        missing = httpx.post(f"{address}/llava/v1/nothing", headers={"host": "llava.example"})
+        assert "'/v1/nothing'" in missing.json()["error"]["message"]
 
 
 @pytest.mark.skipif(NGINX is None, reason="no nginx is installed (Debian: apt-get install nginx-light)")

@@ -23,6 +23,15 @@ logger = logging.getLogger("llava.serve")
 
 RETRY_AFTER_S = 2
 MAX_SHOWN_PATH = 100
+WITHOUT_V1 = (
+    "/chat/",
+    "/completions",
+    "/responses",
+    "/models",
+    "/embeddings",
+    "/messages",
+)  # of clients that forget it
+API_PATHS = ("/v1/", "/api/", *WITHOUT_V1)
 # Parts of the APIs that this server does not have, by the beginning of the path.
 ABSENT = {
     "/v1/embeddings": "embeddings",
@@ -142,12 +151,10 @@ def add_error_handlers(app: FastAPI) -> None:
         if error.status_code not in (404, 405):
             return error_response(ApiError(error.status_code, str(error.detail)), path, error.headers)
         missing = _no_route(error.status_code, request.method, path)
-        if path.startswith(("/v1/", "/api/")):
+        if path.startswith(API_PATHS):
             return error_response(missing, path, error.headers)
-        if error.status_code == 405:  # at the routes of the original, as its servers say it
-            note_error(missing.kind, str(missing))
-            return JSONResponse({"detail": error.detail}, 405, error.headers)
-        return error_response(missing, path, error.headers, detail=error.detail)
+        note_error(missing.kind, str(missing))
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)  # as the original's servers
 
     async def respond_to_nobody(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)
@@ -163,6 +170,8 @@ def _no_route(status: int, method: str, path: str) -> ApiError:
     shown = repr(path if len(path) <= MAX_SHOWN_PATH else path[:MAX_SHOWN_PATH] + "...")
     if status == 405:
         return ApiError(405, f"{shown} does not take {method[:20]}; /docs lists what this server has")
+    if path.startswith(WITHOUT_V1):
+        return ApiError(404, f"there is no {shown} here; the address of this API ends in /v1", code="unknown_url")
     absent = next((what for beginning, what in ABSENT.items() if path.startswith(beginning)), None)
     if absent is not None:
         return ApiError(404, f"this server has no {absent}; /docs lists what it has", code="not_supported")
