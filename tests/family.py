@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packing_kit import pack
 from safetensors.torch import load_file, save_file
 from tiny import ANYRES, NUM_TOKENS, SIGLIP, build, save_tokenizer
 from transformers import (
@@ -100,6 +101,15 @@ def phi_3() -> Any:
 
 def gemma() -> Any:
     return over(GemmaConfig(**SIZES, num_key_value_heads=4, head_dim=16))
+
+
+def quantized(method: str, make: Builder) -> Builder:
+    def save(folder: Path) -> Path:
+        plain, beside = (folder.with_name(f"{folder.name}-{name}") for name in ("unquantized", "quantized"))
+        packed, _ = pack(make(plain), method, beside)
+        return packed.rename(folder)
+
+    return save
 
 
 def v0(folder: Path) -> Path:
@@ -227,6 +237,10 @@ READ: dict[str, Builder] = {
     "lmms-lab/llava-next-72b, -110b, llava-next-qwen-32b": lambda folder: change(
         build(folder, "qwen2", **ANYRES), model_type="llava", architectures=["LlavaQwenForCausalLM"], **NEXT_TRAINING
     ),
+    "TheBloke/llava-v1.5-13B-AWQ": quantized("awq", v1_5),
+    "TheBloke/llava-v1.5-13B-GPTQ": quantized("gptq", v1_5),
+    "RedHatAI/llava-1.5-7b-hf-quantized.w4a16": quantized("w4a16", theirs(small_llava)),
+    "RedHatAI/llava-1.5-7b-hf-quantized.w8a8": quantized("w8a8", theirs(small_llava)),
     "models of your own, trained by LLaVA-NeXT's scripts over SigLIP": cut,
 }
 

@@ -20,6 +20,7 @@ OTHER_TOWER = (
 )
 BUFFER = "buffers that every version of transformers computes"
 REPLACED = "tensors of the base, in whose place the checkpoint has its own"
+ACTIVATIONS = "scales of quantized activations, which are not quantized here"
 NOT_MERGED = "biases of tower and projector in an adapter, which are stored with their modules where they were trained"
 
 
@@ -53,6 +54,8 @@ def unused_tensors(source: MetaModel) -> dict[str, tuple[str, ...]]:
             else:
                 raise InputError(f"{header.file}: tensor {header.name!r} is stored and has no use in the model")
             result.setdefault(reason, []).append(header.name)
+        if layer.packing is not None and layer.packing.activation_scales:
+            result.setdefault(ACTIVATIONS, []).extend(layer.packing.activation_scales)
     return {reason: tuple(names) for reason, names in result.items()}
 
 

@@ -378,7 +378,8 @@ def _stored(info: CheckpointInfo) -> dict[str, int]:
     """The bytes of a folder's tensors by dtype."""
     sizes: Counter[str] = Counter()
     for header in (*info.tensors.values(), *info.extras.values(), *info.adapter.values()):
-        sizes[header.dtype] += header.num_bytes
+        for part in header.stored:
+            sizes[part.dtype] += part.num_bytes
     return dict(sizes.most_common())
 
 

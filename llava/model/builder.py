@@ -31,6 +31,7 @@ from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_checkpo
 from llava.model.checkpoints.inspect import CheckpointInfo, tokenizer_folder, tower_headers
 from llava.model.checkpoints.loading import (
     Origins,
+    WeightSources,
     build_with_transformers,
     check_origins,
     expected_tensors,
@@ -201,6 +202,13 @@ def load(
         if placement.max_memory is not None:
             loader_options["max_memory"] = dict(placement.max_memory)
 
+    for part in (info, base_info):
+        if part is not None and part.packing is not None:
+            logger.warning(
+                "%s: the weights are stored quantized (%s); they are read as the numbers that they stand for, in %s, and take "
+                "the memory of unquantized ones",
+                part.folder, part.packing.description, chosen_dtype,
+            )  # fmt: skip
     config = build_config(info)
     if attn_implementation is not None:
         set_attention(config, attn_implementation)
@@ -317,13 +325,18 @@ def _build_language_model(
     loader_options: dict[str, object],
     hub: HubOptions,
 ) -> tuple[PreTrainedModel, Origins]:
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    folder = base_info.folder if info.needs_base and base_info is not None else info.folder
-    with described_by(folder / "config.json"):
-        model, origins = load_with_transformers(
-            AutoModelForCausalLM, folder, config=config, dtype=dtype, **loader_options
-        )
+    whole = base_info if info.needs_base and base_info is not None else info
+    with described_by(whole.folder / "config.json"):
+        if whole.packing is not None:  # transformers cannot unpack
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            sources = WeightSources(whole.tensors, str(whole.folder))
+            model, origins = build_with_transformers(model_class, config, sources, dtype, loader_options)
+        else:
+            model, origins = load_with_transformers(
+                AutoModelForCausalLM, whole.folder, config=config, dtype=dtype, **loader_options
+            )
     if info.adapter:
         if loader_options:
             raise InputError(

@@ -157,7 +157,7 @@ def check_numbers(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     for file, headers in by_file.items():
         with open_tensors(file) as stored:
             for header in headers:
-                tensor = stored.get_tensor(header.name)
+                tensor = header.read_from(stored)
                 if not tensor.is_floating_point() or not tensor.numel():
                     continue
                 bad = int((~(tensor.float().abs() < IMPOSSIBLE)).sum())

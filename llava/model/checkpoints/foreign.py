@@ -68,6 +68,15 @@ def foreign_model(config: Mapping[str, object], tensor_names: Iterable[str] = ()
     return _foreign_language_model(config, tensor_names)
 
 
+def quantized_model(method: str, reason: str) -> ForeignModel:
+    """A LLaVA whose weights are stored in a form that nothing here reads."""
+    return ForeignModel(
+        f"a model whose weights are stored quantized by {method}",
+        reason,
+        ("the checkpoint that they were quantized from",),
+    )
+
+
 def _declared_types(config: Mapping[str, object]) -> list[str]:
     architectures = config.get("architectures")
     names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else [])]

@@ -25,10 +25,11 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
-from llava.model.checkpoints.foreign import ForeignModel, ForeignModelError, foreign_model
+from llava.model.checkpoints.foreign import ForeignModel, ForeignModelError, foreign_model, quantized_model
 from llava.model.checkpoints.gguf_folder import gguf_pair_tensors, is_gguf_folder
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
+from llava.model.checkpoints.packed import Packing, find_packed, missing_reader, quantization_method
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
 from llava.model.config import check_types, is_multimodal, language_model_type
 
@@ -45,6 +46,10 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+
+# Where the settings of quantized weights are: keys of config.json, or a file for a method.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 
 # Settings of adapter_config.json, with which an adapter is no sum of products and so cannot be merged.
 NOT_MERGED = (
@@ -89,6 +94,7 @@ class CheckpointInfo:
     base_hint: str | None = None  # the base model that the folder's files name
     has_legacy_config: bool = False  # written before model_type said llava; read as llava_llama
     foreign: ForeignModel | None = None  # what it is instead of a model that is read
+    packing: Packing | None = None  # of weights that are stored quantized, and unpacked where they are read
 
     @property
     def needs_base(self) -> bool:
@@ -145,7 +151,10 @@ class CheckpointInfo:
 
     @property
     def stores_quantized(self) -> bool:
-        """Whether the weights were saved quantized; the config of a quantized training run of an adapter does not count."""
+        """Whether a library reads the weights, which were saved quantized.
+
+        The config of a quantized training run of an adapter does not count, nor do weights that are unpacked (`packing`).
+        """
         return bool(self.config.get("quantization_config")) and not self.needs_base
 
     @property
@@ -208,6 +217,17 @@ def survey(path: str | Path) -> CheckpointInfo:
     config = read_config(folder, required=adapter_config is None)
     stored = stored_tensors(folder)
     foreign = foreign_model(config, stored)
+    settings = None if foreign is not None else quantization_settings(config, folder)
+    packing = None
+    if settings is not None and stored:
+        reason = missing_reader(settings)
+        if reason is not None:
+            foreign = quantized_model(quantization_method(settings), reason)
+        else:
+            packing = find_packed(stored, settings, folder / "config.json")
+    if packing is not None:
+        stored = dict(packing.headers)
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     kind = _kind(config, stored=bool(stored), projector=_first_file(folder, PROJECTOR_FILES), adapter=adapter_config)
     if foreign is None:
         check_types(config, folder / "config.json")
@@ -225,6 +245,7 @@ def survey(path: str | Path) -> CheckpointInfo:
         base_hint=_base_hint(config, adapter_config),
         has_legacy_config=is_legacy_config(config),
         foreign=foreign,
+        packing=packing,
     )
 
 
@@ -268,6 +289,18 @@ def _extra_tensors(folder: Path, kind: str, stored: Mapping[str, TensorHeader]) 
     if projector is not None and kind in ("full", "projector") and not any(PROJECTOR_INFIX in name for name in stored):
         return read_headers(projector)
     return {}
+
+
+def quantization_settings(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any] | None:
+    """The settings with which a folder's weights were quantized; older programs wrote them to a file of their own."""
+    for key in QUANTIZATION_KEYS:
+        value = config.get(key)
+        if isinstance(value, Mapping) and value:
+            return value
+    for name, method in QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {"quant_method": method} | read_json(folder / name)
+    return None
 
 
 def read_config(folder: Path, *, required: bool = True) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def read_tensors(
     for file, names in by_file.items():
         with open_tensors(file) as tensors:
             for name in names:
-                tensor = tensors.get_tensor(found[name].name)
+                tensor = found[name].read_from(tensors)
                 if sources.merge is not None:
                     tensor = sources.merge.apply(name, tensor)
                 yield name, grow_vocabulary(name, tensor, expected[name].shape)

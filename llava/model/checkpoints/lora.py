@@ -134,7 +134,7 @@ def load_adapter(
             for name, header in headers.items():
                 if header.file != file:
                     continue
-                tensor = tensors.get_tensor(header.name)
+                tensor = header.read_from(tensors)
                 match = ADAPTER_NAME.fullmatch(name)
                 if match is None:
                     replaced[comparable_name(name)] = tensor

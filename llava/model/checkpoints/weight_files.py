@@ -85,6 +85,15 @@ class TensorHeader:
     def num_bytes(self) -> int:
         return self.num_elements * DTYPE_BYTES[self.dtype]
 
+    @property
+    def stored(self) -> tuple[TensorHeader, ...]:
+        """What is stored of it: itself, or the parts of a weight that is stored quantized (packed.py)."""
+        return (self,)
+
+    def read_from(self, tensors: Tensors) -> torch.Tensor:
+        """Read the tensor from its open file."""
+        return tensors.get_tensor(self.name)
+
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
     """Read the headers of one weight file, by name, in the file's order."""
@@ -143,7 +152,7 @@ def read_tensor(header: TensorHeader) -> torch.Tensor:
 
     if header.start is None:
         with open_tensors(header.file) as tensors:
-            return tensors.get_tensor(header.name).clone()
+            return header.read_from(tensors).clone()
     tensor = torch.empty(header.shape, dtype=getattr(torch, TORCH_DTYPES[header.dtype]))
     if header.num_bytes:
         with header.file.open("rb", buffering=0) as stream:
