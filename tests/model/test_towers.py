@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,23 @@ def tower_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values))
     model.save_pretrained(tmp_path / request.param)
     return tmp_path / request.param
+
+
+def test_attention_weights_and_gradients_of_pixels(tower_folder: Path) -> None:
+    args = SimpleNamespace(mm_vision_tower=str(tower_folder), mm_vision_select_layer=-2)
+    tower = build_vision_tower(args)
+    pixels = torch.randn(2, 3, tower.tile_size, tower.tile_size, requires_grad=True)
+    features = tower(pixels)
+    features.sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    if tower_folder.name == "convnext":
+        with pytest.raises(InputError, match="'convnext' has no attention"):
+            tower(pixels, output_attentions=True)
+        return
+    again, attentions = tower(pixels, output_attentions=True)
+    assert torch.allclose(again, features, atol=1e-5)
+    assert len(attentions) == tower.config.num_hidden_layers
+    assert torch.allclose(attentions[0].sum(-1), torch.ones(()), atol=1e-5)
 
 
 def described(folder: Path) -> tuple[Any, int, int]:

@@ -230,7 +230,12 @@ class CLIPVisionTower(nn.Module):
         assert self.vision_tower is not None, "the tower's weights were not loaded"
         pixels = images.to(device=self.device, dtype=self.dtype)
         outputs = self.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
-        return self.feature_select(outputs), outputs.attentions
+        attentions = getattr(outputs, "attentions", None)
+        if attentions is None:
+            raise InputError(
+                f"a tower of type {self.config.model_type!r} has no attention, and so no attention weights"
+            )
+        return self.feature_select(outputs), attentions
 
     @property
     def trainable(self) -> bool:
