@@ -112,6 +112,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def script_json(value: object) -> str:
+    """Return JSON for a script element of an HTML page, which no text in it can end.
+
+    A browser reads `<!--<script>` in such an element as the start of another one, and then passes over the element's end; so no
+    `<` is left.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
 def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 

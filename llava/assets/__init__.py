@@ -7,6 +7,10 @@ from pathlib import Path
 from llava.errors import InputError
 
 EMBEDDED_MODEL = "llava-v1.5-tiny"
+EMBEDDED_INTRODUCTION = (
+    "this is tiny, the model in the package: it knows drawn shapes, colours, counts and short words, and few photographs; "
+    "a real one: llava {command} llava-1.5-7b (llava models lists them)"
+)
 
 
 def embedded_model_path() -> Path:

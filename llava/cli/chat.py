@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava.assets import embedded_model_path
+from llava.assets import EMBEDDED_INTRODUCTION, embedded_model_path
 from llava.cli.chat_commands import COMMANDS, EXIT, PLAIN_WORDS, SETTINGS, find_command, unknown_command
 from llava.cli.image_words import read_line, read_words, starts_with_path
 from llava.cli.inline_images import PROTOCOLS
@@ -43,10 +43,6 @@ examples:
   echo "Describe it." | llava chat photo.jpg -         the question from a pipe
   llava chat - "What is this?" < photo.jpg             the image from a pipe
 """
-INTRODUCTION = (
-    "this is tiny, the model in the package: it knows drawn shapes, colours, counts and short words, and few photographs; "
-    "a real one: llava chat -m llava-1.5-7b (llava models lists them)"
-)
 
 
 def build_parser() -> ArgumentParser:
@@ -112,7 +108,7 @@ def run(args: Namespace) -> int:
         terminal.info("loading the model ...")
     loaded = load_model(args)
     if loaded.info.folder == embedded_model_path() and sys.stdout.isatty():
-        terminal.info(INTRODUCTION)
+        terminal.info(EMBEDDED_INTRODUCTION.format(command="chat -m"))
     template = get_template(args.conv_mode or loaded.conv_mode)
     session = Session(loaded, template.with_system(args.system) if args.system is not None else template, sampling)
     session.attach(images)

@@ -8,7 +8,6 @@ Reads `question.jsonl`, `answer/answer_MODEL.jsonl` and, where there are some, `
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from html import escape
@@ -19,6 +18,7 @@ from llava.eval.common_flags import EvalScript, ScriptFlag, report_faults
 from llava.eval.files import Faults, find_optional, need, read_json_lines, write_json
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of
 from llava.eval.types import JsonRow, QuestionId
+from llava.files import script_json
 
 PAGE = Path(__file__).resolve().parent / "webpage" / "table.html"
 
@@ -32,9 +32,8 @@ def run(args: Namespace) -> None:
     faults = Faults()
     data = collect(args.table, faults)
     write_json(args.output / "data.json", data)
-    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
     page = PAGE.read_text(encoding="utf-8").replace("<!--TITLE-->", escape(", ".join(data["models"])))
-    (args.output / "index.html").write_text(page.replace("<!--DATA-->", text), encoding="utf-8")
+    (args.output / "index.html").write_text(page.replace("<!--DATA-->", script_json(data)), encoding="utf-8")
     print(f"{len(data['questions'])} questions, {len(data['models'])} models: {args.output / 'index.html'}")
     report_faults(faults)
 

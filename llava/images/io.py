@@ -31,6 +31,7 @@ def load_image(
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     upright: bool = True,
+    name: str | None = None,
     decoder: ImageDecoder = decode_here,
     reserve: Reserve = lambda num_bytes: None,
 ) -> Image.Image:
@@ -40,6 +41,7 @@ def load_image(
         source: a path, bytes, an http(s) or data: URL, or a Pillow image.
         upright: turn a photograph as its EXIF orientation says, as every viewer does. The original LLaVA did not;
             switch it off to repeat its numbers exactly.
+        name: what messages call the image; None: as its source does.
         decoder: decodes the bytes: in this process, or a `DecoderPool` for what strangers send.
         reserve: called with the number of bytes that decoding may take, before they are allocated, and with a negative number
             once some are free again; may raise.
@@ -50,14 +52,15 @@ def load_image(
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        name = "the image given"
+        name = name or "the image given"
         if source.width * source.height > limits.max_pixels:
             raise too_many_pixels(name, source.width, source.height, limits)
         if not (source.width and source.height):
             raise InputError(f"{name} has {source.width}x{source.height} pixels; there is nothing to see.")
         reserve(BYTES_PER_PIXEL * source.width * source.height)
         return convert_opened(source, name, upright=upright)
-    data, name = _read(source, limits)
+    data, own_name = _read(source, limits)
+    name = name or own_name
     return decoder(data, read_header(data, name, limits), name, upright=upright, reserve=reserve)
 
 

@@ -62,10 +62,23 @@ def run(args: Namespace) -> int:
     from llava.serve.http.middleware import AccessMiddleware
     from llava.serve.http.server import run_server
     from llava.serve.web.page import Page, mount
+    from llava.serve.web.visitors import use_private_folder
 
-    page = Page.over(args.controller_url, log_dir=args.log_dir, reload_models=args.model_list_mode == "reload")
-    app = mount(FastAPI(), page, "/", embed=args.embed, concurrency=args.concurrency_count)
-    # The page itself needs no key; where the models need one, visitors enter it in the settings.
+    use_private_folder()
+    page = Page.over(
+        args.controller_url,
+        log_dir=args.log_dir,
+        reload_models=args.model_list_mode == "reload",
+        access=address.access,
+    )
+    app = mount(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        "/",
+        embed=args.embed,
+        concurrency=args.concurrency_count,
+    )
+    # The page asks for a key itself. Where the models need another one, visitors enter it in the settings.
     access = replace(address.access, keys=ApiKeys())
     return run_server(
         AccessMiddleware(app, access, Metrics(), known_paths=("/",)),

@@ -24,6 +24,7 @@ from llava.serve.model_worker import add_model_flags, check_model_flags, load_ba
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
+    from llava.serve.http.limits import ServeLimits
     from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
     from llava.serve.service import Service
 
@@ -77,7 +78,7 @@ def run(args: Namespace) -> int:
         with_page = False
     if args.num_workers > 1:
         name = args.model_name or get_model_name_from_path(str(args.model_path))
-        return run_app(*supervised_app(args, address, name), args, address, model=name, with_page=with_page)
+        return run_app(*supervised_app(args, address, name), args, address, limits, model=name, with_page=with_page)
 
     from llava.serve.service import Service
 
@@ -87,7 +88,16 @@ def run(args: Namespace) -> int:
         service.draining = True
 
     apps = model_app(service, address.access)
-    return run_app(*apps, args, address, model=service.card.name, with_page=with_page, drain=drain, lost=service.lost)
+    return run_app(
+        *apps,
+        args,
+        address,
+        limits,
+        model=service.card.name,
+        with_page=with_page,
+        drain=drain,
+        lost=service.lost,
+    )
 
 
 def supervised_app(args: Namespace, address: ListenAddress, name: str) -> tuple[FastAPI, AccessMiddleware]:
@@ -129,6 +139,7 @@ def run_app(
     checked: AccessMiddleware,
     args: Namespace,
     address: ListenAddress,
+    limits: ServeLimits,
     *,
     model: str,
     with_page: bool,
@@ -149,8 +160,10 @@ def run_app(
 
     if with_page:
         from llava.serve.web.page import Page, mount
+        from llava.serve.web.visitors import use_private_folder
 
-        mount(app, Page.over(address.url, log_dir=args.log_dir), PAGE_PATH)
+        use_private_folder()
+        mount(app, Page.over(address.url, log_dir=args.log_dir, access=address.access, limits=limits), PAGE_PATH)
 
     def started() -> None:
         print(f"API   {address.url}/v1")

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from golden_data import golden
 from PIL import Image
 from serve_kit import bind, make_greedy, running, wait_until, worker
+from starlette.routing import Mount
 
 from llava.conversation import get_template, web_conv_mode_for_model_name
 from llava.serve.web.client import ConversationLog, PageClient, PageSettings, PageTurn, conversation_of, request_body
@@ -143,8 +144,12 @@ def stop_in_a_browser(address: str, service: Any) -> None:
         browser.close()
 
 
-def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path) -> None:
-    """Every input of every event of the page, given a path of the server as an uploaded file has one, in each of its forms."""
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path, checked: bool) -> None:
+    """Every input of every event of the page, given a path of the server as an uploaded file has one, in each of its forms.
+
+    The middleware of the page refuses them; without it, Gradio does.
+    """
     pytest.importorskip("gradio")
     from llava.serve.web.page import EXAMPLES_FOLDER, Page, mount
 
@@ -158,6 +163,9 @@ def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path) -> None:
         [{"role": "user", "content": [{"type": "file", "file": file}]}],
     ]
     app = mount(FastAPI(), Page.over("http://127.0.0.1:9"), "/page")
+    if not checked:
+        mounted = next(route for route in app.routes if isinstance(route, Mount))
+        mounted.app = mounted.app._page
     with running(app) as address, httpx.Client(base_url=f"{address}/page", timeout=60) as client:
         components = {row["id"]: row for row in client.get("/config").json()["components"]}
         events = client.get("/config").json()["dependencies"]
@@ -173,9 +181,12 @@ def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path) -> None:
                     data[place] = form
                     session = f"s{event['id']}-{place}-{number}"
                     body = {"data": data, "fn_index": event["id"], "session_hash": session}
-                    if client.post("/gradio_api/queue/join", json=body).status_code != 200:
-                        continue
+                    joined = client.post("/gradio_api/queue/join", json=body)
                     tried += 1
+                    if checked:
+                        assert joined.status_code == 403
+                    if joined.status_code != 200:
+                        continue
                     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
                         answer = "".join(stream.iter_text())
                     for path in re.findall(r"/[^'\" ]*secret[^'\", ]*", answer):

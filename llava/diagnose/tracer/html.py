@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.tracer.hooks_sequence import segments
 from llava.diagnose.tracer.record import POINTS, Facts, Trace
+from llava.files import script_json
 from llava.images.layout import feature_boxes, tile_areas
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ def _page(record: Trace, **content: Any) -> str:
         "stages": [{"name": stage.name, "start": stage.start, "seconds": stage.seconds} for stage in record.stages],
         "points": points,
     }
-    # Text of the trace must not end the script element that holds it.
-    safe = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-    parts = {"style": _file("page.css"), "script": _file("page.js"), "data": safe}
+    parts = {"style": _file("page.css"), "script": _file("page.js"), "data": script_json(data)}
     page = _file("page.html")
     for name, text in parts.items():
         head, _, tail = page.partition("{{" + name + "}}")

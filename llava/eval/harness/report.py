@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,6 +21,7 @@ from llava.eval.harness.results import read_results, read_verdicts, remarks
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.task import LETTER_SUFFIX, LETTER_SUFFIX_CN, WORD_SUFFIX
 from llava.eval.types import JsonRow
+from llava.files import script_json
 
 PAGE = Path(__file__).resolve().parents[1] / "webpage" / "report.html"
 NUM_WRONG, NUM_RIGHT = 36, 24  # answers of each task that the gallery shows
@@ -39,7 +39,7 @@ def write_report(folder: Path, results: JsonRow) -> Path:
     images = _Thumbnails()
     gallery = [card for task in results["tasks"] for card in gallery_cards(folder, task, images)]
     page = PAGE.read_text(encoding="utf-8")
-    data = json.dumps({"cards": gallery, "images": images.urls}, ensure_ascii=False).replace("</", "<\\/")
+    data = script_json({"cards": gallery, "images": images.urls})
     parts = {
         "TITLE": escape(f"{results['model']}: evaluation"),
         "MODEL": escape(str(results["model"])),

@@ -1,19 +1,21 @@
 """The web page's requests to servers, and its log of conversations.
 
 In: turns with images, a model's template, addresses. Out: the bodies that the original's page posts; answers as they stream
-back; lines of a log. The parts of the page are in page.py.
+back; lines of a log. Whatever fails is an answer of one sentence. The parts of the page are in page.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import json
+import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -29,11 +31,23 @@ from llava.conversation import (
 )
 from llava.errors import InputError
 from llava.images.io import load_image
+from llava.serve.backends.base import ServerBusyError
+from llava.serve.http.limits import ServeLimits
+from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.router.protocol import OK, ChunkReader
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger("llava.serve")
 
 HEADERS = {"User-Agent": "LLaVA Client"}
 MAX_NEW_TOKENS = 1536  # as in the original's page
 CONNECT_S = 10.0
+MAX_CHARACTERS = 200_000  # of a conversation's questions and answers
+FAILED = "the page could not answer; its operator finds the reason in the log"
+
+OpenImage = Callable[[str], "Image.Image"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class PageTurn:
     images: tuple[str, ...] = ()
     answer: str | None = None
     failed: bool = False  # the answer is an error message
+    copies: tuple[str, ...] = ()  # of the images, for the browser's memory (history.py)
 
 
 @dataclass(frozen=True)
@@ -56,34 +71,63 @@ class PageSettings:
     max_new_tokens: int = 512
     image_mode: str = "Default"
     key: str = ""  # for the servers, where they need one
+    system: str = ""  # in place of the template's own system text
+
+
+def open_page_image(path: str, **options: Any) -> Image.Image:
+    """Open an image that the page keeps. Messages have its name alone: where it lies is no business of a visitor.
+
+    Further arguments are those of `load_image`.
+    """
+    name = repr(Path(path).name)
+    try:
+        data = Path(path).read_bytes()
+    except OSError:
+        raise InputError(f"the image {name} is not kept any more; add it again.") from None
+    return load_image(data, name=name, **options)
 
 
 def conversation_of(
-    turns: Sequence[PageTurn], template: Conversation, image_mode: str
+    turns: Sequence[PageTurn], template: Conversation, image_mode: str, open_image: OpenImage = open_page_image
 ) -> tuple[Conversation, list[str]]:
     """Render turns, without failed ones, in a template; return the images too, in base64 and in their order."""
+    kept = _kept(turns)
+    images = [open_image(path) for turn in kept for path in turn.images]
+    conversation = _written(kept, template, image_mode, images[0] if images else None)
+    return conversation, [str(conversation.process_image(image, image_mode)) for image in images]
+
+
+def _kept(turns: Sequence[PageTurn]) -> list[PageTurn]:
+    return [turn for turn in turns[:-1] if not turn.failed and turn.answer] + list(turns[-1:])
+
+
+def _written(
+    kept: Sequence[PageTurn], template: Conversation, image_mode: str, first_image: Image.Image | None
+) -> Conversation:
+    """Render turns in a template. The image matters only to code that asks the conversation for it."""
     conversation = template.copy()
-    kept = [turn for turn in turns[:-1] if not turn.failed and turn.answer] + list(turns[-1:])
-    images = [load_image(Path(path)) for turn in kept for path in turn.images]
-    if len(images) == 1 and kept[0].images:  # the template decides where a single image goes
+    rest = kept
+    if sum(len(turn.images) for turn in kept) == 1 and kept[0].images:  # the template decides where a single image goes
         question = kept[0].question
         text = question if "<image>" in question else f"{question}\n<image>"
-        conversation.append_message(conversation.roles[0], (text, images[0], image_mode))
+        conversation.append_message(conversation.roles[0], (text, first_image, image_mode))
         conversation.append_message(conversation.roles[1], None)
         rest = kept[1:]
         conversation.messages[-1][1] = kept[0].answer if rest else None
-    else:
-        rest = kept
     for turn in rest:
         conversation.append_message(conversation.roles[0], with_image_placeholders(turn.question, len(turn.images)))
         conversation.append_message(conversation.roles[1], turn.answer)
     conversation.messages[-1][1] = None
-    return conversation, [conversation.process_image(image, image_mode) for image in images]
+    return conversation
 
 
-def request_body(turns: Sequence[PageTurn], settings: PageSettings, template: Conversation) -> dict[str, Any]:
+def request_body(
+    turns: Sequence[PageTurn], settings: PageSettings, template: Conversation, open_image: OpenImage = open_page_image
+) -> dict[str, Any]:
     """Return the body that the original's page posts to a worker."""
-    conversation, images = conversation_of(turns, template, settings.image_mode)
+    if settings.system.strip():
+        template = template.with_system(settings.system.strip())
+    conversation, images = conversation_of(turns, template, settings.image_mode, open_image)
     return {
         "model": settings.model,
         "prompt": conversation.get_prompt(),
@@ -108,14 +152,21 @@ AnswerStats = Mapping[str, Mapping[str, Any]]  # "usage" and "inspect", as in se
 
 
 class PageClient:
-    """Requests to a controller, or to a single server that has a controller's routes."""
+    """Requests to a controller, or to a single server that has a controller's routes, within the limits of one."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, limits: ServeLimits | None = None, memory: MemoryBudget | None = None) -> None:
         self._address = address.rstrip("/")
+        self._limits = limits or ServeLimits()
+        self._memory = memory or MemoryBudget()
         self._entries: dict[str, Mapping[str, object]] = {}
 
-    async def models(self, key: str = "") -> list[str]:
-        """Return the names of the models. A controller of the original is asked by its own routes."""
+    async def models(self, key: str = "", *, again: bool = True) -> list[str]:
+        """Return the names of the models; those found before, unless `again`.
+
+        A controller of the original is asked by its own routes.
+        """
+        if self._entries and not again:
+            return sorted(self._entries)
         async with self._client(key) as client:
             try:
                 response = await client.get(f"{self._address}/v1/models")
@@ -128,8 +179,11 @@ class PageClient:
                     raise InputError("the server needs an API key; enter it in the settings")
                 response.raise_for_status()
                 entries = response.json()["data"]
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                raise InputError(f"the controller {self._address} does not answer: {error or type(error)}") from error
+            except InputError:
+                raise
+            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+                logger.warning("the controller %s does not answer: %r", self._address, error)
+                raise InputError("the server of the models does not answer; try again in a moment") from error
         self._entries.update({row["id"]: row for row in entries})
         return sorted(row["id"] for row in entries)
 
@@ -148,18 +202,47 @@ class PageClient:
 
     async def answer(self, turns: Sequence[PageTurn], settings: PageSettings) -> AsyncIterator[PartialAnswer]:
         """Send the last turn to a worker, and yield the answer as it grows. Errors are yielded as messages."""
+        reservation = self._memory.reserve()
         try:
-            async with self._client(settings.key) as client:
+            self._check(turns, settings)
+            async with asyncio.timeout(self._limits.deadline_s), self._client(settings.key) as client:
                 worker = await self._worker(client, settings.model)
-                body = request_body(turns, settings, self.template(settings.model))
+                body = await asyncio.to_thread(self._body, turns, settings, reservation)
                 url = f"{worker}/worker_generate_stream"
                 async with client.stream("POST", url, json={**body, "inspect": True}) as response:
                     async for partial in _partial_answers(response, body["prompt"]):
                         yield partial
-        except InputError as error:
+        except (InputError, ServerBusyError) as error:
             yield PartialAnswer(str(error), failed=True)
+        except TimeoutError:
+            yield PartialAnswer(f"the answer took longer than {self._limits.deadline_s:g} seconds", failed=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             yield PartialAnswer(f"the connection to the worker was lost: {error or type(error).__name__}", failed=True)
+        except Exception:  # a visitor reads a sentence, whatever went wrong
+            logger.exception("a question on the page failed")
+            yield PartialAnswer(FAILED, failed=True)
+        finally:
+            reservation.release()
+
+    def _check(self, turns: Sequence[PageTurn], settings: PageSettings) -> None:
+        if not settings.model:
+            raise InputError("there is no model at the moment; load the page again in a moment")
+        if sum(len(turn.question) + len(turn.answer or "") for turn in turns) + len(settings.system) > MAX_CHARACTERS:
+            raise InputError(
+                f"this conversation is longer than {MAX_CHARACTERS:,} characters; clear it, and begin anew"
+            )
+        self._limits.check_count(sum(len(turn.images) for turn in turns))
+
+    def _body(self, turns: Sequence[PageTurn], settings: PageSettings, reservation: Reservation) -> dict[str, Any]:
+        def open_image(path: str) -> Image.Image:
+            return self.open_image(path, reservation)
+
+        return request_body(turns, settings, self.template(settings.model), open_image)
+
+    def open_image(self, path: str, reservation: Reservation) -> Image.Image:
+        """Open an image that the page keeps, in a process of its own, and count its memory."""
+        limits = self._limits
+        return open_page_image(path, limits=limits.images, decoder=limits.decoder, reserve=reservation.change)
 
     async def _worker(self, client: httpx.AsyncClient, model: str) -> str:
         """Return whom to ask: the controller, which forwards to its workers, or the worker that an original one names."""
@@ -202,22 +285,33 @@ class ConversationLog:
     def write(
         self, kind: str, turns: Sequence[PageTurn], settings: PageSettings, template: Conversation, **more: object
     ) -> None:
+        """Write a line. An answer is never lost to a log that cannot be written: that is a message of the server."""
         if self._folder is None or not turns:
             return
-        conversation, _ = conversation_of(turns, template, settings.image_mode)
+        conversation = _written(_kept(turns), template, settings.image_mode, None)
         conversation.messages[-1][1] = turns[-1].answer
         state = conversation.dict() | {"model_name": settings.model}
-        images = [self._keep(path) for turn in turns for path in turn.images]
         now = datetime.datetime.now()
-        row = {"tstamp": round(now.timestamp(), 4), "type": kind, "model": settings.model, "state": state}
-        line = json.dumps(row | {"images": images} | more, ensure_ascii=False)
-        with self._lock, (self._folder / f"{now:%Y-%m-%d}-conv.json").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            images = [self._keep(path) for turn in turns for path in turn.images]
+            row = {"tstamp": round(now.timestamp(), 4), "type": kind, "model": settings.model, "state": state}
+            line = json.dumps(row | {"images": images} | more, ensure_ascii=False) + "\n"
+            with self._lock, (self._folder / f"{now:%Y-%m-%d}-conv.json").open("ab", buffering=0) as file:
+                end = file.tell()
+                data = line.encode("utf-8", "replace")
+                if file.write(data) != len(data):  # a full disk takes a part of it
+                    file.truncate(end)
+                    raise OSError("the disk is full")
+        except OSError as error:
+            logger.error("the conversation was not logged: %s", error)
 
-    def _keep(self, path: str) -> str:
-        """Return the name of an image, which is a hash of its content; the file is written once."""
+    def _keep(self, path: str) -> str | None:
+        """Return the name of an image, which is a hash of its content, and write the file once; None: it is gone."""
         assert self._folder is not None
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
         name = hashlib.md5(data, usedforsecurity=False).hexdigest()
         kept = self._folder / "serve_images" / f"{name}{Path(path).suffix.lower()}"
         if not kept.exists():
