@@ -16,6 +16,8 @@ from typing import Any
 
 from llava.errors import InputError, is_disk_full
 
+MAX_JSON_BYTES = 2**28  # of any JSON file that belongs to a model; parsed, it takes some ten times as much
+
 STAGING, TRASH = "incomplete-", "deleted-"  # prefixes of folders that are being written or deleted
 
 # A folder with none of these has no tokenizer; transformers would make an empty one without a warning.
@@ -104,7 +106,13 @@ def flush(path: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object; anything else is an `InputError` that names the file."""
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{file} has more than {MAX_JSON_BYTES} bytes, which no such file of a model needs")
         values = json.loads(file.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except RecursionError as error:
+        raise InputError(f"{file} is nested deeper than any such file of a model; fetch it again") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); write or fetch it again") from error
     if not isinstance(values, dict):

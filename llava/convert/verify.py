@@ -209,7 +209,7 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     folder = written.info.folder
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SAMPLE_QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
@@ -217,7 +217,7 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
     # As transformers does: a begin token that the template has written is not added again.
     begins = bool(begin := processor.tokenizer.bos_token) and prompt.startswith(begin)
     inputs = processor(text=prompt, images=sample.image, return_tensors="pt", add_special_tokens=not begins)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     ids = inputs["input_ids"][0].tolist()
     if collapsed(ids, config.image_token_index) != sample.inputs.input_ids.tolist():
         raise VerificationError("the target's processor gives other ids than ours")
@@ -227,7 +227,9 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
     # Both models get our pixels, so that the logits compare the models alone; pixels are compared separately.
     given = ours if isinstance(ours, Tensor) else torch.stack(list(ours))
     pixels = (inputs["pixel_values"] - given).abs().max().item()
-    model = build_empty_model(lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+    model = build_empty_model(
+        lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    )
     stored = {published_name(header.name): name for name, header in written.found.items()}
     with torch.no_grad(), stream_weights(model, lambda name: written.read(stored[published_name(name)])):
         output = model(**{**inputs, "pixel_values": given}, use_cache=False)

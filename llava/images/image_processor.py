@@ -29,6 +29,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_SIDE = 2**14  # pixels
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as config files spell them
 
 # Defaults for what a config file leaves out, by the class that it names. transformers' own LLaVA processors are CLIP's
@@ -409,7 +410,7 @@ def _size_dict(value: object, *, exact: bool) -> dict[str, int]:
 
 
 def _are_sides(values: Iterable[object]) -> bool:
-    return all(type(value) is int and value > 0 for value in values)
+    return all(type(value) is int and 0 < value <= MAX_SIDE for value in values)
 
 
 def _convnext_sizes(size: object, crop_pct: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ MERGES: tuple[Merge, ...] = ("flat", "spatial", "spatial_unpad")
 # A range of canvases, in tiles across and down, as LLaVA-NeXT writes it: "(1x1),...,(6x6)".
 TILES = r"\(\s*(\d+)\s*x\s*(\d+)\s*\)"
 TILE_RANGE = re.compile(rf"\s*{TILES}(?:\s*,\s*(?:\.\.\.\s*,\s*)?{TILES})*\s*")
+MAX_TILES = 1024  # of a canvas; published models have at most 36
 MAX_CANVASES = 4096  # of a range
 
 
@@ -116,6 +117,11 @@ class ImagePolicy:
                 raise InputError(
                     f"image_grid_pinpoints has {list(canvas)}, which tiles of {self.tile_size} pixels do not fill; "
                     f"use multiples of {self.tile_size}."
+                )
+            if canvas.width // self.tile_size * (canvas.height // self.tile_size) > MAX_TILES:
+                raise InputError(
+                    f"image_grid_pinpoints has {list(canvas)}, which takes more than {MAX_TILES} tiles of {self.tile_size} "
+                    "pixels for an image."
                 )
 
     @property

@@ -34,6 +34,7 @@ from llava.model.checkpoints.loading import (
     WeightSources,
     build_with_transformers,
     check_origins,
+    check_structure,
     expected_tensors,
     load_weights,
     load_with_transformers,
@@ -302,6 +303,7 @@ def _build_multimodal(
         elif loader_options:
             model, origins = build_with_transformers(model_class, config, sources, dtype, loader_options)
         else:
+            check_structure(lambda: model_class(copy.deepcopy(config)), sources, info.config_folder / "config.json")
             with default_dtype(dtype), device, no_init_weights():
                 model = model_class(copy.deepcopy(config))
             origins = load_weights(model, sources)

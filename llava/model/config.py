@@ -36,7 +36,7 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "an integer": (int, (
         "mm_vision_select_layer", "mm_hidden_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
         "max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len", "image_size",
-        "patch_size",
+        "patch_size", "pad_token_id", "bos_token_id",
     )),
     "a string": (str, (
         "mm_vision_tower", "mm_vision_select_feature", "mm_projector_type", "mm_resampler_type", "image_aspect_ratio",
@@ -44,11 +44,28 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
         "vision_feature_select_strategy",
     )),
     "true or false": (bool, ("unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token")),
-    "an object": (Mapping, ("text_config", "vision_config", "quantization_config")),
+    "an object": (Mapping, ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")),
+    "an integer or a list of integers": ((int, list), ("eos_token_id",)),
     "a list": (list, ("architectures",)),
     "a list of integers or a string": ((str, list, tuple), ("s2_scales",)),
 }  # fmt: skip
 TYPES_BY_KEY = {key: (words, kind) for words, (kind, keys) in KEYS_BY_TYPE.items() for key in keys}
+
+MAX_REASON = 300  # characters of a library's error in a sentence; some list all model types
+
+# The largest value of sizes in config files, above that of any model: memory and time are taken by them.
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers"), 1000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "n_head"), 2**12),
+    **dict.fromkeys(("image_size", "patch_size"), 2**14),
+    **dict.fromkeys(("hidden_size", "mm_hidden_size", "d_model", "n_embd", "intermediate_size", "head_dim"), 2**20),
+    **dict.fromkeys(("vocab_size", "max_sequence_length", "max_position_embeddings", "max_seq_len"), 2**24),
+}
+# Keys by which transformers picks an implementation, which may be code of the hub. The machine and the user pick it here.
+IMPLEMENTATIONS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "kernel_config",
+)  # fmt: skip
 
 # The types of vision towers that are read, as their own config.json says.
 TOWER_TYPES = (
@@ -192,6 +209,12 @@ def check_types(values: Mapping[str, object], source: object) -> None:
     """
     for key, value in values.items():
         check_type(key, value, source)
+        check_size(key, value, source)
+        if key in IMPLEMENTATIONS and "/" in str(value):
+            raise InputError(
+                f"{source} has {key} {value!r}, which is code of the hub; no code that a checkpoint names is loaded, so remove "
+                "the key"
+            )
     for part in ("text_config", "vision_config"):
         inner = values.get(part)
         if isinstance(inner, Mapping):
@@ -203,8 +226,22 @@ def check_type(key: str, value: object, source: object = "the config") -> None:
     if value is None or key not in TYPES_BY_KEY:
         return
     words, kind = TYPES_BY_KEY[key]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not _has_type(value, kind):
         raise InputError(f"{source} has {key} {value!r}; it must be {words}")
+
+
+def _has_type(value: object, kind: type | tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind == (int, list) and isinstance(value, list):
+        return all(type(item) is int for item in value)
+    return isinstance(value, kind)
+
+
+def check_size(key: str, value: object, source: object = "the config") -> None:
+    """Raise an `InputError` if a size is negative, or larger than that of any model."""
+    if key in LARGEST and isinstance(value, int) and not 0 <= value <= LARGEST[key]:
+        raise InputError(f"{source} has {key} {value}; it must be between 0 and {LARGEST[key]}")
 
 
 def check_tower_type(model_type: object, name: object) -> None:
@@ -220,21 +257,29 @@ def check_projector_type(name: str) -> None:
 
 
 @contextmanager
-def described_by(file: object) -> Iterator[None]:
+def described_by(file: object, what: str = "a model") -> Iterator[None]:
     """Within the block, turn what transformers raises for a config file's values into an `InputError` that names the file."""
     try:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file} does not describe a model: {reason}") from error
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 
-        if not isinstance(error, StrictDataclassError):
+        expected = (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            AssertionError,
+            StrictDataclassError,
+        )
+        if not isinstance(error, expected):
             raise
-        raise InputError(f"{file} does not describe a model: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        short = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+        raise InputError(f"{file} does not describe {what}: {short}") from error
 
 
 def is_multimodal(values: Mapping[str, object]) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
-from llava.model.config import LlavaSettings, is_multimodal
+from llava.model.config import LlavaSettings, check_types, described_by, is_multimodal
 from llava.model.protocols import LanguageModel
 from llava.model.template_defaults import CONTEXT_KEYS, TemplateChoice, choose_template, declared_context_len
 from llava.text import tokenization
@@ -58,8 +58,11 @@ def read_generation_config(model: LanguageModel, info: CheckpointInfo, base_info
 
     for folder in folders_of(info, base_info):
         if (folder / "generation_config.json").is_file():
-            read_json(folder / "generation_config.json")  # raises an InputError if it is damaged
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            file = folder / "generation_config.json"
+            values = read_json(file)
+            check_types(values, file)
+            with described_by(file, "how to generate"):
+                model.generation_config = GenerationConfig.from_dict(values)
             return
 
 

@@ -51,6 +51,12 @@ def attention_of(config: PreTrainedConfig) -> str:
     return name
 
 
+def forget_implementations(config: PreTrainedConfig) -> None:
+    """Let transformers pick the implementations of attention and experts, whatever the config's file names."""
+    config._attn_implementation = None
+    config._experts_implementation = None
+
+
 def set_attention(config: PreTrainedConfig, name: str) -> None:
     """Set the attention implementation of a config before its model is built; a model has `set_attn_implementation`."""
     config._attn_implementation = name

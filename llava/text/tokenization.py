@@ -83,13 +83,23 @@ def load_tokenizer(
         options["model_max_length"] = model_max_length
     load = _choose_loader(folder)
     try:
-        return load(str(folder), **options)
+        tokenizer = load(str(folder), **options)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        if isinstance(error, RecursionError):
+            for file in sorted(folder.glob("*.json")):
+                read_json(file)  # names the one that is nested too deep
         ours = _input_error_behind(error)
         if ours is not None:
             raise ours from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason[0]}; fetch its files again.") from error
+    for name, is_usable, words in (
+        ("model_max_length", isinstance(tokenizer.model_max_length, (int, float)), "a number"),
+        ("unk_token", tokenizer.unk_token != "", "a token"),  # an unknown token would be looked up without end
+    ):
+        if not is_usable:
+            raise InputError(f"the tokenizer in {folder} has {name} {getattr(tokenizer, name)!r}; it must be {words}.")
+    return tokenizer
 
 
 def _input_error_behind(error: BaseException | None) -> InputError | None:
@@ -146,7 +156,7 @@ def _obey_begin_and_end(tokenizer: PreTrainedTokenizerFast, config: Mapping[str,
 def _load_by_transformers(folder: str, **options: object) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **options)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def _tokenizer_config(folder: Path) -> Mapping[str, object]:

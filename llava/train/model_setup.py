@@ -38,6 +38,7 @@ from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
+from llava.model.tokenizer_setup import read_generation_config
 from llava.model.transformers_internals import set_attention
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -178,8 +179,7 @@ def _load_with_images(info: CheckpointInfo, plan: LoadPlan) -> LanguageModel:
             model = model_class(config)
         origins = load_weights(model, sources)
     check_origins(model, origins)
-    if (info.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(info.folder)
+    read_generation_config(model, info, None)
     return model
 
 

@@ -116,7 +116,7 @@ def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
         try:
-            read_json(generation)
+            check_types(read_json(generation), generation)
         except InputError as error:
             yield found(
                 "generation-config",

@@ -98,10 +98,8 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         return
     if not info.is_multimodal or info.stores_quantized:
         raise CheckSkipped("transformers itself loads a plain or quantized language model")
-    import torch
-    from transformers.initialization import no_init_weights
-
-    from llava.model.checkpoints.loading import expected_tensors, match_names, plan_sources, with_own_tower
+    from llava.model.checkpoints.loading import check_structure as match_structure
+    from llava.model.checkpoints.loading import plan_sources, with_own_tower
     from llava.model.checkpoints.model_config import build_config, resolved_tower_path
     from llava.model.language_model.registry import llava_classes
 
@@ -115,10 +113,7 @@ def check_structure(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         with resolved_tower_path(config, info, base_info, stored=stored, names=sources.headers):
             if sources.merges_tower and not sources.stores_tower:
                 sources = with_own_tower(sources, Path(config.mm_vision_tower), prefix=model_class.base_model_prefix)
-            with torch.device("meta"), no_init_weights():
-                meta_model = model_class(copy.deepcopy(config))
-            meta_model.tie_weights()
-            match_names(expected_tensors(meta_model), sources, meta_model)
+            match_structure(lambda: model_class(copy.deepcopy(config)), sources, info.config_folder / "config.json")
 
 
 def check_stored_tower(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.images.image_processor import read_processor_config
+from llava.images.layout import read_pinpoints
 from llava.model.config import OWN_FOLDER, described_by
 
 MODEL_TYPES = ("llava", "llava_next")
@@ -131,7 +132,7 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
         values |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": [[width, height] for height, width in config["image_grid_pinpoints"]],
+            "image_grid_pinpoints": _swapped(config["image_grid_pinpoints"]),
         }
     else:
         mode = "pad" if pads_images(folder) else "square"
@@ -144,6 +145,12 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
         values["max_sequence_length"] = text["max_position_embeddings"]
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return values | ({"dtype": dtype} if dtype else {})
+
+
+def _swapped(pinpoints: list[list[int]]) -> list[list[int]]:
+    """Write pairs as (width, height), which this layout has as (height, width)."""
+    pairs = read_pinpoints(pinpoints)
+    return [list(reversed(pair)) for pair in pairs] if isinstance(pairs, tuple) else []
 
 
 def pads_images(folder: Path) -> bool:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,13 @@ from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABULARY, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
+from llava.model.config import described_by
 from llava.model.transformers_internals import current_names
 from llava.utils import waiting
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 # Buffers that old versions of transformers saved and every version computes; they are skipped.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids|\.attn\.(masked_)?bias|\.rotary_emb\.(cos|sin)_cached)$")
@@ -165,6 +169,34 @@ def _check_tied(header: TensorHeader, other: TensorHeader) -> None:
         )
 
 
+def check_structure(build: Callable[[], nn.Module], sources: WeightSources, file: Path) -> None:
+    """Match the stored names and shapes with those of a model before it takes memory; its config may describe any size.
+
+    Args:
+        build: Makes the model.
+        file: The config.json that describes it, for errors.
+
+    Raises:
+        InputError: The weights and the config do not belong together, or the config describes no model.
+    """
+    model = build_on_meta(build, file)
+    match_names(expected_tensors(model), sources, model)
+
+
+def build_on_meta(build: Callable[[], M], file: Path) -> M:
+    """Build a model without memory for its weights; `file` is the config.json that describes it, for errors."""
+    from transformers.initialization import no_init_weights
+
+    try:
+        with described_by(file), torch.device("meta"), no_init_weights():
+            model = build()
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        raise InputError(f"{file} does not describe a model: {' '.join(str(error).split())}") from error
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
 def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
     """Load weights into a model, keeping its device and dtype; tensors are copied, so files can be overwritten later."""
     if hasattr(model, "tie_weights"):  # a model built with empty weights is not tied yet
@@ -177,6 +209,17 @@ def load_weights(model: nn.Module, sources: WeightSources) -> Origins:
             expected[name].copy_(tensor)
             wait.done += sizes[name]
     return {name: str(header.file) for name, header in found.items()}
+
+
+def check_tower_structure(build: Callable[[], nn.Module], folder: Path) -> None:
+    """As `check_structure`, for the module of a vision tower with its own folder."""
+
+    def tower() -> nn.Module:
+        holder = nn.Module()
+        holder.vision_tower = build()
+        return holder
+
+    check_structure(tower, WeightSources(tower_headers(folder), str(folder)), folder / "config.json")
 
 
 def load_tower_weights(tower: nn.Module, folder: Path) -> Origins:
@@ -233,7 +276,7 @@ def load_with_transformers(
     try:
         with waiting("loading weights"):
             model, report = model_class.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
             )
     except ValueError as error:
         if "offload" in str(error):
@@ -281,8 +324,7 @@ def build_with_transformers(
     options: Mapping[str, object],
 ) -> tuple[PreTrainedModel, Origins]:
     """Build a quantized or sharded model by `from_pretrained`, with `options` for transformers and accelerate."""
-    with torch.device("meta"):
-        meta_model = model_class(copy.deepcopy(config))
+    meta_model = build_on_meta(lambda: model_class(copy.deepcopy(config)), Path(config.name_or_path) / "config.json")
     expected = expected_tensors(meta_model)
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor

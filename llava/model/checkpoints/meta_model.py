@@ -22,6 +22,7 @@ from llava.model.checkpoints.base_model import inspect_with_base
 from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.checkpoints.loading import (
     WeightSources,
+    build_on_meta,
     expected_tensors,
     grow_vocabulary,
     match_names,
@@ -85,6 +86,7 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     # stored=True, so that the tower is built and its tensors are expected too.
     with resolved_tower_path(config, info, base_info, stored=True, names=sources.headers):
         tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
+        build_on_meta(lambda: model_class(copy.deepcopy(config)), info.config_folder / "config.json")  # of any size
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
     restore_config(model.config, config)
     if tower_folder is not None:

@@ -19,6 +19,7 @@ from llava.model.checkpoints.base_model import original_config
 from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
 from llava.model.config import OWN_FOLDER, LlavaSettings, described_by, is_multimodal
+from llava.model.transformers_internals import forget_implementations
 
 TOWER_LAYER = re.compile(re.escape(TOWER_INFIX) + r"vision_model\.encoder\.layers\.(\d+)\.")
 TOWER_HEAD = f"{TOWER_INFIX}vision_model.head."
@@ -37,6 +38,7 @@ def build_config(info: CheckpointInfo) -> PreTrainedConfig:
     if is_multimodal(values):
         LlavaSettings.from_hf(config)  # refused here, before a model is built
     config.name_or_path = str(info.folder)
+    forget_implementations(config)
     return config
 
 

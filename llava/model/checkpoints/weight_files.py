@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from llava.errors import InputError
 from llava.model.checkpoints.gguf_tensors import GgufTensors
+from llava.model.checkpoints.pickle_check import check_pickle_file
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,7 @@ def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     mapped = zipfile.is_zipfile(file)
     try:
+        check_pickle_file(file, KNOWN_NAMES)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # bytes that are no pickle can raise any error
         raise InputError(_cannot_read_pickle(file, error)) from error
@@ -205,7 +207,7 @@ def _read_safetensors_headers(file: Path) -> dict[str, TensorHeader]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         headers = {name: _safetensors_entry(file, name, entry, 8 + header_size) for name, entry in entries.items()}
         ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the weight file {file} has a damaged header ({error}); copy it again") from error
@@ -246,23 +248,30 @@ def _read_pickle_headers(file: Path) -> dict[str, TensorHeader]:
                 raise InputError(
                     f"the weight file {file} is a zip archive but not one that torch writes; it holds no data.pkl"
                 )
-            if archive.getinfo(members[0]).file_size > MAX_HEADER_BYTES:
-                raise InputError(
-                    f"the weight file {file} has an index of more than {MAX_HEADER_BYTES} bytes; it is not a weight file"
-                )
+            check_pickle_file(file, KNOWN_NAMES)
             with archive.open(members[0]) as stream:
                 state = _HeaderUnpickler(stream).load()
-            offsets = _member_offsets(file, archive, members[0].removesuffix("data.pkl"))
+            prefix = members[0].removesuffix("data.pkl")
+            offsets = _member_offsets(file, archive, prefix)
+            sizes = {member.filename.removeprefix(f"{prefix}data/"): member.file_size for member in archive.infolist()}
     except InputError:
         raise
     except Exception as error:  # as above
         raise InputError(_cannot_read_pickle(file, error)) from error
     if not isinstance(state, dict) or not all(isinstance(value, _Stub) for value in state.values()):
         raise InputError(f"the weight file {file} does not hold a table of tensors; it is not a model's weight file")
-    return {
+    headers = {
         name: TensorHeader(file, name, stub.storage.dtype, stub.shape, _data_offset(stub, offsets))
         for name, stub in state.items()
     }
+    for name, header in headers.items():
+        stored = sizes.get(state[name].storage.key, 0)
+        if min(header.shape, default=0) < 0 or header.num_bytes > stored:
+            raise InputError(
+                f"the weight file {file} announces {header.num_bytes} bytes for tensor {name!r} {list(header.shape)} and "
+                f"stores {stored}; copy it again"
+            )
+    return headers
 
 
 def _member_offsets(file: Path, archive: zipfile.ZipFile, prefix: str) -> dict[str, int]:
@@ -322,6 +331,13 @@ def _rebuild_stub(
 
 class _Table(dict):  # type: ignore[type-arg]
     """In place of the OrderedDict of a state dict, which has attributes."""
+
+
+# The names that a pickled table of tensors may refer to.
+KNOWN_NAMES = {
+    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
+    *(("torch", name) for name in TORCH_STORAGES),
+}  # fmt: skip
 
 
 class _HeaderUnpickler(pickle.Unpickler):

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava.errors import InputError
+from llava.files import read_json
 from llava.images.image_processor import ClipImageProcessor
 from llava.model.config import LlavaSettings, check_types, described_by
-from llava.model.transformers_internals import eager_attention, set_attention
+from llava.model.transformers_internals import eager_attention, forget_implementations, set_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,11 +104,17 @@ class CLIPVisionTower(nn.Module):
         with described_by(file):
             self.cfg_only = self.read_config(vision_tower, described)
         check_types(self.cfg_only.to_dict(), file)
+        forget_implementations(self.cfg_only)
         if attn_implementation is not None:
             set_attention(self.cfg_only, attn_implementation)
         for key in ("image_size", "patch_size"):
             if not getattr(self.cfg_only, key):
                 raise InputError(f"{file} has no {key}, which says how a vision tower cuts its images")
+        if self.cfg_only.patch_size > self.cfg_only.image_size:
+            raise InputError(
+                f"{file} has patch_size {self.cfg_only.patch_size} and image_size {self.cfg_only.image_size}; a patch is "
+                "larger than an image"
+            )
         self.image_processor = self.read_image_processor(vision_tower)
         self.is_loaded = False
         self.vision_tower: VisionModel | None = None
@@ -118,6 +125,8 @@ class CLIPVisionTower(nn.Module):
 
     def read_config(self, name: str, described: dict[str, Any] | None) -> PreTrainedConfig:
         config_class: type[PreTrainedConfig] = getattr(transformers, self.config_class)
+        if not described:
+            check_types(read_json(Path(name) / "config.json"), Path(name) / "config.json")
         return config_class.from_dict(described) if described else config_class.from_pretrained(name)
 
     def read_image_processor(self, name: str) -> ClipImageProcessor:
@@ -138,9 +147,10 @@ class CLIPVisionTower(nn.Module):
         """Load the tower's own weights, once; `device_map` may name the device to move it to."""
         if self.is_loaded:
             return
-        from llava.model.checkpoints.loading import load_tower_weights
+        from llava.model.checkpoints.loading import check_tower_structure, load_tower_weights
 
         self.stored = None  # the tower's own folder holds all of it
+        check_tower_structure(self._new_module, Path(self.vision_tower_name))
         self.build_model()
         load_tower_weights(self, Path(self.vision_tower_name))
         if device_map is not None and device_map != "auto":
@@ -153,10 +163,13 @@ class CLIPVisionTower(nn.Module):
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            self.vision_tower = self.module_class(getattr(transformers, self.model_class)(self.config_to_build()))
+            self.vision_tower = self._new_module()
         self.vision_tower.requires_grad_(False)
         self.vision_tower.eval()
         self.is_loaded = True
+
+    def _new_module(self) -> VisionModel:
+        return self.module_class(getattr(transformers, self.model_class)(self.config_to_build()))
 
     def _vision_model(self) -> nn.Module:
         assert self.vision_tower is not None, "the tower's weights were not loaded"
