@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,6 +56,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--log-dir", metavar="FOLDER", help="keep the page's conversations there (default: nowhere)")
     add_model_flags(parser)
     add_server_flags(parser, port=8000)
+    parser.add_argument("--uds", metavar="PATH", help="listen at this unix socket instead of an address and a port")
     add_limit_flags(parser)
     return parser
 
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Namespace) -> int:
     if args.model is not None and args.model_path is not None:
         raise InputError("the model is given twice, by MODEL and by --model-path; give it once")
+    if args.uds is not None and args.num_workers > 1:
+        raise InputError("--uds: workers reach their controller by an address; serve one worker, or give --port")
     if args.num_workers < 1:
         raise InputError(f"--num-workers is {args.num_workers}; give 1 or more")
     limits = limits_from(args)
@@ -163,10 +167,11 @@ def run_app(
         from llava.serve.web.visitors import use_private_folder
 
         use_private_folder()
-        mount(app, Page.over(address.url, log_dir=args.log_dir, access=address.access, limits=limits), PAGE_PATH)
+        page = Page.over(address.url, log_dir=args.log_dir, access=address.access, limits=limits, uds=address.uds)
+        mount(app, page, PAGE_PATH)
 
     def started() -> None:
-        print(f"API   {address.url}/v1")
+        print(f"API   {address.url}/v1" + (f" at the unix socket {address.uds}" if address.uds else ""))
         if with_page:
             print(f"page  {address.url}{PAGE_PATH}/")
         print(f"docs  {address.url}/docs")
@@ -180,7 +185,8 @@ def curl_command(address: ListenAddress, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
     key = " -H 'Authorization: Bearer KEY'" if address.access.keys else ""
     quoted = body.replace("'", "'\\''")
-    return f"curl -s {address.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
+    unix = f" --unix-socket {shlex.quote(address.uds)}" if address.uds else ""
+    return f"curl -s{unix} {address.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from llava.serve.http.errors import ApiError
 from llava.serve.http.forwarded import TrustedProxies, as_sent, checked_prefix, route_path
 from llava.serve.http.metrics import Metrics
 from llava.serve.http.middleware import AccessPolicy, ApiKeys
+from llava.serve.http.server import bind_unix
 
 NGINX = shutil.which("nginx")
 FRIEND = "https://friend.example"
@@ -336,6 +337,39 @@ def test_prefixes() -> None:
     for wrong in ("llava", "//llava", "/a//b", "/a b", "/..", "http://a", "/a?b"):
         with pytest.raises(InputError, match="--root-path"):
             checked_prefix(wrong)
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "own.sock"
+    path.touch()
+    with pytest.raises(InputError, match="own"):
+        bind_unix(path)  # another file is not replaced
+    path.unlink()
+    for _ in range(2):  # the second time over the socket that the first left, as a killed server does
+        (listener,) = bind_unix(path)
+        assert path.stat().st_mode & 0o777 == 0o660
+        policy = AccessPolicy(hosts=("localhost", "llava.example"), proxies=TrustedProxies.given(["unix"]))
+        with running(small_app(policy), listener):
+            with pytest.raises(InputError, match="another program listens"):
+                bind_unix(path)
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+                assert client.post("http://localhost/seen").json()["client"] is None
+                forwarded = {
+                    "x-forwarded-for": "6.6.6.6",
+                    "x-forwarded-host": "llava.example",
+                    "x-forwarded-proto": "https",
+                }
+                seen = client.post("http://localhost/seen", headers=forwarded).json()
+                assert (seen["client"], seen["base"]) == ("6.6.6.6", "https://llava.example/")
+
+
+def test_head_is_get_without_the_body() -> None:
+    with served() as address:
+        for path in ("/health", "/docs", "/openapi.json"):
+            whole, head = httpx.get(f"{address}{path}"), httpx.head(f"{address}{path}")
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == str(len(whole.content))
+        assert httpx.head(f"{address}/seen").status_code == 405
 
 
 # Request ids and reasons

@@ -162,20 +162,27 @@ class ListenAddress:
     url: str
     access: AccessPolicy
     worker_key: str | None = None
+    uds: str | None = None  # the path of the unix socket, where it is one
 
 
 def listen_address_from(args: Namespace, *, is_worker: bool = False) -> ListenAddress:
     """Set up logging, read the keys, and bind the sockets. A worker registers with the first of its worker keys."""
     for package in ("uvicorn", "fastapi", "httpx"):
         require(package, extra="serve")
-    from llava.serve.http.server import bind, url_of
+    from llava.serve.http.server import bind, bind_unix, url_of
     from llava.serve.process import set_up_logging
 
     set_up_logging(args.log_level)
     worker_keys = worker_keys_from(args)
     access = access_from(args, worker_keys, is_worker=is_worker)
+    key = next(iter(worker_keys), None)
+    uds = getattr(args, "uds", None)
+    if uds is not None:
+        return ListenAddress(
+            bind_unix(Path(uds).expanduser()), "http://localhost", access, key, str(Path(uds).expanduser())
+        )
     listeners = bind(args.host, args.port)
-    return ListenAddress(listeners, url_of(listeners, args.host), access, next(iter(worker_keys), None))
+    return ListenAddress(listeners, url_of(listeners, args.host), access, key)
 
 
 def worker_keys_from(args: Namespace) -> list[str]:

@@ -132,13 +132,15 @@ class AccessMiddleware:
             if refusal is not None:
                 await refusal(scope, receive, request.send)
             else:
-                await self._app(scope, request.receive, request.send)
+                # HEAD is GET without the body, which the HTTP server leaves out.
+                is_head = scope["method"] == "HEAD"
+                await self._app(dict(scope, method="GET") if is_head else scope, request.receive, request.send)
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
             if request.status is None:
                 error = as_api_error(ServerBusyError("the server is being stopped; ask another one", stopping=True))
-                await error_response(error, scope["path"])(scope, receive, request.send)
+                await error_response(error, route_path(scope))(scope, receive, request.send)
         finally:
             del self._running[task]
             request.release()

@@ -18,6 +18,7 @@ import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -80,10 +81,10 @@ def _bind_loopback(port: int) -> list[socket.socket]:
     raise InputError(f"no port is free on both 127.0.0.1 and ::1 after {TRIES} tries; give one by --port")
 
 
-def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
+def _listen(family: int, address: tuple[object, ...] | str) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":  # elsewhere it lets two programs share a port
+        if os.name == "posix" and not isinstance(address, str):  # elsewhere it lets two programs share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and address[0] == "::1":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -94,6 +95,29 @@ def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
         raise
     listener.set_inheritable(True)
     return listener
+
+
+def bind_unix(path: Path) -> list[socket.socket]:
+    """Return a listening unix socket, which the user and the group of this process may connect to.
+
+    Raises:
+        InputError: The path cannot be used, or another program listens there.
+    """
+    if not hasattr(socket, "AF_UNIX"):
+        raise InputError("--uds: this system has no unix sockets; give --port")
+    name = str(path)
+    try:
+        if path.is_socket():  # of a server that was killed, unless something answers
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(name) == 0:
+                    raise InputError(f"another program listens at {name!r}; give another --uds")
+            path.unlink()
+        listener = _listen(socket.AF_UNIX, name)
+        path.chmod(0o660)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot listen at {name!r}: {reason}; give another --uds") from error
+    return [listener]
 
 
 def _unusable(host: str, port: int, error: Exception) -> InputError:
@@ -171,6 +195,7 @@ def run_server(
                 os._exit(128 + sig)
             super().handle_exit(sig, frame)
 
+    names = [name for listener in listeners if isinstance(name := listener.getsockname(), str)]  # of unix sockets
     shorten_switch_interval()
     config = uvicorn.Config(
         app,
@@ -189,4 +214,6 @@ def run_server(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=list(listeners))
+    for name in names:
+        Path(name).unlink(missing_ok=True)
     return 0 if server.started and not failures else 1

@@ -152,10 +152,21 @@ AnswerStats = Mapping[str, Mapping[str, Any]]  # "usage" and "inspect", as in se
 
 
 class PageClient:
-    """Requests to a controller, or to a single server that has a controller's routes, within the limits of one."""
+    """Requests to a controller, or to a single server that has a controller's routes, within the limits of one.
 
-    def __init__(self, address: str, limits: ServeLimits | None = None, memory: MemoryBudget | None = None) -> None:
+    `uds` is the unix socket where the server listens, if it is one.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        limits: ServeLimits | None = None,
+        memory: MemoryBudget | None = None,
+        *,
+        uds: str | None = None,
+    ) -> None:
         self._address = address.rstrip("/")
+        self._uds = uds
         self._limits = limits or ServeLimits()
         self._memory = memory or MemoryBudget()
         self._entries: dict[str, Mapping[str, object]] = {}
@@ -258,7 +269,8 @@ class PageClient:
     def _client(self, key: str) -> httpx.AsyncClient:
         headers = HEADERS | ({"authorization": f"Bearer {key}"} if key else {})
         timeout = httpx.Timeout(None, connect=CONNECT_S)
-        return httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=False)
+        transport = None if self._uds is None else httpx.AsyncHTTPTransport(uds=self._uds)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=False, transport=transport)
 
 
 async def _partial_answers(response: httpx.Response, prompt: str) -> AsyncIterator[PartialAnswer]:

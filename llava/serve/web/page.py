@@ -96,12 +96,14 @@ class Page:
         reload_models: bool = True,
         access: AccessPolicy | None = None,
         limits: ServeLimits | None = None,
+        uds: str | None = None,
     ) -> Page:
         folder = Path(log_dir) if log_dir else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         access, limits = access or AccessPolicy(), limits or ServeLimits()
-        return cls(PageClient(address, limits, access.memory), ConversationLog(folder), reload_models, access, limits)
+        client = PageClient(address, limits, access.memory, uds=uds)
+        return cls(client, ConversationLog(folder), reload_models, access, limits)
 
 
 def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurrency: int = 16) -> FastAPI:
