@@ -11,6 +11,7 @@ import errno
 import importlib
 import os
 import sysconfig
+from pathlib import Path
 from types import ModuleType
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -90,5 +91,53 @@ def require(module: str, *, extra: str) -> ModuleType:
             raise
         package = module.split(".")[0]
         raise MissingPackageError(
-            f"this needs the package {package!r}; install it with: pip install 'llava[{extra}]'"
+            f"this needs the package {package!r}; install it with: {install_command(extra)}"
         ) from error
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra, by how this package is installed: clone, folder, file, repository or index."""
+    root = Path(__file__).absolute().parents[1]
+    if (root / "pyproject.toml").is_file():  # a clone, editable or run in place
+        return f"pip install -e '.[{extra}]' (in {root})"
+    from importlib import metadata
+
+    try:
+        found = metadata.distribution("llava")
+    except metadata.PackageNotFoundError:  # a copy of the package's folder alone
+        return f"pip install 'llava[{extra}]'"
+    pip = "uv pip" if (found.read_text("INSTALLER") or "").strip() == "uv" else "pip"
+    source = _source_of(found.read_text("direct_url.json"), extra)
+    if source is None:  # an index, or a place that is gone: what the extra consists of is enough
+        source = " ".join(f"'{need}'" for need in _requirements(found.requires or [], extra)) or f"'llava[{extra}]'"
+    return f"{pip} install {source}"
+
+
+def _source_of(direct_url: str | None, extra: str) -> str | None:
+    """What pip is given to install an extra from where the package came from; None where that is an index, or is gone."""
+    import json
+    from urllib.parse import unquote, urlsplit
+
+    facts = json.loads(direct_url or "{}")
+    url = facts.get("url", "")
+    if "vcs_info" in facts:
+        vcs = facts["vcs_info"]
+        return f"'llava[{extra}] @ {vcs.get('vcs', 'git')}+{url}@{vcs.get('commit_id', 'HEAD')}'"
+    if url.startswith("file:"):
+        place = unquote(urlsplit(url).path)
+        return f"'{place}[{extra}]'" if os.path.exists(place) else None
+    return f"'llava[{extra}] @ {url}'" if url else None
+
+
+def _requirements(requires: list[str], extra: str) -> list[str]:
+    """The requirements of an extra, of those that a package's metadata lists; an extra may consist of others."""
+    found = []
+    for requirement in requires:
+        what, _, condition = (part.strip() for part in requirement.partition(";"))
+        if f'extra == "{extra}"' not in condition.replace("'", '"'):
+            continue
+        inner = what.removeprefix("llava[").removesuffix("]") if what.startswith("llava[") else ""
+        for other in inner.split(",") if inner else []:
+            found += _requirements(requires, other.strip())
+        found += [] if inner else [what]
+    return found

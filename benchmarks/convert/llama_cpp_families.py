@@ -35,8 +35,10 @@ from benchmarks import ROOT
 from benchmarks.convert.greedy import greedy_answer
 from benchmarks.measure import add_output, publish, table
 from llava.convert.convert import ConversionOptions, convert
+from llava.convert.tokenizer_json import convert_tokenizer
 from llava.model.builder import load
 from llava.model.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
+from llava.text.tokenization import load_tokenizer
 
 SENTENCEPIECE = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -47,7 +49,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "qwen_1_5", {"rope_theta": 1e6}),
     "qwen2, embeddings tied": ("qwen2", "qwen_1_5", {"rope_theta": 1e6, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", "qwen_1_5", {"rope_theta": 1e6, "head_dim": 64}),
-}
+    "llama 3": (
+        "llama",
+        "llava_llama_3",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "gemma": ("gemma", "gemma_instruct", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama, tokenizer.json": ("llama", "v1", {}),
+    "llama, linear projector": ("llama", "v1", {"mm_projector_type": "linear"}),
+}  # fmt: skip
 QUESTIONS = ("What do you see in this picture?", "Count  the shapes:\n1, 22, 333 (it's 50%)?", "Où est l'étoile ☆ 星？")
 NUM_TOKENS = 24
 NUM_LOGPROBS = 5
@@ -60,7 +75,13 @@ def make(folder: Path, family: str) -> Path:
 
     language_model, conv_mode, more = FAMILIES[family]
     tokenizer = folder / "tokenizer"
-    num_tokens = make_tokenizer(tokenizer, qwen=language_model.startswith("qwen"))
+    rules = "qwen2" if language_model.startswith("qwen") else "llama-bpe" if family == "llama 3" else None
+    num_tokens = make_tokenizer(tokenizer, rules)
+    if family == "llama, tokenizer.json":
+        made = convert_tokenizer(load_tokenizer(tokenizer))
+        (tokenizer / "tokenizer.model").unlink()
+        made.save(str(tokenizer / "tokenizer.json"))
+        num_tokens = made.get_vocab_size()
     model = build(folder / f"random-{language_model}", language_model, conv_mode=conv_mode, **SIZES,
                   **{"vocab_size": num_tokens, **more})  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -79,19 +100,20 @@ def make(folder: Path, family: str) -> Path:
     return model
 
 
-def make_tokenizer(folder: Path, *, qwen: bool) -> int:
-    """Write a tokenizer and return how many tokens it has: a sentencepiece BPE, or one made like Qwen's."""
-    if not qwen:
+def make_tokenizer(folder: Path, rules: str | None) -> int:
+    """Write a tokenizer and return how many tokens it has: a sentencepiece BPE, or one that splits by llama.cpp's rules."""
+    if rules is None:
         shutil.copytree(SENTENCEPIECE, folder)
         return 1000
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    if rules == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"]), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRE_TOKENIZERS[rules]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -101,8 +123,11 @@ def make_tokenizer(folder: Path, *, qwen: bool) -> int:
     )
     texts = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))]
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    names: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
+    if rules == "llama-bpe":
+        names = ("<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=names[0], pad_token=names[1])
+    fast.add_special_tokens({"additional_special_tokens": list(names[2:])})
     fast.save_pretrained(folder)
     return len(fast)
 

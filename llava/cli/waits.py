@@ -54,12 +54,18 @@ class WaitDisplay:
             self._waits.remove(wait)
             self._samples.clear()
             if self._shown.pop(id(wait), None) is not None:
-                taken = duration_text(time.monotonic() - wait.started)
-                amount = f", {size_text(wait.done)}" if wait.in_bytes and wait.done else ""
-                self._write(f"{wait.what}: {taken}{amount}\n")
+                self._write(self._ended(wait, time.monotonic() - wait.started))
             if not self._waits:
                 self._thread = None
                 self._wake.set()
+
+    def _ended(self, wait: Wait, elapsed: float) -> str:
+        """What is left of a wait: a line, unless it was short and moved nothing."""
+        is_counted = wait.in_bytes and wait.done > 0
+        if elapsed < BETWEEN_LINES_S and not is_counted:
+            return ""
+        amount = f", {size_text(wait.done)}" if is_counted else ""
+        return f"{wait.what}: {duration_text(elapsed)}{amount}\n"
 
     def _run(self) -> None:
         wake = self._wake
@@ -100,7 +106,7 @@ class WaitDisplay:
         return f"{wait.what}{bar} {', '.join(parts)}"
 
     def _write(self, text: str) -> None:
-        if self.is_terminal:
+        if self.is_terminal:  # an empty text clears the line
             text = CLEAR_LINE + text
         self.stream.write(text)
         self.stream.flush()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path
-from llava.errors import InputError
+from llava.errors import InputError, install_command
 from llava.serve.http.flags import ListenAddress, add_limit_flags, add_server_flags, limits_from, listen_address_from
 from llava.serve.model_worker import add_model_flags, check_model_flags, load_backend
 
@@ -78,7 +78,7 @@ def run(args: Namespace) -> int:
     address = listen_address_from(args)
     with_page = not args.no_page
     if with_page and find_spec("gradio") is None:
-        print("without the web page; for it: pip install 'llava[ui]'", flush=True)
+        print(f"without the web page; for it: {install_command('ui')}", flush=True)
         with_page = False
     if args.num_workers > 1:
         name = args.model_name or get_model_name_from_path(str(args.model_path))

@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from llava.errors import InputError, require
+from llava.errors import InputError, install_command, require
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.distributed import import_collectives, program_name
 from llava.train.legacy_flags import parse_flags, translate
@@ -163,7 +163,7 @@ class TrainingArguments(transformers.TrainingArguments):
             if name in _REPORTERS and not any(importlib.util.find_spec(package) for package in _REPORTERS[name]):
                 raise InputError(
                     f"--report_to {name} needs the package {_REPORTERS[name][0]!r}; install it with: "
-                    f"pip install 'llava[{_REPORTER_EXTRAS[name]}]', or report to none"
+                    f"{install_command(_REPORTER_EXTRAS[name])}, or report to none"
                 )
         if not torch.accelerator.is_available() and not self.use_cpu:  # type: ignore[has-type]
             self.use_cpu = True

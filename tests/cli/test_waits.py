@@ -253,7 +253,9 @@ def test_waits_within_waits() -> None:
     while "outer" not in log.getvalue():
         time.sleep(0.01)
     display.end(outer)
-    assert [line.split()[0].rstrip(":") for line in log.getvalue().splitlines()] == ["inner", "inner", "outer", "outer"]
+    assert [line.split()[0] for line in log.getvalue().splitlines()] == ["inner", "outer"]
+    assert display._ended(Wait("x"), 11.0) == "x: 11 s\n"
+    assert display._ended(Wait("x", in_bytes=True, done=2000), 3.0) == "x: 3 s, 2 kB\n"
     assert display._thread is None
 
 

@@ -128,7 +128,7 @@ def test_an_absent_tracker_names_its_extra(
         "importlib.util.find_spec", lambda package, *rest: None if package == name else find(package, *rest)
     )
     assert main(argv(tmp_path, report_to=name)) == 2
-    assert f"--report_to {name} needs the package {name!r}; install it with: pip install 'llava[report]'" in (
+    assert f"--report_to {name} needs the package {name!r}; install it with: pip install -e '.[report]'" in (
         capsys.readouterr().err
     )
 

@@ -48,10 +48,12 @@ from llava.model.checkpoints.gguf_names import (
     ARCHITECTURE_OF,
     INTERLEAVED,
     ROPE_FACTORS,
+    SCALED_FEATURES,
     SHIFTED_NORMS,
     gguf_name,
     interleave,
     is_vision,
+    makes_features,
     uninterleave,
 )
 from llava.model.tokenizer_setup import context_len
@@ -185,11 +187,21 @@ class GgufPair:
         if not entry.source:
             return _difference_layer(entry.shape)
         tensor, heads = self.source.read(entry.source), self._heads(entry)
+        if self._is_scaled(entry):
+            tensor = tensor.float() / self._feature_scale
         if entry.name.startswith("mm.") and self.is_single_layer:
             return torch.cat([tensor, -tensor])
         if self._is_shifted(entry):
             return tensor.float() + 1
         return tensor if heads is None else interleave(tensor, heads)
+
+    @property
+    def _feature_scale(self) -> float:
+        return float(self.source.model.config.hidden_size) ** 0.5
+
+    def _is_scaled(self, entry: PlannedGgufTensor) -> bool:
+        is_there = self.architecture in SCALED_FEATURES
+        return is_there and makes_features(entry.source, self.source.settings.projector.type)
 
     def _is_shifted(self, entry: PlannedGgufTensor) -> bool:
         return self.architecture in SHIFTED_NORMS and entry.name.endswith("norm.weight")
@@ -304,8 +316,8 @@ class GgufPair:
             raise InputError(
                 f"some numbers of {self.source.folder} are beyond the range of {self.precision}; use --precision bf16"
             )
-        # One added and taken away again rounds a norm's weights.
-        if self.precision == "f32" and largest > (2**-22 if self.architecture in SHIFTED_NORMS else 0):
+        # One added and taken away again, or a factor, rounds what it is applied to.
+        if self.precision == "f32" and largest > (1e-5 if self.architecture in SHIFTED_NORMS else 0):
             raise VerificationError(f"tensors differ by {largest:.3g} in float32")
         if not logits:
             return Verification(tensors)
@@ -348,6 +360,8 @@ class GgufPair:
             numbers, negative = numbers.chunk(2)
             if not torch.equal(numbers, -negative):
                 raise VerificationError(f"the halves of tensor {entry.name!r} are not each other's negative")
+        if self._is_scaled(entry):
+            return numbers * self._feature_scale
         if self._is_shifted(entry):
             return numbers - 1
         heads = self._heads(entry)

@@ -15,15 +15,17 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.files import cache_folder, read_json
 from llava.model.checkpoints.gguf_config import TOWER_FOLDER, GgufKeys, read_gguf_config
 from llava.model.checkpoints.gguf_file import WHOLE, GgufHeader, read_gguf_header
-from llava.model.checkpoints.gguf_names import ROPE_FACTORS
-from llava.model.checkpoints.gguf_tensors import gguf_header, is_mmproj, published_tensors
+from llava.model.checkpoints.gguf_names import ROPE_FACTORS, SCALED_FEATURES, makes_features
+from llava.model.checkpoints.gguf_tensors import gguf_header, is_mmproj, published_tensors, times
 from llava.model.checkpoints.gguf_tokenizer import write_tokenizer
 from llava.model.checkpoints.weight_files import TensorHeader
 
@@ -115,7 +117,22 @@ def gguf_pair_tensors(folder: Path) -> dict[str, TensorHeader]:
             name: TensorHeader(file, tensor.name, tensor.dtype, tensor.shape, tensor.start)
             for name, tensor in published_tensors(file).items()
         }
-    return found
+    return _with_features_scaled(found, Path(str(index["model"])), read_json(folder / "config.json"))
+
+
+def _with_features_scaled(
+    found: dict[str, TensorHeader], model: Path, config: Mapping[str, Any]
+) -> dict[str, TensorHeader]:
+    """The tensors with those that make image features as the language model of transformers takes them."""
+    if gguf_header(model).architecture not in SCALED_FEATURES:
+        return found
+    factor, projector = float(config["hidden_size"]) ** 0.5, str(config["mm_projector_type"])
+    scaled = {
+        name: replace(header, name=times(header.name, factor), dtype="F32", start=None)
+        for name, header in found.items()
+        if makes_features(name, projector)
+    }
+    return found | scaled
 
 
 def _add_ends(digest: _Hash, file: Path) -> None:

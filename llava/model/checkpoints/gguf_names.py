@@ -20,6 +20,9 @@ ARCHITECTURE_OF = {kind: name for name, kinds in ARCHITECTURES.items() for kind 
 INTERLEAVED = ("llama",)
 # Architectures whose norms are stored with one added, as they are used.
 SHIFTED_NORMS = ("gemma",)
+# Architectures for which llama.cpp multiplies image features, as it does embeddings, by the root of their width; transformers
+# multiplies embeddings alone. The numbers that make the features are stored divided by it.
+SCALED_FEATURES = ("gemma",)
 
 ROPE_FACTORS = "rope_freqs.weight"  # computed from the config: no tensor of a checkpoint
 
@@ -86,6 +89,16 @@ def _translated(name: str, names: Mapping[str, str]) -> str | None:
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", match[1])
     found = names.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", match[1])) or names.get(match[1])
     return None if found is None else found.format(*numbers) + (match[2] or "")
+
+
+def makes_features(name: str, projector: str) -> bool:
+    """Whether a published tensor is of the layer that makes image features, or a feature itself.
+
+    `projector` is the config's `mm_projector_type`.
+    """
+    layers = int(projector[3:].partition("x")[0]) if projector.startswith("mlp") else 0
+    last = f"model.mm_projector.{2 * layers - 2}." if layers else "model.mm_projector."
+    return name.startswith(last) or name == "model.image_newline"
 
 
 def interleave(rows: Tensor, num_heads: int) -> Tensor:

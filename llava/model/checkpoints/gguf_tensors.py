@@ -90,8 +90,13 @@ def published_tensors(file: Path) -> dict[str, PublishedTensor]:
     return tensors
 
 
+def times(name: str, factor: float) -> str:
+    """The name by which `GgufTensors` gives a tensor multiplied by a factor."""
+    return f"{name}*{factor!r}"
+
+
 class GgufTensors:
-    """An open GGUF file, with the two methods of an open safetensors file; names are those in the file."""
+    """An open GGUF file, with the two methods of an open safetensors file; names are those in the file, or of `times`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -101,9 +106,12 @@ class GgufTensors:
         return self.header.tensors.keys()
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor; quantized ones are computed in float32."""
+        """Read a tensor; quantized and multiplied ones are computed in float32."""
         import torch
 
+        name, _, factor = name.partition("*")
+        if factor:
+            return self.get_tensor(name).float() * float(factor)
         if name in MADE and name not in self.header.tensors:
             return torch.full(self.header.tensors["v.patch_embd.weight"].shape[:1], MADE[name])
         tensor = read_gguf_tensor(self.file, self.header.tensors[name])
