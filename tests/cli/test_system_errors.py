@@ -37,6 +37,9 @@ LORA = ["merge", "--model-path", "checkpoints/llava-v1.5-tiny-lora", "--model-ba
 # writes nothing. The word is a part of the sentence.
 REFUSED = {
     "chat": [["chat", "{ro}/file/a.png", "What?"]],
+    "models": [],  # takes no path
+    "pull": [["pull", "{ro}/file/model"]],
+    "rm": [["rm", "{ro}/file/model"]],
     "cli": [["cli", "--model-path", CHECKPOINT, "--image-file", "{ro}/file/a.png"]],
     "serve": [["serve", CHECKPOINT, "--port", "0", "--log-dir", f"{{ro}}/{name}"] for name in ("new", "file/new")],
     "controller": [["controller", "--host", "{ro}/file", "--port", "0"]],
@@ -242,7 +245,7 @@ def test_packages_that_are_absent_name_their_extra(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr, done.stderr
     *refused, selftest = done.stderr.split("-----\n")[1:]
     for (arguments, extra), said in zip(NEEDED, refused, strict=True):
-        assert f"pip install {extra}" in said, said
+        assert f"pip install -e {extra}" in said, said
         assert said.endswith("status 2\n"), said
         assert f"llava {arguments[0]}" in said
     assert selftest.endswith("status 0\n"), selftest
