@@ -6,10 +6,13 @@ several workers each has a process and a GPU of its own (supervisor.py), and thi
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import shlex
+import struct
 import sys
+import zlib
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -38,6 +41,7 @@ examples:
 """
 PAGE_PATH = "/page"
 QUESTION = "Who are you?"
+IMAGE_QUESTION = "What do you see in this picture?"
 
 
 def build_parser() -> ArgumentParser:
@@ -82,7 +86,10 @@ def run(args: Namespace) -> int:
         with_page = False
     if args.num_workers > 1:
         name = args.model_name or get_model_name_from_path(str(args.model_path))
-        return run_app(*supervised_app(args, address, name), args, address, limits, model=name, with_page=with_page)
+        example = curl_command(address, name)
+        return run_app(
+            *supervised_app(args, address, name), args, address, limits, example=example, with_page=with_page
+        )
 
     from llava.serve.service import Service
 
@@ -92,16 +99,8 @@ def run(args: Namespace) -> int:
         service.draining = True
 
     apps = model_app(service, address.access)
-    return run_app(
-        *apps,
-        args,
-        address,
-        limits,
-        model=service.card.name,
-        with_page=with_page,
-        drain=drain,
-        lost=service.lost,
-    )
+    example = curl_command(address, service.card.name, with_image=service.card.takes_images)
+    return run_app(*apps, args, address, limits, example=example, with_page=with_page, drain=drain, lost=service.lost)
 
 
 def supervised_app(args: Namespace, address: ListenAddress, name: str) -> tuple[FastAPI, AccessMiddleware]:
@@ -145,7 +144,7 @@ def run_app(
     address: ListenAddress,
     limits: ServeLimits,
     *,
-    model: str,
+    example: str,
     with_page: bool,
     drain: Callable[[], Awaitable[None]] | None = None,
     lost: Callable[[], str | None] = lambda: None,
@@ -175,18 +174,42 @@ def run_app(
         if with_page:
             print(f"page  {address.url}{PAGE_PATH}/")
         print(f"docs  {address.url}/docs")
-        print(f"try   {curl_command(address, model)}", flush=True)
+        print(f"try   {example}", flush=True)
 
     return run_server(checked, address.listeners, drain_s=args.drain_seconds, started=started, drain=drain, lost=lost)
 
 
-def curl_command(address: ListenAddress, model: str) -> str:
-    """Return a command that sends the server a question."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
+def curl_command(address: ListenAddress, model: str, *, with_image: bool = True) -> str:
+    """Return a command that sends the server a question, about an image that is in the command itself."""
+    content: str | list[dict[str, object]] = QUESTION
+    if with_image:
+        image: dict[str, object] = {"type": "image_url", "image_url": {"url": disc_url()}}
+        content = [image, {"type": "text", "text": IMAGE_QUESTION}]
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 64})
     key = " -H 'Authorization: Bearer KEY'" if address.access.keys else ""
     quoted = body.replace("'", "'\\''")
     unix = f" --unix-socket {shlex.quote(address.uds)}" if address.uds else ""
     return f"curl -s{unix} {address.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
+
+
+def disc_url(side: int = 112) -> str:
+    """Return a small PNG of a red disc on white, as a data: URL."""
+    rows = []
+    for y in range(side):
+        bits = "".join(str(int((x - side / 2) ** 2 + (y - side / 2) ** 2 < (side / 3) ** 2)) for x in range(side))
+        rows.append(b"\0" + int(bits, 2).to_bytes(side // 8, "big"))
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 3, 0, 0, 0)  # one bit for each pixel, an index into the palette
+    parts = [
+        part(b"IHDR", head),
+        part(b"PLTE", b"\xff\xff\xff\xd8\x1e\x1e"),
+        part(b"IDAT", zlib.compress(b"".join(rows), 9)),
+    ]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + part(b"IEND", b"")
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ with. Decoding a single token gives neither.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,6 +42,12 @@ class TokenSpelling:
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return TokenPiece(bytes([int(name[3:5], 16)]))
         return TokenPiece(name.replace("▁", " ").encode())
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, from the beginning of a text on: without the space that sentencepiece puts before it."""
+        pieces = [piece.data for piece in map(self.piece, token_ids) if not piece.is_special]
+        text = b"".join(pieces).decode(errors="replace")
+        return text.removeprefix(" ") if self._letters is None else text
 
     @cached_property
     def _letters(self) -> dict[str, int] | None:

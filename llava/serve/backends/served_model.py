@@ -80,9 +80,12 @@ class LocalModel:
         return self._counter
 
     def token_piece(self, token_id: int) -> TokenPiece:
-        if self._spelling is None:
-            self._spelling = TokenSpelling(self.tokenizer)
-        return self._spelling.piece(token_id)
+        return self._spelled().piece(token_id)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return self._spelled().text(token_ids)
+
+    def _spelled(self) -> TokenSpelling:
+        if self._spelling is None:
+            self._spelling = TokenSpelling(self.tokenizer)
+        return self._spelling

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava.errors import InputError
 from llava.serve.backends.base import ServerBusyError
 from llava.serve.http.connections import ConnectionLimits, network_of
+from llava.serve.http.content_encoding import KNOWN_ENCODINGS, PLAIN_ENCODINGS, BodyDecoder, BodyTooLargeError
 from llava.serve.http.cors import CrossOrigin
 from llava.serve.http.errors import ApiError, as_api_error, error_response
 from llava.serve.http.forwarded import TrustedProxies, as_sent, route_path
@@ -41,6 +42,7 @@ logger = logging.getLogger("llava.serve")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 CLIENT_HEADER = "x-llava-client"  # whose request it is, as a controller says to its worker
+SMALL_PIECE = 4096  # bytes of a compressed body, decoded in the event loop
 MIN_BODY_RATE = 50_000  # bytes per second; a body that comes more slowly ends at its read timeout
 
 
@@ -179,6 +181,9 @@ class AccessMiddleware:
         if error is not None:
             headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
             return error_response(error, path, headers)
+        if request.encoding not in (*PLAIN_ENCODINGS, *KNOWN_ENCODINGS):
+            message = f"this server reads bodies that are plain or compressed by {', '.join(KNOWN_ENCODINGS)}"
+            return error_response(ApiError(415, message, code="unknown_encoding"), path)
         length = request.header("content-length")
         if length.isdecimal() and int(length) > policy.max_body_bytes:
             message = _too_large(policy.max_body_bytes)
@@ -232,7 +237,8 @@ class RequestScope:
         self._reservation = policy.memory.reserve()
         self._pool = pool
         self._body: ArrivingBody | None = None
-        self._num_bytes = 0
+        self._num_arrived = self._num_bytes = 0  # of the body, as it was sent and after decompression
+        self._decoder = BodyDecoder(policy.max_body_bytes) if self.encoding in KNOWN_ENCODINGS else None
         self._is_complete = self._is_evicted = False
         self._started = asyncio.get_running_loop().time()
         self._waiting: asyncio.Timeout | None = None
@@ -240,6 +246,11 @@ class RequestScope:
     def header(self, name: str) -> str:
         key = name.encode()
         return next((value.decode("latin-1") for header, value in self.scope["headers"] if header == key), "")
+
+    @property
+    def encoding(self) -> str:
+        """How the body is compressed."""
+        return self.header("content-encoding").strip().lower()
 
     @property
     def authorization(self) -> str:
@@ -250,14 +261,28 @@ class RequestScope:
             return await self._receive()
         message = await self._receive_part()
         if message["type"] == "http.request":
+            self._num_arrived += len(message.get("body", b""))
+            if self._decoder is not None:
+                message = await self._decoded(message, self._decoder)
             self._take(len(message.get("body", b"")), complete=not message.get("more_body", False))
         return message
+
+    async def _decoded(self, message: Message, decoder: BodyDecoder) -> Message:
+        data, is_last = message.get("body", b""), not message.get("more_body", False)
+        try:
+            if len(data) > SMALL_PIECE:  # it may become a thousand times as large
+                return dict(message, body=await asyncio.to_thread(decoder.decode, data, is_last=is_last))
+            return dict(message, body=decoder.decode(data, is_last=is_last))
+        except BodyTooLargeError:
+            raise _closing(413, _too_large(self._policy.max_body_bytes)) from None
+        except InputError as error:
+            raise _closing(400, str(error)) from None
 
     async def _receive_part(self) -> Message:
         """Wait for more of the body: a while, and longer the more of it has come."""
         seconds = self._policy.connections.read_timeout_s
         try:
-            async with asyncio.timeout_at(self._started + seconds + self._num_bytes / MIN_BODY_RATE) as self._waiting:
+            async with asyncio.timeout_at(self._started + seconds + self._num_arrived / MIN_BODY_RATE) as self._waiting:
                 if self._is_evicted:
                     raise TimeoutError
                 return await self._receive()

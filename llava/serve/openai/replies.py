@@ -33,6 +33,7 @@ class ReplyWriter:
     with_logprobs: bool = False
     inspect: bool = False
     include_usage: bool = False
+    with_tools: bool = False  # the answer may be a call, without a text
     legacy_functions: bool = False  # calls in the older form of OpenAI's API
     num_prompt_tokens: int | None = None  # where each chunk has the usage so far
     created: int = field(default_factory=lambda: int(time.time()))
@@ -66,7 +67,7 @@ class ChatWriter(ReplyWriter):
 
     def opening(self, num_choices: int) -> Iterable[schema.ChatChunk]:
         """Return the first chunks of a stream, with the role."""
-        delta = schema.Delta(role="assistant", content="")
+        delta = schema.Delta(role="assistant", content=None if self.with_tools else "")
         for index in range(num_choices):
             choice = schema.ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
             yield self._chunk([choice])

@@ -79,8 +79,9 @@ class ModelApi:
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(request, schema.ChatRequest)
         writer = self._writer(ChatWriter, body, with_logprobs=bool(body.logprobs))
-        writer.legacy_functions = body.functions is not None
-        return await self._answer(request, body, parse_chat(body, self._service.card), writer)
+        parsed = parse_chat(body, self._service.card)
+        writer.with_tools, writer.legacy_functions = parsed.tools is not None, body.functions is not None
+        return await self._answer(request, body, parsed, writer)
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, schema.CompletionRequest)
@@ -216,7 +217,7 @@ def _described(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseMo
     }
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}}},
-        "responses": {200: ok, **_errors(400, 401, 403, 404, 413, 421, 429, 500, 502, 503, 504)},
+        "responses": {200: ok, **_errors(400, 401, 403, 404, 413, 415, 421, 429, 500, 502, 503, 504)},
     }
 
 
@@ -231,6 +232,7 @@ _MEANINGS = {
     403: "Sent by a page of another site.",
     404: "There is no such model.",
     413: "The body is too large.",
+    415: "The body is compressed in a way that this server does not know.",
     421: "This server does not answer to the name in the Host header.",
     429: "The server is full; Retry-After says when to try again.",
     500: "The server failed.",
