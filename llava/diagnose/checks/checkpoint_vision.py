@@ -112,7 +112,7 @@ def _tower_parts(
     with reported("config-value", "set s2_scales to what the model was trained with"):  # if they do not fit the tower
         tower = build_vision_tower(view, delay_load=True)
     checkpoint.extras["tower"] = tower
-    states = tower.config.num_hidden_layers + 1
+    states = tower.num_layers + 1
     if not -states <= tower.select_layer < states:
         yield found(
             "select-layer",

@@ -179,7 +179,7 @@ def _check_tower(run: ExaminedRun) -> Iterator[DoctorFinding]:
             raise CheckSkipped(f"the tower {name} is a hub repository and not on this disk") from error
         yield found("tower-missing", str(error), "set vision_tower to the tower's folder", vision_tower=name)
         return
-    states = run.tower.config.num_hidden_layers + 1
+    states = run.tower.num_layers + 1
     if not -states <= run.model.mm_vision_select_layer < states:
         yield found(
             "select-layer",

@@ -178,7 +178,7 @@ class CLIPVisionTower(nn.Module):
     @property
     def hidden_state_index(self) -> int:
         """Index of the hidden state that the projector reads; 0 is the input of the first layer."""
-        num_states = self.config.num_hidden_layers + 1
+        num_states = self.num_layers + 1
         if not -num_states <= self.select_layer < num_states:
             raise InputError(
                 f"mm_vision_select_layer is {self.select_layer}, but the tower has {num_states} hidden states "
@@ -274,6 +274,10 @@ class CLIPVisionTower(nn.Module):
     def tile_size(self) -> int:
         """Pixels per side of a tile."""
         return self.config.image_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
 
     @property
     def image_size(self) -> int:

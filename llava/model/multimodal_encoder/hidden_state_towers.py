@@ -122,6 +122,10 @@ class ConvNextVisionTower(HiddenStateTower):
         return max(self.hidden_state_index - 1, 0)
 
     @property
+    def num_layers(self) -> int:
+        return len(self.config.hidden_sizes)
+
+    @property
     def hidden_size(self) -> int:
         return self.config.hidden_sizes[self._stage]
 
