@@ -17,6 +17,7 @@ QUESTION := What do you see in this picture?
 demo: $(VENV)/.core ## set up, and ask the embedded model about an image
 	@echo '$$ llava chat images/demo.jpg "$(QUESTION)"'
 	@$(BIN)/python -m llava chat images/demo.jpg "$(QUESTION)"
+	@echo "The command is $(BIN)/llava; 'source $(BIN)/activate' puts it on the PATH of this shell."
 
 demo-eval: $(VENV)/.core ## set up, and measure the embedded model on its held-out questions
 	@echo '$$ llava eval tiny'
@@ -58,7 +59,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt --editable .
 	@touch $@
 
 # An environment of its own, without the package, whose sources the site reads: no target changes another's.
@@ -71,7 +72,7 @@ $(DOCS_VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps --requirement tests/page-requirements.txt
 	@# DeepSpeed has no wheel; without its compiled operators it is built in seconds, with the torch that is here.
 	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation deepspeed || \
