@@ -44,7 +44,9 @@ def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
     if len(tokenizer) <= rows:
         return
     logger.warning(
-        "the tokenizer has %d tokens and the model %d rows; the new rows are not trained", len(tokenizer), rows
+        "the tokenizer has %d tokens and the model %d rows; the new rows begin as the mean of the others",
+        len(tokenizer),
+        rows,
     )
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

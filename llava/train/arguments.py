@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import transformers
@@ -35,8 +35,20 @@ def _opt(default: object, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class _Given:
+    """Which settings the user gave: those of the command line and the configuration file, else all that are not defaults."""
+
+    given: frozenset[str] | None = None
+
+    def is_given(self, name: str) -> bool:
+        if self.given is not None:
+            return name in self.given
+        default = next(entry.default for entry in dataclasses.fields(cast(Any, self)) if entry.name == name)
+        return bool(getattr(self, name) != default)
+
+
 @dataclass
-class ModelArguments:
+class ModelArguments(_Given):
     """Which language model, vision tower and projector are combined, and which of them are trained."""
 
     model_name_or_path: str | None = _opt(
@@ -59,7 +71,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(_Given):
     """Where the samples are and how their images are prepared."""
 
     data_path: str | None = _opt(
@@ -323,6 +335,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
         raise InputError(str(error)) from error
     if extra:
         raise InputError(f"cannot use {' '.join(extra)!r} on the command line; --help lists every flag")
+    model.given = data.given = frozenset(flag.name for flag in parse_flags(argv))
     return model, data, training
 
 

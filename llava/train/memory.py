@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from llava.images.layout import ImagePolicy
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -151,12 +150,17 @@ def _kept_gathered(model: nn.Module, shape: TrainingShape) -> int:
     return sum(_numel(p) for name, p in model.named_parameters() if any(part in name for part in parts))
 
 
+# Names of the inner width of an MLP in the configs of language models; where there is none it is four times the width.
+_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+
+
 def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
     config, base = language_model(model).config, base_model(model)
     head = base.get_output_embeddings()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a state-space model has none
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     embeddings = base.get_input_embeddings()
+    mlp_width = next((size for key in _MLP_WIDTHS if (size := getattr(config, key, None))), 4 * config.hidden_size)
     compute_bytes = args.compute_dtype.itemsize
     keep = 1.0 if args.keep_activations is None else args.keep_activations
     return TrainingShape(
@@ -165,14 +169,14 @@ def shape_of(model: nn.Module, args: TrainingArguments) -> TrainingShape:
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        mlp_width=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        mlp_width=mlp_width,
         vocabulary=config.vocab_size,
         compute_bytes=compute_bytes,
         stream_bytes=max(embeddings.weight.element_size(), compute_bytes),
         checkpointing=bool(args.gradient_checkpointing),
         keep=keep if args.compile_layers else None,
         trains_layers=any(p.requires_grad for name, p in language_model(model).named_parameters() if _in_layer(name)),
-        adapter_bytes=_adapter_bytes(args, config, compute_bytes) if args.lora_enable else 0,
+        adapter_bytes=_adapter_bytes(args, config.hidden_size, mlp_width, compute_bytes) if args.lora_enable else 0,
         fused_loss=args.fused_loss and isinstance(base, LlavaMetaForCausalLM) and base.can_fuse_loss(),
         trains_head=head is not None and any(p.requires_grad for p in head.parameters()),
     )
@@ -183,12 +187,12 @@ def _in_layer(name: str) -> bool:
     return "layers." in name and "lora_" not in name and "vision_tower" not in name
 
 
-def _adapter_bytes(args: TrainingArguments, config: PreTrainedConfig, compute_bytes: int) -> int:
+def _adapter_bytes(args: TrainingArguments, width: int, mlp_width: int, compute_bytes: int) -> int:
     """Adapters on the seven linear layers of a decoder layer: their inputs; with dropout a copy of each, and a mask."""
-    inputs = 6 * config.hidden_size + config.intermediate_size
+    inputs = 6 * width + mlp_width
     if args.lora_dropout:
         return inputs * (compute_bytes + 1)
-    return (2 * config.hidden_size + config.intermediate_size) * compute_bytes
+    return (2 * width + mlp_width) * compute_bytes
 
 
 def _activations(shape: TrainingShape) -> float:

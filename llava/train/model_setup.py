@@ -14,7 +14,7 @@ import dataclasses
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from llava.model.config import OWN_FOLDER, LlavaSettings
 from llava.model.language_model.registry import llava_classes
 from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
-from llava.model.tokenizer_setup import read_generation_config
+from llava.model.tokenizer_setup import fit_vocabulary, read_generation_config
 from llava.model.transformers_internals import set_attention
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -111,6 +111,7 @@ def load_base_model(
         tokenizer = load_tokenizer(info.folder)
         load_language_model = _load_with_images if model_args.vision_tower else _load_text_only
         model = load_language_model(info, plan)
+        fit_vocabulary(model, tokenizer)
     tokenizer.model_max_length = training_args.model_max_length
     tokenizer.padding_side = "right"
     return model, tokenizer
@@ -199,21 +200,36 @@ def prepare_tokenizer(tokenizer: Tokenizer, model: LanguageModel, version: str |
 def inherit_vision_settings(
     config: PreTrainedConfig, model_args: ModelArguments, data_args: DataArguments
 ) -> tuple[ModelArguments, DataArguments]:
-    """Complete the arguments from a LLaVA checkpoint's config, for a run that starts from it without `--vision_tower`."""
-    if model_args.vision_tower or not getattr(config, "mm_vision_tower", None):
+    """Complete the arguments from a LLaVA checkpoint's config, for the settings that are not given."""
+    if not getattr(config, "mm_vision_tower", None):
         return model_args, data_args
-    kept = {
-        argument: getattr(config, key)
-        for argument, key in CONFIG_OF_ARGUMENT.items()
-        if getattr(config, key, None) is not None
-    }
-    logger.info("no --vision_tower given: using the checkpoint's own vision settings, %s", kept)
     image = LlavaSettings.from_hf(config).image
     pinpoints = image.pinpoints if isinstance(image.pinpoints, TileRange) else [list(size) for size in image.pinpoints]
-    return (
-        dataclasses.replace(model_args, **kept),
-        dataclasses.replace(data_args, image_aspect_ratio=image.mode, image_grid_pinpoints=str(pinpoints)),
+    own = {argument: getattr(config, key, None) for argument, key in CONFIG_OF_ARGUMENT.items()}
+    own_data = {"image_aspect_ratio": image.mode, "image_grid_pinpoints": str(pinpoints) if pinpoints else None}
+    kept, kept_data = (
+        {name: value for name, value in values.items() if value is not None and not args.is_given(name)}
+        for values, args in ((own, model_args), (own_data, data_args))
     )
+    for args, values in ((model_args, own), (data_args, own_data)):
+        for name, value in values.items():
+            wanted = getattr(args, name)
+            if name not in {**kept, **kept_data, "vision_tower": None, "mm_projector_type": None} and wanted != value:
+                logger.warning("--%s %s replaces the checkpoint's %s", name, wanted, value)
+    if kept:
+        logger.info("settings that were not given are the checkpoint's: %s", {**kept, **kept_data})
+    model_args, data_args = _replaced(model_args, kept), _replaced(data_args, kept_data)
+    return model_args, data_args
+
+
+A = TypeVar("A", ModelArguments, DataArguments)
+
+
+def _replaced(args: A, values: dict[str, Any]) -> A:
+    """A copy with other values, which counts the same settings as given."""
+    changed = dataclasses.replace(args, **values)
+    changed.given = args.given
+    return changed
 
 
 def prepare_language_model(

@@ -97,10 +97,18 @@ def save_projector(
 
 
 def save_non_lora(model: LlavaModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write what a LoRA run trains besides its adapters, and the model's config."""
-    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    """Write what a LoRA run has besides its base and its adapters, and the model's config.
+
+    Those are the trained parameters, the projector, which a plain base lacks though a run may freeze it, and a trained tower
+    whole, with the layers behind the one that is read.
+    """
+    config = model.config
+    parts = [*PROJECTOR_KEYS, *(("vision_tower",) if getattr(config, "unfreeze_mm_vision_tower", False) else ())]
+    kept = {
+        name for name, param in model.named_parameters() if param.requires_grad or any(part in name for part in parts)
+    }
     named = model.named_parameters() if state_dict is None else state_dict.items()
-    weights = {name: maybe_zero_3(p) for name, p in named if name in trained and "lora_" not in name}
+    weights = {name: maybe_zero_3(p) for name, p in named if name in kept and "lora_" not in name}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / NON_LORA_FILE)
     model.config.save_pretrained(folder)
