@@ -11,10 +11,6 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
-# The names of projectors: linear, identity, mlp1x_gelu, mlp2x_gelu, …; and what is said of any other.
-PROJECTOR_NAME = r"linear|identity|mlp(?P<depth>[1-9]\d?)x_gelu"
-UNKNOWN_PROJECTOR = "unknown mm_projector_type {!r}; known: linear, identity, mlp<N>x_gelu"
-
 # Serving: seconds between a worker's heart-beats, and seconds without one until the controller drops it.
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15

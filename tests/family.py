@@ -325,6 +325,16 @@ OTHERS: dict[str, Builder] = {
         "vision_model.post_layernorm.weight",
         keys={"model_type": "clip", "architectures": ["CLIPModel"], "vision_config": TOWER},
     ),
+    "an older vision-language model": refused(
+        "model.vision_model.encoder.weight", keys={"model_type": "mplug_owl2", "architectures": ["MPLUGOwl2LlamaForCausalLM"]}
+    ),
+    "a classifier over a language model": refused(
+        "model.embed_tokens.weight", "score.weight",
+        keys={"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "hidden_size": 64},
+    ),
+    "an encoder of text": refused("bert.x.weight", keys={"model_type": "bert", "architectures": ["BertModel"]}),
+    "a config without keys": refused("a.weight", keys={}),
+    "a model of another library": refused("x.weight", keys={"_class_name": "UNet2DConditionModel"}),
     "an encoder": refused("shared.weight", keys={"model_type": "t5", "architectures": ["T5Model"]}),
     "a type that nobody knows": of_research("llava_gpt9", "LlavaGpt9ForCausalLM"),
     "another feature strategy": of_transformers(

@@ -73,6 +73,18 @@ def fp8_blocks(weight: Tensor, side: int = 24) -> tuple[Parts, Tensor]:
     return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread
 
 
+def fp8_with_one_scale(weight: Tensor) -> tuple[Parts, Tensor]:
+    scale = weight.abs().amax() / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale, "input_scale": torch.ones(())}, stored.float() * scale
+
+
+def fp8_by_outputs(weight: Tensor) -> tuple[Parts, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale}, stored.float() * scale
+
+
 def w4a16(weight: Tensor, group: int = 16) -> tuple[Parts, Tensor]:
     grouped = weight.float().reshape(weight.shape[0], -1, group)
     scale = (grouped.abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16)
@@ -121,6 +133,9 @@ METHODS: dict[str, tuple[dict[str, object], Callable[[Tensor], tuple[Parts, Tens
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, lambda w: gptq(w, offset=0),
     ),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [24, 24], "activation_scheme": "dynamic"}, fp8_blocks),
+    "fp8 of AutoFP8": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_with_one_scale),
+    "fp8 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_with_one_scale),
+    "fp8 of FBGEMM": ({"quant_method": "fbgemm_fp8"}, fp8_by_outputs),
     "w4a16": (compressed("pack-quantized", num_bits=4, group_size=16, strategy="group"), w4a16),
     "torchao": ({"quant_method": "torchao"}, torchao),
     "w8a8": (compressed("int-quantized", num_bits=8, strategy="channel"), int8_activations),

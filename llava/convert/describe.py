@@ -41,7 +41,6 @@ from llava.model.config import (
     OWN_FOLDER,
     PLAIN_DECODERS,
     LlavaSettings,
-    check_projector_type,
     check_tower_type,
     check_types,
 )
@@ -100,8 +99,6 @@ class _Folder:
         self.stores_tower = info.tower_in_checkpoint or (self.base is not None and self.base.tower_in_checkpoint)
         self.tower_folder = self._find_tower()
         self.tower = {key: value for key, value in self._tower_config().items() if value is not None}
-        if self.settings is not None:
-            check_projector_type(self.settings.projector.type)
         self._check_image_processor()
 
     def _find_tower(self) -> Path | None:
@@ -181,7 +178,7 @@ class _Folder:
             stored_bytes=_stored(self.info),
             memory_bytes=self.memory(),
             missing=tuple(self._missing()),
-            readers=self._readers(),
+            readers=self._readers() | self._unready(),
         )
 
     def _multimodal_facts(self, settings: LlavaSettings) -> dict[str, str]:
@@ -307,6 +304,13 @@ class _Folder:
             and not any(_is_added(name) for name in self.headers())
         ):
             yield "the projector's weights"
+
+    def _unready(self) -> dict[str, str]:
+        """What keeps the folder from being loaded as it is; a tower or a base may be found on the hub."""
+        lacks = [
+            sentence for sentence in self._missing() if "on the hub" not in sentence and "base model" not in sentence
+        ]
+        return {"llava": f"no: it lacks {lacks[0]}"} if lacks else {}
 
     def _readers(self) -> dict[str, str]:
         """Which programs read this folder as it is, and which conversion the others need."""

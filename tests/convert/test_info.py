@@ -122,7 +122,9 @@ def test_what_is_missing(tmp_path: Path) -> None:
     folder = build(tmp_path / "bare")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
-    assert describe_checkpoint(folder).missing == ("a tokenizer (tokenizer.model, tokenizer.json or vocab.json)",)
+    found = describe_checkpoint(folder)
+    assert found.missing == ("a tokenizer (tokenizer.model, tokenizer.json or vocab.json)",)
+    assert found.readers["llava"] == f"no: it lacks {found.missing[0]}"
 
 
 def test_printed() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ANYRES, build
+from torch import nn
 from transformers_kit import save_peer, small_llava
 
 from llava.convert.describe import describe_checkpoint
@@ -18,6 +19,7 @@ from llava.images.image_processor import ClipImageProcessor
 from llava.model.builder import load
 from llava.model.checkpoints import loading
 from llava.model.config import KEYS_BY_TYPE, TYPES_BY_KEY, LlavaSettings, check_types
+from llava.model.multimodal_projector.builder import PROJECTORS
 
 OTHER = {"number": 5, "word": "x", "list": [1, "a"], "object": {"a": 1}, "true": True, "float": 0.5}
 
@@ -111,6 +113,18 @@ def test_values_that_transformers_refuses(folder: Path, hidden_act: object) -> N
             load(folder, device="cpu")
     finally:
         (folder / "config.json").write_text(json.dumps(before))
+
+
+def test_a_projector_that_a_user_adds_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table is enough, as docs/extend.md says."""
+    monkeypatch.setitem(
+        PROJECTORS, "wide", lambda vision, text: nn.Sequential(nn.Linear(vision, text), nn.LayerNorm(text))
+    )
+    folder = build(tmp_path / "model", mm_projector_type="wide")
+    assert isinstance(load(folder, device="cpu").model.get_model().mm_projector[1], nn.LayerNorm)
+    assert describe_checkpoint(folder).facts["projector"].startswith("wide")
+    monkeypatch.delitem(PROJECTORS, "wide")
+    assert refusal(folder, monkeypatch).startswith("unknown mm_projector_type 'wide'; known: linear, identity")
 
 
 # --- the image processor and the tower ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from packing_kit import METHODS, compressed, pack
 from safetensors.torch import load_file, save_file
 from tiny import build
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 from transformers_kit import small_llava
 
 from llava.convert.convert import ConversionOptions, convert
@@ -64,8 +65,9 @@ def test_a_packed_model_is_the_one_that_its_numbers_make(
 ) -> None:
     packed, plain = pack(original, method, tmp_path)
     assert torch.equal(logits(packed), logits(plain))
-    assert f"stored quantized ({METHODS[method][0]['quant_method']}" in caplog.text
-    assert ("quantized activations" in caplog.text) == (method == "w8a8")
+    name = METHODS[method][0]["quant_method"]
+    assert f"stored quantized ({'fp8' if method.startswith('fp8') else name}" in caplog.text
+    assert ("quantized activations" in caplog.text) == (method in ("w8a8", "fp8 of AutoFP8", "fp8 of ModelOpt"))
     found, want = describe_checkpoint(packed), describe_checkpoint(plain)
     assert (found.parameters, found.readers["llava"]) == (want.parameters, "yes")
     assert sum(found.stored_bytes.values()) < sum(want.stored_bytes.values())
@@ -87,6 +89,27 @@ def test_the_layout_of_transformers(method: str, tmp_path: Path) -> None:
     folder = theirs(small_llava)(tmp_path / "model")
     packed, plain = pack(folder, method, tmp_path)
     assert torch.equal(logits(packed), logits(plain))
+
+
+def test_an_adapter_over_packed_weights_is_merged_into_their_numbers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    packed, plain = pack(theirs(small_llava)(tmp_path / "model"), "gptq", tmp_path)
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    peft.get_peft_model(LlavaForConditionalGeneration.from_pretrained(plain), settings).save_pretrained(
+        tmp_path / "adapter"
+    )
+    ours, want = (logits(tmp_path / "adapter", base=base) for base in (packed, plain))
+    assert torch.equal(ours, want)
+    assert not torch.equal(ours, logits(plain))
+
+
+def test_it_converts_to_transformers_layout(original: Path, tmp_path: Path) -> None:
+    """Whose own class then gives the same logits, which the conversion compares."""
+    packed, _ = pack(original, "w4a16", tmp_path)
+    report = convert(packed, tmp_path / "theirs", to="transformers")
+    assert report.logits is not None
+    assert "quantization_config" not in json.loads((tmp_path / "theirs" / "config.json").read_text())
 
 
 def test_scales_of_activations_are_accounted_for(original: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ checkpoint_weights.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +32,7 @@ from llava.model.checkpoints.inspect import (
     WEIGHT_FORMS,
     CheckpointInfo,
     read_config,
+    stored_tensors,
     survey,
 )
 from llava.model.checkpoints.weight_files import TensorHeader, read_headers
@@ -105,7 +106,7 @@ def check_config(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         size = file.stat().st_size if file.is_file() else None
         yield found("config-unreadable", str(error), COPY_AGAIN, file=str(file), bytes=size)
     else:
-        model = foreign_model(config)
+        model = foreign_model(config, _tensor_names(checkpoint.folder)) if config else None
         if model is not None:
             yield _foreign(checkpoint.folder, model, config)
             return
@@ -137,6 +138,14 @@ def check_kind(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         return
     if info.foreign is not None:
         yield _foreign(checkpoint.folder, info.foreign, info.config)
+
+
+def _tensor_names(folder: Path) -> Collection[str]:
+    """The names of the stored tensors, as far as their files can be read."""
+    try:
+        return stored_tensors(folder).keys()
+    except InputError:
+        return ()
 
 
 def _foreign(folder: Path, model: ForeignModel, config: Mapping[str, Any]) -> DoctorFinding:

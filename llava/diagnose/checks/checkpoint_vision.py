@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava.constants import PROJECTOR_NAME
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.errors import InputError
@@ -23,6 +22,7 @@ from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import OWN_FOLDER, check_projector_type, check_tower_type
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import MLP_NAME
 
 PROJECTOR_TENSOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?weight")
 
@@ -283,8 +283,8 @@ def judge_projector(
     fix = set_in_json("config.json", mm_projector_type=_kind_of(layers))
     with reported("projector-type", remedy, fix=fix, mm_projector_type=kind, stored_layers=len(layers)):
         check_projector_type(kind)
-        match = re.fullmatch(PROJECTOR_NAME, kind)
-        if match is None or int(match["depth"] or 1) != len(layers):
+        match = MLP_NAME.fullmatch(kind)
+        if (int(match[1]) if match else 1) != len(layers):
             raise InputError(f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored")
     takes, gives = layers[min(layers)].shape[1], layers[max(layers)].shape[0]
     yield from _judge_widths(takes, config_width, tower_width)

@@ -54,9 +54,9 @@ class ForeignModelError(InputError):
 def foreign_model(config: Mapping[str, object], tensor_names: Iterable[str] = ()) -> ForeignModel | None:
     """Recognise a model that is not read by its config and, where that shows no images, the names of its tensors.
 
-    An adapter may have no config, since its base has one; a config with a `model_type` of another type is no config.
+    A `model_type` of another type is the fault of a value, which `check_types` names.
     """
-    if not config or not isinstance(config.get("model_type", ""), str):
+    if not isinstance(config.get("model_type", ""), (str, type(None))):
         return None
     known = next((model for model in FOREIGN_MODELS if model.is_declared_by(config)), None)
     if known is not None:
@@ -221,6 +221,8 @@ NO_LANGUAGE_MODEL = "transformers has no causal language model of type {!r} for 
 TOWER_KEYS = (*TYPES_BY_KEY, "vision_tower", "vision_tower_pretrained", "mm_vision_tower_pretrained")
 # Keys, and parts of tensor names, that a model of text alone does not have.
 VISION_KEYS = ("vision_config", "visual", "image_token_index", "image_token_id", "vision_tower", "audio_config")
+# The names of classes that generate text, by their ends: LlamaForCausalLM, GPT2LMHeadModel.
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
 VISION_TENSOR = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens|image_encoder)\."
 )
@@ -269,6 +271,7 @@ def _foreign_language_model(config: Mapping[str, object], tensor_names: Iterable
         )
     if any(config.get(key) is not None for key in VISION_KEYS) or any(map(VISION_TENSOR.search, tensor_names)):
         return ForeignModel(name, "it takes images and is no LLaVA", readers)
-    if not isinstance(kind, str) or not is_causal_language_model(kind):
+    is_causal = own is None or str(own).endswith(CAUSAL_CLASSES)
+    if not is_causal or not isinstance(kind, str) or not is_causal_language_model(kind):
         return ForeignModel(name, "it is neither a LLaVA nor a causal language model of transformers", readers)
     return None

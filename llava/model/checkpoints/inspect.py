@@ -216,7 +216,7 @@ def survey(path: str | Path) -> CheckpointInfo:
     adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     config = read_config(folder, required=adapter_config is None)
     stored = stored_tensors(folder)
-    foreign = foreign_model(config, stored)
+    foreign = foreign_model(config, stored) if config or adapter_config is None else None  # its base has a config
     settings = None if foreign is not None else quantization_settings(config, folder)
     packing = None
     if settings is not None and stored:

@@ -45,9 +45,11 @@ PARTS = {
         "weight_shape",
         "weight_g_idx",
     ),
-    "fp8": ("weight", "weight_scale_inv"),
+    "fp8": ("weight", "weight_scale_inv", "weight_scale"),
     "torchao": ("_weight_qdata", "_weight_scale", "_weight_zero_point", r"_weight_\w+"),
 }
+# Other programs that store weights in fp8 with scales.
+ALSO_FP8 = ("fbgemm_fp8", "modelopt")
 # Scales of quantized activations and caches, which stay in the dtype of the model here.
 ACTIVATION_SCALE = re.compile(r"\.(?:(?:input|output|activation|[kqv])_(?:scale|zero_point|global_scale)(?:_inv)?)$")
 # In which order AWQ packs eight columns into an integer.
@@ -87,7 +89,8 @@ class Packing:
 
 
 def quantization_method(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("quant_method", "bitsandbytes")).lower()
+    method = str(settings.get("quant_method", "bitsandbytes")).lower()
+    return "fp8" if method in ALSO_FP8 else method
 
 
 def missing_reader(settings: Mapping[str, Any]) -> str | None:
@@ -375,7 +378,17 @@ def _blocks(settings: Mapping[str, Any], file: Path) -> Callable[[str, Mapping[s
         raise InputError(f"{file} has weight_block_size {sides!r}; it must be two integers")
 
     def header(name: str, parts: Mapping[str, TensorHeader]) -> PackedHeader:
-        _require(name, parts, ("weight", "weight_scale_inv"))
+        _require(name, parts, ("weight",))
+        shape = parts["weight"].shape
+        if not parts["weight"].dtype.startswith("F8"):
+            raise InputError(f"{file}: the quantized weight {name!r} is stored as {parts['weight'].dtype}, not in fp8")
+        if "weight_scale" in parts:
+            whole = _scale_sides(shape, parts["weight_scale"].shape, [])
+            if whole is None:
+                scales = list(parts["weight_scale"].shape)
+                raise InputError(f"{file} has scales {scales} for the quantized weight {name!r} of shape {list(shape)}")
+            return _header(name, parts, shape, partial(_read_compressed, bits=None, shape=shape, sides=whole))
+        _require(name, parts, ("weight_scale_inv",))
         return _header(name, parts, parts["weight"].shape, partial(_read_blocks, sides=tuple(sides)))
 
     return header

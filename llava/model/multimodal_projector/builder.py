@@ -12,7 +12,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from llava.constants import PROJECTOR_NAME, UNKNOWN_PROJECTOR
 from llava.errors import InputError
 
 
@@ -60,6 +59,15 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
 
 PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "identity": identity}
 
+# A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
+MLP_NAME = re.compile(r"mlp([1-9]\d?)x_gelu")
+
+
+def check_projector_name(name: str) -> None:
+    """Raise an `InputError` if there is no projector of a name."""
+    if name not in PROJECTORS and MLP_NAME.fullmatch(name) is None:
+        raise InputError(f"unknown mm_projector_type {name!r}; known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}")
+
 
 def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, **kwargs: object) -> nn.Module:
     """Build the projector that a config names; `delay_load` and other keywords of the original have no effect."""
@@ -67,9 +75,6 @@ def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, *
     vision_dim, text_dim = getattr(config, "mm_hidden_size", None), config.hidden_size
     if vision_dim is None:
         raise InputError("the config has no mm_hidden_size (width of the vision tower), so no projector can be built")
-    match = re.fullmatch(PROJECTOR_NAME, name)
-    if match is None:
-        raise InputError(UNKNOWN_PROJECTOR.format(name))
-    if match["depth"]:
-        return mlp(vision_dim, text_dim, depth=int(match["depth"]))
-    return PROJECTORS[name](vision_dim, text_dim)
+    check_projector_name(name)
+    match = MLP_NAME.fullmatch(name)
+    return mlp(vision_dim, text_dim, depth=int(match[1])) if match else PROJECTORS[name](vision_dim, text_dim)
