@@ -34,6 +34,7 @@ COMMANDS = {
     "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),
     "bench": Command("llava.cli.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model"),
+    "examples": Command("llava.cli.examples", "write example configurations and data into a folder"),
     "data": Command("llava.data.check", "check training data before a run, or show a sample as training reads it"),
     "trace": Command("llava.diagnose.trace", "show every stage from a question to its answer, or of a training step"),
     "doctor": Command(

@@ -16,8 +16,7 @@ IMAGE = "images/grad_64x48.png"
 
 def environment() -> dict[str, str]:
     root = str(HERE.parents[1])
-    quiet = {"PYTHONWARNINGS": "ignore", "LLAVA_PROGRESS": "0"}  # a busy machine waits where another does not
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **quiet}
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def run_python(*arguments: str, stdin: str = "", cwd: Path = HERE) -> subprocess.CompletedProcess[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
+
+os.environ["LLAVA_PROGRESS"] = "0"  # a busy machine waits, and says so, where another does not
 
 # Files that take longest, from the longest on, so that the processes of `make test` end together.
 LONGEST = (

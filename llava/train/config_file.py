@@ -96,7 +96,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
         strings, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
     except OSError as error:
-        raise InputError(f"cannot read the configuration {str(file)!r}: {error.strerror}") from error
+        hint = "" if file.exists() else "; llava examples writes those that come with this package here"
+        raise InputError(f"cannot read the configuration {str(file)!r}: {error.strerror}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(strings, dict):

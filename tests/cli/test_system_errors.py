@@ -47,6 +47,7 @@ REFUSED = {
     "web": [["web", "--port", "0", "--log-dir", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],
     "bench": [["bench", "-m", "{ro}/file"]],
     "train": [["train", *TRAIN, "--output_dir", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],
+    "examples": [["examples", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],
     "data": [["data", "check", "{ro}/file/train.json"]],
     "trace": [["trace", "-m", CHECKPOINT, IMAGE, "What?", "--html", f"{{ro}}/{name}"] for name in ("new", "file/new", "")],
     "doctor": [["doctor", "{ro}/file/model"]],

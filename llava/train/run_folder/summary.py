@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.data.image_files import locate_image
+from llava.model.checkpoints.catalog import repository_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import PROGRESS, format_duration
 from llava.train.data import LazySupervisedDataset
@@ -201,6 +202,8 @@ def remember_base(trainer: LLaVATrainer, model: ModelArguments) -> None:
         # Relative to the output folder, for folders that are moved together.
         config.base_model_relative_path = os.path.relpath(named, args.output_dir)
         named = str(Path(named).absolute())
+    else:
+        named = repository_of(named) or named  # which other programs find too
     config.base_model_name_or_path = named
     for adapter in getattr(trainer.model, "peft_config", {}).values():
         adapter.base_model_name_or_path = named
