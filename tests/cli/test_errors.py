@@ -232,7 +232,7 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_package_names_its_extra() -> None:
-    with pytest.raises(MissingPackageError, match=r"pip install 'llava\[dev\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[dev\]'"):
         require("no_such_package.inside", extra="dev")
 
 

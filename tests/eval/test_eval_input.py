@@ -218,7 +218,7 @@ def test_xlsx_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: p
     from llava.eval.files import write_xlsx
 
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(InputError, match=r"pip install 'llava\[eval\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[eval\]'"):
         write_xlsx(tmp_path / "t.xlsx", [{"a": "x"}], ["a"])
 
 
