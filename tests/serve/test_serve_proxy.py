@@ -91,6 +91,33 @@ def head(length: str, kind: str) -> bytes:
     return f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{length}\r\n\r\n".encode()
 
 
+def test_responses_go_on_wherever_they_are_kept(house: tuple[str, Dispatcher, list[Any]]) -> None:
+    """Either worker answers first, and the controller finds the one that keeps the answer; tools and scores pass too."""
+    address, _, workers = house
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        for place, _ in workers:
+            with openai.OpenAI(base_url=f"{place}/v1", api_key="none") as own:
+                first = own.responses.create(model=MODEL, input="Who are you?", max_output_tokens=4)
+            second = client.responses.create(
+                model=MODEL, input="And?", previous_response_id=first.id, max_output_tokens=2
+            )
+            assert second.usage.input_tokens > first.usage.input_tokens
+        with pytest.raises(openai.BadRequestError, match="send the conversation itself") as refused:
+            client.responses.create(model=MODEL, input="And?", previous_response_id="resp_unknown")
+        assert refused.value.code == "previous_response_not_found"
+        tool = {"type": "function", "function": {"name": "see", "parameters": {"properties": {"n": {"enum": [1, 2]}}}}}
+        called = client.chat.completions.create(
+            model=MODEL, messages=SHOW, tools=[tool], tool_choice="required", max_tokens=60
+        )
+        assert called.choices[0].message.tool_calls[0].function.name == "see"
+        scored = client.completions.create(model=MODEL, prompt="A chat.", echo=True, logprobs=1, max_tokens=0)
+        assert len(scored.choices[0].logprobs.token_logprobs) == len(scored.choices[0].logprobs.tokens) > 2
+    nested = b'{"model": "' + MODEL.encode() + b'", "x": ' + b"[" * 200 + b"]" * 200 + b"}"
+    refused_body = httpx.post(f"{address}{CHAT}", content=nested)
+    assert refused_body.status_code == 400
+    assert "levels deep" in refused_body.json()["error"]["message"]
+
+
 def test_the_controller_answers_as_its_workers_do(house: tuple[str, Dispatcher, list[Any]]) -> None:
     address, _, workers = house
     replies = []

@@ -180,9 +180,13 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
     """The fields that were given; the last five are not OpenAI's."""
     if params.logprobs is not None:
         raise InputError("this worker passes requests on to another server and gives no logprobs")
-    for name in ("regex", "grammar"):
-        if getattr(params, name) is not None:
-            raise InputError(f"this worker passes requests on to another server and takes no {name}")
+    if params.regex is not None:
+        raise InputError("this worker passes requests on to another server and takes no regex")
+    if params.grammar is not None:
+        raise InputError(
+            "this worker passes requests on to another server and takes no grammar, which holds calls of tools to their "
+            "schema; let the model choose, by tool_choice auto"
+        )
     ours, usual = params, SamplingParams()
     names = (
         "top_p", "seed", "presence_penalty", "frequency_penalty", "n",

@@ -155,7 +155,7 @@ class Proxy:
                             known.num_failures += 1
                             tried[worker] = _failed(response.status_code, await read_start(response))
                             continue
-                        if response.status_code == 400 and NOT_FOUND.encode() in await response.aread():
+                        if _is_short_refusal(response) and NOT_FOUND.encode() in await response.aread():
                             tried[worker] = ApiError(400, _sentence(response.content), code=NOT_FOUND)
                             continue
                         return await WorkerResponse.begin(worker, response, stack.pop_all())
@@ -187,6 +187,12 @@ async def read_start(response: httpx.Response, limit: int = MAX_ERROR) -> bytes:
         if len(data) >= limit:
             break
     return data[:limit]
+
+
+def _is_short_refusal(response: httpx.Response) -> bool:
+    """Whether a worker refuses a request, by a body that may be read as a whole."""
+    length = response.headers.get("content-length", "")
+    return response.status_code == 400 and length.isdecimal() and int(length) <= MAX_ERROR
 
 
 def _busy(model: str, status: int, body: bytes) -> ApiError:
