@@ -43,6 +43,7 @@ from llava.model.config import (
     LlavaSettings,
     check_tower_type,
     check_types,
+    unused_settings,
 )
 from llava.model.template_defaults import choose_template, declared_context_len
 
@@ -166,6 +167,7 @@ class _Folder:
             "kind": self._kind(),
             "language model": self._language_model(),
             **(self._multimodal_facts(self.settings) if self.settings is not None else {}),
+            "settings not used": unused_settings(self.values),
             "added tokens": self._added_tokens(),
             "context": declared_context_len(self.values),
             "adapter": self._adapter(),

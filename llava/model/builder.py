@@ -44,7 +44,7 @@ from llava.model.checkpoints.loading import (
 )
 from llava.model.checkpoints.model_config import build_config, resolved_tower_path, restore_config
 from llava.model.checkpoints.quantized import load_quantized
-from llava.model.config import LlavaSettings, described_by, is_multimodal
+from llava.model.config import LlavaSettings, described_by, is_multimodal, unused_settings
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
 from llava.model.language_model import llava_llama, llava_mistral, llava_mpt, llava_qwen  # noqa: F401  # for AutoConfig
 from llava.model.protocols import LlavaModel
@@ -203,6 +203,8 @@ def load(
         if placement.max_memory is not None:
             loader_options["max_memory"] = dict(placement.max_memory)
 
+    if unused := unused_settings(info.config):
+        logger.warning("%s has settings that are not used: %s", info.config_folder / "config.json", ", ".join(unused))
     for part in (info, base_info):
         if part is not None and part.packing is not None:
             logger.warning(

@@ -66,6 +66,12 @@ IMPLEMENTATIONS = (
     "_experts_implementation", "_experts_implementation_internal", "kernel_config",
 )  # fmt: skip
 
+# Multimodal settings that answers about images do not depend on: those of training, and those of videos.
+NOT_FOR_ANSWERS = (
+    "mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts", "mm_vision_tower_pretrained", "mm_spatial_pool_mode",
+    "mm_spatial_pool_stride", "mm_spatial_pool_out_channels", "mm_newline_position",
+)  # fmt: skip
+
 # The types of vision towers that are read, as their own config.json says.
 TOWER_TYPES = (
     "clip",
@@ -194,6 +200,15 @@ class LlavaSettings:
             max_length=read("tokenizer_model_max_length"),
             padding_side=read("tokenizer_padding_side", "right"),
         )
+
+
+def unused_settings(values: Mapping[str, object]) -> list[str]:
+    """The multimodal settings of a config.json, in the original layout, that nothing here reads or knows to be for training.
+
+    A key that is null, false, zero or empty counts as absent.
+    """
+    known = (*TYPES_BY_KEY, *NOT_FOR_ANSWERS)
+    return [key for key, value in values.items() if key.startswith("mm_") and value and key not in known]
 
 
 def check_types(values: Mapping[str, object], source: object) -> None:

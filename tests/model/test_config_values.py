@@ -68,6 +68,20 @@ def test_a_value_of_another_type(folder: Path, monkeypatch: pytest.MonkeyPatch, 
             (folder / "config.json").write_text(json.dumps(before))
 
 
+def test_settings_that_nothing_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = build(tmp_path / "model")
+    change(
+        folder / "config.json",
+        mm_token_pruning=0.5,
+        mm_compression=None,
+        mm_projector_lr=1e-5,
+        mm_newline_position="grid",
+    )
+    load(folder, device="cpu")
+    assert f"{folder / 'config.json'} has settings that are not used: mm_token_pruning" in caplog.messages
+    assert describe_checkpoint(folder).facts["settings not used"] == ["mm_token_pruning"]
+
+
 def test_null_counts_as_absent() -> None:
     keys = {key for _, names in KEYS_BY_TYPE.values() for key in names}
     check_types(dict.fromkeys(keys), "config.json")
