@@ -1,51 +1,17 @@
 """The program `llava`: run the command named by the first argument.
 
 In: a command line. Out: an exit status. A command's module is imported when it is run, so that `llava --help` needs no
-torch. A new command is one line in `COMMANDS`.
+torch. The commands are in cli/commands.py.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 
+from llava.cli.commands import COMMANDS
 from llava.cli.program import closest, print_error, run_program
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: `module.main(argv)` returns an exit status."""
-
-    module: str
-    help: str
-
-
-COMMANDS = {
-    "chat": Command("llava.cli.chat", "ask a model about images: one question, or a conversation"),
-    "models": Command("llava.cli.models", "list the models that have a name, their sizes, and which fit here"),
-    "pull": Command("llava.cli.pull", "download a model and all that it needs"),
-    "rm": Command("llava.cli.remove", "remove the copy of a model that was downloaded"),
-    "cli": Command("llava.serve.cli", "the same with the flags and output of the original command line"),
-    "serve": Command("llava.serve.serve", "serve a model: OpenAI-compatible API and web page, at one address"),
-    "controller": Command("llava.serve.controller", "for many machines: register workers and route requests to them"),
-    "worker": Command("llava.serve.model_worker", "for many machines: serve a model to a controller"),
-    "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),
-    "bench": Command("llava.cli.bench", "measure how fast a model answers on this machine"),
-    "train": Command("llava.train.train", "pretrain or fine-tune a model"),
-    "examples": Command("llava.cli.examples", "write example configurations and data into a folder"),
-    "data": Command("llava.data.check", "check training data before a run, or show a sample as training reads it"),
-    "trace": Command("llava.diagnose.trace", "show every stage from a question to its answer, or of a training step"),
-    "doctor": Command(
-        "llava.diagnose.doctor", "find the cause of a fault of a checkpoint, data, a training run or a server"
-    ),
-    "selftest": Command("llava.diagnose.selftest", "check the parts of a model, with numbers"),
-    "eval": Command("llava.eval.harness.main", "run benchmarks; score, compare and show answers"),
-    "info": Command("llava.convert.info", "describe a model folder without loading it"),
-    "convert": Command("llava.convert.program", "write a checkpoint in another layout, and verify it"),
-    "merge": Command("llava.convert.merge_lora", "merge a LoRA adapter into its base model"),
-}
 
 EXAMPLES = """\
 examples:

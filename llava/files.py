@@ -143,6 +143,11 @@ def cache_folder() -> Path:
     return _user_folder("XDG_CACHE_HOME", ".cache") / "llava"
 
 
+def config_folder() -> Path:
+    """The folder of the user's configuration files; raises as `cache_folder` does."""
+    return _user_folder("XDG_CONFIG_HOME", ".config")
+
+
 def state_folder() -> Path:
     """The folder `llava` for what is kept between runs; raises as `cache_folder` does."""
     return _user_folder("XDG_STATE_HOME", ".local/state") / "llava"

@@ -56,8 +56,12 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(_run_prepared, argv)
+
+
+def _run_prepared(args: Namespace) -> None:
     prepare()
-    return build_parser().run(run, argv)
+    run(args)
 
 
 def run(args: Namespace) -> None:

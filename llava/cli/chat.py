@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llava.assets import EMBEDDED_INTRODUCTION, embedded_model_path
 from llava.cli.chat_commands import COMMANDS, EXIT, PLAIN_WORDS, SETTINGS, find_command, unknown_command
+from llava.cli.config_file import configured_parser
 from llava.cli.image_words import read_line, read_words, starts_with_path
 from llava.cli.inline_images import PROTOCOLS
 from llava.cli.line_completion import LineCompleter
@@ -46,7 +47,18 @@ examples:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = configured_parser(
+        "chat",
+        first=(
+            "words",
+            "--model-path",
+            "--system",
+            "--temperature",
+            "--max-new-tokens",
+            "--device",
+            "--load-4bit",
+            "--config",
+        ),
         prog="llava chat",
         usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
         description="Ask a model about images, once or in a conversation.",
@@ -82,11 +94,11 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    prepare()
     return build_parser().run(run, argv)
 
 
 def run(args: Namespace) -> int:
+    prepare()
     sampling = sampling_from(args)
     words = read_words(args.words)
     question = words.question

@@ -19,6 +19,8 @@ from llava.errors import InputError, describe_system_error
 
 Flags = argparse._ActionsContainer  # a parser or a group of its flags
 
+Defaults = Callable[[argparse.ArgumentParser, Sequence[str]], frozenset[str]]
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -86,13 +88,52 @@ def add_number(flags: Flags, name: str, default: float, unit: str, help: str) ->
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with errors of one line, which suggest the flag that an unknown one resembles.
 
-    Words and flags may come in any order. `prog` is the argument of `called_as`, whose result is the program's name in
-    `--help` and in errors. An `epilog` of several lines is printed as it is.
+    Words and flags may come in any order.
+
+    Args:
+        prog: The argument of `called_as`, whose result is the program's name in `--help` and in errors.
+        epilog: Examples; several lines are printed as they are.
+        first: Names of flags and positionals that `--help` shows before all others.
+        defaults: Changes defaults before parsing, and names what it set (config_file.py).
     """
 
-    def __init__(self, *, prog: str, epilog: str = "", **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        prog: str,
+        epilog: str = "",
+        first: Sequence[str] = (),
+        defaults: Defaults | None = None,
+        **settings: Any,
+    ) -> None:
         formatter = argparse.RawDescriptionHelpFormatter if "\n" in epilog else argparse.HelpFormatter
         super().__init__(prog=called_as(prog), epilog=epilog, formatter_class=formatter, **settings)
+        self._first = first
+        self._usage = self.usage  # argparse changes it while it parses
+        self._change_defaults = defaults
+
+    def format_help(self) -> str:
+        if not self._first:
+            return super().format_help()
+        named = {name: action for action in self._actions for name in (*action.option_strings, action.dest)}
+        first = [named[name] for name in self._first]
+        formatter = self._get_formatter()
+        words = " ".join(f"[{action.metavar or action.dest}]" for action in self._actions if not action.option_strings)
+        usage = self._usage or f"%(prog)s [FLAGS] {words}".rstrip()
+        formatter.add_usage(usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        groups = [
+            (group.title, [action for action in group._group_actions if action not in first])
+            for group in self._action_groups
+        ]
+        titles = {"options": "other"}
+        # argparse's own groups, which have what belongs nowhere, come last.
+        for title, actions in [("most used", first), *groups[2:], *groups[:2]]:
+            formatter.start_section(titles.get(str(title), title))
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def run(self, function: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
         """Parse `argv`, else `sys.argv`, call `function` on the result, and return the exit status."""
@@ -102,6 +143,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else list(args)
+        configured: frozenset[str] = frozenset()
+        if self._change_defaults is not None and not {"-h", "--help"} & set(args):
+            try:
+                configured = self._change_defaults(self, args)
+            except InputError as error:
+                self.exit(print_error(str(error), name=self.prog))
         end = args.index("--") if "--" in args else len(args)
         args, plain = args[:end], args[end + 1 :]  # no word after "--" is a flag
         # First of all: a misspelt flag causes most other errors.
@@ -117,6 +164,8 @@ class ArgumentParser(argparse.ArgumentParser):
             if many is None:
                 self.error(f"unexpected argument {plain[0]!r}")
             setattr(parsed, many.dest, [*getattr(parsed, many.dest), *plain])
+        if self._change_defaults is not None:
+            parsed.configured = configured  # what comes from the file
         return parsed
 
     def _matching_flags(self, word: str) -> list[str]:

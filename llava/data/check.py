@@ -1,6 +1,6 @@
-"""The program `llava data`: `check FILE` validates training data, `show FILE` prints one sample (show.py).
+"""`llava data check FILE`: validate training data.
 
-In: a command line. Out: a report on stdout, as text or as JSON, and an exit status: 0, or 1 if faults were found.
+In: what program.py parsed. Out: a report on stdout, as text or as JSON, and an exit status: 0, or 1 if faults were found.
 validate.py says what a fault is; samples.py reads the files.
 """
 
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from llava.cli.colors import shows_unicode
-from llava.cli.program import ArgumentParser, called_as, run_program
 from llava.data.samples import Samples, open_samples
 from llava.data.validate import FAULT_KINDS, CheckedSample, SampleChecker, SampleFault
 from llava.errors import InputError
@@ -28,36 +26,6 @@ EXIT_FAULTS = 1
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BAR_WIDTH = 40
 _CHUNK = 64  # samples given to a process at once
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in PROGRAMS:
-        return PROGRAMS[words[0]](words[1:])
-    name = called_as("llava data")
-    return run_program(_choose, words, name, name=name)
-
-
-def _choose(words: Sequence[str], name: str) -> None:
-    """Print the list of programs, or refuse an unknown one."""
-    if words and words[0] not in ("-h", "--help"):
-        raise InputError(f"unknown command {words[0]!r} (known: {', '.join(PROGRAMS)})")
-    print(f"usage: {name} check FILE ...   list the faults of a file's samples")
-    print(f"       {name} show FILE ...    print one sample as training reads it")
-    print(f"\n  {name} check --help, {name} show --help: their flags")
-
-
-def show_program(argv: Sequence[str]) -> int:
-    from llava.data import show
-
-    return show.build_parser().run(show.run, argv)
-
-
-def check_program(argv: Sequence[str]) -> int:
-    return build_parser().run(run, argv)
-
-
-PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {"check": check_program, "show": show_program}
 
 
 def run(options: Namespace) -> int:
@@ -74,27 +42,6 @@ def run(options: Namespace) -> int:
     unit = "tokens" if reader else "words"
     print(json.dumps(report.as_json(unit), indent=2) if options.json else report.as_text(unit, options.show))
     return EXIT_FAULTS if report.faults else 0
-
-
-def build_parser() -> ArgumentParser:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = ArgumentParser(prog="llava data check", description="List the faults of a training set, by id.")
-    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
-    parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
-    parser.add_argument("--no-images", action="store_true", help="do not open the images")
-    parser.add_argument("--model-path", help="count tokens with this model's tokenizer, and judge lengths by its limit")
-    parser.add_argument("--max-length", type=_positive, help="judge lengths by this limit instead")
-    parser.add_argument("--conv-mode", help="conversation template; the model's own if absent")
-    parser.add_argument("--workers", type=_positive, default=cores, help="processes (default: one per core)")
-    parser.add_argument("--show", type=_positive, default=10, help="faults to print of each kind (default: 10)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 # Validating all samples
@@ -244,7 +191,3 @@ def _bars(title: str, rows: Sequence[tuple[str, int]]) -> list[str]:
     return [title] + [
         f"  {name:>{width}}  {count:>{digits},}  {block * -(-count * bar // most)}".rstrip() for name, count in rows
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

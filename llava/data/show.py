@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from llava.cli.colors import Colors, wants_colors
-from llava.cli.program import ArgumentParser, closest
+from llava.cli.program import closest
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.formats import image_sources
 from llava.data.image_files import image_label, locate_image
@@ -33,21 +33,6 @@ def run(options: Namespace) -> None:
         options.model_path or embedded_model_path(), conv_mode=options.conv_mode, max_length=options.max_length
     )
     print(render(samples, index, reader, options.image_folder, use_colors=wants_colors(sys.stdout)))
-
-
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="llava data show", description="Print a training sample as training reads it.")
-    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--index", type=int, default=0, help="the sample's number, from 0 (default: the first)")
-    which.add_argument("--id", help="the sample's id")
-    parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
-    parser.add_argument(
-        "--model-path", help="the model whose tokenizer and template to use (default: the embedded one)"
-    )
-    parser.add_argument("--conv-mode", help="conversation template; the model's own if absent")
-    parser.add_argument("--max-length", type=int, help="the length limit in tokens; the model's own if absent")
-    return parser
 
 
 def _index_of(samples: Samples, wanted: str) -> int:

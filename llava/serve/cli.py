@@ -45,8 +45,12 @@ def main(argv: Sequence[str] | Namespace | None = None) -> int:
     if isinstance(argv, Namespace):
         run(argv)
         return 0
+    return build_parser().run(_run_prepared, argv)
+
+
+def _run_prepared(args: Namespace) -> None:
     prepare()
-    return build_parser().run(run, argv)
+    run(args)
 
 
 def run(args: Namespace) -> None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from llava.cli.config_file import configured_parser
 from llava.cli.program import ArgumentParser, add_number
 from llava.conversation import get_model_name_from_path
 from llava.errors import InputError, install_command
@@ -39,13 +40,30 @@ examples:
   llava serve ./llava-v1.5-7b --num-workers 4                        one worker for each of four GPUs
   llava serve ./llava-v1.5-7b --host 0.0.0.0 --api-key-file keys     for others too
 """
+FIRST_FLAGS = (
+    "model", "--port", "--host", "--api-key-file", "--num-workers", "--model-name", "--device", "--load-4bit", "--no-page",
+    "--config",
+)  # fmt: skip
 PAGE_PATH = "/page"
 QUESTION = "Who are you?"
 IMAGE_QUESTION = "What do you see in this picture?"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = configured_parser(
+        "serve",
+        first=(
+            "model",
+            "--port",
+            "--host",
+            "--api-key-file",
+            "--num-workers",
+            "--model-name",
+            "--device",
+            "--load-4bit",
+            "--no-page",
+            "--config",
+        ),
         prog="llava serve",
         description="Serve a model: OpenAI-compatible API, the original's protocol, and a web page, at one address.",
         epilog=EXAMPLES,
@@ -70,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
+    if "model" in args.configured and args.model_path is not None:
+        args.model = None  # the command line comes before the file
+    if "model_path" in args.configured and args.model is not None:
+        args.model_path = None
     if args.model is not None and args.model_path is not None:
         raise InputError("the model is given twice, by MODEL and by --model-path; give it once")
     if args.uds is not None and args.num_workers > 1:

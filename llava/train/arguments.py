@@ -305,7 +305,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
     print_only = any(word in PRINT_CONFIG for word in argv)
     argv = [word for word in argv if word not in PRINT_CONFIG]
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog=program_name(), allow_abbrev=False)
+    parser = build_parser()
     known = {option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings}
     if not any(word in ("-h", "--help") for word in argv):
         argv = expand_config(argv, known, {action.dest for action in parser._actions if action.nargs in ("+", "*")})
@@ -337,6 +337,11 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
         raise InputError(f"cannot use {' '.join(extra)!r} on the command line; --help lists every flag")
     model.given = data.given = frozenset(flag.name for flag in parse_flags(argv))
     return model, data, training
+
+
+def build_parser() -> HfArgumentParser:
+    """Return the parser of all flags, those of transformers too."""
+    return _Parser((ModelArguments, DataArguments, TrainingArguments), prog=program_name(), allow_abbrev=False)
 
 
 def _own_settings() -> dict[str, dict[str, tuple[object, str]]]:

@@ -18,6 +18,7 @@ from llava.cli.startup import quick_imports
 from llava.cli.terminal import quiet_bitsandbytes
 from llava.errors import InputError
 from llava.train.distributed import barrier_and_destroy_process_group, program_name
+from llava.train.short_help import short_help
 from llava.utils import is_first_process, lazy_exports, rank0_print
 
 if TYPE_CHECKING:
@@ -67,10 +68,15 @@ def main(argv: Sequence[str] | None = None, attn_implementation: str | None = No
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_bitsandbytes()
     logging.getLogger("llava").setLevel(logging.INFO if is_first_process() else logging.ERROR)
-    return run_program(_program, argv, attn_implementation, name=program_name())
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        print(short_help(program_name()), end="")
+        return 0
+    words = ["--help" if word == "--help-all" else word for word in words]
+    return run_program(_program, words, attn_implementation, name=program_name())
 
 
-def _program(argv: Sequence[str] | None, attn_implementation: str | None) -> int:
+def _program(argv: Sequence[str], attn_implementation: str | None) -> int:
     with quick_imports():
         import torch
 

@@ -16,7 +16,8 @@ import pytest
 from cli_kit import CHECKPOINT, IMAGE, run_llava, run_python
 from golden_data import HERE
 
-from llava.__main__ import COMMANDS, main
+from llava.__main__ import main
+from llava.cli.commands import COMMANDS
 from llava.cli.program import ArgumentParser, run_program
 from llava.errors import InputError, MissingPackageError, require
 

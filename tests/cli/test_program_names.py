@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import pytest
 from cli_kit import run_python
 
-from llava.__main__ import COMMANDS, main
+from llava.__main__ import main
+from llava.cli.commands import COMMANDS
 from llava.cli.program import ArgumentParser
 from llava.errors import InputError
 from llava.train import train_xformers
@@ -97,7 +98,7 @@ def test_programs_were_found() -> None:
     for program in (
         "llava chat",
         "llava eval score",
-        "python -m llava.data.check show",
+        "python -m llava.data.program show",
         "python -m llava.train.train_mem",
     ):
         assert program in PROGRAMS

@@ -19,8 +19,9 @@ from cli_kit import CHECKPOINT, IMAGE, environment
 from golden_data import HERE
 from repository import PACKAGE, ROOT
 
-from llava.__main__ import COMMANDS, main
+from llava.__main__ import main
 from llava.assets import embedded_model_path
+from llava.cli.commands import COMMANDS
 from llava.cli.program import run_program
 from llava.errors import InputError, describe_system_error
 from llava.files import atomic_folder, cache_folder, state_folder

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from repository import PACKAGE, ROOT, Block, blocks, defined_in, name_of, prose
 
-from llava.__main__ import COMMANDS
+from llava.cli.commands import COMMANDS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
@@ -121,13 +121,13 @@ def eval_parser(argv: list[str]) -> tuple[Any, list[str]]:
 
 def parse_command(name: str, argv: list[str]) -> Any:
     """Give the words after `llava NAME` to that program's own parser."""
-    from llava.data import check, show
+    from llava.data.program import check_parser, show_parser
     from llava.train.arguments import parse_train_args
 
     if name == "train":
         return parse_train_args(argv)
     if name == "data":
-        return {"check": check, "show": show}[argv[0]].build_parser().parse_args(argv[1:])
+        return {"check": check_parser, "show": show_parser}[argv[0]]().parse_args(argv[1:])
     if name == "eval":
         parser, argv = eval_parser(argv)
         return parser.parse_args(argv)
