@@ -28,7 +28,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Flag:
+class KnownFlag:
     """A flag: its spellings, whether a value follows, which ones there are, and its help."""
 
     names: tuple[str, ...]
@@ -38,12 +38,12 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Program:
+class KnownProgram:
     """The words of a command, `chat`, or of a program within one, `data check`."""
 
     words: str
     about: str
-    flags: tuple[Flag, ...]
+    flags: tuple[KnownFlag, ...]
     programs: tuple[str, ...] = ()  # within this command
 
 
@@ -63,16 +63,16 @@ def run(args: Namespace) -> None:
     print(SCRIPTS[args.shell](find_programs()), end="")
 
 
-def find_programs() -> list[Program]:
+def find_programs() -> list[KnownProgram]:
     """The words of all commands, from their parsers."""
     quiet_bitsandbytes()  # which the parser of training imports
     return [program for name, command in COMMANDS.items() for program in _programs(name, command)]
 
 
-def _programs(name: str, command: Command) -> list[Program]:
+def _programs(name: str, command: Command) -> list[KnownProgram]:
     parsers = command.parsers or {"": f"{command.module}:build_parser"}
     within = tuple(inner for inner in parsers if inner)
-    found = [] if "" in parsers else [Program(name, command.help, (), within)]
+    found = [] if "" in parsers else [KnownProgram(name, command.help, (), within)]
     for inner, place in parsers.items():
         module, _, function = place.partition(":")
         parser = getattr(import_module(module), function)()
@@ -81,14 +81,14 @@ def _programs(name: str, command: Command) -> list[Program]:
             str(one) for action in parser._actions if not action.option_strings for one in action.choices or ()
         )
         own = (*(within if not inner else ()), *words)
-        found.append(Program(f"{name} {inner}".strip(), _one_line(parser.description or command.help), flags, own))
+        found.append(KnownProgram(f"{name} {inner}".strip(), _one_line(parser.description or command.help), flags, own))
     return found
 
 
-def _flag(action: argparse.Action) -> Flag:
+def _flag(action: argparse.Action) -> KnownFlag:
     choices = tuple(str(choice) for choice in action.choices or ())
     takes_value = action.nargs != 0
-    return Flag(tuple(action.option_strings), takes_value, choices, _one_line(action.help or ""))
+    return KnownFlag(tuple(action.option_strings), takes_value, choices, _one_line(action.help or ""))
 
 
 def _one_line(text: str) -> str:
@@ -97,7 +97,7 @@ def _one_line(text: str) -> str:
     return " ".join(plain.replace("%%", "%").split())
 
 
-def _bash(programs: Sequence[Program]) -> str:
+def _bash(programs: Sequence[KnownProgram]) -> str:
     flags = ""
     for one in programs:
         words = [*(name for flag in one.flags for name in flag.names), *one.programs]
@@ -140,12 +140,12 @@ complete -o default -F _llava llava
 """
 
 
-def _patterns(program: Program, flags: Sequence[Flag]) -> str:
+def _patterns(program: KnownProgram, flags: Sequence[KnownFlag]) -> str:
     """A pattern of `case` for a program's words and one of the flags."""
     return "|".join(shlex.quote(f"{program.words} {name}") for flag in flags for name in flag.names)
 
 
-def _zsh(programs: Sequence[Program]) -> str:
+def _zsh(programs: Sequence[KnownProgram]) -> str:
     def described(pairs: Sequence[tuple[str, str]]) -> str:
         return " ".join(shlex.quote(name.replace(":", r"\:") + ":" + about) for name, about in pairs)
 
@@ -192,7 +192,7 @@ if [[ "$funcstack[1]" == _llava ]]; then _llava "$@"; else compdef _llava llava;
 """
 
 
-def _fish(programs: Sequence[Program]) -> str:
+def _fish(programs: Sequence[KnownProgram]) -> str:
     lines = ["# fish completion of llava; written by `llava completion fish`."]
     for name, command in COMMANDS.items():
         lines.append(f"complete -c llava -n __fish_use_subcommand -f -a {name} -d {_in_fish(command.help)}")

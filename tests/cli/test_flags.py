@@ -14,7 +14,7 @@ from cli_kit import run_python
 
 from llava.cli import chat
 from llava.cli.commands import COMMANDS
-from llava.cli.shell_completion import SCRIPTS, Program, find_programs
+from llava.cli.shell_completion import SCRIPTS, KnownProgram, find_programs
 from llava.serve import serve
 from llava.train.short_help import FIRST_FLAGS, short_help
 
@@ -135,11 +135,11 @@ def test_a_file_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture(scope="module")
-def programs() -> list[Program]:
+def programs() -> list[KnownProgram]:
     return find_programs()
 
 
-def test_completion_knows_every_command_and_flag(programs: list[Program]) -> None:
+def test_completion_knows_every_command_and_flag(programs: list[KnownProgram]) -> None:
     by_name = {program.words: program for program in programs}
     assert {name.split()[0] for name in by_name} == set(COMMANDS)
     parser = serve.build_parser()
@@ -153,7 +153,7 @@ def test_completion_knows_every_command_and_flag(programs: list[Program]) -> Non
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes(programs: list[Program], tmp_path: Path) -> None:
+def test_bash_completes(programs: list[KnownProgram], tmp_path: Path) -> None:
     script = tmp_path / "llava.bash"
     script.write_text(SCRIPTS["bash"](programs))
     asked = {
@@ -179,7 +179,7 @@ def test_bash_completes(programs: list[Program], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_scripts_are_of_their_shell(programs: list[Program], shell: str, tmp_path: Path) -> None:
+def test_scripts_are_of_their_shell(programs: list[KnownProgram], shell: str, tmp_path: Path) -> None:
     path = shutil.which(shell)
     if path is None:
         pytest.skip(f"{shell} is not installed")

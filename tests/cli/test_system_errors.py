@@ -39,6 +39,7 @@ LORA = ["merge", "--model-path", "checkpoints/llava-v1.5-tiny-lora", "--model-ba
 REFUSED = {
     "chat": [["chat", "{ro}/file/a.png", "What?"]],
     "models": [],  # takes no path
+    "completion": [],  # neither
     "pull": [["pull", "{ro}/file/model"]],
     "rm": [["rm", "{ro}/file/model"]],
     "cli": [["cli", "--model-path", CHECKPOINT, "--image-file", "{ro}/file/a.png"]],

@@ -1,20 +1,23 @@
 """Draw the loss of a training run as an SVG image, from the trainer_state.json that the run left.
 
 In: one or more trainer_state.json files (or the folders that hold them). Out: an image with the loss of every logged step
-and, where a run had a validation set, its validation loss as dots. Standard library only.
+and, where a run had a validation set, its validation loss as dots. No other library is needed.
 
     python -m llava.train.run_folder.loss_plot outputs/logos-lora --out loss.svg
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from llava.cli.program import ArgumentParser
+from llava.errors import InputError
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44  # margins, for the figures along the axes
@@ -88,18 +91,26 @@ def round_up(value: float) -> float:
     return next(step * scale for step in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if step * scale >= value)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m llava.train.run_folder.loss_plot", description="Draw the loss curves of runs as an image."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their trainer_state.json")
     parser.add_argument("--out", type=Path, required=True, help="the .svg to write")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return build_parser().run(run, argv)
+
+
+def run(args: Namespace) -> None:
     curves = [read_curve(path) for path in args.runs]
     empty = [curve.name for curve in curves if not curve.training]
     if empty:
-        parser.error(f"{empty[0]} has logged no loss; train with --logging_steps 1")
+        raise InputError(f"{empty[0]} has logged no loss; train with --logging_steps 1")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(draw(curves), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
