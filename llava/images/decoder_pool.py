@@ -38,6 +38,7 @@ WALL_SECONDS = 10.0  # that an image may take on a machine with much else to do,
 WALL_FACTOR = 10.0  # and so many times its processor time
 KEPT_BYTES = 16 * 2**20  # of shared memory, between images
 LONGEST_REPLY = 64 * 1024
+STRIP_BYTES = 2**20
 
 
 class DecoderPool:
@@ -159,8 +160,15 @@ class DecoderProcess:
         # into memory, ends in an error and in no signal where it is shorter.
         if not 0 < width * height <= header.num_pixels:
             raise RuntimeError(f"the process that decodes images named a size of {width}x{height}")
-        pixels = _read(self._memory, 3 * width * height)
-        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+        num_rows = max(1, STRIP_BYTES // (3 * width))  # a strip stays in the processor's cache
+        pixels = memoryview(bytearray(3 * width * min(num_rows, height)))
+        image = Image.new("RGB", (width, height), None)
+        for top in range(0, height, num_rows):
+            size = width, min(num_rows, height - top)
+            strip = pixels[: 3 * size[0] * size[1]]
+            _read(self._memory, strip, 3 * width * top)
+            image.paste(Image.frombuffer("RGB", size, strip, "raw", "RGB", 0, 1), (0, top))
+        return image
 
     def _end(self, header: ImageHeader) -> str:
         """Say how the process ended."""
@@ -188,12 +196,10 @@ def _write(descriptor: int, data: bytes) -> None:
         place += os.pwrite(descriptor, view[place:], place)
 
 
-def _read(descriptor: int, num_bytes: int) -> bytes:
-    """Return the first bytes of a file; one call reads two gigabytes at most."""
-    data = os.pread(descriptor, num_bytes, 0)
-    while len(data) < num_bytes:
-        more = os.pread(descriptor, num_bytes - len(data), len(data))
-        if not more:
+def _read(descriptor: int, buffer: memoryview, place: int) -> None:
+    """Fill a buffer from a place of a file."""
+    while buffer:
+        num_bytes = os.preadv(descriptor, [buffer], place)
+        if not num_bytes:
             raise RuntimeError("the process that decodes images wrote less than it said")
-        data += more
-    return data
+        buffer, place = buffer[num_bytes:], place + num_bytes
