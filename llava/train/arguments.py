@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from llava.errors import InputError, install_command, require
 from llava.train.config_file import as_yaml, expand_config
@@ -171,12 +172,7 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.deepspeed and not importlib.util.find_spec("deepspeed"):
             raise InputError("--deepspeed needs the package 'deepspeed'; install it with: pip install deepspeed")
-        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
-            if name in _REPORTERS and not any(importlib.util.find_spec(package) for package in _REPORTERS[name]):
-                raise InputError(
-                    f"--report_to {name} needs the package {_REPORTERS[name][0]!r}; install it with: "
-                    f"{install_command(_REPORTER_EXTRAS[name])}, or report to none"
-                )
+        self._refuse_unusable()
         if not torch.accelerator.is_available() and not self.use_cpu:  # type: ignore[has-type]
             self.use_cpu = True
             logger.warning("no GPU found: training on the CPU")
@@ -197,6 +193,21 @@ class TrainingArguments(transformers.TrainingArguments):
             self.hf_deepspeed_config.config["bf16"] = settings
         if self.uses_zero3 and self.compile_layers:  # before DeepSpeed first reads it, when a model is loaded
             disable_memory_efficient_linear(self.hf_deepspeed_config.config)
+
+    def _refuse_unusable(self) -> None:
+        """Refuse settings of transformers that cannot have their effect here, or whose package is absent."""
+        for name, reason in _UNUSABLE.items():
+            if getattr(self, name):
+                raise InputError(f"--{name} {getattr(self, name)} cannot be used: {reason}; leave it out")
+        if self.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
+            raise InputError("--use_liger_kernel needs the package 'liger-kernel'; install it, or leave the flag out")
+        available = {"none", "all", *get_available_reporting_integrations()}
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name not in available:
+                package = _REPORTERS.get(name, name)
+                extra = _REPORTER_EXTRAS.get(name)
+                how = "install it" if extra is None else f"install it with: {install_command(extra)}"
+                raise InputError(f"--report_to {name} needs the package {package!r}; {how}, or report to none")
 
     def _split_global_batch(self, global_batch: int) -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", "0"))
@@ -291,9 +302,15 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 
-# Trackers, and the packages for each (one of them is enough).
-_REPORTERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+# Packages of trackers that are named otherwise, and the extras that bring them.
+_REPORTERS = {"dvclive": "dvclive", "azure_ml": "azureml-core", "comet_ml": "comet_ml"}
 _REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "report"}
+
+# Settings of transformers that the forward pass of a LLaVA has no place for.
+_UNUSABLE = {
+    "neftune_noise_alpha": "images and text are joined after the embedding layer, whose output it would change",
+    "label_smoothing_factor": "labels get the places of image features inside the model, and its loss is computed there",
+}
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

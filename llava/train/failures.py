@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llava.errors import InputError
 from llava.train.arguments import TrainingArguments
 from llava.train.memory import GIB, estimate, remedies
 from llava.train.metrics import peak_memory
@@ -122,6 +124,27 @@ def _finite(value: object) -> bool:
 
 
 # Memory
+
+
+@contextmanager
+def explain_missing_package() -> Iterator[None]:
+    """Turn the error of a setting whose package is absent into one sentence."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"a setting of this run needs a package that is not installed: {error}") from error
+
+
+@contextmanager
+def explain_hub() -> Iterator[None]:
+    """Turn a hub that cannot be reached, or refuses, into one sentence; `--push_to_hub` asks it before the first step."""
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"--push_to_hub True, and the hub cannot be used ({str(error).splitlines()[0]}); log in with: hf auth login, or "
+            "leave it out and upload the result afterwards"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -196,6 +196,9 @@ class LLaVATrainer(Trainer):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.args.auto_find_batch_size:  # transformers tries again with a smaller batch
+                self._batches.clear()
+                raise
             step = self.state.global_step + 1
             raise InputError(explain_out_of_memory(self.model, self.args, inputs, step=step)) from error
         self._batches.append(_Batch(inputs, indices, loss))

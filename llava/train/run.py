@@ -24,6 +24,7 @@ from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import Stopped
 from llava.train.data import LazySupervisedDataset, make_supervised_data_module
+from llava.train.failures import explain_hub, explain_missing_package
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.memory import GIB, estimate
 from llava.train.metrics import peak_memory
@@ -86,7 +87,7 @@ def _train(trainer: LLaVATrainer, resumed: str | None) -> None:
     args = trainer.args
     needed = estimate(trainer.model, args)
     logger.info("this run needs %s, for the longest batches that may come", needed.line())
-    with trainer.stop.listening():
+    with trainer.stop.listening(), explain_missing_package():
         trainer.train(resume_from_checkpoint=resumed)
     if trainer.state.global_step < trainer.state.max_steps and trainer.stop.signal_number:
         raise Stopped(trainer.stop.signal_number, trainer.state.global_step)
@@ -139,7 +140,8 @@ def build_trainer(
     prepare_layers(model, training_args)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # every trained weight takes part in every batch
-    return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    with explain_missing_package(), explain_hub():
+        return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
 
 
 def _validation_set(tokenizer: Tokenizer, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:

@@ -240,3 +240,48 @@ def test_machines_with_disks_of_their_own_agree_on_the_checkpoint_or_stop(finish
     )  # fmt: skip
     assert ended.returncode != 0
     assert re.search(r"the machines see different checkpoints .*checkpoint-4.*none", ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--neftune_noise_alpha 5", "images and text are joined after the embedding layer"),
+        ("--label_smoothing_factor 0.1", "its loss is computed there"),
+        ("--use_liger_kernel True", "liger-kernel"),
+        ("--optim galore_adamw --optim_target_modules q_proj", "galore"),
+        ("--optim schedule_free_adamw", "schedulefree"),
+        ("--report_to mlflow", "'mlflow'"),
+        ("--report_to swanlab", "'swanlab'"),
+        ("--push_to_hub True --hub_model_id someone/something", "the hub cannot be used"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_sentence(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main([*argv(tmp_path / "run"), *words.split()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("llava train: error:")
+    assert said in error
+
+
+def test_a_batch_that_does_not_fit_is_halved_where_the_user_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    monkeypatch.chdir(HERE)
+    step, sizes = Trainer.training_step, []
+
+    def short_of_memory(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", short_of_memory)
+    words = argv(tmp_path, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=1)
+    assert main(words) == 0
+    assert sizes[0] == 8
+    assert sizes[-1] <= 2
