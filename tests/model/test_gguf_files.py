@@ -492,6 +492,10 @@ def test_which_files_belong_together(copied: tuple[Path, Path], tmp_path: Path) 
     refused(text, None, "2 files named 'mmproj' beside it")
     assert gguf_checkpoint(text, vision).is_dir()
     Path(second).unlink()
+    beside = text.parent / "adapter_config.json"  # of an adapter, beside which its maker put a GGUF file
+    beside.write_text("{}")
+    assert resolve_checkpoint(text.parent) == text.parent
+    beside.unlink()
     assert resolve_checkpoint(text) == resolve_checkpoint(text.parent) == gguf_pair(text, vision)
     apart = tmp_path / "apart"
     apart.mkdir()

@@ -25,8 +25,13 @@ def dequantize(stored: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
     if kind in DTYPES:
         return stored.view(DTYPES[kind]).reshape(shape)
     size, compute = BLOCKS[kind]
-    parts = [compute(part).flatten() for part in stored.reshape(-1, size).split(CHUNK)]
-    return torch.cat(parts).reshape(shape) if parts else torch.empty(shape)
+    numbers = torch.empty(shape)
+    at, flat = 0, numbers.view(-1)
+    for part in stored.reshape(-1, size).split(CHUNK):
+        made = compute(part).flatten()
+        flat[at : at + len(made)] = made
+        at += len(made)
+    return numbers
 
 
 def _half(bytes_: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ def is_gguf_folder(folder: Path) -> bool:
 
 
 def holds_gguf_files(folder: Path) -> bool:
-    """Whether a folder holds GGUF files and no checkpoint."""
-    return not (folder / "config.json").is_file() and next(folder.glob("*.gguf"), None) is not None
+    """Whether a folder holds GGUF files, and neither a checkpoint nor an adapter beside them."""
+    others = ("config.json", "adapter_config.json")
+    return not any((folder / name).is_file() for name in others) and next(folder.glob("*.gguf"), None) is not None
 
 
 def gguf_checkpoint(place: Path, mmproj: Path | None = None) -> Path:

@@ -198,7 +198,7 @@ def remember_base(trainer: LLaVATrainer, model: ModelArguments) -> None:
             config.__dict__.pop(name, None)
         return
     named = str(model.model_name_or_path)
-    if Path(named).is_dir():
+    if Path(named).exists():  # a folder, or a GGUF file
         # Relative to the output folder, for folders that are moved together.
         config.base_model_relative_path = os.path.relpath(named, args.output_dir)
         named = str(Path(named).absolute())
