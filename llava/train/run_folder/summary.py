@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.assets import embedded_model_path
 from llava.data.image_files import locate_image
-from llava.model.checkpoints.catalog import repository_of
+from llava.model.checkpoints.catalog import EMBEDDED, repository_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import PROGRESS, format_duration
 from llava.train.data import LazySupervisedDataset
@@ -198,6 +199,8 @@ def remember_base(trainer: LLaVATrainer, model: ModelArguments) -> None:
             config.__dict__.pop(name, None)
         return
     named = str(model.model_name_or_path)
+    if named == EMBEDDED:  # a name that PEFT would ask the hub about
+        named = str(embedded_model_path())
     if Path(named).exists():  # a folder, or a GGUF file
         # Relative to the output folder, for folders that are moved together.
         config.base_model_relative_path = os.path.relpath(named, args.output_dir)
