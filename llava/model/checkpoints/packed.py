@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -169,11 +170,20 @@ def _require(name: str, parts: Mapping[str, TensorHeader], needed: tuple[str, ..
 
 
 def _unpacked_bits(packed: Tensor, bits: int) -> Tensor:
-    """Take the integers of `bits` bits out of each number of 32: (..., N) -> (..., N, 32 / bits), the lowest bits first."""
+    """Take the integers of `bits` bits out of each number of 32: (..., N) -> (..., N, 32 / bits), the lowest bits first.
+
+    By bytes, which takes a quarter of the time and of the memory; the result is int8, or int16 for 8 bits.
+    """
     import torch
 
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    if sys.byteorder != "little":
+        raise InputError("packed weights are read on machines whose numbers begin with their lowest byte")
+    parts = packed.contiguous().view(torch.uint8).unsqueeze(-1)  # (..., 4 N, 1)
+    if bits == 8:
+        numbers = parts.to(torch.int16)
+    else:
+        numbers = ((parts >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1)).view(torch.int8)
+    return numbers.reshape(*packed.shape, 32 // bits)
 
 
 def _bits(settings: Mapping[str, Any], file: Path, known: tuple[int, ...]) -> int:
@@ -209,9 +219,9 @@ def _read_awq(parts: Parts) -> Tensor:
     order = list(AWQ_ORDER)
     numbers = _unpacked_bits(parts["qweight"], 4)[..., order].flatten(1)  # (I, O)
     zeros = _unpacked_bits(parts["qzeros"], 4)[..., order].flatten(1)
-    group = numbers.shape[0] // scales.shape[0]
-    differences = numbers - zeros.repeat_interleave(group, dim=0)
-    return (differences.to(scales.dtype) * scales.repeat_interleave(group, dim=0)).t().contiguous()
+    grouped = numbers.reshape(scales.shape[0], -1, scales.shape[1])  # (G, I / G, O)
+    result = (grouped - zeros.unsqueeze(1)).to(scales.dtype) * scales.unsqueeze(1)
+    return result.flatten(0, 1).t().contiguous()
 
 
 def _gptq(settings: Mapping[str, Any], file: Path) -> Callable[[str, Mapping[str, TensorHeader]], PackedHeader]:
@@ -236,14 +246,13 @@ def _read_gptq(parts: Parts, *, bits: int, offset: int) -> Tensor:
     import torch
 
     scales = parts["scales"]
-    numbers = _unpacked_bits(parts["qweight"].t(), bits).flatten(1).t()  # (I, O)
-    zeros = (_unpacked_bits(parts["qzeros"], bits).flatten(1) + offset) & (2**bits - 1)
-    num_inputs = numbers.shape[0]
-    groups = parts.get("g_idx")
+    numbers = _unpacked_bits(parts["qweight"].t(), bits).flatten(1)  # (O, I)
+    zeros = ((_unpacked_bits(parts["qzeros"], bits).flatten(1) + offset) & (2**bits - 1)).t()  # (O, G)
+    num_inputs, groups = numbers.shape[1], parts.get("g_idx")
     if groups is None:
         groups = torch.arange(num_inputs) // (num_inputs // scales.shape[0])
     groups = groups.long()
-    return ((numbers - zeros[groups]).to(scales.dtype) * scales[groups]).t().contiguous()
+    return (numbers - zeros[:, groups]).to(scales.dtype) * scales.t()[:, groups]
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
