@@ -20,6 +20,7 @@ BYTES_PER_PIXEL = 4  # of a decoded image, as Pillow keeps RGB
 BASE_SECONDS = 2.0  # of processor time for any image
 SECONDS_PER_MEGAPIXEL = 0.15  # several times what the slowest ordinary file takes
 MAX_SEGMENTS = 4096  # of a header that is searched
+MAX_BLOCKS = 65_536  # of a GIF, of at most 255 bytes each
 SMALLEST_TILE = 1024 * 1024  # a TIFF's tile of so many pixels is allowed however small the image is
 TILE_FACTOR = 4  # and one of so many times the image's pixels
 
@@ -139,15 +140,17 @@ def _read_gif(data: bytes) -> tuple[Size, int]:
     """Return the size of the screen, or of the first frame where that sticks out of it."""
     width, height = struct.unpack_from("<HH", data, 6)
     place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
-    for _ in range(MAX_SEGMENTS):
+    is_extension = False
+    for _ in range(MAX_BLOCKS):
         kind = data[place]
-        if kind == 0x2C:
+        if is_extension:
+            is_extension, place = kind > 0, place + 1 + kind
+        elif kind == 0x2C:
             left, top, across, down = struct.unpack_from("<HHHH", data, place + 1)
             return (max(width, left + across), max(height, top + down)), 0
-        place += 2 if kind == 0x21 else 1  # an extension, else a byte that readers skip
-        while kind == 0x21 and data[place]:
-            place += 1 + data[place]
-        place += kind == 0x21
+        else:
+            is_extension = kind == 0x21  # any other byte is passed over, as readers do
+            place += 2 if is_extension else 1
     return (width, height), 0
 
 
@@ -164,13 +167,17 @@ def _read_webp(data: bytes) -> tuple[Size, int]:
     raise ValueError
 
 
+_MARKER = re.compile(rb"\xff+[^\xff]", re.DOTALL)
+
+
 def _read_jpeg(data: bytes) -> tuple[Size, int]:
     """Return the size; a progressive image keeps all of its coefficients besides."""
     place = 2
     for _ in range(MAX_SEGMENTS):
-        place = data.index(b"\xff", place) + 1
-        while data[place] == 0xFF:
-            place += 1
+        found = _MARKER.search(data, place)
+        if found is None:
+            break
+        place = found.end() - 1
         marker = data[place]
         if marker in (0xD9, 0xDA):  # the end, or the pixels
             break

@@ -259,6 +259,23 @@ def test_headers_say_what_pillow_says() -> None:
     assert {kind.name for kind in FORMATS} == {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"}
 
 
+def test_padding_of_headers_is_passed_over_within_bounds() -> None:
+    whole = encoded(gradient(), "JPEG")
+    padded = whole[:2] + b"\xff" * 5_000_000 + whole[2:]
+    header = read_header(padded, "x", DEFAULT_LIMITS)
+    assert (header.width, header.height) == (12, 8)
+    assert load_image(padded).tobytes() == load_image(whole).tobytes()
+    whole = encoded(gradient(), "GIF")
+    place = 13 + (3 << (whole[10] & 7) + 1)
+    for num_blocks, expected in ((1000, (300, 8)), (4_000_000, (12, 8))):  # beyond the bound the screen's size counts
+        comment = b"\x21\xfe" + b"\1x" * num_blocks + b"\0"
+        frame = whole.index(b"\x2c", place)
+        wide = bytearray(whole[frame:])
+        wide[5:7] = struct.pack("<H", 300)
+        header = read_header(whole[:place] + comment + bytes(wide), "x", DEFAULT_LIMITS)
+        assert (header.width, header.height) == expected
+
+
 def test_an_image_larger_than_its_header_is_not_decoded() -> None:
     """Two headers in one file: the first is small, and Pillow believes the last."""
     data = encoded(gradient(900, 900), "JPEG")
