@@ -29,6 +29,7 @@ def set_up_logging(level: str) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(RequestIdFilter())
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves in the middle
     quiet_bitsandbytes()
     logging.getLogger("llava").setLevel(level.upper())
 

@@ -219,6 +219,9 @@ class LimitedProtocol(H11Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer without the application, and close the connection."""
         logger.info("- - %d %s", status, message)
+        if self._has_request:  # whose body turned out to be none: what the application answers is not sent
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = message.encode("ascii", "replace")
         headers = [("content-type", "text/plain; charset=utf-8"), ("connection", "close")]
         headers.append(("content-length", str(len(body))))
