@@ -8,12 +8,13 @@ sent by making these values before a model is asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava.conversation import Conversation
-from llava.errors import InputError
+from llava.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,6 +79,7 @@ class SamplingParams:
     grammar: str | None = None  # the answer matches this grammar, in llguidance's form of Lark
 
     def __post_init__(self) -> None:
+        self._check_types()
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
         if self.top_p is not None:
             _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -111,6 +113,13 @@ class SamplingParams:
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other; give one of them")
 
+    def _check_types(self) -> None:
+        """Refuse values of another type, which would fail in the middle of a step; take numpy's numbers and lists as ours."""
+        for name, make in _FIELD_TYPES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, make(name, value))
+
     @classmethod
     def given(cls, **values: Any) -> SamplingParams:
         """Build from what a user gave, by flags or JSON; a value of None was not given."""
@@ -135,6 +144,87 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     """NaN fails every comparison, so it is refused too."""
     if not holds:
         raise InputError(f"{name} is {value!r}; allowed is {allowed}")
+
+
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be an integer")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be a number")
+    return value if isinstance(value, (int, float)) else float(value)
+
+
+def _truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be True or False")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be a string")
+    return value
+
+
+def _schema(name: str, value: object) -> str | Mapping[str, Any]:
+    if not isinstance(value, (str, Mapping)):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be a string of JSON, or a mapping")
+    return value
+
+
+def _items(name: str, value: object) -> tuple[object, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be a list")
+    return tuple(value)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """One string is one string, not its letters."""
+    return (value,) if isinstance(value, str) else tuple(_text(name, text) for text in _items(name, value))
+
+
+def _integers(name: str, value: object) -> tuple[int, ...]:
+    return tuple(_integer(name, number) for number in _items(name, value))
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is {shortened(repr(value))}; it must be a mapping from token ids to numbers")
+    return {_integer(name, token): _number(f"{name} of token {token}", bias) for token, bias in value.items()}
+
+
+_OPTIONAL = ("top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs", "json_schema", "regex", "grammar")
+_FIELD_TYPES: dict[str, Callable[[str, object], object]] = {
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), _number
+    ),
+    **dict.fromkeys(("top_k", "num_beams", "seed", "max_new_tokens", "min_new_tokens", "logprobs", "n"), _integer),
+    **dict.fromkeys(("ignore_eos", "keep_space"), _truth),
+    **dict.fromkeys(("regex", "grammar"), _text),
+    "logit_bias": _biases,
+    "stop": _texts,
+    "stop_token_ids": _integers,
+    "json_schema": _schema,
+}
+
+
+def _check_prompt(name: str, value: object) -> None:
+    """A conversation, a text, or token ids in a list or in an array of one dimension."""
+    if isinstance(value, (Conversation, str)):
+        return
+    ids = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's
+    _integers(name, ids)
+
+
+def _check_images(images: object) -> None:
+    for number, image in enumerate(_items("images", images), start=1):
+        if not (hasattr(image, "convert") and hasattr(image, "mode") and hasattr(image, "size")):
+            remedy = "PIL.Image.fromarray makes one of an array, llava.images.io.load_image one of a file or URL"
+            raise InputError(f"image {number} is {shortened(repr(image))}, and not an image of PIL; {remedy}")
 
 
 class PromptTooLongError(InputError):
@@ -182,6 +272,16 @@ class Request:
     request_id: str | None = None
     details: Sequence[Detail] = ()
     client: str = ""
+
+    def __post_init__(self) -> None:
+        _check_prompt("prompt", self.prompt)
+        _check_images(self.images)
+        if not isinstance(self.sampling, SamplingParams):
+            raise InputError(f"sampling is {shortened(repr(self.sampling))}; it must be SamplingParams")
+        if self.request_id is not None:
+            _text("request_id", self.request_id)
+        for detail in _texts("details", self.details):
+            _require(detail in ("auto", "low"), "details", detail, "auto and low")
 
 
 @dataclass(frozen=True)
@@ -274,7 +374,12 @@ class ScoreRequest:
     client: str = ""  # as in `Request`
 
     def __post_init__(self) -> None:
-        _require(0 <= self.num_top <= MAX_LOGPROBS, "num_top", self.num_top, f"0 to {MAX_LOGPROBS}")
+        _check_prompt("prompt", self.prompt)
+        _check_prompt("continuation", self.continuation)
+        _check_images(self.images)
+        _require(
+            0 <= _integer("num_top", self.num_top) <= MAX_LOGPROBS, "num_top", self.num_top, f"0 to {MAX_LOGPROBS}"
+        )
 
 
 @dataclass(frozen=True)
