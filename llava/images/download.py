@@ -9,7 +9,6 @@ of the environment are not used, since they would resolve the name. Content type
 from __future__ import annotations
 
 import io
-import ipaddress
 import queue
 import socket
 import threading
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
+from llava.images.addresses import is_public_address
 
 if TYPE_CHECKING:
     import http.client
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK = 64 * 1024
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
-V4_TRANSLATED = ipaddress.IPv6Network("::ffff:0:0:0/96")
-SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,9 @@ def fetch(url: str, limits: ImageLimits) -> bytes:
             raise InputError(f"{target.name!r} did not send its image within {limits.timeout_s:g} seconds.") from None
         except ssl.SSLCertVerificationError as error:
             raise InputError(f"{target.name!r} has no valid certificate: {error.verify_message}.") from error
-        except (OSError, http.client.HTTPException) as error:
+        except InputError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError for chunks of negative size
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise InputError(f"{target.name!r} cannot be downloaded: {reason}.") from error
         if location is None:
@@ -146,20 +144,6 @@ def public_name(url: str) -> str:
     except ValueError:
         name = url.split("?", 1)[0].split("#", 1)[0].rpartition("@")[2]
     return name if len(name) <= 200 else name[:200] + "..."
-
-
-def is_public_address(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also where it wraps an IPv4 address."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
-        if inner is None and any(ip in network for network in (NAT64, V4_COMPATIBLE, V4_TRANSLATED)):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public_address(str(inner))
-        if ip in SITE_LOCAL:
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
 def _visit(target: DownloadTarget, limits: ImageLimits, deadline: float) -> tuple[bytes, str | None]:

@@ -6,7 +6,6 @@ sglang_worker.py has the original's flags.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from argparse import Namespace
@@ -19,6 +18,7 @@ from llava.serve.http.flags import add_limit_flags, add_server_flags, limits_fro
 from llava.serve.model_worker import add_worker_flags, serve_worker
 from llava.serve.process import end_with_stdin
 
+LIST_S = 10.0  # for the list of models
 ENDPOINT_KEY_VARIABLE = "LLAVA_ENDPOINT_KEY"
 EXAMPLES = """\
 examples:
@@ -68,7 +68,7 @@ def run(args: Namespace) -> int:
     from llava.serve.service import Service
 
     key = os.environ.get(ENDPOINT_KEY_VARIABLE)
-    model = args.endpoint_model or asyncio.run(first_model(args.endpoint, key))
+    model = args.endpoint_model or first_model(args.endpoint, key)
     name = args.model_name or model.rstrip("/").rpartition("/")[2]
     conv_mode = args.conv_mode or web_conv_mode_for_model_name(name)
     card = ModelCard(name, get_template(conv_mode), conv_mode, context_len=None, image_placeholder="<image>")
@@ -78,19 +78,21 @@ def run(args: Namespace) -> int:
     return serve_worker(Service(backend, limits, address.access.memory), args, address)
 
 
-async def first_model(endpoint: str, key: str | None) -> str:
+def first_model(endpoint: str, key: str | None) -> str:
     """Return the name of the model that a server lists first."""
-    import httpx
+    from llava.cli.http_client import HttpFailureError, send
 
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     url = endpoint.rstrip("/").removesuffix("/v1") + "/v1/models"
     try:
-        async with httpx.AsyncClient(headers=headers, timeout=10.0, trust_env=False) as client:
-            response = await client.get(url)
-            response.raise_for_status()
-            return str(response.json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        reply = send(url, key=key, timeout_s=LIST_S)
+        if reply.status != 200:
+            raise HttpFailureError(f"status {reply.status}")
+        name = reply.json()["data"][0]["id"]  # type: ignore[index]
+        if not isinstance(name, str):
+            raise TypeError("the name of its model is none")
+    except (HttpFailureError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{url} does not list a model ({error}); is the server running?") from error
+    return name
 
 
 if __name__ == "__main__":

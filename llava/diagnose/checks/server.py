@@ -11,12 +11,11 @@ import base64
 import io
 import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava.cli.http_client import HttpFailureError, send
 from llava.diagnose.checks.findings import CheckSkipped, DoctorCheck, DoctorFinding, DoctorReport, found, run_checks
 from llava.diagnose.checks.sample_image import QUESTION, sample_image
 
@@ -40,17 +39,12 @@ class ServerUnderTest:
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def request(self, path: str, content: object = None) -> tuple[int, str]:
-        """Send one request, GET without content, and return its status and body."""
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        data = None if content is None else json.dumps(content).encode()
-        http_request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        """Send one request, GET without content, and return its status and body; status 0 where there is no reply."""
         try:
-            with urllib.request.urlopen(http_request, timeout=self.timeout) as response:
-                return response.status, response.read().decode("utf-8", "replace")
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode("utf-8", "replace")
+            reply = send(self.url + path, content, key=self.api_key, timeout_s=self.timeout)
+        except HttpFailureError as error:
+            return 0, str(error)
+        return reply.status, reply.text
 
     def chat(self, *, image: bool, stream: bool = False) -> tuple[int, str]:
         content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION}]
@@ -77,12 +71,10 @@ def examine_server(url: str, *, api_key: str | None = None, timeout: float = 60.
 
 
 def _check_address(server: ServerUnderTest) -> Iterator[DoctorFinding]:
-    try:
-        status, body = server.request("/health")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    status, body = server.request("/health")
+    if status == 0:
         yield found(
-            "server-unreachable", f"nothing answers at {server.url}: {reason}",
+            "server-unreachable", f"nothing answers at {server.url}: {body}",
             "start the server, or give the address and port that it printed when it started", url=server.url,
         )  # fmt: skip
         return
@@ -97,23 +89,23 @@ def _check_models(server: ServerUnderTest) -> Iterator[DoctorFinding]:
     status, body = server.request("/v1/models")
     if status == 404:
         status, body = server.request("/worker_get_status", {})
-        names = _json(body).get("model_names") if status == 200 else None
-        if names:
-            server.model, server.is_worker = names[0], True
+        name = _find(_json(body), "model_names", 0) if status == 200 else None
+        if isinstance(name, str):
+            server.model, server.is_worker = name, True
             return
     if status in (401, 403):
         yield found(
             "server-fails", f"/v1/models answers {status}: {body[:200]}", "give its key with --api-key", status=status
         )
         return
-    listed = _json(body).get("data") if status == 200 else None
-    if not listed:
+    listed = _find(_json(body), "data", 0, "id") if status == 200 else None
+    if not isinstance(listed, str):
         yield found(
             "server-no-model", f"/v1/models answers {status} and lists no model: {body[:200]}",
             "start a worker or server with a model, and let it register with the controller", status=status,
         )  # fmt: skip
         return
-    server.model = listed[0]["id"]
+    server.model = listed
 
 
 def _check_question(server: ServerUnderTest) -> Iterator[DoctorFinding]:
@@ -185,23 +177,34 @@ def _ask(server: ServerUnderTest, name: str, *, image: bool) -> Iterator[DoctorF
 def _json(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
+def _find(values: object, *path: str | int) -> object:
+    """Return what is at a path of names and indices; None where there is nothing, whatever the server sent."""
+    for step in path:
+        try:
+            values = values[step]  # type: ignore[index]
+        except (LookupError, TypeError):
+            return None
+    return values
+
+
 def _text(answer: dict[str, Any]) -> str:
-    choices = answer.get("choices") or [{}]
-    return str((choices[0].get("message") or {}).get("content") or "")
+    content = _find(answer, "choices", 0, "message", "content")
+    return content if isinstance(content, str) else ""
 
 
 def _delta(line: str) -> str:
-    choices = _json(line).get("choices") or [{}]
-    return str((choices[0].get("delta") or {}).get("content") or "")
+    content = _find(_json(line), "choices", 0, "delta", "content")
+    return content if isinstance(content, str) else ""
 
 
 def _prompt_tokens(answer: dict[str, Any]) -> int | None:
-    return (answer.get("usage") or {}).get("prompt_tokens")
+    count = _find(answer, "usage", "prompt_tokens")
+    return count if isinstance(count, int) else None
 
 
 def image_url() -> str:

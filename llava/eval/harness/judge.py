@@ -7,18 +7,18 @@ scored without a judge. eval/tasks/judged.py scores the rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.cli.http_client import HttpFailureError, HttpReply, send
 from llava.cli.program import ArgumentParser
-from llava.errors import InputError
+from llava.errors import InputError, shortened
 from llava.eval.files import Faults, find_file, read_json_object
 from llava.eval.harness.answer_log import RowWriter, whole_lines
 from llava.eval.metrics.gpt_review import NO_SCORE, pair_of, parse_score
@@ -51,30 +51,41 @@ class Judge:
             InputError: the server refuses, or does not answer in `NUM_TRIES` tries.
         """
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        url, key = f"{self.url.rstrip('/')}/chat/completions", os.environ.get(KEY_VARIABLE)
         for number in range(NUM_TRIES):
+            pause = min(30.0, 0.5 * 2**number)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return json.load(response)["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise InputError(f"the judge at {self.url} refuses: {reason}; {_detail(error)}") from error
-            except (OSError, ValueError, KeyError, IndexError) as error:
-                reason = str(getattr(error, "reason", error))
+                reply = send(url, body, key=key, timeout_s=self.timeout_s)
+                if reply.status == 200:
+                    return _content(reply.json())
+                reason = f"{reply.status} {shortened(reply.reason)}"
+                if reply.status not in (408, 409, 429) and reply.status < 500:
+                    raise InputError(f"the judge at {self.url} refuses: {reason}; {_detail(reply)}")
+                pause = pause if reply.retry_after_s is None else reply.retry_after_s
+            except HttpFailureError as error:
+                reason = str(error)
             if number + 1 < NUM_TRIES:
-                time.sleep(min(30.0, 0.5 * 2**number))
+                time.sleep(pause)
         raise InputError(f"the judge at {self.url} did not answer in {NUM_TRIES} tries; the last ended with: {reason}")
 
 
-def _detail(error: urllib.error.HTTPError) -> str:
+def _content(values: object) -> str:
+    """The text of a completion; none is an empty one."""
     try:
-        return json.load(error)["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"is {KEY_VARIABLE} set, and the model's name right?"
+        content = values["choices"][0]["message"]["content"]  # type: ignore[index]
+    except (LookupError, TypeError):
+        raise HttpFailureError(f"its reply has no answer in it: {shortened(repr(values))}") from None
+    if not isinstance(content, str | None):
+        raise HttpFailureError(f"its answer is {shortened(repr(content))}, and not a text")
+    return content or ""
+
+
+def _detail(reply: HttpReply) -> str:
+    with contextlib.suppress(HttpFailureError, LookupError, TypeError):
+        message = reply.json()["error"]["message"]  # type: ignore[index]
+        if isinstance(message, str):
+            return shortened(" ".join(message.split()), 500)
+    return f"is {KEY_VARIABLE} set, and the model's name right?"
 
 
 def default_url() -> str:

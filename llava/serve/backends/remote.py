@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import httpx
 
 from llava.conversation import Conversation, answer_end
 from llava.engine.request import (
+    MAX_COMPLETIONS,
     Chunk,
     Detail,
     FinishReason,
@@ -30,7 +31,7 @@ from llava.engine.request import (
     Timings,
     Usage,
 )
-from llava.errors import InputError
+from llava.errors import InputError, shortened
 from llava.serve.backends.base import BackendError, ModelCard, ServerBusyError, UnreachableError
 from llava.serve.backends.prompt_parser import parse_prompt
 from llava.text.token_bytes import TokenPiece
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from llava.images.layout import ImageLayout
 
 CONNECT_S = 5.0
+MAX_ERROR = 64 * 1024  # bytes of an error that are read
+MAX_EVENT = 4 << 20  # bytes of one event
+MAX_ANSWER = 64 << 20  # bytes of all events of an answer
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -99,8 +103,7 @@ class RemoteBackend:
             reason = error or type(error).__name__
             raise UnreachableError(f"the server that answers cannot be reached: {reason}") from error
         if response.status_code != 200:
-            text = (await response.aread()).decode(errors="replace")
-            raise _refused(response.status_code, text)
+            raise await _refusal(response)
         return RemoteRequest(response, posted, keep_space=request.sampling.keep_space)
 
     async def score(self, request: ScoreRequest) -> Score:
@@ -112,10 +115,13 @@ class RemoteBackend:
     async def is_alive(self) -> bool:
         """Whether it answers /health, which most servers have, or /v1/models."""
         try:
-            answers = [await self._client.get(path, timeout=CONNECT_S) for path in ("/health", "/v1/models")]
-            return any(answer.status_code == 200 for answer in answers)
-        except httpx.HTTPError:
+            return any([await self._status(path) == 200 for path in ("/health", "/v1/models")])
+        except (httpx.HTTPError, TimeoutError):
             return False
+
+    async def _status(self, path: str) -> int:
+        async with asyncio.timeout(CONNECT_S), self._client.stream("GET", path) as response:
+            return response.status_code
 
     @property
     def lost(self) -> None:
@@ -204,10 +210,28 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
     return body
 
 
+async def _refusal(response: httpx.Response) -> Exception:
+    """Return the error for a response that is no answer; of its body, a start is read for a while."""
+    data = b""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            async for part in response.aiter_bytes():
+                data += part
+                if len(data) > MAX_ERROR:
+                    break
+    except (httpx.HTTPError, TimeoutError):
+        pass
+    finally:
+        await response.aclose()
+    return _refused(response.status_code, data[:MAX_ERROR].decode(errors="replace"))
+
+
 def _refused(status: int, text: str) -> Exception:
+    if 300 <= status < 400:
+        return BackendError("the server that answers redirects to another address; give that as the endpoint")
     try:
         message = _message(json.loads(text)) or text[:300]
-    except ValueError:
+    except (ValueError, RecursionError):
         message = text[:300] or f"status {status}"
     if status in (429, 503):
         return ServerBusyError(message)
@@ -221,6 +245,47 @@ def _message(values: object) -> str | None:
     error = values.get("error", values.get("detail")) if isinstance(values, dict) else None
     found = error.get("message") if isinstance(error, dict) else error
     return str(found) if found else None
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """Yield the lines of a response, each and all together of bounded size."""
+    begun, num_bytes = b"", 0
+    async for part in response.aiter_bytes():
+        num_bytes += len(part)
+        *lines, begun = (begun + part).split(b"\n")
+        if len(begun) > MAX_EVENT or num_bytes > MAX_ANSWER:
+            raise BackendError("the server that answers sends more than an answer can have")
+        for line in lines:
+            yield line.decode(errors="replace").rstrip("\r")
+    if begun:
+        yield begun.decode(errors="replace")
+
+
+def _checked_event(event: object) -> dict[str, Any]:
+    """Return an event whose fields have the types that are read of it; raises `BackendError` for any other."""
+
+    def expect(holds: bool, what: str) -> None:
+        if not holds:
+            raise BackendError(f"the server that answers sent an event whose {what}")
+
+    if not isinstance(event, dict):
+        raise BackendError("the server that answers sent an event that is no object")
+    choices, usage = event.get("choices"), event.get("usage")
+    expect(isinstance(choices, list | None), "choices are no list")
+    for choice in choices or ():
+        expect(isinstance(choice, dict), "choice is no object")
+        index, delta = choice.get("index", 0), choice.get("delta")
+        expect(type(index) is int and 0 <= index < MAX_COMPLETIONS, "choice has no proper index")
+        expect(isinstance(delta, dict | None), "delta is no object")
+        for text in (choice.get("text"), (delta or {}).get("content"), choice.get("finish_reason")):
+            expect(isinstance(text, str | None), "text is none")
+    expect(isinstance(usage, dict | None), "usage is no object")
+    details = (usage or {}).get("prompt_tokens_details")
+    expect(isinstance(details, dict | None), "usage is wrong")
+    counts = [(usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
+    counts += [(details or {}).get(name) for name in ("image_tokens", "cached_tokens")]
+    expect(all(count is None or (type(count) is int and 0 <= count < 1 << 40) for count in counts), "usage is wrong")
+    return event
 
 
 class RemoteRequest:
@@ -262,7 +327,7 @@ class RemoteRequest:
         details = self._usage.get("prompt_tokens_details") or {}
         num_image_tokens = details.get("image_tokens") or 0
         return Usage(
-            num_text_tokens=self._usage.get("prompt_tokens", 0) - num_image_tokens,
+            num_text_tokens=max(0, (self._usage.get("prompt_tokens") or 0) - num_image_tokens),
             num_image_tokens=num_image_tokens,
             num_cached_tokens=details.get("cached_tokens") or 0,
             num_new_tokens=self._num_pieces if self._num_new is None else self._num_new,
@@ -276,27 +341,32 @@ class RemoteRequest:
     async def _read(self) -> None:
         open_choices: set[int] = set()
         try:
-            async with contextlib.aclosing(self._response.aiter_lines()) as lines:  # type: ignore[type-var]
+            is_empty = True
+            async with contextlib.aclosing(_lines(self._response)) as lines:
                 async for line in lines:
                     if not line.startswith("data:") or line.strip() == "data: [DONE]":
                         continue
-                    event = json.loads(line.removeprefix("data:"))
+                    is_empty = False
+                    event = _checked_event(json.loads(line.removeprefix("data:")))
                     if "error" in event:
-                        reason = _message(event) or "it does not say why"
+                        reason = shortened(_message(event) or "it does not say why", 500)
                         raise BackendError(f"the server that answers failed: {reason}")
                     if event.get("usage"):
                         self._note_usage(event["usage"], alone=not event.get("choices"))
                     for choice in event.get("choices") or ():
                         self._take(choice, open_choices)
+            if is_empty:
+                raise BackendError(
+                    "the server that answers sent something else than events; is it an API of OpenAI's form?"
+                )
             if open_choices:
                 raise BackendError("the server that answers ended its answer without saying that it is finished")
             self._chunks.put_nowait(None)
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                self._chunks.put_nowait(error)
-            else:
-                lost = BackendError(f"the server that answers was lost in the middle: {error or type(error).__name__}")
-                self._chunks.put_nowait(lost)
+        except InputError as error:
+            self._chunks.put_nowait(error)
+        except (httpx.HTTPError, ValueError, RecursionError) as error:
+            reason = shortened(str(error)) or type(error).__name__
+            self._chunks.put_nowait(BackendError(f"the server that answers was lost in the middle: {reason}"))
         except BackendError as error:
             self._chunks.put_nowait(error)
         finally:
@@ -306,7 +376,7 @@ class RemoteRequest:
     def _note_usage(self, usage: dict[str, Any], *, alone: bool) -> None:
         """What comes with choices is a sum so far; llama.cpp sends the usage of each choice in an event of its own."""
         before = self._num_new if alone and self._usage_is_alone else None
-        if "completion_tokens" in usage:
+        if usage.get("completion_tokens") is not None:
             self._num_new = usage["completion_tokens"] + (before or 0)
         self._usage, self._usage_is_alone = usage, alone
 

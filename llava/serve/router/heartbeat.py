@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -16,11 +17,14 @@ from contextlib import asynccontextmanager
 import httpx
 
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
+from llava.errors import shortened
 from llava.serve.http.app import background
-from llava.serve.router.protocol import WorkerStatus
+from llava.serve.router.protocol import WorkerStatus, read_start, sentence_of
 
 logger = logging.getLogger("llava.serve")
 
+POST_S = 5.0  # for a whole answer of the controller
+MAX_ANSWER = 64 * 1024  # bytes of it
 RETRY_S = 2.0  # between attempts to reach a controller that does not answer
 MIN_INTERVAL_S = 0.2  # between heartbeats that report a changed queue
 
@@ -66,9 +70,9 @@ class Heartbeat:
         if self._stopped:
             return
         self._stopped = True
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, ValueError):
             async with self._client() as client:
-                await client.post("/unregister_worker", json={"worker_name": self._worker})
+                await self._post(client, "/unregister_worker", {"worker_name": self._worker})
 
     async def _run(self) -> None:
         registered, warned = False, False
@@ -78,9 +82,10 @@ class Heartbeat:
                     registered = await (self._beat(client) if registered else self._register(client))
                     warned = False
                     wait = self._interval_s if registered else 0.0
-                except (httpx.HTTPError, ValueError) as error:
+                except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                     if not warned:
-                        logger.warning("the controller %s does not answer: %s", self._controller, error or type(error))
+                        reason = shortened(str(error) or type(error).__name__, 500)
+                        logger.warning("the controller %s does not answer: %s", self._controller, reason)
                     warned, wait = True, RETRY_S
                 await self._sleep(wait)
 
@@ -101,14 +106,23 @@ class Heartbeat:
         """Report the length of the queue; False where the controller does not know the worker."""
         body = {"worker_name": self._worker, "queue_length": self._status().queue_length}
         answer = await self._post(client, "/receive_heart_beat", body)
-        return bool(answer and answer["exist"])
+        if not isinstance(answer, dict) or not isinstance(answer.get("exist"), bool):
+            raise ValueError("it sent something else than a controller's answer")
+        return answer["exist"]
 
-    async def _post(
-        self, client: httpx.AsyncClient, path: str, body: Mapping[str, object]
-    ) -> Mapping[str, bool] | None:
-        response = await client.post(path, json=body)
-        response.raise_for_status()
-        return response.json()
+    async def _post(self, client: httpx.AsyncClient, path: str, body: Mapping[str, object]) -> object:
+        """Post, and return the JSON of the answer, within a bounded time and size."""
+        try:
+            async with asyncio.timeout(POST_S), client.stream("POST", path, json=body) as response:
+                data = await read_start(response, MAX_ANSWER)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(f"it sent no whole answer within {POST_S:g} s") from error
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code}: {sentence_of(data)}")
+        try:
+            return json.loads(data)
+        except RecursionError:
+            raise ValueError("its answer is nested too deeply") from None
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self._controller, headers=self._headers, timeout=5.0, trust_env=False)

@@ -1,7 +1,7 @@
 """The original's worker protocol: request bodies, response chunks, error codes.
 
 In: the JSON of a request. Out: a checked body, or an `InputError`; and chunks, each a JSON object `{"text", "error_code"}`
-that ends in a zero byte, whose text is the prompt and the answer so far. Nothing here knows HTTP. Routes are
+that ends in a zero byte, whose text is the prompt and the answer so far. Routes are
 worker_routes.py and routes.py.
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import check_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError, shortened
+
+if TYPE_CHECKING:
+    import httpx
 
 # Error codes of a chunk. With any but OK the text is a message for the user and nothing follows.
 OK = 0
@@ -29,6 +32,7 @@ moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE 
 
 CONTEXT_FULL = "Exceeds max token length. Please start a new conversation, thanks."
 DEFAULT_NEW_TOKENS = 256
+MAX_ERROR = 64 * 1024  # bytes of another server's error that are read
 MAX_NAMES = 64  # models of one worker
 MAX_NAME = 200  # characters
 GREEDY_BELOW = 0.001  # temperatures up to this mean greedy decoding
@@ -57,6 +61,25 @@ def read_chunks(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     reader = ChunkReader()
     for data in stream:
         yield from reader.feed(data)
+
+
+async def read_start(response: httpx.Response, limit: int = MAX_ERROR) -> bytes:
+    """Read a body up to a limit, behind which it is of no interest."""
+    data = b""
+    async for part in response.aiter_raw():
+        data += part
+        if len(data) >= limit:
+            break
+    return data[:limit]
+
+
+def sentence_of(body: bytes) -> str:
+    """Return the sentence in an error of either protocol, which a server of others may have made."""
+    try:
+        value = json.loads(body.partition(b"\0")[0])
+        return shortened(str(value["text"] if "text" in value else value["error"]["message"]), 500)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "it does not say why"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ an error in the form of its protocol. The key that a worker gets is the one that
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -29,13 +28,13 @@ from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.response_store import NOT_FOUND
 from llava.serve.openai.routes import unknown_model
 from llava.serve.router.dispatch import Dispatcher, Worker
+from llava.serve.router.protocol import MAX_ERROR, read_start, sentence_of
 
 logger = logging.getLogger("llava.serve")
 
 BUSY = (429, 503)  # statuses after which another worker is asked
 FAILED = (500, 502)  # also then, but not one after another: the request may be what makes them fail
 MAX_FAILED = 2
-MAX_ERROR = 64 * 1024  # bytes of a worker's error that are read
 CONNECT_S = 10.0
 TRIES = 2  # of one worker that accepts the connection: a kept-alive connection may have been closed meanwhile
 # Shorter than the time after which servers close an idle connection, so that none is closed as it is used.
@@ -156,7 +155,7 @@ class Proxy:
                             tried[worker] = _failed(response.status_code, await read_start(response))
                             continue
                         if _is_short_refusal(response) and NOT_FOUND.encode() in await response.aread():
-                            tried[worker] = ApiError(400, _sentence(response.content), code=NOT_FOUND)
+                            tried[worker] = ApiError(400, sentence_of(response.content), code=NOT_FOUND)
                             continue
                         return await WorkerResponse.begin(worker, response, stack.pop_all())
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -179,16 +178,6 @@ def headers_for(worker: Worker) -> dict[str, str]:
     return headers | ({"authorization": f"Bearer {worker.key}"} if worker.key else {})
 
 
-async def read_start(response: httpx.Response, limit: int = MAX_ERROR) -> bytes:
-    """Read a body up to a limit, behind which it is of no interest."""
-    data = b""
-    async for part in response.aiter_raw():
-        data += part
-        if len(data) >= limit:
-            break
-    return data[:limit]
-
-
 def _is_short_refusal(response: httpx.Response) -> bool:
     """Whether a worker refuses a request, by a body that may be read as a whole."""
     length = response.headers.get("content-length", "")
@@ -199,21 +188,12 @@ def _busy(model: str, status: int, body: bytes) -> ApiError:
     """The error for the client where no other worker takes the request either."""
     if status == 429:
         return ApiError(429, "all workers are full", code="server_full")
-    message = f"no worker for {model!r} takes requests at the moment: {_sentence(body)}"
+    message = f"no worker for {model!r} takes requests at the moment: {sentence_of(body)}"
     return ApiError(503, message, code="no_worker")
 
 
 def _failed(status: int, body: bytes) -> ApiError:
-    return ApiError(status, _sentence(body), code="worker_failed")
-
-
-def _sentence(body: bytes) -> str:
-    """The sentence in an error of either protocol."""
-    try:
-        value = json.loads(body.partition(b"\0")[0])
-        return str(value["text"] if "text" in value else value["error"]["message"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return "it does not say why"
+    return ApiError(status, sentence_of(body), code="worker_failed")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from llava.serve.openai.routes import error_event
 from llava.serve.router import protocol
 from llava.serve.router.dispatch import Dispatcher, Worker
 from llava.serve.router.places import WorkerPlaces
-from llava.serve.router.proxy import Proxy, headers_for, read_start
+from llava.serve.router.protocol import read_start
+from llava.serve.router.proxy import Proxy, headers_for
 
 logger = logging.getLogger("llava.serve")
 
