@@ -208,6 +208,24 @@ def test_prompts_and_completions_count_one_by_one(backend: EngineBackend) -> Non
         assert httpx.post(address + CHAT, json=BODY).status_code == 200
 
 
+def test_what_a_client_sent_is_not_repeated_whole(backend: EngineBackend, caplog: pytest.LogCaptureFixture) -> None:
+    name = "m" * 5_000_000
+    with caplog.at_level("INFO", "llava.serve"), worker(backend) as (address, _):
+        for path, body in (
+            (CHAT, BODY | {"model": name}),
+            ("/worker_generate_stream", {"prompt": "hi", "stop": {name: 1}}),
+        ):
+            assert len(httpx.post(address + path, json=body).content) < 2000
+        for header in ("evil:1@localhost", "localhost@evil", "localhost:1:2", "[::1", "localhost/x", "a" * 70_000):
+            with connected(address, b"GET /health HTTP/1.1\r\nHost: " + header.encode() + b"\r\n\r\n") as connection:
+                assert len(connection.recv(65536)) < 2000
+        chunked = HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked") + b"-5\r\nhello\r\n"
+        with connected(address, chunked) as connection:
+            assert received(connection).startswith(b"HTTP/1.1 400 ")
+    assert max(len(record.getMessage()) for record in caplog.records) < 2000
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (110, 110))
