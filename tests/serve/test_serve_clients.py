@@ -403,7 +403,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("path", list(SEEDS))
-@pytest.mark.parametrize("examples", [30, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_json_makes_the_server_fail(address: str, path: str, examples: int) -> None:
     limits = {"max_tokens": 2, "n": 1} if "responses" not in path else {"max_output_tokens": 2}
 

@@ -276,15 +276,17 @@ def test_responses_tell_what_applied(client: openai.OpenAI, backend: EngineBacke
 def test_bodies_may_be_compressed(address: str) -> None:
     body = json.dumps({"model": MODEL, "messages": said("Who are you?"), "max_tokens": 4}).encode()
     url = f"{address}/v1/chat/completions"
-    plain = httpx.post(url, content=body).json()["choices"]
+    plain = httpx.post(url, content=body, timeout=60).json()["choices"]
     for encoding, data in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body)), ("identity", body)):
-        assert httpx.post(url, content=data, headers={"content-encoding": encoding}).json()["choices"] == plain
+        assert (
+            httpx.post(url, content=data, headers={"content-encoding": encoding}, timeout=60).json()["choices"] == plain
+        )
     bomb = gzip.compress(bytes(70 * 2**20))
     packed = gzip.compress(body)
     for encoding, data, status in (
         ("br", body, 415), ("gzip", body, 400), ("gzip", packed[:-12], 400), ("gzip", bomb, 413), ("gzip, gzip", packed, 415),
     ):  # fmt: skip
-        assert httpx.post(url, content=data, headers={"content-encoding": encoding}).status_code == status
+        assert httpx.post(url, content=data, headers={"content-encoding": encoding}, timeout=60).status_code == status
 
 
 def test_head_is_get_without_a_body(address: str) -> None:
