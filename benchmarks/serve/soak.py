@@ -194,6 +194,7 @@ async def phases(cluster: SoakCluster, record: SoakRecord, seconds: float) -> No
             record.hostile = False
     finally:
         attackers.kill()
+        await attackers.wait()
 
 
 async def killer(cluster: SoakCluster, record: SoakRecord, mean_s: float, seed: int) -> None:
