@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from samples import SIDE, Sample, Source, draw_sample
-from talk import SHORT_SUFFIX
 
 LENGTH = 96
-KINDS = ("scene", "sign", "text")
+KINDS = ("scene", "sign", "text", "chart")
 BOS, EOS = 1, 2
 CHUNK = 500
 
@@ -67,7 +66,7 @@ def fill(part: Slice, *, folder: Path, source: Source, tokenizer: Path, first_se
     truths = []
     for row in range(part.start, part.start + part.count):
         sample = draw_sample(part.kind, first_seed + row, source)
-        pixels[row] = np.asarray(sample.image)
+        pixels[row] = np.asarray(sample.images[0])
         captions[row, 0] = encode(pieces, sample.caption)
         captions[row, 1] = encode(pieces, second_caption(sample, pieces, random.Random(row)))
         truths.append(sample.truth)
@@ -79,7 +78,7 @@ def second_caption(sample: Sample, pieces: sentencepiece.SentencePieceProcessor,
     asked = [qa for qa in sample.questions if qa.category not in ("unknown", "describe", "kind", "absent")]
     text = ""
     for qa in rng.sample(asked, min(4, len(asked))):
-        longer = f"{text} {qa.question.replace(SHORT_SUFFIX, '')} {qa.answer}".strip()
+        longer = f"{text} {qa.question} {qa.answer}".strip()
         if len(pieces.encode(longer)) > LENGTH - 2:
             break
         text = longer
@@ -101,12 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=140_000)
     parser.add_argument("--signs", type=int, default=20_000)
     parser.add_argument("--texts", type=int, default=140_000)
+    parser.add_argument("--charts", type=int, default=10_000)
     parser.add_argument("--held", action="store_true", help="held-out typefaces, texts and seeds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     started = time.time()
-    counts = {"scene": args.scenes, "sign": args.signs, "text": args.texts}
-    source = Source(args.fonts, None, held=args.held)
+    counts = {"scene": args.scenes, "sign": args.signs, "text": args.texts, "chart": args.charts}
+    source = Source(args.fonts, None, held=args.held, plain=True)
     write_arrays(args.out, counts, source, args.tokenizer, workers=args.workers)
     report = {"stage": "arrays", "pictures": sum(counts.values()), "seconds": round(time.time() - started, 1)}
     print(json.dumps(report), flush=True)

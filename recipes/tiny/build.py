@@ -2,9 +2,10 @@
 
 In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (one line of JSON per measurement,
 and one per stage with its time).
-A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long one can
-be had in pieces (--until). Stages start as soon as what they need is there: those that make data ("side") on the CPU beside
-the others, the others as GPUs are free. The stages of LLaVA take all of them (--gpus), a part of each batch on each.
+A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long
+one can be had in pieces (--until). Stages start as soon as what they need is there: those that make data ("side") on
+the CPU beside the others, the others as GPUs are free, and the teacher and the language model beside another. The
+stages of LLaVA take all GPUs (--gpus), a part of each batch on each.
 
     python recipes/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR --gpus 2
     python recipes/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
@@ -40,6 +41,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     side: bool = False  # on the CPU, beside others
     spread: bool = False  # over all GPUs
+    light: bool = False  # leaves room on its GPU for another stage
 
 
 @dataclass
@@ -60,6 +62,7 @@ def plan_stages(
     """All stages in the order in which they start, as far as what they need is there and a GPU is free."""
     tokenizer, arrays, held, data = work / "tokenizer", work / "arrays", work / "held", work / "data"
     tower, language, teacher = work / "tower", work / "language", work / "teacher.pt"
+    stream = work / "dialogues.npy"
     stage1, stage2, stage3 = work / "stage1", work / "stage2", work / "stage3"
     second, final = work / "second", work / "llava-v1.5-tiny"
     typefaces = ["--fonts", str(fonts)] if fonts else []
@@ -77,9 +80,12 @@ def plan_stages(
             held / "truths.json", ("tokenizer",), side=True),
         Stage("arrays", script("arrays", *common, "--out", arrays, *preset.arrays, *typefaces, *cores),
             arrays / "truths.json", ("tokenizer",), side=True),
-        Stage("teacher", script("teacher", "--cifar", cifar, "--out", teacher, *photos, *preset.teacher), teacher),
-        Stage("language", script("language", *common, "--out", language, *typefaces, *cores, *preset.language),
-            language / "report.json", ("tokenizer",)),
+        Stage("dialogues", script("language", *common, "--out", language, "--stream", stream, "--stream-only", *typefaces,
+            *cores, *preset.dialogues), stream, ("tokenizer",), side=True),
+        Stage("teacher", script("teacher", "--cifar", cifar, "--out", teacher, *photos, *preset.teacher), teacher,
+            light=True),
+        Stage("language", script("language", *common, "--out", language, "--stream", stream, *typefaces, *cores,
+            *preset.language), language / "report.json", ("dialogues",), light=True),
         Stage("dataset", script("dataset", "--out", data, "--cifar", cifar, *photos, *typefaces, *cores,
             *preset.dataset), data / "finetune.json", ("arrays",), side=True),
         Stage("dataset2", script("dataset", "--out", second, "--cifar", cifar, "--pretrain", "", "--finetune", "",
@@ -167,7 +173,9 @@ def run(stages: Sequence[Stage], log: Path, gpus: tuple[str, ...]) -> int:
     running: list[Running] = []
     try:
         while waiting or running:
-            free = [gpu for gpu in gpus if all(gpu not in job.gpus for job in running)]
+            heavy = {gpu for job in running for gpu in job.gpus if not job.stage.light}
+            used = heavy | {gpu for job in running for gpu in job.gpus}
+            free = sorted((gpu for gpu in gpus if gpu not in heavy), key=lambda gpu: (gpu in used, gpus.index(gpu)))
             for stage, taken in startable(waiting, done, free, len(gpus)):
                 print(f"[{stage.name}] started{' beside the others' if stage.side else ''}", flush=True)
                 running.append(start(stage, log, taken))
@@ -195,13 +203,16 @@ def run(stages: Sequence[Stage], log: Path, gpus: tuple[str, ...]) -> int:
 def startable(
     waiting: Sequence[Stage], done: Collection[str], free: Sequence[str], num_gpus: int
 ) -> list[tuple[Stage, tuple[str, ...]]]:
-    """Those whose needs are there, in their order, as far as GPUs are free, and which each takes."""
+    """Those whose needs are there, in their order, as far as GPUs are free, and which each takes. A light stage leaves its
+    GPU to the next one as well."""
     found = []
+    free = list(free)
     for stage in waiting:
         wanted = 0 if stage.side else num_gpus if stage.spread else 1
         if wanted <= len(free) and all(need in done for need in stage.needs):
-            found.append((stage, tuple(free[:wanted])))
-            free = free[wanted:]
+            taken, free = free[:wanted], free[wanted:]
+            found.append((stage, tuple(taken)))
+            free += taken if stage.light else []
     return found
 
 

@@ -88,24 +88,27 @@ def write_part(part: Part, *, folder: Path, options: Options) -> list[dict[str, 
     for number in range(part.start, part.start + part.count):
         rng = random.Random(f"{part.stage}-{part.kind}-{number}")
         sample = draw_sample(part.kind, offset + number, source)
-        if part.stage == "second":
-            sample = second.harder(sample, rng, lambda seed: draw_sample(part.kind, seed, source), offset + number)
-        row: dict[str, Any] = {"id": f"{part.stage}-{part.kind}-{number}"}
-        if (image := sample.image) is not None:
-            row["image"] = f"{inside}/{number}{options.suffix}"
-            share = second.RESHAPED if part.stage == "second" else 0.125
-            reshaped = reshape(image, rng, sample.places, share=share)
-            reshaped.save(folder / "images" / row["image"], **SAVE.get(options.suffix, {}))
+        ask = source.asker(rng)
         if part.stage == "pretrain":
-            turns = [("<image>", sample.caption)]
+            turns = [("", sample.caption)]
+        elif part.stage == "second":
+            sample = second.harder(sample, rng, lambda seed: draw_sample(part.kind, seed, source), offset + number)
+            turns = [(turn.question, turn.answer) for turn in second.converse(ask, sample)]
         else:
-            if part.stage == "second":
-                asked = second.converse(rng, sample)
-            else:
-                asked = converse(rng, sample.questions, rng.randint(3, 6))
-            turns = [(turn.question, turn.answer) for turn in asked]
-            if image is not None:
-                turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+            turns = [(turn.question, turn.answer) for turn in converse(ask, sample.questions, rng.randint(3, 6))]
+        row: dict[str, Any] = {"id": f"{part.stage}-{part.kind}-{number}"}
+        share = second.RESHAPED if part.stage == "second" else 0.125
+        names = []
+        for place, image in enumerate(sample.images):
+            names.append(f"{inside}/{number}{'ab'[place] if len(sample.paints) > 1 else ''}{options.suffix}")
+            if not any(
+                "[0" in answer or "[0" in question for question, answer in turns
+            ):  # boxes are of this very image
+                image = reshape(image, rng, sample.places, share=share)
+            image.save(folder / "images" / names[-1], **SAVE.get(options.suffix, {}))
+        if names:
+            row["image"] = names if len(names) > 1 else names[0]
+            turns[0] = ("\n".join(["<image>"] * len(names) + [turns[0][0]]).strip(), turns[0][1])
         row["conversations"] = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]
@@ -113,7 +116,7 @@ def write_part(part: Part, *, folder: Path, options: Options) -> list[dict[str, 
     return rows
 
 
-SAVE: dict[str, dict[str, int]] = {".png": {"compress_level": 1}, ".jpg": {"quality": 95}}
+SAVE: dict[str, dict[str, int]] = {".png": {"compress_level": 1}, ".jpg": {"quality": 96, "subsampling": 0}}
 
 
 def parse_counts(text: str) -> dict[str, int]:
@@ -131,12 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fonts", type=Path)
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--photos", type=int, help="use only this many photographs")
-    parser.add_argument("--pretrain", type=parse_counts, default="scene=40000,sign=10000,text=40000,photo=20000")
     parser.add_argument(
-        "--finetune", type=parse_counts, default="scene=170000,sign=30000,text=100000,photo=110000,talk=8000"
+        "--pretrain", type=parse_counts, default="scene=40000,sign=10000,text=40000,photo=20000,chart=4000"
+    )
+    parser.add_argument(
+        "--finetune",
+        type=parse_counts,
+        default="scene=170000,sign=30000,text=90000,photo=100000,chart=15000,pair=25000,talk=6000",
     )
     parser.add_argument("--second", type=parse_counts, default="")
-    parser.add_argument("--suffix", default=".bmp", choices=(".bmp", ".png", ".jpg"), help="bmp is the fastest to read")
+    parser.add_argument(
+        "--suffix", default=".jpg", choices=(".bmp", ".png", ".jpg"), help="jpg is the smallest, bmp the fastest"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     started = time.time()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import palette
-from scenes import Scene, Thing, draw_background, render_scene, stands_out
+from scenes import Scene, Thing, draw_background, render_scene
 
 SIDE = 112
 # company -> the shapes of its logo: outer, inner
@@ -33,9 +33,9 @@ QUESTIONS = ("Whose logo is this?", "Which company has this logo?", "What compan
 def draw_logo(rng: random.Random, company: str) -> Scene:
     outer, inner = LOGOS[company]
     background, background_rgb = draw_background(rng)
-    usable = [name for name in palette.NAMES if stands_out(name, background, background_rgb)]
+    usable = [name for name in palette.NAMES if name != background and palette.stands_out(name, background_rgb)]
     radius, x, y = rng.uniform(0.32, 0.4), rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58)
-    first, second = (palette.draw_colour(rng, name) for name in rng.sample(usable, 2))
+    first, second = (palette.draw_colour(rng, name, apart_from=background_rgb) for name in rng.sample(usable, 2))
     things = (
         Thing(outer, first[0], first[1], x, y, radius, 0.0, None),
         Thing(inner, second[0], second[1], x, y, INNER * radius, 0.0, None),

@@ -34,7 +34,7 @@ from llava.mm_utils import process_images
 from llava.model.builder import LoadedModel, load
 from llava.text.labels import encode_spans
 
-MAX_NEW_TOKENS = {"word": 24, "sentence": 64, "free": 192}
+MAX_NEW_TOKENS = {"word": 24, "sentence": 72, "free": 192}
 QUICK_SIZE = 100
 
 
@@ -64,7 +64,7 @@ def build_prompt(loaded: LoadedModel, row: Row, rows: dict[str, Row], answers: d
         chain.insert(0, rows[before])
     conversation = conv_templates[loaded.conv_mode].copy()
     for number, turn in enumerate(chain):
-        mark = "<image>\n" if number == 0 and turn.picture is not None else ""
+        mark = "<image>\n" * len(turn.pictures) if number == 0 else ""
         conversation.append_message(conversation.roles[0], mark + turn.question)
         conversation.append_message(conversation.roles[1], answers[turn.id] if turn is not row else None)
     return Prompt(row, encode_spans(conversation.spans(), loaded.tokenizer)[0])
@@ -97,7 +97,7 @@ def split(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 
 
 def build_pixels(loaded: LoadedModel, part: Sequence[Prompt], images: Sequence[Image.Image]) -> Tensor | None:
-    shown = [images[prompt.row.picture] for prompt in part if prompt.row.picture is not None]
+    shown = [images[picture] for prompt in part for picture in prompt.row.pictures]
     if not shown:
         return None
     pixels = process_images(shown, loaded.image_processor, loaded.model.config)
@@ -133,10 +133,11 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    print(f"{'measure':<36}{'n':>6}{'right':>8}  target")
+    print(f"{'measure':<36}{'n':>6}{'right':>8}{'grammar':>9}{'by hand':>9}     target")
     for line in headlines(report):
         target = "" if line.target is None else f"{line.target:.0%}" + ("" if line.right >= line.target else "  MISSED")
-        print(f"{line.name:<36}{line.n:>6}{line.right:>8.1%}     {target}")
+        parts = "".join(f"{'' if part is None else f'{part:.1%}':>9}" for part in (line.grammar, line.hand))
+        print(f"{line.name:<36}{line.n:>6}{line.right:>8.1%}{parts}     {target}")
     print(f"\n{'group':<22}{'n':>6}{'right':>8}{'exact':>8}{'anycase':>8}  forms and tags")
     for name, found in report["groups"].items():
         finer = {**found.get("forms", {}), **found.get("tags", {})}
@@ -148,7 +149,10 @@ def print_table(report: dict[str, Any]) -> None:
     for name, found in report["yes_no"].items():
         values = (found["accuracy"], found["f1"], found["yes_rate"], found["yes_rate_expected"])
         print(f"{name:<22}{found['n']:>6}" + "".join(f"{value:>8.1%}" for value in values))
-    print(f"\nfalse refusals {report['false_refusals']}, false denials {report['false_denials']}")
+    print(
+        f"\nfalse refusals {report['false_refusals']}, false denials {report['false_denials']}, boxes {report['mean_overlap']}"
+    )
+    print(f"short answers, where they were asked for {report['requests']}")
     print(f"descriptions of scenes {report['descriptions']}")
     for examples in report["wrong"].values():
         for wrong in examples:
@@ -159,6 +163,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     started = time.time()
     photos = load_photos(args.cifar, "test") if args.cifar else None
     suite = make_suite(args.fonts, photos, args.size)
+    if args.answers:
+        return judge_again(args, suite)
     if args.only:
         suite = Suite([row for row in suite.rows if row.group.startswith(tuple(args.only.split(",")))], suite.paints)
     images = suite.paint(workers=args.workers)  # before the model is loaded, since it may fork
@@ -178,6 +184,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": {"prepare": round(prepared - started, 1), "answer": round(ended - prepared, 1)},
     }
     report |= summarise(verdicts)
+    save(args.out, report, verdicts)
+    return report
+
+
+def judge_again(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
+    """The report of answers that an earlier run has kept, by the present rules; who gave them is in the report beside them."""
+    kept = {line["id"]: line for line in map(json.loads, (args.answers / "answers.jsonl").open())}
+    if [(line["id"], line["question"]) for line in kept.values()] != [(row.id, row.question) for row in suite.rows]:
+        raise SystemExit(f"the answers in {args.answers} are to other questions than those of this suite")
+    before = json.loads((args.answers / "evaluation.json").read_text())
+    verdicts = [judge(row, kept[row.id]["said"]) for row in suite.rows]
+    origin = ("date", "command", "torch", "dtype", "device", "questions", "pictures", "seconds")
+    report = {name: before[name] for name in origin} | summarise(verdicts)
     save(args.out, report, verdicts)
     return report
 
@@ -207,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument(
+        "--answers", type=Path, help="ask nothing: judge the answers that an earlier run left in this folder"
+    )
+    parser.add_argument(
         "--fonts", type=Path, help="folder with held/ typefaces; without it Pillow's own face (trial only)"
     )
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 in any of its usual layouts; without it no photographs")
@@ -223,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw pictures")
     parser.add_argument("--card", action="store_true", help="write README.md into the model folder")
+    parser.add_argument("--before", type=Path, help="evaluation.json of an earlier model, for the card")
     parser.add_argument("--log", type=Path, help="log.jsonl of build.py, for the card's table of times")
     args = parser.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
@@ -232,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = evaluate(args)
     print_table(report)
     if args.card:
-        write_card(args.model, report, args.log)
+        write_card(args.model, report, args.log, json.loads(args.before.read_text()) if args.before else None)
     print(json.dumps({"stage": "evaluate", "questions": report["questions"], **report["seconds"]}), flush=True)
     return 0
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from photos import load_photos
 from rows import Maker, Row
 from suite import add_photos, add_pope, add_reading, add_scenes
+from wordings import SHORT_SUFFIX
 
 # Which groups of the suite make a file, and how many questions of each.
 SCENES = dict.fromkeys(("colour", "shape", "size", "position", "relation", "count", "background", "yesno_same"), 14)
 READING = dict.fromkeys(("read_seen_words", "read_unseen_words", "read_numbers", "read_signs"), 16)
 YES_NO = dict.fromkeys(("pope_drawn_random", "pope_drawn_near"), 60)
 PHOTOS = {"photo": 200, "pope_photo_random": 100, "pope_photo_near": 100}
-DRAWN_SIZE = 60  # how many of each group are made, to choose those that ask for one word
+DRAWN_SIZE = 100  # how many of each group are made, to choose those that ask for one word
 CATEGORIES = {"pope_drawn_random": "random", "pope_drawn_near": "near"}
 
 
@@ -35,9 +36,9 @@ def freeze(maker: Maker, groups: dict[str, int], out: Path, name: str, folder: s
     (out / folder).mkdir(parents=True, exist_ok=True)
     lines = []
     for row in rows:
-        assert row.picture is not None
-        image = f"{folder}/{name}-{row.picture:05d}.png"
-        maker.paints[row.picture]().save(out / image, optimize=True)
+        (picture,) = row.pictures
+        image = f"{folder}/{name}-{picture:05d}.png"
+        maker.paints[picture]().save(out / image, optimize=True)
         category = CATEGORIES.get(row.group, row.group)
         line = {
             "question_id": row.id,
@@ -52,7 +53,9 @@ def freeze(maker: Maker, groups: dict[str, int], out: Path, name: str, folder: s
 
 
 def chosen(rows: Sequence[Row], group: str) -> list[Row]:
-    return [row for row in rows if row.group == group and row.form == "word" and row.after is None]
+    """Those that ask for one word, in LLaVA's own request."""
+    asked = [row for row in rows if row.group == group and row.form == "word" and row.after is None]
+    return [row for row in asked if row.question.endswith(SHORT_SUFFIX)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from tokenizer import SYSTEM, build_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHARES = {"scene": 0.55, "sign": 0.1, "text": 0.2, "photo": 0.1, "talk": 0.05}
+SHARES = {"scene": 0.5, "sign": 0.09, "text": 0.15, "photo": 0.1, "chart": 0.04, "pair": 0.08, "talk": 0.04}
 CHUNK = 400
 
 
@@ -40,7 +40,7 @@ def dialogue(seed: int, pieces: sentencepiece.SentencePieceProcessor, source: So
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     sample = draw_sample(kind, 10_000_000 + seed, source)
     ids = [BOS]
-    for number, turn in enumerate(converse(rng, sample.questions, rng.randint(2, 6))):
+    for number, turn in enumerate(converse(source.asker(rng), sample.questions, rng.randint(2, 6))):
         text = f"{turn.question} ASSISTANT: {turn.answer}"
         if number:
             ids += pieces.encode(f"USER: {text}")
@@ -63,6 +63,18 @@ def write_stream(num: int, tokenizer: Path, source: Source, *, workers: int) -> 
     job = partial(dialogues, count=chunk, tokenizer=tokenizer, source=source)
     with ProcessPoolExecutor(workers) as pool:
         return np.concatenate(list(pool.map(job, range(0, num, chunk))))
+
+
+def open_stream(args: argparse.Namespace, source: Source) -> np.ndarray:
+    """The dialogues made before, or new ones, which are kept if a file was named."""
+    if args.stream is not None and args.stream.exists():
+        return np.load(args.stream)
+    stream = write_stream(args.dialogues, args.tokenizer, source, workers=args.workers)
+    if args.stream is not None:
+        part = args.stream.with_suffix(".part.npy")
+        np.save(part, stream)
+        part.replace(args.stream)
+    return stream
 
 
 def build_model(vocab: int, args: argparse.Namespace) -> LlamaForCausalLM:
@@ -171,6 +183,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--tokenizer-only", action="store_true", help="make the tokenizer and stop")
+    parser.add_argument("--stream", type=Path, help="file of the dialogues' ids (.npy); made if it is not there")
+    parser.add_argument("--stream-only", action="store_true", help="make the dialogues and stop")
     return parser.parse_args(argv)
 
 
@@ -185,9 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.tokenizer_only:
         return 0
-    stream = write_stream(args.dialogues, args.tokenizer, source, workers=args.workers)
+    stream = open_stream(args, source)
     made = {"stage": "language", "tokens": len(stream), "text_seconds": round(time.time() - started, 1)}
     print(json.dumps(made), flush=True)
+    if args.stream_only:
+        return 0
     torch.manual_seed(0)
     device = torch.device(args.device)
     keep = len(stream) // args.length * args.length

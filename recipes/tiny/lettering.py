@@ -13,7 +13,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import finish
+import numpy as np
 import palette
+from finish import PLAIN, Finish
 from palette import RGB
 from PIL import Image, ImageDraw, ImageFont
 
@@ -41,6 +44,8 @@ class Lettering:
     texture: str
     seed: int
     height: float = 0.55  # at most
+    shadow_rgb: RGB | None = None
+    finish: Finish = PLAIN
 
     @property
     def is_number(self) -> bool:
@@ -100,9 +105,10 @@ def load_face(font: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
     return ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
 
 
-def draw_lettering(rng: random.Random, fonts: Path | None, *, held: bool) -> Lettering:
-    """A text alone in an image, at a readable size, anywhere it fits."""
-    text = draw_text(rng, held=held)
+def draw_lettering(rng: random.Random, fonts: Path | None, *, held: bool, trained_text: bool = False) -> Lettering:
+    """A text alone in an image, at a readable size, anywhere it fits. `trained_text`: held-out are its typeface and its look
+    alone."""
+    text = draw_text(rng, held=held and not trained_text)
     colour, rgb = palette.draw_colour(rng)
     background = palette.draw_contrast(rng, rgb)
     plate = palette.draw_contrast(rng, rgb) if rng.random() < 0.25 else None
@@ -119,9 +125,17 @@ def draw_lettering(rng: random.Random, fonts: Path | None, *, held: bool) -> Let
         y=0.5 + rng.uniform(-room_y, room_y),
         angle=rng.choice((0.0, 0.0, 1.0)) * rng.uniform(-8, 8),
         plate_rgb=plate,
-        texture=rng.choice(("plain", "plain", "gradient", "noise", "stripes")),
+        texture=rng.choice(palette.HELD_TEXTURES if held else palette.TEXTURES),
         seed=rng.randrange(2**31),
+        shadow_rgb=blend(rgb, background) if plate is None and rng.random() < 0.1 else None,
+        finish=finish.draw_finish(rng, held=held),
     )
+
+
+def blend(a: RGB, b: RGB) -> RGB:
+    """Nearer to `b`: a shadow that the text still stands out from."""
+    red, green, blue = (round(0.3 * x + 0.7 * y) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def width_range(num_letters: int) -> tuple[float, float]:
@@ -130,16 +144,15 @@ def width_range(num_letters: int) -> tuple[float, float]:
 
 
 def render_lettering(lettering: Lettering, side: int) -> Image.Image:
-    big = side * OVERSAMPLE
-    canvas = palette.paint_background(lettering.background_rgb, lettering.texture, big, seed=lettering.seed)
-    place_text(canvas, lettering)
-    return canvas.resize((side, side), Image.Resampling.BOX)
+    canvas = palette.paint_background(lettering.background_rgb, lettering.texture, side, seed=lettering.seed)
+    image = place_text(Image.fromarray(canvas.astype(np.uint8)), lettering)
+    return finish.apply(image, lettering.finish)
 
 
-def place_text(canvas: Image.Image, lettering: Lettering) -> None:
-    """Draw the text (and its plate) on a square canvas."""
-    side = canvas.width
-    mask = text_mask(lettering.text, lettering.font, round(lettering.width * side), round(lettering.height * side))
+def place_text(image: Image.Image, lettering: Lettering) -> Image.Image:
+    """The text (and its plate) over a square image: drawn OVERSAMPLE times as large, and averaged."""
+    side = image.width * OVERSAMPLE
+    mask = text_mask(lettering, round(lettering.width * side), round(lettering.height * side))
     pad = max(2, round(0.03 * side))
     stamp = Image.new("L", (mask.width + 2 * pad, mask.height + 2 * pad))
     stamp.paste(mask, (pad, pad))
@@ -149,13 +162,19 @@ def place_text(canvas: Image.Image, lettering: Lettering) -> None:
         plate = plate.rotate(lettering.angle, Image.Resampling.BICUBIC, expand=True)
     left = min(max(0, round(lettering.x * side - stamp.width / 2)), max(0, side - stamp.width))
     top = min(max(0, round(lettering.y * side - stamp.height / 2)), max(0, side - stamp.height))
-    if lettering.plate_rgb:
-        canvas.paste(lettering.plate_rgb, (left, top), plate)
-    canvas.paste(lettering.rgb, (left, top), stamp)
+    layers = [(lettering.plate_rgb, plate, 0)] if lettering.plate_rgb else []
+    if lettering.shadow_rgb:
+        layers.append((lettering.shadow_rgb, stamp, max(1, round(0.012 * side))))
+    for rgb, cover, shift in [*layers, (lettering.rgb, stamp, 0)]:
+        whole = Image.new("L", (side, side))
+        whole.paste(cover, (left + shift, top + shift))
+        image.paste(rgb, (0, 0), whole.reduce(OVERSAMPLE))
+    return image
 
 
-def text_mask(text: str, font: str, width: int, max_height: int) -> Image.Image:
+def text_mask(lettering: Lettering, width: int, max_height: int) -> Image.Image:
     """The text in white on black, `width` pixels wide or `max_height` high, whichever comes first."""
+    text, font = lettering.text, lettering.font
     face = load_face(font, 64)
     left, top, right, bottom = face.getbbox(text)
     scale = min(width / max(1, right - left), max_height / max(1, bottom - top))

@@ -15,15 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import palette
 from PIL import Image, ImageEnhance
-from talk import QA, capital, unknown_questions, with_article
-from wording import DIGITS
+from shapes import SHAPES
+from talk import QA, unknown_questions, with_article, yes_no
+from wording import DIGITS, plural
+from wordings import Asker, capital
 
 # The data set's own order; the words are those that answers use.
 FOLDERS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KINDS = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANIMALS = {"bird": 2, "cat": 4, "deer": 4, "dog": 4, "frog": 4, "horse": 4}
 FLIES, WHEELS = {"airplane", "bird"}, {"airplane", "car", "truck"}
+NEVER_SHOWN = (
+    "pizza",
+    "banana",
+    "elephant",
+    "clock",
+    "cake",
+    "book",
+    "sandwich",
+    "key",
+    "lamp",
+    "cup",
+    "bottle",
+    "umbrella",
+)
 SIDE = 32
 
 
@@ -128,6 +145,9 @@ def vary(pixels: np.ndarray, rng: random.Random) -> Image.Image:
     if rng.random() < 0.6:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(rng.uniform(0.65, 1.35))
+    if rng.random() < 0.35:  # a hole of one colour
+        side, left, top = rng.randint(6, 13), rng.randint(-3, 26), rng.randint(-3, 26)
+        image.paste(tuple(rng.randrange(256) for _ in range(3)), (left, top, left + side, top + side))
     return shown(image, rng)
 
 
@@ -143,75 +163,50 @@ def photo_caption(label: int, rng: random.Random) -> str:
     )
 
 
-def photo_questions(label: int, rng: random.Random, *, held: bool = False) -> list[QA]:
+def photo_questions(label: int, ask: Asker) -> list[QA]:
     """What it is, yes/no for the right and a wrong kind, and simple facts about the kind."""
     kind, group = KINDS[label], "animal" if KINDS[label] in ANIMALS else "vehicle"
-    a, name = with_article(kind), f"the {kind}"
+    a, name, rng = with_article(kind), f"the {kind}", ask.rng
     other_group = "vehicle" if group == "animal" else "animal"
     found = [
-        QA(rng.choice(ASK_KIND), f"The photograph shows {a}.", capital(kind), "photo", name, ("What is it?", f"It is {a}.")),
-        QA(rng.choice(ASK_IT), f"It is {a}.", capital(kind), "photo", name),
-        QA(f"What {'kind of ' if rng.random() < 0.4 else ''}{group} is {rng.choice(('this', 'it'))}?", f"It is {a}.",
-            capital(kind), "photo", name),
-        QA(rng.choice(("Is it an animal or a vehicle?", "Is this an animal or a vehicle?",
-            "Does the photograph show an animal or a vehicle?")), f"It is {with_article(group)}.", capital(group),
-            "photo_group", name),
-        QA(rng.choice(("Describe this image.", "Describe the picture.", "What is in the picture?",
-            "What does the picture show?", "What do you see?")), f"The picture is a photograph of {a}.", None,
-            "describe", name),
-        QA(f"What {other_group} is this?", f"There is no {other_group} in the picture; it shows {a}.",
-            f"There is no {other_group}", "absent", name),
-        QA(rng.choice(("Is this a photograph or a drawing?", "Is this a drawing or a photograph?")),
-            "This is a photograph.", "Photograph", "kind"),
-    ]  # fmt: skip
+        QA(ask("photo"), f"The photograph shows {a}.", capital(kind), "photo", name, (ask("photo_it"), f"It is {a}.")),
+        QA(ask("photo_group_kind", group=group), f"It is {a}.", capital(kind), "photo", name),
+        QA(ask("animal_or_vehicle"), f"It is {with_article(group)}.", capital(group), "photo_group", name),
+        QA(ask("describe"), f"The picture is a photograph of {a}.", None, "describe", name),
+        QA(ask("kind"), "This is a photograph.", "Photograph", "kind"),
+    ]
     near = [k for k in KINDS if k != kind and (k in ANIMALS) == (kind in ANIMALS)]
+    rng.shuffle(near)
     far = [k for k in KINDS if k != kind]
     for guess in (kind, kind, rng.choice(near), rng.choice(far)):
         noun = "plane" if guess == "airplane" and rng.random() < 0.2 else guess
-        asked = rng.choice(
-            (
-                f"Is this {with_article(noun)}?",
-                f"Is there {with_article(noun)} in the photograph?",
-                f"Is it {with_article(noun)}?",
-                f"Does the picture show {with_article(noun)}?",
-            )
-        )
-        found.append(judge(asked, guess == kind, f"it is {a}", f"it is {a}", "yesno_photo", name))
+        asked = ask("is_photo", a=with_article(noun), many=plural(noun))
+        found.append(yes_no(asked, guess == kind, f"it is {a}", f"it is {a}", "yesno_photo", name))
     for guess in (group, other_group):
-        asked = rng.choice((f"Is this {with_article(guess)}?", f"Is it {with_article(guess)}?"))
-        found.append(judge(asked, guess == group, f"it is {a}", f"it is {a}", "yesno_group", name))
-    found += facts(kind, name)
-    found.append(QA("What does the text say?", "There is no text in the picture.", "There is no text", "absent"))
-    thing = [name] if rng.random() < 0.5 else []
-    return found + rng.sample(unknown_questions(rng, held=held, things=thing), 2)
+        asked = ask("is_photo", a=with_article(guess))
+        found.append(yes_no(asked, guess == group, f"it is {a}", f"it is {a}", "yesno_group", name))
+    found += facts(kind, name, ask)
+    what = rng.choice((f"{rng.choice(palette.NAMES)} {rng.choice(SHAPES)}", rng.choice(NEVER_SHOWN)))
+    asked = ask("exists", a=with_article(what), bare=what, many=plural(what))
+    found.append(yes_no(asked, False, "", f"there is no {what}", "yesno_exists"))
+    found.append(QA(ask("count", many=plural(kind)), f"There is one {kind}.", "1", "photo_count", name))
+    found.append(QA(ask("count", many=plural(near[0])), f"There are no {plural(near[0])}.", "0", "photo_count"))
+    found.append(QA(ask("read"), "There is no text in the picture.", "There is no text", "absent"))
+    found.append(yes_no(ask("any_text"), False, "", "there is no text", "yesno_any_text"))
+    return found + unknown_questions(ask, 2, things=[(name, "grey")] if rng.random() < 0.5 else [])
 
 
-ASK_KIND = (
-    "What is in the photograph?",
-    "What does the photograph show?",
-    "What is shown in the picture?",
-    "What can be seen in the photo?",
-    "What is the main object in the photo?",
-)
-ASK_IT = ("What is this?", "What is it?", "What do we see here?", "What object is this?")
-
-
-def judge(question: str, right: bool, yes: str, no: str, category: str, about: str) -> QA:
-    return QA(question, f"Yes, {yes}." if right else f"No, {no}.", "Yes" if right else "No", category, about)
-
-
-def facts(kind: str, name: str) -> list[QA]:
+def facts(kind: str, name: str, ask: Asker) -> list[QA]:
     legs = ANIMALS.get(kind, 0)
-    a = capital(with_article(kind))
-    has_legs = f"{a} has {DIGITS[legs]} legs." if legs else f"{a} has no legs."
+    article = with_article(kind)
+    has_legs = f"{capital(article)} has {DIGITS[legs]} legs." if legs else f"{capital(article)} has no legs."
     table = (
-        ("Can it fly?", kind in FLIES, "can fly", "cannot fly"),
-        ("Does it have wheels?", kind in WHEELS, "has wheels", "has no wheels"),
-        ("Does it have wings?", kind in FLIES, "has wings", "has no wings"),
-        ("Is it alive?", kind in ANIMALS, "is alive", "is not alive"),
+        ("can_fly", kind in FLIES, "can fly", "cannot fly"),
+        ("has_wheels", kind in WHEELS, "has wheels", "has no wheels"),
+        ("has_wings", kind in FLIES, "has wings", "has no wings"),
+        ("is_alive", kind in ANIMALS, "is alive", "is not alive"),
     )
-    found = [QA("How many legs does it have?", has_legs, str(legs), "photo_fact", name)]
-    for asked, right, yes, no in table:
-        article = with_article(kind)
-        found.append(judge(asked, right, f"{article} {yes}", f"{article} {no}", "photo_fact", name))
+    found = [QA(ask("legs"), has_legs, str(legs), "photo_fact", name)]
+    for fact, right, yes, no in table:
+        found.append(yes_no(ask(fact), right, f"{article} {yes}", f"{article} {no}", "photo_fact", name))
     return found

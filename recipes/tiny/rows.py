@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from photos import Photos
 from PIL import Image
-from samples import Sample, Source, draw_sample
-from talk import QA, SHORT_SUFFIX, spell
+from samples import Paint, Sample, Source, draw_sample
+from talk import QA, put
+from wordings import Asker
 
 FIRST_SEED = 50_000_000  # apart from every seed of the training data and of the measurements during training
 SEEDS_PER_PART = 1_000_000
-Paint = Callable[[], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Row:
     form: str  # "word", "sentence" or "free"
     question: str
     answer: str
-    picture: int | None = None
+    pictures: tuple[int, ...] = ()
     after: str | None = None
     tag: str = ""  # a finer division of the group
+    long: str = ""  # the answer in a sentence, where a short one was asked for
+    wording: str = ""  # "hand" or "grammar", the splits of wordings.py; "" for a form that everybody uses
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,22 @@ class Maker:
         self.paints: list[Paint] = []
         self.numbers: dict[str, int] = {}
 
-    def picture(self, paint: Paint | None) -> int | None:
-        if paint is None:
-            return None
-        self.paints.append(paint)
-        return len(self.paints) - 1
+    def pictures(self, paints: Iterable[Paint]) -> tuple[int, ...]:
+        first = len(self.paints)
+        self.paints += paints
+        return tuple(range(first, len(self.paints)))
 
     def number(self, group: str) -> int:
         return self.numbers.get(group, 0)
 
-    def add(self, group: str, qa: QA, picture: int | None, rng: random.Random, *, form: str = "", tag: str = "") -> Row:
-        """Ask for one word or for a sentence, by chance, unless the form is given or there is no short answer."""
-        form = form or rng.choice(("word", "sentence"))
-        if qa.short is None:
-            form = "free"
-        question = spell(rng, qa.question) + (SHORT_SUFFIX if form == "word" else "")
-        answer = qa.short if form == "word" and qa.short is not None else qa.answer
-        return self.put(Row("", group, qa.category, form, question, answer, picture, tag=tag))
+    def add(self, group: str, qa: QA, pictures: tuple[int, ...], ask: Asker, *, form: str = "", tag: str = "") -> Row:
+        """Ask for a short answer or for a sentence, by chance, unless the form is given or there is no short answer."""
+        form = form or ask.rng.choice(("word", "sentence"))
+        turn = put(ask, qa, short=form == "word")
+        form = "word" if turn.short else "free" if qa.short is None else "sentence"
+        long = qa.answer if turn.short else ""
+        row = Row("", group, qa.category, form, turn.question, turn.answer, pictures, None, tag, long, ask.split)
+        return self.put(row)
 
     def put(self, row: Row) -> Row:
         number = self.number(row.group)
@@ -90,26 +91,27 @@ class Maker:
         self.rows.append(replace(row, id=f"{row.group}-{number:04d}"))
         return self.rows[-1]
 
-    def draw(self, part: int, kind: str) -> Iterator[tuple[Sample, random.Random]]:
-        """Endless held-out samples of a kind; every part of the suite has its own."""
+    def draw(self, part: int, kind: str) -> Iterator[tuple[Sample, Asker]]:
+        """Endless held-out samples of a kind, with who asks about them; every part of the suite has its own."""
         for number in count():
             seed = FIRST_SEED + part * SEEDS_PER_PART + number
-            yield draw_sample(kind, seed, self.source), random.Random(f"suite-{seed}")
+            sample = draw_sample(kind, seed, self.source)
+            yield sample, Asker(random.Random(f"suite-{seed}"), sample.wording)
 
     def fill(
-        self, samples: Iterable[tuple[Sample, random.Random]], quotas: dict[str, int], label: Callable[[QA], str | None]
+        self, samples: Iterable[tuple[Sample, Asker]], quotas: dict[str, int], label: Callable[[QA], str | None]
     ) -> None:
         """From each sample one question of every label that still has room; a label is "group" or "group/tag"."""
         room = dict(quotas)
-        for sample, rng in samples:
+        for sample, ask in samples:
             if not any(room.values()):
                 break
             by_label: dict[str, list[QA]] = {}
             for qa in sample.questions:
                 if room.get(name := label(qa) or "", 0):
                     by_label.setdefault(name, []).append(qa)
-            picture = self.picture(sample.paint) if by_label else None
+            pictures = self.pictures(sample.paints) if by_label else ()
             for name, found in by_label.items():
                 group, _, tag = name.partition("/")
-                self.add(group, rng.choice(found), picture, rng, tag=tag)
+                self.add(group, ask.rng.choice(found), pictures, ask, tag=tag)
                 room[name] -= 1

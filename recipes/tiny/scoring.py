@@ -1,9 +1,12 @@
 """Judge answers and add them up.
 
-In: rows of the suite and the model's answers. Out: Verdict per row, a report as plain data (tables, faults, yes/no figures).
-One-word answers must be the expected word. Sentences are right when they are the expected sentence or state the same fact,
-read out of them by the table FACTS; `exact` counts the first kind alone. Only differences of case, of the last full stop and
-between spellings ("color", "colour"; "three", "3") are forgiven, and for text read from an image not even those.
+In: rows of the suite and the model's answers. Out: Verdict per row, a report as plain data (tables, faults, yes/no
+figures). One-word answers to LLaVA's own request ("Answer the question using a single word or phrase.") must be the
+expected word. To a request in other words, a right sentence is right as well, and whether the answer was short, as
+asked, is a measure of its own (`requests`). Sentences are right when they are the expected sentence or state the same
+fact, read out of them by the table FACTS; `exact` counts the first kind alone. Only differences of case, of the last
+full stop and between spellings ("color", "colour"; "three", "3") are forgiven, and for text read from an image not
+even those.
 """
 
 from __future__ import annotations
@@ -11,20 +14,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from boxes import overlap, read_box
 from palette import NAMES
 from photos import KINDS
 from rows import Row
-from scenes import SHAPES
+from shapes import SHAPES
 from wording import DIGITS, plural
+from wordings import SHORT_SUFFIX
 
 ADMISSIONS = ("i cannot tell", "the picture does not show", "i do not know")
 SPELLINGS = {"color": "colour", "center": "centre", "gray": "grey", "plane": "airplane", "automobile": "car"}
 NUMBERS = {word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0", "zero": "0"}
 PLACES = ("top left", "top right", "bottom left", "bottom right", "top", "bottom", "left", "right", "centre")
 SINGULAR = {plural(shape): shape for shape in SHAPES}
+LONGEST = 5  # words of a short answer
+LEAST_OVERLAP = 0.5  # of a right box and one that counts as right
 READ = ("read", "read_part")  # the answer is text from the image: its case counts
 Fact = Callable[[str], Hashable]
 
@@ -38,13 +45,22 @@ class Verdict:
     any_case: bool  # right if capitals do not count
     refused: bool  # said that the image does not tell
     denied: bool  # said that there is no such thing
+    overlap: float = 0.0  # of boxes
 
 
 def judge(row: Row, said: str) -> Verdict:
     said = said.strip()
     exact, any_case = compare(row, said)
-    right = exact
-    if not exact and row.form != "word":
+    right, shared = exact, 0.0
+    if not exact and row.form == "word" and row.long and not row.question.endswith(SHORT_SUFFIX):
+        spoken = judge(replace(row, form="sentence", answer=row.long), said)
+        right, any_case = spoken.right, any_case or spoken.any_case
+    if row.category == "box":
+        shared = overlap(read_box(row.answer), read_box(said))
+        right = any_case = shared >= LEAST_OVERLAP
+    elif row.category.startswith("two "):
+        right = any_case = right or both_right(row, said)
+    elif not exact and row.form != "word":
         fact = fact_of(row.category)
         if fact is not None and (expected := fact(row.answer)) is not None:
             right = fact(said) == expected
@@ -53,7 +69,20 @@ def judge(row: Row, said: str) -> Verdict:
         right = exact or admits(said)
     lower = said.lower()
     denied = lower.startswith(("there is no", "there are no", "no text"))
-    return Verdict(row, said, right, exact, any_case or right, admits(said), denied)
+    return Verdict(row, said, right, exact, any_case or right, admits(said), denied, round(shared, 4))
+
+
+def both_right(row: Row, said: str) -> bool:
+    """Two questions in one: two short answers with a comma between, or two sentences, each right for its own."""
+    between = r",\s+" if row.form == "word" else r"(?<=[.!?])\s+"
+    wanted, found = (re.split(between, text.strip(), maxsplit=1) for text in (row.answer, said))
+    kinds = row.category.split(" ")[1:]
+    if len(wanted) != 2 or len(found) != 2:
+        return False
+    return all(
+        judge(replace(row, category=kind, answer=answer), part).right
+        for kind, answer, part in zip(kinds, wanted, found, strict=True)
+    )
 
 
 def compare(row: Row, said: str) -> tuple[bool, bool]:
@@ -91,6 +120,20 @@ def tokens(text: str) -> list[str]:
 def last_of(known: Sequence[str]) -> Fact:
     """The last word of a list: what stands after "is"."""
     return lambda text: next((word for word in reversed(tokens(text)) if word in known), None)
+
+
+def first_of(known: Sequence[str]) -> Fact:
+    return lambda text: next((word for word in tokens(text) if word in known), None)
+
+
+def all_of(known: Sequence[str]) -> Fact:
+    """Every word of a list, in any order."""
+    return lambda text: tuple(sorted({word for word in tokens(text) if word in known})) or None
+
+
+def pair_of(text: str) -> Hashable:
+    """A colour and a shape."""
+    return last_of(NAMES)(text), last_of(SHAPES)(text)
 
 
 def quoted(text: str) -> str | None:
@@ -144,7 +187,7 @@ def described(text: str) -> Hashable:
 def things_in(text: str) -> Counter[tuple[str, str, str, str]]:
     """(size, colour, shape, place) of each thing that a description names."""
     place = r"(?:at|on|in) the ((?:(?:top|bottom) )?(?:left|right)|top|bottom|centre|center)"
-    pattern = rf"\b(small|large) ({'|'.join(NAMES)}) ({'|'.join(SHAPES)})(?: {place})?"
+    pattern = rf"\b(?:(small|large) )?({'|'.join(NAMES)}) ({'|'.join(SHAPES)})(?: {place})?"
     found = re.findall(pattern, re.sub(r'"[^"]*"', '""', text).lower())
     return Counter((size, colour, shape, SPELLINGS.get(where, where)) for size, colour, shape, where in found)
 
@@ -159,7 +202,10 @@ FACTS: dict[str, Fact] = {
     "shape": last_of(SHAPES), "size": last_of(("small", "large")), "position": position_facts,
     "count": number_in, "read": quoted, "photo": photo_kind, "describe": described, "unknown": admission,
     "text_kind": last_of(("word", "number")), "kind": last_of(("photograph", "drawing")),
-    "photo_group": last_of(("animal", "vehicle")), "photo_fact": yes_no_or_number,
+    "photo_group": last_of(("animal", "vehicle")), "photo_fact": yes_no_or_number, "photo_count": number_in,
+    "chart_count": number_in, "chart_most": last_of(NAMES), "chart_kind": last_of(("bar", "pie")), "region": pair_of,
+    "list_shapes": all_of(SHAPES), "list_colours": all_of(NAMES),
+    "pair_which": first_of(("first", "second")), "pair_more": first_of(("first", "second")),
 }  # fmt: skip
 
 
@@ -176,14 +222,26 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     for verdict in verdicts:
         groups.setdefault(verdict.row.group, []).append(verdict)
     yes_no = {name: yes_no_figures(found) for name, found in groups.items() if name.startswith(("yesno_", "pope_"))}
+    if yes_no:
+        yes_no["all"] = yes_no_figures([v for name in yes_no for v in groups[name]])
     return {
         "groups": {name: figures(found) for name, found in groups.items()},
         "yes_no": yes_no,
         "false_refusals": share([v.refused for v in verdicts if v.row.category not in ("unknown", "talk")]),
         "false_denials": share([v.denied for v in verdicts if deniable(v.row)]),
         "descriptions": description_figures(groups.get("describe_scene", [])),
+        "requests": request_figures(verdicts),
+        "mean_overlap": share([v.overlap for v in groups.get("box", [])]),
         "wrong": {name: [example(v) for v in found if not v.right][:3] for name, found in groups.items()},
     }
+
+
+def request_figures(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """Short answers to requests for one, in LLaVA's words and in others."""
+    asked = [v for v in verdicts if v.row.form == "word" and not v.row.category.startswith("two ")]
+    own = [len(v.said.split()) <= LONGEST for v in asked if v.row.question.endswith(SHORT_SUFFIX)]
+    other = [len(v.said.split()) <= LONGEST for v in asked if not v.row.question.endswith(SHORT_SUFFIX)]
+    return {"published": share(own), "other": share(other)}
 
 
 def deniable(row: Row) -> bool:
@@ -192,7 +250,7 @@ def deniable(row: Row) -> bool:
     return row.category not in ("absent", "unknown", "talk") and not row.category.startswith("yesno_") and not denial
 
 
-def share(found: Sequence[bool]) -> dict[str, float]:
+def share(found: Sequence[float]) -> dict[str, float]:
     return {"n": len(found), "share": round(sum(found) / max(1, len(found)), 4)}
 
 
@@ -204,6 +262,10 @@ def figures(found: Sequence[Verdict]) -> dict[str, Any]:
         values = sorted({key(v) for v in found})
         if len(values) > 1:
             result[name] = {value: accuracy([v for v in found if key(v) == value]) for value in values}
+    by_wording = {
+        name: [v for v in found if v.row.wording == name] for name in sorted({v.row.wording for v in found} - {""})
+    }
+    result["wordings"] = {name: {"n": len(part), "right": accuracy(part)} for name, part in by_wording.items()}
     return result
 
 

@@ -1,8 +1,10 @@
 """The held-out suite: rows of question and right answer, and the images they are about.
 
 In: held-out typefaces, test photographs, how many questions a measure shall have. Out: Suite (rows, images; rows.py).
-Nothing here was trained on: seeds, typefaces, texts (`lettering.is_held_out`) and the wordings of unanswerable questions are
-held out, and photographs are the data set's test images. Answers are judged in scoring.py and asked for in evaluate.py.
+Nothing here was trained on: seeds, typefaces, texts (`lettering.is_held_out`), the hand and the rasterizer of
+drawings (shapes.py, raster.py), what happens to images (finish.py) and the wordings of questions (wordings.py; half
+of them written by hand) are held out, and photographs are the data set's test images. Answers are judged in
+scoring.py and asked for in evaluate.py.
 """
 
 from __future__ import annotations
@@ -16,22 +18,27 @@ from pathlib import Path
 
 import lettering
 import palette
+import wordings
 from lettering import Lettering
 from photos import ANIMALS, KINDS, Photos, photo_questions
 from PIL import Image
-from questions import lettering_questions
-from rows import FIRST_SEED, SEEDS_PER_PART, Maker, Paint, Row, Suite
-from samples import SIDE, Sample
-from scenes import SHAPES, Scene
-from talk import QA, SMALL_TALK, Turn, converse, unknown_questions, with_article
+from reading import lettering_questions
+from rows import FIRST_SEED, SEEDS_PER_PART, Maker, Row, Suite
+from samples import SIDE, Paint, Sample
+from shapes import SHAPES
+from talk import QA, SMALL_TALK, Turn, converse, join_questions, joinable, unknown_questions, with_article
 from wording import names_of
+from wordings import Asker
 
 
 def make_suite(fonts: Path | None, photos: Photos | None, size: int) -> Suite:
     """About `size` questions for each measure."""
     maker = Maker(fonts, photos)
-    parts = (add_scenes, add_reading, add_any_text, add_pope, add_follow_ups, add_conversations, add_unknown, add_free)
-    for part in parts + (add_sizes,) + ((add_photos,) if photos is not None else ()):
+    parts = (
+        add_scenes, add_reading, add_any_text, add_pope, add_boxes, add_charts, add_pairs, add_two_questions,
+        add_follow_ups, add_conversations, add_unknown, add_free, add_sizes,
+    )  # fmt: skip
+    for part in parts + ((add_photos,) if photos is not None else ()):
         part(maker, size)
     return Suite(maker.rows, maker.paints)
 
@@ -56,6 +63,7 @@ def add_scenes(maker: Maker, size: int) -> None:
     drawn = [group for category, group in YES_NO.items() if category not in ("yesno_read", "yesno_photo")]
     maker.fill(maker.draw(2, "scene"), {f"{g}/{t}": size // 2 for g in drawn for t in ("Yes", "No")}, yes_no_label)
     rest = {"background": size // 4, "yesno_same/Yes": size // 8, "yesno_same/No": size // 8, "kind": size // 8}
+    rest |= dict.fromkeys(("list_shapes", "list_colours"), size // 4)
     maker.fill(maker.draw(3, "scene"), rest, rest_label)
 
 
@@ -75,16 +83,21 @@ def add_pope(maker: Maker, size: int) -> None:
     """Is there a ...? One yes and one no for each image; the no is of any colour and shape, or nearly right."""
     for part, wrong in enumerate(("random", "near")):
         group = f"pope_drawn_{wrong}"
-        for sample, rng in maker.draw(10 + part, "scene"):
+        for sample, ask in maker.draw(10 + part, "scene"):
             if maker.number(group) >= size:
                 break
-            things = {(t.colour, t.shape) for t in scene_of(sample).things}
-            right = rng.choice(sorted(things))
-            no = draw_absent(rng, things, near=wrong == "near")
-            picture = maker.picture(sample.paint)
+            things = {(t.colour, t.shape) for t in sample.scene.things}
+            right = ask.rng.choice(sorted(things))
+            no = draw_absent(ask.rng, things, near=wrong == "near")
+            pictures = maker.pictures(sample.paints)
             for (colour, shape), truth in ((right, "Yes"), (no, "No")):
-                asked = f"Is there {with_article(f'{colour} {shape}')} in the image?"
-                maker.add(group, QA(asked, truth, truth, "yesno_exists"), picture, rng, form="word", tag=truth)
+                put_pope(maker, group, f"{colour} {shape}", truth, pictures)
+
+
+def put_pope(maker: Maker, group: str, what: str, truth: str, pictures: tuple[int, ...]) -> None:
+    """In the benchmark's own words, and as LLaVA is asked."""
+    question = f"Is there {with_article(what)} in the image?\n{wordings.SHORT_SUFFIX}"
+    maker.put(Row("", group, "yesno_exists", "word", question, truth, pictures, tag=truth))
 
 
 def draw_absent(rng: random.Random, things: set[tuple[str, str]], *, near: bool) -> tuple[str, str]:
@@ -93,9 +106,48 @@ def draw_absent(rng: random.Random, things: set[tuple[str, str]], *, near: bool)
     return rng.choice([(c, s) for c, s in pairs if (c in colours or s in shapes) == near])
 
 
-def scene_of(sample: Sample) -> Scene:
-    assert isinstance(sample.paint, partial)
-    return sample.paint.args[0]
+# --- boxes, charts, two images, two questions -----------------------------------------------------------------------
+
+
+def add_boxes(maker: Maker, size: int) -> None:
+    quotas = {"box": size, "region": size // 2}
+    maker.fill(maker.draw(12, "scene"), quotas, lambda qa: qa.category)
+
+
+def add_charts(maker: Maker, size: int) -> None:
+    quotas = {"chart/kind": size // 8, "chart/count": size // 4, "chart/most": size // 2}
+    maker.fill(maker.draw(13, "chart"), quotas | {f"yesno_chart/{t}": size // 4 for t in ("Yes", "No")}, chart_label)
+
+
+def chart_label(qa: QA) -> str:
+    if qa.category.startswith("chart_"):
+        return qa.category.replace("chart_", "chart/")
+    return f"{qa.category}/{qa.short}"
+
+
+def add_pairs(maker: Maker, size: int) -> None:
+    """Half about one of two images, half about both."""
+    quotas = {"pair/one of two": size // 2, "pair/which": size // 4, "pair/more": size // 4}
+    maker.fill(maker.draw(14, "pair"), quotas | {f"yesno_pair/{t}": size // 4 for t in ("Yes", "No")}, pair_label)
+
+
+def pair_label(qa: QA) -> str:
+    if qa.category == "yesno_pair":
+        return f"{qa.category}/{qa.short}"
+    return {"pair_which": "pair/which", "pair_more": "pair/more"}.get(qa.category, "pair/one of two")
+
+
+def add_two_questions(maker: Maker, size: int) -> None:
+    """Two questions in one, both of which must be answered."""
+    kinds = picture_kinds(maker, (("scene", 3), ("text", 1), ("photo", 1)))
+    for sample, ask in mixed(maker, 15, kinds):
+        if maker.number("two_questions") >= size // 2:
+            return
+        asked = [qa for qa in sample.questions if joinable(qa)]
+        first = ask.rng.choice(asked)
+        others = [qa for qa in asked if qa.category != first.category]
+        joined = join_questions(ask, first, ask.rng.choice(others))
+        maker.add("two_questions", joined, maker.pictures(sample.paints), ask)
 
 
 # --- words and numbers ----------------------------------------------------------------------------------------------
@@ -103,15 +155,15 @@ def scene_of(sample: Sample) -> Scene:
 TEXT_QUESTIONS = {"text_colour": 4, "text_kind": 8, "read_part": 4}  # a share of the size: one in so many
 
 
-def draw_texts(maker: Maker, part: int, wanted: str, *, trained: bool) -> Iterator[tuple[Sample, random.Random]]:
+def draw_texts(maker: Maker, part: int, wanted: str, *, trained: bool) -> Iterator[tuple[Sample, Asker]]:
     """Texts in held-out typefaces; `trained` texts may have been read in training, in other typefaces."""
     for number in count():
         rng = random.Random(f"held-text-{FIRST_SEED + part * SEEDS_PER_PART + number}")
-        text = lettering.draw_lettering(rng, maker.fonts, held=not trained)
-        text = replace(text, font=rng.choice(lettering.typefaces(maker.fonts, "held")))
+        text = lettering.draw_lettering(rng, maker.fonts, held=True, trained_text=trained)
         if wanted in kinds_of_text(text):
-            paint = partial(lettering.render_lettering, text, SIDE)
-            yield Sample("text", paint, "", lettering_questions(text, rng), text.text), rng
+            ask = maker.source.asker(rng)
+            paints = (partial(lettering.render_lettering, text, SIDE),)
+            yield Sample("text", paints, "", lettering_questions(text, ask), text.text, ask.split), ask
 
 
 def kinds_of_text(text: Lettering) -> tuple[str, ...]:
@@ -145,11 +197,11 @@ def add_any_text(maker: Maker, size: int) -> None:
     without = mixed(maker, 27, picture_kinds(maker, (("scene", 1), ("photo", 1))))
     for truth, samples in (("Yes", with_text), ("No", without)):
         for _ in range(size // 4):
-            sample, rng = next(samples)
+            sample, ask = next(samples)
             yes = f'it says "{sample.truth}"' if sample.kind == "text" else "there is"
             answer = f"Yes, {yes}." if truth == "Yes" else "No, there is no text."
-            qa = QA("Is there any text in the picture?", answer, truth, "yesno_text")
-            maker.add("yesno_any_text", qa, maker.picture(sample.paint), rng, tag=truth)
+            qa = QA(ask("any_text"), answer, truth, "yesno_any_text")
+            maker.add("yesno_any_text", qa, maker.pictures(sample.paints), ask, tag=truth)
 
 
 def reading_label(qa: QA, *, group: str) -> str | None:
@@ -171,34 +223,32 @@ def add_photos(maker: Maker, size: int) -> None:
     assert photos is not None
     order = list(range(len(photos)))
     random.Random("suite-photos").shuffle(order)
-    samples = [photo_sample(photos, index) for index in order]
-    for sample, rng in samples[: 2 * size]:
+    samples = [photo_sample(maker, photos, index) for index in order]
+    for sample, ask in samples[: 2 * size]:
         asked = [qa for qa in sample.questions if qa.category == "photo"]
-        picture = maker.picture(sample.paint)
+        pictures = maker.pictures(sample.paints)
         for form in ("word", "sentence"):
-            maker.add("photo", rng.choice(asked), picture, rng, form=form, tag=sample.truth)
+            maker.add("photo", ask.rng.choice(asked), pictures, ask, form=form, tag=sample.truth)
     maker.fill(samples, {f"yesno_photo/{t}": size // 2 for t in ("Yes", "No")}, yes_no_label)
     rest = dict.fromkeys(("photo_group", "photo_fact", "describe_photo"), size // 4)
     rest |= dict.fromkeys(("kind", "absent"), size // 8)
     maker.fill(samples, rest, lambda qa: "describe_photo" if qa.category == "describe" else qa.category)
     for wrong in ("random", "near"):
-        for sample, rng in samples[: size // 2]:
+        for sample, ask in samples[: size // 2]:
             kind = sample.truth
-            no = (
-                NEAR[kind] if wrong == "near" else rng.choice([k for k in KINDS if (k in ANIMALS) != (kind in ANIMALS)])
-            )
-            picture = maker.picture(sample.paint)
+            far = [k for k in KINDS if (k in ANIMALS) != (kind in ANIMALS)]
+            no = NEAR[kind] if wrong == "near" else ask.rng.choice(far)
+            pictures = maker.pictures(sample.paints)
             for name, truth in ((kind, "Yes"), (no, "No")):
-                qa = QA(f"Is there {with_article(name)} in the image?", truth, truth, "yesno_photo")
-                maker.add(f"pope_photo_{wrong}", qa, picture, rng, form="word", tag=truth)
+                put_pope(maker, f"pope_photo_{wrong}", name, truth, pictures)
 
 
-def photo_sample(photos: Photos, index: int) -> tuple[Sample, random.Random]:
+def photo_sample(maker: Maker, photos: Photos, index: int) -> tuple[Sample, Asker]:
     """A test image as it is; `samples.draw_photo` would draw some twice and some never."""
-    rng = random.Random(f"suite-photo-{index}")
+    ask = maker.source.asker(random.Random(f"suite-photo-{index}"))
     label = int(photos.labels[index])
-    paint = partial(Image.fromarray, photos.pixels[index])
-    return Sample("photo", paint, "", photo_questions(label, rng, held=True), KINDS[label]), rng
+    paints = (partial(Image.fromarray, photos.pixels[index]),)
+    return Sample("photo", paints, "", photo_questions(label, ask), KINDS[label], ask.split), ask
 
 
 # --- conversations --------------------------------------------------------------------------------------------------
@@ -207,18 +257,18 @@ def photo_sample(photos: Photos, index: int) -> tuple[Sample, random.Random]:
 def add_follow_ups(maker: Maker, size: int) -> None:
     """A question about a thing and one about "it", after the model's own answer to the first."""
     kinds = picture_kinds(maker, (("scene", 3), ("text", 1), ("photo", 1)))
-    for sample, rng in mixed(maker, 30, kinds):
+    for sample, ask in mixed(maker, 30, kinds):
         if maker.number("follow_up") >= size:
             return
         pairs = [(a, b) for a in sample.questions for b in sample.questions if fits(a, b)]
         if not pairs:
             continue
-        first, second = rng.choice(pairs)
+        first, second = ask.rng.choice(pairs)
         assert second.follow is not None
-        form = rng.choice(("word", "sentence"))
-        before = maker.add("follow_up_first", first, maker.picture(sample.paint), rng, form=form)
+        form = ask.rng.choice(("word", "sentence"))
+        before = maker.add("follow_up_first", first, maker.pictures(sample.paints), ask, form=form)
         asked = replace(second, question=second.follow[0], answer=second.follow[1])
-        row = maker.add("follow_up", asked, before.picture, rng, form=form, tag=second.category)
+        row = maker.add("follow_up", asked, before.pictures, ask, form=form, tag=second.category)
         maker.rows[-1] = replace(row, after=before.id)
 
 
@@ -231,7 +281,7 @@ def picture_kinds(maker: Maker, shares: Sequence[tuple[str, int]]) -> list[str]:
     return [kind for kind, share in shares for _ in range(share) if kind != "photo" or maker.photos is not None]
 
 
-def mixed(maker: Maker, part: int, kinds: Sequence[str]) -> Iterator[tuple[Sample, random.Random]]:
+def mixed(maker: Maker, part: int, kinds: Sequence[str]) -> Iterator[tuple[Sample, Asker]]:
     """Held-out samples of several kinds in turn."""
     streams = [maker.draw(part + place, kind) for place, kind in enumerate(kinds)]
     for number in count():
@@ -243,31 +293,32 @@ def add_conversations(maker: Maker, size: int) -> None:
     kinds = picture_kinds(maker, (("scene", 2), ("sign", 1), ("text", 1), ("photo", 1)))
     samples = mixed(maker, 40, kinds)
     for _ in range(-(-size // 5)):
-        sample, rng = next(samples)
-        picture, after = maker.picture(sample.paint), None
-        for number, turn in enumerate(converse(rng, sample.questions, 5), start=1):
-            row = maker.put(turn_row(turn, picture, after, tag=f"turn {number}"))
+        sample, ask = next(samples)
+        pictures, after = maker.pictures(sample.paints), None
+        for number, turn in enumerate(converse(ask, sample.questions, 5), start=1):
+            row = maker.put(turn_row(turn, pictures, after, tag=f"turn {number}", wording=ask.split))
             after = row.id
 
 
-def turn_row(turn: Turn, picture: int | None, after: str | None, *, tag: str) -> Row:
-    form = "word" if turn.short else "free" if turn.category == "describe" else "sentence"
-    return Row("", "conversation", turn.category, form, turn.question, turn.answer, picture, after, tag)
+def turn_row(turn: Turn, pictures: tuple[int, ...], after: str | None, *, tag: str, wording: str) -> Row:
+    form = "word" if turn.short else "free" if turn.category in ("describe", "box") else "sentence"
+    return Row(
+        "", "conversation", turn.category, form, turn.question, turn.answer, pictures, after, tag, wording=wording
+    )
 
 
 # --- what cannot be told, descriptions, talk ------------------------------------------------------------------------
 
 
 def add_unknown(maker: Maker, size: int) -> None:
-    """Wordings that training never used, the same about a thing in the image, and questions about what is not there."""
-    kinds = picture_kinds(maker, (("scene", 2), ("text", 1), ("photo", 1)))
+    """What no picture tells, some of it about a thing in the image, and questions about what is not there."""
+    kinds = picture_kinds(maker, (("scene", 2), ("text", 1), ("chart", 1), ("photo", 1)))
     samples = mixed(maker, 50, kinds)
     for _ in range(size):
-        sample, rng = next(samples)
-        things = names_of(scene_of(sample))[:1] if sample.kind == "scene" and rng.random() < 0.3 else []
-        asked = unknown_questions(rng, held=True, things=things)
-        qa = rng.choice(asked[-4:] if things else asked)
-        maker.add("unknown", qa, maker.picture(sample.paint), rng, tag="about a thing" if things else "new wording")
+        sample, ask = next(samples)
+        things = [(name, thing.colour) for thing, name in names_of(sample.scene)] if sample.kind == "scene" else []
+        (qa,) = unknown_questions(ask, 1, things=things)
+        maker.add("unknown", qa, maker.pictures(sample.paints), ask)
     for part, kind in ((56, "scene"), (57, "text")):
         maker.fill(maker.draw(part, kind), {"absent": size // 4}, lambda qa: qa.category)
 
@@ -307,20 +358,22 @@ ASKED_AT_SIZES = ("colour", "shape", "count", "read", "relation")  # not places:
 
 def add_sizes(maker: Maker, size: int) -> None:
     """The same scenes and words as square images of several sizes, and on a wide and a high sheet."""
-    chosen: list[tuple[Sample, QA, random.Random]] = []
-    for sample, rng in mixed(maker, 70, ("scene", "scene", "text")):
+    chosen: list[tuple[Sample, QA]] = []
+    for sample, ask in mixed(maker, 70, ("scene", "scene", "text")):
         asked = [qa for qa in sample.questions if qa.category in ASKED_AT_SIZES]
         if len(chosen) >= size // 2:
             break
         if asked:
-            chosen.append((sample, rng.choice(asked), rng))
+            chosen.append((sample, ask.rng.choice(asked)))
     for name, side in SIZES.items():
-        for sample, qa, _ in chosen:
-            assert isinstance(sample.paint, partial)
-            paint: Paint = partial(sample.paint.func, sample.paint.args[0], side)
+        for sample, qa in chosen:
+            (drawn,) = sample.paints
+            assert isinstance(drawn, partial)
+            paint: Paint = partial(drawn.func, drawn.args[0], side)
             if name in ("wide", "high"):
                 paint = partial(on_sheet, paint, high=name == "high")
-            maker.add(f"side_{name}", qa, maker.picture(paint), random.Random(qa.question), tag=qa.category)
+            ask = Asker(random.Random(qa.question), sample.wording)
+            maker.add(f"side_{name}", qa, maker.pictures([paint]), ask, tag=qa.category)
 
 
 def on_sheet(paint: Paint, *, high: bool) -> Image.Image:

@@ -1,7 +1,8 @@
 """What is said about any image: question-and-answer pairs, how they join into a conversation, and general talk.
 
-In: facts found elsewhere (questions.py for scenes and words, photos.py for photographs). Out: QA, turns of a conversation.
-A QA has a full answer and a short one; which is given depends on whether the question ends with SHORT_SUFFIX.
+In: facts found elsewhere (questions.py for scenes, reading.py for words, photos.py for photographs), an Asker. Out:
+QA, turns of a conversation. A QA has a full answer and a short one; which is given depends on the request after the
+question (wordings.request).
 """
 
 from __future__ import annotations
@@ -10,15 +11,25 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."
+import wordings
+from wordings import Asker
 
+SHORT_SUFFIX = "\n" + wordings.SHORT_SUFFIX
 
 # How often a kind of question is drawn; 1 where nothing is said.
 WEIGHTS = {
     "count": 2.5, "yesno_count": 1.3, "relation": 2.5, "yesno_relation": 1.5, "size_relation": 1.5, "position": 1.5,
     "read": 4.0, "yesno_read": 2.0, "photo": 3.0, "yesno_photo": 3.0, "kind": 0.3, "unknown": 0.5, "absent": 0.7,
-    "describe": 0.8, "background": 0.6, "yesno_same": 0.5, "text_kind": 0.5, "yesno_text": 0.5,
+    "describe": 0.8, "background": 0.6, "yesno_same": 0.5, "text_kind": 0.5, "yesno_any_text": 0.7, "box": 2.0, "region": 0.7,
+    "list_shapes": 0.5, "list_colours": 0.5, "yesno_exists": 2.0, "photo_count": 0.3,
 }  # fmt: skip
+NO_REQUEST = (
+    "box",
+    "region",
+    "describe",
+    "talk",
+)  # kinds of question with one form of answer, whose question ends as it is
+TWO_IN_ONE = 0.08  # share of turns
 
 
 @dataclass(frozen=True)
@@ -45,35 +56,53 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def yes_no(question: str, right: bool, yes: str, no: str, category: str, about: str | None = None) -> QA:
+    return QA(question, f"Yes, {yes}." if right else f"No, {no}.", "Yes" if right else "No", category, about)
 
 
-def spell(rng: random.Random, question: str) -> str:
-    """Both spellings of "colour" are asked."""
-    return question.replace("colour", "color").replace("centre", "center") if rng.random() < 0.5 else question
-
-
-def converse(
-    rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapping[str, float] = WEIGHTS
-) -> list[Turn]:
-    """Pick questions, turn some into follow-ups with "it", and ask for short answers in some conversations."""
+def converse(ask: Asker, pool: Sequence[QA], num_turns: int, weights: Mapping[str, float] = WEIGHTS) -> list[Turn]:
+    """Pick questions, turn some into follow-ups with "it", join some in pairs, ask for short answers in some conversations."""
+    rng = ask.rng
     chosen = spread(rng, pool, num_turns, weights)
     short_share = rng.choice((0.0, 0.0, 0.5, 1.0))
     turns: list[Turn] = []
     about: str | None = None
-    for qa in chosen:
-        question, answer = qa.question, qa.answer
+    while chosen:
+        qa = chosen.pop(0)
         if qa.follow and about is not None and qa.about == about and rng.random() < 0.75:
             question, answer = qa.follow
-            if rng.random() < 0.3:
+            if rng.random() < 0.3 and not question.lower().startswith("and "):
                 question = "And " + question[0].lower() + question[1:]
-        short = qa.short is not None and rng.random() < short_share
-        if short:
-            question, answer = question + SHORT_SUFFIX, qa.short or ""
-        turns.append(Turn(spell(rng, question), answer, qa.category, short))
+            qa = replace(qa, question=question, answer=answer)
         about = qa.about
+        if chosen and joinable(qa) and joinable(chosen[0]) and ask.split != "plain" and rng.random() < TWO_IN_ONE:
+            qa = join_questions(ask, qa, chosen.pop(0))
+        turns.append(put(ask, qa, short=rng.random() < short_share))
     return turns
+
+
+def put(ask: Asker, qa: QA, *, short: bool) -> Turn:
+    """The question as it is typed, with a request for a short answer or none."""
+    short = short and qa.short is not None and qa.category not in NO_REQUEST
+    question = wordings.dress(ask.rng, ask.split, qa.question)
+    if qa.category not in NO_REQUEST:
+        yes_no = qa.short in ("Yes", "No")
+        question += wordings.request(ask.rng, ask.split, "word" if short else "sentence", yes_no=yes_no)
+    return Turn(question, (qa.short or "") if short else qa.answer, qa.category, short)
+
+
+def joinable(qa: QA) -> bool:
+    apart = (*NO_REQUEST, "unknown", "absent", "list_shapes", "list_colours")
+    return qa.short is not None and qa.category not in apart and not qa.question.endswith('"')
+
+
+def join_questions(ask: Asker, first: QA, second: QA) -> QA:
+    """Two questions in one, answered one after the other. Its category names both."""
+    question = wordings.join_two(ask.rng, ask.split, first.question, second.question)
+    short = f"{first.short}, {second.short}"
+    return QA(
+        question, f"{first.answer} {second.answer}", short, f"two {first.category} {second.category}", second.about
+    )
 
 
 def spread(rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapping[str, float]) -> list[QA]:
@@ -99,33 +128,8 @@ def spread(rng: random.Random, pool: Sequence[QA], num_turns: int, weights: Mapp
 
 # --- what an image cannot tell -------------------------------------------------------------------------------------
 
-UNKNOWN_TOPICS: dict[str, tuple[str, ...]] = {
-    "who made it": ("Who drew this?", "Who made this picture?", "Who is the artist?", "Who painted this?",
-        "Who created this image?"),
-    "when it was made": ("When was this made?", "What year is this from?", "How old is this picture?",
-        "On what day was this made?"),
-    "where it was made": ("Where was this made?", "Which country is this from?", "In which city was this made?"),
-    "what it costs": ("How much does this cost?", "What is the price of this picture?", "How much is it worth?"),
-    "what will happen next": ("What will happen next?", "What happens after this?", "What will it look like tomorrow?"),
-    "what happened before": ("What happened before this?", "What was here yesterday?"),
-    "why it was made": ("Why was this made?", "What is the purpose of this picture?", "What was the artist thinking?"),
-    "anyone's name": ("What is the name of the person?", "What is the owner's name?", "Who does this belong to?",
-        "What is his name?", "What is her name?"),
-    "how it sounds": ("What sound can be heard here?", "What music is playing?", "How does it sound?"),
-    "how it smells or tastes": ("What does it smell like?", "How does it taste?"),
-    "how heavy it is": ("How heavy is it?", "What does it weigh?", "How many kilograms is this?"),
-    "what is outside the picture": ("What is outside the picture?", "What is on the other side of it?",
-        "What is behind the camera?"),
-    "how long it took": ("How long did this take?", "How many hours did it take to make this?"),
-    "anyone's telephone number or address": ("What is the telephone number of the owner?", "What is the address?"),
-    "what it feels": ("What is it thinking?", "Is it happy?", "What is its favourite food?"),
-    "how warm it is": ("What is the temperature?", "How warm is it there?"),
-}  # fmt: skip
-HELD_UNKNOWN = {
-    "Who painted this?", "How old is this picture?", "In which city was this made?", "How much is it worth?",
-    "What happens after this?", "Who does this belong to?", "What music is playing?", "What does it weigh?",
-    "What is behind the camera?", "How many hours did it take to make this?",
-}  # fmt: skip
+UNKNOWN_TOPICS = tuple(wordings.read_sections(wordings.GRAMMARS[1]))  # in the words of the answers
+SOMETHING_ELSE = "something else"  # topics that only the held-out suite asks about
 UNKNOWN_ANSWERS = (
     "I cannot tell {topic} from the picture.",
     "The picture does not show {topic}.",
@@ -134,17 +138,17 @@ UNKNOWN_ANSWERS = (
 UNKNOWN_SHORT = "I cannot tell"
 
 
-def unknown_questions(rng: random.Random, *, held: bool = False, things: Sequence[str] = ()) -> list[QA]:
-    """Questions whose honest answer is that the image does not say. `things` are names seen in it ("the red star")."""
-    pairs = []
-    for topic, questions in UNKNOWN_TOPICS.items():
-        pairs += [(topic, question) for question in questions if (question in HELD_UNKNOWN) == held]
-    for thing in things:
-        pairs.append((f"what is behind {thing}", f"What is behind {thing}?"))
-        pairs.append((f"who made {thing}", f"Who made {thing}?"))
-        pairs.append((f"what {thing} weighs", f"How heavy is {thing}?"))
-        pairs.append((f"what {thing} costs", f"How much does {thing} cost?"))
-    return [QA(q, rng.choice(UNKNOWN_ANSWERS).format(topic=topic), UNKNOWN_SHORT, "unknown") for topic, q in pairs]
+def unknown_questions(ask: Asker, number: int, *, things: Sequence[tuple[str, str]] = ()) -> list[QA]:
+    """Questions whose honest answer is that the image does not say; `things` are (name, colour) of things in it."""
+    topics = [*UNKNOWN_TOPICS, SOMETHING_ELSE] if ask.split == "hand" else UNKNOWN_TOPICS
+    found = []
+    for topic in ask.rng.sample(topics, number):
+        name, colour = ask.rng.choice(things) if things and ask.rng.random() < 0.5 else (None, None)
+        slots = {"name": name, "colour": colour} if name and colour else {}
+        said = "that" if topic == SOMETHING_ELSE else topic
+        answer = ask.rng.choice(UNKNOWN_ANSWERS).format(topic=said)
+        found.append(QA(ask(topic, **slots), answer, UNKNOWN_SHORT, "unknown"))
+    return found
 
 
 # --- talk without an image -----------------------------------------------------------------------------------------
@@ -192,16 +196,4 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 def small_talk(rng: random.Random) -> list[QA]:
     """A few lines of talk without any image."""
     picked = rng.sample(SMALL_TALK, rng.randint(1, 3))
-    return [QA(casual(rng, rng.choice(questions)), answer, None, "talk") for questions, answer in picked]
-
-
-def casual(rng: random.Random, question: str) -> str:
-    """As people type it: sometimes all in lower case, sometimes without the mark at the end."""
-    if rng.random() < 0.2:
-        question = question.lower()
-    return question.rstrip("?.!") if rng.random() < 0.15 else question
-
-
-def loosen(rng: random.Random, qas: Sequence[QA]) -> list[QA]:
-    """The same questions, one in eight as casually typed."""
-    return [replace(qa, question=casual(rng, qa.question)) if rng.random() < 0.12 else qa for qa in qas]
+    return [QA(rng.choice(questions), answer, None, "talk") for questions, answer in picked]

@@ -16,8 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import wordings
+from questions import ELSEWHERE
 from samples import DRAW, Source, draw_sample
 from talk import QA, SHORT_SUFFIX, SMALL_TALK, UNKNOWN_SHORT, UNKNOWN_TOPICS
+from wording import plural
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -71,11 +74,15 @@ def sentences(source: Source, num_samples: int) -> Iterator[str]:
             yield sample.caption
             for qa in sample.questions:
                 yield from said(qa)
+    for grammar in wordings.GRAMMARS:
+        for kind in wordings.read_sections(grammar):
+            for wording in (wording for line in wordings.wordings(kind, "train") for wording in line):
+                words = re.sub(r"{\w+}", " ", wording)
+                yield from (words, wordings.capital(words))
     for questions, answer in SMALL_TALK:
         yield from (*questions, answer)
-    for topic, asked in UNKNOWN_TOPICS.items():
-        yield from (topic, *asked)
-    yield from (UNKNOWN_SHORT, SYSTEM, "color Color colors center Center plane automobile")
+    yield from (*UNKNOWN_TOPICS, *ELSEWHERE, *map(plural, ELSEWHERE))
+    yield from (UNKNOWN_SHORT, SYSTEM, "color Color colors center Center gray plane automobile")
 
 
 def said(qa: QA) -> Iterator[str]:

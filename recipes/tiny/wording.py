@@ -8,13 +8,35 @@ from __future__ import annotations
 from collections import Counter
 
 from scenes import Scene, Thing
-from talk import capital, with_article
+from talk import with_article
+from wordings import capital
 
 DIGITS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def plural(shape: str) -> str:
-    return {"cross": "crosses", "hexagon": "hexagons"}.get(shape, shape + "s")
+IRREGULAR = {
+    "person": "people",
+    "child": "children",
+    "man": "men",
+    "woman": "women",
+    "mouse": "mice",
+    "knife": "knives",
+}
+UNCHANGED = ("deer", "sheep", "fish")
+
+
+def plural(noun: str) -> str:
+    """Of the last word: "red cross" -> "red crosses"."""
+    *before, last = noun.split(" ")
+    if last not in UNCHANGED:
+        last = IRREGULAR.get(last) or last + ("es" if last.endswith(("s", "ch", "sh")) else "s")
+    return " ".join([*before, last])
+
+
+def there_are(one: str, many: str, number: int) -> str:
+    if number == 0:
+        return f"there are no {many}"
+    return f"there is one {one}" if number == 1 else f"there are {DIGITS[number]} {many}"
 
 
 def short_name(thing: Thing) -> str:
@@ -38,9 +60,9 @@ def name_of(scene: Scene, thing: Thing, using: str) -> str | None:
     return None
 
 
-def names_of(scene: Scene) -> list[str]:
-    """A name for each thing that has one."""
-    return [name for thing in scene.things if (name := name_of(scene, thing, "any"))]
+def names_of(scene: Scene) -> list[tuple[Thing, str]]:
+    """The things that have a name of their own, with it."""
+    return [(thing, name) for thing in scene.things if (name := name_of(scene, thing, "any"))]
 
 
 def place_phrase(place: str) -> str:
@@ -54,7 +76,7 @@ def describe(scene: Scene, *, count_first: bool = False) -> str:
     parts = []
     for thing in sorted(scene.things, key=lambda t: (round(t.y * 3), t.x)):
         where = f" {place_phrase(thing.place)}" if thing.place else ""
-        parts.append(f"{with_article(f'{thing.size} {short_name(thing)}')}{where}")
+        parts.append(f"{with_article(f'{thing.size or str()} {short_name(thing)}'.strip())}{where}")
     text = join(parts)
     if scene.sign:
         text += f', and the {"number" if scene.sign.is_number else "word"} "{scene.sign.text}"'

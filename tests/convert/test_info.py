@@ -88,7 +88,7 @@ def test_other_layouts(tmp_path: Path) -> None:
         assert pair.facts[key] == whole.facts[key]
     assert (pair.readers["llava"], pair.memory_bytes) == ("yes", whole.memory_bytes)
     (vision,) = (tmp_path / "gguf").glob("mmproj-*")
-    assert describe_checkpoint(vision).facts == {vision.name: "vision tower and projector, 8 layers, 256 wide"}
+    assert describe_checkpoint(vision).facts == {vision.name: "vision tower and projector, 8 layers, 320 wide"}
     vision.unlink()
     assert "give the file of tower and projector" in describe_checkpoint(tmp_path / "gguf").missing[0]
 

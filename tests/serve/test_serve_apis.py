@@ -109,7 +109,7 @@ def test_ollama_names_may_have_the_tag_latest(address: str) -> None:
         assert post(f"{address}/api/pull", {"model": name}) == {"status": "success"}
     running = httpx.get(f"{address}/api/ps").json()["models"]
     assert [(model["model"], model["context_length"]) for model in running] == [(f"{MODEL}:latest", 1024)]
-    assert models[0]["details"]["parameter_size"] == "15.60M"
+    assert models[0]["details"]["parameter_size"] == "19.56M"
     for path in ("chat", "generate", "show", "pull"):
         wrong = post(
             f"{address}/api/{path}",

@@ -40,6 +40,12 @@ def test_suite_is_balanced_and_asks_what_was_never_trained() -> None:
     places = {row.id: place for place, row in enumerate(made.rows)}
     assert all(places[row.after] < places[row.id] for row in made.rows if row.after)
     assert FIRST_SEED > 20_000_000 + 10_000_000  # the training data's seeds end far below
+    asked = Counter(
+        row.wording for row in made.rows if row.group not in ("talk", "talk_new") and "pope" not in row.group
+    )
+    assert set(asked) == {"grammar", "hand"}
+    assert min(asked.values()) > 0.35 * asked.total()
+    assert {len(row.pictures) for row in groups["pair"]} == {2}
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -80,6 +86,17 @@ def verdict(category: str, form: str, answer: str, said: str) -> tuple[bool, boo
             "A large blue ring and a small red star on the left.", True, False),
         ("describe", "free", "A small red star on the left.", "A large red star on the left.", False, False),
         ("talk", "free", "Goodbye!", "Goodbye!", True, True),
+        ("box", "free", "[0.10, 0.10, 0.50, 0.50]", "[0.12, 0.10, 0.50, 0.48]", True, False),
+        ("box", "free", "[0.10, 0.10, 0.50, 0.50]", "[0.50, 0.50, 0.90, 0.90]", False, False),
+        ("box", "free", "[0.10, 0.10, 0.50, 0.50]", "On the left.", False, False),
+        ("two colour count", "word", "Red, 3", "Red, three", True, False),
+        ("two colour count", "word", "Red, 3", "Red", False, False),
+        ("two colour count", "sentence", "It is red. There are two stars.", "The star is red. There are 2 stars.", True, False),
+        ("two colour count", "sentence", "It is red. There are two stars.", "It is red. There is one star.", False, False),
+        ("region", "sentence", "It is a red star.", "It is a red circle.", False, False),
+        ("list_shapes", "sentence", "I see a circle and a star.", "I see a star and a circle.", True, False),
+        ("chart_most", "sentence", "The red bar is the tallest.", "It is the red one.", True, False),
+        ("pair_which", "sentence", "The first picture shows a star.", "The second picture shows a star.", False, False),
     ],
 )  # fmt: skip
 def test_scorer(category: str, form: str, answer: str, said: str, right: bool, exact: bool) -> None:
@@ -142,7 +159,9 @@ def test_evaluation_of_a_packed_model(packed: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", {"word": 3, "sentence": 3, "free": 3})
     options = ["--model", str(packed), "--out", str(tmp_path), "--size", "8", "--workers", "1", "--device", "cpu"]
     assert (
-        evaluate.main([*options, "--only", "colour,follow_up,conversation,talk_new,yesno_size,side_wide", "--card"])
+        evaluate.main(
+            [*options, "--only", "colour,follow_up,conversation,talk_new,yesno_size,side_wide,pair,box", "--card"]
+        )
         == 0
     )
     report = json.loads((tmp_path / "evaluation.json").read_text())
@@ -151,7 +170,7 @@ def test_evaluation_of_a_packed_model(packed: Path, tmp_path: Path, monkeypatch:
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == report["questions"]
     card = (packed / "README.md").read_text()
-    assert "| Scene attributes | 8 |" in card
+    assert "| - colour | 8 |" in card
     assert str(tmp_path) not in card
 
 
@@ -162,7 +181,9 @@ def test_batches_answer_as_single_questions_do(packed: Path, monkeypatch: pytest
     loaded = load(packed, device="cpu", dtype="float32")
     made = suite.make_suite(None, None, 8)
     kept = [
-        row for row in made.rows if row.group in ("colour", "talk_new", "follow_up", "follow_up_first", "side_wide")
+        row
+        for row in made.rows
+        if row.group in ("colour", "talk_new", "follow_up", "follow_up_first", "side_wide", "pair")
     ]
     chosen = Suite(kept, made.paints)
     images = chosen.paint()
