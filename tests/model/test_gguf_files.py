@@ -29,6 +29,7 @@ from llava.model.checkpoints.gguf_blocks import BLOCKS, dequantize
 from llava.model.checkpoints.gguf_config import llama_3_factors, llama_3_rope
 from llava.model.checkpoints.gguf_file import read_gguf_header
 from llava.model.checkpoints.gguf_folder import gguf_checkpoint
+from llava.model.checkpoints.gguf_names import published_text_name, published_vision_name
 from llava.model.checkpoints.hub import gguf_pair, resolve_checkpoint
 
 LLAMA_3 = {
@@ -310,6 +311,13 @@ def test_factors_of_llama_3(factor: float, positions: int, base: float, head_dim
     torch.testing.assert_close(torch.tensor(factors).double(), plain / scaled.double(), rtol=1e-5, atol=0)
     stored = [struct.unpack("<f", struct.pack("<f", value))[0] for value in factors]
     assert llama_3_rope(stored, base) == {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def test_names_that_no_tensor_has() -> None:
+    for name in ("blk.0\n.attn_q.weight", "", "\n", "v.blk.x.ln1", "blk..weight"):
+        assert published_text_name(name) is None
+        assert published_vision_name(name, is_linear=False) is None
+    assert published_text_name("blk.7.attn_q.bias") == "model.layers.7.self_attn.q_proj.bias"
 
 
 def test_factors_of_another_encoding_are_refused() -> None:

@@ -84,7 +84,7 @@ def published_vision_name(name: str, *, is_linear: bool) -> str | None:
 
 
 def _translated(name: str, names: Mapping[str, str]) -> str | None:
-    match = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name)
+    match = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name, re.DOTALL)  # damaged files have names with any character
     assert match is not None
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", match[1])
     found = names.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", match[1])) or names.get(match[1])
