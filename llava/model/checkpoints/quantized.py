@@ -16,13 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
-from llava.model.checkpoints.hf_layout import NAME_RULES
+from llava.model.checkpoints.hf_layout import NAME_RULES, comparable_name, published_name
 from llava.model.checkpoints.inspect import CheckpointInfo
-from llava.model.checkpoints.loading import Origins, load_with_transformers
+from llava.model.checkpoints.loading import Origins, expected_tensors, load_with_transformers
 
 # Where each method's configuration lists the modules that it left alone; the first one that is there is used.
 UNPACKED_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore"}
 DEFAULT_UNPACKED_KEY = "modules_to_not_convert"
+
+PLAIN_DTYPES = ("F32", "F16", "BF16")  # of tensors that are stored as they are
 
 # What a packed module stores beside, or in place of, its `weight`.
 COMPANIONS = re.compile(
@@ -47,7 +49,11 @@ def load_quantized(
     Raises:
         InputError: The method, or the package that reads it, is not here; or tensors and config do not fit.
     """
-    settings = translated_config(info, _linear_modules(model_class, config))
+    with torch.device("meta"):
+        meta_model = model_class(copy.deepcopy(config))
+    _refuse_other_shapes(meta_model, info)
+    linear = [name for name, module in meta_model.named_modules() if isinstance(module, nn.Linear)]
+    settings = translated_config(info, linear)
     method = str(settings.get("quant_method", "bitsandbytes"))
     config.quantization_config = settings
     options: dict[str, object] = {}
@@ -67,6 +73,29 @@ def load_quantized(
         ) from error
 
 
+def _refuse_other_shapes(meta_model: nn.Module, info: CheckpointInfo) -> None:
+    """Check what is not packed against the model's shapes. transformers 5.17 takes the stored shapes of such a folder."""
+    shapes = {comparable_name(name): tuple(tensor.shape) for name, tensor in expected_tensors(meta_model).items()}
+    for name, header in info.tensors.items():
+        own = comparable_name(published_name(name))
+        if (
+            own in shapes
+            and header.dtype in PLAIN_DTYPES
+            and shapes[own] != header.shape
+            and not _is_packed(name, info)
+        ):
+            raise InputError(
+                f"{header.file}: tensor {name!r} is stored in the shape {list(header.shape)}, and the model has "
+                f"{list(shapes[own])}; the checkpoint is damaged or its config.json describes another model"
+            )
+
+
+def _is_packed(name: str, info: CheckpointInfo) -> bool:
+    """Whether a weight has companions, which say how to read it."""
+    module = name.rpartition(".")[0]
+    return any((match := COMPANIONS.fullmatch(other)) and match[1] == module for other in info.tensors)
+
+
 def translated_config(info: CheckpointInfo, linear_modules: Sequence[str]) -> dict[str, object]:
     """Return a folder's `quantization_config` with those linear modules of the model named that are not stored packed."""
     settings = info.config["quantization_config"]
@@ -79,9 +108,3 @@ def translated_config(info: CheckpointInfo, linear_modules: Sequence[str]) -> di
     unpacked = [name for name in linear_modules if name not in packed]
     # transformers matches patterns at the beginning of names; compressed-tensors compares whole names.
     return dict(settings) | {key: unpacked if key == "ignore" else [re.escape(name) + "$" for name in unpacked]}
-
-
-def _linear_modules(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> list[str]:
-    with torch.device("meta"):
-        model = model_class(copy.deepcopy(config))
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
