@@ -163,7 +163,7 @@ def quiet_bitsandbytes() -> None:
 
 
 @contextmanager
-def _line_history(complete: Callable[[str, int], str | None] | None) -> Iterator[None]:
+def _line_history(complete: Callable[[str, int], str | None] | None = None) -> Iterator[None]:
     """Edit, complete and recall typed lines within the block; they are kept between sessions. Nothing without readline."""
     try:
         import readline

@@ -272,9 +272,9 @@ def test_keys_and_limits_hold_for_all_protocols(backend: EngineBackend) -> None:
             for headers in ({"x-api-key": "right-key"}, {"authorization": "Bearer right-key"}):
                 post(url, body, **headers)
                 assert "20,000" in message(post(url, large, 413, **headers))
-                service.num_requests += 1
+                service.num_answers += 1
                 assert "running" in message(post(url, body, 429, **headers))
-                service.num_requests -= 1
+                service.num_answers -= 1
 
 
 def test_a_worker_before_another_server_answers_all_protocols(

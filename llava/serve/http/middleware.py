@@ -343,7 +343,8 @@ def _adding(added: dict[str, str], send: Send) -> Send:
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            pairs = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
+            # Blank space around a value, as the names of a client's fields may have it, is no valid header.
+            pairs = [(name.encode(), value.strip().encode("latin-1")) for name, value in added.items()]
             message = dict(message, headers=[*message.get("headers", ()), *pairs])
         await send(message)
 
