@@ -37,7 +37,7 @@ from benchmarks.measure import add_output, publish, table
 from llava.convert.convert import ConversionOptions, convert
 from llava.convert.tokenizer_json import convert_tokenizer
 from llava.model.builder import load
-from llava.model.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
+from llava.model.checkpoints.gguf.tokenizer import PRE_TOKENIZERS
 from llava.text.tokenization import load_tokenizer
 
 SENTENCEPIECE = ROOT / "tests/golden/tokenizers/llama-mini1k-legacy"

@@ -22,10 +22,10 @@ from llava.images.layout import ImagePolicy, TileRange, parse_pinpoints
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.catalog import did_you_mean
 from llava.model.checkpoints.foreign import ForeignModel
-from llava.model.checkpoints.gguf_config import PROJECTORS
-from llava.model.checkpoints.gguf_file import GgufHeader, read_gguf_header
-from llava.model.checkpoints.gguf_folder import find_pair, gguf_checkpoint
-from llava.model.checkpoints.gguf_names import ARCHITECTURE_OF
+from llava.model.checkpoints.gguf.config import PROJECTORS
+from llava.model.checkpoints.gguf.file import GgufHeader, read_gguf_header
+from llava.model.checkpoints.gguf.folder import find_pair, gguf_checkpoint
+from llava.model.checkpoints.gguf.names import ARCHITECTURE_OF
 from llava.model.checkpoints.hub import HubOptions, find_vision_tower, is_gguf, is_known_name, resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_tokenizer import NORMAL, UNIGRAM
+from llava.model.checkpoints.gguf.tokenizer import NORMAL, UNIGRAM
 
 
 class ScoredPiece(NamedTuple):

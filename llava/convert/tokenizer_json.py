@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.convert.sentencepiece_file import read_sentencepiece
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_tokenizer import BPE, UNIGRAM
+from llava.model.checkpoints.gguf.tokenizer import BPE, UNIGRAM
 from llava.text.sentencepiece_tokenizer import LlamaSentencePieceTokenizer
 from llava.text.tokenization import tokenizer_image_token
 

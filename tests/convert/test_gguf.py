@@ -23,10 +23,10 @@ from llava.convert.gguf.pair import UNUSED
 from llava.convert.gguf.tokenizer import byte_level_notes
 from llava.convert.sentencepiece_file import ScoredPiece, read_sentencepiece
 from llava.model.builder import load
-from llava.model.checkpoints.gguf_blocks import dequantize
-from llava.model.checkpoints.gguf_file import read_gguf_header
-from llava.model.checkpoints.gguf_names import gguf_name, interleave, is_vision, uninterleave
-from llava.model.checkpoints.gguf_tokenizer import BPE, UNIGRAM
+from llava.model.checkpoints.gguf.blocks import dequantize
+from llava.model.checkpoints.gguf.file import read_gguf_header
+from llava.model.checkpoints.gguf.names import gguf_name, interleave, is_vision, uninterleave
+from llava.model.checkpoints.gguf.tokenizer import BPE, UNIGRAM
 
 V15, V16 = "checkpoints/llava-v1.5-tiny-vicuna", "checkpoints/llava-v1.6-tiny-vicuna"
 

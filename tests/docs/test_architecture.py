@@ -126,7 +126,7 @@ LIGHT_FILES = [
     *(PACKAGE / f"model/{name}.py" for name in ("config", "template_defaults", "utils")),
     *(PACKAGE / f"model/checkpoints/{name}.py" for name in ("hub", "inspect", "hf_layout", "weight_files")),
     *(
-        PACKAGE / f"model/checkpoints/gguf_{name}.py"
+        PACKAGE / f"model/checkpoints/gguf/{name}.py"
         for name in ("config", "file", "folder", "names", "tensors", "tokenizer")
     ),
     *(PACKAGE / f"convert/{name}.py" for name in ("program", "info", "options", "describe", "merge_lora")),

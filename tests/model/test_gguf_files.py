@@ -25,11 +25,11 @@ from llava.convert.tokenizer_json import TEXTS
 from llava.diagnose.doctor import main as doctor
 from llava.errors import InputError
 from llava.model.builder import LoadedModel, load
-from llava.model.checkpoints.gguf_blocks import BLOCKS, dequantize
-from llava.model.checkpoints.gguf_config import llama_3_factors, llama_3_rope
-from llava.model.checkpoints.gguf_file import read_gguf_header
-from llava.model.checkpoints.gguf_folder import gguf_checkpoint
-from llava.model.checkpoints.gguf_names import published_text_name, published_vision_name
+from llava.model.checkpoints.gguf.blocks import BLOCKS, dequantize
+from llava.model.checkpoints.gguf.config import llama_3_factors, llama_3_rope
+from llava.model.checkpoints.gguf.file import read_gguf_header
+from llava.model.checkpoints.gguf.folder import gguf_checkpoint
+from llava.model.checkpoints.gguf.names import published_text_name, published_vision_name
 from llava.model.checkpoints.hub import gguf_pair, resolve_checkpoint
 
 LLAMA_3 = {
@@ -156,7 +156,7 @@ def random_blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_quantized_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava.model.checkpoints.gguf_blocks.CHUNK", 40)  # in several parts
+    monkeypatch.setattr("llava.model.checkpoints.gguf.blocks.CHUNK", 40)  # in several parts
     blocks = random_blocks(kind, 300)
     theirs = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     ours = dequantize(torch.from_numpy(blocks.copy()).flatten(), kind, theirs.shape)
@@ -275,7 +275,7 @@ def test_a_published_pair_with_old_names_and_keys(changes: dict[str, Any], tmp_p
 
 def test_the_number_of_layers_of_a_public_tower_says_which_is_used(tmp_path: Path) -> None:
     """Of a whole CLIP-L the last layer is left out, as LLaVA and llama.cpp do; 23 layers were cut for LLaVA: all count."""
-    from llava.model.checkpoints.gguf_config import GgufKeys, _layer_used
+    from llava.model.checkpoints.gguf.config import GgufKeys, _layer_used
 
     header = read_gguf_header(files_of(to_gguf(embedded_model_path(), tmp_path / "pair"))[1])
     keys = GgufKeys(header)

@@ -1,7 +1,7 @@
 """Pack tensors into GGUF's tensor types, with the gguf package for the quantized ones.
 
 In: a tensor and a type by GGUF's name. Out: an array as it lies in the file. The opposite way is
-model/checkpoints/gguf_blocks.py.
+model/checkpoints/gguf/blocks.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava.model.checkpoints.gguf_blocks import DTYPES
+from llava.model.checkpoints.gguf.blocks import DTYPES
 
 BLOCK = 32  # elements that share a scale in q8_0
 CHUNK = 2**24  # elements packed at once, since packing makes several copies

@@ -35,8 +35,8 @@ from llava.convert.verify import (
 )
 from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
-from llava.model.checkpoints.gguf_blocks import dequantize
-from llava.model.checkpoints.gguf_config import (
+from llava.model.checkpoints.gguf.blocks import dequantize
+from llava.model.checkpoints.gguf.config import (
     OWN_LENGTH,
     OWN_PROJECTOR,
     OWN_TYPE,
@@ -44,7 +44,7 @@ from llava.model.checkpoints.gguf_config import (
     SINGLE_LAYER,
     llama_3_factors,
 )
-from llava.model.checkpoints.gguf_names import (
+from llava.model.checkpoints.gguf.names import (
     ARCHITECTURE_OF,
     INTERLEAVED,
     ROPE_FACTORS,

@@ -2,7 +2,7 @@
 
 In: a `Source`. Out: tokens, scores, types, merges, special ids and the chat template under the keys that llama.cpp reads.
 Where llama.cpp splits text by other rules than the model was trained with, `tokenizer_notes` says so. The opposite way is
-model/checkpoints/gguf_tokenizer.py.
+model/checkpoints/gguf/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llava.convert.chat_template import chat_template
 from llava.convert.sentencepiece_file import ScoredPiece, SentencePieceFile, read_sentencepiece
 from llava.convert.source import Source
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_config import OWN_LEGACY
-from llava.model.checkpoints.gguf_tokenizer import (
+from llava.model.checkpoints.gguf.config import OWN_LEGACY
+from llava.model.checkpoints.gguf.tokenizer import (
     BPE,
     BYTE,
     CONTROL,

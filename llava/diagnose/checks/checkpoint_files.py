@@ -21,7 +21,7 @@ from llava.errors import InputError
 from llava.files import read_json
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.foreign import ForeignModel, foreign_model
-from llava.model.checkpoints.gguf_folder import is_gguf_folder
+from llava.model.checkpoints.gguf.folder import is_gguf_folder
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,

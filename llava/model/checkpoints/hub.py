@@ -13,7 +13,7 @@ from pathlib import Path
 from llava.assets import embedded_model_path
 from llava.errors import InputError
 from llava.model.checkpoints.catalog import EMBEDDED, did_you_mean, repository_of
-from llava.model.checkpoints.gguf_folder import gguf_checkpoint, holds_gguf_files
+from llava.model.checkpoints.gguf.folder import gguf_checkpoint, holds_gguf_files
 from llava.model.checkpoints.hub_download import download_repository
 
 REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -40,7 +40,7 @@ DEFAULT_HUB = HubOptions()
 def resolve_checkpoint(path: str | Path, *, what: str = "model", hub: HubOptions = DEFAULT_HUB) -> Path:
     """Find the folder of a model: a local folder, or the local copy of a hub repository, downloaded if need be.
 
-    A GGUF file, or a folder of GGUF files, gives the folder that gguf_folder.py makes for it. A name of catalog.py that is no
+    A GGUF file, or a folder of GGUF files, gives the folder that gguf/folder.py makes for it. A name of catalog.py that is no
     folder stands for its repository, or for the model in the package.
 
     `what` is how errors call it.

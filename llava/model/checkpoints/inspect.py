@@ -26,7 +26,7 @@ from typing import Any
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.model.checkpoints.foreign import ForeignModel, ForeignModelError, foreign_model, quantized_model
-from llava.model.checkpoints.gguf_folder import gguf_pair_tensors, is_gguf_folder
+from llava.model.checkpoints.gguf.folder import gguf_pair_tensors, is_gguf_folder
 from llava.model.checkpoints.hf_layout import is_transformers_layout, published_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.packed import Packing, find_packed, missing_reader, quantization_method

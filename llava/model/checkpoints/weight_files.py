@@ -1,7 +1,7 @@
 """Read weight files: what they hold, from their headers, and their tensors, one at a time.
 
 In: a `.safetensors` or `.bin` file. Out: name -> `TensorHeader` (dtype, shape), without torch and without reading weights;
-and the tensors themselves, those of a `.gguf` file too (gguf_tensors.py), for which torch is imported. Files are not
+and the tensors themselves, those of a `.gguf` file too (gguf/tensors.py), for which torch is imported. Files are not
 trusted: a safetensors header is bounded and checked against the file's length, and the pickle in a `.bin` is read by an
 unpickler that knows only what a tensor is built of (torch reads it with `weights_only=True`). The files of a checkpoint are
 found by inspect.py, and loaded by loading.py.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_tensors import GgufTensors
+from llava.model.checkpoints.gguf.tensors import GgufTensors
 from llava.model.checkpoints.pickle_check import check_pickle_file
 
 if TYPE_CHECKING:

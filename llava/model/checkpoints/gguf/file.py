@@ -3,7 +3,7 @@
 In: a `.gguf` file. Out: `GgufHeader`, whose long arrays (a vocabulary) are counted and not kept unless asked for; tensors,
 for which torch is imported. The format is little-endian: magic, version, counts, then key-value pairs, then names, shapes,
 types and offsets of tensors, then their data. Files are not trusted: every count, length and offset is compared with the
-file's size before memory is taken. What the keys and names mean is in gguf_config.py and gguf_names.py.
+file's size before memory is taken. What the keys and names mean is in config.py and names.py.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def read_gguf_tensor(file: Path, tensor: GgufTensor) -> torch.Tensor:
     """Read a tensor's numbers: those of F32, F16 and BF16 as stored, quantized ones in float32."""
     import torch
 
-    from llava.model.checkpoints.gguf_blocks import dequantize
+    from llava.model.checkpoints.gguf.blocks import dequantize
 
     if tensor.num_bytes is None:
         known = ", ".join(name for name, _, _ in KINDS.values())

@@ -15,8 +15,8 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.images.image_processor import CLIP_MEAN, CLIP_STD, TOWER_IMAGE_PROCESSORS
-from llava.model.checkpoints.gguf_file import GgufHeader, GgufTensor
-from llava.model.checkpoints.gguf_names import ARCHITECTURES, ROPE_FACTORS
+from llava.model.checkpoints.gguf.file import GgufHeader, GgufTensor
+from llava.model.checkpoints.gguf.names import ARCHITECTURES, ROPE_FACTORS
 
 TOWER_FOLDER = "vision_tower"
 # The layers of the public towers, by their width: a file with fewer of them holds those that are used, and no more.

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file as a checkpoint in the original layout has them.
 
 In: a `.gguf` file. Out: what it stores under published names, and the tensors, with rows in the order of published
-checkpoints. The file format is read by gguf_file.py, names are translated by gguf_names.py.
+checkpoints. The file format is read by file.py, names are translated by names.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_config import OWN_PROJECTOR, SINGLE_LAYER, GgufKeys
-from llava.model.checkpoints.gguf_file import GgufHeader, GgufTensor, read_gguf_header, read_gguf_tensor
-from llava.model.checkpoints.gguf_names import (
+from llava.model.checkpoints.gguf.config import OWN_PROJECTOR, SINGLE_LAYER, GgufKeys
+from llava.model.checkpoints.gguf.file import GgufHeader, GgufTensor, read_gguf_header, read_gguf_tensor
+from llava.model.checkpoints.gguf.names import (
     INTERLEAVED,
     ROPE_FACTORS,
     SHIFTED_NORMS,

@@ -1,6 +1,6 @@
 """The names of tensors in GGUF files, beside those of published checkpoints, and the order of rows that llama.cpp expects.
 
-In: a tensor's name. Out: its name on the other side, None where there is none. One table serves the reader (gguf_folder.py)
+In: a tensor's name. Out: its name on the other side, None where there is none. One table serves the reader (folder.py)
 and the writer (convert/gguf/pair.py). Nothing here needs torch; rows are reordered by the tensors' own methods.
 """
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from llava.chat_template import MAX_TEMPLATE_CHARS
 from llava.errors import InputError
-from llava.model.checkpoints.gguf_config import OWN_LEGACY, GgufKeys
-from llava.model.checkpoints.gguf_file import GgufHeader
+from llava.model.checkpoints.gguf.config import OWN_LEGACY, GgufKeys
+from llava.model.checkpoints.gguf.file import GgufHeader
 
 # What each token is, in GGUF as in sentencepiece files.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.files import cache_folder, read_json
-from llava.model.checkpoints.gguf_config import TOWER_FOLDER, GgufKeys, read_gguf_config
-from llava.model.checkpoints.gguf_file import WHOLE, GgufHeader, read_gguf_header
-from llava.model.checkpoints.gguf_names import ROPE_FACTORS, SCALED_FEATURES, makes_features
-from llava.model.checkpoints.gguf_tensors import gguf_header, is_mmproj, published_tensors, times
-from llava.model.checkpoints.gguf_tokenizer import write_tokenizer
+from llava.model.checkpoints.gguf.config import TOWER_FOLDER, GgufKeys, read_gguf_config
+from llava.model.checkpoints.gguf.file import WHOLE, GgufHeader, read_gguf_header
+from llava.model.checkpoints.gguf.names import ROPE_FACTORS, SCALED_FEATURES, makes_features
+from llava.model.checkpoints.gguf.tensors import gguf_header, is_mmproj, published_tensors, times
+from llava.model.checkpoints.gguf.tokenizer import write_tokenizer
 from llava.model.checkpoints.weight_files import TensorHeader
 
 if TYPE_CHECKING:
