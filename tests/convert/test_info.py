@@ -131,8 +131,8 @@ def test_printed() -> None:
     text = "\n".join(lines(describe_checkpoint(embedded_model_path())))
     for line in (
         "kind                         a whole model in the original layout (as LLaVA-1.5)",
-        "parameters                   language model 8.93 million, projector 0.18 million, vision tower 6.49 million",
-        "stored                       31.20 MB F16",
+        "parameters                   language model 9.28 million, projector 0.21 million, vision tower 10.07 million",
+        "stored                       39.12 MB F16",
         "read by llama.cpp            after llava convert --to gguf",
     ):
         assert line in text

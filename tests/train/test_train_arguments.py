@@ -68,8 +68,8 @@ def test_every_old_library_flag_is_accepted(name: str, tmp_path: Path) -> None:
             value = "2"
         elif name in ("disable_tqdm", "greater_is_better", "dispatch_batches") or name.startswith("ddp_"):
             value = "None" if name == "dispatch_batches" else "False"
-        elif name in ("neftune_noise_alpha",):
-            value = "0.1"
+        elif name == "neftune_noise_alpha":
+            pytest.skip("refused, which test_run_folder.py tests")
         elif name in ("torch_compile_backend", "torch_compile_mode"):
             pytest.skip("would turn the compiler on")
     parse_train_args(["--output_dir", str(tmp_path), f"--{name}", str(value)])

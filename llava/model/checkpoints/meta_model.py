@@ -86,12 +86,14 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
     # stored=True, so that the tower is built and its tensors are expected too.
     with resolved_tower_path(config, info, base_info, stored=True, names=sources.headers):
         tower_folder = None if sources.stores_tower else Path(config.mm_vision_tower)
-        build_on_meta(lambda: model_class(copy.deepcopy(config)), info.config_folder / "config.json")  # of any size
+        if tower_folder is not None:
+            warn_of_unused_tower(sources, tower_folder)
+            sources = with_own_tower(sources, tower_folder, prefix=model_class.base_model_prefix)
+        # A config may claim any size; the stored tensors are matched before memory is taken.
+        on_meta = build_on_meta(lambda: model_class(copy.deepcopy(config)), info.config_folder / "config.json")
+        match_names(expected_tensors(on_meta), sources, on_meta)
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
     restore_config(model.config, config)
-    if tower_folder is not None:
-        warn_of_unused_tower(sources, tower_folder)
-        sources = with_own_tower(sources, tower_folder, prefix=model_class.base_model_prefix)
     expected = expected_tensors(model)
     found = match_names(expected, sources, model)
     shapes = {name: tuple(expected[name].shape) for name in found}
