@@ -57,7 +57,7 @@ def test_the_embedded_model_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert lengths[2].startswith("16 + 64 + 64 = 144; embeddings 144, mask 144")
     projector = {check["label"]: check["text"] for check in items[3]["checks"]}
     assert projector["exchanged"] == "0.weight [320, 320], 2.weight [320, 320], 4.weight [320, 320]"
-    assert projector["trained"].startswith("287,680 of")
+    assert projector["trained"].startswith("308,160 of")
 
 
 @pytest.mark.parametrize("settings", [{}, tiny.ANYRES], ids=["pad", "anyres"])
