@@ -184,9 +184,14 @@ def service() -> Iterator[tuple[str, list[Any], list[Any]]]:
         def do_POST(self) -> None:
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             reply = replies.pop(0)
-            self.send_response(500 if reply is None else 200)
+            self.send_response(500 if reply is None else 302 if reply == "moved" else 200)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/moved")
             self.end_headers()
             self.wfile.write(json.dumps(reply).encode())
+
+        def do_GET(self) -> None:
+            bodies.append(self.headers["Authorization"])
+            self.send_error(404)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -208,6 +213,9 @@ def test_moderation(service: tuple[str, list[Any], list[Any]], monkeypatch: pyte
     text = 'with "quotes"\nand lines'
     assert [utils.violates_moderation(text) for _ in range(4)] == [True, False, False, False]
     assert bodies[0] == {"input": text}
+    replies.append("moved")
+    assert not utils.violates_moderation(text)
+    assert all(isinstance(body, dict) for body in bodies), "the key followed a redirect"
 
 
 def test_get_eval_asks_the_judge(service: tuple[str, list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
