@@ -212,7 +212,9 @@ def _described(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseMo
         "description": "The answer; with `stream` it comes in chunks, as server-sent events.",
         "content": {
             "application/json": {"schema": _ref(reply)},
-            EVENTS.partition(";")[0]: {"schema": {"type": "string", "description": f"events of {chunk.__name__}"}},
+            EVENTS.partition(";")[0]: {
+                "schema": {"description": f"server-sent events, the data of each a {chunk.__name__}"}
+            },
         },
     }
     return {
