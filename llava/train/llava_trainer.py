@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -391,9 +392,16 @@ class LLaVATrainer(Trainer):
                 "schedule go on, the optimizer begins anew", folder,
             )  # fmt: skip
             self.lr_scheduler.last_epoch = int(read_json(folder / STATE_FILE)["global_step"])
+        follows_formula = isinstance(self.lr_scheduler, LambdaLR)
         for group, own in zip(self._groups(), settings, strict=True):
+            if not follows_formula and own.pop("lr") != group.get("initial_lr", group["lr"]):
+                logger.warning(
+                    "--lr_scheduler_type %s lowers the rate as it goes: the checkpoint's rate %g counts, not --learning_rate",
+                    self.args.lr_scheduler_type.value, group["lr"],
+                )  # fmt: skip
             group.update(own)
-        resume_schedule(self.lr_scheduler)
+        if follows_formula:
+            resume_schedule(self.lr_scheduler)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [] if self.optimizer is None else self.optimizer.param_groups
@@ -405,10 +413,8 @@ class LLaVATrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def resume_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """Apply the base rates of the optimizer's groups at the schedule's step. Schedules without a formula are left."""
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return
+def resume_schedule(scheduler: LambdaLR) -> None:
+    """Apply the base rates of the optimizer's groups at the schedule's step."""
     groups = scheduler.optimizer.param_groups
     base = [group["initial_lr"] for group in groups]
     rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]

@@ -142,6 +142,23 @@ def test_weights_without_the_optimizers_state_are_named_and_the_schedule_goes_on
     assert rates(run)[5] == pytest.approx(1e-3 * 4 / 8)
 
 
+def test_a_rate_that_was_lowered_on_the_way_stays_lowered(tmp_path: Path) -> None:
+    def settings(steps: int) -> list[str]:
+        plateau = {
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": '{"factor": 0.5, "patience": 0, "threshold": 10}',
+        }
+        validation = {"eval_data_path": "train_data/finetune.json", "evaluation_strategy": "steps", "eval_steps": 2}
+        # No validation is ten times better than the best one, so each lowers the rate.
+        return argv(tmp_path, **{**SETTINGS, **plateau, **validation, "learning_rate": "1e-3", "max_steps": steps})
+
+    train(argv=settings(6))
+    lowered = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"][0]["lr"]
+    assert lowered < 1e-3
+    train(argv=settings(8))
+    assert rates(tmp_path)[7] == pytest.approx(lowered)
+
+
 def test_a_result_of_something_else_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     assert main(argv(tmp_path)) == 2
@@ -162,6 +179,7 @@ def _hold(folder: str, ready: Any, done: Any) -> None:
         done.wait(60)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
@@ -198,6 +216,20 @@ def test_the_last_lines_name_commands_that_work(
     assert "| learning_rate | `0.002` |" in card
     assert (tmp_path / "result" / "loss.svg").read_text().startswith("<svg")
     assert "step 2/2" in (tmp_path / "result" / "train.log").read_text()
+
+
+def test_bad_samples_that_were_passed_over_do_not_spoil_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last lines ask about a sample of the data: one that can be read."""
+    rows: list[Any] = ["no sample", {"id": "gone", "image": "gone.png", "conversations": []}]
+    lost = {"id": "lost", "image": "lost.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}] * 2}
+    (tmp_path / "data.json").write_text(json.dumps([*rows, lost, *read_rows(golden("train_data/finetune.json"))]))
+    run = argv(tmp_path / "result", data_path=tmp_path / "data.json", on_bad_sample="skip", max_steps=2)
+    assert main(run) == 0
+    (asked,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  llava chat ")]
+    assert Path(shlex.split(asked)[4]).is_file()
+    assert read_json(tmp_path / "result" / "run.json")["finished"]
 
 
 def test_adapter_and_base_are_found_from_anywhere_and_when_they_move_together(

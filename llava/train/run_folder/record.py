@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ _ADJUSTABLE = (
 _PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path")
 _SCHEDULE = ("num_train_epochs", "max_steps")
 _RESULTS = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json", "trainer_state.json", RECORD_FILE)
-_HEAD = 1 << 20  # bytes of a large weight file that are read at each end
+_BLOCK, _NUM_BLOCKS = 1 << 20, 256  # of a file over 256 MiB not all is read
 
 
 @dataclass
@@ -155,9 +155,9 @@ def describe_run(model: ModelArguments, data: DataArguments, training: TrainingA
 
 
 def _plain(settings: dict[str, object]) -> dict[str, object]:
-    return {
-        name: value if value is None else json.loads(json.dumps(value, default=str)) for name, value in settings.items()
-    }
+    """Settings as JSON gives them back, so that those of two runs compare."""
+    plain: dict[str, object] = json.loads(json.dumps(settings, default=str))
+    return plain
 
 
 def _digest(named: object, *, is_data: bool) -> str | None:
@@ -174,22 +174,21 @@ def _digest(named: object, *, is_data: bool) -> str | None:
         if not file.is_file():
             return None
         digest.update(file.name.encode() if not is_data else b"")
-        _update(digest, file, whole=is_data)
+        _update(digest, file)
     return digest.hexdigest()
 
 
-def _update(digest: hashlib.blake2b, file: Path, *, whole: bool) -> None:
-    """Add a file: its size and its content, of large weight files both ends."""
+def _update(digest: hashlib.blake2b, file: Path) -> None:
+    """Add a file: its size and its content; of one that is large, blocks that are spread over it."""
     size = file.stat().st_size
     digest.update(f"{size}\n".encode())
+    starts: Iterable[int] = range(0, size, _BLOCK)
+    if size > _NUM_BLOCKS * _BLOCK:
+        starts = ((size - _BLOCK) * number // (_NUM_BLOCKS - 1) for number in range(_NUM_BLOCKS))
     with file.open("rb") as stream:
-        if whole or size <= 64 * _HEAD:
-            while block := stream.read(16 * _HEAD):
-                digest.update(block)
-        else:
-            digest.update(stream.read(_HEAD))
-            stream.seek(-_HEAD, os.SEEK_END)
-            digest.update(stream.read())
+        for start in starts:
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -247,10 +246,12 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock.fileno()).st_nlink == 0:  # that run ended between the two calls
                 raise BlockingIOError
-        except OSError:
+        except BlockingIOError:
             raise InputError(
                 f"another run is writing to {str(folder)!r}; wait for it, or give another --output_dir"
             ) from None
+        except OSError as error:  # a disk without locks
+            logger.warning("%s cannot be locked (%s): no second run may write there", folder, error)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llava.assets import embedded_model_path
 from llava.data.image_files import locate_image
+from llava.errors import InputError
 from llava.model.checkpoints.catalog import EMBEDDED, repository_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import PROGRESS, format_duration
@@ -98,15 +99,19 @@ def _question(dataset: LazySupervisedDataset, image_folder: str | None) -> list[
     """An image file of the first samples and the question about it; only the question where images are in the data."""
     question: list[str] = []
     for index in range(min(len(dataset), 100)):
-        sample = dataset.list_data_dict[index]
-        part, _ = dataset.list_data_dict.locate(index)
+        try:
+            sample = dataset.list_data_dict[index]
+            part, _ = dataset.list_data_dict.locate(index)
+            source = sample.get("image")
+            image = locate_image(source, part.image_folder or image_folder) if isinstance(source, str) else None
+        except InputError:  # a bad sample, which --on_bad_sample skip passed over
+            continue
         turns = sample.get("conversations") or []
         if not turns:
             continue
         question = [" ".join(str(turns[0].get("value", "")).replace("<image>", " ").split())]
-        source = sample.get("image")
-        if isinstance(source, str):
-            return [str(locate_image(source, part.image_folder or image_folder)), *question]
+        if isinstance(image, str) and Path(image).is_file():
+            return [image, *question]
     return question
 
 
@@ -196,7 +201,8 @@ def remember_base(trainer: LLaVATrainer, model: ModelArguments) -> None:
     args, config = trainer.args, trainer.model.config
     if not args.lora_enable and not saves_projector_only(args):
         for name in ("base_model_name_or_path", "base_model_relative_path"):  # of an adapter that the run started from
-            config.__dict__.pop(name, None)
+            if hasattr(config, name):
+                delattr(config, name)
         return
     named = str(model.model_name_or_path)
     if named == EMBEDDED:  # a name that PEFT would ask the hub about
