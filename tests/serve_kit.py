@@ -38,6 +38,21 @@ def data_url(path: Path = DEMO) -> str:
     return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+# A tool, as OpenAI's API describes it.
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["city", "days"],
+        },
+    },
+}
+
+
 @contextlib.contextmanager
 def running(app: Any, listener: Any = None) -> Iterator[str]:
     """An application behind a real socket, in a thread; gives its address."""

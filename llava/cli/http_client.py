@@ -2,7 +2,7 @@
 
 In: a URL, a body, a key. Out: a reply of bounded size within a bounded time, or an `HttpFailureError` of one phrase. No
 redirect is followed, so that a key never goes to another place than the one it was given for. Servers use httpx, which follows
-none either (serve/backends/remote.py), and images come from strangers by images/download.py.
+none either (serve/backends/remote.py), and untrusted images are fetched by images/download.py.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import (
     OWN_FOLDER,
     PLAIN_DECODERS,
+    SHARED_TOWER_TYPES,
     LlavaSettings,
     check_tower_type,
     check_types,
@@ -324,7 +325,7 @@ class _Folder:
         if self.settings is None:
             return {"llava": "text only"}
         tower = self._tower_type()
-        if tower is not None and tower not in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
+        if tower is not None and tower not in SHARED_TOWER_TYPES:
             own = "yes" if not self.info.needs_base else "yes, with its base model"
             others = ("original LLaVA code", "transformers", "vLLM", "SGLang", "llama.cpp")
             return {"llava": own, **dict.fromkeys(others, f"no, since its vision tower is of type {tower}")}

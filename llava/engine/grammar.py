@@ -36,7 +36,7 @@ COMPILE_LIMITS = {
 class GrammarMaker:
     """Makes grammars for one tokenizer, from any thread but the engine's.
 
-    A compiled grammar, or the reason why it cannot be one, is kept for requests that come again. What a stranger's grammar may
+    A compiled grammar, or the reason why it cannot be one, is kept for requests that come again. What an untrusted grammar may
     cost is bounded: the size of its text, and the library's own counts of states and steps, both when it is compiled and at
     each token. Reading the vocabulary happens once, at the first request that needs it.
     """
@@ -50,7 +50,7 @@ class GrammarMaker:
             OrderedDict()
         )  # matchers at their beginning, or `InputError`s
         self._lock = threading.Lock()  # of what is kept
-        self._compiling = threading.Lock()  # one at a time: strangers' grammars take one core at most
+        self._compiling = threading.Lock()  # one at a time: untrusted grammars take one core at most
 
     def __call__(self, params: SamplingParams) -> Grammar | None:
         asked = _asked(params)

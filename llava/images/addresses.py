@@ -1,4 +1,4 @@
-"""Which addresses belong to the public internet, so that a server may download from there for strangers.
+"""Which addresses belong to the public internet, so that a server may download from there for its clients.
 
 In: an IP address. Out: whether it is public. The networks are those of IANA's registries of special-purpose addresses, whatever
 this version of Python knows of them, and the addresses at which clouds give their machines credentials.

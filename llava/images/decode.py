@@ -1,7 +1,7 @@
 """Decode an image that formats.py has let pass.
 
 In: the bytes of a file and their `ImageHeader`, or an opened Pillow image. Out: a Pillow image, RGB; every failure is an
-`InputError` of one sentence. This runs in the process of a program for its own user, and for images from strangers in processes
+`InputError` of one sentence. This runs in the process of a program for its own user, and for untrusted images in processes
 of its own (decoder_pool.py). Pillow is imported when it is needed.
 """
 

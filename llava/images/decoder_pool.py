@@ -1,4 +1,4 @@
-"""Decode images in processes of their own, so that what a stranger sends cannot stop a server or take its memory.
+"""Decode images in processes of their own, so that what a client sends cannot stop a server or take its memory.
 
 In: the bytes of a file and their `ImageHeader`. Out: a Pillow image, RGB; or an `InputError`. A process is started when an
 image comes and none is idle, up to a number; each decodes one image at a time (decoder_main.py) within the time and memory
@@ -156,7 +156,7 @@ class DecoderProcess:
     def _image(self, width: int, height: int, header: ImageHeader) -> Image.Image:
         from PIL import Image
 
-        # The process has read what a stranger sent, so its word is not taken for the size. Reading a file, unlike mapping it
+        # The process has read untrusted bytes, so its word is not taken for the size. Reading a file, unlike mapping it
         # into memory, ends in an error and in no signal where it is shorter.
         if not 0 < width * height <= header.num_pixels:
             raise RuntimeError(f"the process that decodes images named a size of {width}x{height}")

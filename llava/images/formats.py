@@ -2,7 +2,7 @@
 
 In: the first bytes of a file, or all of them. Out: an `ImageHeader`: format, size, and the memory and time that decoding may
 take; or an `InputError`. Nothing is decoded here, and Pillow is not imported: a process that only reads headers runs no decoder
-over what a stranger sent. Decoding is in decode.py.
+over untrusted bytes. Decoding is in decode.py.
 """
 
 from __future__ import annotations

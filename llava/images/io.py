@@ -42,7 +42,7 @@ def load_image(
         upright: turn a photograph as its EXIF orientation says, as every viewer does. The original LLaVA did not;
             switch it off to repeat its numbers exactly.
         name: what messages call the image; None: as its source does.
-        decoder: decodes the bytes: in this process, or a `DecoderPool` for what strangers send.
+        decoder: decodes the bytes: in this process, or a `DecoderPool` for untrusted bytes.
         reserve: called with the number of bytes that decoding may take, before they are allocated, and with a negative number
             once some are free again; may raise.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.errors import InputError
+from llava.images.image_processor import TOWER_IMAGE_PROCESSORS
 from llava.images.layout import MERGES, ImageSize, Merge, Mode, TileRange, image_mode, read_pinpoints
 
 SELECT_FEATURES = ("patch", "cls_patch")
@@ -72,20 +73,9 @@ NOT_FOR_ANSWERS = (
     "mm_spatial_pool_stride", "mm_spatial_pool_out_channels", "mm_newline_position",
 )  # fmt: skip
 
-# The types of vision towers that are read, as their own config.json says.
-TOWER_TYPES = (
-    "clip",
-    "clip_vision_model",
-    "siglip",
-    "siglip_vision_model",
-    "siglip2_vision_model",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-    "aimv2_vision_model",
-    "mlcd_vision_model",
-    "convnext",
-)
+# The types of vision towers that are read, as their own config.json says, and those that other layouts and programs know too.
+TOWER_TYPES = tuple(TOWER_IMAGE_PROCESSORS)
+SHARED_TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
 # Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}

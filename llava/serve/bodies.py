@@ -77,7 +77,7 @@ def _unknown_fields(value: object, path: str) -> Iterator[tuple[str, Sequence[st
 
 
 def _shown(name: str) -> str:
-    """A name from a stranger, short and in printable ASCII."""
+    """A client's name, short and in printable ASCII."""
     short = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
     return short.encode("unicode_escape").decode()
 

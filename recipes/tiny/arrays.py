@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = {"scene": args.scenes, "sign": args.signs, "text": args.texts, "chart": args.charts}
     source = Source(args.fonts, None, held=args.held, plain=True)
     write_arrays(args.out, counts, source, args.tokenizer, workers=args.workers)
-    report = {"stage": "arrays", "pictures": sum(counts.values()), "seconds": round(time.time() - started, 1)}
+    report = {"stage": "arrays", "images": sum(counts.values()), "seconds": round(time.time() - started, 1)}
     print(json.dumps(report), flush=True)
     return 0
 

@@ -139,7 +139,7 @@ It is not a general assistant.
 | projector | `mlp2x_gelu` on the {patches} patch features after the last layer but one |
 | language model | LLaMA architecture, {layers} layers, width {width}, {pieces} pieces |
 | layout | that of the original LLaVA v1.5 checkpoints, the tower's weights inside |
-| prompts | conversation template `{conv_mode}`; pictures are padded to a square |
+| prompts | conversation template `{conv_mode}`; images are padded to a square |
 
 It answers in English, in a sentence, or in one word when the question ends with the line
 "Answer the question using a single word or phrase." Asked for a box, it gives LLaVA's form: [x1, y1, x2, y2], fractions of the
@@ -152,12 +152,12 @@ One command, `python recipes/tiny/build.py --preset full`, makes everything from
 1. a generator draws scenes (one to six shapes in eleven colours), charts, words and numbers in many styles, with
    questions whose answers are right by construction (`recipes/tiny/scenes.py`, `lettering.py`, `questions.py`), each
    kind in hundreds of wordings (`wordings.txt`);
-2. a small CLIP learns from pictures and captions by contrast, by a captioner that is thrown away afterwards, and on
+2. a small CLIP learns from images and captions by contrast, by a captioner that is thrown away afterwards, and on
    photographs from the kinds of the training images;
-3. a small language model learns the same conversations as text, with a description where the picture will be;
+3. a small language model learns the same conversations as text, with a description where the image will be;
 4. the two stages of LLaVA, both by `python -m llava.train.train`: first the projector on captions, then everything on
    conversations;
-5. a second round of the last stage, on what was still hard: reading, counting, and what no picture tells.
+5. a second round of the last stage, on what was still hard: reading, counting, and what no image tells.
 
 `recipes/tiny/README.md` says how long each step took.
 
@@ -175,7 +175,7 @@ No other model's weights or answers were used.
 
 - It knows ten shapes, eleven colours, ten kinds of photograph, and texts of up to seven letters on one line. Shown anything
   else, it answers within these.
-- It counts to six. Sizes are "small" and "large" only, and places are the nine fields of the picture.
+- It counts to six. Sizes are "small" and "large" only, and places are the nine fields of the image.
 - Photographs were 32 x 32 pixels; sharp, large ones are unlike anything it has seen.
 - It knows about 1,000 words and spells all others letter by letter. A question with words that it never saw is answered less
   well, and sometimes refused: compare the columns "grammar" and "by hand" below.
@@ -217,7 +217,7 @@ HEADS = {
 MEASURED = """
 ## Measured
 
-{questions:,} held-out questions about {pictures:,} images: drawn by another hand with another rasterizer, in
+{questions:,} held-out questions about {images:,} images: drawn by another hand with another rasterizer, in
 typefaces, texts and wordings that were never trained, the data set's test images; greedy decoding, follow-ups after
 the model's own answers. {share} of the wordings were written by hand; the others are from the grammar of training,
 kept out of it. The questions of `pope` are in the benchmark's own words, which were trained. On {date}, {dtype} on

@@ -269,9 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps({"stage": "clip", "ready_seconds": round(time.time() - started, 1)}), flush=True)
     steps = train(trainer)
     save_tower(trainer.average, args.out)
-    pictures = steps * (args.photo_batch + args.drawn_batch)
+    images = steps * (args.photo_batch + args.drawn_batch)
     seconds = time.time() - started
-    report = {"stage": "clip", "steps": steps, "pictures": pictures, "seconds": round(seconds, 1)} | evaluate(trainer)
+    report = {"stage": "clip", "steps": steps, "images": images, "seconds": round(seconds, 1)} | evaluate(trainer)
     (args.out / "report.json").write_text(json.dumps(report) + "\n")
     print(json.dumps(report), flush=True)
     return 0

@@ -64,7 +64,7 @@ def build_prompt(loaded: LoadedModel, row: Row, rows: dict[str, Row], answers: d
         chain.insert(0, rows[before])
     conversation = conv_templates[loaded.conv_mode].copy()
     for number, turn in enumerate(chain):
-        mark = "<image>\n" * len(turn.pictures) if number == 0 else ""
+        mark = "<image>\n" * len(turn.images) if number == 0 else ""
         conversation.append_message(conversation.roles[0], mark + turn.question)
         conversation.append_message(conversation.roles[1], answers[turn.id] if turn is not row else None)
     return Prompt(row, encode_spans(conversation.spans(), loaded.tokenizer)[0])
@@ -97,7 +97,7 @@ def split(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 
 
 def build_pixels(loaded: LoadedModel, part: Sequence[Prompt], images: Sequence[Image.Image]) -> Tensor | None:
-    shown = [images[picture] for prompt in part for picture in prompt.row.pictures]
+    shown = [images[number] for prompt in part for number in prompt.row.images]
     if not shown:
         return None
     pixels = process_images(shown, loaded.image_processor, loaded.model.config)
@@ -180,7 +180,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if loaded.model.device.type == "cuda" else str(loaded.model.device),
         "questions": len(verdicts),
-        "pictures": len(suite.paints),
+        "images": len(suite.paints),
         "seconds": {"prepare": round(prepared - started, 1), "answer": round(ended - prepared, 1)},
     }
     report |= summarise(verdicts)
@@ -195,7 +195,7 @@ def judge_again(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
         raise SystemExit(f"the answers in {args.answers} are to other questions than those of this suite")
     before = json.loads((args.answers / "evaluation.json").read_text())
     verdicts = [judge(row, kept[row.id]["said"]) for row in suite.rows]
-    origin = ("date", "command", "torch", "dtype", "device", "questions", "pictures", "seconds")
+    origin = ("date", "command", "torch", "dtype", "device", "questions", "images", "seconds")
     report = {name: before[name] for name in origin} | summarise(verdicts)
     save(args.out, report, verdicts)
     return report

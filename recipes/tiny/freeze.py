@@ -36,9 +36,9 @@ def freeze(maker: Maker, groups: dict[str, int], out: Path, name: str, folder: s
     (out / folder).mkdir(parents=True, exist_ok=True)
     lines = []
     for row in rows:
-        (picture,) = row.pictures
-        image = f"{folder}/{name}-{picture:05d}.png"
-        maker.paints[picture]().save(out / image, optimize=True)
+        (number,) = row.images
+        image = f"{folder}/{name}-{number:05d}.png"
+        maker.paints[number]().save(out / image, optimize=True)
         category = CATEGORIES.get(row.group, row.group)
         line = {
             "question_id": row.id,

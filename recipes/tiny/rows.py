@@ -33,7 +33,7 @@ class Row:
     form: str  # "word", "sentence" or "free"
     question: str
     answer: str
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
     after: str | None = None
     tag: str = ""  # a finer division of the group
     long: str = ""  # the answer in a sentence, where a short one was asked for
@@ -68,7 +68,7 @@ class Maker:
         self.paints: list[Paint] = []
         self.numbers: dict[str, int] = {}
 
-    def pictures(self, paints: Iterable[Paint]) -> tuple[int, ...]:
+    def add_images(self, paints: Iterable[Paint]) -> tuple[int, ...]:
         first = len(self.paints)
         self.paints += paints
         return tuple(range(first, len(self.paints)))
@@ -76,13 +76,13 @@ class Maker:
     def number(self, group: str) -> int:
         return self.numbers.get(group, 0)
 
-    def add(self, group: str, qa: QA, pictures: tuple[int, ...], ask: Asker, *, form: str = "", tag: str = "") -> Row:
+    def add(self, group: str, qa: QA, images: tuple[int, ...], ask: Asker, *, form: str = "", tag: str = "") -> Row:
         """Ask for a short answer or for a sentence, by chance, unless the form is given or there is no short answer."""
         form = form or ask.rng.choice(("word", "sentence"))
         turn = put(ask, qa, short=form == "word")
         form = "word" if turn.short else "free" if qa.short is None else "sentence"
         long = qa.answer if turn.short else ""
-        row = Row("", group, qa.category, form, turn.question, turn.answer, pictures, None, tag, long, ask.split)
+        row = Row("", group, qa.category, form, turn.question, turn.answer, images, None, tag, long, ask.split)
         return self.put(row)
 
     def put(self, row: Row) -> Row:
@@ -110,8 +110,8 @@ class Maker:
             for qa in sample.questions:
                 if room.get(name := label(qa) or "", 0):
                     by_label.setdefault(name, []).append(qa)
-            pictures = self.pictures(sample.paints) if by_label else ()
+            images = self.add_images(sample.paints) if by_label else ()
             for name, found in by_label.items():
                 group, _, tag = name.partition("/")
-                self.add(group, ask.rng.choice(found), pictures, ask, tag=tag)
+                self.add(group, ask.rng.choice(found), images, ask, tag=tag)
                 room[name] -= 1

@@ -89,15 +89,15 @@ def add_pope(maker: Maker, size: int) -> None:
             things = {(t.colour, t.shape) for t in sample.scene.things}
             right = ask.rng.choice(sorted(things))
             no = draw_absent(ask.rng, things, near=wrong == "near")
-            pictures = maker.pictures(sample.paints)
+            images = maker.add_images(sample.paints)
             for (colour, shape), truth in ((right, "Yes"), (no, "No")):
-                put_pope(maker, group, f"{colour} {shape}", truth, pictures)
+                put_pope(maker, group, f"{colour} {shape}", truth, images)
 
 
-def put_pope(maker: Maker, group: str, what: str, truth: str, pictures: tuple[int, ...]) -> None:
+def put_pope(maker: Maker, group: str, what: str, truth: str, images: tuple[int, ...]) -> None:
     """In the benchmark's own words, and as LLaVA is asked."""
     question = f"Is there {with_article(what)} in the image?\n{wordings.SHORT_SUFFIX}"
-    maker.put(Row("", group, "yesno_exists", "word", question, truth, pictures, tag=truth))
+    maker.put(Row("", group, "yesno_exists", "word", question, truth, images, tag=truth))
 
 
 def draw_absent(rng: random.Random, things: set[tuple[str, str]], *, near: bool) -> tuple[str, str]:
@@ -147,7 +147,7 @@ def add_two_questions(maker: Maker, size: int) -> None:
         first = ask.rng.choice(asked)
         others = [qa for qa in asked if qa.category != first.category]
         joined = join_questions(ask, first, ask.rng.choice(others))
-        maker.add("two_questions", joined, maker.pictures(sample.paints), ask)
+        maker.add("two_questions", joined, maker.add_images(sample.paints), ask)
 
 
 # --- words and numbers ----------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def add_any_text(maker: Maker, size: int) -> None:
             yes = f'it says "{sample.truth}"' if sample.kind == "text" else "there is"
             answer = f"Yes, {yes}." if truth == "Yes" else "No, there is no text."
             qa = QA(ask("any_text"), answer, truth, "yesno_any_text")
-            maker.add("yesno_any_text", qa, maker.pictures(sample.paints), ask, tag=truth)
+            maker.add("yesno_any_text", qa, maker.add_images(sample.paints), ask, tag=truth)
 
 
 def reading_label(qa: QA, *, group: str) -> str | None:
@@ -226,9 +226,9 @@ def add_photos(maker: Maker, size: int) -> None:
     samples = [photo_sample(maker, photos, index) for index in order]
     for sample, ask in samples[: 2 * size]:
         asked = [qa for qa in sample.questions if qa.category == "photo"]
-        pictures = maker.pictures(sample.paints)
+        images = maker.add_images(sample.paints)
         for form in ("word", "sentence"):
-            maker.add("photo", ask.rng.choice(asked), pictures, ask, form=form, tag=sample.truth)
+            maker.add("photo", ask.rng.choice(asked), images, ask, form=form, tag=sample.truth)
     maker.fill(samples, {f"yesno_photo/{t}": size // 2 for t in ("Yes", "No")}, yes_no_label)
     rest = dict.fromkeys(("photo_group", "photo_fact", "describe_photo"), size // 4)
     rest |= dict.fromkeys(("kind", "absent"), size // 8)
@@ -238,9 +238,9 @@ def add_photos(maker: Maker, size: int) -> None:
             kind = sample.truth
             far = [k for k in KINDS if (k in ANIMALS) != (kind in ANIMALS)]
             no = NEAR[kind] if wrong == "near" else ask.rng.choice(far)
-            pictures = maker.pictures(sample.paints)
+            images = maker.add_images(sample.paints)
             for name, truth in ((kind, "Yes"), (no, "No")):
-                put_pope(maker, f"pope_photo_{wrong}", name, truth, pictures)
+                put_pope(maker, f"pope_photo_{wrong}", name, truth, images)
 
 
 def photo_sample(maker: Maker, photos: Photos, index: int) -> tuple[Sample, Asker]:
@@ -266,9 +266,9 @@ def add_follow_ups(maker: Maker, size: int) -> None:
         first, second = ask.rng.choice(pairs)
         assert second.follow is not None
         form = ask.rng.choice(("word", "sentence"))
-        before = maker.add("follow_up_first", first, maker.pictures(sample.paints), ask, form=form)
+        before = maker.add("follow_up_first", first, maker.add_images(sample.paints), ask, form=form)
         asked = replace(second, question=second.follow[0], answer=second.follow[1])
-        row = maker.add("follow_up", asked, before.pictures, ask, form=form, tag=second.category)
+        row = maker.add("follow_up", asked, before.images, ask, form=form, tag=second.category)
         maker.rows[-1] = replace(row, after=before.id)
 
 
@@ -294,31 +294,29 @@ def add_conversations(maker: Maker, size: int) -> None:
     samples = mixed(maker, 40, kinds)
     for _ in range(-(-size // 5)):
         sample, ask = next(samples)
-        pictures, after = maker.pictures(sample.paints), None
+        images, after = maker.add_images(sample.paints), None
         for number, turn in enumerate(converse(ask, sample.questions, 5), start=1):
-            row = maker.put(turn_row(turn, pictures, after, tag=f"turn {number}", wording=ask.split))
+            row = maker.put(turn_row(turn, images, after, tag=f"turn {number}", wording=ask.split))
             after = row.id
 
 
-def turn_row(turn: Turn, pictures: tuple[int, ...], after: str | None, *, tag: str, wording: str) -> Row:
+def turn_row(turn: Turn, images: tuple[int, ...], after: str | None, *, tag: str, wording: str) -> Row:
     form = "word" if turn.short else "free" if turn.category in ("describe", "box") else "sentence"
-    return Row(
-        "", "conversation", turn.category, form, turn.question, turn.answer, pictures, after, tag, wording=wording
-    )
+    return Row("", "conversation", turn.category, form, turn.question, turn.answer, images, after, tag, wording=wording)
 
 
 # --- what cannot be told, descriptions, talk ------------------------------------------------------------------------
 
 
 def add_unknown(maker: Maker, size: int) -> None:
-    """What no picture tells, some of it about a thing in the image, and questions about what is not there."""
+    """What no image tells, some of it about a thing in the image, and questions about what is not there."""
     kinds = picture_kinds(maker, (("scene", 2), ("text", 1), ("chart", 1), ("photo", 1)))
     samples = mixed(maker, 50, kinds)
     for _ in range(size):
         sample, ask = next(samples)
         things = [(name, thing.colour) for thing, name in names_of(sample.scene)] if sample.kind == "scene" else []
         (qa,) = unknown_questions(ask, 1, things=things)
-        maker.add("unknown", qa, maker.pictures(sample.paints), ask)
+        maker.add("unknown", qa, maker.add_images(sample.paints), ask)
     for part, kind in ((56, "scene"), (57, "text")):
         maker.fill(maker.draw(part, kind), {"absent": size // 4}, lambda qa: qa.category)
 
@@ -373,7 +371,7 @@ def add_sizes(maker: Maker, size: int) -> None:
             if name in ("wide", "high"):
                 paint = partial(on_sheet, paint, high=name == "high")
             ask = Asker(random.Random(qa.question), sample.wording)
-            maker.add(f"side_{name}", qa, maker.pictures([paint]), ask, tag=qa.category)
+            maker.add(f"side_{name}", qa, maker.add_images([paint]), ask, tag=qa.category)
 
 
 def on_sheet(paint: Paint, *, high: bool) -> Image.Image:

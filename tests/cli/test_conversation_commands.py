@@ -82,20 +82,20 @@ def test_a_completed_path_is_the_image_that_is_attached(tmp_path: Path, monkeypa
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def original() -> Image.Image:
     image = Image.new("RGB", (1000, 300), (250, 250, 250))
     image.paste((200, 30, 30), (0, 0, 500, 150))
     image.paste((30, 60, 200), (500, 150, 1000, 300))
     return image
 
 
-def test_kitty_and_iterm_get_the_picture_smaller(picture: Image.Image) -> None:
-    kitty = as_escape(picture, "kitty")
+def test_kitty_and_iterm_get_the_image_smaller(original: Image.Image) -> None:
+    kitty = as_escape(original, "kitty")
     chunks = re.findall(r"\033_G([^;]*);([^\033]*)\033\\", kitty)
     assert "".join(f"\033_G{keys};{data}\033\\" for keys, data in chunks) == kitty
     assert [keys.rpartition("m=")[2] for keys, _ in chunks] == ["1"] * (len(chunks) - 1) + ["0"]
     assert all(len(data) <= 4096 for _, data in chunks)
-    found = re.fullmatch(r"\033\]1337;File=([^:]*):([^\a]*)\a", as_escape(picture, "iterm"))
+    found = re.fullmatch(r"\033\]1337;File=([^:]*):([^\a]*)\a", as_escape(original, "iterm"))
     assert found is not None
     for data in ("".join(data for _, data in chunks), found[2]):
         image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -127,9 +127,9 @@ def decoded_sixels(text: str) -> Image.Image:
     return image
 
 
-def test_sixels_are_the_picture(picture: Image.Image) -> None:
-    shown = decoded_sixels(as_escape(picture, "sixel"))
-    small = picture.copy()
+def test_sixels_are_the_image(original: Image.Image) -> None:
+    shown = decoded_sixels(as_escape(original, "sixel"))
+    small = original.copy()
     small.thumbnail((480, 240))
     assert shown.size == small.size
     differences = [

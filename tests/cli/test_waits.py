@@ -82,6 +82,7 @@ def test_a_slow_download_is_a_line_now_and_then_in_a_log(hub: FakeHub, checkpoin
     assert offline.stdout == done.stdout, offline.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_download_at_once_and_the_next_goes_on(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     size = (checkpoint / "model.safetensors").stat().st_size
     hub.bytes_per_s = size / 40

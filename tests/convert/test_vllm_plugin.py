@@ -70,6 +70,7 @@ print("RESULTS", json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_configs_are_those_of_a_conversion(tmp_path: Path) -> None:
     """Asked of transformers as vLLM asks; folders in transformers' own layout keep their answer."""
     mistral = build(tmp_path / "mistral", "mistral", **ANYRES)

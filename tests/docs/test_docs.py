@@ -166,6 +166,7 @@ def test_commands_parse(page: Path) -> None:
             raise AssertionError(f"no rule says how to check {command!r}")
 
 
+@pytest.mark.slow
 def test_one_test_file_runs_as_contributors_are_told() -> None:
     told = next(c for c in all_commands(ROOT / "CONTRIBUTING.md") if " -m pytest " in c and c.endswith(".py"))
     words = shlex.split(told)

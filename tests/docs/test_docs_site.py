@@ -64,6 +64,7 @@ def test_the_reference_has_every_public_name() -> None:
     assert {name.rpartition(".")[2] for name in found} == set(llava.__all__) - {"__version__"}
 
 
+@pytest.mark.slow
 @needs_mkdocs
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/docs/site.py"), "--build", str(tmp_path)]

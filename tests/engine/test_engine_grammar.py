@@ -1,4 +1,4 @@
-"""Grammars from strangers: what they may cost, what is kept of them, and that a prescribed text comes out whole."""
+"""Untrusted grammars: what they may cost, what is kept of them, and that a prescribed text comes out whole."""
 
 from __future__ import annotations
 

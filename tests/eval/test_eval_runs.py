@@ -72,6 +72,7 @@ def test_a_finished_run_is_scored_again_without_the_model(finished: Path, monkey
     assert tasks[0] == tasks[1]
 
 
+@pytest.mark.slow
 def test_shards_give_the_same_files(finished: Path, tmp_path: Path) -> None:
     assert main([DRAWN, *flags(tmp_path, "--shards", "2")]) == 0
     for task in DRAWN.split(","):

@@ -612,6 +612,7 @@ def test_an_unwritable_cache_is_one_sentence(copied: tuple[Path, Path], monkeypa
 # Programs
 
 
+@pytest.mark.slow
 def test_programs_read_a_pair(tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own_cache / "llava").mkdir()
     (own_cache / "llava" / "kernels").symlink_to(Path.home() / ".cache/llava/kernels")  # compiled once

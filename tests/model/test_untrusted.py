@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: whatever their files say, one sentence comes before memory is taken or code is run."""
+"""Untrusted checkpoints: whatever their files say, one sentence comes before memory is taken or code is run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("strangers")
+    place = tmp_path_factory.mktemp("untrusted")
     return {"original": build(place / "o", **ANYRES), "transformers": theirs(small_llava_next)(place / "t")}
 
 

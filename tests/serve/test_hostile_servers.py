@@ -286,7 +286,7 @@ def test_a_controller_that_sends_anything_is_asked_again(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-# Images from strangers
+# Untrusted images
 
 
 def test_a_chunk_of_negative_size_in_a_download_is_a_sentence() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_kit import DEMO, controller, data_url, embedded_backend, wait_until, worker
+from serve_kit import DEMO, controller, data_url, wait_until, worker
 
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.backends.remote import RemoteBackend
@@ -25,12 +25,6 @@ QUESTION = "What colour is the star?"
 IMAGE = base64.b64encode(DEMO.read_bytes()).decode()
 SHOWN = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": IMAGE}}
 ASKED = [{"role": "user", "content": [SHOWN, {"type": "text", "text": QUESTION}]}]
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Requests of clients that are not installed here were recorded from the wire (cli
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,15 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_kit import data_url, embedded_backend, worker
+from serve_kit import WEATHER, data_url, worker
 
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.http.limits import ServeLimits
 
 MODEL = "llava-v1.5-tiny"
 RECORDED = json.loads((Path(__file__).parent / "client_requests.json").read_text())
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["city", "days"],
-        },
-    },
-}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def address(backend: EngineBackend) -> Iterator[str]:
-    with worker(backend) as (address, _):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def said(text: str) -> list[dict[str, Any]]:

@@ -6,48 +6,17 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serve_kit import data_url, embedded_backend, worker
+from serve_kit import WEATHER, data_url, worker
 
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.serve.backends.in_process import EngineBackend
 
 MODEL = "llava-v1.5-tiny"
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["city", "days"],
-        },
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def address(backend: EngineBackend) -> Iterator[str]:
-    with worker(backend) as (address, _):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def said(text: str) -> list[dict[str, Any]]:

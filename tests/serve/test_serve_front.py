@@ -291,7 +291,7 @@ def test_whom_a_chain_of_proxies_names() -> None:
     proxies = TrustedProxies.given(["10.0.0.0/8", "::1"])
     for chain, client in (
         ("6.6.6.6", "6.6.6.6"),
-        ("7.7.7.7, 6.6.6.6, 10.1.1.1", "6.6.6.6"),  # what stands before a stranger is the stranger's word
+        ("7.7.7.7, 6.6.6.6, 10.1.1.1", "6.6.6.6"),  # what stands before an untrusted address is its own word
         ("6.6.6.6:4711", "6.6.6.6"),
         ("[2001:db8::1]:80, ::1", "2001:db8::1"),
         ("::ffff:6.6.6.6", "6.6.6.6"),

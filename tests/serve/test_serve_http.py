@@ -1,4 +1,4 @@
-"""What strangers may send a server, byte by byte: what is ambiguous or does not end is refused."""
+"""What clients may send a server, byte by byte: what is ambiguous or does not end is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server refuses: strangers, too much, too long, and addresses that are not for them; docs/serving.md has the list."""
+"""What a server refuses: no key, too much, too long, and addresses that are not for them; docs/serving.md has the list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from serve_kit import DEMO, data_url, embedded_backend, wait_until, worker
+from serve_kit import DEMO, data_url, wait_until, worker
 
 from llava.__main__ import main
 from llava.errors import InputError
@@ -32,12 +32,6 @@ MODEL = "llava-v1.5-tiny"
 KEY = "a-key-of-tests"
 LONG = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 900, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 def asking(text: str = "hi", **more: Any) -> dict[str, Any]:

@@ -15,19 +15,13 @@ from engine_kit import loaded
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serve_kit import DEMO, ROOT, data_url, embedded_backend, wait_until, worker
+from serve_kit import DEMO, ROOT, data_url, wait_until, worker
 
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.service import Service
 
 MODEL = "llava-v1.5-tiny"
 SEE = "What do you see in this picture?"
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +33,6 @@ def served(backend: EngineBackend) -> Iterator[tuple[str, Service]]:
 @pytest.fixture(scope="module")
 def address(served: tuple[str, Service]) -> str:
     return served[0]
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def shown(*urls: str, text: str = SEE, detail: str = "auto") -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request, Response
 from PIL import Image
-from serve_kit import DEMO, embedded_backend, make_greedy, running, worker
+from serve_kit import DEMO, make_greedy, running, worker
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import llava
@@ -32,18 +32,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 BOX = "#question textarea"
 BOT = "#chat [data-testid=bot]"
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def address(backend: EngineBackend) -> Iterator[str]:
-    with worker(backend) as (address, _):
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,7 @@ def engine_of(program: Program) -> psutil.Process:
     return engine
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_lets_answers_finish() -> None:
     """As a terminal's Ctrl-C and a service manager's SIGTERM reach them."""
     with worker() as program:

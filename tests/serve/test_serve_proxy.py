@@ -15,7 +15,7 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from serve_kit import controller, data_url, embedded_backend, running, wait_until, worker
+from serve_kit import controller, data_url, running, wait_until, worker
 
 from llava.conversation import SeparatorStyle, conv_templates, get_template
 from llava.errors import InputError
@@ -37,12 +37,6 @@ SHOW = [
         ],
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_kit import controller, embedded_backend, wait_until, worker
+from serve_kit import controller, wait_until, worker
 
 from llava.errors import InputError
 from llava.serve.backends.in_process import EngineBackend
@@ -32,12 +32,6 @@ STATUS = {"model_names": [MODEL], "speed": 1, "queue_length": 0}
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 class Recorder(http.server.BaseHTTPRequestHandler):

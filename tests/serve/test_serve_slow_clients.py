@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import httpx
 import pytest
 from cli_kit import environment
-from serve_kit import embedded_backend, wait_until, worker
+from serve_kit import wait_until, worker
 
 from llava.errors import InputError
 from llava.serve.backends.in_process import EngineBackend
@@ -29,12 +28,6 @@ CHAT = "/v1/chat/completions"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 KEY = "a-key-of-tests"
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
 
 
 def connected(address: str, data: bytes = b"") -> socket.socket:

@@ -39,12 +39,6 @@ NUMBERS = itertools.count()
 ENDLESS = BODY | {"max_tokens": 1900, "ignore_eos": True, "stream": True}
 
 
-@pytest.fixture(scope="module")
-def backend() -> Iterator[EngineBackend]:
-    with embedded_backend() as backend:
-        yield backend
-
-
 def another() -> dict[str, Any]:
     """A request of another conversation, which no worker has seen."""
     return BODY | {"messages": [{"role": "user", "content": f"hi {next(NUMBERS)}"}]}

@@ -17,6 +17,7 @@ from benchmarks.train import profile_steps, single_gpu
 from llava.train.arguments import TrainingArguments, parse_train_args
 
 
+@pytest.mark.slow
 def test_every_measurement_has_a_figure_of_each_side(capsys: pytest.CaptureFixture) -> None:
     single_gpu.main(["--tiny", "--eager", "--steps", "1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -77,6 +77,7 @@ def test_a_run_on_two_ranks_equals_one_process_and_resumes_to_the_same_weights(t
         torch.testing.assert_close(by_one[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_a_projector_alone_is_saved_by_two_ranks_as_by_one_process(tmp_path: Path) -> None:
     flags: dict[str, Any] = {"tune_mm_mlp_adapter": True, "save_steps": 1, "max_steps": 2}
@@ -113,6 +114,7 @@ def test_bfloat16_alone_is_held_and_resumes_to_the_same_weights(tmp_path: Path) 
     assert 4 * between < moved, "one step goes twice as far as rounding takes three steps apart"
 
 
+@pytest.mark.slow
 def test_text_on_one_rank_and_tiles_on_the_other_under_ddp(tmp_path: Path) -> None:
     """Every trained weight takes part in every batch, the newline that ends rows of features included: DDP, which does not
     look for those that do not, would stop, or take another rank's gradients for them."""

@@ -56,6 +56,7 @@ from llava.model.checkpoints.gguf.names import (
     makes_features,
     uninterleave,
 )
+from llava.model.config import SHARED_TOWER_TYPES
 from llava.model.tokenizer_setup import context_len
 
 if TYPE_CHECKING:
@@ -388,8 +389,7 @@ def _check_expressible(source: Source) -> None:
         f"a projector of type {settings.projector.type!r}": settings.projector.type not in PROJECTORS,
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
         f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature != "patch",
-        f"a tower of type {tower.config.model_type!r}": tower.config.model_type
-        not in ("clip_vision_model", "siglip_vision_model"),
+        f"a tower of type {tower.config.model_type!r}": tower.config.model_type not in SHARED_TOWER_TYPES,
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ROPE_TYPES,
     }
     source.require_supported("gguf", unsupported)

@@ -91,11 +91,10 @@ def open_meta_model(path: str | Path, base: str | Path | None = None) -> MetaMod
             sources = with_own_tower(sources, tower_folder, prefix=model_class.base_model_prefix)
         # A config may claim any size; the stored tensors are matched before memory is taken.
         on_meta = build_on_meta(lambda: model_class(copy.deepcopy(config)), info.config_folder / "config.json")
-        match_names(expected_tensors(on_meta), sources, on_meta)
+        expected = expected_tensors(on_meta)
+        found = match_names(expected, sources, on_meta)
         model = build_empty_model(lambda: model_class(copy.deepcopy(config)))
     restore_config(model.config, config)
-    expected = expected_tensors(model)
-    found = match_names(expected, sources, model)
     shapes = {name: tuple(expected[name].shape) for name in found}
     return MetaModel(model, info, base_info, sources, found, shapes, None if sources.merges_tower else tower_folder)
 

@@ -236,7 +236,7 @@ def build_page(page: Page, visitors: Visitors, *, embed: bool = False) -> gr.Blo
                 yield UNCHANGED
                 return
             if any(Path(file).parent == EXAMPLES_FOLDER for file in files):
-                past = []  # an example is about its picture alone
+                past = []  # an example is about its image alone
             async for state in _answer(page, [*past, PageTurn(text, files)], _settings(values, request), request):
                 yield state
 

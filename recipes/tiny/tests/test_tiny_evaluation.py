@@ -45,7 +45,7 @@ def test_suite_is_balanced_and_asks_what_was_never_trained() -> None:
     )
     assert set(asked) == {"grammar", "hand"}
     assert min(asked.values()) > 0.35 * asked.total()
-    assert {len(row.pictures) for row in groups["pair"]} == {2}
+    assert {len(row.images) for row in groups["pair"]} == {2}
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ $("answer").textContent = trace.answer;
 $("verdict").textContent = trace.verdict.text;
 $("verdict").classList.toggle("bad", trace.verdict.failed);
 
-// Pictures: each drawn on a canvas that also holds the padding around it.
+// Images: each drawn on a canvas that also holds the padding around it.
 const images = trace.images.map((image, index) => {
   const all = image.boxes.filter(Boolean).concat([[0, 0, image.width, image.height]]);
   const left = Math.min(...all.map((box) => box[0])), top = Math.min(...all.map((box) => box[1]));
