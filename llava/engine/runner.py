@@ -308,9 +308,10 @@ class Runner:
         for chunk in chunks:
             end += chunk.count
             sequence = chunk.sequence
-            first = max(chunk.start, sequence.num_prompt - 1)
+            first = max(chunk.start, sequence.first_output)
             if not sequence.is_scored or first >= chunk.stop:
                 continue
+            sequence.num_observed = chunk.stop
             targets = to_device(sequence.ids[first + 1 : chunk.stop + 1], self.device)
             states = hidden[end - (chunk.stop - first) : end]
             parts: list[tuple[Tensor, ...]] = []

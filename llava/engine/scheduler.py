@@ -145,9 +145,7 @@ class Scheduler:
         size, pool = self.block_size, self.pool
         num_known = len(sequence.ids)
         found = pool.find(sequence.block_hashes(size)) if pool.caching else []
-        # The position before the first token to sample (or to score) must be computed: its logits are needed.
-        last = (sequence.num_prompt if sequence.is_scored else num_known) - 1
-        found = found[: last // size]
+        found = found[: sequence.first_output // size]
         pool.incref(found)
         needed = -(-(num_known + (not sequence.is_scored)) // size)
         # Room for running sequences to grow a little, so that a new one is not preempted at once.

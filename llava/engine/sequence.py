@@ -136,6 +136,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.num_computed = 0  # positions whose keys and values are there, or being computed by a step in flight
         self.num_pending = 0  # tokens being sampled by a step in flight
+        self.num_observed = 0  # positions whose scores a step has taken, in flight or not; they are not taken again
         self.num_cached = 0  # positions found in the prefix cache when it was first admitted
         self.blocks: list[int] = []
         self.slot: int | None = None  # its index among the running ones, where its newest token and counts are kept
@@ -159,6 +160,11 @@ class Sequence:
     def num_missing(self) -> int:
         """Positions still to be computed before the next token can be sampled."""
         return self.num_total - self.is_scored - self.num_computed
+
+    @property
+    def first_output(self) -> int:
+        """The first position whose hidden state is needed: its token is sampled, or scored, from there."""
+        return max(self.num_prompt - 1, self.num_observed) if self.is_scored else len(self.ids) - 1
 
     @property
     def is_exhausted(self) -> bool:

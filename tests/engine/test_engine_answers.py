@@ -219,6 +219,25 @@ def test_scores_are_the_model_s_log_probabilities(way: str) -> None:
         assert score.is_greedy == (logprobs.argmax(dim=-1).tolist() == tokens)
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_score_that_is_preempted_in_the_middle_is_the_same(engine: Engine, prefix_cache: bool) -> None:
+    request = ScoreRequest("hello", [10 + 7 * number % 290 for number in range(60)])
+    whole = engine.score(request)
+    num_preemptions = 0
+    for num_blocks in (21, 24, 27):
+        config = EngineConfig(num_blocks=num_blocks, block_size=4, max_step_tokens=7, prefix_cache=prefix_cache)
+        with Engine.from_loaded(loaded("llama"), config) as small:
+            params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+            with small._worker._changed:  # all in the first step
+                others = [small.submit(Request(f"hello {number}", sampling=params)) for number in range(3)]
+                handle = small.submit_score(request)
+            assert handle.score(60).logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+            for other in others:
+                other.result(60)
+            num_preemptions += small.stats().num_preemptions
+    assert num_preemptions > 0
+
+
 def test_a_greedy_answer_scores_as_greedy(engine: Engine) -> None:
     request, tokens = mixed_requests()[1], expected("llama")[1]
     assert engine.score(ScoreRequest(request.prompt, tokens, request.images)).is_greedy

@@ -151,7 +151,7 @@ def test_an_engine_ends_every_request(seed: int, num_blocks: int, max_step_token
         feature_cache_bytes=chosen.choice([0, 700, 10**6]),
     )
     with Engine.from_loaded(loaded("llama"), config) as engine:
-        handles = []
+        handles, scores = [], []
         for _ in range(chosen.randrange(1, 10)):
             images = [random_image(chosen.randrange(3)) for _ in range(chosen.randrange(3))]
             params = SamplingParams(
@@ -162,8 +162,8 @@ def test_an_engine_ends_every_request(seed: int, num_blocks: int, max_step_token
             )
             prompt = "<image>" * len(images) + "why? " * chosen.randrange(12)
             handles.append(engine.submit(Request(prompt, images, params)))
-            if chosen.random() < 0.2:
-                engine.score(ScoreRequest(prompt, "because", images))
+            if chosen.random() < 0.4:
+                scores.append(engine.submit_score(ScoreRequest(prompt, "because " * chosen.randrange(1, 8), images)))
             if chosen.random() < 0.3:
                 chosen.choice(handles).abort()
         for handle in handles:
@@ -172,6 +172,9 @@ def test_an_engine_ends_every_request(seed: int, num_blocks: int, max_step_token
             for completion in result.completions:
                 text = "".join(chunk.text for chunk in list(handle._chunks) if chunk.index == completion.index)
                 assert text == completion.text
+        for handle in scores:
+            score = handle.score(60)
+            assert len(score.logprobs) == len(score.token_ids)
         engine.generate(Request("x", sampling=SamplingParams(max_new_tokens=1)))
         stats = engine.stats()
         assert (stats.num_blocks_used, stats.num_running, stats.num_waiting) == (0, 0, 0)
