@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from packing_kit import pack
 from safetensors.torch import load_file, save_file
-from tiny import ANYRES, NUM_TOKENS, SIGLIP, build, save_tokenizer
+from tiny import ANYRES, NUM_TOKENS, build, save_tokenizer
 from transformers import (
     GemmaConfig,
     LlamaConfig,
@@ -24,7 +24,16 @@ from transformers import (
     Phi3Config,
     SiglipVisionConfig,
 )
-from transformers_kit import IMAGE_TOKEN, SIZES, TOWER, save_peer, small_llava, small_llava_next
+from transformers_kit import (
+    IMAGE_TOKEN,
+    SIZES,
+    TOWER,
+    save_peer,
+    small_granite_vision,
+    small_llava,
+    small_llava_next,
+    small_vipllava,
+)
 
 Builder = Callable[[Path], Path]
 
@@ -205,7 +214,8 @@ def in_parts(folder: Path) -> Path:
 
 
 VIDEO = {"mm_image_tower": "LanguageBind/LanguageBind_Image", "mm_video_tower": "LanguageBind/LanguageBind_Video_merge"}
-LISTED = {"text_config": {**THEIRS["text_config"], "model_type": "granite"}, "vision_config": {**SIGLIP}}
+
+PUBLISHED_LAYERS = [-2, -5, -8, -11, 6]
 
 READ: dict[str, Builder] = {
     "llava-hf/llava-1.5-7b-hf, -13b-hf": theirs(small_llava),
@@ -220,6 +230,12 @@ READ: dict[str, Builder] = {
     "xtuner/llava-phi-3-mini-hf": theirs(phi_3),
     "Intel/llava-gemma-2b": theirs(gemma),
     "llava-hf/bakLlava-v1-hf": theirs(partial(small_llava, "mistral")),
+    "llava-hf/vip-llava-7b-hf, -13b-hf": theirs(
+        partial(small_vipllava, PUBLISHED_LAYERS, num_layers=12),
+        vision_feature_layer=None,
+        vision_feature_layers=PUBLISHED_LAYERS,
+    ),
+    "ibm-granite/granite-vision-3.1-2b-preview, -3.2-2b, -3.3-2b": theirs(small_granite_vision),
     "liuhaotian/llava-v1.5-7b, -13b": v1_5,
     "liuhaotian/llava-v1-0719-336px (linear projector)": partial(build, mm_projector_type="linear"),
     "liuhaotian/LLaVA-7b-v0 (after apply_delta)": v0,
@@ -253,12 +269,6 @@ REFUSED: dict[str, Builder] = {
     ),
     "LanguageBind/Video-LLaVA-7B-hf": of_transformers(
         "video_llava", "VideoLlavaForConditionalGeneration", *THEIR_NAMES[:2], "video_tower.vision_model.post_layernorm.weight"
-    ),
-    "llava-hf/vip-llava-7b-hf, -13b-hf": of_transformers(
-        "vipllava", "VipLlavaForConditionalGeneration", vision_feature_layer=None, vision_feature_layers=[-2, -5, -8, -11, 6]
-    ),
-    "ibm-granite/granite-vision-3.1-2b-preview, -3.2-2b, -3.3-2b": of_transformers(
-        "llava_next", "LlavaNextForConditionalGeneration", vision_feature_layer=[-24, -20, -12, -1], **LISTED
     ),
     "mistral-community/pixtral-12b": of_transformers(
         "llava", "LlavaForConditionalGeneration", vision_config={"model_type": "pixtral", "hidden_size": 32},

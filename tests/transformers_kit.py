@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tokenizer
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -18,6 +19,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 IMAGE_TOKEN = 300  # a real row of the vocabulary in this layout
@@ -84,5 +88,34 @@ def small_llava_next(text: str = "llama", side: int = 28) -> Any:
             text_config=TEXT[text](),
             image_token_index=IMAGE_TOKEN,
             image_grid_pinpoints=[[h * side // 28, w * side // 28] for h, w in PINPOINTS],
+        )
+    ).eval()
+
+
+def small_vipllava(layers: Sequence[int] = (-2, -3, 1), text: str = "llama", num_layers: int = 3) -> Any:
+    return VipLlavaForConditionalGeneration(
+        VipLlavaConfig(
+            vision_config=CLIPVisionConfig(**TOWER | {"num_hidden_layers": num_layers}, image_size=28, patch_size=14),
+            text_config=TEXT[text](),
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=list(layers),
+        )
+    ).eval()
+
+
+def small_granite_vision(layers: Sequence[int] = (-4, -3, 1, -1)) -> Any:
+    """Granite Vision: the class of LLaVA-NeXT over SigLIP, with the features of several layers.
+
+    With a `logits_scaling` other than 1 transformers' class would give other logits than Granite's own: it leaves it out.
+    """
+    text = AutoConfig.for_model("granite", **SIZES, num_key_value_heads=2, embedding_multiplier=3.0, logits_scaling=1.0)
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=SiglipVisionConfig(**TOWER, image_size=28, patch_size=14, vision_use_head=False),
+            text_config=text,
+            image_token_index=IMAGE_TOKEN,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=list(layers),
+            vision_feature_select_strategy="full",
         )
     ).eval()

@@ -34,7 +34,7 @@ PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 # The keys of config files that this package itself reads, by the type of their values. A key that is null counts as absent.
 KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "an integer": (int, (
-        "mm_vision_select_layer", "mm_hidden_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+        "mm_hidden_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
         "max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len", "image_size",
         "patch_size", "pad_token_id", "bos_token_id",
     )),
@@ -45,7 +45,9 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     )),
     "true or false": (bool, ("unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token")),
     "an object": (Mapping, ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")),
-    "an integer or a list of integers": ((int, list), ("eos_token_id",)),
+    "an integer or a list of integers": ((int, list), ("eos_token_id", "mm_vision_select_layer", "vision_feature_layer",
+        "vision_feature_layers",
+    )),
     "a list": (list, ("architectures",)),
     "a list of integers or a string": ((str, list, tuple), ("s2_scales",)),
 }  # fmt: skip
@@ -86,10 +88,10 @@ ORIGINAL_CLASS = re.compile(r"Llava(\w+)ForCausalLM")
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Which vision tower a model has, and which of its hidden states is used."""
+    """Which vision tower a model has, and which of its hidden states are used."""
 
     tower: str | None
-    select_layer: int = -2
+    select_layer: int | tuple[int, ...] = -2  # several: their features are concatenated, in this order
     select_feature: str = "patch"
     hidden_size: int | None = None
     in_checkpoint: bool = (
@@ -102,6 +104,8 @@ class VisionSettings:
             raise InputError(
                 f"unknown mm_vision_select_feature {self.select_feature!r}; known: {', '.join(SELECT_FEATURES)}"
             )
+        if self.select_layer == ():
+            raise InputError("mm_vision_select_layer is an empty list; it must name the hidden states that are used")
         if any(scale % self.s2_scales[0] for scale in self.s2_scales):
             raise InputError(f"s2_scales must be multiples of the smallest one, got {self.s2_scales}")
 
@@ -163,10 +167,11 @@ class LlavaSettings:
                 "use the code that they were trained with"
             )
 
+        layer = read("mm_vision_select_layer", -2)
         return cls(
             vision=VisionSettings(
                 tower=read("mm_vision_tower", read("vision_tower")),
-                select_layer=read("mm_vision_select_layer", -2),
+                select_layer=tuple(layer) if isinstance(layer, (list, tuple)) else layer,
                 select_feature=read("mm_vision_select_feature", "patch"),
                 hidden_size=read("mm_hidden_size"),
                 in_checkpoint=bool(read("unfreeze_mm_vision_tower", False)),
@@ -239,7 +244,7 @@ def check_type(key: str, value: object, source: object = "the config") -> None:
 def _has_type(value: object, kind: type | tuple[type, ...]) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    if kind == (int, list) and isinstance(value, list):
+    if kind == (int, list) and isinstance(value, (list, tuple)):
         return all(type(item) is int for item in value)
     return isinstance(value, kind)
 
@@ -258,7 +263,7 @@ def check_tower_type(model_type: object, name: object) -> None:
 
 def check_projector_type(name: str) -> None:
     """Raise an `InputError` if there is no projector of a name; the table, which needs torch, is asked for unusual ones."""
-    if re.fullmatch(r"linear|mlp[1-3]x_gelu", name):
+    if re.fullmatch(r"linear|(norm_)?mlp[1-3]x_gelu", name):
         return
     from llava.model.multimodal_projector.builder import check_projector_name
 

@@ -82,11 +82,11 @@ class VisionArguments(Protocol):
 
 
 class VisionTower(TorchModule, Protocol):
-    """An image encoder: pixels (N, 3, H, W) to the features (N, P, V) of one of its hidden states."""
+    """An image encoder: pixels (N, 3, H, W) to the features (N, P, V) of one of its hidden states, or of several."""
 
     vision_tower_name: str  # the folder that its config was read from
     image_processor: ClipImageProcessor
-    select_layer: int  # of the module, usually negative
+    select_layer: int | tuple[int, ...]  # of the module, usually negative
     select_feature: str
     has_class_token: bool  # whether hidden states begin with one for the whole tile
     resamples_pixels: bool
@@ -101,7 +101,7 @@ class VisionTower(TorchModule, Protocol):
     cfg_only: PreTrainedConfig  # as declared; `config` is that of the module, which may be a part of the tower
 
     @property
-    def hidden_state_index(self) -> int: ...
+    def hidden_state_indices(self) -> list[int]: ...
     @property
     def trainable(self) -> bool: ...
     @property

@@ -93,6 +93,8 @@ def choose_template(
 
 
 def _usual_template(config: Mapping[str, object], name: str, has_token: Callable[[str], bool]) -> str:
+    if config.get("model_type") == "vipllava" or config.get("mm_projector_type") == "norm_mlp2x_gelu":
+        return "llava_v0"  # ViP-LLaVA
     by_name = conv_mode_for_model_name(name)
     by_model = CONV_MODES.get(language_model_type(config))
     if by_model is not None:

@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import SiglipVisionConfig
-from transformers_kit import GENERATIONS, IMAGE_TOKEN, TEXT, TOWER, save_peer, small_llava, small_llava_next
+from transformers_kit import (
+    GENERATIONS,
+    IMAGE_TOKEN,
+    TEXT,
+    TOWER,
+    save_peer,
+    small_granite_vision,
+    small_llava,
+    small_llava_next,
+    small_vipllava,
+)
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.images.layout import ImageSize, plan
@@ -89,6 +99,24 @@ def test_llava_layers_strategies_and_sizes(tmp_path: Path, layer: int, strategy:
     )
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("layers", [(-2, -3, 1), (3, 0)], ids=str)
+def test_vipllava(tmp_path: Path, layers: tuple[int, ...], generation: str) -> None:
+    peer = small_vipllava(layers)
+    ours = load(save_peer(tmp_path, peer, generation), device="cpu").model
+    rows = [[1, 5, IMAGE_TOKEN_INDEX, 9, 17], [1, IMAGE_TOKEN_INDEX, 6, IMAGE_TOKEN_INDEX, 7, 8, 200]]
+    compare(peer, ours, rows, list(random_tiles(3, 28, seed=1)), [(28, 28)] * 3, next_layout=False)
+
+
+def test_granite_vision(tmp_path: Path) -> None:
+    peer = small_granite_vision()
+    ours = load(save_peer(tmp_path, peer), device="cpu").model
+    sizes = [(60, 20), (100, 99)]
+    tiles = [plan(ImageSize(*size), ours.image_policy()).num_tiles for size in sizes]
+    pixels = [random_tiles(num, 28, seed=4 + i) for i, num in enumerate(tiles)]
+    compare(peer, ours, [[1, 5, IMAGE_TOKEN_INDEX, 4, IMAGE_TOKEN_INDEX, 9]], pixels, sizes, next_layout=True)
+
+
 def test_llava_with_siglip(tmp_path: Path) -> None:
     peer = small_llava("qwen2", strategy="full", tower=SiglipVisionConfig(**TOWER, image_size=28, patch_size=14))
     ours = load(save_peer(tmp_path, peer), device="cpu").model
@@ -128,7 +156,7 @@ def test_llava_next_of_another_size(tmp_path: Path) -> None:
     compare(peer, ours, [[1, IMAGE_TOKEN_INDEX, 4, IMAGE_TOKEN_INDEX, 9, 10]], pixels, sizes, next_layout=True)
 
 
-@pytest.mark.parametrize("make", [small_llava, small_llava_next])
+@pytest.mark.parametrize("make", [small_llava, small_llava_next, small_vipllava, small_granite_vision])
 def test_saved_in_the_original_layout(tmp_path: Path, make: Callable[[], Any]) -> None:
     """Loaded from transformers' layout, saved in the original one, loaded again: the same tensors, the same settings."""
     first = load(save_peer(tmp_path / "theirs", make()), device="cpu")

@@ -266,7 +266,7 @@ class GgufPair:
         writer.add_vision_image_mean([float(value) for value in processor.image_mean])
         writer.add_vision_image_std([float(value) for value in processor.image_std])
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
-        writer.add_array("clip.vision.feature_layer", [tower.hidden_state_index])
+        writer.add_array("clip.vision.feature_layer", tower.hidden_state_indices)
         writer.add_string("clip.vision.image_aspect_ratio", source.policy.mode)
         if source.policy.mode == "anyres":
             writer.add_string("clip.vision.mm_patch_merge_type", source.policy.merge)
@@ -388,6 +388,7 @@ def _check_expressible(source: Source) -> None:
         f"a language model of type {source.info.language_model!r}": source.info.language_model not in ARCHITECTURE_OF,
         f"a projector of type {settings.projector.type!r}": settings.projector.type not in PROJECTORS,
         "a tower with several scales (s2)": bool(settings.vision.s2_scales),
+        "features of several layers of the tower": not isinstance(settings.vision.select_layer, int),
         f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature != "patch",
         f"a tower of type {tower.config.model_type!r}": tower.config.model_type not in SHARED_TOWER_TYPES,
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ROPE_TYPES,

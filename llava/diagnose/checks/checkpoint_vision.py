@@ -113,7 +113,8 @@ def _tower_parts(
         tower = build_vision_tower(view, delay_load=True)
     checkpoint.extras["tower"] = tower
     states = tower.num_layers + 1
-    if not -states <= tower.select_layer < states:
+    layers = [tower.select_layer] if isinstance(tower.select_layer, int) else tower.select_layer
+    if not all(-states <= layer < states for layer in layers):
         yield found(
             "select-layer",
             f"mm_vision_select_layer is {tower.select_layer}, but the tower has {states} hidden states",
@@ -284,7 +285,7 @@ def judge_projector(
     with reported("projector-type", remedy, fix=fix, mm_projector_type=kind, stored_layers=len(layers)):
         check_projector_type(kind)
         match = MLP_NAME.fullmatch(kind)
-        if (int(match[1]) if match else 1) != len(layers):
+        if (int(match[2]) if match else 1) != len(layers):
             raise InputError(f"mm_projector_type is {kind!r}, and {len(layers)} linear layers are stored")
     takes, gives = layers[min(layers)].shape[1], layers[max(layers)].shape[0]
     yield from _judge_widths(takes, config_width, tower_width)

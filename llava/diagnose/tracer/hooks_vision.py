@@ -43,7 +43,7 @@ def hook_tower(record: Trace, tower: VisionTower, keep: Callable[[RemovableHandl
     def hook(module: nn.Module, args: tuple[Tensor, ...], features: Tensor) -> None:
         output = tower.get_submodule("vision_tower")(pixels[0], output_hidden_states=True)
         states = output.hidden_states
-        chosen = tower.hidden_state_index
+        chosen = tower.hidden_state_indices
         norms = [float(state.float().norm(dim=-1).mean()) for state in states]
         selected = tower.feature_select(output)
         facts = tensor_stats(selected)
@@ -58,10 +58,13 @@ def hook_tower(record: Trace, tower: VisionTower, keep: Callable[[RemovableHandl
             "weights_dtype": str(tower.dtype).removeprefix("torch."),
         }
         obs.add("hidden states", f"{len(states)} of {list(states[-1].shape)}, from {tower.dtype} weights")
-        obs.add("norm by layer", " ".join(f"[{n:.3g}]" if i == chosen else f"{n:.3g}" for i, n in enumerate(norms)))
+        obs.add("norm by layer", " ".join(f"[{n:.3g}]" if i in chosen else f"{n:.3g}" for i, n in enumerate(norms)))
         drops = states[-1].shape[1] - selected.shape[1]
         dropped = " without the class feature" if drops else ""
-        obs.add("taken", f"layer {tower.select_layer} (number {chosen}), {tower.select_feature}{dropped}")
+        obs.add(
+            "taken",
+            f"layer {tower.select_layer} (number {', '.join(map(str, chosen))}), {tower.select_feature}{dropped}",
+        )
         obs.add_stats("features", facts)
         expected = tower.num_patches + int(tower.has_class_feature)
         obs.check("count", selected.shape[1] == expected, f"{selected.shape[1]} features per tile, {expected} expected")

@@ -120,22 +120,10 @@ FOREIGN_MODELS = (
         declared="videollava" + _CLASS,
     ),
     ForeignModel(
-        "ViP-LLaVA in transformers' layout (vipllava)",
-        "its projector joins the features of several vision layers",
-        (TRANSFORMERS,),
-        declared="vipllava" + _CLASS,
-    ),
-    ForeignModel(
         "Pixtral (a vision tower of type pixtral)",
         "its tower takes images of any size, not tiles",
         _BOTH,
         matches=lambda config: _vision_type(config) == "pixtral",
-    ),
-    ForeignModel(
-        "Granite Vision, or another model with a list as vision_feature_layer",
-        "its projector joins the features of several vision layers",
-        _BOTH,
-        matches=lambda config: isinstance(config.get("vision_feature_layer"), list),
     ),
     ForeignModel(
         "LLaVA-OneVision-1.5",
@@ -189,7 +177,7 @@ FOREIGN_MODELS = (
     ForeignModel(
         "ViP-LLaVA in the original layout",
         "its projector joins the features of several vision layers",
-        ("the code of ViP-LLaVA", "transformers with the checkpoint that was converted for it"),
+        ("the code of ViP-LLaVA", "the checkpoint that was converted for transformers, which llava reads"),
         matches=lambda config: _text(config, "mm_vision_tower").startswith("clip_4layer"),
     ),
     ForeignModel(

@@ -1,7 +1,7 @@
 """Translate the layout of transformers' own LLaVA classes to the original one.
 
-In: the config.json and tensor names of a folder that `LlavaForConditionalGeneration` or
-`LlavaNextForConditionalGeneration` saved, in any version. Out: the same config with `mm_*` keys, and published tensor names.
+In: the config.json and tensor names of a folder that one of the classes in `HF_MODELS` saved, in any version. Out: the same
+config with `mm_*` keys, and published tensor names.
 Nothing here needs torch; what a folder holds is decided in inspect.py.
 
 The layouts differ in more than names: transformers writes grid pinpoints as (height, width), keeps the tower's config and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,32 @@ from llava.images.image_processor import read_processor_config
 from llava.images.layout import read_pinpoints
 from llava.model.config import OWN_FOLDER, described_by
 
-MODEL_TYPES = ("llava", "llava_next")
-CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """One of transformers' LLaVA classes: its name, and what its config means where keys are left out."""
+
+    name: str  # of the classes: LlavaNext for LlavaNextConfig and LlavaNextForConditionalGeneration
+    tower: str = CLIP
+    select: str = "default"  # vision_feature_select_strategy
+    has_tiles: bool = True
+
+    @property
+    def architecture(self) -> str:
+        return f"{self.name}ForConditionalGeneration"
+
+
+# By model_type.
+HF_MODELS = {
+    "llava": HFModel("Llava", has_tiles=False),
+    "llava_next": HFModel("LlavaNext"),
+    "llava_next_video": HFModel("LlavaNextVideo"),
+    "llava_onevision": HFModel("LlavaOnevision", tower=SIGLIP, select="full"),
+    "vipllava": HFModel("VipLlava", has_tiles=False),
+}
+ARCHITECTURES = tuple(model.architecture for model in HF_MODELS.values())
 
 # First match wins. Three generations of names: 4.3x-4.4x and what version 5 writes (`language_model.model.…`), the names
 # in memory since 4.5x (`model.language_model.…`), each with or without the tower's `vision_model.` level.
@@ -28,6 +53,7 @@ NAME_RULES = (
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "model.vision_tower.vision_tower.vision_model."),
     (re.compile(r"^(?:model\.)?multi_modal_projector\.linear_1\."), "model.mm_projector.0."),
     (re.compile(r"^(?:model\.)?multi_modal_projector\.linear_2\."), "model.mm_projector.2."),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\.projector_layernorm\."), "model.mm_projector.norm."),
     (re.compile(r"^(?:model\.)?image_newline$"), "model.image_newline"),
     (re.compile(r"^model\.language_model\."), "model."),
     (re.compile(r"^language_model\."), ""),
@@ -42,18 +68,19 @@ OWN_KEYS = ("conv_mode", "tokenizer_model_max_length")
 
 # "full" keeps all features; "default" drops the first one, which only CLIP has beside the patches'.
 SELECT_FEATURES = {
-    "clip_vision_model": {"default": "patch", "full": "cls_patch"},
-    "siglip_vision_model": {"full": "patch"},
+    CLIP: {"default": "patch", "full": "cls_patch"},
+    SIGLIP: {"full": "patch"},
 }
-DEFAULT_TOWER = "clip_vision_model"
+LAYER_NORM_EPS = 1e-5  # of ViP-LLaVA's projector
 
 
 def is_transformers_layout(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this layout; the model type `llava` alone means either layout."""
-    if config.get("model_type") not in MODEL_TYPES:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in HF_MODELS:
         return False
     architectures = config.get("architectures")
-    is_named = isinstance(architectures, list) and any(name in CLASSES for name in architectures)
+    is_named = isinstance(architectures, list) and any(name in ARCHITECTURES for name in architectures)
     return is_named or any(isinstance(config.get(part), Mapping) for part in ("text_config", "vision_config"))
 
 
@@ -87,18 +114,19 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
 
 def unknown_feature(config: Mapping[str, Any]) -> str | None:
     """Name the first setting of a config with which the original layout has no words for the model; None without one."""
+    model = HF_MODELS[config["model_type"]]
     vision = config.get("vision_config")
-    tower_type = vision.get("model_type", DEFAULT_TOWER) if isinstance(vision, Mapping) else DEFAULT_TOWER
+    tower_type = vision.get("model_type", model.tower) if isinstance(vision, Mapping) else model.tower
     features = SELECT_FEATURES.get(tower_type) if isinstance(tower_type, str) else None
+    # ViP-LLaVA's class has no such key, and always drops the first feature.
+    select = model.select if model.name == "VipLlava" else config.get("vision_feature_select_strategy", model.select)
     for name, value, known in (
         ("a vision tower of type", tower_type, tuple(SELECT_FEATURES)),
-        (
-            "vision_feature_select_strategy",
-            config.get("vision_feature_select_strategy", "default"),
-            tuple(features or ()),
-        ),
+        ("vision_feature_select_strategy", select, tuple(features or ())),
         ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,)),
+        ("projector_layernorm_eps", config.get("projector_layernorm_eps", LAYER_NORM_EPS), (LAYER_NORM_EPS,)),
+        ("spatial_pool_mode", config.get("spatial_pool_mode", "average"), ("average", "max")),
     ):
         if value not in known:
             return f"{name} {value!r}; known: {', '.join(map(str, known))}"
@@ -107,7 +135,10 @@ def unknown_feature(config: Mapping[str, Any]) -> str | None:
 
 def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
     """The keys of the original layout for a complete config in this one, which is not checked."""
+    model = HF_MODELS[config["model_type"]]
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    layers = config.get("vision_feature_layers") or config["vision_feature_layer"]  # ViP-LLaVA's word before 5.2x
+    num_layers = 1 if isinstance(layers, int) else len(layers)
     select_features = SELECT_FEATURES.get(vision["model_type"], {})
     values = {
         key: value
@@ -118,19 +149,19 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
         "model_type": f"llava_{text['model_type']}",
         "mm_vision_tower": OWN_FOLDER,
         "vision_config": vision,
-        "mm_hidden_size": vision["hidden_size"],
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": config["vision_feature_layer"],
-        "mm_vision_select_feature": select_features.get(config["vision_feature_select_strategy"], "patch"),
+        "mm_hidden_size": vision["hidden_size"] * num_layers,
+        "mm_projector_type": "norm_mlp2x_gelu" if model.name == "VipLlava" else "mlp2x_gelu",
+        "mm_vision_select_layer": layers if isinstance(layers, int) else list(layers),
+        "mm_vision_select_feature": select_features.get(str(config.get("vision_feature_select_strategy")), "patch"),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         "unfreeze_mm_vision_tower": True,  # the tower's weights are in the checkpoint
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
     }
-    if config["model_type"] == "llava_next":
+    if model.has_tiles:
         values |= {
-            "image_aspect_ratio": "anyres",
+            "image_aspect_ratio": config.get("vision_aspect_ratio", "anyres"),
             "mm_patch_merge_type": "spatial_unpad",
             "image_grid_pinpoints": _swapped(config["image_grid_pinpoints"]),
         }
@@ -161,7 +192,8 @@ def pads_images(folder: Path) -> bool:
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the defaults of transformers' config classes, which config files leave out."""
-    from transformers import LlavaConfig, LlavaNextConfig
+    import transformers
 
-    classes = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-    return classes[config["model_type"]].from_dict(dict(config)).to_dict()
+    config_class = getattr(transformers, f"{HF_MODELS[config['model_type']].name}Config")
+    full: dict[str, Any] = config_class.from_dict(dict(config)).to_dict()
+    return full

@@ -1,6 +1,6 @@
 """Vision towers over transformers' CLIPVisionModel, with one scale (CLIPVisionTower) or several (CLIPVisionTowerS2).
 
-In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden state.
+In: pixels (N, 3, H, W), already normalised. Out: features (N, P, V) of one hidden state, or of several.
 The image processor is in images/image_processor.py; builder.py decides which tower a checkpoint has.
 
     N tiles, P patches per tile, V width of the tower, S scales
@@ -25,7 +25,7 @@ from llava.model.config import LlavaSettings, check_types, described_by
 from llava.model.transformers_internals import eager_attention, forget_implementations, set_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedConfig
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -67,7 +67,7 @@ class VisionModel(nn.Module):
 
 
 class CLIPVisionTower(nn.Module):
-    """A CLIP image encoder, of which one hidden state is used.
+    """A CLIP image encoder, of which one hidden state is used, or the features of several concatenated.
 
     Args:
         vision_tower: A folder with config.json and preprocessor_config.json.
@@ -176,19 +176,25 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.vision_model
 
     @property
-    def hidden_state_index(self) -> int:
-        """Index of the hidden state that the projector reads; 0 is the input of the first layer."""
+    def hidden_state_indices(self) -> list[int]:
+        """Indices of the hidden states that the projector reads, in its order; 0 is the input of the first layer."""
         num_states = self.num_layers + 1
-        if not -num_states <= self.select_layer < num_states:
+        layers = [self.select_layer] if isinstance(self.select_layer, int) else list(self.select_layer)
+        if not all(-num_states <= layer < num_states for layer in layers):
             raise InputError(
                 f"mm_vision_select_layer is {self.select_layer}, but the tower has {num_states} hidden states "
                 f"(-{num_states} to {num_states - 1})"
             )
-        return self.select_layer % num_states
+        return [layer % num_states for layer in layers]
+
+    @property
+    def num_layers_used(self) -> int:
+        """How many layers are run: those before the last hidden state that is used."""
+        return max(self.hidden_state_indices)
 
     def layers_used(self) -> list[nn.Module]:
-        """The layers that compute the hidden state that is used."""
-        return list(islice(self._vision_model().encoder.layers, self.hidden_state_index))
+        """The layers that compute the hidden states that are used."""
+        return list(islice(self._vision_model().encoder.layers, self.num_layers_used))
 
     def modules_used(self) -> list[nn.Module]:
         """The modules that compute features from pixels, in order, without the layers behind the hidden state used."""
@@ -196,7 +202,12 @@ class CLIPVisionTower(nn.Module):
 
     def feature_select(self, image_forward_outs: BaseModelOutputWithPooling) -> Tensor:
         """Select the features from the output of the whole model, called with `output_hidden_states=True`."""
-        return self._without_class_feature(image_forward_outs.hidden_states[self.hidden_state_index])
+        return self._joined(image_forward_outs.hidden_states)
+
+    def _joined(self, hidden_states: Mapping[int, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Concatenate the features of the hidden states that are used: (N, P, V)."""
+        chosen = [self._without_class_feature(hidden_states[index]) for index in self.hidden_state_indices]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     def _without_class_feature(self, features: Tensor) -> Tensor:
         """Drop the class feature of (N, 1 + P, V), if the family has one and `select_feature` is "patch"."""
@@ -210,15 +221,19 @@ class CLIPVisionTower(nn.Module):
     def forward_feature(self, images: Tensor) -> Tensor:
         """Compute the features of one batch of tiles, (N, 3, H, W) -> (N, P, V).
 
-        Layers behind the hidden state that is used are not run, and earlier hidden states are freed, unlike in
-        transformers' own forward pass with `output_hidden_states=True`.
+        Layers behind the last hidden state that is used are not run, and hidden states that are not used are freed, unlike
+        in transformers' own forward pass with `output_hidden_states=True`.
         """
         states = images.to(device=self.device, dtype=self.dtype)
         for module in self.input_modules():
             states = module(states)
-        for layer in self.layers_used():
+        wanted = set(self.hidden_state_indices)
+        kept = {0: states} if 0 in wanted else {}
+        for index, layer in enumerate(self.layers_used(), start=1):
             states = layer(states, None)  # no attention mask
-        return self._without_class_feature(states)
+            if index in wanted:
+                kept[index] = states
+        return self._joined(kept)
 
     def forward(
         self, images: Tensor | list[Tensor], output_attentions: bool = False
@@ -268,7 +283,9 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return self.config.hidden_size
+        """The width of the features."""
+        num_states = 1 if isinstance(self.select_layer, int) else len(self.select_layer)
+        return self.config.hidden_size * num_states
 
     @property
     def tile_size(self) -> int:
@@ -345,7 +362,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
 
     @property
     def hidden_size(self) -> int:
-        return self.config.hidden_size * len(self.s2_scales)
+        return super().hidden_size * len(self.s2_scales)
 
     @property
     def tile_size(self) -> int:

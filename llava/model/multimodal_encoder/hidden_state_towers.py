@@ -42,7 +42,7 @@ class HiddenStateTower(CLIPVisionTower):
         return [attrgetter(name)(self._vision_model()) for name in self.input_names]
 
     def layers_used(self) -> list[nn.Module]:
-        return list(attrgetter(self.layers_name)(self._vision_model()))[: self.hidden_state_index]
+        return list(attrgetter(self.layers_name)(self._vision_model()))[: self.num_layers_used]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -113,13 +113,13 @@ class ConvNextVisionTower(HiddenStateTower):
     layers_name = "encoder.stages"
 
     def feature_select(self, image_forward_outs: BaseModelOutputWithPooling) -> Tensor:
-        maps = image_forward_outs.hidden_states[self.hidden_state_index]
-        return self._without_class_feature(maps.flatten(2).transpose(1, 2))
+        maps = image_forward_outs.hidden_states
+        return self._joined({index: maps[index].flatten(2).transpose(1, 2) for index in self.hidden_state_indices})
 
     @property
     def _stage(self) -> int:
         """The stage whose map is used, from 0; hidden state 0 is the input of the first."""
-        return max(self.hidden_state_index - 1, 0)
+        return max(self.num_layers_used - 1, 0)
 
     @property
     def num_layers(self) -> int:
@@ -127,6 +127,11 @@ class ConvNextVisionTower(HiddenStateTower):
 
     @property
     def hidden_size(self) -> int:
+        if not isinstance(self.select_layer, int):
+            raise InputError(
+                f"mm_vision_select_layer is {list(self.select_layer)}, but the hidden states of a ConvNeXt have different "
+                "sizes and cannot be joined; name one"
+            )
         return self.config.hidden_sizes[self._stage]
 
     @property

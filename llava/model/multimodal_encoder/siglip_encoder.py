@@ -37,6 +37,10 @@ class SigLipVisionTower(CLIPVisionTower):
         if not self.stored["head"]:
             config.vision_use_head = False
         if not self.stored["head"] and self.stored["layers"] == config.num_hidden_layers - 1:
+            if not isinstance(self.select_layer, int):
+                self.select_layer = tuple(self.hidden_state_indices)  # counted from the first one, with the last layer
+                config.num_hidden_layers -= 1
+                return config
             if self.select_layer not in (-2, config.num_hidden_layers - 1):
                 logger.warning(
                     "%s stores its vision tower without the last layer, as LLaVA-NeXT does, which reads the last hidden state "

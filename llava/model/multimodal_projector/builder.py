@@ -7,6 +7,7 @@ Out: a module from (..., V) to (..., D). The parameter names (`0.weight`, `2.wei
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def normalised_mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
+    """Build an `mlp` after a LayerNorm of its input (ViP-LLaVA, Cai et al., 2024, arXiv:2312.00784)."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(vision_dim))
+    layers.update(mlp(vision_dim, text_dim, depth).named_children())
+    return nn.Sequential(layers)
+
+
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
     """Build an `IdentityMap`; unequal widths are an `InputError`."""
     if vision_dim != text_dim:
@@ -59,14 +67,16 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
 
 PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "identity": identity}
 
-# A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …
-MLP_NAME = re.compile(r"mlp([1-9]\d?)x_gelu")
+# A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …, each also as norm_mlp2x_gelu.
+MLP_NAME = re.compile(r"(norm_)?mlp([1-9]\d?)x_gelu")
 
 
 def check_projector_name(name: str) -> None:
     """Raise an `InputError` if there is no projector of a name."""
     if name not in PROJECTORS and MLP_NAME.fullmatch(name) is None:
-        raise InputError(f"unknown mm_projector_type {name!r}; known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu'])}")
+        raise InputError(
+            f"unknown mm_projector_type {name!r}; known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu', 'norm_mlp<N>x_gelu'])}"
+        )
 
 
 def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, **kwargs: object) -> nn.Module:
@@ -77,4 +87,6 @@ def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, *
         raise InputError("the config has no mm_hidden_size (width of the vision tower), so no projector can be built")
     check_projector_name(name)
     match = MLP_NAME.fullmatch(name)
-    return mlp(vision_dim, text_dim, depth=int(match[1])) if match else PROJECTORS[name](vision_dim, text_dim)
+    if match is None:
+        return PROJECTORS[name](vision_dim, text_dim)
+    return (normalised_mlp if match[1] else mlp)(vision_dim, text_dim, depth=int(match[2]))
