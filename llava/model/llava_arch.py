@@ -26,7 +26,7 @@ from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan
 from llava.model.attention import packed_arguments
 from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
-from llava.model.loss import can_fuse, next_token_loss
+from llava.model.loss import TOKEN_MEAN, LossRule, can_fuse, mean_loss, next_token_loss, router_loss
 from llava.model.merge import merge_tiles, unpad_image, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, check_processor, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -330,6 +330,7 @@ class LlavaMetaForCausalLM(_CausalBase):
         modalities: Sequence[str] | None = None,
         packed: bool = False,
         loss_only: bool = False,
+        loss_rule: LossRule = TOKEN_MEAN,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the language model with images in place of the -200 in `input_ids` (B, L).
@@ -343,8 +344,10 @@ class LlavaMetaForCausalLM(_CausalBase):
             packed: Pack the batch's rows into one, for training: no padding is computed and no sample sees another.
             loss_only: Leave out the logits, the largest tensors of a training step, where labels are given and the
                 language model allows it.
+            loss_rule: How the losses of tokens are averaged.
         """
         check_modalities(modalities)
+        lengths = None  # of samples in a packed row
         if packed:
             self.check_packable()
             spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
@@ -352,6 +355,7 @@ class LlavaMetaForCausalLM(_CausalBase):
             with self._attention(output_attentions):  # which decides the mask
                 attention_mask, boundaries = packed_arguments(self.config, row)
             input_ids, inputs_embeds, labels, position_ids = None, row.embeds, row.labels, row.positions
+            lengths = row.lengths
             use_cache = False  # with a cache, transformers would not look for positions that restart
             kwargs |= boundaries
         elif inputs_embeds is None and input_ids is not None:
@@ -382,11 +386,16 @@ class LlavaMetaForCausalLM(_CausalBase):
             kwargs["past_key_values"] = past_key_values
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if loss_only and labels is not None and not output_attentions and self.can_fuse_loss():
-            return self._forward_to_loss(labels, **kwargs)
+            return self._forward_to_loss(labels, loss_rule, lengths, **kwargs)
         if packed and labels is not None:
             labels = labels.to(row.embeds.device)
+        if labels is None or loss_rule == TOKEN_MEAN:
+            with self._attention(output_attentions):
+                return super().forward(labels=labels, **kwargs)
         with self._attention(output_attentions):
-            return super().forward(labels=labels, **kwargs)
+            output = super().forward(**kwargs)
+        output.loss = mean_loss(output.logits, labels, loss_rule, lengths=lengths) + router_loss(self.config, output)
+        return output
 
     def _attention(self, output_attentions: bool | None) -> AbstractContextManager[None]:
         """Within the block, the model computes attention weights, if they are asked for."""
@@ -398,14 +407,14 @@ class LlavaMetaForCausalLM(_CausalBase):
         return kind in PLAIN_DECODERS and can_fuse(self.get_output_embeddings())
 
     def _forward_to_loss(
-        self, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None, **arguments: Any
+        self, labels: Tensor, rule: LossRule, lengths: Sequence[int] | None, **arguments: Any
     ) -> CausalLMOutputWithPast:
-        """Compute the mean loss over trained tokens (or the sum over `num_items_in_batch`), without logits."""
+        """Compute the mean loss over trained tokens without logits."""
         hidden = self.get_model()(**arguments).last_hidden_state
-        total, num_trained = next_token_loss(self.get_output_embeddings(), hidden, labels)
+        head = self.get_output_embeddings()
+        total, num_trained = next_token_loss(head, hidden, labels, rule=rule, lengths=lengths)
         # A batch whose answers were all truncated has the loss 0 on every rank, not NaN.
-        count = max(num_trained, 1) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=total / count)
+        return CausalLMOutputWithPast(loss=total / max(num_trained, 1))
 
     @torch.no_grad()
     def generate(

@@ -142,15 +142,19 @@ class PackedRow:
     """One row of T tokens: `embeds` (1, T, D), `positions` (1, T) that restart with each sample, `labels` (1, T), which
     may be on the host.
 
-    `boundaries` (samples + 1,) int32 are the starts of the samples and the end of the last; `longest` is the length of
-    the longest sample.
+    `boundaries` (samples + 1,) int32 are the starts of the samples and the end of the last; `lengths` are those of the
+    samples, on the host.
     """
 
     embeds: Tensor
     positions: Tensor
     labels: Tensor | None
     boundaries: Tensor
-    longest: int
+    lengths: list[int]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
 
 def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
@@ -172,9 +176,7 @@ def pack(spliced: Spliced, *, max_length: int | None = None) -> PackedRow:
     boundaries = torch.tensor([0, *row_lengths]).cumsum(0).to(torch.int32)
     # A copy, not a view: a compiled first layer would otherwise be compiled a second time.
     row = torch.stack([embeds])
-    return PackedRow(
-        row, on_device(positions, device)[None], labels, on_device(boundaries, device), longest=max(row_lengths)
-    )
+    return PackedRow(row, on_device(positions, device)[None], labels, on_device(boundaries, device), row_lengths)
 
 
 def _positions(row_lengths: list[int]) -> Tensor:

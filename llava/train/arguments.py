@@ -138,6 +138,11 @@ class TrainingArguments(transformers.TrainingArguments):
         None, "With --compile_layers, instead of --gradient_checkpointing: share of activations to keep, 0 to 1."
     )
     fused_loss: bool = _opt(True, "Compute the loss without all logits in memory; the result is the same.")
+    loss_average: str = _opt(
+        "tokens",
+        "What has the same weight in the loss of a step: tokens, samples, or micro_batches (of each rank, as in published runs). "
+        "With tokens and samples a step is the same however it is split; see --average_tokens_across_devices.",
+    )
     global_batch_size: int | None = _opt(None, "Samples per step over all GPUs; sets --gradient_accumulation_steps.")
     trainable_dtype: str = _opt(
         "auto", "Dtype of trained weights: auto (float32; with DeepSpeed its float32 copy), float32, bfloat16, float16."
@@ -299,6 +304,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "quant_type": ("nf4", "fp4"),
     "bits": (4, 8, 16),
     "trainable_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "loss_average": ("tokens", "samples", "micro_batches"),
 }
 
 
@@ -309,7 +315,6 @@ _REPORTER_EXTRAS = {"wandb": "report", "tensorboard": "train", "trackio": "repor
 # Settings of transformers that the forward pass of a LLaVA has no place for.
 _UNUSABLE = {
     "neftune_noise_alpha": "images and text are joined after the embedding layer, whose output it would change",
-    "label_smoothing_factor": "labels get the places of image features inside the model, and its loss is computed there",
 }
 
 

@@ -27,6 +27,7 @@ from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.loss import TOKEN_MEAN, LossRule, mean_loss, router_loss
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.callbacks import ConsoleCallback, StopCallback
@@ -95,9 +96,12 @@ class LLaVATrainer(Trainer):
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
-        # Every micro-batch has the same weight in an accumulated step, as in published runs. (transformers would weight by
-        # tokens if the model took their number.)
+        # The loss is averaged here, for every language model alike; transformers passes counts to those that take them.
         self.model_accepts_loss_kwargs = False
+        self.loss_rule = LossRule(
+            by_sample=self.args.loss_average == "samples", smoothing=self.args.label_smoothing_factor
+        )
+        self.label_smoother = None  # which needs the labels at the places of the logits
         self.args.logging_nan_inf_filter = False  # such a loss ends the run and must not be filtered out
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -183,8 +187,23 @@ class LLaVATrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, object]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, object]], Tensor | int | None]:
+        """Take the micro-batches of a step, and count what its loss is averaged over."""
         with self.throughput.waiting() if self.throughput is not None else nullcontext():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.compute_loss_func is not None or not all(isinstance(batch.get("labels"), Tensor) for batch in batches):
+            return batches, num_items
+        counts = [self._count(batch["labels"]) for batch in batches]
+        total = torch.stack(counts).sum().to(self.args.device) if counts else torch.zeros((), device=self.args.device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            total = self.accelerator.reduce(total, "mean")  # the ranks' gradients are averaged, too
+        self.loss_is_scaled_for_ga = True
+        return batches, total
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """Count in a micro-batch what each has the same weight in the loss: trained tokens, samples, or micro-batches."""
+        trained = labels[:, 1:] != IGNORE_INDEX
+        counts = {"tokens": trained.sum(), "samples": trained.any(dim=1).sum(), "micro_batches": torch.ones(())}
+        return counts[self.args.loss_average].float()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -228,9 +247,22 @@ class LLaVATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        if self.args.fused_loss and "labels" in inputs and isinstance(base_model(self.model), LlavaMetaForCausalLM):
-            inputs = {**inputs, "loss_only": True}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Compute a micro-batch's loss, in training multiplied by its share of the step (`num_items_in_batch`)."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rule = self.loss_rule if model.training else TOKEN_MEAN
+        if isinstance(base_model(self.model), LlavaMetaForCausalLM):
+            options = {"loss_only": self.args.fused_loss} | ({"loss_rule": rule} if rule != TOKEN_MEAN else {})
+            loss, outputs = super().compute_loss(model, {**inputs, **options}, return_outputs=True)
+        elif rule == TOKEN_MEAN:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = mean_loss(outputs.logits, labels, rule) + router_loss(base_model(self.model).config, outputs)
+        if model.training and num_items_in_batch is not None:
+            loss = loss * (self._count(labels).to(loss.device) / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

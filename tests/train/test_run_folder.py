@@ -278,7 +278,6 @@ def test_machines_with_disks_of_their_own_agree_on_the_checkpoint_or_stop(finish
     ("words", "said"),
     [
         ("--neftune_noise_alpha 5", "images and text are joined after the embedding layer"),
-        ("--label_smoothing_factor 0.1", "its loss is computed there"),
         ("--use_liger_kernel True", "liger-kernel"),
         ("--optim galore_adamw --optim_target_modules q_proj", "galore"),
         ("--optim schedule_free_adamw", "schedulefree"),

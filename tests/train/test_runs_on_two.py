@@ -29,7 +29,7 @@ assert main(sys.argv[1:]) == 0
 names = [(task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*")]
 assert not any("gloo" in name for name in names), names
 """
-# Both ranks' batches weigh the same, as accumulated ones do. SGD, since Adam makes the least difference a whole step.
+# A token weighs the same on both ranks as in accumulated batches. SGD, since Adam makes the least difference a whole step.
 FLAGS: dict[str, Any] = {"save_strategy": "steps", "optim": "sgd", "model": BASE}
 
 

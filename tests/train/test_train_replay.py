@@ -25,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "max_steps": 5,
         "learning_rate": "1e-3",
         "gradient_accumulation_steps": 2,
+        "loss_average": "micro_batches",
         "lr_scheduler_type": "constant",
     },
     "adamw_projector_only": {"max_steps": 10, "learning_rate": "1e-2", "tune_mm_mlp_adapter": True},
@@ -38,7 +39,8 @@ def test_recorded_run(name: str, tmp_path: Path) -> None:
     losses = feed(trainer, recorded_batches())
     trainer.train()
 
-    assert losses == pytest.approx([step["loss"] for step in recorded["steps"]], abs=2e-4)
+    accumulated = RUNS[name].get("gradient_accumulation_steps", 1)  # a micro-batch's loss is its part of the step's
+    assert [loss * accumulated for loss in losses] == pytest.approx([s["loss"] for s in recorded["steps"]], abs=2e-4)
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     per_step = len(recorded["steps"]) // trainer.state.global_step
     assert rates == pytest.approx([step["lr"][0] for step in recorded["steps"][::per_step]], rel=1e-6)

@@ -66,6 +66,9 @@ _TRAINING = (
     "seed",
     "data_seed",
     "optim",
+    "loss_average",
+    "average_tokens_across_devices",
+    "label_smoothing_factor",
 )
 _ADJUSTABLE = (
     "learning_rate",
