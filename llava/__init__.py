@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llava.conversation import Conversation, SeparatorStyle, conv_templates
     from llava.engine.config import EngineConfig
     from llava.engine.engine import Engine
-    from llava.engine.request import Request, SamplingParams, ScoreRequest
+    from llava.engine.request import EmbedRequest, Request, SamplingParams, ScoreRequest
     from llava.errors import InputError
     from llava.images.download import ImageLimits
     from llava.images.io import load_image
@@ -29,7 +29,7 @@ EXPORTS = {
     "llava.conversation": ("Conversation", "SeparatorStyle", "conv_templates"),
     "llava.engine.config": ("EngineConfig",),
     "llava.engine.engine": ("Engine",),
-    "llava.engine.request": ("Request", "SamplingParams", "ScoreRequest"),
+    "llava.engine.request": ("EmbedRequest", "Request", "SamplingParams", "ScoreRequest"),
     "llava.errors": ("InputError",),
     "llava.images.io": ("load_image",),
     "llava.images.download": ("ImageLimits",),
@@ -41,6 +41,7 @@ EXPORTS = {
 }
 __all__ = [
     "Conversation",
+    "EmbedRequest",
     "Engine",
     "EngineConfig",
     "ImageLimits",

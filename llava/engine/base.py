@@ -19,7 +19,17 @@ from llava.engine.config import EngineConfig
 from llava.engine.grammar import Grammar
 from llava.engine.handle import RequestHandle
 from llava.engine.prompt import Prompt
-from llava.engine.request import PromptSize, Request, Result, SamplingDefaults, SamplingParams, Score, ScoreRequest
+from llava.engine.request import (
+    Embedding,
+    EmbedRequest,
+    PromptSize,
+    Request,
+    Result,
+    SamplingDefaults,
+    SamplingParams,
+    Score,
+    ScoreRequest,
+)
 from llava.engine.sequence import GenerationState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import EngineWorker
@@ -187,6 +197,24 @@ class BaseEngine(ABC):
         make_handle: Callable[..., RequestHandle] = RequestHandle,
     ) -> RequestHandle:
         """Submit a request to score; the arguments are those of `submit`, and the handle has the score."""
+
+    @overload
+    def embed(self, requests: EmbedRequest) -> Embedding: ...
+    @overload
+    def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]: ...
+    @abstractmethod
+    def embed(self, requests: EmbedRequest | Sequence[EmbedRequest]) -> Embedding | list[Embedding]:
+        """The vectors of images or of a prompt's positions, of one request or of many together."""
+
+    @abstractmethod
+    def submit_embed(
+        self,
+        request: EmbedRequest,
+        *,
+        wait: bool = False,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
+        """Submit a request to embed; the arguments are those of `submit`, and the handle has the embedding."""
 
     def abort(self, request_id: str) -> None:
         """End a request within a step; one that is unknown, or over, is left alone."""

@@ -122,12 +122,25 @@ class Decoder:
         num_bytes = math.prod(size) * self.dtype.itemsize
         return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.dtype).view(size)
 
-    def hidden_states(self, embeds: Tensor, plan: AttentionPlan) -> Tensor:
-        """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D)."""
+    def hidden_states(
+        self, embeds: Tensor, plan: AttentionPlan, *, kept: dict[int, Tensor] | None = None, depth: int | None = None
+    ) -> Tensor:
+        """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D).
+
+        Args:
+            embeds: Embeddings of text and images.
+            plan: Where the positions are.
+            kept: Gets a copy of the residual stream (T, D) before each layer that it has as a key.
+            depth: Compute this many layers only, and return the residual stream as it is then.
+        """
         kernels, shape = self.kernels, self.shape
         residual, update = embeds, None
-        for layer, attention, cache in zip(self.layers, self.attention, self.caches, strict=True):
+        for number, (layer, attention, cache) in enumerate(zip(self.layers, self.attention, self.caches, strict=True)):
             x = self._norm(layer.attention_norm, residual, update)
+            if kept is not None and number in kept:
+                kept[number] = residual.clone()
+            if number == depth:
+                return residual
             qkv = kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
             if shape.qkv_limit is not None:
                 qkv = qkv.clamp(-shape.qkv_limit, shape.qkv_limit)

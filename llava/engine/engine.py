@@ -24,13 +24,13 @@ from llava.engine.handle import RequestHandle
 from llava.engine.kernels import pick_kernels
 from llava.engine.kv_cache import BlockPool, num_blocks_for
 from llava.engine.loop import EngineLoop
-from llava.engine.prompt import Prompt
+from llava.engine.prompt import Prompt, spans_of
 from llava.engine.prompt_builder import PromptBuilder
-from llava.engine.request import Request, SamplingParams, Score, ScoreRequest
+from llava.engine.request import Embedding, EmbedRequest, Request, SamplingParams, Score, ScoreRequest
 from llava.engine.runner import Runner
 from llava.engine.sampler import Sampler
 from llava.engine.scheduler import Scheduler
-from llava.engine.sequence import ScoringState
+from llava.engine.sequence import EmbeddingState, ScoringState, StateRead
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.errors import InputError
 from llava.images.gpu_preprocess import GpuPreprocessor
@@ -153,6 +153,47 @@ class Engine(BaseEngine):
         ]
         self._worker.add(state, wait=wait)
         return handle
+
+    @overload
+    def embed(self, requests: EmbedRequest) -> Embedding: ...
+    @overload
+    def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]: ...
+    def embed(self, requests: EmbedRequest | Sequence[EmbedRequest]) -> Embedding | list[Embedding]:
+        """The vectors of images or of a prompt's positions, of one request or of many together."""
+        if isinstance(requests, EmbedRequest):
+            return self.submit_embed(requests, wait=True).embedding()
+        handles = [self.submit_embed(request, wait=True) for request in requests]
+        return self._wait_for_all(handles, RequestHandle.embedding)
+
+    def submit_embed(
+        self,
+        request: EmbedRequest,
+        *,
+        wait: bool = False,
+        make_handle: Callable[..., RequestHandle] = RequestHandle,
+    ) -> RequestHandle:
+        """Submit a request to embed; the arguments are those of `submit`, and the handle has the embedding."""
+        prompt = self._prompt_builder(request)
+        read = None if request.stage == "tower" else self._read_of(request, prompt)
+        handle = self._handle(request.request_id, prompt, 1, make_handle)
+        state = EmbeddingState(handle, prompt, request.pooling, normalize=request.normalize)
+        if read is not None:
+            state.sequences = [
+                RunningSequence(prompt, max_total=read.stop, request=state, read=read, client=request.client)
+            ]
+        self._worker.add(state, wait=wait)
+        return handle
+
+    def _read_of(self, request: EmbedRequest, prompt: Prompt) -> StateRead:
+        """The hidden states of a request; raises where the prompt or the model has none of these."""
+        num_layers = len(self._worker.runner.decoder.layers)
+        layer = 0 if request.stage == "projector" else request.layer + (num_layers + 1) * (request.layer < 0)
+        if not 0 <= layer <= num_layers:
+            raise InputError(
+                f"layer is {request.layer}; this model has hidden states 0 to {num_layers}, or -{num_layers + 1} to -1"
+            )
+        spans = spans_of(prompt, "images" if request.stage == "projector" else request.span)
+        return StateRead(layer, spans, request.pooling, is_last_layer=layer == num_layers)
 
     def stats(self) -> EngineStats:
         worker, scheduler, pool = self._worker, self._worker.scheduler, self._pool

@@ -10,9 +10,11 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from typing import Self
+from typing import Self, TypeAlias
 
-from llava.engine.request import Chunk, PromptSize, Result, Score
+from llava.engine.request import Chunk, Embedding, PromptSize, Result, Score
+
+Outcome: TypeAlias = Result | Score | Embedding
 
 
 class Wakeups:
@@ -58,7 +60,7 @@ class PendingAnswer:
         self._wakeups = wakeups
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
-        self._result: Result | Score | None = None
+        self._result: Outcome | None = None
         self._error: BaseException | None = None
         self._done = False
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None  # an event loop's reader
@@ -92,7 +94,13 @@ class PendingAnswer:
         assert isinstance(score, Score)
         return score
 
-    def _wait_for_result(self, timeout: float | None) -> Result | Score | None:
+    def embedding(self, timeout: float | None = None) -> Embedding:
+        """`result` of a request to embed."""
+        embedding = self._wait_for_result(timeout)
+        assert isinstance(embedding, Embedding)
+        return embedding
+
+    def _wait_for_result(self, timeout: float | None) -> Outcome | None:
         if not self.wait_until_done(timeout):
             raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
         if self._error is not None:
@@ -174,13 +182,13 @@ class PendingAnswer:
             self._chunks.append(chunk)
             self._notify()
 
-    def finish(self, result: Result | Score) -> None:
+    def finish(self, result: Outcome) -> None:
         self._end(result, None)
 
     def fail(self, error: BaseException) -> None:
         self._end(None, error)
 
-    def _end(self, result: Result | Score | None, error: BaseException | None) -> None:
+    def _end(self, result: Outcome | None, error: BaseException | None) -> None:
         with self._changed:
             if not self._done:
                 self._result, self._error, self._done = result, error, True

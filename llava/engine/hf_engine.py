@@ -25,7 +25,7 @@ from llava.engine.config import EngineConfig
 from llava.engine.handle import RequestHandle
 from llava.engine.prompt import Prompt
 from llava.engine.prompt_builder import check_token_ids
-from llava.engine.request import CONSTRAINTS, Request, SamplingParams, ScoreRequest
+from llava.engine.request import CONSTRAINTS, EmbedRequest, Request, SamplingParams, ScoreRequest
 from llava.engine.sequence import GenerationState, RequestState, SamplingState
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.engine.worker import EngineWorker
@@ -37,6 +37,7 @@ from llava.model.tokenizer_setup import context_len
 from llava.processor import ModelInputs, Processor
 from llava.text.tokenization import Tokenizer
 
+NO_EMBEDDINGS = "model.generate gives no embeddings; the engine does, for models that it can run"
 NO_SCORES = "model.generate scores no continuations; the engine does, for models that it can run"
 
 
@@ -89,6 +90,12 @@ class HFEngine(BaseEngine):
 
     def submit_score(self, request: ScoreRequest, **options: Any) -> RequestHandle:
         raise InputError(NO_SCORES)
+
+    def embed(self, requests: EmbedRequest | Sequence[EmbedRequest]) -> Any:
+        raise InputError(NO_EMBEDDINGS)
+
+    def submit_embed(self, request: EmbedRequest, **options: Any) -> RequestHandle:
+        raise InputError(NO_EMBEDDINGS)
 
     def stats(self) -> EngineStats:
         worker = self._worker

@@ -7,11 +7,12 @@ for Python.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 from llava.engine.runner import InFlightStep, Runner, StepOutput
 from llava.engine.scheduler import Scheduler, SchedulerOutput
-from llava.engine.sequence import GenerationState, RequestState, ScoringState, Sequence
+from llava.engine.sequence import EmbeddingState, GenerationState, RequestState, ScoringState, Sequence
 from llava.engine.worker import EngineWorker
 
 
@@ -37,13 +38,15 @@ class EngineLoop(EngineWorker):
         super().__init__(max_waiting=max_waiting)
         self.scheduler, self.runner = scheduler, runner
         self._overlap = overlap
+        self._encoding: deque[EmbeddingState] = deque()  # requests for the vision tower alone
         self._num_constrained = 0  # running ones whose next token depends on the last one's text
         self.stats = LoopStats()
         self._thread.start()
 
     def _loop(self) -> None:
         in_flight: InFlightStep | None = None
-        while self._read_inbox(wait=in_flight is None and not self.scheduler.has_work):
+        while self._read_inbox(wait=in_flight is None and not self.scheduler.has_work and not self._encoding):
+            self._encode_next()
             step = self._read_images(self.scheduler.schedule())
             launched = None
             if step.chunks:
@@ -58,8 +61,24 @@ class EngineLoop(EngineWorker):
                 in_flight = None
             self.wakeups.send()
 
+    def _encode_next(self) -> None:
+        """Answer one request for the vision tower alone."""
+        if not self._encoding:
+            return
+        request = self._encoding.popleft()
+        self._begin(request)
+        try:
+            for states, count in self.runner.tower_states(request.prompt.images, summed=request.pooling == "mean"):
+                request.add(states, count)
+            self._complete(request)
+        except Exception as error:
+            self._fail(request, error)
+
     def _admit(self, request: RequestState) -> None:
         super()._admit(request)
+        if isinstance(request, EmbeddingState) and not request.sequences:
+            self._encoding.append(request)
+            return
         self._num_constrained += sum(_is_constrained(sequence) for sequence in request.sequences)
         # Completions after the first wait for its prompt, whose blocks they share; without a cache each has its own.
         num_now = 1 if self.scheduler.pool.caching else len(request.sequences)
@@ -69,6 +88,8 @@ class EngineLoop(EngineWorker):
 
     def _remove(self, request: RequestState) -> None:
         super()._remove(request)
+        if request in self._encoding:
+            self._encoding.remove(request)  # type: ignore[arg-type]
         for sequence in request.sequences:
             if not sequence.done:
                 self._remove_sequence(sequence)
@@ -116,7 +137,11 @@ class EngineLoop(EngineWorker):
     def _deliver(self, output: StepOutput) -> None:
         sequence = output.chunk.sequence
         request = _request_of(sequence)
-        if isinstance(request, ScoringState):
+        if isinstance(request, EmbeddingState):
+            assert output.states is not None
+            request.add(output.states, output.num_states)
+            has_ended = output.chunk.stop == len(sequence.ids)
+        elif isinstance(request, ScoringState):
             has_ended = request.add(sequence, output.scores)
         else:
             assert isinstance(request, GenerationState)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llava.errors import InputError
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -90,3 +92,22 @@ class Prompt:
     @property
     def num_text_tokens(self) -> int:
         return len(self.ids) - self.num_image_tokens
+
+
+def spans_of(prompt: Prompt, wanted: str | tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The positions (start, stop) of "all", of "text", of "images", or those given, which the prompt must have."""
+    total = len(prompt.ids)
+    if not isinstance(wanted, str):
+        if wanted[1] > total:
+            raise InputError(f"span is {wanted}, and the prompt with its image features has {total} positions")
+        return (wanted,)
+    if wanted == "all":
+        return ((0, total),)
+    images = [(image.start, image.stop) for image in prompt.images]
+    if wanted == "text":
+        ends = [0, *(stop for _, stop in images)]
+        starts = [*(start for start, _ in images), total]
+        images = [(first, end) for first, end in zip(ends, starts, strict=True) if first < end]
+    if not images:
+        raise InputError(f"span is {wanted!r}, and the prompt has no {wanted}")
+    return tuple(images)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
 from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage
-from llava.engine.request import Request, ScoreRequest
+from llava.engine.request import EmbedRequest, Request, ScoreRequest
 from llava.errors import InputError
 from llava.images.decode import to_rgb
 from llava.processor import Processor
@@ -43,10 +43,11 @@ class PromptBuilder:
             as_bytes = replace(processor.image_processor, do_rescale=False, do_normalize=False)
             self._processor = Processor(processor.tokenizer, as_bytes, processor.policy)
 
-    def __call__(self, request: Request | ScoreRequest) -> Prompt:
+    def __call__(self, request: Request | ScoreRequest | EmbedRequest) -> Prompt:
         if request.images and self._processor.image_processor is None:
             raise InputError("this model has no vision tower, so it cannot look at images")
-        ids = self._encode(request.prompt, len(request.images))
+        asked = request.prompt if request.prompt is not None else [IMAGE_TOKEN_INDEX] * len(request.images)
+        ids = self._encode(asked, len(request.images))
         rgb = [to_rgb(image) for image in request.images]
         details = request.details if isinstance(request, Request) else ()
         layouts = self._processor.plan([image.size for image in rgb], details)

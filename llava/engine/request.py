@@ -1,8 +1,8 @@
 """What goes into an engine and what comes out, as values.
 
 In: a `Request`, a conversation or a finished prompt with its images and `SamplingParams`. Out: a `Result` at the end, or
-`Chunk`s as text becomes certain; joined, the chunks of a completion are its text. No torch: servers validate what a client
-sent by making these values before a model is asked.
+`Chunk`s as text becomes certain; joined, the chunks of a completion are its text. A `ScoreRequest` gives a `Score`, an
+`EmbedRequest` an `Embedding`. No torch: servers validate what a client sent by making these values before a model is asked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from llava.conversation import Conversation
 from llava.errors import InputError, shortened
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 # "stop": the end token, a stop string or a stop id. "length": the limit of new tokens or of the context.
 FinishReason = Literal["stop", "length", "cancelled"]
 Detail = Literal["auto", "low"]
+Stage = Literal["tower", "projector", "language"]
+Pooling = Literal["mean", "last", "none"]
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
@@ -398,3 +401,66 @@ class Score:
     @property
     def total_logprob(self) -> float:
         return math.fsum(self.logprobs)
+
+
+STAGES: tuple[Stage, ...] = ("tower", "projector", "language")
+POOLINGS: tuple[Pooling, ...] = ("mean", "last", "none")
+SPANS = ("all", "text", "images")
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """Asks for the vectors behind an answer. Nothing is sampled.
+
+    Args:
+        prompt: As in `Request`; None is the images alone, which is all that stages before "language" look at.
+        images: As many as the prompt has `<image>` placeholders.
+        stage: "tower" is what the vision tower gives the projector, tile after tile, (tiles x patches, V); "projector" is
+            the image features that enter the language model; "language" is its hidden states, (positions, D).
+        layer: Which hidden states, counted as transformers' `output_hidden_states` does: 0 enters the first layer, k leaves
+            the k-th one, and the last is behind the final norm. Negative numbers count from the end.
+        span: The positions that are taken: "all", "text", "images", or (start, stop), where image features are in place.
+        pooling: One vector, the "mean" of these positions or the "last" of them; "none" gives each its own.
+        normalize: Scale every vector to length 1.
+        request_id, client: As in `Request`.
+    """
+
+    prompt: Conversation | str | Sequence[int] | None = None
+    images: Sequence[Image.Image] = ()
+    stage: Stage = "language"
+    layer: int = -1
+    span: Literal["all", "text", "images"] | tuple[int, int] = "all"
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    request_id: str | None = None
+    client: str = ""
+
+    def __post_init__(self) -> None:
+        _check_images(self.images)
+        _require(self.stage in STAGES, "stage", self.stage, ", ".join(STAGES))
+        _require(self.pooling in POOLINGS, "pooling", self.pooling, ", ".join(POOLINGS))
+        _truth("normalize", self.normalize)
+        _integer("layer", self.layer)
+        if self.prompt is not None:
+            _check_prompt("prompt", self.prompt)
+        if not isinstance(self.span, str):
+            object.__setattr__(self, "span", _integers("span", self.span))
+            _require(
+                len(self.span) == 2 and 0 <= self.span[0] < self.span[1], "span", self.span, "start < stop, from 0"
+            )
+        else:
+            _require(self.span in SPANS, "span", self.span, f"{', '.join(SPANS)}, or (start, stop)")
+        if not self.images and (self.prompt is None or self.stage != "language"):
+            raise InputError("there is nothing to embed: give images, or a prompt for the stage 'language'")
+        if self.stage != "language" and (self.prompt is not None or self.span != "all" or self.layer != -1):
+            raise InputError(
+                f"the stage {self.stage!r} looks at images alone; leave out prompt, span and layer, or take 'language'"
+            )
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Vectors (n, D) in float32: one where they were pooled, else one for each position, in order."""
+
+    vectors: np.ndarray
+    usage: Usage

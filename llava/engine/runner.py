@@ -11,7 +11,7 @@ one splice (model/splice.py).
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,17 +35,20 @@ from llava.model.splice import splice
 if TYPE_CHECKING:
     from llava.engine.cuda_graphs import StepGraphs
 
+TOWER_TILES = 16  # encoded together where the vision tower's own states are asked for
 SCORED_POSITIONS = 256  # logits in float32 that exist at once when a continuation is scored
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gave one sequence: sampled tokens, or what was asked about a continuation's tokens."""
+    """What a step gave one sequence: sampled tokens, or what was asked about given ones."""
 
     chunk: ScheduledChunk
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     scores: tuple[TokenScore, ...] = ()  # of each given token
+    states: np.ndarray | None = None  # hidden states (n, D) in float32, or the sum (1, D) of `num_states`
+    num_states: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,27 @@ class _ScoredChunk:
 
 
 @dataclass(frozen=True)
+class _ReadChunk:
+    """A chunk of a prompt whose hidden states are asked for: its states (n, D), or the sum (1, D) of `count`."""
+
+    chunk: ScheduledChunk
+    states: Tensor
+    count: int
+
+    def to_host(self) -> _ReadChunk:
+        return _ReadChunk(self.chunk, _copied(self.states), self.count)
+
+    def output(self) -> StepOutput:
+        return StepOutput(self.chunk, states=self.states.numpy(), num_states=self.count)
+
+
+@dataclass(frozen=True)
 class InFlightStep:
     """A launched step. Its tensors are on the host, or on their way there until `arrived` has happened."""
 
     step: SchedulerOutput
     parts: list[_SampledChunks]
-    scores: list[_ScoredChunk]
+    observed: list[_ScoredChunk | _ReadChunk]
     arrived: torch.cuda.Event | None
 
 
@@ -139,13 +157,13 @@ class Runner:
     def launch(self, step: SchedulerOutput) -> InFlightStep:
         """Begin a step. On a CPU it is over when this returns."""
         parts: list[_SampledChunks] = []
-        scores: list[_ScoredChunk] = []
+        observed: list[_ScoredChunk | _ReadChunk] = []
         if step.decode:
             parts.append(self._decode(step.decode))
         if step.prefill:
-            part, scores = self._prefill(step.prefill)
+            part, observed = self._prefill(step.prefill)
             parts.append(part)
-        return self._copy_to_host(step, parts, scores)
+        return self._copy_to_host(step, parts, observed)
 
     def collect(self, step: InFlightStep) -> list[StepOutput]:
         """Wait for a step and read what it gave."""
@@ -165,7 +183,17 @@ class Runner:
                     outputs.append(StepOutput(chunk, tuple(accepted)))
                 elif chunk.samples:
                     outputs.append(StepOutput(chunk, (tokens[first],), logprobs.get(first, ())))
-        return outputs + [scored.output() for scored in step.scores]
+        return outputs + [observed.output() for observed in step.observed]
+
+    def tower_states(self, images: abc.Sequence[PromptImage], *, summed: bool) -> Iterator[tuple[np.ndarray, int]]:
+        """What the vision tower gives the projector, a few tiles at a time: states (n, V), or their sum (1, V), and n."""
+        tower = self._model.get_vision_tower()
+        assert tower is not None
+        for image in images:
+            image.prepare()
+            for tiles in self._normalised(self._tiles(image)).split(TOWER_TILES):
+                states = tower(tiles).flatten(0, 1).float()
+                yield (states.sum(0, keepdim=True) if summed else states).cpu().numpy(), len(states)
 
     # Decoding: one position of each sequence, whose token is on the device.
 
@@ -184,16 +212,22 @@ class Runner:
 
     # Prompts: any number of positions, whose tokens and images are known here.
 
-    def _prefill(self, chunks: list[ScheduledChunk]) -> tuple[_SampledChunks, list[_ScoredChunk]]:
+    def _prefill(self, chunks: list[ScheduledChunk]) -> tuple[_SampledChunks, list[_ScoredChunk | _ReadChunk]]:
         num_tokens = sum(chunk.count for chunk in chunks)
-        size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs else None
+        kept = {
+            chunk.sequence.read.layer: torch.empty(0)
+            for chunk in chunks
+            if chunk.sequence.read is not None and not chunk.sequence.read.is_last_layer
+        }
+        size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs and not kept else None
         arrays = self._arrays(chunks, size)
         embeds = self._prompt_embeds(chunks)
         if self._graphs and size:
             hidden = self._graphs.prompt(arrays, embeds)
         else:
             plan = arrays.sent(self.device).plan(max(chunk.count for chunk in chunks), self._reach(arrays))
-            hidden = self.decoder.hidden_states(embeds, plan)
+            depth = None if any(chunk.sequence.is_cachable for chunk in chunks) else max(kept)
+            hidden = self.decoder.hidden_states(embeds, plan, kept=kept, depth=depth)
         # The hidden states from which tokens are sampled: the last one of each chunk that samples, and its drafts'.
         sampling: list[ScheduledChunk] = []
         firsts: list[int] = []
@@ -205,12 +239,12 @@ class Runner:
                 sampling.append(chunk)
                 firsts.append(len(index))
                 index += range(end - 1 - len(chunk.drafts), end)
-        scores = self._scores(chunks, hidden)
+        observed: list[_ScoredChunk | _ReadChunk] = [*self._scores(chunks, hidden), *self._states(chunks, hidden, kept)]
         if not sampling:
-            return _SampledChunks([], [], None), scores
+            return _SampledChunks([], [], None), observed
         slots = to_device([chunk.slot for chunk in sampling], self.device)
         logits = self.decoder.logits(hidden[to_device(index, self.device)])
-        return self._sample(logits, sampling, firsts, slots), scores
+        return self._sample(logits, sampling, firsts, slots), observed
 
     def _prompt_embeds(self, chunks: list[ScheduledChunk]) -> Tensor:
         """Embeddings (T, D) of text and images, by the splice that training and `generate` use."""
@@ -324,18 +358,36 @@ class Runner:
             scores.append(_ScoredChunk(chunk, *(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
         return scores
 
+    def _states(self, chunks: list[ScheduledChunk], hidden: Tensor, kept: dict[int, Tensor]) -> list[_ReadChunk]:
+        """The hidden states that are asked for among the positions computed here."""
+        read_chunks, end = [], 0
+        for chunk in chunks:
+            end += chunk.count
+            sequence, read = chunk.sequence, chunk.sequence.read
+            if read is None:
+                continue
+            positions = read.positions(max(chunk.start, sequence.num_observed), chunk.stop)
+            sequence.num_observed = max(sequence.num_observed, chunk.stop)
+            if not positions:
+                continue
+            source = hidden if read.is_last_layer else kept[read.layer]
+            states = source[to_device([end - chunk.stop + at for at in positions], self.device)].float()
+            states = states.sum(0, keepdim=True) if read.pooling == "mean" else states
+            read_chunks.append(_ReadChunk(chunk, states, len(positions)))
+        return read_chunks
+
     def _copy_to_host(
-        self, step: SchedulerOutput, parts: list[_SampledChunks], scores: list[_ScoredChunk]
+        self, step: SchedulerOutput, parts: list[_SampledChunks], observed: list[_ScoredChunk | _ReadChunk]
     ) -> InFlightStep:
         if self.device.type != "cuda":
-            return InFlightStep(step, parts, scores, None)
+            return InFlightStep(step, parts, observed, None)
         parts = [
             _SampledChunks(part.chunks, part.firsts, _to_host(part.output)) for part in parts if part.output is not None
         ]
-        scores = [scored.to_host() for scored in scores]
+        observed = [chunk.to_host() for chunk in observed]
         arrived = torch.cuda.Event()
         arrived.record()
-        return InFlightStep(step, parts, scores, arrived)
+        return InFlightStep(step, parts, observed, arrived)
 
 
 def _images_in(chunk: ScheduledChunk) -> list[PromptImage]:

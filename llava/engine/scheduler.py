@@ -104,7 +104,7 @@ class Scheduler:
             index += 1
         budget = self.max_step_tokens
         for sequence in self.running:
-            if budget > 0 and (not sequence.has_token_in_slot or sequence.is_scored):
+            if budget > 0 and (not sequence.has_token_in_slot or sequence.is_given):
                 budget -= self._prefill(sequence, budget, step)
         if self.num_preemptions == num_preempted:  # else the pool is full, and preempted sequences' tokens are pending
             self._is_blocked = False
@@ -120,7 +120,7 @@ class Scheduler:
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
         """Register the blocks of a sequence that have become full, once their tokens are known."""
-        if self.pool.caching:
+        if self.pool.caching and sequence.is_cachable:
             for block, key in sequence.newly_full(self.block_size):
                 self.pool.register_hash(block, key)
 
@@ -147,7 +147,7 @@ class Scheduler:
         found = pool.find(sequence.block_hashes(size)) if pool.caching else []
         found = found[: sequence.first_output // size]
         pool.incref(found)
-        needed = -(-(num_known + (not sequence.is_scored)) // size)
+        needed = -(-(num_known + (not sequence.is_given)) // size)
         # Room for running sequences to grow a little, so that a new one is not preempted at once.
         spare = min(len(self.running), pool.num_blocks // 16)
         new = pool.allocate(needed - len(found)) if needed - len(found) + spare <= pool.num_available else None
@@ -213,7 +213,7 @@ def _schedule_positions(sequence: Sequence, count: int, drafts: tuple[int, ...] 
     """Make the next `count` positions of a sequence a chunk, from now on counted as computed."""
     start = sequence.num_computed
     stop = start + count
-    samples = not sequence.is_scored and stop - len(drafts) == sequence.num_total
+    samples = not sequence.is_given and stop - len(drafts) == sequence.num_total
     sequence.num_computed = stop
     if samples:
         sequence.num_pending += 1 + len(drafts)

@@ -15,8 +15,10 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import abc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from llava.engine.config import Cancelled
 from llava.engine.grammar import Grammar
@@ -28,7 +30,9 @@ from llava.engine.request import (
     MAX_SEED,
     Chunk,
     Completion,
+    Embedding,
     FinishReason,
+    Pooling,
     Result,
     SamplingParams,
     Score,
@@ -47,6 +51,38 @@ class TokenScore(NamedTuple):
     logprob: float
     is_argmax: bool
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens there
+
+
+@dataclass(frozen=True)
+class StateRead:
+    """Which hidden states of a prompt are asked for.
+
+    Args:
+        layer: 0 enters the first layer, k leaves the k-th one.
+        spans: Positions (start, stop), ascending and not empty.
+        pooling: What is made of them.
+        is_last_layer: Whether all layers must be computed.
+    """
+
+    layer: int
+    spans: tuple[tuple[int, int], ...]
+    pooling: Pooling
+    is_last_layer: bool
+
+    @property
+    def start(self) -> int:
+        """The first position whose state is needed."""
+        return self.stop - 1 if self.pooling == "last" else self.spans[0][0]
+
+    @property
+    def stop(self) -> int:
+        return self.spans[-1][1]
+
+    def positions(self, start: int, stop: int) -> list[int]:
+        """Those that lie from `start` to `stop` and whose states are needed."""
+        if self.pooling == "last":
+            return [self.stop - 1] if start < self.stop <= stop else []
+        return [at for first, end in self.spans for at in range(max(first, start), min(end, stop))]
 
 
 class SamplingState:
@@ -92,17 +128,20 @@ class SamplingState:
 
 
 class Sequence:
-    """One completion, or one scored continuation: its tokens, how far they are computed, and where its keys and values are.
+    """One completion, one scored continuation, or one prompt whose hidden states are read.
+
+    It knows its tokens, how far they are computed, and where its keys and values are.
 
     Args:
         prompt: What it begins with.
         max_total: The number of positions it may take altogether.
         request: The request it belongs to.
         index: Which of the request's completions it is.
-        sampling: How its tokens are chosen; None for a continuation.
-        detokenizer: Reads its text; None for a continuation.
+        sampling: How its tokens are chosen; None where they are given.
+        detokenizer: Reads its text; None where its tokens are given.
         continuation: Given tokens whose probabilities are asked for; nothing is sampled then.
         num_top: How many of the most likely tokens are reported beside each of these.
+        read: The hidden states that are asked for; nothing is sampled then.
         client: Who asked for it.
     """
 
@@ -119,6 +158,7 @@ class Sequence:
         detokenizer: IncrementalDetokenizer | None = None,
         continuation: abc.Sequence[int] = (),
         num_top: int = 0,
+        read: StateRead | None = None,
         client: str = "",
     ):
         self.request = request
@@ -127,8 +167,9 @@ class Sequence:
         self.detokenizer = detokenizer
         self.images = prompt.images
         self.num_prompt = len(prompt.ids)
-        self.ids = [*prompt.ids, *continuation]
+        self.ids = [*prompt.ids, *continuation] if read is None else prompt.ids[: read.stop]
         self.is_scored = bool(continuation)
+        self.read = read
         self.num_top = num_top
         self.max_total = max_total
         self.client = client
@@ -136,7 +177,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.num_computed = 0  # positions whose keys and values are there, or being computed by a step in flight
         self.num_pending = 0  # tokens being sampled by a step in flight
-        self.num_observed = 0  # positions whose scores a step has taken, in flight or not; they are not taken again
+        self.num_observed = 0  # positions whose scores or states a step has taken, in flight or not
         self.num_cached = 0  # positions found in the prefix cache when it was first admitted
         self.blocks: list[int] = []
         self.slot: int | None = None  # its index among the running ones, where its newest token and counts are kept
@@ -162,14 +203,26 @@ class Sequence:
         return self.num_total - self.is_scored - self.num_computed
 
     @property
+    def is_given(self) -> bool:
+        """Whether all its tokens are given, so that nothing is sampled."""
+        return self.is_scored or self.read is not None
+
+    @property
+    def is_cachable(self) -> bool:
+        """Whether its keys and values are those of all layers, which others may use."""
+        return self.read is None or self.read.is_last_layer
+
+    @property
     def first_output(self) -> int:
-        """The first position whose hidden state is needed: its token is sampled, or scored, from there."""
-        return max(self.num_prompt - 1, self.num_observed) if self.is_scored else len(self.ids) - 1
+        """The first position whose hidden state is still needed: to sample from, to score, or to be read."""
+        if not self.is_given:
+            return len(self.ids) - 1
+        return max(self.num_prompt - 1 if self.read is None else self.read.start, self.num_observed)
 
     @property
     def is_exhausted(self) -> bool:
         """Whether the last token it may have is sampled, or being sampled."""
-        return self.num_total >= self.max_total and not self.is_scored
+        return self.num_total >= self.max_total and not self.is_given
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """The hash of every full block of known tokens."""
@@ -359,6 +412,37 @@ class ScoringState(RequestState):
                 tuple(score.top for score in self._scores) if sequence.num_top else (),
             )
         )
+
+    def cancel(self) -> None:
+        self.handle.fail(Cancelled(f"request {self.handle.request_id} was cancelled"))
+
+
+class EmbeddingState(RequestState):
+    """Hidden states, pooled while they come, or what the vision tower makes of the images (then without a sequence)."""
+
+    def __init__(self, handle: RequestHandle, prompt: Prompt, pooling: Pooling, *, normalize: bool) -> None:
+        super().__init__(handle, prompt)
+        self.pooling, self._normalize = pooling, normalize
+        self._parts: list[np.ndarray] = []
+        self._num_states = 0
+
+    def add(self, states: np.ndarray, num_states: int) -> None:
+        """Append states (n, D), or the sum (1, D) of `num_states` of them where the mean is asked for."""
+        self._parts.append(states)
+        self._num_states += num_states
+
+    def complete(self) -> None:
+        vectors = np.concatenate(self._parts)
+        if self.pooling == "mean":
+            vectors = vectors.sum(axis=0, keepdims=True) / np.float32(self._num_states)
+        if self._normalize:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+        self.handle.finish(Embedding(vectors, self.usage(0)))
+
+    def usage(self, num_new: int) -> Usage:
+        if self.sequences:
+            return super().usage(num_new)
+        return Usage(self.prompt.num_text_tokens, self.prompt.num_image_tokens, 0, num_new)
 
     def cancel(self) -> None:
         self.handle.fail(Cancelled(f"request {self.handle.request_id} was cancelled"))

@@ -22,8 +22,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llava.engine.config import EngineClosed, EngineError
-from llava.engine.handle import PendingAnswer, Wakeups
-from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest
+from llava.engine.handle import Outcome, PendingAnswer, Wakeups
+from llava.engine.request import Chunk, Request, Score, ScoreRequest
 from llava.serve.backends.base import UnreachableError
 from llava.serve.backends.in_process import EngineRequest, gauges, score_of, server_error
 from llava.serve.backends.pipe import MessagePipe
@@ -293,7 +293,7 @@ class EngineProcess:
         if not events.alive and not self._closing:  # its thread has ended, and said so to all requests
             self._process.kill()
 
-    def _end(self, number: int, result: Result | Score | Exception) -> None:
+    def _end(self, number: int, result: Outcome | Exception) -> None:
         pending = self._pending.pop(number)
         if not isinstance(result, Exception):
             pending.finish(result)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava.cli.waits import shown_waits
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
-from llava.engine.handle import RequestHandle
-from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest
+from llava.engine.handle import Outcome, RequestHandle
+from llava.engine.request import Chunk, Request, ScoreRequest
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.pipe import MessagePipe
@@ -77,7 +77,7 @@ class ChunkEvent(NamedTuple):
 
 class EndEvent(NamedTuple):
     number: int
-    result: Result | Score | Exception  # the exception is what ended it
+    result: Outcome | Exception  # the exception is what ended it
 
 
 class StepEvents(NamedTuple):
@@ -168,7 +168,7 @@ class ForwardingHandle(RequestHandle):
         fields = (chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason, chunk.stop_string)
         self._forward(ChunkEvent(self._number, fields))
 
-    def finish(self, result: Result | Score) -> None:
+    def finish(self, result: Outcome) -> None:
         self._forward(EndEvent(self._number, result))
 
     def fail(self, error: BaseException) -> None:
