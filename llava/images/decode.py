@@ -35,20 +35,20 @@ class ImageDecoder(Protocol):
 
 def decode_here(data: bytes, header: ImageHeader, name: str, *, upright: bool, reserve: Reserve) -> Image.Image:
     """Decode in this process."""
-    with reserved(reserve, header):
+    with reserved(reserve, header.decode_bytes, BYTES_PER_PIXEL * header.num_pixels):
         return decode(data, header, name, upright=upright)
 
 
 @contextmanager
-def reserved(reserve: Reserve, header: ImageHeader) -> Iterator[None]:
-    """Reserve what decoding may take; at the block's end only the image's own pixels stay reserved."""
-    reserve(header.decode_bytes)
+def reserved(reserve: Reserve, num_bytes: int, num_kept: int) -> Iterator[None]:
+    """Reserve what decoding may take, the result included; at the block's end only what is kept stays reserved."""
+    reserve(num_bytes)
     kept = 0
     try:
         yield
-        kept = BYTES_PER_PIXEL * header.num_pixels
+        kept = num_kept
     finally:
-        reserve(kept - header.decode_bytes)
+        reserve(kept - num_bytes)
 
 
 def decode(data: bytes, header: ImageHeader, name: str, *, upright: bool) -> Image.Image:
@@ -58,7 +58,7 @@ def decode(data: bytes, header: ImageHeader, name: str, *, upright: bool) -> Ima
         InputError: it is broken, or larger than its header says; there is no decoder, or not the memory for it.
     """
     with _told(name, header.width, header.height):
-        image = _open(data, header, name)
+        image = open_image(data, header, name)
         if image.width * image.height > header.num_pixels:
             raise InputError(f"{name} is a broken image: it is larger than its header says.")
         return to_upright_rgb(image, upright=upright)
@@ -79,7 +79,7 @@ def to_upright_rgb(image: Image.Image, *, upright: bool) -> Image.Image:
     return to_rgb(image)
 
 
-def _open(data: bytes, header: ImageHeader, name: str) -> Image.Image:
+def open_image(data: bytes, header: ImageHeader, name: str) -> Image.Image:
     """Open with the one decoder that the first bytes call for."""
     from PIL import Image
 

@@ -1,6 +1,7 @@
-"""Decode images in processes of their own, so that what a client sends cannot stop a server or take its memory.
+"""Decode images and videos in processes of their own, so that what a client sends cannot stop a server or take its memory.
 
-In: the bytes of a file and their `ImageHeader`. Out: a Pillow image, RGB; or an `InputError`. A process is started when an
+In: the bytes of a file and their `ImageHeader`, or a video's file and which frames to take. Out: a Pillow image, RGB, or a
+`Video`; or an `InputError`. A process is started when an
 image comes and none is idle, up to a number; each decodes one image at a time (decoder_main.py) within the time and memory
 that the header allows, and one that goes beyond is ended. Bytes and pixels pass through memory that both processes share.
 """
@@ -17,16 +18,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llava.errors import InputError
 from llava.images.decode import Reserve, decode_here, reserved
-from llava.images.formats import ImageHeader
+from llava.images.formats import BYTES_PER_PIXEL, ImageHeader
+from llava.images.frames import OPENING_BYTES, Container, FrameSampling, Video, VideoLimits
+from llava.images.video_decode import LocalVideoDecoder
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.images.decoder_main import DecodeCommand, DecodeReply
+    from llava.images.decoder_main import DecodeCommand, DecodeReply, VideoCommand, VideoReply
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +40,12 @@ KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR",
 MAX_PROCESSES = 8
 START_S = 120.0
 WALL_SECONDS = 10.0  # that an image may take on a machine with much else to do,
-WALL_FACTOR = 10.0  # and so many times its processor time
+WALL_FACTOR = 10.0  # and so many times its processor time;
+WALL_FACTOR_VIDEO = 4.0  # for a video, which takes longer
 KEPT_BYTES = 16 * 2**20  # of shared memory, between images
 LONGEST_REPLY = 64 * 1024
 STRIP_BYTES = 2**20
+COPIED_BYTES = 4 * 2**20
 
 
 class DecoderPool:
@@ -55,13 +62,37 @@ class DecoderPool:
     def __call__(self, data: bytes, header: ImageHeader, name: str, *, upright: bool, reserve: Reserve) -> Image.Image:
         if os.name == "nt":
             return decode_here(data, header, name, upright=upright, reserve=reserve)
-        with self._free, reserved(reserve, header):  # an image that waits for a process reserves nothing yet
+        kept = BYTES_PER_PIXEL * header.num_pixels
+        # An image that waits for a process reserves nothing yet.
+        with self._process() as process, reserved(reserve, header.decode_bytes, kept):
+            return process.decode(data, header, name, upright=upright)
+
+    def decode_video(
+        self,
+        file: BinaryIO,
+        container: Container,
+        sampling: FrameSampling,
+        limits: VideoLimits,
+        name: str,
+        *,
+        reserve: Reserve,
+    ) -> Video:
+        """Decode the chosen frames of a video."""
+        if os.name == "nt":
+            return LocalVideoDecoder().decode_video(file, container, sampling, limits, name, reserve=reserve)
+        with self._process() as process:
+            return process.decode_video(file, container, sampling, limits, name, reserve=reserve)
+
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[DecoderProcess]:
+        """Wait for a process that is free, and lend it."""
+        with self._free:
             try:
                 process = self._idle.pop()
             except IndexError:
                 process = DecoderProcess()
             try:
-                return process.decode(data, header, name, upright=upright)
+                yield process
             finally:
                 if process.is_alive:
                     self._idle.append(process)
@@ -104,36 +135,88 @@ class DecoderProcess:
         return self._process.pid
 
     def decode(self, data: bytes, header: ImageHeader, name: str, *, upright: bool) -> Image.Image:
-        seconds = WALL_SECONDS + WALL_FACTOR * header.decode_seconds
-        try:
-            try:
-                self._channel.settimeout(seconds)
-                _write(self._memory, data)
-                command: DecodeCommand = {
-                    "num_bytes": len(data),
+        command: DecodeCommand = {
+            "num_bytes": len(data),
+            "name": name,
+            "max_pixels": header.num_pixels,
+            "upright": upright,
+        }
+        with self._ended_by_errors():
+            _write(self._memory, data)
+            reply: DecodeReply = self._reply(command, name, header.decode_seconds, WALL_FACTOR)
+            # The process has read untrusted bytes, so its word is not taken for the size.
+            if not 0 < reply["width"] * reply["height"] <= header.num_pixels:
+                raise RuntimeError(
+                    f"the process that decodes images named a size of {reply['width']}x{reply['height']}"
+                )
+            image = self._image(reply["width"], reply["height"], 0)
+        if len(data) > KEPT_BYTES or 3 * header.num_pixels > KEPT_BYTES:
+            os.ftruncate(self._memory, 0)
+        return image
+
+    def decode_video(
+        self,
+        file: BinaryIO,
+        container: Container,
+        sampling: FrameSampling,
+        limits: VideoLimits,
+        name: str,
+        *,
+        reserve: Reserve,
+    ) -> Video:
+        seconds = limits.max_decode_s
+        with self._ended_by_errors():
+            with reserved(reserve, OPENING_BYTES, 0):
+                at = _copy(file, self._memory)
+                command: VideoCommand = {
+                    "num_bytes": at,
                     "name": name,
-                    "max_pixels": header.num_pixels,
-                    "upright": upright,
+                    "container": container.name,
+                    "sampling": asdict(sampling),
+                    "limits": asdict(limits),
                 }
-                self._channel.sendall(json.dumps(command).encode() + b"\n")
-                reply: DecodeReply = json.loads(self._line())
-            except TimeoutError:
-                raise InputError(f"{name} took longer than {seconds:.0f} seconds to decode; save it anew.") from None
-            except OSError:
-                raise InputError(f"{name} cannot be decoded: {self._end(header)}") from None
-            if "error" in reply:
-                if not reply.get("memory"):
-                    raise _BrokenImageError(reply["error"])
-                raise InputError(f"{name} takes more memory to decode than an image of its size may; save it anew.")
-            image = self._image(reply["width"], reply["height"], header)
-        except _BrokenImageError as error:
+                plan: VideoReply = self._reply(command, name, seconds, WALL_FACTOR_VIDEO)
+            count, num_pixels = plan["num_frames"], plan["width"] * plan["height"]
+            if not (0 < count <= limits.max_frames and 0 < count * num_pixels <= limits.max_pixels):
+                raise RuntimeError(f"the process that decodes videos named {count} frames of {num_pixels} pixels")
+            kept = BYTES_PER_PIXEL * num_pixels * count
+            # In the shared memory they are once more.
+            with reserved(reserve, kept + 3 * num_pixels * count + plan["decoder_bytes"], kept):
+                found: VideoReply = self._reply({}, name, seconds, WALL_FACTOR_VIDEO)
+                width, height = found["width"], found["height"]
+                if width * height != num_pixels or found["num_frames"] != count:
+                    raise RuntimeError("the process that decodes videos decoded other frames than it named")
+                frames = tuple(self._image(width, height, at + 3 * num_pixels * number) for number in range(count))
+                os.ftruncate(self._memory, 0)
+            return Video(frames, tuple(found["times"]), found["duration"], found["fps"])
+
+    @contextlib.contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        """End the process where anything goes wrong but that the file is broken."""
+        try:
+            yield
+        except _BrokenFileError as error:
             raise InputError(str(error)) from None
         except BaseException:
             self.close()
             raise
-        if len(data) > KEPT_BYTES or 3 * header.num_pixels > KEPT_BYTES:
-            os.ftruncate(self._memory, 0)
-        return image
+
+    def _reply(self, command: object, name: str, seconds: float, factor: float) -> Any:
+        """Send a command, which may take so much processor time, and return the process's reply."""
+        wall = WALL_SECONDS + factor * seconds
+        try:
+            self._channel.settimeout(wall)
+            self._channel.sendall(json.dumps(command).encode() + b"\n")
+            reply = json.loads(self._line())
+        except TimeoutError:
+            raise InputError(f"{name} took longer than {wall:.0f} seconds to decode; save it anew.") from None
+        except OSError:
+            raise InputError(f"{name} cannot be decoded: {self._end(seconds)}") from None
+        if "error" not in reply:
+            return reply
+        if reply.get("memory"):
+            raise InputError(f"{name} takes more memory to decode than one of its size may; save it anew.")
+        raise _BrokenFileError(reply["error"])
 
     def close(self) -> None:
         if self.is_alive:
@@ -153,35 +236,33 @@ class DecoderProcess:
                 raise ConnectionError("it ended")
         return line
 
-    def _image(self, width: int, height: int, header: ImageHeader) -> Image.Image:
+    def _image(self, width: int, height: int, place: int) -> Image.Image:
+        """Read an image from a place of the shared memory."""
         from PIL import Image
 
-        # The process has read untrusted bytes, so its word is not taken for the size. Reading a file, unlike mapping it
-        # into memory, ends in an error and in no signal where it is shorter.
-        if not 0 < width * height <= header.num_pixels:
-            raise RuntimeError(f"the process that decodes images named a size of {width}x{height}")
+        # Reading a file, unlike mapping it into memory, ends in an error and in no signal where it is shorter.
         num_rows = max(1, STRIP_BYTES // (3 * width))  # a strip stays in the processor's cache
         pixels = memoryview(bytearray(3 * width * min(num_rows, height)))
         image = Image.new("RGB", (width, height), None)
         for top in range(0, height, num_rows):
             size = width, min(num_rows, height - top)
             strip = pixels[: 3 * size[0] * size[1]]
-            _read(self._memory, strip, 3 * width * top)
+            _read(self._memory, strip, place + 3 * width * top)
             image.paste(Image.frombuffer("RGB", size, strip, "raw", "RGB", 0, 1), (0, top))
         return image
 
-    def _end(self, header: ImageHeader) -> str:
+    def _end(self, seconds: float) -> str:
         """Say how the process ended."""
         self._process.kill()
         status = self._process.wait()
         if status == -signal.SIGXCPU:
-            return f"it takes more than {header.decode_seconds:.0f} seconds of processor time; save it anew."
+            return f"it takes more than {seconds:.0f} seconds of processor time; save it anew."
         logger.warning("a process that decodes images ended with status %d", status)
         return "its decoder failed; save it anew."
 
 
-class _BrokenImageError(Exception):
-    """The process has said what is wrong with the image, and can decode the next."""
+class _BrokenFileError(Exception):
+    """The process has said what is wrong with a file, and can decode the next."""
 
 
 def _unnamed_file() -> int:
@@ -190,10 +271,20 @@ def _unnamed_file() -> int:
         return os.dup(file.fileno())
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    place, view = 0, memoryview(data)
-    while place < len(view):
-        place += os.pwrite(descriptor, view[place:], place)
+def _write(descriptor: int, data: bytes, place: int = 0) -> None:
+    view = memoryview(data)
+    while view:
+        num_bytes = os.pwrite(descriptor, view, place)
+        view, place = view[num_bytes:], place + num_bytes
+
+
+def _copy(file: BinaryIO, descriptor: int) -> int:
+    """Copy a file to the beginning of another; returns its number of bytes."""
+    place = 0
+    while data := file.read(COPIED_BYTES):
+        _write(descriptor, data, place)
+        place += len(data)
+    return place
 
 
 def _read(descriptor: int, buffer: memoryview, place: int) -> None:

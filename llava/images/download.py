@@ -1,4 +1,4 @@
-"""Limits for images from outside, and the download of one file from an untrusted host.
+"""Limits for images (and, derived from these, for videos) from outside, and the download of one file from an untrusted host.
 
 In: a URL and `ImageLimits`. Out: bytes. The host name is resolved once, all of its addresses must be public, and the
 connection goes to an address that was checked, so that a name whose address changes in between (DNS rebinding) is no
@@ -16,7 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava.errors import InputError
 from llava.images.addresses import is_public_address
@@ -41,12 +41,17 @@ class ImageLimits:
     max_redirects: int = 5
     allow_private_hosts: bool = False  # download from this machine and its own network too
 
+    # What messages call the thing.
+    what: ClassVar[str] = "image"
+    an: ClassVar[str] = "an image"
+    opened: ClassVar[str] = "a Pillow image"
+
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "timeout_s"):
             if not getattr(self, name) > 0:
-                raise InputError(f"the image limit {name} is {getattr(self, name)!r}; it must be above 0.")
+                raise InputError(f"the {self.what} limit {name} is {getattr(self, name)!r}; it must be above 0.")
         if self.max_redirects < 0:
-            raise InputError(f"the image limit max_redirects is {self.max_redirects!r}; it must be 0 or more.")
+            raise InputError(f"the {self.what} limit max_redirects is {self.max_redirects!r}; it must be 0 or more.")
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -93,7 +98,9 @@ def fetch(url: str, limits: ImageLimits) -> bytes:
         try:
             content, location = _visit(target, limits, deadline)
         except (_DeadlineError, TimeoutError):
-            raise InputError(f"{target.name!r} did not send its image within {limits.timeout_s:g} seconds.") from None
+            raise InputError(
+                f"{target.name!r} did not send its {limits.what} within {limits.timeout_s:g} seconds."
+            ) from None
         except ssl.SSLCertVerificationError as error:
             raise InputError(f"{target.name!r} has no valid certificate: {error.verify_message}.") from error
         except InputError:
@@ -125,7 +132,7 @@ def parse(url: str) -> DownloadTarget:
     if not host or "%" in host:
         raise InputError(f"{name!r} names no host.")
     if parts.username is not None or parts.password is not None:
-        raise InputError(f"{name!r} holds a user name or password; download the image yourself and name the file.")
+        raise InputError(f"{name!r} holds a user name or password; download the file yourself and name the file.")
     try:
         host = host.encode("idna").decode("ascii") if not host.isascii() else host
     except UnicodeError:
@@ -160,7 +167,12 @@ def _visit(target: DownloadTarget, limits: ImageLimits, deadline: float) -> tupl
             raw = ssl.create_default_context().wrap_socket(raw, server_hostname=target.host.rstrip("."))
         connection.sock = _TimedSocket(raw, deadline)  # type: ignore[assignment]
         connection.putrequest("GET", target.path, skip_host=True, skip_accept_encoding=True)
-        headers = {"Host": target.host_header, "User-Agent": "llava", "Accept": "image/*", "Connection": "close"}
+        headers = {
+            "Host": target.host_header,
+            "User-Agent": "llava",
+            "Accept": f"{limits.what}/*",
+            "Connection": "close",
+        }
         for key, value in {**headers, "Accept-Encoding": "identity"}.items():
             connection.putheader(key, value)
         connection.endheaders()
@@ -169,7 +181,7 @@ def _visit(target: DownloadTarget, limits: ImageLimits, deadline: float) -> tupl
         if response.status in REDIRECTS and location:
             return b"", location
         if response.status != 200:
-            raise InputError(f"{target.name!r} answered with status {response.status}, not with an image.")
+            raise InputError(f"{target.name!r} answered with status {response.status}, not with {limits.an}.")
         return _body(response, target, limits), None
     finally:
         raw.close()
@@ -194,7 +206,7 @@ def _connect(target: DownloadTarget, limits: ImageLimits, deadline: float) -> so
     for *_, address in addresses:
         if not limits.allow_private_hosts and not is_public_address(str(address[0])):
             raise InputError(
-                f"{target.name!r} points inside this machine's own network, and images are not downloaded from there."
+                f"{target.name!r} points inside this machine's own network, and {limits.what}s are not downloaded from there."
             )
     failure: OSError = OSError("no address")
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):

@@ -48,6 +48,7 @@ class RefusedFormat(NamedTuple):
     what: str
     start: re.Pattern[bytes]
     is_picture: bool = True  # not a document that may show anything
+    remedy: str = "which is not decoded here; save it as PNG or JPEG"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def looks_like_image(data: bytes) -> bool:
 def _unknown(data: bytes, name: str) -> str:
     refused = next((item for item in REFUSED_FORMATS if item.start.match(data)), None)
     if refused is not None:
-        return f"{name} is {refused.what}, which is not decoded here; save it as PNG or JPEG."
+        return f"{name} is {refused.what}, {refused.remedy}."
     known = ", ".join(item.name for item in FORMATS)
     return f"{name} is not an image in a known format ({known})."
 
@@ -278,7 +279,12 @@ REFUSED_FORMATS = (
     RefusedFormat(
         "an SVG drawing", _starts(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml.{0,400}?|<!--.{0,400}?)?<svg[\s>]"), is_picture=False
     ),
-    RefusedFormat(
-        "a film (MP4 or QuickTime)", _starts(rb".{4}ftyp(?:isom|mp4[12]|qt  |M4V |iso[2-6]|avc1)"), is_picture=False
+    *(
+        RefusedFormat(f"a video ({what})", _starts(start), is_picture=False, remedy="not an image; give it as a video")
+        for what, start in (
+            ("MP4 or QuickTime", rb".{4}ftyp(?:isom|mp4[12]|qt  |M4V |iso[2-6]|avc1)"),
+            ("WebM or Matroska", rb"\x1a\x45\xdf\xa3"),
+            ("AVI", rb"RIFF.{4}AVI "),
+        )
     ),
 )

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
+import os
 import re
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from llava.errors import InputError
 from llava.images.decode import ImageDecoder, Reserve, convert_opened, decode_here
@@ -64,59 +68,91 @@ def load_image(
     return decoder(data, read_header(data, name, limits), name, upright=upright, reserve=reserve)
 
 
+@contextmanager
+def opened_source(source: str | Path | bytes, limits: ImageLimits) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a source as a file that seeks, with its name for messages; one on disk is not read into memory."""
+    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
+        name = repr(_short(str(source)))
+        with _open_file(Path(source), name, limits) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limits.max_bytes:
+                raise too_large(name, size, limits)
+            yield file, name
+    else:
+        data, name = _read(source, limits)
+        yield io.BytesIO(data), name
+
+
+def _is_path(source: str) -> bool:
+    scheme = _SCHEME.match(source)
+    return not scheme or (scheme[1].lower() not in ("http", "https", "data") and "://" not in source)
+
+
 def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[bytes, str]:
     """Read a source: its bytes, and its name for messages."""
+    what = limits.what
     if isinstance(source, (bytes, bytearray, memoryview)):
-        name = "the image given as bytes"
+        name = f"the {what} given as bytes"
         if memoryview(source).nbytes > limits.max_bytes:
             raise too_large(name, memoryview(source).nbytes, limits)
         return bytes(source), name
     if isinstance(source, Path):
         return _read_file(source, limits), repr(str(source))
     if not isinstance(source, str):
-        raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}.")
+        raise InputError(f"{limits.an} is a path, a URL, bytes or {limits.opened}, not {type(source).__name__}.")
     scheme = _SCHEME.match(source)
     kind = scheme[1].lower() if scheme else ""
     if kind in ("http", "https"):
         return fetch(source, limits), repr(public_name(source))
     if kind == "data":
-        return _read_data_url(source, limits), "the image in the data: URL"
+        return _read_data_url(source, limits), f"the {what} in the data: URL"
     if "://" in source and kind:
-        raise InputError(f"an image cannot be read from a {kind}:// address; use a path, http(s):// or data:.")
+        raise InputError(f"{limits.an} cannot be read from a {kind}:// address; use a path, http(s):// or data:.")
     return _read_file(Path(source), limits), repr(_short(source))
 
 
 def _read_file(path: Path, limits: ImageLimits) -> bytes:
     name = repr(_short(str(path)))
-    try:
-        if path.is_dir():
-            raise InputError(f"{name} is a folder, not an image; name a file in it.")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{name} is not an ordinary file.")
-        with path.open("rb") as file:
+    with _open_file(path, name, limits) as file:
+        try:
             data = file.read(limits.max_bytes + 1)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"there is no image file {name}.") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"the image file {name} cannot be read: {reason}.") from error
+        except OSError as error:
+            raise _unreadable(name, error, limits) from error
     if len(data) > limits.max_bytes:
         raise too_large(name, path.stat().st_size, limits)
     return data
 
 
+def _open_file(path: Path, name: str, limits: ImageLimits) -> BinaryIO:
+    """Open an ordinary file."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{name} is a folder, not {limits.an}; name a file in it.")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{name} is not an ordinary file.")
+        return path.open("rb")
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"there is no {limits.what} file {name}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unreadable(name, error, limits) from error
+
+
+def _unreadable(name: str, error: OSError | ValueError, limits: ImageLimits) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError(f"the {limits.what} file {name} cannot be read: {reason}.")
+
+
 def _read_data_url(url: str, limits: ImageLimits) -> bytes:
     header, comma, body = url[len("data:") :].partition(",")
+    name = f"the {limits.what} in the data: URL"
     if not comma:
         raise InputError("the data: URL has no comma, after which its content would begin.")
     if header.lower().replace(" ", "").endswith(";base64"):
-        return decode_base64(
-            urllib.parse.unquote_to_bytes(body) if "%" in body else body, "the image in the data: URL", limits
-        )
+        return decode_base64(urllib.parse.unquote_to_bytes(body) if "%" in body else body, name, limits)
     if len(body) > 3 * limits.max_bytes:  # three characters for a byte at most
-        raise too_large("the image in the data: URL", len(body) // 3, limits)
+        raise too_large(name, len(body) // 3, limits)
     return urllib.parse.unquote_to_bytes(body)
 
 
