@@ -46,6 +46,10 @@ class SeparatorStyle(IntEnum):
     JINJA = 9  # the chat template of a model folder
 
 
+# Styles of newer language models: every turn ends by a mark, and one turn may have several images.
+MARKED_STYLES = (SeparatorStyle.CHATML, SeparatorStyle.LLAMA_3, SeparatorStyle.GEMMA, SeparatorStyle.JINJA)
+
+
 class Span(NamedTuple):
     """A part of the prompt; `trained` says whether the model learns to write it."""
 
@@ -89,11 +93,15 @@ class Conversation:
     def spans(self, *, keep_empty_answers: bool = False) -> list[Span]:
         """Render the prompt as spans; answers and the separators that end them are trained.
 
-        With `keep_empty_answers` an answer of "" is an answer without text, with the separator that ends it. Otherwise it
-        renders like None, an answer not given yet, since outside code opens a turn with either.
+        With `keep_empty_answers` an answer of "" is an answer without text, with the separator that ends it, and a question
+        too where turns have marks. Otherwise it renders like None, an answer not given yet, since outside code opens a turn
+        with either.
         """
+        keeps_questions = self.sep_style in MARKED_STYLES
         turns = [
-            turn._replace(text=None) if turn.text == "" and not (keep_empty_answers and turn.is_answer) else turn
+            turn._replace(text=None)
+            if turn.text == "" and not (keep_empty_answers and (turn.is_answer or keeps_questions))
+            else turn
             for turn in self._turns()
         ]
         return [span for span in _STYLES[self.sep_style].render(self, turns) if span.text]
@@ -110,6 +118,8 @@ class Conversation:
                 messages.insert(1, (self.roles[1], "Received."))
             else:
                 messages[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
+        if self.sep_style == SeparatorStyle.CHATML:  # later images too, as LLaVA-NeXT writes them
+            messages = [(role, _with_own_images(message)) for role, message in messages]
         same_roles = self.roles[0] == self.roles[1]
         return [
             PromptTurn(role, _text_of(message), index % 2 == 1 if same_roles else role == self.roles[1])
@@ -130,7 +140,7 @@ class Conversation:
         """The markup that a field `system` with its own markup begins with: `<|im_start|>system`, a line break."""
         if self.sep_style not in (SeparatorStyle.MPT, SeparatorStyle.CHATML):
             return ""
-        return self.roles[0].rstrip("\n").replace("user", "system") + "\n"
+        return self.roles[0].replace("user", "system") + "\n" * (self.sep_style == SeparatorStyle.CHATML)
 
     def copy(self) -> Conversation:
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
@@ -214,6 +224,14 @@ def _text_of(message: Message) -> str | None:
     return message[0] if isinstance(message, tuple) else message
 
 
+def _with_own_images(message: Message) -> str | None:
+    """The text of a message, with a placeholder for each of its images before it."""
+    if not isinstance(message, tuple):
+        return message
+    images = message[1] if isinstance(message[1], (list, tuple)) else [message[1]]
+    return DEFAULT_IMAGE_TOKEN * len(images) + message[0].replace(DEFAULT_IMAGE_TOKEN, "")
+
+
 # Rendering: one function per style, from turns to spans.
 
 
@@ -229,7 +247,7 @@ def _render_named(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
 
 
 def _render_mpt(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
-    spans = [Span(conv.system + conv.sep, False)]
+    spans = [Span(conv.system + conv.sep, False)] if conv.system else []
     for role, text, is_answer in turns:
         spans.append(Span(role, False))
         if text is not None:
@@ -264,8 +282,7 @@ def _render_gemma(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
     for index, (role, text, is_answer) in enumerate(turns):
         spans.append(Span(role + (f"{conv.system}\n\n" if conv.system and index == 0 else ""), False))
         if text is not None:
-            end = conv.sep.rstrip("\n")
-            spans += [Span(text + end, is_answer), Span(conv.sep[len(end) :], False)]
+            spans.append(Span(text + conv.sep, is_answer))
     return spans
 
 
@@ -286,18 +303,34 @@ def _render_jinja(conv: Conversation, turns: list[PromptTurn]) -> list[Span]:
         if len(around) == len(written) + 1 and prompt == around[0] + "".join(
             text + after for text, after in zip(written, around[1:], strict=True)
         ):
-            return _around_answers(around, written, conv.sep, template.generation_prompt)
+            opened = [
+                _opened(template, said[:at], conv.system) for at, (role, _) in enumerate(said) if role == "assistant"
+            ]
+            return _around_answers(around, written, conv.sep, opened)
     return [Span(prompt, False)]  # a template that rewrites answers: nothing of it can be trained on
 
 
-def _around_answers(around: list[str], answers: list[str], end: str, opening: str) -> list[Span]:
-    """Spans of the text around answers and of the answers, with what separates them from their opening and their end."""
+def _opened(template: ChatTemplate, said: list[tuple[str, str]], system: str) -> str | None:
+    """The prompt that asks for the next answer; None where the template refuses so few turns."""
+    try:
+        return template.prompt(said, system=system, is_open=True)
+    except InputError:
+        return None
+
+
+def _around_answers(around: list[str], answers: list[str], end: str, opened: list[str | None]) -> list[Span]:
+    """Spans of the text around answers and of the answers, from where the model begins to write to the mark that ends them.
+
+    `opened` holds the prompt that each answer is asked for with, where it can be rendered: what stands between its end and the
+    answer is the model's to write too, as the space in "ASSISTANT: answer" or a block of thoughts before an answer.
+    """
     spans = [Span(around[0], False)]
-    for text, after in zip(answers, around[1:], strict=True):
+    for text, after, asked in zip(answers, around[1:], opened, strict=True):
         before = spans.pop().text
-        head, found, space = before.rpartition(opening) if opening else (before, "", "")
-        if space.isspace():  # as in "ASSISTANT: answer", it is the model that writes the space
-            before, text = head + found, space + text
+        done = sum(len(span.text) for span in spans)
+        whole = "".join(span.text for span in spans) + before
+        if asked is not None and whole.startswith(asked) and len(asked) >= done:
+            before, text = before[: len(asked) - done], before[len(asked) - done :] + text
         ended = after[: len(after) - len(after.removeprefix(end))]
         spans += [Span(before, False), Span(text + ended, True), Span(after[len(ended) :], False)]
     return spans
@@ -366,6 +399,14 @@ def answer_end(conv: Conversation) -> str:
     """The text that ends an answer in this template, which generation stops at; never empty."""
     end: str = getattr(conv, _STYLES[conv.sep_style].answer_end)
     return end.rstrip("\n") or end
+
+
+def with_answer_end(conv: Conversation, end: str) -> Conversation:
+    """Copy a template with another text that ends an answer."""
+    copy, name = conv.copy(), _STYLES[conv.sep_style].answer_end
+    own: str = getattr(conv, name)
+    setattr(copy, name, end + own[len(own.rstrip("\n")) :])
+    return copy
 
 
 # Image placeholders
@@ -532,7 +573,10 @@ _BY_ENTRY = {name: _build(entry) for name, entry in TEMPLATES.items()}
 
 
 class _TemplatesByName(dict[str, Conversation]):
-    """The templates of this package by name, and under the path of its file the chat template of a model folder."""
+    """The templates of this package by name, and under the path of its file the chat template of a model folder.
+
+    A name may be followed by a colon and another text to end answers with: `v1:<|eot_id|>`.
+    """
 
     def __missing__(self, name: str) -> Conversation:
         file = Path(name)
@@ -543,6 +587,9 @@ class _TemplatesByName(dict[str, Conversation]):
             if chat_template is None:
                 raise InputError(f"{name} holds no chat template; give a file that does, or one of {', '.join(self)}.")
             return conversation_from(chat_template)
+        base, _, end = name.partition(":")
+        if end and base in self:
+            return with_answer_end(self[base], end)
         raise KeyError(name)
 
 
@@ -570,6 +617,14 @@ conv_llava_v1, conv_llava_v1_mmtag = conv_templates["llava_v1"], conv_templates[
 conv_llama_2, conv_llava_llama_2 = conv_templates["llama_2"], conv_templates["llava_llama_2"]
 conv_llava_plain, conv_mpt = conv_templates["plain"], conv_templates["mpt"]
 conv_mistral_instruct, conv_chatml_direct = conv_templates["mistral_instruct"], conv_templates["chatml_direct"]
+
+
+OWN_TEMPLATE = "chat_template"  # as `conv_mode` of a config: the chat template in the tokenizer's folder
+
+
+def is_template(name: str) -> bool:
+    """Whether a config's `conv_mode` names a template of this package, also with another end, or the folder's own."""
+    return name == OWN_TEMPLATE or name in conv_templates or name.partition(":")[0] in conv_templates
 
 
 def get_template(name: str) -> Conversation:

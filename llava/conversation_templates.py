@@ -211,6 +211,28 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     },
     # Qwen 3 speaks the same markup and has no system text of its own.
     "qwen_3": {"style": "CHATML", "system": "", "roles": _CHATML, "sep": "<|im_end|>", "version": "qwen"},
+    # The language models themselves have no system text.
+    "llama_3": {
+        "style": "LLAMA_3",
+        "system": "",
+        "roles": ("user", "assistant"),
+        "sep": "<|eot_id|>",
+        "version": "llama_v3",
+    },
+    "phi_4": {
+        "style": "MPT",
+        "system": "",
+        "roles": ("<|im_start|>user<|im_sep|>", "<|im_start|>assistant<|im_sep|>"),
+        "sep": "<|im_end|>",
+        "version": "phi_4",
+    },
+    "phi_4_mini": {
+        "style": "MPT",
+        "system": "",
+        "roles": ("<|user|>", "<|assistant|>"),
+        "sep": "<|end|>",
+        "version": "phi_4",
+    },
 }
 
 # Public name -> entry above, in the order in which the names are offered. Several names may share one template.
@@ -245,6 +267,10 @@ NAMES: dict[str, str] = {
     "llava_v1_mmtag": "v1_mmtag",
     "llava_llama_2_simple": "llava_llama_2_simple",
     "llava_llama_2_mmtag": "llava_llama_2_mmtag",
+    "llama_3": "llama_3",
+    "phi3": "phi_3",
+    "phi_4": "phi_4",
+    "phi_4_mini": "phi_4_mini",
 }
 
 DEFAULT_NAME = "v1"

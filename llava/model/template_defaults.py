@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.chat_template import ChatTemplate, adds_begin_token, find_chat_template
-from llava.conversation import Conversation, SeparatorStyle, conv_mode_for_model_name, conv_templates
+from llava.conversation import (
+    OWN_TEMPLATE,
+    Conversation,
+    SeparatorStyle,
+    conv_mode_for_model_name,
+    conv_templates,
+    is_template,
+)
 from llava.errors import InputError
 from llava.model.config import language_model_type
 
@@ -30,6 +37,8 @@ CONV_MODES = {
     "phi3": "phi_3",
     "gemma": "gemma_instruct",
     "gemma2": "gemma_instruct",
+    "gemma3": "gemma_instruct",
+    "gemma3_text": "gemma_instruct",
 }
 # Dialogues (system text, turns) on which a template must agree with a folder's chat template to the character.
 _ASK, _SAY = "What is this?", "A red cube."
@@ -39,6 +48,7 @@ _PROBES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", (f"<image>\n{_ASK}", _SAY, "Where?\nSay it.", "Left.", "Sure?")),
     ("Be brief.", (_ASK, _SAY, "Sure?")),
 )
+_CLOSED_PROBE = (f"{_ASK} ", f" {_SAY}", " Where?", "Left.\n")
 LLAMA_CONV_MODES = ("llava_v1", "llava_llama_2", "chatml_direct", "llava_v0")
 
 
@@ -78,10 +88,12 @@ def choose_template(
         InputError: The folder's chat template cannot be read or rendered.
     """
     declared = config.get("conv_mode")
-    if isinstance(declared, str) and declared in conv_templates:
+    if isinstance(declared, str) and declared != OWN_TEMPLATE and is_template(declared):
         return TemplateChoice(declared, "named by conv_mode in config.json")
     usual = _usual_template(config, name, has_token)
     own = find_chat_template(folder) if folder is not None else None
+    if own is not None and declared == OWN_TEMPLATE:
+        return TemplateChoice(own.path, "the folder's chat template, as conv_mode in config.json says")
     if own is None or folder is None:
         return TemplateChoice(usual, "by the model's type and name")
     equal = _equal_template(own, folder, usual)
@@ -90,6 +102,33 @@ def choose_template(
     if equal is not None:
         return TemplateChoice(equal, f"equal to the folder's chat template, {Path(own.path).name}")
     return TemplateChoice(own.path, "the folder's own chat template")
+
+
+def choose_base_template(
+    config: Mapping[str, object], *, folder: Path, has_token: Callable[[str], bool]
+) -> TemplateChoice:
+    """Choose the template for training a language model that has none of LLaVA yet: its own chat template.
+
+    It is called by the name of the template of this package that renders the same, else by its file. Without one the model's
+    type decides.
+
+    Raises:
+        InputError: The folder has no chat template and the type implies none, or the chat template cannot be rendered.
+    """
+    own = find_chat_template(folder)
+    by_model = CONV_MODES.get(language_model_type(config))
+    if own is not None:
+        equal = _equal_template(own, folder, by_model or "llava_v1")
+        if equal is not None and _closes_alike(own, folder, equal):
+            return TemplateChoice(equal, f"equal to the chat template in {Path(own.path).name}")
+        return TemplateChoice(own.path, "the language model's chat template")
+    by_token = next((template for token, template in MARKED_TEMPLATES.items() if has_token(token)), None)
+    chosen = by_model or by_token
+    if chosen is None:
+        raise InputError(
+            f"{folder} has no chat template, and its type implies none; name a template: {', '.join(conv_templates)}"
+        )
+    return TemplateChoice(chosen, "by the language model's type and tokens")
 
 
 def _usual_template(config: Mapping[str, object], name: str, has_token: Callable[[str], bool]) -> str:
@@ -130,6 +169,19 @@ def _equal_template(own: ChatTemplate, folder: Path, usual: str) -> str | None:
         ):
             return name
     return None
+
+
+def _closes_alike(own: ChatTemplate, folder: Path, name: str) -> bool:
+    """Whether a template renders a whole dialogue, as training does, like a folder's chat template, white space included."""
+    theirs = own.prompt(_turns(_CLOSED_PROBE), is_open=False)
+    begin = own.special_tokens.get("bos_token", "")
+    if begin and adds_begin_token(folder, begin):
+        theirs = theirs.removeprefix(begin)
+    conversation = conv_templates[name].copy()
+    for index, text in enumerate(_CLOSED_PROBE):
+        conversation.append_message(conversation.roles[index % 2], text)
+    # Some templates end a dialogue with another token.
+    return theirs.startswith(conversation.get_prompt().rstrip("\n"))
 
 
 def _opens_alike(own: ChatTemplate, usual: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import Conversation, SeparatorStyle, Span, image_placeholder
+from llava.conversation import MARKED_STYLES, Conversation, SeparatorStyle, Span, conv_templates, image_placeholder
 from llava.errors import InputError
 from llava.text.tokenization import Tokenizer, encode_with_offsets, num_doubled
 
@@ -84,17 +84,20 @@ def preprocess_multimodal(
     """Copy samples with their image placeholders in the form that the model was set up for.
 
     Without `conv`, the template is `llava.conversation.default_conversation`. With `move_placeholders` a turn's placeholder
-    goes to a first line of its own. That leaves one of them however many there were, so samples with several images need
-    False.
+    goes to a first line of its own. In the templates of LLaVA 1.5 that leaves one of them however many there were, so samples
+    with several images need False; in those of LLaVA-NeXT only one that is alone in its turn and not at its start moves.
     """
     if not data_args.is_multimodal:
         return [[dict(turn) for turn in source] for source in sources]
+    conv = conv or conversation_lib.default_conversation
     placeholder = image_placeholder(data_args.mm_use_im_start_end)
-    if "mmtag" in (conv or conversation_lib.default_conversation).version:
+    if "mmtag" in conv.version:
         placeholder = f"<Image>{placeholder}</Image>"
+    keeps_order = conv.sep_style in MARKED_STYLES
 
     def placed(text: str) -> str:
-        if DEFAULT_IMAGE_TOKEN in text and move_placeholders:
+        stays = keeps_order and (text.count(DEFAULT_IMAGE_TOKEN) > 1 or text.startswith(DEFAULT_IMAGE_TOKEN))
+        if DEFAULT_IMAGE_TOKEN in text and move_placeholders and not stays:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
         return text.replace(DEFAULT_IMAGE_TOKEN, placeholder)
 
@@ -276,3 +279,31 @@ preprocess_llama_2 = preprocess_mpt = preprocess_v1
 
 def preprocess_plain(sources: Sequence[Source], tokenizer: Tokenizer) -> LabelledSamples:
     return preprocess(sources, tokenizer, True)
+
+
+def preprocess_gemma(sources: Sequence[Source], tokenizer: Tokenizer, has_image: bool = False) -> LabelledSamples:
+    return preprocess(sources, tokenizer, has_image, conv_templates["gemma_instruct"], keep_empty_answers=True)
+
+
+def preprocess_qwen(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    has_image: bool = False,
+    max_len: int = 2048,
+    system_message: str = "You are a helpful assistant.",
+) -> LabelledSamples:
+    """Encode samples in Qwen's form; `max_len` has no effect, as in LLaVA-NeXT: the tokenizer's own length counts."""
+    conv = conv_templates["qwen_1_5"].with_system(system_message)
+    return preprocess(sources, tokenizer, has_image, conv, keep_empty_answers=True)
+
+
+def preprocess_llama3(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    has_image: bool = False,
+    max_len: int = 2048,
+    system_message: str = conv_templates["llava_llama_3"].system,
+) -> LabelledSamples:
+    """Encode samples in Llama 3's form; `max_len` has no effect, as in LLaVA-NeXT: the tokenizer's own length counts."""
+    conv = conv_templates["llava_llama_3"].with_system(system_message)
+    return preprocess(sources, tokenizer, has_image, conv, keep_empty_answers=True)

@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     eos_token: str | None
     pad_token: str | None
     unk_token: str | None
+    chat_template: str | None
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None

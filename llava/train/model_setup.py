@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.initialization import no_init_weights
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llava.conversation import Conversation, conv_templates
+from llava.conversation import OWN_TEMPLATE, SeparatorStyle, conv_templates, is_template
 from llava.errors import InputError
 from llava.images.layout import TileRange, parse_pinpoints
 from llava.model.builder import default_dtype, load, load_tokenizer
@@ -34,12 +36,14 @@ from llava.model.checkpoints.loading import (
     load_with_transformers,
     plan_sources,
 )
-from llava.model.config import OWN_FOLDER, LlavaSettings
+from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.language_model.registry import llava_classes
 from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
-from llava.model.tokenizer_setup import fit_vocabulary, read_generation_config
+from llava.model.template_defaults import choose_base_template
+from llava.model.tokenizer_setup import fit_vocabulary, read_generation_config, template_choice
 from llava.model.transformers_internals import set_attention
+from llava.text.end_token import end_token_id, missing_end_token
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
@@ -65,14 +69,68 @@ CONFIG_OF_ARGUMENT = {
 }
 
 
-def choose_conversation(version: str | None) -> Conversation:
-    """Look up the template that `--version` names, or read the chat template whose file it is."""
+AUTO_VERSION = "auto"  # the template that the model's files say
+
+
+def check_version(version: str | None) -> str:
+    """The name of the template that `--version` gives, without its alias; raise `InputError` for one that is not known."""
     name = VERSION_ALIASES.get(str(version), str(version))
+    if name == AUTO_VERSION:
+        return name
     try:
-        return conv_templates[name]
+        conv_templates[name]
     except KeyError:
-        known = ", ".join(sorted({*conv_templates, *VERSION_ALIASES}))
+        known = ", ".join(sorted({AUTO_VERSION, *conv_templates, *VERSION_ALIASES}))
         raise InputError(f"--version is {version!r}; known: {known}") from None
+    return name
+
+
+def name_template(version: str | None, tokenizer: Tokenizer, config: Mapping[str, object]) -> str:
+    """The name of a run's template, as `get_template` takes it; `auto` is that of the model's files.
+
+    A LLaVA goes on with its own template, a language model with its chat template.
+    """
+    name = check_version(version)
+    if name != AUTO_VERSION:
+        return name
+    folder = Path(tokenizer.name_or_path)
+    if is_multimodal(config):
+        choice = template_choice(config, tokenizer, folder.name)
+    else:
+        vocabulary = tokenizer.get_vocab()
+        choice = choose_base_template(config, folder=folder, has_token=lambda token: token in vocabulary)
+    logger.info("--version auto: %s, %s", choice.name, choice.origin)
+    return choice.name
+
+
+def fit_template(name: str, tokenizer: Tokenizer, generation_config: GenerationConfig | None) -> str:
+    """Have answers end with a token that the model can learn to stop at; return the name of the template that does.
+
+    An end mark that is no token here is replaced by the tokenizer's own. A chat template from elsewhere becomes the
+    tokenizer's, so that the result's folder has it. Generation stops at the token.
+    """
+    conv = conv_templates[name]
+    if conv.sep_style == SeparatorStyle.PLAIN:
+        return name
+    if (end := missing_end_token(conv, tokenizer)) is not None:
+        spelt = f"the template {name} ends answers with {end}, and this end mark is no token of the vocabulary"
+        if conv.chat_template is not None or tokenizer.eos_token is None:
+            raise InputError(f"{spelt}, so the model could not learn to stop; name another template with --version")
+        logger.warning(
+            "%s (it takes %d): answers end with %s instead, so that the model learns to stop; --version auto takes the model's "
+            "own template", spelt, len(tokenizer(end, add_special_tokens=False).input_ids), tokenizer.eos_token,
+        )  # fmt: skip
+        name = f"{name}:{tokenizer.eos_token}"
+        conv = conv_templates[name]
+    if conv.chat_template is not None:
+        tokenizer.chat_template = conv.chat_template.source
+    end_id = end_token_id(conv, tokenizer)
+    if generation_config is not None and end_id is not None:
+        known = generation_config.eos_token_id
+        stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+        if end_id not in stops:
+            generation_config.eos_token_id = [*stops, end_id]
+    return name
 
 
 @dataclass(frozen=True)
@@ -218,14 +276,14 @@ def inherit_vision_settings(
                 logger.warning("--%s %s replaces the checkpoint's %s", name, wanted, value)
     if kept:
         logger.info("settings that were not given are the checkpoint's: %s", {**kept, **kept_data})
-    model_args, data_args = _replaced(model_args, kept), _replaced(data_args, kept_data)
+    model_args, data_args = replace_settings(model_args, kept), replace_settings(data_args, kept_data)
     return model_args, data_args
 
 
 A = TypeVar("A", ModelArguments, DataArguments)
 
 
-def _replaced(args: A, values: dict[str, Any]) -> A:
+def replace_settings(args: A, values: dict[str, Any]) -> A:
     """A copy with other values, which counts the same settings as given."""
     changed = dataclasses.replace(args, **values)
     changed.given = args.given
@@ -285,9 +343,9 @@ def add_vision(
     config.mm_use_im_start_end = model_args.mm_use_im_start_end
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
     config.mm_projector_lr = training_args.mm_projector_lr
-    version = VERSION_ALIASES.get(str(model_args.version), model_args.version)
-    if version != "plain" and version in conv_templates:  # plain is for training only, and a file is not the model's
-        config.conv_mode = version
+    version = str(model_args.version)
+    if conv_templates[version].sep_style != SeparatorStyle.PLAIN:  # which is for training only
+        config.conv_mode = version if is_template(version) else OWN_TEMPLATE
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     training_args.use_im_start_end = model_args.mm_use_im_start_end
     training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower

@@ -15,7 +15,7 @@ from typing import cast
 
 import transformers
 
-from llava.conversation import Conversation
+from llava.conversation import Conversation, get_template
 from llava.errors import InputError
 from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
@@ -31,12 +31,15 @@ from llava.train.metrics import peak_memory
 from llava.train.model_setup import (
     add_vision,
     cast_weights,
-    choose_conversation,
+    check_version,
     count_trained,
+    fit_template,
     inherit_vision_settings,
     load_base_model,
+    name_template,
     prepare_language_model,
     prepare_tokenizer,
+    replace_settings,
 )
 from llava.train.packing import pack_data_module
 from llava.train.performance import prepare_layers
@@ -108,7 +111,7 @@ def build_trainer(
 ) -> LLaVATrainer:
     """Load and prepare everything that the first step needs."""
     check_arguments(model_args, data_args, training_args)
-    conv = choose_conversation(model_args.version)
+    check_version(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
     transformers.set_seed(training_args.seed)  # new modules are initialized at random
@@ -117,6 +120,10 @@ def build_trainer(
     model_args, data_args = inherit_vision_settings(language_model.config, model_args, data_args)
     if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
         raise InputError("training a projector or a tower needs one: name it with --vision_tower")
+    name = name_template(model_args.version, tokenizer, language_model.config.to_dict())
+    name = fit_template(name, tokenizer, language_model.generation_config)
+    model_args = replace_settings(model_args, {"version": name})
+    conv = get_template(name)
     # Data first, so that a mistake there is reported before a tower is loaded.
     data_module = make_supervised_data_module(tokenizer, data_args, conv)
     prepare_tokenizer(tokenizer, language_model, model_args.version)
@@ -189,3 +196,5 @@ def _save_result(trainer: LLaVATrainer) -> None:
     if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
         # A complete model saves this by itself. An adapter or a projector alone refers to its tower too.
         save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
+    if partial and args.should_save and trainer.model.generation_config is not None:
+        trainer.model.generation_config.save_pretrained(args.output_dir)  # it stops where answers were trained to end

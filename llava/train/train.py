@@ -41,10 +41,13 @@ EXPORTS = {
     "llava.text.first_generation": ("_add_speaker_and_signal", "_mask_targets", "_tokenize_fn"),
     "llava.text.labels": (
         "preprocess",
+        "preprocess_gemma",
+        "preprocess_llama3",
         "preprocess_llama_2",
         "preprocess_mpt",
         "preprocess_multimodal",
         "preprocess_plain",
+        "preprocess_qwen",
         "preprocess_v1",
     ),
     "llava.train.run": ("run",),

@@ -123,6 +123,18 @@ def test_templates_of_llava_next(name: str, case: str) -> None:
     assert conv.get_prompt() == prompt
 
 
+@pytest.mark.parametrize("name", ["qwen_1_5", "qwen_2_5", "qwen_3", "phi_3"])
+def test_images_of_later_turns_have_their_placeholders(name: str) -> None:
+    conv, image = conv_templates[name].copy(), Image.new("RGB", (8, 8))
+    conv.append_message(conv.roles[0], ("<image>\nDescribe it", [image], "Pad"))
+    conv.append_message(conv.roles[1], "ok")
+    conv.append_message(conv.roles[0], ("Compare", [image, image], "Pad"))
+    conv.append_message(conv.roles[1], None)
+    prompt = conv.get_prompt()
+    assert f"{conv.roles[0]}\n<image>\nDescribe it" in prompt
+    assert f"{conv.roles[0]}\n<image><image>Compare" in prompt
+
+
 @pytest.mark.parametrize("row", RECORD["process_image"], ids=lambda row: f"{row.get('in')}-{row['mode']}")
 def test_process_image(row):
     conv = default_conversation.copy()
@@ -182,7 +194,7 @@ def test_trained_spans_are_answers_with_their_end(name):
     end = answer_end(conv)
     assert len(trained) == 2
     assert all(
-        text.strip(" ").startswith(answer) and text.endswith(end)
+        text.strip(" ").startswith(answer) and text.rstrip("\n").endswith(end.rstrip("\n"))
         for text, answer in zip(trained, ("A one", "A two"), strict=True)
     )
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llava.conversation import Conversation, answer_end, conv_templates, get_template
+from llava.conversation import Conversation, answer_end, conv_templates, get_template, is_template
 from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_json
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.files import TOKENIZER_FILES, holds_tokenizer
 from llava.images.layout import ImageSize, plan
 from llava.model import tokenizer_setup
 from llava.model.checkpoints.inspect import tokenizer_folder
+from llava.text.end_token import missing_end_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     with reported("template-unreadable", remedy, folder=tokenizer.name_or_path):
         name, origin = tokenizer_setup.template_choice(checkpoint.values, tokenizer, checkpoint.folder.name)
     checkpoint.extras |= {"template": name, "template_origin": origin}
-    if declared is not None and declared not in conv_templates:
+    if declared is not None and not (isinstance(declared, str) and is_template(declared)):
         yield found(
             "template-unknown",
             f"conv_mode is {declared!r}, which no template is called; {name!r} is used in its place",
@@ -82,10 +83,7 @@ def check_template(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
 
 def judge_template(tokenizer: PreTrainedTokenizerBase, template: Conversation, name: str) -> Iterator[DoctorFinding]:
     """Check a template against a tokenizer: its end text is a token, and the chat template frames turns alike."""
-    end = answer_end(template)
-    looks_like_token = end.startswith("<") and end.endswith(">")
-    known = tokenizer.convert_tokens_to_ids(end) if looks_like_token else None
-    if looks_like_token and (known is None or known == tokenizer.unk_token_id or end not in tokenizer.get_vocab()):
+    if (end := missing_end_token(template, tokenizer)) is not None:
         yield found(
             "template-mismatch",
             f"the template {name!r} ends answers with {end!r}, which is {len(tokenizer(end).input_ids)} tokens in this "

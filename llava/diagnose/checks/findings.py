@@ -231,7 +231,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "run-template": Cause(
         "--version is not the template that the model was trained with",
-        ("llava/train/model_setup.py:choose_conversation",),
+        ("llava/train/model_setup.py:name_template",),
     ),
     "run-precision": Cause(
         "float16 training of weights that were trained in bfloat16: overflow, NaN losses",

@@ -73,10 +73,15 @@ class ExaminedRun:
         return open_checkpoint(str(self.model.model_name_or_path))
 
     @cached_property
-    def conv(self) -> Conversation:
-        from llava.train.model_setup import choose_conversation
+    def template(self) -> str:
+        """The name of the run's template."""
+        from llava.train.model_setup import name_template
 
-        return choose_conversation(self.model.version)
+        return name_template(self.model.version, self.base.extras["tokenizer"], self.base.values)
+
+    @property
+    def conv(self) -> Conversation:
+        return conv_templates[self.template]
 
     @property
     def starts_with_projector(self) -> bool:
@@ -286,11 +291,8 @@ def _same_place(first: object, second: object) -> bool:
 
 
 def _check_template(run: ExaminedRun) -> Iterator[DoctorFinding]:
-    from llava.train.model_setup import VERSION_ALIASES
-
-    name = VERSION_ALIASES.get(str(run.model.version), str(run.model.version))
-    with reported("run-template", "set version to the template that the model speaks", version=name):
-        conv = run.conv
+    with reported("run-template", "set version to the template that the model speaks", version=run.model.version):
+        name, conv = run.template, run.conv
     if name == "plain":
         return
     tokenizer = run.base.extras["tokenizer"]
