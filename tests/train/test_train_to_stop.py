@@ -30,7 +30,8 @@ from llava.train.model_setup import fit_template, name_template
 from llava.train.run import run
 
 LLAMA_3 = (
-    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'"
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role']"
+    " + '<|end_header_id|>\\n\\n'"
     " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
