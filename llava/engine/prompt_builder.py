@@ -49,7 +49,7 @@ class PromptBuilder:
         asked = request.prompt if request.prompt is not None else [IMAGE_TOKEN_INDEX] * len(request.images)
         ids = self._encode(asked, len(request.images))
         rgb = [to_rgb(image) for image in request.images]
-        details = request.details if isinstance(request, Request) else ()
+        details = () if isinstance(request, ScoreRequest) else request.details
         layouts = self._processor.plan([image.size for image in rgb], details)
         spread: list[int] = []
         images: list[PromptImage] = []

@@ -230,6 +230,11 @@ def _check_images(images: object) -> None:
             raise InputError(f"image {number} is {shortened(repr(image))}, and not an image of PIL; {remedy}")
 
 
+def _check_details(details: object) -> None:
+    for detail in _texts("details", details):
+        _require(detail in ("auto", "low"), "details", detail, "auto and low")
+
+
 class PromptTooLongError(InputError):
     """A prompt leaves no room for even one new token."""
 
@@ -283,8 +288,7 @@ class Request:
             raise InputError(f"sampling is {shortened(repr(self.sampling))}; it must be SamplingParams")
         if self.request_id is not None:
             _text("request_id", self.request_id)
-        for detail in _texts("details", self.details):
-            _require(detail in ("auto", "low"), "details", detail, "auto and low")
+        _check_details(self.details)
 
 
 @dataclass(frozen=True)
@@ -422,7 +426,7 @@ class EmbedRequest:
         span: The positions that are taken: "all", "text", "images", or (start, stop), where image features are in place.
         pooling: One vector, the "mean" of these positions or the "last" of them; "none" gives each its own.
         normalize: Scale every vector to length 1.
-        request_id, client: As in `Request`.
+        request_id, details, client: As in `Request`.
     """
 
     prompt: Conversation | str | Sequence[int] | None = None
@@ -433,10 +437,12 @@ class EmbedRequest:
     pooling: Pooling = "mean"
     normalize: bool = False
     request_id: str | None = None
+    details: Sequence[Detail] = ()
     client: str = ""
 
     def __post_init__(self) -> None:
         _check_images(self.images)
+        _check_details(self.details)
         _require(self.stage in STAGES, "stage", self.stage, ", ".join(STAGES))
         _require(self.pooling in POOLINGS, "pooling", self.pooling, ", ".join(POOLINGS))
         _truth("normalize", self.normalize)

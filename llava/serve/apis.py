@@ -23,6 +23,7 @@ SCHEMAS: Schemas = {
     **OPENAI_SCHEMAS,
     ollama.OllamaChatRequest: "validation",
     ollama.GenerateRequest: "validation",
+    ollama.EmbedBody: "validation",
     ollama.ModelRequest: "validation",
     ollama.Answer: "serialization",
     ollama.OllamaError: "serialization",

@@ -14,7 +14,18 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Detail, Request, SamplingParams, Score, ScoreRequest, Timings, Usage
+from llava.engine.request import (
+    Chunk,
+    Detail,
+    Embedding,
+    EmbedRequest,
+    Request,
+    SamplingParams,
+    Score,
+    ScoreRequest,
+    Timings,
+    Usage,
+)
 from llava.errors import InputError
 from llava.serve.backends.base import Backend, BackendError, BackendRequest, ModelCard, ServerBusyError
 from llava.serve.http.keys import current_client
@@ -100,6 +111,28 @@ class Service:
             return list(await asyncio.gather(*scores))
         finally:
             admitted.close("scored")
+
+    async def embed(
+        self,
+        prompts: Sequence[Conversation | str | Sequence[int] | None],
+        make_request: Callable[..., EmbedRequest],
+        image_sources: Sequence[str] = (),
+        *,
+        details: Sequence[Detail] = (),
+    ) -> list[Embedding]:
+        """Return the vectors of prompts, within the limits of a request; the images go with every prompt.
+
+        `make_request` is `EmbedRequest`, with what is asked of every prompt. Raises as `submit` does.
+        """
+        admitted = self._admit(image_sources, len(prompts))
+        try:
+            images = tuple(await self._open(admitted, image_sources, details, open_images))
+            about = {"images": images, "details": tuple(details), "client": current_client.get()}
+            requests = [make_request(prompt, **about) for prompt in prompts]
+            admitted.reservation.shrink_to(self.backend.model.held_bytes(admitted.layouts))
+            return list(await asyncio.gather(*(self.backend.embed(request) for request in requests)))
+        finally:
+            admitted.close("embedded")
 
     async def token_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt of text alone."""

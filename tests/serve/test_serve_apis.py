@@ -150,7 +150,6 @@ def test_ollama_formats(address: str) -> None:
         ({"context": [1, 2]}, "context"),
     ):
         assert word in post(f"{address}/api/generate", plain | wrong, 400)["error"]
-    assert "embeddings" in post(f"{address}/api/embed", {"model": MODEL, "input": "x"}, 400)["error"]
     assert httpx.request("DELETE", f"{address}/api/delete", json={"model": MODEL}).status_code == 400
 
 
@@ -225,7 +224,7 @@ def test_errors_have_the_form_of_their_protocol(address: str) -> None:
         assert (reply["type"], reply["error"]["type"]) == ("error", kind)
         assert word in reply["error"]["message"]
     for path, word in (
-        ("/v1/embeddings", "no embeddings"),
+        ("/v1/audio/speech", "no audio"),
         ("/v1/nothing", "/v1/nothing"),
         ("/chat/completions", "/v1"),
     ):

@@ -18,7 +18,7 @@ from PIL import Image
 from serve_kit import DEMO, Program, embedded_backend, wait_until
 
 from llava.assets import embedded_model_path
-from llava.engine.request import Chunk, Request, SamplingParams, TokenLogprob
+from llava.engine.request import Chunk, EmbedRequest, Request, SamplingParams, TokenLogprob
 from llava.errors import InputError
 from llava.model.builder import load
 from llava.serve.backends.base import Backend, BackendError
@@ -101,6 +101,17 @@ def test_it_answers_as_an_engine_in_this_process_does(
         assert min(pieces for _, _, pieces in found) > 1
     assert backend.model.card == card
     assert [backend.model.token_piece(token) for token in (3, 301)] == [here.model.token_piece(t) for t in (3, 301)]
+
+
+def test_it_embeds_as_an_engine_in_this_process_does(backend: ProcessBackend, runner: asyncio.Runner) -> None:
+    image = Image.open(DEMO).convert("RGB")
+    requests = [EmbedRequest("Who are you?"), EmbedRequest(images=[image], stage="tower", pooling="none")]
+    with embedded_backend() as own:
+        for request in requests:
+            there, here = runner.run(backend.embed(request)), own.engine.embed(request)
+            assert there.vectors.shape == here.vectors.shape
+            assert abs(there.vectors - here.vectors).max() < 1e-5
+            assert there.usage == here.usage
 
 
 def test_what_cannot_work_is_refused_before_an_answer_begins(backend: ProcessBackend, runner: asyncio.Runner) -> None:

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from llava.conversation import Conversation
-from llava.engine.request import Chunk, Detail, Request, SamplingDefaults, Score, ScoreRequest, Timings, Usage
+from llava.engine.request import (
+    Chunk,
+    Detail,
+    Embedding,
+    EmbedRequest,
+    Request,
+    SamplingDefaults,
+    Score,
+    ScoreRequest,
+    Timings,
+    Usage,
+)
 from llava.text.token_bytes import TokenPiece
 
 if TYPE_CHECKING:
@@ -104,6 +115,9 @@ class Backend(Protocol):
 
     async def score(self, request: ScoreRequest) -> Score:
         """The probabilities of given tokens; raises as `start` does, and where it knows none."""
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        """The vectors of images or of a prompt; raises as `start` does, and where it knows none."""
 
     def gauges(self) -> Mapping[str, float]:
         """Numbers for monitoring, by name."""

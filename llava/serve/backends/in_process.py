@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llava.engine.base import EngineStats
 from llava.engine.config import EngineClosed, EngineError, QueueFull
-from llava.engine.request import Chunk, Request, Result, Score, ScoreRequest, Timings, Usage
+from llava.engine.request import Chunk, Embedding, EmbedRequest, Request, Result, Score, ScoreRequest, Timings, Usage
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.base import BackendError, ServerBusyError, UnreachableError
@@ -43,7 +43,15 @@ class EngineBackend:
 
     async def score(self, request: ScoreRequest) -> Score:
         try:
-            return await score_of(await asyncio.to_thread(self.engine.submit_score, request))
+            pending = await asyncio.to_thread(self.engine.submit_score, request)
+            return (await ended(pending)).score(timeout=0)
+        except EngineError as error:
+            raise server_error(error) from error
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        try:
+            pending = await asyncio.to_thread(self.engine.submit_embed, request)
+            return (await ended(pending)).embedding(timeout=0)
         except EngineError as error:
             raise server_error(error) from error
 
@@ -61,12 +69,12 @@ class EngineBackend:
         await asyncio.to_thread(self.engine.close)
 
 
-async def score_of(pending: PendingAnswer) -> Score:
-    """Wait for a score; where nobody waits any more, it is not computed further."""
+async def ended(pending: PendingAnswer) -> PendingAnswer:
+    """Wait for a score or an embedding; where nobody waits any more, it is not computed further."""
     try:
         async for _ in pending:
             pass
-        return pending.score(timeout=0)
+        return pending
     finally:
         if not pending.done:
             pending.abort()

@@ -23,6 +23,8 @@ from llava.engine.request import (
     MAX_COMPLETIONS,
     Chunk,
     Detail,
+    Embedding,
+    EmbedRequest,
     FinishReason,
     Request,
     SamplingParams,
@@ -108,6 +110,9 @@ class RemoteBackend:
 
     async def score(self, request: ScoreRequest) -> Score:
         raise InputError("this worker passes requests on to another server and gives no logprobs")
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        raise InputError("this worker passes requests on to another server and gives no embeddings")
 
     def gauges(self) -> Mapping[str, float]:
         return {}

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 
 from llava.engine.config import EngineClosed, EngineError
 from llava.engine.handle import Outcome, PendingAnswer, Wakeups
-from llava.engine.request import Chunk, Request, Score, ScoreRequest
+from llava.engine.request import Chunk, Embedding, EmbedRequest, Request, Score, ScoreRequest
 from llava.serve.backends.base import UnreachableError
-from llava.serve.backends.in_process import EngineRequest, gauges, score_of, server_error
+from llava.serve.backends.in_process import EngineRequest, ended, gauges, server_error
 from llava.serve.backends.pipe import MessagePipe
 from llava.serve.backends.served_model import LocalModel
 from llava.serve.backends.subprocess_main import (
     AbortCommand,
+    AnyRequest,
     ChunkEvent,
     EndEvent,
     PingCommand,
@@ -94,7 +95,13 @@ class ProcessBackend:
 
     async def score(self, request: ScoreRequest) -> Score:
         try:
-            return await score_of(await self._engine.submit(request, streamed=False))
+            return (await ended(await self._engine.submit(request, streamed=False))).score(timeout=0)
+        except EngineError as error:
+            raise server_error(error) from error
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        try:
+            return (await ended(await self._engine.submit(request, streamed=False))).embedding(timeout=0)
         except EngineError as error:
             raise server_error(error) from error
 
@@ -227,7 +234,7 @@ class EngineProcess:
     def kill(self) -> None:
         self._process.kill()
 
-    async def submit(self, request: Request | ScoreRequest, *, streamed: bool) -> PipeHandle:
+    async def submit(self, request: AnyRequest, *, streamed: bool) -> PipeHandle:
         """Send a request over the pipe, and wait until the engine has taken it."""
         number = next(self._numbers)
         name = request_id_of(number)

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from llava.cli.waits import shown_waits
 from llava.engine.base import BaseEngine, EngineStats
 from llava.engine.config import EngineError, QueueFull
 from llava.engine.handle import Outcome, RequestHandle
-from llava.engine.request import Chunk, Request, ScoreRequest
+from llava.engine.request import Chunk, EmbedRequest, Request, ScoreRequest
 from llava.engine.selection import open_engine
 from llava.errors import InputError
 from llava.serve.backends.pipe import MessagePipe
@@ -52,9 +52,12 @@ class StartCommand:
     log_level: str
 
 
+AnyRequest: TypeAlias = Request | ScoreRequest | EmbedRequest
+
+
 class SubmitCommand(NamedTuple):
     number: int  # the sender's name for it
-    request: Request | ScoreRequest
+    request: AnyRequest
     streamed: bool
 
 
@@ -133,6 +136,8 @@ class EngineHost:
         try:
             if isinstance(command.request, ScoreRequest):
                 self._engine.submit_score(command.request, make_handle=make_handle)
+            elif isinstance(command.request, EmbedRequest):
+                self._engine.submit_embed(command.request, make_handle=make_handle)
             else:
                 self._engine.submit(command.request, streamed=command.streamed, make_handle=make_handle)
         except Exception as error:

@@ -34,7 +34,6 @@ WITHOUT_V1 = (
 API_PATHS = ("/v1/", "/api/", *WITHOUT_V1)
 # Parts of the APIs that this server does not have, by the beginning of the path.
 ABSENT = {
-    "/v1/embeddings": "embeddings",
     "/v1/images": "generation of images",
     "/v1/audio": "audio",
     "/v1/moderations": "moderation",

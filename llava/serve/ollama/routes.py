@@ -6,23 +6,30 @@ requests.py, how answers look in replies.py. The controller publishes the same r
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
 import llava
+from llava.engine.request import EmbedRequest
 from llava.errors import InputError
 from llava.serve.answers import answer
 from llava.serve.bodies import read_body
 from llava.serve.http.errors import ApiError
+from llava.serve.http.forwarded import route_path
+from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.ollama import replies, schema
 from llava.serve.ollama.requests import matches, parse_generate, parse_ollama_chat
+from llava.serve.openai.embeddings import check_dimensions
 from llava.serve.openai.schema import ModelEntry, ModelList, Reply
 from llava.serve.service import Service
 
-B = TypeVar("B", bound=schema.AskingFields)
-NO_EMBEDDINGS = "this server makes no embeddings; it answers by /api/chat and /api/generate"
+B = TypeVar("B", bound=schema.AskingFields | schema.EmbedBody)
+OLD_EMBEDDINGS = "/api/embeddings"  # one text, whose vector is not scaled
 FIXED = "the models of this server are those that it was started with; they cannot be {0} by this API"
 CHANGES = (
     ("POST", "/api/create", "created"),
@@ -38,6 +45,8 @@ class OllamaApi(Protocol):
     async def ollama_chat(self, request: Request) -> Response: ...
 
     async def ollama_generate(self, request: Request) -> Response: ...
+
+    async def ollama_embed(self, request: Request) -> Response: ...
 
     async def models(self) -> ModelList: ...
 
@@ -67,6 +76,30 @@ class ModelOllamaApi:
             return _loaded(body, writer)
         parsed = parse_generate(body, self._service.card)
         return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
+
+    async def ollama_embed(self, request: Request) -> Response:
+        started = time.perf_counter_ns()
+        body = await self._body(request, schema.EmbedBody)
+        is_old = route_path(request.scope) == OLD_EMBEDDINGS
+        given = body.prompt if is_old else body.input
+        if given is None or (body.input if is_old else body.prompt) is not None:
+            raise InputError("give prompt, and no input" if is_old else "give input, and no prompt")
+        texts = [given] if isinstance(given, str) else given
+        embedded = self._service.embed(texts, partial(EmbedRequest, normalize=not is_old))
+        async with asyncio.timeout(self._service.limits.deadline_s):
+            embeddings = await cancel_on_disconnect(embedded, request.receive)
+        check_dimensions(body.dimensions, embeddings)
+        vectors: list[list[float]] = [embedding.vectors[0].tolist() for embedding in embeddings]
+        if is_old:
+            return _json(schema.EmbedReply.model_construct(embedding=vectors[0]))
+        return _json(
+            schema.EmbedReply.model_construct(
+                model=body.model,
+                embeddings=vectors,
+                total_duration=time.perf_counter_ns() - started,
+                prompt_eval_count=sum(embedding.usage.num_prompt_tokens for embedding in embeddings),
+            )
+        )
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
@@ -117,6 +150,16 @@ def ollama_routes(api: OllamaApi) -> APIRouter:
         """Answer one question, or continue a raw prompt."""
         return await api.ollama_generate(request)
 
+    @router.post("/api/embed", response_model=schema.EmbedReply)
+    async def embed(request: Request) -> Response:
+        """The vectors of texts."""
+        return await api.ollama_embed(request)
+
+    @router.post(OLD_EMBEDDINGS, response_model=schema.EmbedReply)
+    async def embeddings(request: Request) -> Response:
+        """The vector of one text, in the older form."""
+        return await api.ollama_embed(request)
+
     @router.get("/api/tags", response_model=schema.Tags)
     async def tags() -> Response:
         """The models of this server."""
@@ -144,7 +187,6 @@ def ollama_routes(api: OllamaApi) -> APIRouter:
         return Response(schema.Status(status="success").as_json() + "\n", media_type=replies.LINES)
 
     refused = [(method, path, FIXED.format(what)) for method, path, what in CHANGES]
-    refused += [("POST", path, NO_EMBEDDINGS) for path in ("/api/embed", "/api/embeddings")]
     for method, path, message in refused:
         router.add_api_route(path, _refusing(message), methods=[method], include_in_schema=False)
     return router

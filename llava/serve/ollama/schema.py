@@ -112,6 +112,18 @@ class GenerateRequest(AskingFields):
     context: Nothing = None
 
 
+class EmbedBody(Body):
+    """Texts to embed, in the field of /api/embed or in that of the older /api/embeddings."""
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1)] | None = None
+    prompt: str | None = Field(None, description="of /api/embeddings")
+    dimensions: int | None = Field(None, ge=1, description="of the vectors; another number than the model's is refused")
+    options: Options | None = Field(None, description="accepted; nothing is sampled")
+    keep_alive: str | float | None = Field(None, description="accepted; the model stays loaded")
+    truncate: Literal[False] | None = Field(None, description="false only: a text that is too long is refused")
+
+
 class ModelRequest(Body):
     """The name of a model, in both of the fields that it has had."""
 
@@ -214,3 +226,13 @@ class Status(Reply):
 class OllamaError(Reply):
     error: str
     request_id: str | None = None
+
+
+class EmbedReply(Reply):
+    """The vectors of /api/embed, or the one of /api/embeddings."""
+
+    model: str
+    embeddings: list[list[float]]
+    embedding: list[float]
+    total_duration: int
+    prompt_eval_count: int

@@ -45,7 +45,7 @@ def parse_chat(body: schema.ChatRequest, card: ModelCard) -> ParsedRequest:
         json_schema = ANY_OBJECT
     elif isinstance(body.response_format, schema.JsonSchemaFormat):
         json_schema = closed(body.response_format.json_schema.schema_)
-    turns = [_turn(message, index) for index, message in enumerate(body.messages)]
+    turns = [chat_turn(message, index) for index, message in enumerate(body.messages)]
     if body.continue_final_message and turns[-1].role != "assistant":
         raise InputError("continue_final_message has no effect: the last message is not the assistant's")
     sampling = sampling_of(
@@ -163,7 +163,7 @@ def sampling_of(
     )
 
 
-def _turn(message: schema.Message, index: int) -> ChatTurn:
+def chat_turn(message: schema.Message, index: int) -> ChatTurn:
     path = f"messages[{index}]"
     texts = [message.content or ""] if isinstance(message.content, str | None) else []
     images: tuple[ShownImage, ...] = ()

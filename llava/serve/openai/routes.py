@@ -24,6 +24,7 @@ from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error, error_body, openai_form
 from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai import schema
+from llava.serve.openai.embeddings import EmbeddingsReply, EmbeddingsRequest, embeddings_reply, parse_embeddings
 from llava.serve.openai.replies import ChatWriter, EchoedPrompt, TextWriter
 from llava.serve.openai.requests import parse_chat, parse_completion
 from llava.serve.openai.response_store import ResponseStore
@@ -31,7 +32,7 @@ from llava.serve.openai.responses_api import ResponsesWriter, parse_responses
 from llava.serve.openai.responses_schema import ResponsesEvent, ResponsesReply, ResponsesRequest
 from llava.serve.service import AdmittedRequest, Service
 
-B = TypeVar("B", bound=schema.SamplingFields)
+B = TypeVar("B", bound=schema.SamplingFields | EmbeddingsRequest)
 W = TypeVar("W", ChatWriter, TextWriter)
 EVENTS = "text/event-stream; charset=utf-8"
 AnyWriter = ChatWriter | TextWriter | ResponsesWriter
@@ -46,6 +47,8 @@ class OpenAIApi(Protocol):
     async def completions(self, request: Request) -> Response: ...
 
     async def responses(self, request: Request) -> Response: ...
+
+    async def embeddings(self, request: Request) -> Response: ...
 
     async def models(self) -> schema.ModelList: ...
 
@@ -118,6 +121,15 @@ class ModelApi:
         writer = ResponsesWriter(body, parsed, turns, card, piece_of, self._store)
         return await self._answer(request, body, parsed, writer)
 
+    async def embeddings(self, request: Request) -> Response:
+        body = await self._body(request, EmbeddingsRequest)
+        parsed = parse_embeddings(body, self._service.card)
+        urls, details = [image.url for image in parsed.images], [image.detail for image in parsed.images]
+        embedded = self._service.embed(parsed.prompts, parsed.make_request, urls, details=details)
+        async with asyncio.timeout(self._service.limits.deadline_s):
+            embeddings = await cancel_on_disconnect(embedded, request.receive)
+        return Response(embeddings_reply(body, embeddings).as_json(), media_type="application/json")
+
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
         if body.model != self._service.card.name:
@@ -189,6 +201,9 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
     same = "The same as a chat, in OpenAI's newer form; the latest answers are kept in memory for a while."
     add("/v1/responses", api.responses, same, ResponsesRequest, ResponsesReply, ResponsesEvent)
 
+    vectors = (EmbeddingsRequest, EmbeddingsReply)
+    add("/v1/embeddings", api.embeddings, "The vectors of texts, or of a chat that may show images.", *vectors)
+
     @router.get("/v1/models", responses=_errors(401, 403, 421), response_model=schema.ModelList)
     async def models() -> Response:
         """The models of this server."""
@@ -206,17 +221,14 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
     return router
 
 
-def _described(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
+def _described(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseModel] | None = None) -> dict[str, Any]:
     """The entry in the OpenAPI document of a route that parses its own body."""
-    ok = {
-        "description": "The answer; with `stream` it comes in chunks, as server-sent events.",
-        "content": {
-            "application/json": {"schema": _ref(reply)},
-            EVENTS.partition(";")[0]: {
-                "schema": {"description": f"server-sent events, the data of each a {chunk.__name__}"}
-            },
-        },
-    }
+    content: dict[str, object] = {"application/json": {"schema": _ref(reply)}}
+    if chunk is not None:
+        events = {"schema": {"description": f"server-sent events, the data of each a {chunk.__name__}"}}
+        content[EVENTS.partition(";")[0]] = events
+    streamed = "; with `stream` it comes in chunks, as server-sent events" if chunk is not None else ""
+    ok = {"description": f"The answer{streamed}.", "content": content}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}}},
         "responses": {200: ok, **_errors(400, 401, 403, 404, 413, 415, 421, 429, 500, 502, 503, 504)},
@@ -248,6 +260,8 @@ SCHEMAS: Schemas = {
     schema.ChatChunk: "serialization",
     schema.CompletionRequest: "validation",
     schema.TextReply: "serialization",
+    EmbeddingsRequest: "validation",
+    EmbeddingsReply: "serialization",
     ResponsesRequest: "validation",
     ResponsesReply: "serialization",
     ResponsesEvent: "serialization",

@@ -23,6 +23,7 @@ from llava.serve.anthropic import replies as anthropic
 from llava.serve.apis import SCHEMAS, forwarded_routes
 from llava.serve.http.app import Lifespan, background, make_app
 from llava.serve.http.errors import ApiError, as_api_error
+from llava.serve.http.forwarded import route_path
 from llava.serve.http.json_body import read_json
 from llava.serve.http.keys import authorization_of, bearer_key
 from llava.serve.http.metrics import Gauge, Metrics
@@ -258,6 +259,9 @@ class ControllerApi:
         question = _up_to_first_question(given) if isinstance(given, list) else given
         return await self._forward(request, "/v1/responses", body, question)
 
+    async def embeddings(self, request: Request) -> Response:
+        return await self._forward(request, "/v1/embeddings", await self._body_of(request), None)
+
     # Ollama's and Anthropic's.
 
     async def ollama_chat(self, request: Request) -> Response:
@@ -268,6 +272,10 @@ class ControllerApi:
     async def ollama_generate(self, request: Request) -> Response:
         body = await self._ollama_body(request)
         return await self._forward(request, "/api/generate", body, body.get("images"), ollama.error_line)
+
+    async def ollama_embed(self, request: Request) -> Response:
+        path = route_path(request.scope)
+        return await self._forward(request, path, await self._ollama_body(request), None, ollama.error_line)
 
     async def messages(self, request: Request) -> Response:
         return await self._forward_messages(request, "/v1/messages")
