@@ -40,6 +40,7 @@ COMMANDS = {
     "controller": Command("llava.serve.controller", "for many machines: register workers and route requests to them"),
     "worker": Command("llava.serve.model_worker", "for many machines: serve a model to a controller"),
     "web": Command("llava.serve.gradio_web_server", "for many machines: the web page over a controller"),
+    "embed": Command("llava.cli.embed", "write the vectors of images or texts to a file"),
     "bench": Command("llava.cli.bench", "measure how fast a model answers on this machine"),
     "train": Command("llava.train.train", "pretrain or fine-tune a model", {"": "llava.train.arguments:build_parser"}),
     "examples": Command("llava.cli.examples", "write example configurations and data into a folder"),
