@@ -26,6 +26,7 @@ class EngineConfig:
     prefix_cache: bool = True  # keep keys and values of finished prompts for those that begin alike
     feature_cache_bytes: int = 512 * 2**20  # image features kept for images that come again; 0 keeps none
     weights: str | None = None  # "int8", "fp8" or "int4": hold the language model's weights in that form
+    adapter_bytes: int = 2 * 2**30  # LoRA adapters kept on the device; others wait in the host's memory
     speculation: int = 0  # draft tokens from n-grams of the text so far, for greedy answers; 0: none
     graphs: bool = True  # record decoding steps as CUDA graphs (nothing on a CPU)
     overlap: bool = True  # begin a step before the last one's tokens have been read (nothing on a CPU)
@@ -43,6 +44,8 @@ class EngineConfig:
             raise InputError(f"memory_fraction is {self.memory_fraction}; give a share above 0 and at most 1")
         if self.feature_cache_bytes < 0:
             raise InputError(f"feature_cache_bytes is {self.feature_cache_bytes}; give 0 (none) or more")
+        if self.adapter_bytes < 0:
+            raise InputError(f"adapter_bytes is {self.adapter_bytes}; give 0 (one adapter at a time) or more")
         if self.weights is not None and self.weights not in WEIGHTS:
             raise InputError(f"weights is {self.weights!r}; known: {', '.join(WEIGHTS)}")
         if not 0 <= self.speculation <= 32:

@@ -12,9 +12,9 @@ What a layer computes is in kernels/; which model is which is the table at the e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,8 +32,28 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # one tab
 
 @dataclass(frozen=True)
 class Linear:
+    """One or several projections of the same input. `parts` are their names in the model, and their numbers of outputs."""
+
     weight: Weight
     bias: Tensor | None = None
+    parts: tuple[tuple[str, int], ...] = ()
+
+
+class Projection(NamedTuple):
+    """Where a weight of the model is: in a field of a layer, its outputs from `start` on."""
+
+    layer: int
+    field: str
+    start: int
+    num_outputs: int
+    num_inputs: int
+
+
+class TokenAdapters(Protocol):
+    """Which adapter each token of a step goes through (adapters/step.py)."""
+
+    def add_(self, out: Tensor, x: Tensor, layer: int, field: str) -> None:
+        """Add what adapters change of a projection's outputs (T, O), whose inputs are x (T, I)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,9 @@ class Layer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int | None = None
+
+
+PROJECTIONS = ("qkv", "out", "up", "down")  # the fields of a layer that multiply
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,8 @@ class Decoder:
         self.embedding: Tensor = model.get_input_embeddings().weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         copies = self.device.type == "cpu" and _projection_bytes(model) <= PACKED_BYTES
-        store = _WeightStore(kernels, weights, copies=copies)
+        names = {id(module): name for name, module in model.named_modules()}
+        store = _WeightStore(kernels, weights, names, copies=copies)
         self.shape, self.layers, self.final_norm = read(model, store)
         self.head = store.fuse([model.get_output_embeddings()], tied_to=self.embedding)
         cos, sin = _angles(model, max_positions, self.dtype)
@@ -98,6 +122,19 @@ class Decoder:
             for layer in self.layers
         ]  # fmt: skip
         self.caches: list[KVCache] = []
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The place of every weight that multiplies within the layers, by its name in the model."""
+        places = {}
+        for number, layer in enumerate(self.layers):
+            for field in PROJECTIONS:
+                linear: Linear = getattr(layer, field)
+                start = 0
+                for name, num_outputs in linear.parts:
+                    places[name] = Projection(number, field, start, num_outputs, linear.weight.shape[1])
+                    start += num_outputs
+        return places
 
     @property
     def bytes_per_token(self) -> int:
@@ -123,7 +160,13 @@ class Decoder:
         return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(self.dtype).view(size)
 
     def hidden_states(
-        self, embeds: Tensor, plan: AttentionPlan, *, kept: dict[int, Tensor] | None = None, depth: int | None = None
+        self,
+        embeds: Tensor,
+        plan: AttentionPlan,
+        *,
+        kept: dict[int, Tensor] | None = None,
+        depth: int | None = None,
+        adapters: TokenAdapters | None = None,
     ) -> Tensor:
         """Embeddings (T, D), which become the residual stream, to normed hidden states (T, D).
 
@@ -132,8 +175,17 @@ class Decoder:
             plan: Where the positions are.
             kept: Gets a copy of the residual stream (T, D) before each layer that it has as a key.
             depth: Compute this many layers only, and return the residual stream as it is then.
+            adapters: What tokens go through beside the weights; None: nothing.
         """
         kernels, shape = self.kernels, self.shape
+
+        def linear(x: Tensor, field: str) -> Tensor:
+            weights: Linear = getattr(layer, field)
+            out = kernels.linear(x, weights.weight, weights.bias)
+            if adapters is not None:
+                adapters.add_(out, x, number, field)
+            return out
+
         residual, update = embeds, None
         for number, (layer, attention, cache) in enumerate(zip(self.layers, self.attention, self.caches, strict=True)):
             x = self._norm(layer.attention_norm, residual, update)
@@ -141,18 +193,18 @@ class Decoder:
                 kept[number] = residual.clone()
             if number == depth:
                 return residual
-            qkv = kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
+            qkv = linear(x, "qkv")
             if shape.qkv_limit is not None:
                 qkv = qkv.clamp(-shape.qkv_limit, shape.qkv_limit)
             q = kernels.rope_store_(qkv, cache, attention, plan)
             x = kernels.attend(q, cache, attention, plan)
-            x = self._norm(layer.mlp_norm, residual, kernels.linear(x, layer.out.weight, layer.out.bias))
-            if shape.gated and layer.up.bias is None:
+            x = self._norm(layer.mlp_norm, residual, linear(x, "out"))
+            if shape.gated and layer.up.bias is None and adapters is None:
                 x = kernels.gated_linear(x, layer.up.weight)
             else:
-                x = kernels.linear(x, layer.up.weight, layer.up.bias)
+                x = linear(x, "up")
                 x = kernels.silu_mul(x) if shape.gated else kernels.gelu(x)
-            update = kernels.linear(x, layer.down.weight, layer.down.bias)
+            update = linear(x, "down")
         return self._norm(self.final_norm, residual, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -214,18 +266,19 @@ def _projections(model: LanguageModel) -> Iterable[nn.Module]:
 class _WeightStore:
     """Lays weights side by side. `kind` rounds them; the model's own weights are then given up. `copies` may be made."""
 
-    def __init__(self, kernels: Kernels, kind: str | None, *, copies: bool) -> None:
-        self.kernels, self.kind, self.copies = kernels, kind, copies
+    def __init__(self, kernels: Kernels, kind: str | None, names: Mapping[int, str], *, copies: bool) -> None:
+        self.kernels, self.kind, self.names, self.copies = kernels, kind, names, copies
 
     @torch.no_grad()
     def fuse(self, modules: Sequence[Any], *, tied_to: Tensor | None = None) -> Linear:
         """One weight (sum of outputs, in) for modules with the same input."""
         parameters = [module.weight for module in modules]
+        places = tuple((f"{self.names[id(module)]}.weight", len(module.weight)) for module in modules)
         if self.kind is not None and (tied_to is None or parameters[0] is not tied_to):
             rounded = _joined([quantize(parameter.data, self.kind) for parameter in parameters])  # type: ignore[arg-type]
             for module, parameter in zip(modules, parameters, strict=True):
                 module.weight = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            return Linear(self.kernels.pack(rounded), _joined_bias(modules))
+            return Linear(self.kernels.pack(rounded), _joined_bias(modules), places)
         parts = [parameter.data for parameter in parameters]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         weight: Weight = self.kernels.pack(joined) if self.copies else joined
@@ -233,7 +286,7 @@ class _WeightStore:
         if len(parts) > 1 and not is_copy:
             for parameter, part in zip(parameters, joined.split([len(part) for part in parts]), strict=True):
                 parameter.data = part
-        return Linear(weight, _joined_bias(modules))
+        return Linear(weight, _joined_bias(modules), places)
 
 
 def _nbytes(weight: Weight) -> int:

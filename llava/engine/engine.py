@@ -11,10 +11,13 @@ base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from pathlib import Path
+from typing import Self, overload
 
 import torch
 
+from llava.engine.adapters.adapter import AdapterReader
+from llava.engine.adapters.store import AdapterStore
 from llava.engine.base import BaseEngine, EngineStats, end_ids_of
 from llava.engine.config import EngineConfig
 from llava.engine.decoder import Decoder
@@ -34,6 +37,7 @@ from llava.engine.sequence import EmbeddingState, ScoringState, StateRead
 from llava.engine.sequence import Sequence as RunningSequence
 from llava.errors import InputError
 from llava.images.gpu_preprocess import GpuPreprocessor
+from llava.model.builder import LoadedModel
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import context_len
 from llava.processor import Processor
@@ -43,10 +47,18 @@ from llava.utils import waiting
 class Engine(BaseEngine):
     """Answers requests with one model, as many together as there is memory for.
 
-    The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away.
+    The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away. `folder` is where it was
+    loaded from, with which the bases that adapters name are compared.
     """
 
-    def __init__(self, model: LlavaModel, processor: Processor, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LlavaModel,
+        processor: Processor,
+        config: EngineConfig | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> None:
         config = config or EngineConfig()
         on_gpu = torch.device(model.device).type == "cuda"
         max_positions = min(config.context_len or context_len(model.config), context_len(model.config))
@@ -91,10 +103,14 @@ class Engine(BaseEngine):
             max_step_tokens=max_step_tokens,
             draft=(lambda sequence: sequence.draft_tokens(config.speculation)) if config.speculation else None,
         )
+        self.adapters = AdapterStore(
+            AdapterReader(model, decoder, folder), decoder.device, max_bytes=config.adapter_bytes
+        )
         self._prompt_builder = PromptBuilder(
             processor,
             vocab_size=vocab_size,
             is_cached=self._features.__contains__,
+            adapter_of=self.adapters.get,
             on_device=gpu_preprocessor is not None,
         )
         self._make_grammar_of = GrammarMaker(
@@ -112,6 +128,11 @@ class Engine(BaseEngine):
             limit=limit,
             vocab_size=vocab_size,
         )
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, config: EngineConfig | None = None) -> Self:
+        processor = loaded.processor or Processor(loaded.tokenizer)
+        return cls(loaded.model, processor, config, folder=loaded.info.folder)  # type: ignore[arg-type]
 
     @overload
     def score(self, requests: ScoreRequest) -> Score: ...

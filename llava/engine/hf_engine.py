@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ NO_SCORES = "model.generate scores no continuations; the engine does, for models
 class ModelPrompt(Prompt):
     """A prompt as `model.generate` takes it. In `ids`, every image feature is -1."""
 
-    inputs: ModelInputs
+    inputs: ModelInputs = field(kw_only=True)
 
     @property
     def num_image_tokens(self) -> int:
@@ -102,6 +102,11 @@ class HFEngine(BaseEngine):
         return EngineStats(worker.num_waiting, worker.num_running, worker.num_finished)
 
     def _build_prompt(self, request: Request) -> Prompt:
+        if request.adapter is not None:
+            raise InputError(
+                f"model.generate answers here, and takes no adapter {request.adapter!r} of a request; load the adapter's "
+                "folder as the model"
+            )
         if request.images and self._processor.image_processor is None:
             raise InputError("this model has no vision tower, so it cannot look at images")
         prompt, images = request.prompt, request.images
@@ -118,7 +123,7 @@ class HFEngine(BaseEngine):
             ids += [-1] * next(layouts).num_features if token == IMAGE_TOKEN_INDEX else [token]
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
-        return ModelPrompt(ids, (), inputs)
+        return ModelPrompt(ids, (), inputs=inputs)
 
     def _check(self, params: SamplingParams) -> None:
         super()._check(params)

@@ -68,7 +68,7 @@ class EngineLoop(EngineWorker):
         request = self._encoding.popleft()
         self._begin(request)
         try:
-            for states, count in self.runner.tower_states(request.prompt.images, summed=request.pooling == "mean"):
+            for states, count in self.runner.tower_states(request.prompt, summed=request.pooling == "mean"):
                 request.add(states, count)
             self._complete(request)
         except Exception as error:

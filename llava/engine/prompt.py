@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from llava.engine.adapters.adapter import LoadedAdapter
     from llava.images.layout import ImageLayout
 
 KEPT_PIXELS = 4_000_000  # of an image kept whole: its features are known, or a device makes its tiles
@@ -43,10 +44,15 @@ class PromptImage:
         layout: ImageLayout,
         start: int,
         to_pixels: Callable[[list[Image.Image]], list[Tensor]] | None,
+        *,
+        seen_by: bytes = b"",
     ) -> None:
-        """Without `to_pixels`, its tiles are made on the device, from its colours (H, W, 3)."""
+        """Without `to_pixels`, its tiles are made on the device, from its colours (H, W, 3).
+
+        `seen_by` is the key of an adapter that sees images otherwise than the model does.
+        """
         colours = np.array(rgb)
-        content = hashlib.sha256(repr((rgb.size, layout.num_tiles)).encode())
+        content = hashlib.sha256(seen_by + repr((rgb.size, layout.num_tiles)).encode())
         content.update(colours.data)
         self.key = content.digest()
         self.size = rgb.size
@@ -80,10 +86,11 @@ class PromptImage:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, with a negative id for each image feature, and the images these belong to."""
+    """Token ids, with a negative id for each image feature, the images these belong to, and what they go through."""
 
     ids: list[int]
     images: tuple[PromptImage, ...]
+    adapter: LoadedAdapter | None = None
 
     @property
     def num_image_tokens(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
+from llava.engine.adapters.adapter import LoadedAdapter
 from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage
 from llava.engine.request import EmbedRequest, Request, ScoreRequest
 from llava.errors import InputError
@@ -28,14 +29,22 @@ class PromptBuilder:
         processor: The model's tokenizer and image processor.
         vocab_size: Token ids are below this.
         is_cached: Whether the features of an image with this key are in the encoder cache.
+        adapter_of: The adapter of a name.
         on_device: Leave images that are not too large for the device to cut into tiles.
     """
 
     def __init__(
-        self, processor: Processor, *, vocab_size: int, is_cached: Callable[[bytes], bool], on_device: bool = False
+        self,
+        processor: Processor,
+        *,
+        vocab_size: int,
+        is_cached: Callable[[bytes], bool],
+        adapter_of: Callable[[str], LoadedAdapter],
+        on_device: bool = False,
     ) -> None:
         self._vocab_size = vocab_size
         self._is_cached = is_cached
+        self._adapter_of = adapter_of
         self._on_device = on_device
         self._lock = threading.Lock()  # tokenizers change settings of theirs while they work
         self._processor = processor
@@ -51,6 +60,8 @@ class PromptBuilder:
         rgb = [to_rgb(image) for image in request.images]
         details = () if isinstance(request, ScoreRequest) else request.details
         layouts = self._processor.plan([image.size for image in rgb], details)
+        adapter = None if request.adapter is None else self._adapter_of(request.adapter)
+        seen_by = adapter.key if adapter is not None and adapter.changes_vision else b""
         spread: list[int] = []
         images: list[PromptImage] = []
         for token in ids:
@@ -58,14 +69,14 @@ class PromptBuilder:
                 index = len(images)
                 on_device = self._on_device and math.prod(rgb[index].size) <= KEPT_PIXELS
                 to_pixels = None if on_device else self._processor.pixels
-                images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels))
+                images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels, seen_by=seen_by))
                 spread.extend(range(-1, -1 - layouts[index].num_features, -1))
             else:
                 spread.append(token)
         for image in images:
             if not self._is_cached(image.key) or math.prod(image.size) > KEPT_PIXELS:
                 image.prepare()
-        return Prompt(spread, tuple(images))
+        return Prompt(spread, tuple(images), adapter)
 
     def with_continuation(self, request: ScoreRequest) -> tuple[Prompt, list[int]]:
         """A prompt, and the ids that continue it."""

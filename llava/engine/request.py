@@ -230,6 +230,11 @@ def _check_images(images: object) -> None:
             raise InputError(f"image {number} is {shortened(repr(image))}, and not an image of PIL; {remedy}")
 
 
+def _check_adapter(name: object) -> None:
+    if name is not None:
+        _text("adapter", name)
+
+
 def _check_details(details: object) -> None:
     for detail in _texts("details", details):
         _require(detail in ("auto", "low"), "details", detail, "auto and low")
@@ -272,6 +277,7 @@ class Request:
         request_id: Unique among those running; made up where it is None.
         details: One for each image, or none; "low" asks for the overview tile alone of a model that cuts into tiles.
         client: Who asks; where many wait, the clients take turns.
+        adapter: The name of a LoRA adapter that the engine has loaded; None: the model as it is.
     """
 
     prompt: Conversation | str | Sequence[int]
@@ -280,8 +286,10 @@ class Request:
     request_id: str | None = None
     details: Sequence[Detail] = ()
     client: str = ""
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
+        _check_adapter(self.adapter)
         _check_prompt("prompt", self.prompt)
         _check_images(self.images)
         if not isinstance(self.sampling, SamplingParams):
@@ -379,8 +387,10 @@ class ScoreRequest:
     num_top: int = 0
     request_id: str | None = None
     client: str = ""  # as in `Request`
+    adapter: str | None = None  # likewise
 
     def __post_init__(self) -> None:
+        _check_adapter(self.adapter)
         _check_prompt("prompt", self.prompt)
         _check_prompt("continuation", self.continuation)
         _check_images(self.images)
@@ -426,7 +436,7 @@ class EmbedRequest:
         span: The positions that are taken: "all", "text", "images", or (start, stop), where image features are in place.
         pooling: One vector, the "mean" of these positions or the "last" of them; "none" gives each its own.
         normalize: Scale every vector to length 1.
-        request_id, details, client: As in `Request`.
+        request_id, details, client, adapter: As in `Request`.
     """
 
     prompt: Conversation | str | Sequence[int] | None = None
@@ -439,8 +449,10 @@ class EmbedRequest:
     request_id: str | None = None
     details: Sequence[Detail] = ()
     client: str = ""
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
+        _check_adapter(self.adapter)
         _check_images(self.images)
         _check_details(self.details)
         _require(self.stage in STAGES, "stage", self.stage, ", ".join(STAGES))

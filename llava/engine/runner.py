@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.engine.adapters.adapter import LoadedAdapter
+from llava.engine.adapters.step import adapters_of
 from llava.engine.decoder import Decoder
 from llava.engine.encoder_cache import EncoderCache
 from llava.engine.input_batch import StepArrays, to_device
-from llava.engine.prompt import PromptImage
+from llava.engine.prompt import Prompt, PromptImage
 from llava.engine.request import TokenLogprob
 from llava.engine.sampler import Sampler, SamplerOutput
 from llava.engine.scheduler import ScheduledChunk, SchedulerOutput
@@ -185,20 +187,22 @@ class Runner:
                     outputs.append(StepOutput(chunk, (tokens[first],), logprobs.get(first, ())))
         return outputs + [observed.output() for observed in step.observed]
 
-    def tower_states(self, images: abc.Sequence[PromptImage], *, summed: bool) -> Iterator[tuple[np.ndarray, int]]:
+    def tower_states(self, prompt: Prompt, *, summed: bool) -> Iterator[tuple[np.ndarray, int]]:
         """What the vision tower gives the projector, a few tiles at a time: states (n, V), or their sum (1, V), and n."""
-        tower = self._model.get_vision_tower()
-        assert tower is not None
-        for image in images:
+        tower = _Tower(self._model)
+        changed = {} if prompt.adapter is None else prompt.adapter.vision
+        tensors = {f"model.{name}": tensor for name, tensor in changed.items()}
+        for image in prompt.images:
             image.prepare()
             for tiles in self._normalised(self._tiles(image)).split(TOWER_TILES):
-                states = tower(tiles).flatten(0, 1).float()
+                states = torch.func.functional_call(tower, tensors, (tiles,)).flatten(0, 1).float()
                 yield (states.sum(0, keepdim=True) if summed else states).cpu().numpy(), len(states)
 
     # Decoding: one position of each sequence, whose token is on the device.
 
     def _decode(self, chunks: list[ScheduledChunk]) -> _SampledChunks:
-        size = self._graphs.decode_size(len(chunks)) if self._graphs else None
+        adapters = adapters_of(chunks, self.device)
+        size = self._graphs.decode_size(len(chunks)) if self._graphs and adapters is None else None
         arrays = self._arrays(chunks, size)
         if self._graphs and size:
             logits, slots = self._graphs.decode(arrays)
@@ -207,7 +211,8 @@ class Runner:
             step = arrays.sent(self.device)
             slots = step.slots
             embeds = self.decoder.embedding[self._newest[slots]]
-            logits = self.decoder.logits(self.decoder.hidden_states(embeds, step.plan(1, self._reach(arrays))))
+            hidden = self.decoder.hidden_states(embeds, step.plan(1, self._reach(arrays)), adapters=adapters)
+            logits = self.decoder.logits(hidden)
         return self._sample(logits, chunks, list(range(len(chunks))), slots)
 
     # Prompts: any number of positions, whose tokens and images are known here.
@@ -219,7 +224,9 @@ class Runner:
             for chunk in chunks
             if chunk.sequence.read is not None and not chunk.sequence.read.is_last_layer
         }
-        size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs and not kept else None
+        adapters = adapters_of(chunks, self.device)
+        is_recorded = self._graphs is not None and not kept and adapters is None
+        size = self._graphs.prompt_size(num_tokens, len(chunks)) if self._graphs and is_recorded else None
         arrays = self._arrays(chunks, size)
         embeds = self._prompt_embeds(chunks)
         if self._graphs and size:
@@ -227,7 +234,7 @@ class Runner:
         else:
             plan = arrays.sent(self.device).plan(max(chunk.count for chunk in chunks), self._reach(arrays))
             depth = None if any(chunk.sequence.is_cachable for chunk in chunks) else max(kept)
-            hidden = self.decoder.hidden_states(embeds, plan, kept=kept, depth=depth)
+            hidden = self.decoder.hidden_states(embeds, plan, kept=kept, depth=depth, adapters=adapters)
         # The hidden states from which tokens are sampled: the last one of each chunk that samples, and its drafts'.
         sampling: list[ScheduledChunk] = []
         firsts: list[int] = []
@@ -250,7 +257,7 @@ class Runner:
         """Embeddings (T, D) of text and images, by the splice that training and `generate` use."""
         ids: list[int] = []
         slices: list[Tensor] = []
-        features = self._features([image for chunk in chunks for image in _images_in(chunk)])
+        features = self._features([(image, chunk.sequence.adapter) for chunk in chunks for image in _images_in(chunk)])
         for chunk in chunks:
             tokens = [*chunk.sequence.ids[chunk.start : chunk.stop - len(chunk.drafts)], *chunk.drafts]
             at = chunk.start
@@ -268,17 +275,30 @@ class Runner:
     def _embed(self, ids: Tensor) -> Tensor:
         return self.decoder.embedding[to_device(ids.numpy(), self.device)]
 
-    def _features(self, images: abc.Sequence[PromptImage]) -> dict[bytes, Tensor]:
-        """Features of images by their keys: cached ones, and the others computed together."""
-        found = {image.key: self.features.get(image.key) for image in images}
-        missing = list({image.key: image for image in images if found[image.key] is None}.values())
-        if missing:
-            pixels = [self._normalised(self._tiles(image)) for image in missing]
-            made = self._model.image_features(pixels, [image.size for image in missing], encode=self._encode)
-            for image, features in zip(missing, made, strict=True):
-                found[image.key] = features
-                self.features.put(image.key, features)
+    def _features(self, images: abc.Sequence[tuple[PromptImage, LoadedAdapter | None]]) -> dict[bytes, Tensor]:
+        """Features of images by their keys: cached ones, and the others computed together, as each adapter sees them."""
+        found = {image.key: self.features.get(image.key) for image, _ in images}
+        missing: dict[LoadedAdapter | None, dict[bytes, PromptImage]] = {}
+        for image, adapter in images:
+            if found[image.key] is None:
+                seen_by = adapter if adapter is not None and adapter.changes_vision else None
+                missing.setdefault(seen_by, {})[image.key] = image
+        for seen_by, group in missing.items():
+            pixels = [self._normalised(self._tiles(image)) for image in group.values()]
+            made = self._encoded(pixels, [image.size for image in group.values()], seen_by)
+            for key, features in zip(group, made, strict=True):
+                found[key] = features
+                self.features.put(key, features)
         return {key: features for key, features in found.items() if features is not None}
+
+    def _encoded(
+        self, pixels: list[Tensor], sizes: list[tuple[int, int]], adapter: LoadedAdapter | None
+    ) -> list[Tensor]:
+        """Features of images, by the model's own tower and projector or by an adapter's."""
+        if adapter is None:
+            return self._model.image_features(pixels, sizes, encode=self._encode)
+        tensors = {f"model.{name}": tensor for name, tensor in adapter.vision.items()}
+        return torch.func.functional_call(_ImageFeatures(self._model), tensors, (pixels, sizes))
 
     def _tiles(self, image: PromptImage) -> Tensor:
         """Bytes (n, 3, side, side), on the device."""
@@ -388,6 +408,26 @@ class Runner:
         arrived = torch.cuda.Event()
         arrived.record()
         return InFlightStep(step, parts, observed, arrived)
+
+
+class _ImageFeatures(nn.Module):
+    """`image_features` as a module, which `functional_call` runs with other tensors."""
+
+    def __init__(self, model: LlavaModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+        return self.model.image_features(pixels, sizes)
+
+
+class _Tower(_ImageFeatures):
+    """The same of the vision tower alone."""
+
+    def forward(self, tiles: Tensor) -> Tensor:  # type: ignore[override]
+        tower = self.model.get_vision_tower()
+        assert tower is not None
+        return tower(tiles)
 
 
 def _images_in(chunk: ScheduledChunk) -> list[PromptImage]:

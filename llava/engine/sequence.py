@@ -166,6 +166,7 @@ class Sequence:
         self.sampling = sampling
         self.detokenizer = detokenizer
         self.images = prompt.images
+        self.adapter = prompt.adapter
         self.num_prompt = len(prompt.ids)
         self.ids = [*prompt.ids, *continuation] if read is None else prompt.ids[: read.stop]
         self.is_scored = bool(continuation)
@@ -229,7 +230,8 @@ class Sequence:
         for index in range(len(self._hashes), len(self.ids) // block_size):
             start, stop = index * block_size, (index + 1) * block_size
             keys = [image.key for image in self.images if image.start < stop and image.stop > start]
-            self._hashes.append(block_hash(self._hashes[-1] if index else b"", self.ids[start:stop], keys))
+            before = self._hashes[-1] if index else b"" if self.adapter is None else self.adapter.key
+            self._hashes.append(block_hash(before, self.ids[start:stop], keys))
         return self._hashes
 
     def newly_full(self, block_size: int) -> list[tuple[int, bytes]]:
