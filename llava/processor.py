@@ -19,7 +19,7 @@ from llava.conversation import Conversation, Span, check_placeholders, image_pla
 from llava.errors import InputError
 from llava.images.decode import to_rgb
 from llava.images.image_processor import ClipImageProcessor
-from llava.images.layout import ImageLayout, ImagePolicy, ImageSize, plan
+from llava.images.layout import ImageLayout, ImagePolicy, plan_images
 from llava.mm_utils import process_images
 from llava.text.labels import encode_spans
 from llava.text.tokenization import Tokenizer, num_doubled, tokenizer_image_token
@@ -107,11 +107,7 @@ class Processor:
         return ModelInputs(
             input_ids=torch.tensor(ids, dtype=torch.long),
             labels=None if labels is None else torch.tensor(labels, dtype=torch.long),
-            # The overview comes first, and is alone where little detail was asked for.
-            pixels=[
-                pixels if pixels.dim() == 3 else pixels[: layout.num_tiles]
-                for pixels, layout in zip(self.pixels(rgb), layouts, strict=True)
-            ],
+            pixels=self.pixels(rgb, layouts),
             image_sizes=sizes,
             layouts=layouts,
         )
@@ -131,30 +127,34 @@ class Processor:
         check_placeholders(sum(span.text.count(DEFAULT_IMAGE_TOKEN) for span in spans), num_images)
         return spans
 
-    def pixels(self, rgb: Sequence[Image.Image]) -> list[torch.Tensor]:
-        """Make the pixels of RGB images: per image (3, side, side), or (tiles, 3, side, side) where they are cut into tiles."""
+    def pixels(self, rgb: Sequence[Image.Image], layouts: Sequence[ImageLayout]) -> list[torch.Tensor]:
+        """Make the pixels of RGB images of one prompt, as `plan` laid them out.
+
+        Per image (3, side, side), or (tiles, 3, side, side) where images are cut into tiles or end with a newline.
+        """
         if not rgb:
             return []
         policy = self._policy()
         assert self.image_processor is not None  # of a model that has a policy
-        config = SimpleNamespace(image_aspect_ratio=policy.mode, image_grid_pinpoints=policy.pinpoints)
-        return list(process_images(rgb, self.image_processor, config))
+        crop, split = policy.crop_split or (None, None)
+        config = SimpleNamespace(
+            image_aspect_ratio="pad" if any(layout.is_padded for layout in layouts) else policy.mode,
+            image_grid_pinpoints=policy.pinpoints,
+            image_crop_resolution=crop,
+            image_split_resolution=split,
+        )
+        made = process_images(rgb, self.image_processor, config)
+        pixels = []
+        for tiles, layout in zip(made, layouts, strict=True):
+            if tiles.dim() == 3:
+                pixels.append(tiles[None] if layout.num_newlines else tiles)
+            else:  # the overview comes first, and is alone where little detail was asked for
+                pixels.append(tiles[: layout.num_tiles])
+        return pixels
 
     def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[str] = ()) -> list[ImageLayout]:
-        """Lay out images of `sizes` (width, height).
-
-        `details` has a word for each image, or is empty; "low" takes the overview tile alone of an image that would be cut.
-        """
-        if not sizes:
-            return []
-        policy = self._policy()
-        if details and len(details) != len(sizes):
-            raise InputError(f"{len(details)} details were given for {len(sizes)} images; give one for each, or none")
-        is_cut = policy.mode == "anyres"
-        alone = [is_cut and detail == "low" for detail in details] or [False] * len(sizes)
-        return [
-            plan(ImageSize(*size), policy, num_tiles=1 if low else None) for size, low in zip(sizes, alone, strict=True)
-        ]
+        """Lay out images of `sizes` (width, height), as `layout.plan_images` does."""
+        return plan_images(sizes, self._policy(), details) if sizes else []
 
     def _policy(self) -> ImagePolicy:
         if self.policy is None:

@@ -145,6 +145,15 @@ def cut(folder: Path) -> Path:
     return folder
 
 
+def onevision(folder: Path) -> Path:
+    """As OneVision was published: a cut tower, features reduced to those of nine tiles, the type "llava" over Qwen2."""
+    return change(
+        cut(folder), model_type="llava", architectures=["LlavaQwenForCausalLM"], image_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints="(1x1),...,(6x6)", mm_spatial_pool_stride=None, mm_resampler_type=None, add_faster_video=False,
+        faster_token_stride=10, pos_skipping_range=4096,
+    )  # fmt: skip
+
+
 NEXT_TRAINING = {
     "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
     "mm_vision_tower_lr": 2e-6,
@@ -253,6 +262,19 @@ READ: dict[str, Builder] = {
     "lmms-lab/llava-next-72b, -110b, llava-next-qwen-32b": lambda folder: change(
         build(folder, "qwen2", **ANYRES), model_type="llava", architectures=["LlavaQwenForCausalLM"], **NEXT_TRAINING
     ),
+    "lmms-lab/llava-onevision-qwen2-0.5b-ov, -7b, -72b, llava-critic-7b": onevision,
+    "lmms-lab/LLaVA-Video-7B-Qwen2": lambda folder: change(
+        onevision(folder), mm_newline_position="grid", mm_spatial_pool_mode="average", mm_spatial_pool_stride=2
+    ),
+    "lmms-lab/LLaVA-NeXT-Video-7B, -34B": lambda folder: change(
+        build(folder, **ANYRES),
+        mm_resampler_type="spatial_pool",
+        mm_spatial_pool_stride=2,
+        mm_spatial_pool_out_channels=1024,
+        mm_spatial_pool_mode="average",
+        mm_newline_position="no_token",
+        mm_resampler_location="before",
+    ),
     "TheBloke/llava-v1.5-13B-AWQ": quantized("awq", v1_5),
     "TheBloke/llava-v1.5-13B-GPTQ": quantized("gptq", v1_5),
     "RedHatAI/llava-1.5-7b-hf-quantized.w4a16": quantized("w4a16", theirs(small_llava)),
@@ -273,12 +295,6 @@ REFUSED: dict[str, Builder] = {
     "mistral-community/pixtral-12b": of_transformers(
         "llava", "LlavaForConditionalGeneration", vision_config={"model_type": "pixtral", "hidden_size": 32},
         vision_feature_layer=-1, vision_feature_select_strategy="full",
-    ),
-    "lmms-lab/llava-onevision-qwen2-0.5b-ov, -7b, -72b, llava-critic-7b, LLaVA-Video-7B-Qwen2": of_research(
-        "llava", "LlavaQwenForCausalLM", image_aspect_ratio="anyres_max_9", mm_vision_tower="google/siglip-so400m-patch14-384"
-    ),
-    "lmms-lab/LLaVA-NeXT-Video-7B, -34B": of_research(
-        "llava_llama", "LlavaLlamaForCausalLM", mm_resampler_type="spatial_pool", mm_spatial_pool_stride=2
     ),
     "LanguageBind/Video-LLaVA-7B": of_research("llava", "LlavaLlamaForCausalLM", mm_vision_tower=None, **VIDEO),
     "mucai/vip-llava-7b, -13b": of_research("llava", "LlavaLlamaForCausalLM", mm_vision_tower="clip_4layer_336"),

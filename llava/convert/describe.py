@@ -248,15 +248,24 @@ class _Folder:
 
     def _images(self, settings: LlavaSettings) -> str:
         image = settings.image
-        modes = {"square": "middle cut out", "pad": "padded to a square", "anyres": "an overview and tiles"}
+        modes = {
+            "square": "middle cut out",
+            "pad": "padded to a square",
+            "anyres": "an overview and tiles",
+            "highres": "padded to a square, an overview and tiles",
+            "crop_split": "middle cut out, tiles",
+        }
         text = modes[image.mode]
         if "image_size" in self.tower and "patch_size" in self.tower:
             side = self.tower["image_size"]
             policy = ImagePolicy(
                 image.mode, side, self.tower["patch_size"], parse_pinpoints(image.pinpoints, side), image.merge,
-                cls_token=settings.vision.select_feature == "cls_patch",
+                cls_token=settings.vision.select_feature == "cls_patch", max_tiles=image.max_tiles,
+                pools=image.pools, keeps_overview=image.keeps_overview, crop_split=image.crop_split,
             )  # fmt: skip
-            text += f", {policy.features_per_tile} tokens {'a tile' if image.mode == 'anyres' else 'each'}"
+            text += f", {policy.features_per_tile} tokens {'a tile' if policy.cuts_tiles else 'each'}"
+            if image.max_tiles is not None:
+                text += f", reduced to those of {image.max_tiles} tiles and the overview"
         if isinstance(image.pinpoints, TileRange):
             text += f", canvases of {image.pinpoints} tiles"
         elif image.pinpoints:

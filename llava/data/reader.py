@@ -15,7 +15,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, conv_templates, get_template
 from llava.data.formats import Sample, image_sources
 from llava.errors import InputError
-from llava.images.layout import ImagePolicy, plan
+from llava.images.layout import ImagePolicy, plan_images
 from llava.text.labels import Source, encode_spans, preprocess_multimodal, sample_spans
 from llava.text.tokenization import Tokenizer, encode_with_offsets
 
@@ -63,7 +63,7 @@ class SampleReader:
             return []
         if self.policy is None:
             raise InputError("this model has no vision tower, so it takes no images")
-        return [plan(size, self.policy).num_features for size in sizes]
+        return [layout.num_features for layout in plan_images(sizes, self.policy)]
 
 
 def read_model(path: str | Path, *, conv_mode: str | None = None, max_length: int | None = None) -> SampleReader:

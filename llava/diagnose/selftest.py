@@ -212,6 +212,12 @@ def check_label_mask(loaded: LoadedModel) -> SelfTestItem:
             image_processor=loaded.image_processor,
             image_aspect_ratio=policy.mode if policy is not None else "square",
             image_grid_pinpoints=policy.pinpoints if policy is not None else None,
+            image_crop_resolution=policy.crop_split.crop
+            if policy is not None and policy.crop_split is not None
+            else None,
+            image_split_resolution=policy.crop_split.split
+            if policy is not None and policy.crop_split is not None
+            else None,
             is_multimodal=True,
             mm_use_im_start_end=processor is not None and processor.use_im_start_end,
         )

@@ -253,7 +253,7 @@ def _gpu_preprocessor(processor: Processor, device: torch.device) -> GpuPreproce
     if (
         processor.image_processor is None
         or processor.policy is None
-        or not GpuPreprocessor.supports(processor.image_processor)
+        or not GpuPreprocessor.supports(processor.image_processor, processor.policy)
     ):
         return None
     return GpuPreprocessor(processor.image_processor, processor.policy, device)

@@ -34,8 +34,8 @@ def prompt_bytes(layout: ImageLayout, tile_size: int) -> int:
 class PromptImage:
     """An image in a prompt, its features at positions `start` to `stop`.
 
-    `key` names content and layout: the same key, the same features. A layout follows from size, model and number of
-    tiles, so these stand for it.
+    `key` names content and layout: the same key, the same features. A layout follows from size, model, number of tiles and
+    whether a single one is padded, so these stand for it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PromptImage:
         rgb: Image.Image,
         layout: ImageLayout,
         start: int,
-        to_pixels: Callable[[list[Image.Image]], list[Tensor]] | None,
+        to_pixels: Callable[[list[Image.Image], list[ImageLayout]], list[Tensor]] | None,
         *,
         seen_by: bytes = b"",
     ) -> None:
@@ -52,13 +52,13 @@ class PromptImage:
         `seen_by` is the key of an adapter that sees images otherwise than the model does.
         """
         colours = np.array(rgb)
-        content = hashlib.sha256(seen_by + repr((rgb.size, layout.num_tiles)).encode())
+        content = hashlib.sha256(seen_by + repr((rgb.size, layout.num_tiles, layout.is_padded)).encode())
         content.update(colours.data)
         self.key = content.digest()
         self.size = rgb.size
         self.start = start
+        self.layout = layout
         self.num_features = layout.num_features
-        self.num_tiles = layout.num_tiles
         self.colours = colours if to_pixels is None else None
         self._rgb = None if to_pixels is None else rgb  # until its pixels are made
         self._to_pixels = to_pixels
@@ -73,9 +73,8 @@ class PromptImage:
         assert self._to_pixels is not None
         if self._pixels is None:
             assert self._rgb is not None
-            pixels, self._rgb = self._to_pixels([self._rgb])[0], None
-            # The overview comes first, and stands alone where little detail was asked for.
-            self._pixels = pixels[None] if pixels.dim() == 3 else pixels[: self.num_tiles]
+            pixels, self._rgb = self._to_pixels([self._rgb], [self.layout])[0], None
+            self._pixels = pixels[None] if pixels.dim() == 3 else pixels
         return self._pixels
 
     def prepare(self) -> None:

@@ -304,7 +304,7 @@ class Runner:
         """Bytes (n, 3, side, side), on the device."""
         if image.colours is not None:
             assert self._gpu_preprocessor is not None
-            return self._gpu_preprocessor(to_device(image.colours, self.device), image.num_tiles)
+            return self._gpu_preprocessor(to_device(image.colours, self.device), image.layout)
         return to_device(image.pixels().numpy(), self.device)
 
     def _normalised(self, tiles: Tensor) -> Tensor:

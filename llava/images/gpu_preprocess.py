@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llava.images.image_processor import ClipImageProcessor, mean_colour, overview_side, resized
-from llava.images.layout import ImagePolicy, fit_inside, select_best_resolution, tile_boxes
+from llava.images.layout import ImageLayout, ImagePolicy, fit_inside, select_best_resolution, tile_boxes
 
 UNIT = 2**22  # Pillow's weights are multiples of 1 / UNIT
 BAND = 2**22  # numbers in float64 that exist at once
@@ -33,23 +33,24 @@ class GpuPreprocessor:
         self._processor, self._policy, self._device = processor, policy, device
 
     @staticmethod
-    def supports(processor: ClipImageProcessor) -> bool:
-        """Whether the processor's filter is implemented here."""
-        return not processor.do_resize or processor.resample in FILTERS
+    def supports(processor: ClipImageProcessor, policy: ImagePolicy) -> bool:
+        """Whether the processor's filter and the policy's way to cut are implemented here."""
+        return policy.mode in ("square", "pad", "anyres") and (not processor.do_resize or processor.resample in FILTERS)
 
-    def __call__(self, rgb: Tensor, num_tiles: int) -> Tensor:
-        """Cut an image (H, W, 3) of uint8 into tiles (num_tiles, 3, side, side); of several, the first is the overview."""
+    def __call__(self, rgb: Tensor, layout: ImageLayout) -> Tensor:
+        """Cut an image (H, W, 3) of uint8 into the tiles (N, 3, side, side) of its layout."""
         image = rgb.permute(2, 0, 1)
         height, width = image.shape[1:]
-        if self._policy.mode == "pad" and height != width:
+        is_padded = self._policy.mode == "pad" or layout.is_padded
+        if is_padded and height != width:
             side = max(height, width)
             corner = (side - width) // 2, (side - height) // 2
             image = _pasted(image, (side, side), corner, mean_colour(self._processor))
-        if self._policy.mode != "anyres":
+        if self._policy.mode != "anyres" or is_padded:
             return self._finished(image)[None]
         side = overview_side(self._processor)
         tiles = [scaled(image, (side, side), BICUBIC)]
-        if num_tiles > 1:
+        if layout.num_tiles > 1:
             canvas = select_best_resolution((width, height), self._policy.pinpoints)
             fitted, offset = fit_inside((width, height), canvas)
             whole = _pasted(scaled(image, fitted, BICUBIC), canvas, offset, (0, 0, 0))

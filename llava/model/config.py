@@ -11,12 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llava.errors import InputError
 from llava.images.image_processor import TOWER_IMAGE_PROCESSORS
-from llava.images.layout import MERGES, ImageSize, Merge, Mode, TileRange, image_mode, read_pinpoints
+from llava.images.layout import (
+    MERGES,
+    CropSplit,
+    ImageSize,
+    Merge,
+    Mode,
+    TileRange,
+    crop_split,
+    image_mode,
+    max_tiles_of,
+    merge_type,
+    read_pinpoints,
+)
+from llava.images.video_layout import VideoPolicy
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -36,14 +49,17 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "an integer": (int, (
         "mm_hidden_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
         "max_sequence_length", "tokenizer_model_max_length", "max_position_embeddings", "max_seq_len", "image_size",
-        "patch_size", "pad_token_id", "bos_token_id",
+        "patch_size", "pad_token_id", "bos_token_id", "image_crop_resolution", "image_split_resolution",
+        "mm_spatial_pool_stride", "faster_token_stride",
     )),
     "a string": (str, (
         "mm_vision_tower", "mm_vision_select_feature", "mm_projector_type", "mm_resampler_type", "image_aspect_ratio",
         "mm_patch_merge_type", "tokenizer_padding_side", "conv_mode", "model_type", "dtype", "torch_dtype", "_name_or_path",
-        "vision_feature_select_strategy",
+        "vision_feature_select_strategy", "mm_spatial_pool_mode", "mm_newline_position",
     )),
-    "true or false": (bool, ("unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token")),
+    "true or false": (bool, (
+        "unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token", "add_faster_video",
+    )),
     "an object": (Mapping, ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")),
     "an integer or a list of integers": ((int, list), ("eos_token_id", "mm_vision_select_layer", "vision_feature_layer",
         "vision_feature_layers",
@@ -69,10 +85,10 @@ IMPLEMENTATIONS = (
     "_experts_implementation", "_experts_implementation_internal", "kernel_config",
 )  # fmt: skip
 
-# Multimodal settings that answers about images do not depend on: those of training, and those of videos.
+# Multimodal settings that answers do not depend on.
 NOT_FOR_ANSWERS = (
-    "mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts", "mm_vision_tower_pretrained", "mm_spatial_pool_mode",
-    "mm_spatial_pool_stride", "mm_spatial_pool_out_channels", "mm_newline_position",
+    "mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts", "mm_vision_tower_pretrained", "mm_spatial_pool_out_channels",
+    "mm_resampler_location",
 )  # fmt: skip
 
 # The types of vision towers that are read, as their own config.json says, and those that other layouts and programs know too.
@@ -126,6 +142,36 @@ class ImageSettings:
     mode: Mode = "square"
     merge: Merge = "flat"
     pinpoints: tuple[ImageSize, ...] | TileRange = ()
+    max_tiles: int | None = None  # features are reduced to those of this many tiles
+    pools: bool = False  # the largest of each four features is taken
+    keeps_overview: bool = True
+    crop_split: CropSplit | None = None
+
+    @property
+    def aspect_ratio(self) -> str:
+        """`image_aspect_ratio` as config files spell it."""
+        return self.mode if self.max_tiles is None else f"{self.mode}_max_{self.max_tiles}"
+
+    @classmethod
+    def of(
+        cls,
+        aspect_ratio: str | None,
+        merge: str,
+        pinpoints: object,
+        crop: int | None = None,
+        split: int | None = None,
+    ) -> ImageSettings:
+        """Read the settings as config files and flags spell them."""
+        mode, joined = image_mode(aspect_ratio), merge_type(merge)
+        return cls(
+            mode=mode,
+            merge=joined.merge,
+            pinpoints=read_pinpoints(pinpoints, mode),  # type: ignore[arg-type]
+            max_tiles=max_tiles_of(aspect_ratio),
+            pools=joined.pools,
+            keeps_overview=joined.keeps_overview,
+            crop_split=crop_split(crop, split),
+        )
 
     def __post_init__(self) -> None:
         if self.merge not in MERGES:
@@ -148,6 +194,7 @@ class LlavaSettings:
     projector: ProjectorSettings
     image: ImageSettings
     tokens: TokenSettings
+    video: VideoPolicy = field(default_factory=VideoPolicy)
     max_length: int | None = None  # tokens, image features included; None: the language model's own limit
     padding_side: str = "right"
 
@@ -161,7 +208,7 @@ class LlavaSettings:
             return default if value is None else value
 
         resampler = read("mm_resampler_type")
-        if resampler is not None:
+        if resampler not in (None, "spatial_pool"):  # which pools the frames of videos, as mm_spatial_pool_mode says
             raise InputError(
                 f"mm_resampler_type is {resampler!r}; models with a resampler between tower and projector are not supported, "
                 "use the code that they were trained with"
@@ -182,10 +229,19 @@ class LlavaSettings:
                 vision_dim=read("mm_hidden_size"),
                 text_dim=read("hidden_size"),
             ),
-            image=ImageSettings(
-                mode=image_mode(read("image_aspect_ratio")),
-                merge=read("mm_patch_merge_type", "flat").replace("-", "_"),
-                pinpoints=read_pinpoints(read("image_grid_pinpoints", [])),
+            image=ImageSettings.of(
+                read("image_aspect_ratio"),
+                read("mm_patch_merge_type", "flat"),
+                read("image_grid_pinpoints", []),
+                read("image_crop_resolution"),
+                read("image_split_resolution"),
+            ),
+            video=VideoPolicy(
+                pool=read("mm_spatial_pool_mode", "bilinear"),
+                # OneVision's configs have null here, and its videos were reduced by 2.
+                stride=read("mm_spatial_pool_stride", 2),
+                newline=read("mm_newline_position", "one_token"),
+                slow_every=read("faster_token_stride", 10) if read("add_faster_video", False) else None,
             ),
             tokens=TokenSettings(
                 use_im_start_end=bool(read("mm_use_im_start_end", False)),

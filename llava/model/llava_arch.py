@@ -2,14 +2,15 @@
 
 In: token ids with -200 for each image, and pixels. Out: the same batch as embeddings, with attention mask, positions and
 labels to match. The number of features of an image is computed in images/layout.py; its tiles' features are merged in
-merge.py and inserted into the sequence in splice.py; projector files are read by multimodal_projector/pretrained.py. What
-differs between language models is in language_model/.
+merge.py, those of a video's frames in video.py, and inserted into the sequence in splice.py; projector files are read by
+multimodal_projector/pretrained.py. What differs between language models is in language_model/.
 
     N tiles, P patches per tile, V width of the tower, D text width, B rows, L tokens before and T after the splice
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,18 +22,29 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import InputError
-from llava.images.layout import ImagePolicy, plan
+from llava.images.layout import ImagePolicy
+from llava.images.video_layout import VideoPolicy
 from llava.model.attention import packed_arguments
 from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
+from llava.model.features import (
+    LearnedEnds,
+    Modalities,
+    Pixels,
+    Sizes,
+    VisionInputs,
+    merge_features,
+    read_positional,
+    split_entries,
+)
 from llava.model.loss import TOKEN_MEAN, LossRule, can_fuse, mean_loss, next_token_loss, router_loss
-from llava.model.merge import merge_tiles, unpad_image, with_newline_in_graph
+from llava.model.merge import unpad_image, with_newline_in_graph
 from llava.model.multimodal_encoder.builder import build_vision_tower, check_processor, policy_of, save_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.multimodal_projector.pretrained import load_new_token_embeddings, load_projector
+from llava.model.multimodal_projector.pretrained import load_projector
 from llava.model.splice import PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
+from llava.model.tokenizer_setup import add_image_tokens
 from llava.model.transformers_internals import attention_of, eager_attention, register_recorded_outputs
 
 if TYPE_CHECKING:
@@ -65,11 +77,18 @@ class LlavaMetaModel(_InnerBase):
             tower.build_model()
         self.vision_tower: CLIPVisionTower | list[CLIPVisionTower] = tower
         self.mm_projector = build_vision_projector(self.config)
-        if settings.image.merge == "spatial_unpad":
-            self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size).normal_(std=self._newline_std()))
+        self._add_learned_ends(settings)
 
-    def _newline_std(self) -> float:
-        return 1 / math.sqrt(self.config.hidden_size)
+    def _add_learned_ends(self, settings: LlavaSettings) -> None:
+        """Add the features that end rows, images and frames, where the settings have them and they do not exist."""
+        wanted = {
+            "image_newline": settings.image.merge == "spatial_unpad",
+            "faster_token": settings.video.slow_every is not None,
+        }
+        for name, is_wanted in wanted.items():
+            if is_wanted and not hasattr(self, name):
+                width = self.config.hidden_size
+                setattr(self, name, nn.Parameter(torch.empty(width).normal_(std=1 / math.sqrt(width))))
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         tower = getattr(self, "vision_tower", None)
@@ -101,8 +120,7 @@ class LlavaMetaModel(_InnerBase):
         if getattr(self, "mm_projector", None) is None:
             config.mm_projector_type = getattr(model_args, "mm_projector_type", None) or "linear"
             self.mm_projector = build_vision_projector(config)
-        if LlavaSettings.from_hf(config).image.merge == "spatial_unpad" and not hasattr(self, "image_newline"):
-            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * self._newline_std())
+        self._add_learned_ends(LlavaSettings.from_hf(config))
         for parameter in self.mm_projector.parameters():  # LoRA may have frozen it
             parameter.requires_grad = True
         projector_file = getattr(model_args, "pretrain_mm_mlp_adapter", None)
@@ -162,6 +180,10 @@ class LlavaMetaForCausalLM(_CausalBase):
             raise InputError("this model has no vision tower, so it cannot look at images")
         return policy_of(tower, LlavaSettings.from_hf(self.config).image)
 
+    def video_policy(self) -> VideoPolicy:
+        """How this model reduces and joins the features of a video's frames, for `images.video_layout.plan_video`."""
+        return LlavaSettings.from_hf(self.config).video
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
@@ -176,43 +198,35 @@ class LlavaMetaForCausalLM(_CausalBase):
     def image_features(
         self,
         images: Tensor | Sequence[Tensor],
-        image_sizes: Sequence[Sequence[int]] | None,
+        image_sizes: Sizes,
         *,
+        modalities: Modalities = None,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Encode images and merge the features of each image's tiles: one (n, D) tensor per image.
+        """Encode images and videos, and merge the features of each one's tiles or frames: one (n, D) tensor for each.
 
         Args:
-            images: A batch (N, 3, H, W) of single tiles, whose features are not merged; or a list of (tiles, 3, H, W) or a
-                tensor (images, tiles, 3, H, W), whose tiles are.
-            image_sizes: (width, height) of each image, needed where tiles are merged by position.
+            images: A batch (N, 3, H, W) of single tiles, whose features are not merged; or a list of (tiles, 3, H, W) or
+                (frames, 3, H, W), or a tensor (entries, tiles, 3, H, W), which are.
+            image_sizes: (width, height) of each entry, needed where tiles are merged by position.
+            modalities: "image" or "video" for each entry; None where all are images. One video may be a batch of frames.
             encode: Used in place of `encode_images`.
         """
         if len(images) == 0:
             return []
-        plain = isinstance(images, Tensor) and images.ndim == 4
-        tiles = images if plain else [image[None] if image.ndim == 3 else image for image in images]
+        tiles, kinds = split_entries(images, modalities)
         # On one device, so that they can be joined; the tower moves them to its own.
-        encoded = (encode or self.encode_images)(tiles if plain else torch.cat([t.to(tiles[0].device) for t in tiles]))
+        joined = tiles if isinstance(tiles, Tensor) else torch.cat([entry.to(tiles[0].device) for entry in tiles])
+        encoded = (encode or self.encode_images)(joined)
         # Read for either kind of batch: ZeRO-3 gathers weights when they are read, which ranks must do in the same order.
-        newline = getattr(self.get_model(), "image_newline", None)
+        inner = self.get_model()
+        ends = LearnedEnds(getattr(inner, "image_newline", None), getattr(inner, "faster_token", None))
         # Cast together: under mixed precision the splice would cast them to the text's dtype one by one.
         encoded = encoded.to(self.get_input_embeddings().weight.dtype)
-        if plain:
-            return with_newline_in_graph(list(encoded), newline)
-        per_image = encoded.split([len(image) for image in tiles])
-        policy = self.image_policy()
-        if policy.merge == "flat":
-            return [features.flatten(0, 1) for features in per_image]
-        if image_sizes is None or len(image_sizes) != len(tiles):
-            given = "none" if image_sizes is None else len(image_sizes)
-            raise InputError(
-                f"mm_patch_merge_type {policy.merge!r} needs image_sizes for {len(tiles)} images, got {given}"
-            )
-        return [
-            merge_tiles(features, plan(size, policy, num_tiles=len(features)), newline)
-            for features, size in zip(per_image, image_sizes, strict=True)
-        ]
+        if isinstance(tiles, Tensor):
+            return with_newline_in_graph(with_newline_in_graph(list(encoded), ends.newline), ends.faster_token)
+        per_entry = encoded.split([len(entry) for entry in tiles])
+        return merge_features(per_entry, kinds, image_sizes, self.image_policy(), self.video_policy(), ends)
 
     # Features into the sequence.
 
@@ -223,13 +237,16 @@ class LlavaMetaForCausalLM(_CausalBase):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None = None,
+        images: Pixels,
+        *rest: Modalities | Sizes,
+        modalities: Modalities = None,
+        image_sizes: Sizes = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None]:
-        """Replace ids (B, L) by embeddings (B, T, D) in which each -200 is replaced by its image's features.
+        """Replace ids (B, L) by embeddings (B, T, D) in which each -200 is replaced by its image's or video's features.
 
-        Rows are padded on `config.tokenizer_padding_side`. Training rows longer than `config.tokenizer_model_max_length`
-        are truncated at the end, with a warning.
+        By position, `image_sizes` may be the seventh argument, as in LLaVA, or `modalities` the seventh and `image_sizes` the
+        eighth, as in LLaVA-NeXT. Rows are padded on `config.tokenizer_padding_side`. Training rows longer than
+        `config.tokenizer_model_max_length` are truncated at the end, with a warning.
 
         Returns:
             `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. Without images or a tower,
@@ -243,7 +260,8 @@ class LlavaMetaForCausalLM(_CausalBase):
         if images is None or self.get_vision_tower() is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         settings = LlavaSettings.from_hf(self.config)
-        batch = self._splice_batch(input_ids, attention_mask, labels, images, image_sizes, side=settings.padding_side)
+        vision = read_positional(images, rest, modalities, image_sizes)
+        batch = self._splice_batch(input_ids, attention_mask, labels, vision, side=settings.padding_side)
         return (
             None,
             None if position_ids is None else batch.positions,
@@ -258,13 +276,12 @@ class LlavaMetaForCausalLM(_CausalBase):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
+        vision: VisionInputs,
         *,
         side: str,
     ) -> PaddedBatch:
         """Splice a batch and pad its rows on `side`. `llava trace` records the result."""
-        spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
+        spliced = self._splice(input_ids, attention_mask, labels, vision)
         return pad(spliced, side=side, max_length=LlavaSettings.from_hf(self.config).max_length)
 
     @property
@@ -291,14 +308,13 @@ class LlavaMetaForCausalLM(_CausalBase):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
+        vision: VisionInputs,
     ) -> Spliced:
-        if images is None:
+        if vision.images is None:
             self._refuse_image_tokens_without_images(input_ids)
-            images = []
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        features = self.image_features(images, image_sizes)
+        images, sizes, modalities = vision
+        features = [] if images is None else self.image_features(images, sizes, modalities=modalities)
         spliced = splice(input_ids, valid, features, self._embed, labels=labels)
         limit = LlavaSettings.from_hf(self.config).max_length
         check_max_length(spliced.lengths, limit, is_prompt=labels is None)
@@ -324,10 +340,10 @@ class LlavaMetaForCausalLM(_CausalBase):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        images: Tensor | Sequence[Tensor] | None = None,
-        image_sizes: Sequence[Sequence[int]] | None = None,
+        images: Pixels = None,
+        image_sizes: Sizes = None,
         return_dict: bool | None = None,
-        modalities: Sequence[str] | None = None,
+        modalities: Modalities = None,
         packed: bool = False,
         loss_only: bool = False,
         loss_rule: LossRule = TOKEN_MEAN,
@@ -338,19 +354,18 @@ class LlavaMetaForCausalLM(_CausalBase):
         Arguments that are not listed are those of the language model.
 
         Args:
-            images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
+            images: Pixels, as `image_features` takes them, with their `image_sizes` and `modalities`.
             output_attentions: Compute attention weights, by eager attention.
-            modalities: "image" for each image, as LLaVA-NeXT's callers pass it.
             packed: Pack the batch's rows into one, for training: no padding is computed and no sample sees another.
             loss_only: Leave out the logits, the largest tensors of a training step, where labels are given and the
                 language model allows it.
             loss_rule: How the losses of tokens are averaged.
         """
-        check_modalities(modalities)
         lengths = None  # of samples in a packed row
         if packed:
             self.check_packable()
-            spliced = self._splice(input_ids, attention_mask, labels, images, image_sizes)
+            vision = VisionInputs(images, image_sizes, modalities)
+            spliced = self._splice(input_ids, attention_mask, labels, vision)
             row = pack(spliced, max_length=LlavaSettings.from_hf(self.config).max_length)
             with self._attention(output_attentions):  # which decides the mask
                 attention_mask, boundaries = packed_arguments(self.config, row)
@@ -361,11 +376,10 @@ class LlavaMetaForCausalLM(_CausalBase):
         elif inputs_embeds is None and input_ids is not None:
             if images is None and input_ids.shape[1] > 1:
                 self._refuse_image_tokens_without_images(input_ids)
-            (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
-                )
-            )
+            (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = self._prepare(
+                input_ids, position_ids, attention_mask, past_key_values, labels,
+                vision=VisionInputs(images, image_sizes, modalities),
+            )  # fmt: skip
             if (
                 position_ids is None
                 and attention_mask is not None
@@ -420,9 +434,9 @@ class LlavaMetaForCausalLM(_CausalBase):
     def generate(
         self,
         inputs: Tensor | None = None,
-        images: Tensor | Sequence[Tensor] | None = None,
-        image_sizes: Sequence[Sequence[int]] | None = None,
-        modalities: Sequence[str] | None = None,
+        images: Pixels = None,
+        image_sizes: Sizes = None,
+        modalities: Modalities = None,
         **kwargs: Any,
     ) -> Tensor:
         """Generate for prompts with images, and return the new tokens only.
@@ -430,12 +444,11 @@ class LlavaMetaForCausalLM(_CausalBase):
         Args:
             inputs: (B, L) with -200 for each image; `input_ids` is another name for it. Rows are padded on the left
                 whatever the config says, since new tokens follow the end of a row.
-            images: Pixels, as `image_features` takes them, with the images' `image_sizes`.
-            modalities: "image" for each image, as LLaVA-NeXT's callers pass it.
+            images: Pixels, as `image_features` takes them, with their `image_sizes` and `modalities`.
             **kwargs: Those of transformers' `generate`, except `inputs_embeds`. `output_attentions` is computed by eager
                 attention.
         """
-        check_modalities(modalities)
+        vision = VisionInputs(images, image_sizes, modalities)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if "inputs_embeds" in kwargs:
             raise InputError(
@@ -452,9 +465,9 @@ class LlavaMetaForCausalLM(_CausalBase):
             attention_mask = self._padding_mask(input_ids, kwargs)
         attention_mask = attention_mask.to(self.device)
         if self.replaces_prepare:
-            embeds, mask = self._prepare_by_replacement(input_ids, attention_mask, images, image_sizes)
+            embeds, mask = self._prepare_by_replacement(input_ids, attention_mask, vision)
         else:
-            batch = self._splice_batch(input_ids, attention_mask, None, images, image_sizes, side="left")
+            batch = self._splice_batch(input_ids, attention_mask, None, vision, side="left")
             embeds, mask = batch.embeds, batch.mask
         with self._attention(kwargs.get("output_attentions")):
             return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
@@ -463,24 +476,34 @@ class LlavaMetaForCausalLM(_CausalBase):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        images: Tensor | Sequence[Tensor] | None,
-        image_sizes: Sequence[Sequence[int]] | None,
+        vision: VisionInputs,
     ) -> tuple[Tensor, Tensor]:
         """Call a replaced `prepare_inputs_labels_for_multimodal` for `generate`, as `forward` calls it.
 
         Returns:
             Embeddings (B, T, D) and their mask (B, T), with the padding of each row on the left.
         """
-        if images is None:
+        if vision.images is None:
             self._refuse_image_tokens_without_images(input_ids)
-        ids, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, attention_mask, None, None, images, image_sizes
-        )
+        ids, _, mask, _, embeds, _ = self._prepare(input_ids, None, attention_mask, None, None, vision=vision)
         if embeds is None:
             embeds = self._embed(input_ids if ids is None else ids)
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.to(embeds.device)
         order = mask.bool().long().argsort(dim=1, stable=True)  # padding first, the rest in its order
         return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+
+    def _prepare(self, *before: Any, vision: VisionInputs) -> tuple[Any, ...]:
+        """Call `prepare_inputs_labels_for_multimodal`, or what replaces it, which may know no modalities."""
+        images, sizes, modalities = vision
+        known = inspect.signature(self.prepare_inputs_labels_for_multimodal).parameters.values()
+        names = {parameter.name for parameter in known}
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
+        if modalities is not None and "video" in modalities and not (takes_any or "modalities" in names):
+            raise InputError("the prepare_inputs_labels_for_multimodal that was set for this model takes no videos")
+        if not (takes_any or "image_sizes" in names):
+            return self.prepare_inputs_labels_for_multimodal(*before, images, sizes)
+        named = {"modalities": modalities} if modalities is not None and (takes_any or "modalities" in names) else {}
+        return self.prepare_inputs_labels_for_multimodal(*before, images, image_sizes=sizes, **named)
 
     def _padding_mask(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Infer the mask as transformers does: padding is a pad token that is not also an end token; a single row has none."""
@@ -498,41 +521,8 @@ class LlavaMetaForCausalLM(_CausalBase):
             raise InputError(f"the prompt has an <image> placeholder (id {lowest}), but no images were given")
 
     def initialize_vision_tokenizer(self, model_args: VisionArguments, tokenizer: Tokenizer) -> None:
-        """Add the image tokens that training asks for and initialise their embeddings.
-
-        `<im_start>` and `<im_end>` start as the mean of the other rows, in the input and the output embeddings. With
-        `tune_mm_mlp_adapter` only the input embeddings are trained; with a pretrained projector they come from its file.
-        """
-        if model_args.mm_use_im_patch_token:
-            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        if model_args.mm_use_im_start_end:
-            num_new = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
-            if num_new:
-                for table in tables:
-                    table.data[-num_new:] = table.data[:-num_new].mean(dim=0, keepdim=True)
-            if model_args.tune_mm_mlp_adapter:
-                self.get_input_embeddings().requires_grad_(True)
-                self.get_output_embeddings().requires_grad_(False)
-            if model_args.pretrain_mm_mlp_adapter and num_new:
-                load_new_token_embeddings(
-                    self.get_input_embeddings().weight, model_args.pretrain_mm_mlp_adapter, num_new
-                )
-        elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
-            self.get_input_embeddings().requires_grad_(False)
-            self.get_output_embeddings().requires_grad_(False)
-
-
-def check_modalities(modalities: Sequence[str] | None) -> None:
-    """Raise an `InputError` unless all that is given are images or texts."""
-    for name in [modalities] if isinstance(modalities, str) else modalities or ():
-        if name not in ("image", "text"):
-            raise InputError(
-                f"modalities has {name!r}, and this model takes images; give the frames of a video as images, each with an "
-                "<image> of its own in the prompt"
-            )
+        """Add the image tokens that training asks for and initialise their embeddings."""
+        add_image_tokens(self, model_args, tokenizer)
 
 
 # What `prepare_inputs_labels_for_multimodal` is where nothing replaced it.

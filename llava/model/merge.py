@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llava.images.layout import Crop, ImageLayout, unpad_box
 
@@ -19,9 +20,9 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
     """Merge the features of one image's tiles, (tiles, P, D) -> (num_features, D).
 
     The overview comes first. The features of the other tiles are put together as the tiles lie in the image and read by
-    rows, without the layout's padding; `newline` (D,) ends each row where the layout has newlines.
+    rows, without the layout's padding, reduced where the layout says so; `newline` (D,) ends each row where the layout has
+    newlines.
     """
-    overview, tiles = features[0], features[1:]
     ends = []  # the newline as one row, if the layout has newlines
     if layout.num_newlines:
         assert newline is not None, "a layout with newlines needs image_newline"
@@ -29,19 +30,33 @@ def merge_tiles(features: Tensor, layout: ImageLayout, newline: Tensor | None) -
     if layout.tile_grid is None:
         merged = torch.cat([features.flatten(0, 1), *ends])
     else:
+        tiles = features[1:] if layout.has_overview else features
         rows, cols = layout.tile_grid
         side, width = layout.feature_grid.rows // rows, features.shape[-1]
         # (rows, cols, side, side, D) -> (rows, side, cols, side, D): features as they lie in the image
         grid = tiles.reshape(rows, cols, side, side, width).transpose(1, 2).reshape(*layout.feature_grid, width)
-        grid = cropped(grid, layout.crop)
+        grid = _reduced(cropped(grid, layout.crop), layout)
         if ends:
             grid = torch.cat([grid, ends[0].expand(grid.shape[0], 1, width)], dim=1)
-        merged = torch.cat([overview, grid.reshape(-1, width)])
+        overview = [features[0]] if layout.has_overview and layout.keeps_overview else []
+        merged = torch.cat([*overview, grid.reshape(-1, width)])
     if len(merged) != layout.num_features:
         raise ValueError(
             f"an image of {layout.size} gave {len(merged)} features where its layout has {layout.num_features}"
         )
     return merged
+
+
+def _reduced(grid: Tensor, layout: ImageLayout) -> Tensor:
+    """Reduce a grid (rows, cols, D) to the layout's size, by interpolation or by the largest of each four."""
+    if layout.reduced is None:
+        return grid
+    maps = grid.permute(2, 0, 1)[None]
+    if layout.pools:
+        maps = F.max_pool2d(maps, 2)
+    else:
+        maps = F.interpolate(maps, tuple(layout.reduced), mode="bilinear")
+    return maps[0].permute(1, 2, 0)
 
 
 def cropped(grid: Tensor, crop: Crop) -> Tensor:

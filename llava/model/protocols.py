@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from llava.images.image_processor import ClipImageProcessor
     from llava.images.layout import ImagePolicy
+    from llava.images.video_layout import VideoPolicy
     from llava.text.tokenization import Tokenizer
 
 
@@ -141,12 +142,14 @@ class LlavaModel(LanguageModel, Protocol):
     def get_model(self) -> InnerModel: ...
     def get_vision_tower(self) -> VisionTower | None: ...
     def image_policy(self) -> ImagePolicy: ...
+    def video_policy(self) -> VideoPolicy: ...
     def encode_images(self, images: Tensor) -> Tensor: ...
     def image_features(
         self,
         images: Tensor | Sequence[Tensor],
         image_sizes: Sequence[Sequence[int]] | None,
         *,
+        modalities: Sequence[str] | str | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]: ...
     def prepare_inputs_labels_for_multimodal(
@@ -157,6 +160,8 @@ class LlavaModel(LanguageModel, Protocol):
         past_key_values: object,
         labels: Tensor | None,
         images: Tensor | Sequence[Tensor] | None,
+        *rest: Sequence[str] | str | Sequence[Sequence[int]] | None,
+        modalities: Sequence[str] | str | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, object, Tensor | None, Tensor | None]: ...
     def initialize_vision_tokenizer(self, model_args: VisionArguments, tokenizer: Tokenizer) -> None: ...

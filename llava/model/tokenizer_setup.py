@@ -18,7 +18,8 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.files import read_json
 from llava.model.checkpoints.inspect import CheckpointInfo, folders_of
 from llava.model.config import LlavaSettings, check_types, described_by, is_multimodal
-from llava.model.protocols import LanguageModel
+from llava.model.multimodal_projector.pretrained import load_new_token_embeddings
+from llava.model.protocols import LanguageModel, VisionArguments
 from llava.model.template_defaults import CONTEXT_KEYS, TemplateChoice, choose_template, declared_context_len
 from llava.text import tokenization
 from llava.text.tokenization import Tokenizer
@@ -36,6 +37,32 @@ def read_tokenizer(folder: Path, config: PreTrainedConfig | SimpleNamespace) -> 
         if tokens.use_im_start_end:
             tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
     return tokenizer
+
+
+def add_image_tokens(model: LanguageModel, model_args: VisionArguments, tokenizer: Tokenizer) -> None:
+    """Add the image tokens that training asks for to tokenizer and model, and initialise their embeddings.
+
+    `<im_start>` and `<im_end>` start as the mean of the other rows, in the input and the output embeddings. With
+    `tune_mm_mlp_adapter` only the input embeddings are trained; with a pretrained projector they come from its file.
+    """
+    if model_args.mm_use_im_patch_token:
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model_args.mm_use_im_start_end:
+        num_new = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        if num_new:
+            for table in tables:
+                table.data[-num_new:] = table.data[:-num_new].mean(dim=0, keepdim=True)
+        if model_args.tune_mm_mlp_adapter:
+            model.get_input_embeddings().requires_grad_(True)
+            model.get_output_embeddings().requires_grad_(False)
+        if model_args.pretrain_mm_mlp_adapter and num_new:
+            load_new_token_embeddings(model.get_input_embeddings().weight, model_args.pretrain_mm_mlp_adapter, num_new)
+    elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
 
 
 def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:

@@ -66,7 +66,9 @@ class ModelArguments(_Given):
     mm_projector_type: str | None = _opt("linear", "Projector: linear, mlp2x_gelu (any depth), identity.")
     mm_use_im_start_end: bool = _opt(False, "Put <im_start> and <im_end> around every image.")
     mm_use_im_patch_token: bool = _opt(True, "Add the token <im_patch> to the vocabulary, as in the first models.")
-    mm_patch_merge_type: str = _opt("flat", "How tiles are joined: flat, spatial, spatial_unpad.")
+    mm_patch_merge_type: str = _opt(
+        "flat", "How tiles are joined: flat, spatial, spatial_unpad; also with _maxpool2x2, _nobase."
+    )
     mm_vision_select_feature: str = _opt("patch", "Tower features to use: patch, or cls_patch.")
     unfreeze_mm_vision_tower: bool = _opt(False, "Train the vision tower too; its weights go into the checkpoint.")
 
@@ -86,13 +88,16 @@ class DataArguments(_Given):
     is_multimodal: bool = _opt(False, "Set by the program: true if there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
     image_aspect_ratio: str = _opt(
-        "square", "How an image is fitted to the tower's square: square (crop), pad, anyres."
+        "square",
+        "How an image is fitted to the tower's square: square (crop), pad; or cut: anyres, anyres_max_N, highres, crop_split.",
     )
     image_grid_pinpoints: str | None = _opt(
         None,
         "anyres: resolutions to choose from: a list of (width, height), e.g. '[(336, 672), (672, 336)]', or a range of tiles, "
-        "e.g. '(1x1),...,(6x6)'.",
+        "e.g. '(1x1),...,(6x6)'. highres: sides of squares, e.g. '336,672'.",
     )
+    image_crop_resolution: int | None = _opt(None, "crop_split: side in pixels of the middle that is cut out.")
+    image_split_resolution: int | None = _opt(None, "crop_split: side in pixels of the squares that it is split into.")
     eval_data_path: str | None = _opt(None, "Validation samples; --eval_strategy sets how often they are used.")
     eval_image_folder: str | None = _opt(None, "Image folder of the validation samples, if it is not --image_folder.")
 
@@ -100,6 +105,7 @@ class DataArguments(_Given):
     image_processor: Any = field(default=None, init=False)
     pixel_dtype: torch.dtype = field(default=torch.float32, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
+    ends_with_newline: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in ("stop", "skip"):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Required, TypedDict, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,6 +27,7 @@ from llava.data.samples import Samples, open_samples
 from llava.data.skipped_samples import SkippedSamples, TruncatedSamples
 from llava.errors import InputError
 from llava.images.io import load_image
+from llava.images.layout import image_mode, max_tiles_of, one_tile_each
 from llava.mm_utils import process_images
 from llava.text.labels import LabelledSamples, preprocess, preprocess_multimodal, speaker_of
 from llava.text.tokenization import Tokenizer
@@ -185,10 +187,7 @@ class LazySupervisedDataset(Dataset):
 
         item: TrainingItem = {"input_ids": input_ids, "labels": labels}
         if sources:
-            pixels = [
-                process_images([image], self.data_args.image_processor, self.data_args)[0].to(self._pixel_dtype)
-                for image in images
-            ]
+            pixels = self._pixels(images)
             sizes = [image.size for image in images]
         elif self.data_args.is_multimodal:
             crop = self.data_args.image_processor.crop_size
@@ -199,9 +198,23 @@ class LazySupervisedDataset(Dataset):
         else:
             return item
         item["image"] = pixels if len(pixels) > 1 else pixels[0]
-        if self.data_args.image_aspect_ratio == "anyres":  # the layout of tiles depends on the image's own size
+        if image_mode(self.data_args.image_aspect_ratio) not in (
+            "square",
+            "pad",
+        ):  # the layout of tiles depends on the image's own size
             item["image_size"] = sizes if len(sizes) > 1 else sizes[0]
         return item
+
+    def _pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Make the pixels of a sample's images, as `layout.plan_images` lays them out."""
+        args: Any = self.data_args
+        if one_tile_each(max_tiles_of(args.image_aspect_ratio), len(images)):
+            args = SimpleNamespace(image_aspect_ratio="pad")
+        # One by one, since their numbers of tiles differ.
+        pixels = [process_images([image], self.data_args.image_processor, args)[0] for image in images]
+        if getattr(self.data_args, "ends_with_newline", False):  # which a batch of single tiles has not
+            pixels = [tiles[None] if tiles.dim() == 3 else tiles for tiles in pixels]
+        return [tiles.to(self._pixel_dtype) for tiles in pixels]
 
 
 def num_placeholders(turns: Sequence[Sample]) -> int:

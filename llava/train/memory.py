@@ -270,8 +270,7 @@ def _tower_activations(model: nn.Module, shape: TrainingShape, *, packed: bool) 
 
 def _tiles_per_sequence(policy: ImagePolicy, shape: TrainingShape, *, packed: bool) -> int:
     """The largest number for a sample with one image; for a packed sequence, the usual number."""
-    canvases = policy.pinpoints if policy.mode == "anyres" else ()
-    tiles = 1 + max((size.width * size.height // policy.tile_size**2 for size in canvases), default=0)
+    tiles = policy.max_image_tiles
     return max(tiles, round(_IMAGES * shape.tokens / policy.features_per_tile)) if packed else tiles
 
 

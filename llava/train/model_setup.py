@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llava.conversation import OWN_TEMPLATE, SeparatorStyle, conv_templates, is_template
 from llava.errors import InputError
-from llava.images.layout import TileRange, parse_pinpoints
+from llava.images.layout import TileRange, image_mode, parse_pinpoints
 from llava.model.builder import default_dtype, load, load_tokenizer
 from llava.model.checkpoints.inspect import CheckpointInfo, inspect
 from llava.model.checkpoints.loading import (
@@ -264,7 +264,7 @@ def inherit_vision_settings(
     image = LlavaSettings.from_hf(config).image
     pinpoints = image.pinpoints if isinstance(image.pinpoints, TileRange) else [list(size) for size in image.pinpoints]
     own = {argument: getattr(config, key, None) for argument, key in CONFIG_OF_ARGUMENT.items()}
-    own_data = {"image_aspect_ratio": image.mode, "image_grid_pinpoints": str(pinpoints) if pinpoints else None}
+    own_data = {"image_aspect_ratio": image.aspect_ratio, "image_grid_pinpoints": str(pinpoints) if pinpoints else None}
     kept, kept_data = (
         {name: value for name, value in values.items() if value is not None and not args.is_given(name)}
         for values, args in ((own, model_args), (own_data, data_args))
@@ -315,8 +315,11 @@ def add_vision(
     config = model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio
     pinpoints = data_args.image_grid_pinpoints
-    if data_args.image_aspect_ratio == "anyres" and not pinpoints:
-        raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, the tilings to choose from")
+    mode = image_mode(data_args.image_aspect_ratio)
+    if mode in ("anyres", "highres") and not pinpoints:
+        raise InputError(
+            f"--image_aspect_ratio {data_args.image_aspect_ratio} needs --image_grid_pinpoints, the tilings to choose from"
+        )
     inner = model.get_model()
     kept = getattr(config, "mm_projector_type", None) if getattr(inner, "mm_projector", None) is not None else None
     if kept is not None and kept != model_args.mm_projector_type:
@@ -327,8 +330,15 @@ def add_vision(
     inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
     tower = model.get_vision_tower()
     assert tower is not None
-    if data_args.image_aspect_ratio == "anyres":
+    if mode == "anyres":
         config.image_grid_pinpoints = [list(size) for size in parse_pinpoints(pinpoints, tower.tile_size)]
+    elif mode == "highres":
+        config.image_grid_pinpoints = pinpoints
+    for key in ("image_crop_resolution", "image_split_resolution"):
+        if getattr(data_args, key) is None:
+            setattr(data_args, key, getattr(config, key, None))
+        setattr(config, key, getattr(data_args, key))
+    data_args.ends_with_newline = model.image_policy().merge == "spatial_unpad"
     tower.requires_grad_(False)  # adapters with `lora_bias all` unfreeze the biases of a tower that is attached already
     data_args.image_processor = tower.image_processor
     if not tower.resamples_pixels:  # its first layer would cast them anyway; loaders transfer half the bytes

@@ -26,7 +26,7 @@ from llava.data.formats import image_sources
 from llava.data.image_files import locate_image
 from llava.errors import InputError
 from llava.images.io import load_image
-from llava.images.layout import ImagePolicy, plan
+from llava.images.layout import ImagePolicy, plan_images
 from llava.model.protocols import LlavaModel
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
@@ -191,7 +191,7 @@ class _Lengths(Dataset):
         sample, folder = part.file[row], part.image_folder or self.samples.data_args.image_folder
         sources = image_sources(sample)
         ids = self.samples.tokens(sample, num_images=len(sources))["input_ids"][0]
-        if self.policy is None or self.policy.mode != "anyres":
+        if self.policy is None or not self.policy.cuts_tiles:
             sizes = [(1, 1)] * len(sources)  # one tile, whatever their size
         else:
             sizes = [load_image(locate_image(source, folder)).size for source in sources]
@@ -206,7 +206,7 @@ def item_length(item: TrainingItem, policy: ImagePolicy | None, max_length: int)
 
 
 def _length(ids: torch.Tensor, sizes: Sequence[Sequence[int]], policy: ImagePolicy | None, max_length: int) -> int:
-    features = sum(plan(size, policy).num_features for size in sizes) if policy is not None else 0
+    features = sum(layout.num_features for layout in plan_images(sizes, policy)) if policy is not None else 0
     return min(len(ids) - len(sizes) + features, max_length)
 
 

@@ -210,7 +210,7 @@ def test_hooks_and_wrappers_are_taken_away(embedded: LoadedModel) -> None:
     import llava.processor as processor
     from llava.engine.request import PromptSize
 
-    functions = processor.encode_spans, processor.process_images, processor.plan, PromptSize.room
+    functions = processor.encode_spans, processor.process_images, processor.plan_images, PromptSize.room
     before = traces_left(embedded.model)
     trace_question(embedded, [star()], QUESTION)
     with pytest.raises(llava.InputError), trace(embedded.model):
@@ -218,7 +218,7 @@ def test_hooks_and_wrappers_are_taken_away(embedded: LoadedModel) -> None:
     with pytest.raises(llava.InputError):
         trace_question(embedded, [star()], "long " * 2000)
     assert traces_left(embedded.model) == before
-    assert functions == (processor.encode_spans, processor.process_images, processor.plan, PromptSize.room)
+    assert functions == (processor.encode_spans, processor.process_images, processor.plan_images, PromptSize.room)
 
 
 def test_looking_at_attention_leaves_the_model_as_it_was(answered: TracedAnswer, embedded: LoadedModel) -> None:

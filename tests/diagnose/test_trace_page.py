@@ -27,7 +27,8 @@ from llava.diagnose.tracer.generation import TracedAnswer, trace_question
 from llava.diagnose.tracer.html import page_of_answer, page_of_sample
 from llava.diagnose.tracer.training import trace_sample
 from llava.engine.request import SamplingParams
-from llava.images.layout import ImagePolicy, feature_boxes, plan
+from llava.images.feature_boxes import feature_boxes
+from llava.images.layout import ImagePolicy, plan
 from llava.mm_utils import process_images
 from llava.model.builder import load
 from llava.session import LoadedImage

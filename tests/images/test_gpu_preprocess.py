@@ -72,8 +72,12 @@ def test_tiles_are_those_that_the_processor_makes(name: str, mode: Any, size: tu
     tiler = GpuPreprocessor(processor, policy, torch.device("cpu"))
     colours = torch.from_numpy(np.array(image))
     layout = plan(size, policy)
-    assert torch.equal(tiler(colours, layout.num_tiles), wanted)
-    assert torch.equal(tiler(colours, 1), wanted[:1])  # an overview alone, where little detail was asked for
+    assert torch.equal(tiler(colours, layout), wanted)
+    alone = plan(size, policy, num_tiles=1)
+    assert torch.equal(tiler(colours, alone), wanted[:1])  # an overview alone, where little detail was asked for
+    config.image_aspect_ratio = "pad"
+    padded = process_images([image], processor, config)
+    assert torch.equal(tiler(colours, replace(alone, is_padded=True)), padded)  # one of several images
 
 
 @pytest.mark.parametrize("kind", ["llama", "anyres"])
@@ -92,6 +96,9 @@ def test_an_engine_that_cuts_on_its_device_answers_the_same(kind: str) -> None:
 
 
 def test_a_filter_that_it_does_not_know_is_left_to_the_host() -> None:
-    assert GpuPreprocessor.supports(PROCESSORS["clip"])
-    assert not GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0))
-    assert GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0, do_resize=False))
+    policy = ImagePolicy("pad", SIDE, 8)
+    assert GpuPreprocessor.supports(PROCESSORS["clip"], policy)
+    assert not GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0), policy)
+    assert GpuPreprocessor.supports(replace(PROCESSORS["clip"], resample=0, do_resize=False), policy)
+    squares = ImagePolicy("highres", SIDE, 8, ((2 * SIDE, 2 * SIDE),))
+    assert not GpuPreprocessor.supports(PROCESSORS["clip"], squares)

@@ -94,7 +94,7 @@ def test_recorded_sequence_lengths(row: dict) -> None:
         tile_size=56,
         patch_size=14,
         pinpoints=PINPOINTS_56,
-        merge=row["overrides"].get("mm_patch_merge_type", "spatial_unpad"),
+        merge="flat" if plain_batch else row["overrides"].get("mm_patch_merge_type", "spatial_unpad"),
         cls_token=row["overrides"].get("tower.select_feature") == "cls_patch",
     )
     images = list(zip(row["image_sizes"], tiles_of(row), strict=True))

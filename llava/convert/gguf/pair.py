@@ -267,7 +267,7 @@ class GgufPair:
         writer.add_vision_image_std([float(value) for value in processor.image_std])
         writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
         writer.add_array("clip.vision.feature_layer", tower.hidden_state_indices)
-        writer.add_string("clip.vision.image_aspect_ratio", source.policy.mode)
+        writer.add_string("clip.vision.image_aspect_ratio", source.settings.image.aspect_ratio)
         if source.policy.mode == "anyres":
             writer.add_string("clip.vision.mm_patch_merge_type", source.policy.merge)
             writer.add_array(
@@ -391,6 +391,8 @@ def _check_expressible(source: Source) -> None:
         "features of several layers of the tower": not isinstance(settings.vision.select_layer, int),
         f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature != "patch",
         f"a tower of type {tower.config.model_type!r}": tower.config.model_type not in SHARED_TOWER_TYPES,
+        f"image_aspect_ratio {settings.image.mode!r}": settings.image.mode in ("highres", "crop_split"),
+        "mm_patch_merge_type with maxpool2x2 or nobase": settings.image.pools or not settings.image.keeps_overview,
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ROPE_TYPES,
     }
     source.require_supported("gguf", unsupported)

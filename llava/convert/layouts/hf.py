@@ -227,8 +227,10 @@ def _check_expressible(source: Source) -> None:
         f"a tower of type {tower.config.model_type!r}": not select,
         f"mm_vision_select_feature {settings.vision.select_feature!r}": settings.vision.select_feature
         not in select.values(),
+        f"image_aspect_ratio {settings.image.aspect_ratio!r}": settings.image.aspect_ratio
+        not in ("square", "pad", "anyres"),
         f"tiles joined by mm_patch_merge_type {settings.image.merge!r}": settings.image.mode == "anyres"
-        and settings.image.merge != "spatial_unpad",
+        and (settings.image.merge != "spatial_unpad" or settings.image.pools or not settings.image.keeps_overview),
         "mm_patch_merge_type 'spatial_unpad' without tiles": settings.image.mode != "anyres"
         and settings.image.merge == "spatial_unpad",
     }

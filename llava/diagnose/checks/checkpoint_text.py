@@ -286,7 +286,9 @@ def check_context(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     tokenizer = checkpoint.extras["tokenizer"]
     prompt = _rendered(get_template(checkpoint.extras["template"]), [{"content": QUESTION}])
     text = len(tokenizer(prompt).input_ids)
-    sizes = policy.pinpoints if policy.mode == "anyres" else (ImageSize(policy.tile_size, policy.tile_size),)
+    sizes = (
+        policy.pinpoints if policy.cuts_tiles and policy.pinpoints else (ImageSize(policy.tile_size, policy.tile_size),)
+    )
     size, features = max(((size, plan(size, policy).num_features) for size in sizes), key=lambda pair: pair[1])
     room = tokenizer_setup.context_len(checkpoint.view)
     if text + features >= room:

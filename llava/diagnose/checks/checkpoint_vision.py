@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from llava.diagnose.checks.checkpoint_files import ExaminedCheckpoint, set_in_js
 from llava.diagnose.checks.findings import CheckSkipped, DoctorFinding, found, reported
 from llava.errors import InputError
 from llava.files import read_json
-from llava.images.layout import TileRange, image_mode, read_pinpoints
+from llava.images.layout import TileRange, image_mode, merge_type, read_pinpoints
 from llava.model.checkpoints.hub import HubOptions, looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.inspect import TOWER_INFIX
 from llava.model.checkpoints.weight_files import TensorHeader
@@ -32,7 +33,8 @@ def check_settings(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     values = checkpoint.values
     readings: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
         ("image-mode", "image_aspect_ratio", image_mode),
-        ("pinpoints", "image_grid_pinpoints", read_pinpoints),
+        ("pinpoints", "image_grid_pinpoints", partial(_read_pinpoints, values.get("image_aspect_ratio"))),
+        ("image-mode", "mm_patch_merge_type", lambda name: merge_type(name or "flat")),
     )
     faults: list[DoctorFinding] = []
     for code, key, read in readings:
@@ -181,6 +183,10 @@ def check_pixels(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
         )
 
 
+def _read_pinpoints(aspect_ratio: str | None, value: Any) -> object:
+    return read_pinpoints(value, "highres" if aspect_ratio == "highres" else "anyres")
+
+
 def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     """Check the pinpoints against the tower, and the stored newline against the settings."""
     from llava.model.multimodal_encoder.builder import policy_of
@@ -193,14 +199,14 @@ def check_tiles(checkpoint: ExaminedCheckpoint) -> Iterator[DoctorFinding]:
     with reported("pinpoints", remedy, tile_size=tower.tile_size, pinpoints=pinpoints):
         checkpoint.extras["policy"] = policy_of(tower, image)
     newline = checkpoint.named("image_newline")
-    if newline is not None and (image.mode != "anyres" or image.merge != "spatial_unpad"):
+    if newline is not None and image.merge != "spatial_unpad":
         yield found(
             "image-mode",
-            "the weights hold image_newline, which training with anyres and spatial_unpad learns, but config.json says "
-            f"image_aspect_ratio {image.mode!r} and mm_patch_merge_type {image.merge!r}",
-            "set image_aspect_ratio to anyres and mm_patch_merge_type to spatial_unpad, with the pinpoints of training",
+            "the weights hold image_newline, which training with spatial_unpad learns, but config.json says "
+            f"image_aspect_ratio {image.aspect_ratio!r} and mm_patch_merge_type {image.merge!r}",
+            "set image_aspect_ratio (anyres) and mm_patch_merge_type (spatial_unpad) as in training, with its pinpoints",
             image_newline=list(newline.shape),
-            image_aspect_ratio=image.mode,
+            image_aspect_ratio=image.aspect_ratio,
             mm_patch_merge_type=image.merge,
         )
     if newline is None and image.merge == "spatial_unpad":

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.conversation import Conversation, conv_templates
 from llava.data.check import collect
@@ -35,7 +35,7 @@ from llava.diagnose.checks.findings import (
 )
 from llava.errors import InputError
 from llava.files import read_json
-from llava.images.layout import ImagePolicy, image_mode, read_pinpoints
+from llava.images.layout import ImagePolicy, image_mode, max_tiles_of
 from llava.model.checkpoints.hub import HubOptions, looks_like_repository, resolve_vision_tower
 from llava.model.checkpoints.weight_files import read_headers
 from llava.model.config import ImageSettings
@@ -193,21 +193,24 @@ def _check_tower(run: ExaminedRun) -> Iterator[DoctorFinding]:
             hidden_states=states,
         )
     mode, pinpoints = run.data.image_aspect_ratio, run.data.image_grid_pinpoints
-    with reported("image-mode", "set image_aspect_ratio to square, pad or anyres", image_aspect_ratio=mode):
+    with reported(
+        "image-mode", "set image_aspect_ratio to square, pad, anyres or anyres_max_<N>", image_aspect_ratio=mode
+    ):
         image_mode(mode)
     size = run.tower.tile_size
     remedy = f"give image_grid_pinpoints in multiples of {size}"
     with reported("pinpoints", remedy, tile_size=size, image_grid_pinpoints=pinpoints):
         _policy(run)
     own = run.base.settings.image
-    if stored_projector(run.base.tensors) and not run.model.pretrain_mm_mlp_adapter and image_mode(mode) != own.mode:
+    is_equal = (image_mode(mode), max_tiles_of(mode)) == (own.mode, own.max_tiles)
+    if stored_projector(run.base.tensors) and not run.model.pretrain_mm_mlp_adapter and not is_equal:
         yield found(
             "image-mode",
-            f"the run prepares images by {mode!r}, and the model that it goes on from was trained with {own.mode!r}",
-            f"set image_aspect_ratio to {own.mode}",
-            fix=_set_in_yaml("image_aspect_ratio", own.mode),
+            f"the run prepares images by {mode!r}, and the model that it goes on from was trained with {own.aspect_ratio!r}",
+            f"set image_aspect_ratio to {own.aspect_ratio}",
+            fix=_set_in_yaml("image_aspect_ratio", own.aspect_ratio),
             run=mode,
-            model=own.mode,
+            model=own.aspect_ratio,
         )
 
 
@@ -218,9 +221,14 @@ def _policy(run: ExaminedRun) -> ImagePolicy | None:
         return None
     if not run.model.vision_tower:
         return run.base.extras.get("policy")
-    pinpoints = read_pinpoints(run.data.image_grid_pinpoints)
-    merge: Any = (run.model.mm_patch_merge_type or "flat").replace("-", "_")
-    return policy_of(run.tower, ImageSettings(image_mode(run.data.image_aspect_ratio), merge, pinpoints))
+    settings = ImageSettings.of(
+        run.data.image_aspect_ratio,
+        run.model.mm_patch_merge_type or "flat",
+        run.data.image_grid_pinpoints,
+        run.data.image_crop_resolution,
+        run.data.image_split_resolution,
+    )
+    return policy_of(run.tower, settings)
 
 
 def _check_adapter(run: ExaminedRun) -> Iterator[DoctorFinding]:

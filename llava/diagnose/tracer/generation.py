@@ -24,7 +24,7 @@ from llava.engine.config import EngineError
 from llava.engine.hf_engine import HFEngine
 from llava.engine.request import Completion, PromptSize, Result, SamplingParams
 from llava.images.image_processor import ImageProcessor
-from llava.images.layout import ImageLayout, ImagePolicy, ImageSize
+from llava.images.layout import ImageLayout, ImagePolicy, image_mode
 from llava.model.builder import LoadedModel
 from llava.model.transformers_internals import attention_of
 from llava.session import LoadedImage, Session
@@ -143,8 +143,8 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
         if len(images):
             record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
 
-    def on_layout(layout: ImageLayout, size: ImageSize, policy: ImagePolicy, **_: object) -> None:
-        record.layouts.append(layout)
+    def on_layouts(layouts: Sequence[ImageLayout], sizes: object, policy: ImagePolicy, *_: object) -> None:
+        record.layouts += layouts
         record_layouts(record, record.layouts, policy)
 
     def on_room(left: int, prompt: PromptSize, context_len: int, wanted: int) -> None:
@@ -166,7 +166,7 @@ def _hook_inputs(traced: TracedAnswer) -> Iterator[None]:
     with ExitStack() as stack:
         wrap(stack, processor_module, "encode_spans", on_ids, timed=(record, "tokens"))
         wrap(stack, processor_module, "process_images", on_pixels, timed=(record, "pixels"))
-        wrap(stack, processor_module, "plan", on_layout)
+        wrap(stack, processor_module, "plan_images", on_layouts)
         wrap(stack, PromptSize, "room", on_room)
         yield
 
@@ -212,7 +212,7 @@ def record_pixels(record: Trace, pixels: Pixels, mode: str, image_processor: Ima
     side = image_processor.crop_size["height"]
     fits = all(facts["shape"][-2:] == [side, side] for facts in each)
     obs.check("size", fits, f"{side} x {side} pixels, as the image processor says")
-    tiles = mode == "anyres"
+    tiles = image_mode(mode) not in ("square", "pad")
     shaped = all(len(facts["shape"]) == 3 + tiles for facts in each)
     obs.check("tiles", shaped, "an overview and tiles for each image" if tiles else "one tile for each image")
     record.add(obs, pixels=pixels, image_processor=image_processor)
@@ -235,7 +235,7 @@ def record_layouts(record: Trace, layouts: Sequence[ImageLayout], policy: ImageP
                 "features": layout.num_features,
             }
         )
-        how = f"{grid[0]} x {grid[1]} tiles and an overview" if grid else "one tile"
+        how = f"{grid[0]} x {grid[1]} tiles{' and an overview' * layout.has_overview}" if grid else "one tile"
         obs.add(f"image {number + 1}", f"{layout.size[0]} x {layout.size[1]} pixels, {how}")
         obs.add("features", f"{_sum_of_features(layout, policy)} = {layout.num_features}")
     record.add(obs, layouts=layouts, policy=policy)
@@ -248,7 +248,9 @@ def _sum_of_features(layout: ImageLayout, policy: ImagePolicy) -> str:
         each = f"{side} x {side}" + (" + 1 class feature" if policy.cls_token else "")
         terms = [each if layout.num_tiles == 1 else f"{layout.num_tiles} x ({each})"]
     else:
-        terms = [f"{policy.features_per_tile} of the overview", f"{layout.crop.rows} x {layout.crop.cols}"]
+        shown = layout.has_overview and layout.keeps_overview
+        terms = [f"{policy.features_per_tile} of the overview"] if shown else []
+        terms.append(f"{layout.end_grid.rows} x {layout.end_grid.cols}")
     if layout.num_newlines:
         terms.append(f"{layout.num_newlines} newline{'s' * (layout.num_newlines > 1)}")
     return " + ".join(terms)

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.tracer.record import Facts, Observation, Trace, check_finite, is_finite, tensor_stats
 from llava.model.config import LlavaSettings
+from llava.model.features import VisionInputs
 from llava.model.protocols import InnerModel
 from llava.model.splice import PaddedBatch
 
@@ -50,8 +51,7 @@ def splice_hook(record: Trace) -> Callable[..., None]:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: object,
-        sizes: object,
+        vision: VisionInputs,
         *,
         side: str,
     ) -> None:
@@ -80,7 +80,7 @@ def splice_hook(record: Trace) -> Callable[..., None]:
         shapes = list(batch.mask.shape), list(batch.embeds.shape[:2])
         obs.check("agree", shapes[0] == shapes[1], f"mask {shapes[0]} and embeddings {shapes[1]}")
         check_finite(obs, obs.facts["inputs_embeds"])
-        record.add(obs, batch=batch, input_ids=input_ids, labels=labels, images=images)
+        record.add(obs, batch=batch, input_ids=input_ids, labels=labels, images=vision.images)
 
     return hook
 

@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from llava.diagnose.tracer.record import Facts, Observation, Trace, check_finite, describe_stats, tensor_stats
 from llava.images.layout import ImageSize, plan
+from llava.images.video_layout import plan_video
+from llava.model.features import split_entries
 from llava.model.protocols import VisionTower
 
 
@@ -120,14 +122,18 @@ def image_features_hook(record: Trace) -> Callable[..., None]:
         record.feature_lengths = lengths
         obs = Observation("image_features", facts={"lengths": lengths, "images": [tensor_stats(f) for f in features]})
         policy = record.model.image_policy()
+        kinds = split_entries(images, options.get("modalities"))[1]  # type: ignore[arg-type]
         for number, feature in enumerate(features):
             obs.add_stats(f"image {number + 1}", obs.facts["images"][number])
             if image_sizes is not None:
                 tiles = 1 if images[number].ndim == 3 else len(images[number])
                 is_plain = isinstance(images, Tensor) and images.ndim == 4
                 size = image_sizes[number]
-                newline = is_plain and policy.merge == "spatial_unpad"
-                planned = plan(size, policy, num_tiles=tiles).num_features - newline
+                if kinds[number] == "video":
+                    planned = plan_video(tiles, policy, record.model.video_policy()).num_features
+                else:
+                    newline = is_plain and policy.merge == "spatial_unpad"
+                    planned = plan(size, policy, num_tiles=tiles).num_features - newline
                 obs.check("count", planned == len(feature), f"{len(feature)} features, the layout has {planned}")
         record.add(obs, features=features, images=images, image_sizes=image_sizes)
 

@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.diagnose.tracer.hooks_sequence import segments
 from llava.diagnose.tracer.record import POINTS, Facts, Trace
 from llava.files import script_json
-from llava.images.layout import feature_boxes, tile_areas
+from llava.images.feature_boxes import feature_boxes, tile_areas
 
 if TYPE_CHECKING:
     from PIL import Image

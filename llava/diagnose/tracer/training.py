@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,11 @@ def _hook_data(record: Trace, trainer: LLaVATrainer) -> Iterator[None]:
         record_pixels(record, pixels, config.image_aspect_ratio, image_processor)
         record.images += images
         policy = record.model.image_policy()
-        record.layouts += [plan(image.size, policy) for image in images]
+        is_padded = policy.cuts_tiles and config.image_aspect_ratio == "pad"  # one of several images of a sample
+        record.layouts += [
+            replace(plan(image.size, policy, num_tiles=1 if is_padded else None), is_padded=is_padded)
+            for image in images
+        ]
         record_layouts(record, record.layouts, policy)
 
     with ExitStack() as stack:

@@ -187,16 +187,11 @@ FOREIGN_MODELS = (
         matches=lambda config: "mobileclip" in _text(config, "mm_vision_tower"),
     ),
     ForeignModel(
-        "LLaVA-NeXT-Video in the original layout, or another model with a resampler (mm_resampler_type)",
+        "a model with a resampler (mm_resampler_type)",
         "its features are resampled between tower and projector",
         ("the code that it was trained with",),
-        matches=lambda config: bool(_text(config, "mm_resampler_type")),
-    ),
-    ForeignModel(
-        "LLaVA-OneVision, LLaVA-Video or another model of LLaVA-NeXT's later training (image_aspect_ratio anyres_max)",
-        "it reduces the features of many tiles",
-        ("the code of LLaVA-NeXT", "transformers with the checkpoint that was converted for it"),
-        matches=lambda config: _text(config, "image_aspect_ratio").startswith("anyres_"),
+        # spatial_pool has no weights: it pools the frames of videos.
+        matches=lambda config: _text(config, "mm_resampler_type") not in ("", "spatial_pool"),
     ),
 )
 

@@ -88,6 +88,10 @@ def policy_of(tower: VisionTower, image: ImageSettings) -> ImagePolicy:
         pinpoints=parse_pinpoints(image.pinpoints, tower.tile_size),
         merge=image.merge,
         cls_token=tower.has_class_feature,
+        max_tiles=image.max_tiles,
+        pools=image.pools,
+        keeps_overview=image.keeps_overview,
+        crop_split=image.crop_split,
     )
 
 
