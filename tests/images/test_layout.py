@@ -20,6 +20,7 @@ from llava.images.layout import (
     fit_inside,
     get_anyres_image_grid_shape,
     image_mode,
+    merge_type,
     parse_pinpoints,
     plan,
     read_pinpoints,
@@ -119,7 +120,7 @@ def test_plan_of_ordinary_images() -> None:
     square = ImagePolicy("square", 336, 14)
     assert plan((640, 480), square).num_features == 576
     assert plan((640, 480), square).tile_grid is None
-    assert plan((1, 9999), ImagePolicy("pad", 336, 14, merge="spatial_unpad")).num_features == 576
+    assert plan((1, 9999), ImagePolicy("pad", 336, 14, merge="spatial_unpad")).num_features == 577  # with a newline
     assert plan((640, 480), ImagePolicy("pad", 336, 14, cls_token=True)).num_features == 577
     assert plan((640, 480), ImagePolicy("square", 384, 14)).num_features == 27 * 27  # a tower that drops the rest
     layout = plan((640, 480), RELEASED)
@@ -214,8 +215,16 @@ def test_policies_that_cannot_work() -> None:
         ImagePolicy("pad", 13, 14)
     with pytest.raises(InputError, match="class feature"):
         plan((640, 480), ImagePolicy("anyres", 336, 14, PINPOINTS_336, "spatial", cls_token=True))
-    with pytest.raises(InputError, match="highres"):
-        image_mode("highres")
+    for name in ("tiled", "anyres_max_", "anyres_max_0", "anyres_max_9x"):
+        with pytest.raises(InputError, match=f"image_aspect_ratio is '{name}'"):
+            image_mode(name)
+    for name in ("spatial_", "unpad_nobase_maxpool2x2", "flat_nobase", "spatial_unpad_max"):
+        with pytest.raises(InputError, match=f"unknown mm_patch_merge_type '{name}'"):
+            merge_type(name)
+    with pytest.raises(InputError, match="takes squares"):
+        ImagePolicy("highres", 336, 14, ((336, 672),))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="needs image_crop_resolution"):
+        ImagePolicy("crop_split", 336, 14)
     with pytest.raises(InputError, match="no pixels"):
         plan((0, 480), RELEASED)
     with pytest.raises(InputError, match="empty"):
