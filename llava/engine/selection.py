@@ -7,12 +7,14 @@ and do not need to know which it is.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llava.engine.config import EngineConfig
 from llava.engine.decoder import unsupported_reason
 from llava.engine.engine import Engine
 from llava.engine.hf_engine import HFEngine
+from llava.errors import InputError
 
 if TYPE_CHECKING:
     from llava.engine.base import BaseEngine
@@ -29,7 +31,13 @@ GENERATE_ONLY = (
 )  # fmt: skip
 
 
-def open_engine(loaded: LoadedModel, config: EngineConfig | None = None, *, num_beams: int = 1) -> BaseEngine:
+def open_engine(
+    loaded: LoadedModel,
+    config: EngineConfig | None = None,
+    *,
+    num_beams: int = 1,
+    adapters: Mapping[str, str] | None = None,
+) -> BaseEngine:
     """Open the engine where it can run the model as its generation_config says, and one beam is searched.
 
     Else open `model.generate` behind the same interface, and log the reason.
@@ -38,11 +46,21 @@ def open_engine(loaded: LoadedModel, config: EngineConfig | None = None, *, num_
         loaded: What `llava.load` returned.
         config: How the engine is set up.
         num_beams: The `SamplingParams.num_beams` that will be asked for.
+        adapters: LoRA adapters to load, name and folder, which requests may name.
     """
     reason = f"num_beams is {num_beams}" if num_beams > 1 else _unsupported_setting(loaded.model)
     reason = reason or unsupported_reason(loaded.model)
     if reason is None:
-        return Engine.from_loaded(loaded, config)
+        engine = Engine.from_loaded(loaded, config)
+        try:
+            for name, path in (adapters or {}).items():
+                engine.adapters.load(name, path)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+    if adapters:
+        raise InputError(f"adapters need the engine, and model.generate answers for this model: {reason}")
     logger.info("answering by model.generate: %s", reason)
     return HFEngine.from_loaded(loaded, config)
 

@@ -60,14 +60,21 @@ async def answer(
     writer: AnswerWriter,
     encoding: StreamEncoding,
     *,
+    model: str,
     streamed: bool,
     on_admitted: Callable[[AdmittedRequest], Awaitable[None]] | None = None,
 ) -> Response:
-    """Submit a request to the model, and respond with its answer. `on_admitted` is awaited before a stream begins."""
+    """Submit a request to the model, and respond with its answer.
+
+    `model` is one of the card's names. `on_admitted` is awaited before a stream begins.
+    """
     deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
     urls = [image.url for image in parsed.images]
     details = [image.detail for image in parsed.images]
-    submitted = service.submit(parsed.prompts, parsed.sampling, urls, details=details, streamed=streamed)
+    adapter = service.card.adapter_of(model)
+    submitted = service.submit(
+        parsed.prompts, parsed.sampling, urls, details=details, streamed=streamed, adapter=adapter
+    )
     async with asyncio.timeout_at(deadline):
         admitted = await cancel_on_disconnect(submitted, request.receive)
     reader = None if parsed.tools is None else ToolCallReader(parsed.tools)

@@ -7,6 +7,7 @@ In: flags; then HTTP requests. Out: streamed answers. The worker registers with 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -43,6 +44,9 @@ examples:
 """
 
 
+ADAPTER_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
 def build_parser() -> ArgumentParser:
     about = "Serve one model, and register it with a controller."
     parser = ArgumentParser(prog="llava worker", description=about, epilog=EXAMPLES)
@@ -77,6 +81,12 @@ def add_worker_flags(parser: ArgumentParser) -> None:
 def add_model_flags(parser: ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model_flags.add_model_flags(model)
+    model.add_argument(
+        "--adapter",
+        metavar="NAME=PATH",
+        action="append",
+        help="a LoRA adapter beside the model, asked for as MODEL:NAME; give the flag once for each",
+    )
     add_number(model, "--memory-fraction", 0.9, "F", "of a GPU's memory for weights and cache together")
     model.add_argument(
         "--engine-process",
@@ -110,7 +120,23 @@ def check_model_flags(args: Namespace) -> None:
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     EngineConfig(max_running=args.limit_model_concurrency, memory_fraction=args.memory_fraction)
+    adapters_from(args)
     args.model_path = find_model(args.model_path, args.mmproj)
+
+
+def adapters_from(args: Namespace) -> dict[str, str]:
+    """Read --adapter: the paths of adapters by name."""
+    adapters: dict[str, str] = {}
+    for word in args.adapter or ():
+        name, equals, path = word.partition("=")
+        if not (name and equals and path) or not ADAPTER_NAME.fullmatch(name):
+            raise InputError(
+                f"--adapter is {word!r}; give NAME=PATH, with letters, digits, '.', '_' and '-' in the name"
+            )
+        if name in (*adapters, "latest"):
+            raise InputError(f"--adapter {word!r}: the name {name!r} is taken; choose another one")
+        adapters[name] = path
+    return adapters
 
 
 def load_backend(args: Namespace) -> Backend:
@@ -128,10 +154,18 @@ def load_backend(args: Namespace) -> Backend:
     if _in_own_process(args.engine_process, args.device):
         from llava.serve.backends.subprocess import ProcessBackend
 
-        return ProcessBackend(load_model, name=name, conv_mode=args.conv_mode, config=config, log_level=args.log_level)
+        return ProcessBackend(
+            load_model,
+            name=name,
+            conv_mode=args.conv_mode,
+            config=config,
+            adapters=adapters_from(args),
+            log_level=args.log_level,
+        )
     from llava.serve.backends.in_process import EngineBackend
 
-    return EngineBackend(load_model(), name=name, conv_mode=args.conv_mode, config=config)
+    adapters = adapters_from(args)
+    return EngineBackend(load_model(), name=name, conv_mode=args.conv_mode, config=config, adapters=adapters)
 
 
 def _in_own_process(wanted: str, device: str) -> bool:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.conversation import Conversation
 from llava.engine.request import (
@@ -75,12 +75,14 @@ class Service:
         streamed: bool = True,
         details: Sequence[Detail] = (),
         opener: Opener = open_images,
+        adapter: str | None = None,
     ) -> AdmittedRequest:
         """Submit a request; the caller reads the answers and calls `close` in any case.
 
         Each prompt is one request to the backend; the images, which `opener` opens, go with every prompt. With `streamed` this
         returns when the first chunk is there, so that what fails before has a status of its own, and a controller may ask
-        another worker. Without, all chunks come at the end. `details` is "low" or "auto" for each image.
+        another worker. Without, all chunks come at the end. `details` is "low" or "auto" for each image. `adapter` is one of
+        the card's, beside the model.
 
         Raises:
             ServerBusyError: the server is full or being stopped.
@@ -91,7 +93,8 @@ class Service:
         try:
             images = await self._open(admitted, image_sources, details, opener)
             for prompt in prompts:
-                request = Request(prompt, tuple(images), sampling, details=tuple(details), client=current_client.get())
+                about: dict[str, Any] = {"details": tuple(details), "client": current_client.get(), "adapter": adapter}
+                request = Request(prompt, tuple(images), sampling, **about)
                 admitted.add(await self.backend.start(request, streamed=streamed), sampling.n)
             admitted.reservation.shrink_to(self.backend.model.held_bytes(admitted.layouts))
             if streamed:

@@ -41,6 +41,8 @@ def worker_command(args: Namespace, address: ListenAddress, name: str) -> list[s
         value = getattr(args, flag)
         if value is not None:
             words += ["--" + flag.replace("_", "-"), str(value)]
+    for adapter in args.adapter or ():
+        words += ["--adapter", adapter]
     return words + ["--" + flag.replace("_", "-") for flag in WORKER_SWITCHES if getattr(args, flag)]
 
 

@@ -64,6 +64,7 @@ class ModelAnthropicApi:
             parsed,
             writer,
             replies.STREAM,
+            model=body.model,
             streamed=streamed,
             on_admitted=count_prompt if streamed else None,
         )
@@ -80,8 +81,8 @@ class ModelAnthropicApi:
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
-        if body.model != self._service.card.name:
-            raise unknown_model(body.model, [self._service.card.name])
+        if body.model not in self._service.card.model_names:
+            raise unknown_model(body.model, self._service.card.model_names)
         return body
 
 

@@ -44,6 +44,16 @@ class ModelCard:
     architecture: str | None = None
     num_parameters: int | None = None
     dtype: str | None = None
+    adapters: tuple[str, ...] = ()  # beside the model itself
+
+    @property
+    def model_names(self) -> list[str]:
+        """What clients may ask for: the model, and each adapter as `model:adapter`."""
+        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters)]
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that one of these names asks for; None: the model itself."""
+        return dict(zip(self.model_names, (None, *self.adapters), strict=True))[model]
 
 
 class ServerBusyError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.engine.base import EngineStats
 from llava.engine.config import EngineClosed, EngineError, QueueFull
@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 
 class EngineBackend:
     def __init__(
-        self, loaded: LoadedModel, *, name: str, conv_mode: str | None = None, config: EngineConfig | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        name: str,
+        conv_mode: str | None = None,
+        config: EngineConfig | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
-        self.engine = open_engine(loaded, config)
-        self.model = LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=self.engine.context_len)
+        self.engine = open_engine(loaded, config, adapters=adapters)
+        about: dict[str, Any] = {"name": name, "conv_mode": conv_mode, "adapters": adapters or {}}
+        self.model = LocalModel.of(loaded, context_len=self.engine.context_len, **about)
 
     async def start(self, request: Request, *, streamed: bool) -> EngineRequest:
         submitting = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, request, streamed=streamed))

@@ -41,7 +41,9 @@ class LocalModel:
     _counter: Processor | None = None
 
     @classmethod
-    def of(cls, loaded: LoadedModel, *, name: str, conv_mode: str | None, context_len: int) -> LocalModel:
+    def of(
+        cls, loaded: LoadedModel, *, name: str, conv_mode: str | None, context_len: int, adapters: Iterable[str] = ()
+    ) -> LocalModel:
         conv_mode = conv_mode or loaded.conv_mode
         card = ModelCard(
             name=name,
@@ -54,6 +56,7 @@ class LocalModel:
             architecture=str(loaded.model.config.model_type),
             num_parameters=_num_parameters(loaded.model.parameters()),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
+            adapters=tuple(adapters),
         )
         side = 0 if loaded.processor is None else loaded.model.image_policy().tile_size
         return cls(card, loaded.tokenizer, loaded.processor, side)

@@ -70,10 +70,11 @@ class ProcessBackend:
         name: str,
         conv_mode: str | None = None,
         config: EngineConfig | None = None,
+        adapters: Mapping[str, str] | None = None,
         log_level: str = "info",
     ) -> None:
         """Start the process, and wait until its engine is ready. `load` is called there, so it must be known by name."""
-        self._command = StartCommand(load, name, conv_mode, config, log_level)
+        self._command = StartCommand(load, name, conv_mode, config, adapters or {}, log_level)
         self._closing = threading.Event()
         self._engine = EngineProcess()
         self.model: LocalModel = self._engine.begin(self._command)

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ class StartCommand:
     name: str
     conv_mode: str | None
     config: EngineConfig | None
+    adapters: Mapping[str, str]
     log_level: str
 
 
@@ -206,10 +207,11 @@ def main(descriptor: int) -> None:
     try:
         with shown_waits():
             loaded = command.load()
-            opened = open_engine(loaded, command.config)
+            opened = open_engine(loaded, command.config, adapters=command.adapters)
         with opened as engine:
             name, conv_mode = command.name, command.conv_mode
-            pipe.send(LocalModel.of(loaded, name=name, conv_mode=conv_mode, context_len=engine.context_len))
+            about: dict[str, Any] = {"name": name, "conv_mode": conv_mode, "adapters": command.adapters}
+            pipe.send(LocalModel.of(loaded, context_len=engine.context_len, **about))
             freeze_heap()
             EngineHost(engine, pipe).serve()
             # The server is gone. A step that hangs must not keep the GPU's memory.

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -19,6 +19,7 @@ from llava.engine.request import EmbedRequest
 from llava.errors import InputError
 from llava.serve.answers import answer
 from llava.serve.bodies import read_body
+from llava.serve.chat_turns import ParsedRequest
 from llava.serve.http.errors import ApiError
 from llava.serve.http.forwarded import route_path
 from llava.serve.http.streams import cancel_on_disconnect
@@ -67,7 +68,7 @@ class ModelOllamaApi:
         if not body.messages:
             return _loaded(body, writer)
         parsed = parse_ollama_chat(body, self._service.card)
-        return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
+        return await self._answer(request, body, parsed, writer)
 
     async def ollama_generate(self, request: Request) -> Response:
         body = await self._body(request, schema.GenerateRequest)
@@ -75,7 +76,7 @@ class ModelOllamaApi:
         if not body.prompt and not body.images:
             return _loaded(body, writer)
         parsed = parse_generate(body, self._service.card)
-        return await answer(request, self._service, parsed, writer, replies.STREAM, streamed=body.stream is not False)
+        return await self._answer(request, body, parsed, writer)
 
     async def ollama_embed(self, request: Request) -> Response:
         started = time.perf_counter_ns()
@@ -85,7 +86,9 @@ class ModelOllamaApi:
         if given is None or (body.input if is_old else body.prompt) is not None:
             raise InputError("give prompt, and no input" if is_old else "give input, and no prompt")
         texts = [given] if isinstance(given, str) else given
-        embedded = self._service.embed(texts, partial(EmbedRequest, normalize=not is_old))
+        adapter = self._service.card.adapter_of(self._served(body))
+        make_request = partial(EmbedRequest, normalize=not is_old, adapter=adapter)
+        embedded = self._service.embed(texts, make_request)
         async with asyncio.timeout(self._service.limits.deadline_s):
             embeddings = await cancel_on_disconnect(embedded, request.receive)
         check_dimensions(body.dimensions, embeddings)
@@ -103,9 +106,21 @@ class ModelOllamaApi:
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
-        if not matches(body.model, self._service.card.name):
-            raise _unknown(body.model)
+        self._served(body)
         return body
+
+    async def _answer(
+        self, request: Request, body: schema.AskingFields, parsed: ParsedRequest, writer: replies.OllamaWriter
+    ) -> Response:
+        how: dict[str, Any] = {"model": self._served(body), "streamed": body.stream is not False}
+        return await answer(request, self._service, parsed, writer, replies.STREAM, **how)
+
+    def _served(self, body: schema.AskingFields | schema.EmbedBody) -> str:
+        """The name of the model, or of an adapter over it, that a request means."""
+        name = next((name for name in self._service.card.model_names if matches(body.model, name)), None)
+        if name is None:
+            raise _unknown(body.model)
+        return name
 
 
 def _loaded(body: schema.AskingFields, writer: replies.OllamaWriter) -> Response:

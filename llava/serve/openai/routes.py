@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from fastapi import APIRouter, Request, Response
@@ -64,7 +65,7 @@ class ModelApi:
     async def models(self) -> schema.ModelList:
         card = self._service.card
         own = card.template.chat_template
-        entry = schema.ModelEntry(
+        described = schema.ModelEntry(
             id=card.name,
             object="model",
             created=self._created,
@@ -77,7 +78,8 @@ class ModelApi:
             num_parameters=card.num_parameters,
             dtype=card.dtype,
         )
-        return schema.ModelList(object="list", data=[entry])
+        entries = [described.model_copy(update={"id": name}) for name in card.model_names]
+        return schema.ModelList(object="list", data=entries)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(request, schema.ChatRequest)
@@ -92,13 +94,14 @@ class ModelApi:
         writer = self._writer(TextWriter, body, with_logprobs=body.logprobs is not None)
         writer.num_choices, writer.only_prompts = parsed.sampling.n, body.max_tokens == 0
         if body.echo:
+            adapter = self._service.card.adapter_of(body.model)
             async with asyncio.timeout(self._service.limits.deadline_s):
-                echoes = await cancel_on_disconnect(self._echoes(parsed, body.logprobs), request.receive)
+                echoes = await cancel_on_disconnect(self._echoes(parsed, body.logprobs, adapter), request.receive)
             parsed = replace(parsed, prompts=tuple(echo.token_ids for echo in echoes))
             writer.echoes = echoes
         return await self._answer(request, body, parsed, writer)
 
-    async def _echoes(self, parsed: ParsedRequest, num_top: int | None) -> list[EchoedPrompt]:
+    async def _echoes(self, parsed: ParsedRequest, num_top: int | None, adapter: str | None) -> list[EchoedPrompt]:
         """Return the prompts with their tokens, and the probabilities of these unless `num_top` is None."""
         service, echoes = self._service, list[EchoedPrompt]()
         for prompt in parsed.prompts:
@@ -110,7 +113,9 @@ class ModelApi:
         if num_top is None:
             return echoes
         asked = [echo for echo in echoes if len(echo.token_ids) > 1]
-        requests = [ScoreRequest(echo.token_ids[:1], echo.token_ids[1:], num_top=num_top) for echo in asked]
+        requests = [
+            ScoreRequest(echo.token_ids[:1], echo.token_ids[1:], num_top=num_top, adapter=adapter) for echo in asked
+        ]
         scores = iter(await service.score(requests))
         return [replace(echo, score=next(scores)) if len(echo.token_ids) > 1 else echo for echo in echoes]
 
@@ -125,15 +130,16 @@ class ModelApi:
         body = await self._body(request, EmbeddingsRequest)
         parsed = parse_embeddings(body, self._service.card)
         urls, details = [image.url for image in parsed.images], [image.detail for image in parsed.images]
-        embedded = self._service.embed(parsed.prompts, parsed.make_request, urls, details=details)
+        make_request = partial(parsed.make_request, adapter=self._service.card.adapter_of(body.model))
+        embedded = self._service.embed(parsed.prompts, make_request, urls, details=details)
         async with asyncio.timeout(self._service.limits.deadline_s):
             embeddings = await cancel_on_disconnect(embedded, request.receive)
         return Response(embeddings_reply(body, embeddings).as_json(), media_type="application/json")
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
-        if body.model != self._service.card.name:
-            raise unknown_model(body.model, [self._service.card.name])
+        if body.model not in self._service.card.model_names:
+            raise unknown_model(body.model, self._service.card.model_names)
         return body
 
     def _writer(self, kind: type[W], body: schema.GenerationFields, *, with_logprobs: bool) -> W:
@@ -160,7 +166,14 @@ class ModelApi:
         encoding = RESPONSES_STREAM if isinstance(writer, ResponsesWriter) else STREAM
         streamed = bool(body.stream)
         return await answer(
-            request, self._service, parsed, writer, encoding, streamed=streamed, on_admitted=count_prompts
+            request,
+            self._service,
+            parsed,
+            writer,
+            encoding,
+            model=body.model,
+            streamed=streamed,
+            on_admitted=count_prompts,
         )
 
 

@@ -90,6 +90,7 @@ class GenerateBody:
     images: tuple[str, ...]  # base64 or data: URLs
     sampling: SamplingParams | None  # None: no new tokens were asked for
     inspect: bool = False  # ours: the last chunk also has usage and timings
+    model: str | None = None  # which of a worker's models; the original's workers have one, and do not look
 
     @classmethod
     def parse(cls, body: object) -> GenerateBody:
@@ -118,7 +119,9 @@ class GenerateBody:
                 max_new_tokens=num_new_tokens,
                 stop=(stop,) if stop else (),
             )
-        return cls(prompt, tuple(images), sampling, inspect=body.get("inspect") is True)
+        model = body.get("model")
+        named = model if isinstance(model, str) else None
+        return cls(prompt, tuple(images), sampling, inspect=body.get("inspect") is True, model=named)
 
 
 def _number(body: Mapping[str, Any], name: str, default: N) -> N:

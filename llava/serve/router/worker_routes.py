@@ -44,7 +44,7 @@ class WorkerApi:
 
     def status(self) -> protocol.WorkerStatus:
         """Return what a controller needs. As in the original, the queue is all requests that are not finished."""
-        return protocol.WorkerStatus((self._service.card.name,), 1, self._service.num_answers)
+        return protocol.WorkerStatus(tuple(self._service.card.model_names), 1, self._service.num_answers)
 
     async def worker_get_status(self) -> Response:
         """The names of the models, the speed, and the number of unfinished requests; status 503 where the model is gone."""
@@ -61,7 +61,9 @@ class WorkerApi:
             if body.sampling is None:
                 return _one_chunk(body.prompt + protocol.CONTEXT_FULL)
             prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_placeholder)
-            submitted = service.submit([prompt], body.sampling, body.images, opener=decode_images)
+            named = body.model if body.model in service.card.model_names else service.card.name
+            adapter = service.card.adapter_of(named)
+            submitted = service.submit([prompt], body.sampling, body.images, opener=decode_images, adapter=adapter)
             async with asyncio.timeout_at(deadline):
                 admitted = await cancel_on_disconnect(submitted, request.receive)
         except ClientDisconnect:
@@ -105,18 +107,18 @@ def _one_chunk(text: str, error_code: int = protocol.OK, status: int = 200) -> R
 def single_worker_routes(service: Service) -> APIRouter:
     """The answers of a controller, for the page and the original's clients, where this worker has no controller."""
     router = APIRouter(tags=["original protocol"])
-    name = service.card.name
+    names = service.card.model_names
 
     @router.post("/list_models")
     async def list_models() -> dict[str, list[str]]:
-        """The name of the model."""
-        return {"models": [name]}
+        """The names of the model and of its adapters."""
+        return {"models": names}
 
     @router.post("/get_worker_address")
     async def get_worker_address(request: Request) -> dict[str, str]:
         """This server's own address, as the client wrote it; an empty one for another model."""
         own = str(request.base_url).rstrip("/")
-        return {"address": own if protocol.text_field(await read_json(request), "model") == name else ""}
+        return {"address": own if protocol.text_field(await read_json(request), "model") in names else ""}
 
     @router.post("/refresh_all_workers")
     async def refresh_all_workers() -> None:
