@@ -26,12 +26,15 @@ from transformers import (
 )
 from transformers_kit import (
     IMAGE_TOKEN,
+    LLAMA_3,
     SIZES,
     TOWER,
     save_peer,
     small_granite_vision,
     small_llava,
     small_llava_next,
+    small_next_video,
+    small_onevision,
     small_vipllava,
 )
 
@@ -86,10 +89,6 @@ def over(text: Any) -> Any:
     model = small_llava()
     values = model.config.to_dict() | {"text_config": text.to_dict(), "tie_word_embeddings": text.tie_word_embeddings}
     return LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).eval()
-
-
-LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-           "original_max_position_embeddings": 1024, "rope_theta": 500000.0}  # fmt: skip
 
 
 def llama_3() -> LlamaConfig:
@@ -239,6 +238,8 @@ READ: dict[str, Builder] = {
     "xtuner/llava-phi-3-mini-hf": theirs(phi_3),
     "Intel/llava-gemma-2b": theirs(gemma),
     "llava-hf/bakLlava-v1-hf": theirs(partial(small_llava, "mistral")),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf, -7b, -72b": theirs(small_onevision),
+    "llava-hf/LLaVA-NeXT-Video-7B-hf, -7B-DPO-hf, -34B-hf": theirs(small_next_video),
     "llava-hf/vip-llava-7b-hf, -13b-hf": theirs(
         partial(small_vipllava, PUBLISHED_LAYERS, num_layers=12),
         vision_feature_layer=None,
@@ -283,12 +284,6 @@ READ: dict[str, Builder] = {
 }
 
 REFUSED: dict[str, Builder] = {
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf, -7b, -72b": of_transformers(
-        "llava_onevision", "LlavaOnevisionForConditionalGeneration", vision_aspect_ratio="anyres_max_9"
-    ),
-    "llava-hf/LLaVA-NeXT-Video-7B-hf, -7B-DPO-hf, -34B-hf": of_transformers(
-        "llava_next_video", "LlavaNextVideoForConditionalGeneration", spatial_pool_mode="average"
-    ),
     "LanguageBind/Video-LLaVA-7B-hf": of_transformers(
         "video_llava", "VideoLlavaForConditionalGeneration", *THEIR_NAMES[:2], "video_tower.vision_model.post_layernorm.weight"
     ),

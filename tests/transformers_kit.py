@@ -17,6 +17,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -39,6 +43,8 @@ SIZES = {
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
 }
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+           "original_max_position_embeddings": 1024, "rope_theta": 500000.0}  # fmt: skip
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 # (height, width), as transformers writes them; not symmetric, so that a swap shows.
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
@@ -99,6 +105,35 @@ def small_vipllava(layers: Sequence[int] = (-2, -3, 1), text: str = "llama", num
             text_config=TEXT[text](),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=list(layers),
+        )
+    ).eval()
+
+
+VIDEO_TOKEN = 301
+# As OneVision has them, one tile to six in both directions; here of two sizes, so that features are reduced.
+MANY = [[28 * rows, 28 * cols] for rows in range(1, 7) for cols in range(1, 7)]
+
+
+def small_onevision(text: str = "qwen2", *, tower: Any = None, patch: int = 7, **changes: Any) -> Any:
+    """LLaVA-OneVision: SigLIP without its last layer and head, tiles whose features are reduced, videos."""
+    vision = tower or SiglipVisionConfig(**TOWER, image_size=28, patch_size=patch, vision_use_head=False)
+    values = {
+        "image_token_index": IMAGE_TOKEN, "video_token_index": VIDEO_TOKEN, "image_grid_pinpoints": MANY,
+        "tie_word_embeddings": text == "qwen2",
+    }  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(vision_config=vision, text_config=TEXT[text](), **(values | changes))
+    ).eval()
+
+
+def small_next_video(text: str = "llama", *, patch: int = 7, **changes: Any) -> Any:
+    """LLaVA-NeXT-Video: as LLaVA-NeXT, with videos whose frames are reduced before the projector."""
+    values = {"image_token_index": IMAGE_TOKEN, "video_token_index": VIDEO_TOKEN, "image_grid_pinpoints": PINPOINTS}
+    return LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(
+            vision_config=CLIPVisionConfig(**TOWER, image_size=28, patch_size=patch),
+            text_config=TEXT[text](),
+            **(values | changes),
         )
     ).eval()
 

@@ -27,6 +27,7 @@ class VideoPolicy:
     # faster_token_stride, with add_faster_video: every so many frames one keeps this detail, the others are reduced twice as
     # much, and each frame ends with the learned faster_token
     slow_every: int | None = None
+    before_projector: bool = False  # mm_spatial_pool_before_projector: reduced as transformers' LLaVA-NeXT-Video does
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -38,6 +39,10 @@ class VideoPolicy:
         for key, number in (("mm_spatial_pool_stride", self.stride), ("faster_token_stride", self.slow_every)):
             if number is not None and (type(number) is not int or number < 1):
                 raise InputError(f"{key} is {number!r}; it must be a whole number of at least 1")
+        if self.before_projector and self.slow_every is not None:
+            raise InputError(
+                "add_faster_video reduces frames behind the projector, and mm_spatial_pool_before_projector is set"
+            )
 
 
 @dataclass(frozen=True)

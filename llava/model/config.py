@@ -59,6 +59,7 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     )),
     "true or false": (bool, (
         "unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token", "add_faster_video",
+        "mm_spatial_pool_before_projector",
     )),
     "an object": (Mapping, ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")),
     "an integer or a list of integers": ((int, list), ("eos_token_id", "mm_vision_select_layer", "vision_feature_layer",
@@ -242,6 +243,7 @@ class LlavaSettings:
                 stride=read("mm_spatial_pool_stride", 2),
                 newline=read("mm_newline_position", "one_token"),
                 slow_every=read("faster_token_stride", 10) if read("add_faster_video", False) else None,
+                before_projector=bool(read("mm_spatial_pool_before_projector", False)),
             ),
             tokens=TokenSettings(
                 use_im_start_end=bool(read("mm_use_im_start_end", False)),

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy
-from llava.images.video_layout import VideoPolicy
+from llava.images.video_layout import VideoPolicy, plan_video
 from llava.model.attention import packed_arguments
 from llava.model.config import PLAIN_DECODERS, LlavaSettings, language_model_type
 from llava.model.features import (
@@ -46,6 +46,7 @@ from llava.model.multimodal_projector.pretrained import load_projector
 from llava.model.splice import PaddedBatch, Spliced, check_max_length, on_device, pack, pad, splice
 from llava.model.tokenizer_setup import add_image_tokens
 from llava.model.transformers_internals import attention_of, eager_attention, register_recorded_outputs
+from llava.model.video import reduced
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedConfig
@@ -186,9 +187,22 @@ class LlavaMetaForCausalLM(_CausalBase):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode pixels (N, 3, H, W) to features in the language model's width (N, P, D)."""
-        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        return self._projected(self._tower_features(images))
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encode a video's frames (F, 3, H, W) for a model that reduces them before the projector: (F, rows * cols, D)."""
+        policy = self.video_policy()
+        layout = plan_video(len(frames), self.image_policy(), policy)
+        grids = reduced(self._tower_features(frames), layout.grid, policy, policy.stride)  # (F, rows, cols, V)
+        return self._projected(grids.flatten(1, 2))
+
+    def _tower_features(self, images: Tensor) -> Tensor:
+        tower = self.get_vision_tower()
         assert tower is not None, "a model without a vision tower was given images"
-        features = tower(images)  # (N, P, V)
+        return tower(images)  # (N, P, V)
+
+    def _projected(self, features: Tensor) -> Tensor:
+        projector = self.get_model().mm_projector
         weight = next(projector.parameters(), features)
         # A projector with quantized weights casts its input itself.
         if weight.is_floating_point():
@@ -215,18 +229,24 @@ class LlavaMetaForCausalLM(_CausalBase):
         if len(images) == 0:
             return []
         tiles, kinds = split_entries(images, modalities)
-        # On one device, so that they can be joined; the tower moves them to its own.
-        joined = tiles if isinstance(tiles, Tensor) else torch.cat([entry.to(tiles[0].device) for entry in tiles])
-        encoded = (encode or self.encode_images)(joined)
+        encode, dtype = encode or self.encode_images, self.get_input_embeddings().weight.dtype
+        # Cast here: under mixed precision the splice would cast features to the text's dtype one by one.
+        if "video" in kinds and self.video_policy().before_projector:
+            encoded = [
+                (self.encode_frames if kind == "video" else encode)(entry).to(dtype)
+                for entry, kind in zip(tiles, kinds, strict=True)
+            ]
+        elif isinstance(tiles, Tensor):
+            encoded = list(encode(tiles).to(dtype))
+        else:  # on one device, so that they can be joined; the tower moves them to its own
+            joined = torch.cat([entry.to(tiles[0].device) for entry in tiles])
+            encoded = list(encode(joined).to(dtype).split([len(entry) for entry in tiles]))
         # Read for either kind of batch: ZeRO-3 gathers weights when they are read, which ranks must do in the same order.
         inner = self.get_model()
         ends = LearnedEnds(getattr(inner, "image_newline", None), getattr(inner, "faster_token", None))
-        # Cast together: under mixed precision the splice would cast them to the text's dtype one by one.
-        encoded = encoded.to(self.get_input_embeddings().weight.dtype)
         if isinstance(tiles, Tensor):
-            return with_newline_in_graph(with_newline_in_graph(list(encoded), ends.newline), ends.faster_token)
-        per_entry = encoded.split([len(entry) for entry in tiles])
-        return merge_features(per_entry, kinds, image_sizes, self.image_policy(), self.video_policy(), ends)
+            return with_newline_in_graph(with_newline_in_graph(encoded, ends.newline), ends.faster_token)
+        return merge_features(encoded, kinds, image_sizes, self.image_policy(), self.video_policy(), ends)
 
     # Features into the sequence.
 

@@ -16,12 +16,16 @@ from llava.images.video_layout import VideoLayout, VideoPolicy
 
 
 def merge_frames(features: Tensor, layout: VideoLayout, newline: Tensor | None, faster_token: Tensor | None) -> Tensor:
-    """Join the features of a video's frames, (F, P, D) -> (num_features, D).
+    """Join the features of a video's frames, (F, P, D) -> (num_features, D); P is that of the reduced grid for some policies.
 
     `newline` and `faster_token` (D,) are the learned ends of rows, frames or the video, where the layout has them.
     """
     policy = layout.policy
-    slow = with_row_ends(reduced(features, layout.grid, policy, policy.stride), layout, newline)  # (F, n, D)
+    if policy.before_projector:  # they came reduced
+        grids = features.reshape(len(features), *layout.grid, -1)
+    else:
+        grids = reduced(features, layout.grid, policy, policy.stride)
+    slow = with_row_ends(grids, layout, newline)  # (F, n, D)
     if layout.fast_grid is not None:
         assert faster_token is not None, "a layout with slow frames needs faster_token"
         fast = with_row_ends(reduced(features, layout.fast_grid, policy, 2 * policy.stride), layout, newline)

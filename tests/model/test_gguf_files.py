@@ -313,6 +313,16 @@ def test_factors_of_llama_3(factor: float, positions: int, base: float, head_dim
     assert llama_3_rope(stored, base) == {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
+@pytest.mark.parametrize("head_dim", [4, 6, 8, 16, 24])
+@pytest.mark.parametrize("positions", [64, 1024, 8192])
+def test_factors_of_llama_3_with_small_heads(head_dim: int, positions: int) -> None:
+    """With few factors the numbers do not follow from them, but numbers that make the same factors are found."""
+    rope = {**LLAMA_3, "original_max_position_embeddings": positions}
+    factors = llama_3_factors(5e5, head_dim, rope)
+    again = llama_3_factors(5e5, head_dim, llama_3_rope(factors, 5e5))
+    assert again == pytest.approx(factors, rel=1e-3)
+
+
 def test_names_that_no_tensor_has() -> None:
     for name in ("blk.0\n.attn_q.weight", "", "\n", "v.blk.x.ln1", "blk..weight"):
         assert published_text_name(name) is None

@@ -35,6 +35,7 @@ class CatalogModel:
 
 
 _PHOTOGRAPHS = "photographs, short and long answers"
+_ALL_KINDS = "details, several images, videos"
 _DETAILS = "text and details, by tiles of an image"
 CATALOG = {
     "llava-1.5-7b": CatalogModel("llava-hf/llava-1.5-7b-hf", 7.06, 6.48, "Llama 2", _PHOTOGRAPHS),
@@ -52,6 +53,16 @@ CATALOG = {
     "llava-interleave-7b": CatalogModel(
         "llava-hf/llava-interleave-qwen-7b-hf", 8.14, 6.48, "Tongyi Qianwen", "several images in a question"
     ),
+    "llava-onevision-0.5b": CatalogModel(
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, 0.36, "Apache 2.0", f"{_ALL_KINDS}; small"
+    ),
+    "llava-onevision-7b": CatalogModel("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, 6.53, "Apache 2.0", _ALL_KINDS),
+    "llava-onevision-72b": CatalogModel(
+        "llava-hf/llava-onevision-qwen2-72b-ov-hf", 73.18, 70.21, "Tongyi Qianwen", _ALL_KINDS
+    ),
+    "llava-next-video-7b": CatalogModel("llava-hf/LLaVA-NeXT-Video-7B-hf", 7.06, 6.48, "Llama 2", "videos"),
+    "vip-llava-7b": CatalogModel("llava-hf/vip-llava-7b-hf", 7.08, 6.48, "Llama 2", "marks drawn on images"),
+    "vip-llava-13b": CatalogModel("llava-hf/vip-llava-13b-hf", 13.37, 12.69, "Llama 2", "marks drawn on images"),
     "llava-llama3-8b": CatalogModel("xtuner/llava-llama-3-8b-v1_1-transformers", 8.36, 6.98, "Llama 3", _PHOTOGRAPHS),
     "llava-phi3-mini": CatalogModel("xtuner/llava-phi-3-mini-hf", 4.14, 3.62, "MIT", "photographs; small"),
     "llava-gemma-2b": CatalogModel("Intel/llava-gemma-2b", 2.82, 1.98, "Gemma", "photographs; small"),

@@ -102,18 +102,6 @@ _BOTH = (TRANSFORMERS, "vLLM")
 FOREIGN_MODELS = (
     # transformers' own classes beside those of LLaVA-1.5 and 1.6
     ForeignModel(
-        "LLaVA-OneVision in transformers' layout (llava_onevision)",
-        "it reduces the features of many tiles, and takes videos",
-        _BOTH,
-        declared="llavaonevision" + _CLASS,
-    ),
-    ForeignModel(
-        "LLaVA-NeXT-Video in transformers' layout (llava_next_video)",
-        "it pools the features of video frames",
-        _BOTH,
-        declared="llavanextvideo" + _CLASS,
-    ),
-    ForeignModel(
         "Video-LLaVA in transformers' layout (video_llava)",
         "it has one tower for images and another one for videos",
         (TRANSFORMERS,),

@@ -31,19 +31,29 @@ class HFModel:
     tower: str = CLIP
     select: str = "default"  # vision_feature_select_strategy
     has_tiles: bool = True
+    takes_videos: bool = False
+    reduces_features: bool = False  # of many tiles, by interpolation
+    projector: str = "mlp2x_gelu"
+    layer_key: str = "vision_feature_layer"
 
     @property
     def architecture(self) -> str:
         return f"{self.name}ForConditionalGeneration"
 
+    @property
+    def processor(self) -> str:
+        return f"{self.name.removeprefix('Vip')}Processor"
+
+
+NORM_PROJECTOR = "norm_mlp2x_gelu"
 
 # By model_type.
 HF_MODELS = {
     "llava": HFModel("Llava", has_tiles=False),
     "llava_next": HFModel("LlavaNext"),
-    "llava_next_video": HFModel("LlavaNextVideo"),
-    "llava_onevision": HFModel("LlavaOnevision", tower=SIGLIP, select="full"),
-    "vipllava": HFModel("VipLlava", has_tiles=False),
+    "llava_next_video": HFModel("LlavaNextVideo", takes_videos=True),
+    "llava_onevision": HFModel("LlavaOnevision", tower=SIGLIP, select="full", takes_videos=True, reduces_features=True),
+    "vipllava": HFModel("VipLlava", has_tiles=False, projector=NORM_PROJECTOR, layer_key="vision_feature_layers"),
 }
 ARCHITECTURES = tuple(model.architecture for model in HF_MODELS.values())
 
@@ -150,7 +160,7 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
         "mm_vision_tower": OWN_FOLDER,
         "vision_config": vision,
         "mm_hidden_size": vision["hidden_size"] * num_layers,
-        "mm_projector_type": "norm_mlp2x_gelu" if model.name == "VipLlava" else "mlp2x_gelu",
+        "mm_projector_type": model.projector,
         "mm_vision_select_layer": layers if isinstance(layers, int) else list(layers),
         "mm_vision_select_feature": select_features.get(str(config.get("vision_feature_select_strategy")), "patch"),
         "mm_use_im_start_end": False,
@@ -165,6 +175,8 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
             "mm_patch_merge_type": "spatial_unpad",
             "image_grid_pinpoints": _swapped(config["image_grid_pinpoints"]),
         }
+        if model.takes_videos:
+            values |= _video_keys(config)
     else:
         mode = "pad" if pads_images(folder) else "square"
         values |= {"image_aspect_ratio": mode, "mm_patch_merge_type": "flat"}
@@ -176,6 +188,18 @@ def original_keys(config: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
         values["max_sequence_length"] = text["max_position_embeddings"]
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return values | ({"dtype": dtype} if dtype else {})
+
+
+def _video_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How frames are reduced: OneVision's class has no keys for it, LLaVA-NeXT-Video's reduces before the projector."""
+    if config["model_type"] == "llava_onevision":
+        return {"mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": 2, "mm_newline_position": "one_token"}
+    return {
+        "mm_spatial_pool_mode": config["spatial_pool_mode"],
+        "mm_spatial_pool_stride": config["spatial_pool_stride"],
+        "mm_spatial_pool_before_projector": True,
+        "mm_newline_position": "no_token",
+    }
 
 
 def _swapped(pinpoints: list[list[int]]) -> list[list[int]]:

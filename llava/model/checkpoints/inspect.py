@@ -6,7 +6,7 @@ In: a folder. Out: `CheckpointInfo`: the kind, the config, every stored tensor u
     projector     config with `mm_*` keys and `mm_projector.bin`; the language model is in a base folder
     lora          adapter_config.json and adapter weights; the language model is in a base folder, which may be in either
                   layout, and its config too where PEFT alone wrote the folder
-    transformers  the layout of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration
+    transformers  the layout of one of the LLaVA classes of transformers (hf_layout.py)
     language      a language model without a vision tower
 
 Models that are not read are recognised by foreign.py: `inspect` refuses them, `survey` describes them.

@@ -27,6 +27,9 @@ LLAMA_3_ROPE = (1.0, 4.0, 8192)
 # What GGUF has no key for; written by convert/gguf/pair.py, and absent in files of other converters.
 OWN_TYPE, OWN_PROJECTOR = "llava.language_model", "llava.mm_projector_type"
 OWN_LENGTH, OWN_LEGACY = "llava.tokenizer_model_max_length", "llava.tokenizer.legacy"
+# How videos are reduced: keys of the config, stored as `llava.KEY`, and the fields of the `VideoPolicy`.
+VIDEO_TEXTS = {"mm_spatial_pool_mode": "pool", "mm_newline_position": "newline"}
+OWN_STRIDE, OWN_BEFORE = "llava.mm_spatial_pool_stride", "llava.mm_spatial_pool_before_projector"
 SINGLE_LAYER = ("linear", "mlp1x_gelu")  # projectors that the writer stores as two layers
 PROJECTORS = ("mlp2x_gelu", *SINGLE_LAYER)  # that are written
 
@@ -134,6 +137,11 @@ def read_gguf_config(text: GgufHeader, vision: GgufHeader, rope_factors: Sequenc
         "mm_patch_merge_type": keys.text("clip.vision.mm_patch_merge_type", "flat"),
         "image_aspect_ratio": keys.text("clip.vision.image_aspect_ratio", "anyres" if pinpoints else "pad"),
     }
+    values |= {key: keys.text(f"llava.{key}") for key in VIDEO_TEXTS if f"llava.{key}" in vision.keys}
+    if OWN_STRIDE in vision.keys:
+        values["mm_spatial_pool_stride"] = keys.count(OWN_STRIDE)
+    if keys.flag(OWN_BEFORE):
+        values["mm_spatial_pool_before_projector"] = True
     if pinpoints:
         values["image_grid_pinpoints"] = [pinpoints[at : at + 2] for at in range(0, len(pinpoints), 2)]
     return GgufConfig(values, tower, _image_processor(keys, tower))
@@ -230,15 +238,17 @@ def llama_3_factors(base: float, head_dim: int, rope: dict[str, Any]) -> list[fl
 def llama_3_rope(factors: Sequence[float], base: float) -> dict[str, Any]:
     """The `rope_parameters` of which `llama_3_factors` makes these factors.
 
-    The numbers follow from the factors but for one, which is 1 in every published model.
+    The numbers follow from the factors but for one, which is 1 in every published model. A head of few dimensions may have
+    fewer than two factors between the ends; the numbers are then those of Llama 3 as far as they make these factors.
     """
     head_dim, factor = 2 * len(factors), max(factors)
     if factor <= 1 or min(factors) < 1:
         raise InputError(f"the factors in {ROPE_FACTORS!r} are not those of Llama 3's position encoding")
     low, high, positions = LLAMA_3_ROPE
+    frequencies = [1 / (2 * math.pi * base ** (2 * index / head_dim)) for index in range(len(factors))]
     between = [
-        ((1 / value - 1 / factor) / (1 - 1 / factor), 1 / (2 * math.pi * base ** (2 * index / head_dim)))
-        for index, value in enumerate(factors)
+        ((1 / value - 1 / factor) / (1 - 1 / factor), frequency)
+        for value, frequency in zip(factors, frequencies, strict=True)
         if 1.0001 < value < factor * 0.9999
     ]
     if len(between) > 1:  # smooth = slope * frequency - low / (high - low)
@@ -246,6 +256,13 @@ def llama_3_rope(factors: Sequence[float], base: float) -> dict[str, Any]:
         slope = (first - last) / (a - b)
         high = low + low / (slope * a - first)
         positions = round(slope * (high - low))
+    elif between:
+        smooth, frequency = between[0]
+        positions = round((low + smooth * (high - low)) / frequency)
+    elif kept := [frequency for value, frequency in zip(factors, frequencies, strict=True) if value <= 1.0001]:
+        changed = max((f for value, f in zip(factors, frequencies, strict=True) if value > 1.0001))
+        fits = positions * min(kept) >= high and positions * changed <= low
+        positions = positions if fits else math.ceil(high / min(kept))
     rope = {
         "rope_type": "llama3",
         "factor": _short(factor),
