@@ -35,7 +35,7 @@ _TEMPLATE = """\
 {{- message['content'] -}}
 {%- else -%}
 {%- for content in message['content'] -%}
-{%- if content['type'] != 'text' -%}{{- PLACEHOLDER -}}{%- endif -%}
+{%- if content['type'] != 'text' -%}{{- PLACEHOLDER_OF_CONTENT -}}{%- endif -%}
 {%- endfor -%}
 {%- for content in message['content'] -%}
 {%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
@@ -49,8 +49,10 @@ _TEMPLATE = """\
 """
 
 
-def chat_template(conv_mode: str, image_placeholder: str) -> str:
-    """Build the Jinja text of a conversation template; `image_placeholder` stands for one image.
+def chat_template(conv_mode: str, image_placeholder: str, video_placeholder: str | None = None) -> str:
+    """Build the Jinja text of a conversation template.
+
+    `image_placeholder` stands for one image, and for a video too where that has no placeholder of its own.
 
     Raises:
         InputError: The template cannot be expressed as a chat template.
@@ -62,12 +64,15 @@ def chat_template(conv_mode: str, image_placeholder: str) -> str:
         )
     if conv.chat_template is not None:
         return conv.chat_template.source
+    placeholder = _text(image_placeholder + "\n")
+    if video_placeholder is not None:
+        placeholder = f"({_text(video_placeholder + chr(10))} if content['type'] == 'video' else {placeholder})"
     parts = {
         "SYSTEM_OF_MESSAGE": "system_message",  # of most styles, as the next
         "GENERATION_PROMPT": "''",
         **_PARTS[conv.sep_style](conv),
         "BODY": "body | trim" if conv.sep_style == SeparatorStyle.LLAMA_3 else "body",
-        "PLACEHOLDER": _text(image_placeholder + "\n"),
+        "PLACEHOLDER_OF_CONTENT": placeholder,
         "SYSTEM": _text(conv.system),
     }
     return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _TEMPLATE)

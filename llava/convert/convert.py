@@ -51,6 +51,7 @@ class ConversionReport:
     verify_s: float
     tensors: TensorComparison
     logits: LogitComparison | None  # None: not compared
+    video_logits: LogitComparison | None  # the same
     left_out: Mapping[str, tuple[str, ...]]  # stored tensors of the source that the target does not hold, by reason
     notes: tuple[str, ...]
     commands: tuple[str, ...]  # that use the target
@@ -67,15 +68,13 @@ class ConversionReport:
         if logits is None:
             lines.append("logits were not compared (--proof tensors, or a layout that is no model by itself)")
         else:
-            lines.append(
-                f"compared logits of a sample with an image in float32: largest difference {logits.largest:.3g} at a "
-                f"magnitude of {logits.scale:.3g}, the same most likely token at {logits.same_token} of "
-                f"{logits.num_positions} positions"
-            )
+            lines.append(f"compared logits of a sample with an image in float32: {logits.summary()}")
             if logits.pixels is not None:
                 lines.append(
                     f"compared prompt and ids of the sample: equal; pixels: largest difference {logits.pixels:.3g}"
                 )
+        if self.video_logits is not None:
+            lines.append(f"compared logits of a sample with a video in float32: {self.video_logits.summary()}")
         for reason, names in self.left_out.items():
             lines.append(f"left out {len(names)} tensors, {names[0]} first: {reason}")
         lines += [f"note: {note}" for note in self.notes]
@@ -137,7 +136,7 @@ def convert(
             layout.write(folder, progress)
             flush_tree(folder)
         written = time.perf_counter()
-        tensors, logits = layout.verify(folder, logits=options.verification == "full")
+        found = layout.verify(folder, logits=options.verification == "full")
         verified = time.perf_counter()
         report = ConversionReport(
             source=str(source.folder),
@@ -146,8 +145,9 @@ def convert(
             num_bytes=layout.num_bytes,
             write_s=written - started,
             verify_s=verified - written,
-            tensors=tensors,
-            logits=logits,
+            tensors=found.tensors,
+            logits=found.logits,
+            video_logits=found.video_logits,
             left_out=left_out,
             notes=tuple(layout.notes()),
             commands=tuple(layout.commands(Path(target))),

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.conversation import get_model_name_from_path
+from llava.convert.readers import readers_of
 from llava.errors import InputError
 from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor, check_side
@@ -22,10 +23,9 @@ from llava.images.layout import ImagePolicy, TileRange, parse_pinpoints
 from llava.model.checkpoints.base_model import base_on_disk, find_base, original_config, over_base
 from llava.model.checkpoints.catalog import did_you_mean
 from llava.model.checkpoints.foreign import ForeignModel
-from llava.model.checkpoints.gguf.config import PROJECTORS
 from llava.model.checkpoints.gguf.file import GgufHeader, read_gguf_header
 from llava.model.checkpoints.gguf.folder import find_pair, gguf_checkpoint
-from llava.model.checkpoints.gguf.names import ARCHITECTURE_OF
+from llava.model.checkpoints.hf_layout import NORM_PROJECTOR
 from llava.model.checkpoints.hub import HubOptions, find_vision_tower, is_gguf, is_known_name, resolve_checkpoint
 from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
@@ -39,8 +39,6 @@ from llava.model.checkpoints.inspect import (
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import (
     OWN_FOLDER,
-    PLAIN_DECODERS,
-    SHARED_TOWER_TYPES,
     LlavaSettings,
     check_tower_type,
     check_types,
@@ -192,6 +190,7 @@ class _Folder:
             "vision tower": self._tower(settings),
             "projector": f"{settings.projector.type}, {wide}",
             "images": self._images(settings),
+            "videos": self._videos(settings),
             "template": template.name,
             "template from": template.origin,
         }
@@ -213,6 +212,12 @@ class _Folder:
         """The generation of published models that are built like this one; the name is not considered."""
         if self.info.has_legacy_config and self.info.config.get("mm_projector_type") is None:
             return "as LLaVA v0 and v1"
+        if settings.projector.type == NORM_PROJECTOR:
+            return "as ViP-LLaVA"
+        if settings.image.max_tiles is not None:
+            return "as LLaVA-OneVision"
+        if settings.video.before_projector:
+            return "as LLaVA-NeXT-Video"
         if settings.image.mode == "anyres":
             return "as LLaVA-1.6 (NeXT)"
         return "as LLaVA-1.5" if settings.projector.type == "mlp2x_gelu" else "as LLaVA v1"
@@ -272,6 +277,21 @@ class _Folder:
             text += ", canvases " + " ".join(f"{size.width}x{size.height}" for size in image.pinpoints)
         return text
 
+    def _videos(self, settings: LlavaSettings) -> str:
+        """How a video's frames are reduced; empty where the config does not say, as of models that learned images alone."""
+        if not any(self.values.get(key) is not None for key in ("mm_spatial_pool_mode", "mm_newline_position")):
+            return ""
+        video = settings.video
+        ends = {
+            "grid": "a newline after each row",
+            "frame": "a newline after each frame",
+            "one_token": "a newline at the end",
+            "no_token": "no newline",
+        }
+        place = " before the projector" if video.before_projector else ""
+        text = f"frames reduced {video.stride} times each way ({video.pool}){place}, {ends[video.newline]}"
+        return text if video.slow_every is None else f"{text}, more between every {video.slow_every} frames"
+
     def _tokenizer_folder(self) -> Path | None:
         return next((folder for folder in folders_of(self.info, self.base) if holds_tokenizer(folder)), None)
 
@@ -326,48 +346,13 @@ class _Folder:
 
     def _readers(self) -> dict[str, str]:
         """Which programs read this folder as it is, and which conversion the others need."""
-        if self.info.kind == "lora" and not self.info.is_adapter_of_llava:
-            return {
-                "llava": "yes, with its base model",
-                "PEFT": "yes, over the base in the layout that it was trained in",
-            }
-        if self.settings is None:
-            return {"llava": "text only"}
-        tower = self._tower_type()
-        if tower is not None and tower not in SHARED_TOWER_TYPES:
-            own = "yes" if not self.info.needs_base else "yes, with its base model"
-            others = ("original LLaVA code", "transformers", "vLLM", "SGLang", "llama.cpp")
-            return {"llava": own, **dict.fromkeys(others, f"no, since its vision tower is of type {tower}")}
-        is_theirs = self.info.kind == "transformers"
-        plain = self.info.language_model in PLAIN_DECODERS and self.settings.projector.type == "mlp2x_gelu"
-        in_gguf = self.info.language_model in ARCHITECTURE_OF and self.settings.projector.type in PROJECTORS
-        whole = not self.info.needs_base
-        convert = "after llava convert --to transformers" if plain else "no"
-        in_vllm = is_theirs or (plain and whole and self.info.language_model != "qwen3")
-        plugin = "yes" if is_theirs else "yes, with this package installed beside it"
-        return {
-            "llava": "yes" if whole else "yes, with its base model",
-            "original LLaVA code": "yes" if self.info.kind != "transformers" else "after llava convert --to original",
-            "transformers": "yes" if is_theirs else convert,
-            "vLLM": plugin if in_vllm else convert,
-            "SGLang": self._sglang(str(self.settings.vision.tower), is_plain=plain and whole),
-            "llama.cpp": "after llava convert --to gguf" if in_gguf else "no",
-        }
+        return readers_of(self.info, self.settings, tower_type=self._tower_type(), tower_folder=self.tower_folder)
 
     def _tower_type(self) -> str | None:
         """The type of the vision tower, as far as its config is on this disk."""
         if self.tower_folder is None or not (self.tower_folder / "config.json").is_file():
             return None
         return str(read_json(self.tower_folder / "config.json").get("model_type"))
-
-    def _sglang(self, tower: str, *, is_plain: bool) -> str:
-        """SGLang reads the original layout with a tower that its own loader finds by name."""
-        if not is_plain:
-            return "no"
-        if self.info.kind == "transformers":
-            return "after llava convert --to original --tower out"
-        outside = not self.info.tower_in_checkpoint and (Path(tower).is_absolute() or self.tower_folder is None)
-        return "yes" if outside else "with mm_vision_tower set to a hub repository or an absolute folder"
 
 
 def _base_on_disk(info: CheckpointInfo) -> CheckpointInfo | None:

@@ -8,7 +8,7 @@ from llava.errors import InputError
 
 LAYOUTS = {
     "original": "config.json with mm_* keys and published tensor names; adapters are merged into their base",
-    "transformers": "for LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, and for vLLM",
+    "transformers": "for transformers' classes (Llava, LlavaNext, LlavaNextVideo, LlavaOnevision, VipLlava), and for vLLM",
     "gguf": "a pair of files for llama.cpp: the language model, and the tower with its projector",
     "projector": "the projector alone, for a base model",
     "delta": "the difference to a base model's weights",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PAD_TOKEN = "<pad>"
 
 
-def convert_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
-    """Convert a tokenizer to the tokenizers library; `<image>` and `<pad>` are appended where it lacks them."""
+def convert_tokenizer(tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """Convert a tokenizer to the tokenizers library; `<image>`, `<pad>` and `more` are appended where it lacks them."""
     from tokenizers import AddedToken, Tokenizer
 
     if isinstance(tokenizer, LlamaSentencePieceTokenizer):
@@ -42,7 +42,7 @@ def convert_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenize
         raise InputError(
             f"a tokenizer of class {type(tokenizer).__name__} cannot be written as tokenizer.json, which this layout needs"
         )
-    for token in (DEFAULT_IMAGE_TOKEN, PAD_TOKEN):
+    for token in (DEFAULT_IMAGE_TOKEN, PAD_TOKEN, *more):
         if fast.token_to_id(token) is None:
             fast.add_special_tokens([AddedToken(token, normalized=False, special=True)])
     return fast

@@ -9,11 +9,12 @@ one by one, and logits are computed in float32 with weights that are read layer 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ from llava.conversation import get_template, with_image_placeholders
 from llava.convert.source import Source
 from llava.convert.writer import ByteProgress, pieces
 from llava.errors import InputError
+from llava.files import read_json
+from llava.images.video_layout import plan_video
 from llava.model.checkpoints.hf_layout import published_name
 from llava.model.checkpoints.meta_model import MetaModel, build_empty_model, open_meta_model, stream_weights
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
+from llava.model.config import LlavaSettings
 from llava.model.protocols import LanguageModel
 from llava.processor import ModelInputs, Processor
 
@@ -64,18 +68,28 @@ class LogitComparison:
     same_token: int  # positions at which both have the same argmax
     pixels: float | None = None  # largest difference between the two image processors; None where there is one
 
+    def summary(self) -> str:
+        return (
+            f"largest difference {self.largest:.3g} at a magnitude of {self.scale:.3g}, the same most likely token at "
+            f"{self.same_token} of {self.num_positions} positions"
+        )
+
 
 class Verification(NamedTuple):
-    """What was compared; `logits` is None where they were not."""
+    """What was compared; logits are None where they were not."""
 
     tensors: TensorComparison
-    logits: LogitComparison | None = None
+    logits: LogitComparison | None = None  # of a sample with an image
+    video_logits: LogitComparison | None = None  # of one with a video, for transformers' classes that take them
 
 
 def verify_folder(source: Source, folder: Path, *, logits: bool) -> Verification:
     """Verify a target that our own loader reads: its tensors and, if asked for, its logits."""
     tensors = verify_tensors(source, folder)
-    return Verification(tensors, verify_logits(source, folder, exact=tensors.is_exact) if logits else None)
+    if not logits:
+        return Verification(tensors)
+    compare = (verify_logits, verify_video_logits)
+    return Verification(tensors, *(verify(source, folder, exact=tensors.is_exact) for verify in compare))
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -206,10 +220,10 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
 
     The second value is the largest difference between the two image processors' pixels.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig
 
     folder = written.info.folder
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = hf_processor(folder)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SAMPLE_QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if prompt != sample.prompt:
@@ -227,13 +241,66 @@ def transformers_logits(written: MetaModel, sample: VerificationSample) -> tuple
     # Both models get our pixels, so that the logits compare the models alone; pixels are compared separately.
     given = ours if isinstance(ours, Tensor) else torch.stack(list(ours))
     pixels = (inputs["pixel_values"] - given).abs().max().item()
+    return run_transformers(written, **{**inputs, "pixel_values": given}), pixels
+
+
+def run_transformers(written: MetaModel, **inputs: object) -> Tensor:
+    """Compute the logits (T, V) of transformers' own class of a target, with weights that are read layer by layer."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(written.info.folder, trust_remote_code=False)
     model = build_empty_model(
         lambda: AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
     )
     stored = {published_name(header.name): name for name, header in written.found.items()}
     with torch.no_grad(), stream_weights(model, lambda name: written.read(stored[published_name(name)])):
-        output = model(**{**inputs, "pixel_values": given}, use_cache=False)
-    return output.logits[0], pixels
+        return model(**inputs, use_cache=False).logits[0]
+
+
+def verify_video_logits(source: Source, target: Path, *, exact: bool) -> LogitComparison | None:
+    """Compare the logits of a prompt with a video; None where the target's class of transformers' takes none, or reduces its
+    frames otherwise (layouts/hf.py says so)."""
+    written = open_meta_model(target)
+    video_token = written.info.config.get("video_token_index") if written.info.kind == "transformers" else None
+    if video_token is None or LlavaSettings.from_hf(written.model.config).video != source.settings.video:
+        return None
+    sample = make_sample(source)
+    from PIL.Image import Transpose
+
+    turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180)
+    frames = [sample.image, *(sample.image.transpose(turn) for turn in turns)]
+    pixels = source.image_processor.preprocess(frames, return_tensors="pt")["pixel_values"]  # (F, 3, S, S)
+    ids = sample.inputs.input_ids
+    with torch.no_grad(), stream_weights(source.model, source.meta_model.read):
+        ours = source.model(
+            ids[None], images=[pixels], image_sizes=[sample.image.size], modalities=["video"], use_cache=False
+        ).logits[0]
+    count = plan_video(len(frames), source.policy, source.settings.video).num_features
+    repeats = torch.where(ids == IMAGE_TOKEN_INDEX, count, 1)
+    expanded = torch.where(ids == IMAGE_TOKEN_INDEX, video_token, ids).repeat_interleave(repeats)[None]
+    theirs = run_transformers(written, input_ids=expanded, pixel_values_videos=pixels[None])
+    return compare_logits(ours, theirs, exact=exact)
+
+
+def hf_processor(folder: Path) -> Any:
+    """Read transformers' processor of a folder; without torchvision, one that takes images and no videos.
+
+    Its processors of videos need torchvision, and those that take both refuse to be built without it.
+    """
+    import transformers
+
+    values = read_json(folder / "processor_config.json")
+    if not values.get("video_token") or importlib.util.find_spec("torchvision"):
+        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    base = getattr(transformers, values.pop("processor_class"))
+    images_only = type(base.__name__, (base,), {"check_argument_for_proper_class": lambda self, name, part: type(part)})
+    return images_only(
+        image_processor=transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
+        video_processor=None,
+        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        **values,
+    )
 
 
 def collapsed(ids: list[int], image_token: int) -> list[int]:

@@ -14,7 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import ANYRES, build
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig
-from transformers_kit import save_peer, small_llava, small_llava_next
+from transformers_kit import (
+    LLAMA_3,
+    save_peer,
+    small_granite_vision,
+    small_llava,
+    small_llava_next,
+    small_next_video,
+    small_onevision,
+    small_vipllava,
+)
 
 from llava.assets import embedded_model_path
 from llava.conversation import get_template
@@ -146,14 +155,25 @@ def test_vocabulary_as_in_published_conversions(tmp_path: Path) -> None:
 
 
 PAIRS = [(checkpoint, names) for checkpoint in (V15, V16) for names in NAME_RULES]
-PAIRS += [(checkpoint, "4.36") for checkpoint in ("embedded", "chatml", "qwen2", "mistral")]
+PAIRS += [(checkpoint, "4.36") for checkpoint in ("embedded", "chatml", "qwen2", "mistral", "llama_3", "next_video")]
+PAIRS += [("onevision", names) for names in NAME_RULES]
+BUILT: dict[str, dict[str, Any]] = {
+    "qwen2": {"language_model": "qwen2"},
+    "mistral": {"language_model": "mistral"},
+    "chatml": {"language_model": "llama"},
+    "llama_3": {"language_model": "llama", "conv_mode": "llava_llama_3", "rope_parameters": LLAMA_3},
+    "next_video": {"language_model": "llama", "mm_spatial_pool_mode": "average", "mm_newline_position": "no_token",
+                   "mm_spatial_pool_before_projector": True},
+    "onevision": {"language_model": "qwen2", "siglip": True, "image_aspect_ratio": "anyres_max_9", "model_type": "llava_qwen",
+                  "mm_spatial_pool_mode": "bilinear", "mm_newline_position": "one_token", "tie_word_embeddings": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("checkpoint", "names"), PAIRS)
 def test_round_trips_are_exact(checkpoint: str, names: str, tmp_path: Path) -> None:
-    if checkpoint in ("qwen2", "mistral", "chatml"):
-        language_model = "llama" if checkpoint == "chatml" else checkpoint
-        source = build(tmp_path / "source", language_model, conv_mode="chatml_direct", **ANYRES, vocab_size=259)
+    if checkpoint in BUILT:
+        values = {"conv_mode": "chatml_direct", "vocab_size": 259} | ANYRES | BUILT[checkpoint]
+        source = build(tmp_path / "source", values.pop("language_model"), **values)
     else:
         source = embedded_model_path() if checkpoint == "embedded" else Path(checkpoint)
     convert(source, tmp_path / "theirs", to="transformers", options=ConversionOptions(names=names, shard_bytes=10**5))
@@ -170,6 +190,7 @@ def test_round_trips_are_exact(checkpoint: str, names: str, tmp_path: Path) -> N
         assert_same(towers, own)
     before, after = load(source, device="cpu"), load(tmp_path / "ours", device="cpu")
     assert after.model.image_policy() == before.model.image_policy()
+    assert after.model.video_policy() == before.model.video_policy()
     assert after.image_processor == before.image_processor
     assert (after.conv_mode, after.context_len) == (before.conv_mode, before.context_len)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
@@ -178,7 +199,7 @@ def test_round_trips_are_exact(checkpoint: str, names: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("generation", ["today", "4.3x", "4.5x"])
-@pytest.mark.parametrize("kind", ["llava", "siglip", "next"])
+@pytest.mark.parametrize("kind", ["llava", "siglip", "next", "onevision", "next_video", "vipllava", "granite"])
 def test_their_checkpoints_to_ours_and_back(kind: str, generation: str, tmp_path: Path) -> None:
     """Of files that we did not write: no tensor changes, no row of the vocabulary is added or lost."""
     tower = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -187,11 +208,18 @@ def test_their_checkpoints_to_ours_and_back(kind: str, generation: str, tmp_path
         "llava": small_llava,
         "siglip": lambda: small_llava("qwen2", strategy="full", tower=tower),
         "next": small_llava_next,
+        "onevision": small_onevision,
+        "next_video": small_next_video,
+        "vipllava": small_vipllava,
+        "granite": small_granite_vision,
     }
-    peer = save_peer(tmp_path / "theirs", makers[kind](), generation)
+    peer_model = makers[kind]()
+    peer = save_peer(tmp_path / "theirs", peer_model, generation)
     convert(peer, tmp_path / "ours", to="original")
     assert inspect(tmp_path / "ours").kind == "full"
-    convert(tmp_path / "ours", tmp_path / "again", to="transformers")
+    report = convert(tmp_path / "ours", tmp_path / "again", to="transformers")
+    assert (report.video_logits is not None) == (kind in ("onevision", "next_video"))
+    assert inspect(tmp_path / "again").config["architectures"] == [type(peer_model).__name__]
     found = {published_name(name): tensor for name, tensor in tensors_of(tmp_path / "again").items()}
     assert_same(found, {published_name(name): tensor for name, tensor in tensors_of(peer).items()})
 

@@ -17,13 +17,14 @@ import torch
 from cli_kit import run_python
 from golden_data import HERE
 from tiny import ANYRES, build
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaOnevisionConfig
 
 from llava.convert.convert import ConversionOptions, convert
 from llava.convert.vllm import plugin as vllm_plugin
-from llava.convert.vllm.plugin import ARCHITECTURES, companion, converted_tensors, is_original
+from llava.convert.vllm.plugin import ARCHITECTURES, _config_from_dict, companion, converted_tensors, is_original
+from llava.errors import InputError
 from llava.model.checkpoints.hf_layout import published_name
-from llava.model.checkpoints.inspect import stored_tensors
+from llava.model.checkpoints.inspect import read_config, stored_tensors
 from llava.model.checkpoints.meta_model import build_empty_model
 from llava.model.checkpoints.weight_files import read_tensor
 
@@ -96,10 +97,14 @@ def test_configs_are_those_of_a_conversion(tmp_path: Path) -> None:
         assert not is_original(target)
 
 
-@pytest.mark.parametrize("checkpoint", [V15, V16, "qwen2"])
+@pytest.mark.parametrize("checkpoint", [V15, V16, "qwen2", "onevision"])
 def test_tensors_are_those_of_a_conversion_and_fill_the_model(checkpoint: str, tmp_path: Path) -> None:
-    tied = checkpoint == "qwen2"
-    source = build(tmp_path / "source", "qwen2", tie_word_embeddings=True) if tied else Path(checkpoint)
+    if checkpoint == "onevision":
+        source = onevision(tmp_path / "source")
+    elif checkpoint == "qwen2":
+        source = build(tmp_path / "source", "qwen2", tie_word_embeddings=True)
+    else:
+        source = Path(checkpoint)
     convert(source, tmp_path / "theirs", to="transformers", options=ConversionOptions(verification="tensors"))
     given = dict(converted_tensors(source))
     written = {name: read_tensor(header) for name, header in stored_tensors(tmp_path / "theirs").items()}
@@ -112,6 +117,49 @@ def test_tensors_are_those_of_a_conversion_and_fill_the_model(checkpoint: str, t
     named = [published_name(name) for name in given if "post_layernorm" not in name]
     assert len(named) == len(set(named))
     assert set(named) == {name for name in expected if "post_layernorm" not in name}
+
+
+def onevision(folder: Path, **changes: Any) -> Path:
+    """With the keys of the published ones: of the type `llava`, by the class's name over Qwen2."""
+    values = ANYRES | {"image_aspect_ratio": "anyres_max_9", "mm_newline_position": "one_token"} | changes
+    source = build(folder, "qwen2", siglip=True, **values)
+    keys = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(keys | {"model_type": "llava"}))
+    return source
+
+
+def test_onevision_is_given_as_its_own_class(tmp_path: Path) -> None:
+    source = onevision(tmp_path / "source")
+    assert is_original(source)
+    config = _config_from_dict(object, read_config(source), name_or_path=str(source))
+    assert isinstance(config, LlavaOnevisionConfig)
+    assert config.architectures == ["OriginalLlavaOnevision"]
+    assert (config.vision_aspect_ratio, config.vision_feature_select_strategy) == ("anyres_max_9", "full")
+    assert config.text_config.model_type == "qwen2"
+    folder = companion(source)
+    written = {file.name for file in folder.iterdir()}
+    assert written >= {"video_preprocessor_config.json", "processor_config.json", "chat_template.jinja"}
+    assert json.loads((folder / "video_preprocessor_config.json").read_text())["size"] == {"height": 28, "width": 28}
+    assert {config.image_token_index, config.video_token_index} < set(range(config.text_config.vocab_size))
+    # The names that vLLM's class maps to its modules.
+    known = (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.",
+        "multi_modal_projector.",
+        "image_newline",
+    )
+    assert all(name.startswith(known) for name, _ in converted_tensors(source))
+
+
+def test_what_vllm_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    fewer = onevision(tmp_path / "fewer", image_aspect_ratio="anyres_max_4")
+    listed = build(
+        tmp_path / "vip", mm_projector_type="norm_mlp2x_gelu", mm_vision_select_layer=[-2, 1], mm_hidden_size=64
+    )
+    for source, words in ((fewer, "anyres_max_9"), (listed, "VipLlavaForConditionalGeneration")):
+        with pytest.raises(InputError, match=words):
+            _config_from_dict(object, read_config(source), name_or_path=str(source))
 
 
 def test_the_companion_is_made_once_and_anew_when_the_checkpoint_changes(

@@ -37,11 +37,14 @@ from llava.convert.writer import ByteProgress
 from llava.errors import InputError, require
 from llava.model.checkpoints.gguf.blocks import dequantize
 from llava.model.checkpoints.gguf.config import (
+    OWN_BEFORE,
     OWN_LENGTH,
     OWN_PROJECTOR,
+    OWN_STRIDE,
     OWN_TYPE,
     PROJECTORS,
     SINGLE_LAYER,
+    VIDEO_TEXTS,
     llama_3_factors,
 )
 from llava.model.checkpoints.gguf.names import (
@@ -274,6 +277,16 @@ class GgufPair:
                 "clip.vision.image_grid_pinpoints", [side for size in source.policy.pinpoints for side in size]
             )
 
+        self._describe_videos(writer)
+
+    def _describe_videos(self, writer: GGUFWriter) -> None:
+        """Write how frames are reduced, for reading the pair back; llama.cpp takes no videos for these models."""
+        video = self.source.settings.video
+        for key, name in VIDEO_TEXTS.items():
+            writer.add_string(f"llava.{key}", getattr(video, name))
+        writer.add_uint32(OWN_STRIDE, video.stride)
+        writer.add_bool(OWN_BEFORE, video.before_projector)
+
     def left_out(self) -> dict[str, tuple[str, ...]]:
         names = tuple(name for name in self.source.names if UNUSED.match(name))
         return {"parts of the vision tower behind the features": names} if names else {}
@@ -393,6 +406,7 @@ def _check_expressible(source: Source) -> None:
         f"a tower of type {tower.config.model_type!r}": tower.config.model_type not in SHARED_TOWER_TYPES,
         f"image_aspect_ratio {settings.image.mode!r}": settings.image.mode in ("highres", "crop_split"),
         "mm_patch_merge_type with maxpool2x2 or nobase": settings.image.pools or not settings.image.keeps_overview,
+        "add_faster_video": settings.video.slow_every is not None,
         f"a position encoding of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ROPE_TYPES,
     }
     source.require_supported("gguf", unsupported)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoImageProcessor, ProcessorMixin
+from transformers import AutoImageProcessor, AutoVideoProcessor, ProcessorMixin
 from transformers.models.llava import LlavaProcessor
 from transformers.models.llava_next import LlavaNextProcessor
+from transformers.models.llava_onevision import LlavaOnevisionProcessor
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -24,6 +25,12 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
+)
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.tokenizers.hf import CachedHfTokenizer
@@ -56,6 +63,8 @@ class CompanionProcessor:
             folder = companion(self.ctx.model_config.model)
             values = read_json(folder / "processor_config.json")
             values.pop("processor_class")
+            if "video_token" in values:
+                values["video_processor"] = AutoVideoProcessor.from_pretrained(folder)
             self._processor = self.processor_class(
                 image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
                 tokenizer=self.ctx.tokenizer,
@@ -71,6 +80,10 @@ class OriginalLlavaInfo(CompanionProcessor, LlavaProcessingInfo):
 
 class OriginalLlavaNextInfo(CompanionProcessor, LlavaNextProcessingInfo):
     processor_class = LlavaNextProcessor
+
+
+class OriginalLlavaOnevisionInfo(CompanionProcessor, LlavaOnevisionProcessingInfo):
+    processor_class = LlavaOnevisionProcessor
 
 
 class FromOriginal:
@@ -97,3 +110,12 @@ class OriginalLlava(FromOriginal, LlavaForConditionalGeneration):
 )
 class OriginalLlavaNext(FromOriginal, LlavaNextForConditionalGeneration):
     """LLaVA-1.6."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionMultiModalProcessor,
+    info=OriginalLlavaOnevisionInfo,
+    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
+)
+class OriginalLlavaOnevision(FromOriginal, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision, with images and videos."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.files import atomic_folder, cache_folder, read_json
-from llava.model.checkpoints.hf_layout import is_transformers_layout
+from llava.model.checkpoints.hf_layout import HF_MODELS, is_transformers_layout
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import read_config
 from llava.model.config import is_multimodal
@@ -36,7 +36,9 @@ MODEL_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_qwen", "llava_qwe
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "OriginalLlava",
     "LlavaNextForConditionalGeneration": "OriginalLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "OriginalLlavaOnevision",
 }
+VLLM_ASPECT_RATIO = "anyres_max_9"
 MODELS = "llava.convert.vllm.models"
 TOKENIZER_MODE = "hf"  # the default of vLLM
 
@@ -74,19 +76,32 @@ def register_configs() -> None:
 
 
 def _config_from_dict(_: type, values: dict[str, Any], **options: Any) -> PreTrainedConfig:
-    from transformers import LlavaConfig, LlavaNextConfig
+    import transformers
 
     if is_transformers_layout(values):
-        return LlavaConfig.from_dict(values, **options)
+        return transformers.LlavaConfig.from_dict(values, **options)
     name = options.pop("name_or_path", None) or values.get("_name_or_path")
     if not name:
         raise InputError(
             "the config of an original LLaVA checkpoint is translated with its folder, which is not known here"
         )
     translated = read_json(companion(name) / "config.json")
+    _check_served(translated, name)
     translated["architectures"] = [ARCHITECTURES[name] for name in translated["architectures"]]
-    config_class = LlavaNextConfig if translated["model_type"] == "llava_next" else LlavaConfig
+    config_class: type[PreTrainedConfig] = getattr(transformers, f"{HF_MODELS[translated['model_type']].name}Config")
     return config_class.from_dict(translated, name_or_path=str(name), **options)
+
+
+def _check_served(translated: dict[str, Any], name: object) -> None:
+    """Raise an `InputError` for a model that vLLM has no class for, or whose class there computes something else."""
+    architecture = translated["architectures"][0]
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"{name} is a {architecture} in transformers' layout, which vLLM does not serve with images")
+    tiles = translated.get("vision_aspect_ratio", VLLM_ASPECT_RATIO)
+    if tiles != VLLM_ASPECT_RATIO:
+        raise InputError(
+            f"{name} has image_aspect_ratio {tiles!r}; vLLM counts features for {VLLM_ASPECT_RATIO!r} alone"
+        )
 
 
 def is_original(path: str | Path) -> bool:
