@@ -37,7 +37,9 @@ def run(options: Namespace) -> int:
         reader = read_model(options.model_path, conv_mode=options.conv_mode, max_length=options.max_length)
     elif options.max_length or options.conv_mode:
         raise InputError("--max-length and --conv-mode need a tokenizer to count with: name one with --model-path")
-    checker = SampleChecker(samples, options.image_folder, reader, look_at_images=not options.no_images)
+    checker = SampleChecker(
+        samples, options.image_folder, reader, look_at_images=not options.no_images, allow_urls=options.image_urls
+    )
     report = collect(checker, workers=options.workers)
     unit = "tokens" if reader else "words"
     print(json.dumps(report.as_json(unit), indent=2) if options.json else report.as_text(unit, options.show))
@@ -83,6 +85,7 @@ class DatasetReport:
                 "max": lengths[-1] if lengths else None,
                 "histogram": [{"up_to": end, "samples": count} for end, count in self._histogram()],
             },
+            "notes": self.samples.notes(),
             "counts": {kind: counts[kind] for kind in FAULT_KINDS if counts[kind]},
             "faults": [
                 {
@@ -103,6 +106,7 @@ class DatasetReport:
         lines += ["", *_bars(unit, [(f"up to {end:,}", count) for end, count in self._histogram()])]
         if self.num_unmeasured:
             lines.append(f"  {self.num_unmeasured:,} samples have no length, since they cannot be read")
+        lines += [f"note: {note}" for note in self.samples.notes()]
         lines.append("")
         if not self.faults:
             return "\n".join([*lines, "no faults"])

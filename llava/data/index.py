@@ -2,8 +2,9 @@
 
 In: a path. Out: `DataFile`, which knows the number of its samples, their words, images and ids, and reads one at a time.
 The index of a large file is kept in the user's cache folder, valid for the file's path, size and time of change, and
-mapped into memory: opening the file again reads nothing, and all processes of a run share its pages. scan.py finds
-records, formats.py brings them to one form, samples.py makes one sequence of several files.
+mapped into memory: opening the file again reads nothing, and all processes of a run share its pages. Of a file that cannot
+be read at any place, as a compressed one, a copy is indexed (plain_files.py). file_types.py says how records are found,
+formats.py brings them to one form, samples.py makes one sequence of several files.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from llava.data.formats import Sample, image_sources, num_words, to_sample
-from llava.data.scan import ScannedRecord, format_of
+from llava.data.fields import ID_NAMES
+from llava.data.file_types import format_of
+from llava.data.formats import ReadRecord, Sample, media_sources, num_words, read_record
+from llava.data.plain_files import default_cache, plain_file
+from llava.data.scan import ScannedRecord
 from llava.errors import InputError
-from llava.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 # Smaller files are indexed in memory each time they are opened, which takes less than a tenth of a second.
 WORTH_KEEPING = 8 * 2**20
 _ALIGNMENT = 64
@@ -47,6 +51,13 @@ class Columns:
     ids: np.ndarray
 
 
+class NoteCount(NamedTuple):
+    """How many samples a note is about, and the first of them."""
+
+    num_samples: int
+    first: int
+
+
 _TYPES = {
     "start": np.int64,
     "size": np.int64,
@@ -58,6 +69,10 @@ _TYPES = {
 }
 
 
+Notes = dict[str, NoteCount]
+MAX_NOTES = 50  # of a file; more keys than that are no names of fields
+
+
 class DataFile:
     """The samples of one file, read when they are asked for."""
 
@@ -66,9 +81,15 @@ class DataFile:
         self.path = Path(path)
         try:
             state = self.path.stat()
-            self._identity = {"version": VERSION, "size": state.st_size, "changed": state.st_mtime_ns}
-            self.format = format_of(self.path)
-            self.columns = self._open(cache)
+            self.plain = plain_file(self.path, cache)
+            self._identity = {
+                "version": VERSION,
+                "size": state.st_size,
+                "changed": state.st_mtime_ns,
+                "plain": self.plain.name,
+            }
+            self.format = format_of(self.plain)
+            self.columns, self.notes = self._open(cache)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the training data {str(path)!r}: {error}") from error
         if len(self) == 0:
@@ -79,18 +100,28 @@ class DataFile:
 
     def __getitem__(self, row: int) -> Sample:
         """Parse a sample to LLaVA's form; a malformed record raises InputError here."""
+        return self.read(row).sample
+
+    def read(self, row: int) -> ReadRecord:
+        """Parse a sample, and say what of its record is not read."""
         start, size = int(self.columns.start[row]), int(self.columns.size[row])
         try:
             state = self.path.stat()
             if (state.st_size, state.st_mtime_ns) != (self._identity["size"], self._identity["changed"]):
                 raise InputError(f"the file {str(self.path)!r} was changed since this program opened it; start again")
-            return to_sample(self.format.read(self.path, start, size))
+            return read_record(self.format.read(self.plain, start, size))
         except OSError as error:
             raise InputError(f"cannot read the training data {str(self.path)!r}: {error}") from error
         except InputError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"it is not valid JSON: {error}") from error
+
+    def describe(self, row: int, *, with_path: bool = False) -> str:
+        """Name a sample for messages: by number and id."""
+        name = self.id(row)
+        place = f" of {str(self.path)!r}" if with_path else ""
+        return f"sample {row}{place}" + (f" (id {name!r})" if name is not None else "")
 
     def id(self, row: int) -> object:
         """The id that the sample has in the file, or None."""
@@ -98,13 +129,10 @@ class DataFile:
         text = self.columns.ids[start : int(self.columns.id_end[row])].tobytes()
         return json.loads(text) if text else None
 
-    def _open(self, cache: Path | None) -> Columns:
-        if self._identity["size"] < WORTH_KEEPING:
-            return _collect(self.format.records(self.path))
-        try:
-            cache = cache or cache_folder()
-        except InputError:  # a user without a home
-            cache = Path(tempfile.gettempdir()) / "llava-cache"
+    def _open(self, cache: Path | None) -> tuple[Columns, Notes]:
+        if self.plain.stat().st_size < WORTH_KEEPING:
+            return _collect(self.format.records(self.plain))
+        cache = cache or default_cache()
         # One index per path: that of an older state of the file is replaced.
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
         kept = cache / f"{name}.index"
@@ -112,15 +140,15 @@ class DataFile:
         if found is not None:
             return found
         logger.info("reading %s for the first time; its index will be kept in %s", self.path, cache)
-        columns = _collect(self.format.records(self.path))
+        collected = _collect(self.format.records(self.plain))
         try:
-            _save(kept, columns, self._identity)
+            _save(kept, *collected, self._identity)
         except OSError as error:
             logger.warning(
                 "the index of %s cannot be kept in %s (%s), so it is made again each time", self.path, cache, error
             )
-            return columns
-        return _load(kept, self._identity) or columns
+            return collected
+        return _load(kept, self._identity) or collected
 
     def __getstate__(self) -> dict[str, object]:
         # Where loader processes are started rather than forked, they get plain arrays, not the mapping.
@@ -128,34 +156,48 @@ class DataFile:
         return {**self.__dict__, "columns": columns}
 
 
-def _collect(found: Iterator[ScannedRecord]) -> Columns:
+def _collect(found: Iterator[ScannedRecord]) -> tuple[Columns, Notes]:
     """Read all records once."""
     rows, ids = array("q"), bytearray()
-    for entry in found:
+    notes: Notes = {}
+    for number, entry in enumerate(found):
         try:
             if entry.fault is not None:
                 raise InputError(entry.fault)
-            sample = to_sample(entry.record)
-            counts = (num_words(sample), min(len(image_sources(sample)), 65535), 0)
+            sample, about = read_record(entry.record)
+            counts = (num_words(sample), min(len(media_sources(sample)), 65535), 0)
         except InputError:
-            counts = (1, 0, 1)
-        if isinstance(entry.record, dict) and entry.record.get("id") is not None:
-            ids += json.dumps(entry.record["id"], default=str).encode()
+            about, counts = (), (1, 0, 1)
+        for note in about:
+            known = notes.get(note, NoteCount(0, number))
+            if known.num_samples or len(notes) < MAX_NOTES:
+                notes[note] = known._replace(num_samples=known.num_samples + 1)
+        name = _id_of(entry.record)
+        if name is not None:
+            ids += json.dumps(name, default=str).encode()
         rows.extend((entry.start, entry.size, *counts, len(ids)))
     *names, _ = _TYPES  # without the ids
     table = np.asarray(rows).reshape(-1, len(names))
     columns = {name: np.ascontiguousarray(table[:, at], dtype=_TYPES[name]) for at, name in enumerate(names)}
-    return Columns(**columns, ids=np.frombuffer(bytes(ids), dtype=np.uint8))
+    return Columns(**columns, ids=np.frombuffer(bytes(ids), dtype=np.uint8)), notes
+
+
+def _id_of(record: object) -> object:
+    return (
+        next((record[name] for name in ID_NAMES if record.get(name) is not None), None)
+        if isinstance(record, dict)
+        else None
+    )
 
 
 # The index file: a header line of JSON, then the columns, each at a multiple of 64 bytes.
 
 
-def _save(path: Path, columns: Columns, identity: dict[str, int]) -> None:
+def _save(path: Path, columns: Columns, notes: Notes, identity: dict[str, object]) -> None:
     """Write an index under another name and rename it, so that no reader sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(getattr(columns, name)) for name in _TYPES}
-    header = {**identity, "lengths": {name: len(array) for name, array in arrays.items()}}
+    header = {**identity, "notes": notes, "lengths": {name: len(array) for name, array in arrays.items()}}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -170,13 +212,14 @@ def _save(path: Path, columns: Columns, identity: dict[str, int]) -> None:
         raise
 
 
-def _load(path: Path, identity: dict[str, int]) -> Columns | None:
+def _load(path: Path, identity: dict[str, object]) -> tuple[Columns, Notes] | None:
     """Map the columns into memory; None where the file is absent, damaged, or of another state of the data."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline())
             offset = file.tell()
         lengths = header.pop("lengths")
+        notes = {note: NoteCount(*count) for note, count in header.pop("notes").items()}
         if header != identity or lengths.keys() != _TYPES.keys():
             return None
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
@@ -190,4 +233,4 @@ def _load(path: Path, identity: dict[str, int]) -> Columns | None:
             return None
         arrays[name] = mapped[offset:end].view(kind)
         offset = end
-    return Columns(**arrays)
+    return Columns(**arrays), notes

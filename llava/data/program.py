@@ -57,8 +57,9 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {"check": check_program, "
 def check_parser() -> ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = ArgumentParser(prog="llava data check", description="List the faults of a training set, by id.")
-    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
+    parser.add_argument("file", metavar="FILE", help="as --data_path: a file, folder, pattern, hub name, or a mixture")
     parser.add_argument("--image-folder", help="the folder that the samples' images are relative to")
+    parser.add_argument("--image-urls", action="store_true", help="download images that are named by http(s) addresses")
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
     parser.add_argument("--model-path", help="count tokens with this model's tokenizer, and judge lengths by its limit")
     parser.add_argument("--max-length", type=_positive, help="judge lengths by this limit instead")
@@ -77,7 +78,7 @@ def _positive(text: str) -> int:
 
 def show_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="llava data show", description="Print a training sample as training reads it.")
-    parser.add_argument("file", metavar="FILE", help="as --data_path: .json, .jsonl, .parquet, or a mixture")
+    parser.add_argument("file", metavar="FILE", help="as --data_path: a file, folder, pattern, hub name, or a mixture")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, help="the sample's number, from 0 (default: the first)")
     which.add_argument("--id", help="the sample's id")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, conv_templates, get_template
-from llava.data.formats import Sample, image_sources
+from llava.data.formats import Sample, media_sources
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan_images
 from llava.text.labels import Source, encode_spans, preprocess_multimodal, sample_spans
@@ -42,7 +42,7 @@ class SampleReader:
     conv_mode: str = ""  # the name of `conv`, as --version takes it
 
     def read(self, sample: Sample) -> EncodedSample:
-        images = image_sources(sample)
+        images = media_sources(sample)
         turns: Sequence[Source] = [sample["conversations"]]
         if images:
             settings = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=self.use_im_start_end)

@@ -1,57 +1,25 @@
-"""All samples of a run as one sequence: one data file, several, or a weighted mixture.
+"""All samples of a run as one sequence: those of one data file, of several, or of a mixture.
 
-In: the value of `--data_path`: a data file, several joined by commas, or a mixture file. Out: `Samples`, which parses a
-sample when it is indexed. A mixture is YAML or JSON:
-
-    datasets:
-      - path: llava_v1_5_mix665k.json      # relative to the mixture file
-        image_folder: images               # without one, --image_folder
-      - path: mine.jsonl
-        repeat: 3                          # each sample three times an epoch; 0.5: half of the samples, chosen once
-      - path: more.parquet
-        weight: 0.2                        # or, in place of repeats and for all files: shares of the epoch
-    epoch_size: 500000                     # with weights: samples in an epoch (otherwise as many as the files hold)
-    seed: 0                                # of the choice where a repeat has a fraction
-
-index.py reads single files; train/data.py and train/sampler.py draw, shuffle and group samples.
+In: the value of `--data_path`, which mixture.py reads. Out: `Samples`, which parses a sample when it is indexed. index.py reads
+single files; train/data.py and train/sampler.py draw, shuffle and group samples.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from llava.cli.program import closest
 from llava.data.formats import Sample
 from llava.data.index import DataFile
+from llava.data.mixture import Mixture, MixtureEntry, read_mixture, with_weights
+from llava.data.sources import find_sources
 from llava.errors import InputError
-
-_ENTRY_KEYS = ("path", "image_folder", "weight", "repeat")
-_MIXTURE_KEYS = ("datasets", "epoch_size", "seed")
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One file of a mixture. Either all entries of a mixture have a weight, or none."""
-
-    path: Path
-    image_folder: str | None = None
-    weight: float | None = None
-    repeat: float = 1.0
-
-
-@dataclass(frozen=True)
-class Mixture:
-    entries: tuple[MixtureEntry, ...]
-    epoch_size: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +77,15 @@ class Samples(Sequence[Sample]):
     def describe(self, index: int) -> str:
         """Name a sample for messages: by number and id, and by file where there are several."""
         part, row = self.locate(index)
-        name = part.file.id(row)
-        place = f" of {str(part.file.path)!r}" if len(self.parts) > 1 else ""
-        return f"sample {row}{place}" + (f" (id {name!r})" if name is not None else "")
+        return part.file.describe(row, with_path=len(self.parts) > 1)
+
+    def notes(self) -> list[str]:
+        """A sentence for each thing that is not read as it stands in a file: how many samples have it, and the first one."""
+        return [
+            f"{str(file.path)!r}: {note} ({found.num_samples:,} of {len(file):,} samples, first {file.describe(found.first)})"
+            for file in dict.fromkeys(part.file for part in self.parts)
+            for note, found in file.notes.items()
+        ]
 
     def column(self, name: str) -> np.ndarray:
         """`words`, `images` or `malformed` of all samples."""
@@ -138,12 +112,16 @@ def open_samples(
     """
     if not data_path:
         raise InputError("no training data: name its file with --data_path")
-    mixture = _with_weights(_read_mixture(os.fspath(data_path)), weights)
-    files = [DataFile(entry.path, cache=cache) for entry in mixture.entries]
-    counts = _counts(mixture, [len(file) for file in files])
+    mixture = with_weights(read_mixture(os.fspath(data_path)), weights)
+    opened = [_open(entry, cache) for entry in mixture.entries]
+    sizes = [sum(len(part) for part in parts) for parts in opened]
+    rng = random.Random(mixture.seed)
     parts = [
-        DatasetPart(file, _rows(len(file), count, mixture.seed + number), entry.image_folder)
-        for number, (file, count, entry) in enumerate(zip(files, counts, mixture.entries, strict=True))
+        part
+        for number, (whole, count, entry) in enumerate(
+            zip(opened, _counts(mixture, sizes), mixture.entries, strict=True)
+        )
+        for part in _chosen(whole, _rows(entry, sum(map(len, whole)), count, mixture.seed + number, rng))
     ]
     chosen = [part for part in parts if len(part)]
     if not chosen:
@@ -151,9 +129,18 @@ def open_samples(
     return Samples(chosen)
 
 
+def _open(entry: MixtureEntry, cache: Path | None) -> list[DatasetPart]:
+    return [
+        DatasetPart(DataFile(source.path, cache=cache), None, entry.image_folder or source.image_folder)
+        for source in find_sources(entry.path)
+    ]
+
+
 def data_files(data_path: str | os.PathLike[str]) -> list[Path]:
     """List the files that `--data_path` names; of a mixture, its own file first."""
-    entries = [entry.path for entry in _read_mixture(os.fspath(data_path)).entries]
+    entries = [
+        source.path for entry in read_mixture(os.fspath(data_path)).entries for source in find_sources(entry.path)
+    ]
     mixture = Path(data_path)
     return entries if mixture in entries or not mixture.is_file() else [mixture, *entries]
 
@@ -167,116 +154,23 @@ def _counts(mixture: Mixture, sizes: Sequence[int]) -> list[int]:
     return np.diff(ends, prepend=0).tolist()
 
 
-def _rows(size: int, count: int, seed: int) -> np.ndarray | None:
-    """Rows of an epoch: whole copies of a file, then the remainder, chosen by the seed and in order."""
+def _rows(entry: MixtureEntry, size: int, count: int, seed: int, rng: random.Random) -> np.ndarray | None:
+    """Rows of an epoch: those of the entry's strategy, or whole copies of the data set, then some more, chosen and in order."""
+    if entry.strategy is not None:
+        return entry.strategy.rows(size, rng)
     if count == size:
         return None
     chosen = np.sort(np.random.default_rng(seed).permutation(size)[: count % size])
     return np.concatenate([np.tile(np.arange(size), count // size), chosen]).astype(np.int64)
 
 
-# The mixture file
-
-
-def _read_mixture(data_path: str) -> Mixture:
-    path = Path(data_path)
-    if "," in data_path and not path.exists():
-        return Mixture(tuple(MixtureEntry(Path(name.strip())) for name in data_path.split(",") if name.strip()))
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return _mixture(_parse_yaml(path), path)
-    if path.suffix.lower() == ".json" and path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4096).lstrip()
-        if head.startswith(b"{") and b'"datasets"' in head:
-            try:
-                return _mixture(json.loads(path.read_text(encoding="utf-8")), path)
-            except json.JSONDecodeError as error:
-                raise InputError(f"the mixture file {data_path!r} is not valid JSON: {error}") from error
-    return Mixture((MixtureEntry(path),))
-
-
-def _parse_yaml(path: Path) -> object:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the mixture file {str(path)!r}: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"the mixture file {str(path)!r} is not valid YAML: {error}") from error
-
-
-def _mixture(content: object, path: Path) -> Mixture:
-    place = f"the mixture file {str(path)!r}"
-    if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
-        raise InputError(f"{place} needs a list 'datasets' of objects with a 'path'")
-    _refuse_unknown(content, _MIXTURE_KEYS, place)
-    entries = tuple(
-        _entry(value, path.parent, f"entry {n} of {place}") for n, value in enumerate(content["datasets"], 1)
-    )
-    weighted = [entry.weight is not None for entry in entries]
-    if any(weighted) and not all(weighted):
-        raise InputError(f"{place} has weights for some datasets only; give all of them one, or use repeats")
-    epoch_size = content.get("epoch_size")
-    if epoch_size is not None and not (isinstance(epoch_size, int) and epoch_size > 0):
-        raise InputError(f"{place} has epoch_size {epoch_size!r}; it must be a number of samples")
-    if epoch_size is not None and not any(weighted):
-        raise InputError(f"{place} has an epoch_size but no weights; give each dataset one")
-    seed = content.get("seed", 0)
-    if not isinstance(seed, int):
-        raise InputError(f"{place} has seed {seed!r}; it must be a whole number")
-    return Mixture(entries, epoch_size, seed)
-
-
-def _entry(value: object, folder: Path, place: str) -> MixtureEntry:
-    if isinstance(value, str):
-        value = {"path": value}
-    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
-        raise InputError(f"{place} is neither a path nor an object with a 'path'")
-    _refuse_unknown(value, _ENTRY_KEYS, place)
-    if "weight" in value and "repeat" in value:
-        raise InputError(f"{place} has both a weight and a repeat; give one of them")
-    for key in ("weight", "repeat"):
-        _positive(value.get(key, 1), f"{place} has {key}")
-    images = value.get("image_folder")
-    weight = value.get("weight")
-    return MixtureEntry(
-        folder / value["path"],
-        None if images is None else str(folder / images),
-        None if weight is None else float(weight),
-        float(value.get("repeat", 1)),
-    )
-
-
-def _refuse_unknown(content: Mapping[str, object], known: Sequence[str], place: str) -> None:
-    for key in content:
-        if key not in known:
-            raise InputError(
-                f"{place} has the unknown key {key!r}{closest(str(key), known)} (known: {', '.join(known)})"
-            )
-
-
-def _positive(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{what} {value!r}; it must be a number above 0")
-    return float(value)
-
-
-def _with_weights(mixture: Mixture, weights: str | Sequence[float] | None) -> Mixture:
-    """Replace a mixture's weights by those of `--data_weights`."""
-    if weights is None:
-        return mixture
-    words = weights.split(",") if isinstance(weights, str) else list(weights)
-    try:
-        values = [_positive(float(word), "--data_weights has") for word in words]
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"--data_weights {weights!r} must be numbers joined by commas") from error
-    if len(values) != len(mixture.entries):
-        raise InputError(f"--data_weights has {len(values)} numbers for {len(mixture.entries)} data files")
-    entries = tuple(
-        MixtureEntry(entry.path, entry.image_folder, value)
-        for entry, value in zip(mixture.entries, values, strict=True)
-    )
-    return Mixture(entries, mixture.epoch_size, mixture.seed)
+def _chosen(parts: Sequence[DatasetPart], rows: np.ndarray | None) -> list[DatasetPart]:
+    """The rows of a data set as rows of its files, file after file."""
+    if rows is None or len(parts) == 1:
+        return [DatasetPart(part.file, rows, part.image_folder) for part in parts]
+    ends = np.cumsum([len(part) for part in parts])
+    file = np.searchsorted(ends, rows, side="right")
+    return [
+        DatasetPart(part.file, rows[file == number] - (ends[number] - len(part)), part.image_folder)
+        for number, part in enumerate(parts)
+    ]

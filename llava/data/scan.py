@@ -1,24 +1,19 @@
-"""Scan a data file once in little memory, and read single records of it: JSON lists, JSON lines and parquet.
+"""Scan a data file once in little memory, and read single records of it: JSON lists and JSON lines.
 
 In: a path. Out: a `FileFormat`, which streams `ScannedRecord`s (position, record or fault) and reads one of them again.
-A JSON record's position is its byte offset and size, a parquet row's its row group and row. index.py stores positions.
+A record's position is its byte offset and size; index.py stores it. Tables are read in tables.py, tar files in tars.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from llava.errors import InputError, require
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+from llava.errors import InputError
 
 CHUNK = 4 * 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -26,7 +21,7 @@ _DECODER = json.JSONDecoder()
 
 
 class ScannedRecord(NamedTuple):
-    """A record and its position: byte offset and size in a text file, row group and row in a parquet file."""
+    """A record and its position: in a text or tar file byte offset and size, in a table group and row."""
 
     start: int
     size: int
@@ -42,31 +37,42 @@ class FileFormat:
     read: Callable[[Path, int, int], object]
 
 
-def format_of(path: Path) -> FileFormat:
-    """Choose by the suffix of the name; a `.json` file that holds one object per line is read as lines."""
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return FORMATS["lines"]
-    if suffix in (".parquet", ".pq"):
-        return FORMATS["parquet"]
-    return FORMATS["lines" if _holds_lines(path) else "list"]
+def text_format(path: Path) -> FileFormat:
+    """Whether a JSON file is a list, or has one object per line, whatever its name says."""
+    return LINES if path.suffix.lower() in (".jsonl", ".ndjson") or _first_object(path) is not None else LIST
 
 
-def _holds_lines(path: Path) -> bool:
-    """True if the first line is a whole object and more follows."""
+def holds_document(path: Path) -> bool:
+    """Whether a file is one JSON object, of whatever lines; a single sample as a line is not."""
     with path.open("rb") as file:
-        # A list may be one line of a gigabyte: look at its first character before reading a line.
-        while (head := file.read(1)).isspace():
-            pass
-        if head != b"{":
-            return False
-        first = head + file.readline()
-        if not any(line.strip() for line in file):
-            return False
-    try:
-        return isinstance(json.loads(first), dict)
-    except ValueError:
+        begins = _begin(file) == b"{"
+    if not begins or path.suffix.lower() in (".jsonl", ".ndjson"):
         return False
+    return _first_object(path) is None
+
+
+def _first_object(path: Path) -> object:
+    """The object on the first line where it is whole there and more follows, else None."""
+    with path.open("rb") as file:
+        if _begin(file) != b"{":  # a list may be one line of a gigabyte
+            return None
+        first = b"{" + file.readline()
+        if not any(line.strip() for line in file):
+            return None
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _begin(file: BinaryIO) -> bytes:
+    """The first byte that is no space, behind the byte order mark that some editors write."""
+    if file.read(3) != b"\xef\xbb\xbf":
+        file.seek(0)
+    while (head := file.read(1)).isspace():
+        pass
+    return head
 
 
 # One JSON list
@@ -112,6 +118,10 @@ class _Window:
                 if self.ended or not self.more():
                     raise _InvalidJsonError(error.msg, offset) from error
                 continue
+            except RecursionError as error:
+                raise _InvalidJsonError("It is nested too deep", self.base + self.at) from error
+            except ValueError as error:  # a number of thousands of digits
+                raise _InvalidJsonError(str(error), self.base + self.at) from error
             if end < len(self.text) or not self.more():  # a number at the end of the window may go on behind it
                 source, start = self.text[self.at : end], self.base + self.at
                 self.at = end
@@ -195,55 +205,11 @@ def _line_records(path: Path) -> Iterator[ScannedRecord]:
                 continue
             try:
                 yield ScannedRecord(begin, len(line), json.loads(line))
+            except RecursionError:
+                yield ScannedRecord(begin, len(line), None, "its JSON is nested too deep")
             except ValueError as error:
                 yield ScannedRecord(begin, len(line), None, f"it is not valid JSON: {error}")
 
 
-# Parquet, with images inside or in files
-
-
-@lru_cache(maxsize=64)
-def _parquet_file(path: Path, changed: int, process: int) -> pq.ParquetFile:
-    """Open a file; `process` keeps a loader process from using a handle that it inherited."""
-    parquet = require("pyarrow.parquet", extra="train")
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the training data {str(path)!r}: {error}") from error
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    return _parquet_file(path, path.stat().st_mtime_ns, os.getpid())
-
-
-def _parquet_records(path: Path) -> Iterator[ScannedRecord]:
-    """Stream rows. Bytes of images are not read where the file has a path beside them; whether there is one is known."""
-    table = _parquet(path)
-    leaves = [table.schema.column(index).path for index in range(len(table.schema))]
-    unread = {leaf for leaf in leaves if leaf.endswith(".bytes") and leaf.removesuffix("bytes") + "path" in leaves}
-    columns = [leaf for leaf in leaves if leaf not in unread]
-    images = {leaf.partition(".")[0] for leaf in unread}
-    for group in range(table.num_row_groups):
-        for row, record in enumerate(table.read_row_group(group, columns=columns, use_threads=False).to_pylist()):
-            for name in images & record.keys():
-                record[name] = _as_if_read(record[name])
-            yield ScannedRecord(group, row, record)
-
-
-def _as_if_read(image: object) -> object:
-    if isinstance(image, list):
-        return [_as_if_read(entry) for entry in image]
-    if not isinstance(image, dict) or image.get("path"):
-        return image
-    return {"bytes": b"unread"}
-
-
-def _read_parquet_record(path: Path, group: int, row: int) -> object:
-    return _parquet(path).read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
-
-
-FORMATS = {
-    "list": FileFormat(_list_records, _read_text_record),
-    "lines": FileFormat(_line_records, _read_text_record),
-    "parquet": FileFormat(_parquet_records, _read_parquet_record),
-}
+LIST = FileFormat(_list_records, _read_text_record)
+LINES = FileFormat(_line_records, _read_text_record)

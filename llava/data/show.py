@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from llava.cli.colors import Colors, wants_colors
 from llava.cli.program import closest
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.formats import image_sources
-from llava.data.image_files import image_label, locate_image
+from llava.data.formats import media_sources
+from llava.data.media_files import image_label, open_image
 from llava.data.reader import EncodedSample, SampleReader, read_model
 from llava.data.samples import Samples, open_samples
 from llava.errors import InputError
-from llava.images.io import load_image
 
 
 def run(options: Namespace) -> None:
@@ -50,9 +49,9 @@ def render(samples: Samples, index: int, reader: SampleReader, image_folder: str
     try:
         sample = part.file[row]
         encoded = reader.read(sample)
-        sources = image_sources(sample)
+        sources = media_sources(sample)
         folder = part.image_folder or image_folder
-        sizes = [load_image(locate_image(source, folder, flag="--image-folder")).size for source in sources]
+        sizes = [open_image(source, folder, flag="--image-folder").size for source in sources]
     except InputError as error:
         raise InputError(f"{samples.describe(index)}: {error}") from error
     features = reader.image_tokens(sizes)

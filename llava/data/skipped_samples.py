@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX
 from llava.data.samples import Samples
 from llava.errors import InputError
 
@@ -40,24 +39,17 @@ class SampleFlags:
 class TruncatedSamples(SampleFlags):
     """Samples that were longer than the limit."""
 
-    TRUNCATED, NOTHING_LEFT = 1, 2
-
-    def note(self, index: int, labels: Tensor, limit: int, *, already_truncated: bool = False) -> None:
-        if len(labels) > limit or already_truncated:
-            trained = (labels[:limit] != IGNORE_INDEX).any()
-            self.values[index] = self.TRUNCATED if trained else self.NOTHING_LEFT
+    def note(self, index: int) -> None:
+        self.values[index] = 1
 
     def report(self, samples: Samples, limit: int) -> str | None:
         """One sentence, or None where no sample was truncated. A collective call."""
-        values = self.joined()
-        truncated = values.nonzero().flatten().tolist()
+        truncated = self.joined().nonzero().flatten().tolist()
         if not truncated:
             return None
-        untrained = int((values == self.NOTHING_LEFT).sum())
-        lost = f", and {untrained} of them kept no token to train on" if untrained else ""
         return (
-            f"{len(truncated)} samples drawn were truncated to --model_max_length {limit}{lost}; "
-            f"the first is {samples.describe(truncated[0])}"
+            f"{len(truncated)} samples drawn were truncated to --model_max_length {limit} (image tokens included, no image in "
+            f"part); the first is {samples.describe(truncated[0])}"
         )
 
 

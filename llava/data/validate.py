@@ -10,15 +10,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import check_placeholders
-from llava.data.formats import Sample, image_sources, num_words
-from llava.data.image_files import locate_image
+from llava.data.formats import Sample, is_lost, media_sources, num_words
+from llava.data.media_files import locate_media, open_image
 from llava.data.reader import SampleReader
 from llava.data.samples import Samples
+from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
-from llava.images.io import load_image
-from llava.text.labels import speaker_of
+from llava.text.labels import is_unwanted, speaker_of
 
 FAULT_KINDS = {
     "malformed": "not a sample at all, or a turn without its text",
@@ -28,7 +28,8 @@ FAULT_KINDS = {
     "turn-order": "questions and answers that do not alternate",
     "empty-answer": "an answer without text",
     "nothing-to-train": "no answer, or none within the length limit",
-    "too-long": "more tokens than the limit; training cuts the end off",
+    "too-long": "more tokens than the limit; training cuts the end off, and what follows the first image that does not fit",
+    "unread-key": "it says something that supervised training does not use",
     "duplicate-id": "an id that an earlier sample has",
 }
 
@@ -57,25 +58,37 @@ class SampleChecker:
     image_folder: str | None
     reader: SampleReader | None = None
     look_at_images: bool = True
+    allow_urls: bool = False
 
     def __call__(self, index: int) -> CheckedSample:
         part, row = self.samples.locate(index)
         try:
-            sample = part.file[row]
+            sample, notes = part.file.read(row)
         except InputError as error:
             return CheckedSample(index, (SampleFault("malformed", str(error)),))
-        sources = image_sources(sample)
+        sources = media_sources(sample)
         faults = _turn_faults(sample["conversations"]) + _placeholder_faults(sample, len(sources))
+        faults += [
+            SampleFault("unread-key", f"{note}; take it out, or use it where it belongs")
+            for note in notes
+            if is_lost(note)
+        ]
+        folder = part.image_folder or self.image_folder
         sizes: list[tuple[int, int]] = []
         for source in sources if self.look_at_images else ():
             try:
-                found = locate_image(source, part.image_folder or self.image_folder, flag="--image-folder")
+                found = locate_media(source, folder, flag="--image-folder", allow_urls=self.allow_urls)
             except InputError as error:
                 faults.append(SampleFault("missing-image", str(error)))
                 continue
-            absent = isinstance(found, str) and not found.startswith("data:") and not os.path.exists(found)
+            absent = (
+                isinstance(found, str)
+                and "://" not in found
+                and not found.startswith("data:")
+                and not os.path.exists(found)
+            )
             try:
-                sizes.append(load_image(found).size)
+                sizes.append(open_image(source, folder, flag="--image-folder", allow_urls=self.allow_urls).size)
             except InputError as error:
                 faults.append(SampleFault("missing-image" if absent else "broken-image", str(error)))
         length: int | None = num_words(sample)
@@ -94,21 +107,27 @@ class SampleChecker:
             features = reader.image_tokens(sizes) if sizes is not None else []
         except InputError as error:
             return None, [SampleFault("turn-order", str(error))]
-        faults: list[SampleFault] = []
-        if not any(label != IGNORE_INDEX for label in reading.labels):
-            faults.append(SampleFault("nothing-to-train", "it has no answer to train on"))
         if sizes is None:
-            return None, faults
-        length = len(reading.ids) + sum(features) - len(features)
-        if length > reader.max_length:
-            faults.append(SampleFault("too-long", f"it has {length} tokens, and the limit is {reader.max_length}"))
-            # Images come before the text about them, so their features shift every answer.
-            room = max(0, reader.max_length - (length - len(reading.ids)))
-            if not faults[:-1] and not any(label != IGNORE_INDEX for label in reading.labels[:room]):
-                faults.append(
-                    SampleFault("nothing-to-train", f"its answers begin after the limit of {reader.max_length} tokens")
+            untrained = not any(label != IGNORE_INDEX for label in reading.labels)
+            return None, [SampleFault("nothing-to-train", "it has no answer to train on")] * untrained
+        faults: list[SampleFault] = []
+        if reading.ids.count(IMAGE_TOKEN_INDEX) != len(features):  # a fault of its own
+            return len(reading.ids), faults
+        fitted = fit(reading.ids, features, reader.max_length)
+        if fitted.is_cut:
+            lost = len(features) - fitted.num_images
+            images = f", {lost} of its {len(features)} images with it" if lost else ""
+            faults.append(
+                SampleFault(
+                    "too-long",
+                    f"it has {fitted.full_length} tokens, and the limit is {reader.max_length}: the end is cut off{images}",
                 )
-        return length, faults
+            )
+        try:
+            check_trained(reading.labels, fitted, reader.max_length)
+        except InputError as error:
+            faults.append(SampleFault("nothing-to-train", str(error)))
+        return fitted.full_length, faults
 
 
 def _turn_faults(turns: Sequence[Sample]) -> list[SampleFault]:
@@ -124,7 +143,10 @@ def _turn_faults(turns: Sequence[Sample]) -> list[SampleFault]:
     ]
     if empty:
         faults.append(SampleFault("empty-answer", f"turn {empty[0]} is an answer without text"))
-    if "answer" not in speakers[1:]:
+    trained = [
+        speaker == "answer" and not is_unwanted(turn) for turn, speaker in zip(turns[1:], speakers[1:], strict=True)
+    ]
+    if not any(trained):
         faults.append(SampleFault("nothing-to-train", "it has no answer to train on"))
     return faults
 

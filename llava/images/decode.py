@@ -137,8 +137,7 @@ class OutOfMemoryError(InputError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB as Pillow does: transparency is dropped, not blended with a background.
 
-    Only grey values of more than 8 bits differ: 16 bits lose their low 8, where Pillow would clip nearly all of the image
-    to white; floats must lie in 0 to 255.
+    Only grey values of more than 8 bits differ: they are scaled, where Pillow would clip nearly all of the image to white.
     """
     if image.mode == "RGB":
         return image
@@ -155,15 +154,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(values: np.ndarray) -> Image.Image:
-    """Convert greys of 16 or 32 bits to 8-bit RGB; 32-bit values that all lie in 0 to 255 are taken as they are."""
+    """Convert greys of 16 or 32 bits to 8-bit RGB, the brightest of their depth to white.
+
+    Integers are of the fewest bits among 8, 10, 12, 14 and 16 that hold the highest one, since files of 10 to 14 bits, as
+    cameras and scanners make them, do not say so. Floats are shares of 1 where none is higher, else values of 8 bits.
+    """
     import numpy as np
     from PIL import Image
 
     low, high = values.min(), values.max()
-    highest = 255 if values.dtype.kind == "f" else 65535
+    is_float = values.dtype.kind == "f"
+    highest = 255 if is_float else 65535
     if not (low >= 0 and high <= highest):  # not (...): a NaN is outside too
         raise InputError(
             f"an image has grey values from {low:g} to {high:g}, outside 0 to {highest}; convert it to 8 bits first."
         )
-    shift = 0 if values.dtype.itemsize == 4 and high <= 255 else 8
-    return Image.fromarray((values.astype(np.uint32) >> shift).astype(np.uint8)).convert("RGB")
+    if is_float:
+        scaled = (values * 255).round() if high <= 1 else values
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+    return Image.fromarray((values.astype(np.uint32) >> bits - 8).astype(np.uint8)).convert("RGB")

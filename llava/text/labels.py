@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from llava import conversation as conversation_lib
@@ -56,6 +57,22 @@ def speaker_of(name: object) -> str | None:
 def sample_spans(source: Source, conv: Conversation, *, keep_empty_answers: bool = True) -> list[Span]:
     """Render a sample's turns as training does: the text, and which of it is trained."""
     return _FORMS.get(conv.sep_style, _DIALOGUE).spans(source, conv, keep_empty_answers)
+
+
+def encode_sample(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    conv: Conversation | None = None,
+    has_image: bool,
+    keep_empty_answers: bool = True,
+) -> tuple[list[int], list[int]]:
+    """Encode one sample, however long it is: ids and labels. The arguments are those of `preprocess`."""
+    conv = conv or conversation_lib.default_conversation
+    form = _FORMS.get(conv.sep_style, _DIALOGUE)
+    spans = form.spans(source, conv, keep_empty_answers)
+    reads_images = has_image or form.always_with_image
+    return encode_spans(spans, tokenizer, image_token_index=IMAGE_TOKEN_INDEX if reads_images else None)
 
 
 def encode_spans(
@@ -131,9 +148,9 @@ def preprocess(
     rows: list[tuple[list[int], list[int]]] = []
     num_truncated = 0
     for source in sources:
-        spans = form.spans(source, conv, keep_empty_answers)
-        index = IMAGE_TOKEN_INDEX if reads_images else None
-        ids, labels = encode_spans(spans, tokenizer, image_token_index=index)
+        ids, labels = encode_sample(
+            source, tokenizer, conv=conv, has_image=has_image, keep_empty_answers=keep_empty_answers
+        )
         if max_length is not None and len(ids) > max_length:
             num_truncated += 1
             ids, labels = ids[:max_length], labels[:max_length]
@@ -201,7 +218,31 @@ def dialogue_spans(source: Source, conv: Conversation, keep_empty_answers: bool 
             f"the chat template in {conv.chat_template.path} rewrites answers, so it is unknown what to train; name a "
             "template of this package (--version)."
         )
-    return spans
+    return _without_unwanted(spans, source[first:])
+
+
+def is_unwanted(turn: SampleTurn) -> bool:
+    """Whether a sample says of an answer that it is not to be trained."""
+    return turn.get("loss") is False
+
+
+def _without_unwanted(spans: list[Span], source: Source) -> list[Span]:
+    """Mark the spans of answers as not trained where the sample says so; an answer's trained spans lie together."""
+    unwanted = [is_unwanted(turn) for turn in source[1::2]]
+    if not any(unwanted):
+        return spans
+    runs = [(trained, list(group)) for trained, group in groupby(spans, key=lambda span: span.trained)]
+    if sum(trained for trained, _ in runs) != len(unwanted):
+        raise InputError(
+            "the sample leaves an answer out of training, and this template joins its answers to other text"
+        )
+    answers = iter(unwanted)
+    return [
+        span._replace(trained=False) if trained and leave_out else span
+        for trained, group in runs
+        for leave_out in [trained and next(answers)]
+        for span in group
+    ]
 
 
 def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool = False) -> list[Span]:
@@ -214,7 +255,7 @@ def _signal_spans(source: Source, conv: Conversation, keep_empty_answers: bool =
     for index, turn in enumerate(source):
         speaker, text = _read_turn(turn, index, any_speaker=True)
         line = f" {names.get(speaker, 'unknown')}: {text}\n"
-        spans += [Span("###", True), Span(line, speaker != _QUESTION)]
+        spans += [Span("###", True), Span(line, speaker != _QUESTION and not is_unwanted(turn))]
     return [*spans, Span("### ", True)]
 
 

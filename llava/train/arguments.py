@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from llava.errors import InputError, install_command, require
+from llava.images.layout import ImagePolicy
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.distributed import import_collectives, program_name
 from llava.train.legacy_flags import parse_flags, translate
@@ -78,7 +79,8 @@ class DataArguments(_Given):
     """Where the samples are and how their images are prepared."""
 
     data_path: str | None = _opt(
-        None, "Training samples: .json, .jsonl or .parquet; several joined by commas; or a mixture, .yaml."
+        None,
+        "Training samples: a file, folder, pattern or hub name (docs/data.md); several joined by commas; or a mixture, .yaml.",
     )
     data_weights: str | None = _opt(None, "With several files in --data_path: their shares of an epoch, e.g. '2,1'.")
     on_bad_sample: str = _opt(
@@ -87,6 +89,9 @@ class DataArguments(_Given):
     lazy_preprocess: bool = _opt(False, "Kept for old scripts; samples are always prepared when they are drawn.")
     is_multimodal: bool = _opt(False, "Set by the program: true if there is a vision tower.")
     image_folder: str | None = _opt(None, "Folder that the samples' image paths are relative to and confined to.")
+    image_urls: bool = _opt(
+        False, "Download images that the samples name by http(s) addresses, each time they are drawn."
+    )
     image_aspect_ratio: str = _opt(
         "square",
         "How an image is fitted to the tower's square: square (crop), pad; or cut: anyres, anyres_max_N, highres, crop_split.",
@@ -104,6 +109,7 @@ class DataArguments(_Given):
     # Set by the program when the model is loaded.
     image_processor: Any = field(default=None, init=False)
     pixel_dtype: torch.dtype = field(default=torch.float32, init=False)
+    image_policy: ImagePolicy | None = field(default=None, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
     ends_with_newline: bool = field(default=False, init=False)
 

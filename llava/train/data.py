@@ -1,7 +1,7 @@
 """Prepare training samples: data files and folders of images become batches of tensors.
 
 In: samples `{"id", "image" (a path or a list of paths, optional), "conversations": [{"from", "value"}, ...]}`, which
-data/samples.py finds in files of several formats. Out: per sample ids, labels and pixels; per batch padded ids, labels, a
+data/samples.py finds in files of many forms. Out: per sample ids, labels and pixels; per batch padded ids, labels, a
 mask, and images in the order of their image tokens. Prompts, tokens and labels come from text/labels.py, pixels from
 mm_utils.py; the order of samples is in sampler.py.
 
@@ -10,6 +10,7 @@ mm_utils.py; the order of samples is in sampler.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Required, TypedDict, TypeVar
@@ -21,17 +22,19 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
-from llava.data.formats import Sample, image_sources
-from llava.data.image_files import image_label, locate_image
+from llava.data.formats import Sample, media_sources
+from llava.data.media_files import image_label, open_image
 from llava.data.samples import Samples, open_samples
 from llava.data.skipped_samples import SkippedSamples, TruncatedSamples
+from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
-from llava.images.io import load_image
-from llava.images.layout import image_mode, max_tiles_of, one_tile_each
+from llava.images.layout import image_mode, max_tiles_of, one_tile_each, plan_images
 from llava.mm_utils import process_images
-from llava.text.labels import LabelledSamples, preprocess, preprocess_multimodal, speaker_of
+from llava.text.labels import encode_sample, preprocess_multimodal, speaker_of
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -66,8 +69,8 @@ class LazySupervisedDataset(Dataset):
     In a multimodal run a text-only sample carries one black image without an image token, so that every rank's batch runs
     the tower and no collective operation waits for a rank that has no images.
 
-    A bad sample raises `InputError`. With `on_bad_sample="skip"` the next good one of its modality is drawn in its place:
-    batches keep their sizes, and which samples a run sees depends only on the data.
+    A bad sample raises `InputError`. With `on_bad_sample="skip"` the next good one is drawn in its place, of its modality if
+    there is any: batches keep their sizes, and which samples a run sees depends only on the data.
 
     The tokenizer needs a padding token and `model_max_length`. Of `data_args`, `data_weights`, `on_bad_sample` and
     `pixel_dtype` may be absent. Without `conv`, `llava.conversation.default_conversation` is read at each call.
@@ -88,6 +91,8 @@ class LazySupervisedDataset(Dataset):
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.conv = conv
+        for note in self.list_data_dict.notes():
+            logger.warning("in the training data %s", note)
         self.truncated = TruncatedSamples(len(self))
         self.skipped = SkippedSamples(len(self))
         if not self.skips_bad:
@@ -121,7 +126,7 @@ class LazySupervisedDataset(Dataset):
                 self.skipped.note(candidate)
                 if tried + 1 == MAX_SKIPPED_IN_A_ROW:
                     raise InputError(f"{tried + 1} samples in a row are bad, the last one: {error}") from error
-        raise InputError(f"every sample like {self.list_data_dict.describe(index)} is bad: {self.fault(index)}")
+        raise InputError(f"every sample is bad, as {self.list_data_dict.describe(index)}: {self.fault(index)}")
 
     @property
     def _pixel_dtype(self) -> torch.dtype:
@@ -144,13 +149,14 @@ class LazySupervisedDataset(Dataset):
         return [report for report in found if report]
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """Yield the sample, then those after it (cyclically) that have images, if it has, or have none."""
+        """Yield the sample, then those after it (cyclically) that have images, if it has, or have none; then the others."""
         samples = self.list_data_dict
         wanted = _has_images(samples, index)
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if _has_images(samples, candidate) == wanted:
-                yield candidate
+        for is_alike in (True, False):
+            for step in range(len(self)):
+                candidate = (index + step) % len(self)
+                if (_has_images(samples, candidate) == wanted) == is_alike:
+                    yield candidate
 
     def _prepared(self, index: int) -> TrainingItem:
         samples = self.list_data_dict
@@ -160,35 +166,43 @@ class LazySupervisedDataset(Dataset):
         except InputError as error:
             raise InputError(f"{samples.describe(index)}: {error}") from error
 
-    def tokens(self, sample: Sample, *, num_images: int) -> LabelledSamples:
-        """A sample's ids and labels, -200 for each image, as `preprocess` makes them for one sample."""
+    def tokens(self, sample: Sample, *, num_images: int) -> tuple[list[int], list[int]]:
+        """A sample's ids, -200 for each image, and labels, however long it is."""
         turns = [sample["conversations"]]
         if num_images:  # a placeholder moves to the front of its turn, unless there are several in an order
             turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
-        return preprocess(turns, self.tokenizer, has_image=num_images > 0, conv=self.conv, keep_empty_answers=True)
+        return encode_sample(turns[0], self.tokenizer, conv=self.conv, has_image=num_images > 0)
+
+    def _num_features(self, sizes: Sequence[Size]) -> list[int]:
+        """The tokens of each image; one for each where the model is not known, as in outside code."""
+        policy = getattr(self.data_args, "image_policy", None)
+        return [1] * len(sizes) if policy is None else [layout.num_features for layout in plan_images(sizes, policy)]
 
     def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> TrainingItem:
-        sources = image_sources(sample)
+        sources = media_sources(sample)
         if sources and not self.data_args.is_multimodal:
             raise InputError(f"it has an image ({image_label(sources[0])!r}) but the run has no --vision_tower")
-        images = [load_image(locate_image(source, image_folder)) for source in sources]
+        allow_urls = getattr(self.data_args, "image_urls", False)
+        images = [open_image(source, image_folder, allow_urls=allow_urls) for source in sources]
 
-        tokens = self.tokens(sample, num_images=len(sources))
-        input_ids, labels = tokens["input_ids"][0], tokens["labels"][0]
+        ids, labels = self.tokens(sample, num_images=len(sources))
         check_placeholders(
-            int((input_ids == IMAGE_TOKEN_INDEX).sum()) if sources else num_placeholders(sample["conversations"]),
-            len(sources),
+            ids.count(IMAGE_TOKEN_INDEX) if sources else num_placeholders(sample["conversations"]), len(sources)
         )
-        if not (labels != IGNORE_INDEX).any() and not tokens["num_truncated"]:
-            raise InputError("it has no answer to train on")
-        self.truncated.note(
-            index, labels, self.tokenizer.model_max_length, already_truncated=bool(tokens["num_truncated"])
-        )
+        limit = self.tokenizer.model_max_length
+        fitted = fit(ids, self._num_features([image.size for image in images]), limit)
+        check_trained(labels, fitted, limit)
+        if fitted.is_cut:
+            self.truncated.note(index)
 
-        item: TrainingItem = {"input_ids": input_ids, "labels": labels}
-        if sources:
-            pixels = self._pixels(images)
-            sizes = [image.size for image in images]
+        item: TrainingItem = {
+            "input_ids": torch.tensor(ids[: fitted.num_ids], dtype=torch.long),
+            "labels": torch.tensor(labels[: fitted.num_ids], dtype=torch.long),
+        }
+        if fitted.num_images:
+            # All of them, since the number of images decides about the tiles of each.
+            pixels = self._pixels(images)[: fitted.num_images]
+            sizes = [image.size for image in images[: fitted.num_images]]
         elif self.data_args.is_multimodal:
             crop = self.data_args.image_processor.crop_size
             pixels, sizes = (

@@ -378,6 +378,7 @@ def add_vision(
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
         unfreeze_tower(tower)
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
+    data_args.image_policy = model.image_policy()
 
 
 def unfreeze_tower(tower: VisionTower) -> None:

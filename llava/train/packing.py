@@ -22,11 +22,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.data.formats import image_sources
-from llava.data.image_files import locate_image
+from llava.data.formats import media_sources
+from llava.data.media_files import open_image
+from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
-from llava.images.io import load_image
-from llava.images.layout import ImagePolicy, plan_images
+from llava.images.layout import ImagePolicy, plan, plan_images
 from llava.model.protocols import LlavaModel
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
@@ -91,7 +91,7 @@ class PackedDataset(Dataset):
         room = self.limit
         for sample in self.sequences[index]:
             item = self.samples[sample]
-            room -= item_length(item, self.policy, self.samples.tokenizer.model_max_length)
+            room -= item_length(item, self.policy)
             if room >= 0:
                 items.append(item)
             elif not self.samples.skips_bad:
@@ -189,25 +189,34 @@ class _Lengths(Dataset):
     def _measure(self, index: int) -> int:
         part, row = self.samples.list_data_dict.locate(index)
         sample, folder = part.file[row], part.image_folder or self.samples.data_args.image_folder
-        sources = image_sources(sample)
-        ids = self.samples.tokens(sample, num_images=len(sources))["input_ids"][0]
+        sources = media_sources(sample)
+        ids, labels = self.samples.tokens(sample, num_images=len(sources))
         if self.policy is None or not self.policy.cuts_tiles:
             sizes = [(1, 1)] * len(sources)  # one tile, whatever their size
         else:
-            sizes = [load_image(locate_image(source, folder)).size for source in sources]
-        return _length(ids, sizes, self.policy, self.samples.tokenizer.model_max_length)
+            allow_urls = getattr(self.samples.data_args, "image_urls", False)
+            sizes = [open_image(source, folder, allow_urls=allow_urls).size for source in sources]
+        limit = self.samples.tokenizer.model_max_length
+        fitted = fit(ids, _features(sizes, self.policy), limit)
+        check_trained(labels, fitted, limit)
+        return fitted.length
 
 
-def item_length(item: TrainingItem, policy: ImagePolicy | None, max_length: int) -> int:
+def item_length(item: TrainingItem, policy: ImagePolicy | None) -> int:
     """Count the tokens of a sample that has been drawn, image features included."""
-    ids, sizes = item["input_ids"], item.get("image_size", (1, 1))
-    num_images = int((ids == IMAGE_TOKEN_INDEX).sum())
-    return _length(ids, sizes if isinstance(sizes, list) else [sizes] * num_images, policy, max_length)
+    num_images = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+    length = len(item["input_ids"])
+    if policy is None or not num_images:
+        return length
+    tiles = item["image"] if isinstance(item["image"], list) else [item["image"]]
+    sizes = item.get("image_size", (1, 1))
+    for pixels, size in zip(tiles, sizes if isinstance(sizes, list) else [sizes] * num_images, strict=True):
+        length += plan(size, policy, num_tiles=len(pixels) if pixels.dim() == 4 else 1).num_features - 1
+    return length
 
 
-def _length(ids: torch.Tensor, sizes: Sequence[Sequence[int]], policy: ImagePolicy | None, max_length: int) -> int:
-    features = sum(layout.num_features for layout in plan_images(sizes, policy)) if policy is not None else 0
-    return min(len(ids) - len(sizes) + features, max_length)
+def _features(sizes: Sequence[Sequence[int]], policy: ImagePolicy | None) -> list[int]:
+    return [1] * len(sizes) if policy is None else [layout.num_features for layout in plan_images(sizes, policy)]
 
 
 def _fingerprint(samples: LazySupervisedDataset, policy: ImagePolicy | None) -> str:

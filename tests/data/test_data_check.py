@@ -56,6 +56,7 @@ SAMPLES: list[Any] = [
     sample("empty-answer", "Hi", " ", "Well?", "Well."),
     sample("nothing-to-train", "Hi"),
     sample("too-long", "Hi", "word " * 1200),
+    sample("unread-key", "Hi", "Hello.", rejected="Go away."),
     sample("good", "Hi", "Hello."),  # a duplicate
 ]
 
@@ -104,7 +105,7 @@ def test_each_fault_is_found_by_id(
     assert not faults
     report = json.loads(output)
     assert set(report["counts"]) == set(FAULT_KINDS)
-    assert report["modalities"] == {"text only": 12, "one image": 9}
+    assert report["modalities"] == {"text only": 13, "one image": 9}
     assert report["lengths"]["unit"] == "tokens"
     assert (
         sum(row["samples"] for row in report["lengths"]["histogram"]) == len(SAMPLES) - 8
@@ -121,7 +122,7 @@ def test_training_agrees(folder: Path) -> None:
     refused = {index for index in range(len(samples)) if dataset.fault(index)}
     assert refused <= bad
     # These are trained on all the same, though rarely as was meant.
-    assert {SAMPLES[index]["id"] for index in bad - refused} == {"turn-order", "empty-answer"}
+    assert {SAMPLES[index]["id"] for index in bad - refused} == {"turn-order", "empty-answer", "unread-key"}
 
 
 def test_the_report_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +134,7 @@ def test_the_report_for_people(folder: Path, capsys: pytest.CaptureFixture[str])
     output = capsys.readouterr().out
     assert "sample 5 (id 'missing-image'): there is no image file" in output
     assert "and 1 more" in output
-    assert " of 21 samples have faults" in output
+    assert " of 22 samples have faults" in output
     assert main(["data", "check", str(folder / "data.json"), "--max-length", "9"]) == 2
     assert main(["data", "check", str(folder / "absent.json")]) == 2
     assert main(["data", "chek"]) == 2
@@ -234,7 +235,7 @@ def test_nothing_but_bad_samples_stops_even_a_run_that_skips(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"100 samples in a row are bad, the last one: sample 99 \(id 'b99'\)"):
         dataset_for(tmp_path, on_bad_sample="skip")[0]
     (tmp_path / "data.json").write_text(json.dumps(bad[:3]))
-    with pytest.raises(InputError, match="every sample like sample 1"):
+    with pytest.raises(InputError, match="every sample is bad, as sample 1"):
         dataset_for(tmp_path, on_bad_sample="skip")[1]
 
 

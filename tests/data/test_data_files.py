@@ -14,7 +14,7 @@ import pytest
 from golden_data import golden
 
 from llava.data import index, scan
-from llava.data.formats import image_sources, to_sample
+from llava.data.formats import media_sources, to_sample
 from llava.data.index import DataFile
 from llava.data.samples import open_samples
 from llava.errors import InputError
@@ -147,7 +147,7 @@ def test_openai_messages() -> None:
         ],
     }
     beside = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [{"bytes": b"x", "path": None}]}
-    assert image_sources(to_sample(beside)) == [b"x"]
+    assert media_sources(to_sample(beside)) == [b"x"]
     assert to_sample(beside)["conversations"] == [{"from": "human", "value": "<image>"}]
 
 
@@ -155,8 +155,8 @@ def test_openai_messages() -> None:
     ("record", "message"),
     [
         ({"messages": []}, "no turns"),
-        ({"messages": [{"content": "Hi"}]}, "message 0 is not an object"),
-        ({"messages": [{"role": "user", "content": None}]}, "content of message 0"),
+        ({"messages": [{"content": "Hi"}]}, "turn 0 does not say who speaks"),
+        ({"messages": [{"role": "user", "content": None}]}, "turn 0 has no text"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}], "images": ["b"]}, "both"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]}, "image_url"),
@@ -182,12 +182,12 @@ def test_parquet_with_embedded_images(tmp_path: Path) -> None:
     file = DataFile(path)
     assert file.columns.images.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert file.id(5) == "r5"
-    assert image_sources(file[5]) == [image]
-    assert image_sources(file[6]) == []
+    assert media_sources(file[5]) == [image]
+    assert media_sources(file[6]) == []
     assert file[4]["conversations"] == rows[4]["conversations"]
     lists = [{"images": [{"bytes": image, "path": "x.png"}], "messages": [{"role": "user", "content": "<image>"}]}]
     parquet.write_table(arrow.Table.from_pylist(lists), path)
-    assert image_sources(DataFile(path)[0]) == [image]
+    assert media_sources(DataFile(path)[0]) == [image]
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(InputError, match=r"data\.parquet"):
         DataFile(path)

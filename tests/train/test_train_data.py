@@ -185,18 +185,17 @@ def test_cut_samples_are_counted_and_the_first_is_named(write: Any) -> None:
     dataset = LazySupervisedDataset(
         write(sample("What?", "no"), long_answer, long_question),
         tokenizer,
-        data_args(is_multimodal=False),
+        data_args(is_multimodal=False, on_bad_sample="skip"),
         conv=conv_templates["v1"],
     )
     tokenizer.model_max_length = 160
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
-    for _ in loader:
-        pass
-    report = dataset.truncated.report(dataset.list_data_dict, 160)
-    assert report is not None
-    assert "2 samples drawn were truncated to --model_max_length 160" in report
-    assert "1 of them kept no token to train on" in report
-    assert "sample 1 (id 'long')" in report
+    for item in loader:
+        assert len(item["input_ids"]) <= 160
+    truncated, skipped = dataset.reports()
+    assert "1 samples drawn were truncated to --model_max_length 160" in truncated
+    assert "sample 1 (id 'long')" in truncated
+    assert "sample 2 (id 'question'): its answers begin behind the limit of 160 tokens" in skipped
     assert LazySupervisedDataset(write(sample("Hi")), tokenizer, data_args()).truncated.report([], 160) is None
 
 
@@ -241,7 +240,7 @@ def test_an_image_without_a_tower_or_a_folder(tokenizer: Any, write: Any) -> Non
     [
         ('[{"id": 1,\n  "conversations": [}]', "line 2, column 21"),
         ("[]", "no samples"),
-        ('{"a": 1}', "not a dict"),
+        ('{"a": 1}', "must be a JSON list of samples"),
         ("[3]", "sample 0"),
         ('[{"id": "x"}]', "id 'x'"),
         ('[{"id": "x", "conversations": []}]', "no turns"),

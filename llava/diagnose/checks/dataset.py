@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.check import DatasetReport, collect
-from llava.data.formats import image_sources
+from llava.data.formats import media_sources
 from llava.data.reader import SampleReader
 from llava.data.samples import Samples, open_samples
 from llava.data.validate import SampleChecker, SampleFault
@@ -31,8 +31,10 @@ REMEDIES = {
     "empty-answer": "write the answers, or drop the turns; --fix drops the samples",
     "nothing-to-train": "add answers, or raise the length limit; --fix drops the samples",
     "too-long": "raise --model_max_length, shorten the samples, or use fewer tiles per image",
+    "unread-key": "take the key out, or train it where it belongs (docs/data.md)",
     "duplicate-id": "give every sample its own id; --fix appends numbers",
 }
+KEPT = ("too-long", "unread-key")  # faults of samples that are trained, if not as was meant
 LISTED = 5
 
 
@@ -52,7 +54,8 @@ def examine_data(
     if reader is None:
         report.skipped += [(name, "--model-path names no model to read with") for name in ("labels", "lengths")]
     report.facts = {"samples": len(samples), "bad_samples": faults.num_bad}
-    is_one_file = Path(path).suffix.lower() in (".json", ".jsonl") and len(samples.parts) == 1
+    is_text = Path(path).suffix.lower() in (".json", ".jsonl")
+    is_one_file = is_text and len(samples.parts) == 1 and samples.parts[0].file.plain == Path(path)
     report.findings += by_cause(faults, repair=is_one_file)
     return report
 
@@ -75,7 +78,7 @@ def by_cause(faults: DatasetReport, *, repair: bool = False) -> list[DoctorFindi
                     f"{len(hits)} of {len(samples)} samples: {CAUSES[f'data-{kind}'].meaning}; "
                     f"{samples.describe(index)}: {fault.message}",
                     remedy,
-                    fix=fix if kind != "too-long" else None,
+                    fix=fix if kind not in KEPT else None,
                     samples=len(hits),
                     of=len(samples),
                     first_ids=[samples.id(index) for index, _ in hits[:LISTED]],
@@ -88,7 +91,7 @@ def _repair(samples: Samples, faults: Sequence[tuple[int, SampleFault]]) -> Fix:
     """Make a fix of the whole file: add image placeholders, make ids unique, drop unusable samples."""
     kinds: dict[int, set[str]] = {}
     for index, fault in faults:
-        if fault.kind != "too-long":
+        if fault.kind not in KEPT:
             kinds.setdefault(samples.locate(index)[1], set()).add(fault.kind)
 
     def fix(file: Path) -> str:
@@ -124,5 +127,5 @@ def _insert_placeholders(record: dict[str, Any]) -> bool:
     question = next((turn for turn in turns if turn.get("from") in ("human", "user")), None)
     if question is None:
         return False
-    question["value"] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(image_sources(record)) + question["value"]
+    question["value"] = f"{DEFAULT_IMAGE_TOKEN}\n" * len(media_sources(record)) + question["value"]
     return True

@@ -193,7 +193,7 @@ CAUSES: dict[str, Cause] = {
     # Training data
     "data-unreadable": Cause("the data file cannot be read", ("llava/data/samples.py:open_samples",)),
     "data-malformed": Cause("records that are not samples", _SAMPLES),
-    "data-missing-image": Cause("images that do not exist", ("llava/data/image_files.py:locate_image",)),
+    "data-missing-image": Cause("images that do not exist", ("llava/data/media_files.py:locate_image",)),
     "data-broken-image": Cause("images that cannot be decoded", ("llava/images/io.py:load_image",)),
     "data-placeholders": Cause(
         "the number of <image> placeholders is not the number of images",
@@ -205,8 +205,9 @@ CAUSES: dict[str, Cause] = {
         "labels are all -100: nothing is learned, and the loss is NaN or constant",
         ("llava/text/labels.py:encode_spans",),
     ),
-    "data-too-long": Cause(
-        "samples longer than the limit are truncated", ("llava/train/data.py:DataCollatorForSupervisedDataset",)
+    "data-too-long": Cause("samples longer than the limit are truncated", ("llava/data/truncation.py:fit",)),
+    "data-unread-key": Cause(
+        "keys that say something else than what is trained", ("llava/data/formats.py:read_record",)
     ),
     "data-duplicate-id": Cause("ids that occur more than once", ("llava/data/check.py:collect",)),
     # Training runs

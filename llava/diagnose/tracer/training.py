@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Span
-from llava.data.formats import image_sources
-from llava.data.image_files import image_label
+from llava.data.formats import media_sources
+from llava.data.media_files import image_label
 from llava.diagnose.tracer.generation import Pixels, record_cost, record_layouts, record_pixels, record_prompt
 from llava.diagnose.tracer.hooks import install_hooks, wrap
 from llava.diagnose.tracer.record import Observation, Trace, tensor_stats
@@ -185,7 +185,7 @@ def _record_sample(record: Trace, dataset: LazySupervisedDataset, index: int) ->
     samples = dataset.list_data_dict
     part, row = samples.locate(index)
     sample = part.file[row]
-    sources = image_sources(sample)
+    sources = media_sources(sample)
     num_placeholders = sum(str(turn.get("value", "")).count(DEFAULT_IMAGE_TOKEN) for turn in sample["conversations"])
     obs = Observation("sample")
     obs.facts = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.assets import embedded_model_path
-from llava.data.image_files import locate_image
+from llava.data.media_files import locate_image
 from llava.errors import InputError
 from llava.model.checkpoints.catalog import EMBEDDED, repository_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
