@@ -359,7 +359,7 @@ DATA_FAULTS: dict[str, tuple[Change, str]] = {
     "an image that is text": (lambda s: s[0].update(image="expected.json"), "data-broken-image"),
     "no placeholder": (turn(0, 0, value="What colours do you see?"), "data-placeholders"),
     "a placeholder without an image": (turn(2, 0, value="<image>\nWhat is it?"), "data-placeholders"),
-    "two questions": (lambda s: s[1]["conversations"].pop(1), "data-turn-order"),
+    "two answers": (lambda s: s[1]["conversations"].pop(2), "data-turn-order"),
     "an unknown speaker": (turn(1, 1, **{"from": "bing"}), "data-turn-order"),
     "an empty answer": (turn(1, 3, value=" "), "data-empty-answer"),
     "no answer": (lambda s: s[2]["conversations"].pop(), "data-nothing-to-train"),

@@ -79,6 +79,7 @@ class DataFile:
     def __init__(self, path: str | os.PathLike[str], *, cache: Path | None = None) -> None:
         """`cache` is the folder for indexes; without one, `llava` in the user's cache folder."""
         self.path = Path(path)
+        self.plain = self.path
         try:
             state = self.path.stat()
             self.plain = plain_file(self.path, cache)
@@ -90,6 +91,8 @@ class DataFile:
             }
             self.format = format_of(self.plain)
             self.columns, self.notes = self._open(cache)
+        except InputError as error:  # which names the copy that was read
+            raise InputError(str(error).replace(str(self.plain), str(self.path))) from error
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the training data {str(path)!r}: {error}") from error
         if len(self) == 0:

@@ -81,7 +81,10 @@ def as_parts(sample: dict[str, Any], url: Callable[[str], str]) -> list[dict[str
     messages = []
     for entry in as_messages(sample):
         text = entry["content"].replace("<image>\n", "")
-        parts = [{"type": "image_url", "image_url": {"url": url(next(names))}} for _ in range(entry["content"].count("<image>"))]
+        parts = [
+            {"type": "image_url", "image_url": {"url": url(next(names))}}
+            for _ in range(entry["content"].count("<image>"))
+        ]
         messages.append({"role": entry["role"], "content": [*parts, {"type": "text", "text": text}]})
     return messages
 
@@ -261,10 +264,14 @@ def write_vqa(folder: Path, samples: list[dict[str, Any]]) -> Path:
     questions, annotations = [], []
     for number, sample in enumerate(samples):
         ((question, answer),) = rounds(sample)[1]
-        questions.append({"question_id": number, "image_id": images_of(sample)[0].partition(".")[0], "question": question})
+        questions.append(
+            {"question_id": number, "image_id": images_of(sample)[0].partition(".")[0], "question": question}
+        )
         annotations.append({"question_id": number, "multiple_choice_answer": answer, "answers": [{"answer": answer}]})
     text_file(folder / "v2_mscoco_train2014_annotations.json", json.dumps({"annotations": annotations[::-1]}))
-    return text_file(folder / "v2_OpenEnded_mscoco_train2014_questions.json", json.dumps({"info": {}, "questions": questions}))
+    return text_file(
+        folder / "v2_OpenEnded_mscoco_train2014_questions.json", json.dumps({"info": {}, "questions": questions})
+    )
 
 
 FORMS: dict[str, Form] = {
@@ -275,10 +282,19 @@ FORMS: dict[str, Form] = {
         lambda folder, samples: text_file(folder / "data.json", json.dumps({"version": 1, "data": samples}, indent=1))
     ),
     "ShareGPT, a system text beside the turns": Form(
-        write_rows(lambda sample: {**sample, "system": rounds(sample)[0], "images": images_of(sample), "image": None,
-                                   "conversations": [entry for entry in sample["conversations"] if entry["from"] != "system"]})
+        write_rows(
+            lambda sample: {
+                **sample,
+                "system": rounds(sample)[0],
+                "images": images_of(sample),
+                "image": None,
+                "conversations": [entry for entry in sample["conversations"] if entry["from"] != "system"],
+            }
+        )
     ),
-    "role and content under 'conversations'": Form(write_rows(lambda sample: {**sample, "conversations": as_messages(sample)})),
+    "role and content under 'conversations'": Form(
+        write_rows(lambda sample: {**sample, "conversations": as_messages(sample)})
+    ),
     "turns as JSON in a column": Form(
         lambda folder, samples: write_table(
             folder, [{**table_row(sample), "conversations": json.dumps(sample["conversations"])} for sample in samples]
@@ -290,7 +306,9 @@ FORMS: dict[str, Form] = {
     "OpenAI, paths in parts": Form(write_rows(lambda sample: {"messages": as_parts(sample, str)})),
     "OpenAI, data: URLs": Form(write_rows(lambda sample: {"messages": as_parts(sample, data_url)})),
     "images in base64": Form(
-        write_rows(lambda sample: {**sample, "image": [base64.b64encode(IMAGES[name]).decode() for name in images_of(sample)]})
+        write_rows(
+            lambda sample: {**sample, "image": [base64.b64encode(IMAGES[name]).decode() for name in images_of(sample)]}
+        )
     ),
     "ms-swift, query and response": Form(write_rows(swift)),
     "LLaMA-Factory, instruction and output": Form(write_rows(alpaca)),
