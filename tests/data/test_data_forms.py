@@ -237,9 +237,7 @@ def test_a_changed_table_is_not_read_from_old_copies(tmp_path: Path, monkeypatch
         assert DataFile(path)[0]["conversations"][1]["value"] == answer
 
 
-def test_a_bomb_is_refused_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
-) -> None:
+def test_a_bomb_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     import pyarrow as pa
 
     monkeypatch.setattr(plain_files, "ALWAYS_ALLOWED", 2**20)
