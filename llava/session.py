@@ -1,15 +1,15 @@
 """A conversation with a model as `llava chat` holds it: what was asked, shown and answered so far.
 
-In: a loaded model, questions and images. Out: handles that stream answers, and the conversation as JSON that can be read back.
-One engine answers all questions, so a follow-up is computed for its new tokens only. How a conversation is typed and shown is
-in cli/chat.py and cli/terminal.py; the prompt is rendered by conversation.py.
+In: a loaded model, questions, images and videos. Out: handles that stream answers, and the conversation as JSON that can be
+read back. One engine answers all questions, so a follow-up is computed for its new tokens only. How a conversation is typed
+and shown is in cli/chat.py and cli/terminal.py; the prompt is rendered by conversation.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ from llava.engine.config import EngineConfig
 from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
 from llava.images.download import DEFAULT_LIMITS, ImageLimits
+from llava.images.frames import DEFAULT_VIDEO_LIMITS, FrameSampling, Video
 from llava.images.io import load_image
+from llava.images.video import is_video, load_video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,16 +34,73 @@ FORMAT = "llava-conversation-1"
 
 
 @dataclass(frozen=True)
+class VideoOptions:
+    """How videos are opened, among what a user names."""
+
+    sampling: FrameSampling = field(default_factory=FrameSampling)
+    as_video: bool = False  # folders of frames and animated images are videos too
+    as_images: bool = False  # each frame is an image of its own, for models that take no videos
+    tells_times: bool | None = None  # as `Video` has it
+
+
+@dataclass(frozen=True)
 class LoadedImage:
-    """An opened image and where it came from."""
+    """An opened image or video, and where it came from; `frame` is the number of a video's frame that is an image here."""
 
     source: str
-    image: Image.Image
+    image: Image.Image | Video
+    videos: VideoOptions | None = None  # by which a video was opened
+    frame: int | None = None
 
     @classmethod
     def open(cls, source: str | Path | bytes | Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
+        """Open one image, or a video as the usual frames of it."""
+        return cls.open_all(source, limits)[0]
+
+    @classmethod
+    def open_all(
+        cls,
+        source: str | Path | bytes | Image.Image,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        videos: VideoOptions | None = None,
+    ) -> list[LoadedImage]:
+        """Open an image, or a video: as one, or as an image for each of its frames."""
+        videos = videos or VideoOptions()
         name = str(source) if isinstance(source, (str, Path)) else "(an image in memory)"
-        return cls(name, load_image(source, limits=limits))
+        if not isinstance(source, (str, Path, bytes)) or not is_video(source, as_video=videos.as_video):
+            return [cls(name, load_image(source, limits=limits))]
+        allowed = replace(
+            DEFAULT_VIDEO_LIMITS,
+            timeout_s=max(DEFAULT_VIDEO_LIMITS.timeout_s, limits.timeout_s),
+            allow_private_hosts=limits.allow_private_hosts,
+        )
+        video = replace(load_video(source, videos.sampling, allowed), tells_times=videos.tells_times)
+        if not videos.as_images:
+            return [cls(name, video, videos)]
+        return [cls(name, frame, videos, number) for number, frame in enumerate(video.frames)]
+
+    def describe(self) -> str:
+        """What was opened, in one line: the size of an image, or the frames of a video."""
+        if isinstance(self.image, Video):
+            width, height = self.image.size
+            return f"{self.source} ({self.image.describe()}, {width}x{height})"
+        size = f"{self.image.width}x{self.image.height}"
+        return f"{self.source} ({size})" if self.frame is None else f"{self.source} (its frames as images, {size})"
+
+    def saved(self) -> str | dict[str, Any]:
+        """What a file of a conversation says of it."""
+        if self.videos is None:
+            return self.source
+        return {"source": self.source, "frame": self.frame, **asdict(self.videos)}
+
+    @classmethod
+    def reopen(cls, saved: str | dict[str, Any], limits: ImageLimits) -> LoadedImage:
+        if isinstance(saved, str):
+            return cls.open(saved, limits)
+        values = dict(saved)
+        source, frame = values.pop("source"), values.pop("frame", None)
+        videos = VideoOptions(**{**values, "sampling": FrameSampling(**values["sampling"])})
+        return cls.open_all(source, limits, videos)[frame or 0]
 
 
 @dataclass(frozen=True)
@@ -81,7 +140,7 @@ class Session:
         self.waiting: tuple[LoadedImage, ...] = ()
 
     def answer(self, question: str, *images: str | Path | Image.Image) -> str:
-        """Ask about images (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
+        """Ask about images and videos (paths, URLs or Pillow images) and wait for the whole answer; both become history."""
         self.attach([LoadedImage.open(image) for image in images])
         with self.ask(question) as handle:
             text = handle.result().text
@@ -93,9 +152,16 @@ class Session:
         self.waiting = (*self.waiting, *images)
 
     def refuse_without_tower(self, images: Sequence[LoadedImage]) -> None:
+        """Refuse images where the model takes none, and videos where it takes none."""
         if images and self._loaded.image_processor is None:
             raise InputError(
                 f"{self._loaded.info.folder} is a language model without a vision tower; it takes no images"
+            )
+        videos = [image.source for image in images if isinstance(image.image, Video)]
+        if videos and (self._loaded.processor is None or self._loaded.processor.video_policy is None):
+            raise InputError(
+                f"{self._loaded.info.folder} takes images and no videos; give {videos[0]} with --frames-as-images, which makes "
+                "an image of each frame"
             )
 
     @property
@@ -139,6 +205,14 @@ class Session:
         conversation.append_message(assistant, None)
         return conversation
 
+    def prompt(self, question: str) -> str:
+        """The text of a question's prompt, with all that is added to it."""
+        conversation = self.conversation(question)
+        if self._loaded.processor is None:
+            return conversation.get_prompt()
+        told = self._loaded.processor.with_times(conversation, [image.image for image in self.images])
+        return told if isinstance(told, str) else told.get_prompt()
+
     @property
     def system(self) -> str:
         """The system text, without the markup that some templates keep in it."""
@@ -165,7 +239,7 @@ class Session:
     def save(self, path: str) -> None:
         exchanges = [
             {
-                "images": [image.source for image in exchange.images],
+                "images": [image.saved() for image in exchange.images],
                 "question": exchange.question,
                 "answer": exchange.answer,
             }
@@ -186,7 +260,7 @@ class Session:
         """Take up a saved conversation in place of this one; its images are opened again from where they came."""
         exchanges = [
             Exchange(
-                row["question"], tuple(LoadedImage.open(source, limits) for source in row["images"]), row["answer"]
+                row["question"], tuple(LoadedImage.reopen(saved, limits) for saved in row["images"]), row["answer"]
             )
             for row in _read_saved(path)
         ]
@@ -207,11 +281,21 @@ def _read_saved(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_video(saved: object) -> bool:
+    """Whether something is what `LoadedImage.saved` says of a video."""
+    if not (
+        isinstance(saved, dict) and isinstance(saved.get("source"), str) and isinstance(saved.get("sampling"), dict)
+    ):
+        return False
+    names = {entry.name for entry in fields(VideoOptions)} | {"source", "frame"}
+    return saved.keys() <= names and saved["sampling"].keys() <= {entry.name for entry in fields(FrameSampling)}
+
+
 def _is_exchange(row: object) -> bool:
     return (
         isinstance(row, dict)
         and isinstance(row.get("question"), str)
         and isinstance(row.get("answer"), str)
         and isinstance(row.get("images"), list)
-        and all(isinstance(source, str) for source in row["images"])
+        and all(isinstance(saved, str) or _is_video(saved) for saved in row["images"])
     )

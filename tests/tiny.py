@@ -63,12 +63,22 @@ ANYRES = {
 }
 
 
-def build(folder: Path, language_model: str = "llama", *, seed: int = 0, siglip: bool = False, **changes: Any) -> Path:
-    """Write a model folder and return it; `changes` go into its config.json."""
+def build(
+    folder: Path,
+    language_model: str = "llama",
+    *,
+    seed: int = 0,
+    siglip: bool = False,
+    tower: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a model folder and return it; `changes` go into its config.json, `tower` is the config of another tower."""
     from llava.model.language_model.registry import llava_classes
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tower_config(folder / "tower", siglip=siglip)
+    if tower is not None:
+        (folder / "tower" / "config.json").write_text(json.dumps(tower))
     save_tokenizer(folder)
     config_class, model_class = llava_classes(language_model)
     config = config_class(**{**CONFIG, **changes})

@@ -1,14 +1,27 @@
-"""Videos for tests: made in memory by PyAV, each frame of one grey that tells its number."""
+"""Videos for tests, made in memory by PyAV, each frame of one grey that tells its number; and tiny models that take them."""
 
 from __future__ import annotations
 
 import io
+import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tiny
+import torch
+from engine_kit import random_image
 from PIL import Image
 
+from llava.images.frames import Video
+
+ANYRES = tiny.ANYRES | {"image_aspect_ratio": "anyres_max_4"}
+# As LLaVA-Video's configs have it, and as OneVision's.
+KINDS: dict[str, dict[str, Any]] = {
+    "rows": {**ANYRES, "mm_newline_position": "grid", "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2},
+    "one": {**ANYRES, "mm_spatial_pool_mode": "bilinear", "add_time_instruction": True},
+}
 STEP = 7  # of grey, from one frame to the next
 
 
@@ -59,3 +72,23 @@ def write_frames(folder: Path, num_frames: int) -> Path:
         Image.new("RGB", (40, 30), (number * STEP,) * 3).save(folder / f"frame{number + 1}.png")
     (folder / "notes.txt").write_text("taken on a Monday")
     return folder
+
+
+@cache
+def loaded(kind: str) -> Any:
+    from llava.model.builder import load
+
+    folder = Path(tempfile.mkdtemp(prefix="llava-videos-"))
+    model = load(tiny.build(folder / kind, "qwen2", seed=3, siglip=True, **KINDS[kind]), device="cpu")
+    with torch.no_grad():  # louder than the tiny model is, so that answers depend on all that was asked
+        for name, parameter in model.model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            elif parameter.dim() > 1:
+                parameter.mul_(2.0)
+    return model
+
+
+def random_video(seed: int, num_frames: int = 5, *, size: tuple[int, int] = (40, 30), times: bool = True) -> Video:
+    frames = tuple(random_image(100 * seed + number, *size) for number in range(num_frames))
+    return Video(frames, tuple(number / 2 for number in range(num_frames)) if times else (), num_frames / 2, 2.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,7 +29,8 @@ from llava.conversation import check_question, get_template
 from llava.engine.request import Result
 from llava.errors import InputError
 from llava.images.download import ImageLimits
-from llava.session import LoadedImage, Session
+from llava.images.frames import FrameSampling
+from llava.session import LoadedImage, Session, VideoOptions
 from llava.utils import waiting
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ EXAMPLES = """\
 examples:
   llava chat photo.jpg "What is in this image?"
   llava chat before.png after.png "What changed?"      several images, in this order
+  llava chat clip.mp4 "What happens?" --num-frames 16  a video, as 16 frames of it
   llava chat photo.jpg                                 a conversation; /help lists its commands
   llava chat photo.jpg < questions.txt                 one answer per line
   echo "Describe it." | llava chat photo.jpg -         the question from a pipe
@@ -61,10 +63,10 @@ def build_parser() -> ArgumentParser:
         ),
         prog="llava chat",
         usage="%(prog)s [FLAGS] [IMAGE ...] [QUESTION]",
-        description="Ask a model about images, once or in a conversation.",
+        description="Ask a model about images and videos, once or in a conversation.",
         epilog=EXAMPLES,
     )
-    words = "image files or URLs, and the question, in any order; - reads either from stdin"
+    words = "image or video files or URLs, and the question, in any order; - reads either from stdin"
     parser.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help=words)
     model = parser.add_argument_group("model")
     add_model_flags(model)
@@ -80,6 +82,24 @@ def build_parser() -> ArgumentParser:
     images = parser.add_argument_group("images")
     add_number(images, "--image-timeout", 20.0, "SECONDS", "seconds for a download")
     images.add_argument("--allow-private-hosts", action="store_true", help="download from this machine's network too")
+    videos = parser.add_argument_group("videos")
+    videos.add_argument(
+        "--num-frames", type=int, metavar="N", help="frames that the model sees, with equal distances (default: 32)"
+    )
+    videos.add_argument(
+        "--fps", type=float, metavar="F", help="frames for each second; with --num-frames, at most so many"
+    )
+    videos.add_argument("--video-start", type=float, default=0.0, metavar="SECONDS", help="see nothing before")
+    videos.add_argument("--video-end", type=float, metavar="SECONDS", help="see nothing after")
+    videos.add_argument("--as-video", action="store_true", help="take folders of frames and animated images as videos")
+    videos.add_argument(
+        "--frames-as-images", action="store_true", help="give each frame as an image, to a model that takes no videos"
+    )
+    videos.add_argument(
+        "--time-instruction",
+        action=BooleanOptionalAction,
+        help="say in the prompt when the frames are (default: as the model was trained)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a line of JSON per answer, with token counts and times")
     output.add_argument(
@@ -106,14 +126,22 @@ def run(args: Namespace) -> int:
         get_template(args.conv_mode)
     limits = ImageLimits(timeout_s=args.image_timeout, allow_private_hosts=args.allow_private_hosts)
     # Check all that needs no torch before it is loaded.
-    images = [LoadedImage.open(source, limits) for source in words.sources]
+    videos = VideoOptions(
+        FrameSampling(args.num_frames, args.fps, args.video_start, args.video_end),
+        as_video=args.as_video,
+        as_images=args.frames_as_images,
+        tells_times=args.time_instruction,
+    )
+    images = [image for source in words.sources for image in LoadedImage.open_all(source, limits, videos)]
     if question is not None:
         check_question(question, len(images))
     args.model_path = find_model(args.model_path, args.mmproj)
     if args.quiet:
         hide_waits()
     terminal = Terminal(quiet=args.quiet, image_protocol=args.show_images)
-    terminal.attached([image for image in images if image.source in words.inside], question)
+    inside = [image for image in images if image.source in words.inside]
+    terminal.name_images([image for image in images if image.videos is not None and image not in inside])
+    terminal.attached(inside, question)
 
     started = time.perf_counter()
     if question is None and terminal.interactive:
@@ -124,7 +152,7 @@ def run(args: Namespace) -> int:
     template = get_template(args.conv_mode or loaded.conv_mode)
     session = Session(loaded, template.with_system(args.system) if args.system is not None else template, sampling)
     session.attach(images)
-    chat = Chat(session, terminal, args, limits, load_s=time.perf_counter() - started)
+    chat = Chat(session, terminal, args, limits, videos, load_s=time.perf_counter() - started)
     if args.verbose:
         chat.describe(loaded)
     if question is not None:
@@ -152,6 +180,7 @@ class Chat:
     terminal: Terminal
     args: Namespace
     limits: ImageLimits
+    videos: VideoOptions
     load_s: float
 
     def converse(self) -> int:
@@ -203,7 +232,7 @@ class Chat:
 
     def attach(self, sources: Sequence[str | bytes]) -> list[LoadedImage]:
         """Open images, which go with the next question, and show them where the terminal can."""
-        images = [LoadedImage.open(source, self.limits) for source in sources]
+        images = [image for source in sources for image in LoadedImage.open_all(source, self.limits, self.videos)]
         self.session.attach(images)
         self.terminal.show_images(images)
         return images
@@ -213,7 +242,7 @@ class Chat:
         handle = self.session.ask(question)
         if self.args.verbose:
             size, max_new_tokens = handle.size, handle.max_new_tokens
-            self.terminal.info(f"prompt: {self.session.conversation(question).get_prompt()!r}")
+            self.terminal.info(f"prompt: {self.session.prompt(question)!r}")
             self.terminal.info(
                 f"{size.num_text_tokens} text and {size.num_image_tokens} image tokens; at most {max_new_tokens} new ones"
                 + (" (all that the context holds)" if max_new_tokens < self.args.max_new_tokens else "")

@@ -1,4 +1,4 @@
-"""Find the images among words: those of a command line, or of a line that was typed or dragged into a conversation.
+"""Find the images and videos among words: those of a command line, or of a line that was typed or dragged into a conversation.
 
 In: words or a line, and the sources that were given before. Out: sources to open, in their order, and the question that is
 left. A word that looks like a path, but names no image, is a source too, so that opening it gives the error: no image is left
@@ -19,14 +19,16 @@ from urllib.parse import unquote
 
 from llava.errors import InputError
 from llava.images.formats import looks_like_image
+from llava.images.video import FIRST_BYTES, VIDEO_ENDINGS, looks_like_video
 
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-URL = re.compile(r"(https?://|data:image/)\S+", re.IGNORECASE)
+URL = re.compile(r"(https?://|data:(?:image|video)/)\S+", re.IGNORECASE)
 # Endings of images, and of files that are taken for images: those that cannot be opened give an error that names them.
 _ENDINGS = (
     "jpe?g|jpe|jfif|a?png|gif|bmp|dib|webp|tiff?|p[bgpn]m|avifs?|hei[cf]s?|hif|jxl|jp2|j2k|ico|qoi|svgz?|psd|eps|pdf|tga|exr|"
-    "hdr|xcf|raw|cr[23w]|nef|arw|dng|orf|rw2|raf|mp4|mov|avi|mkv|webm"
+    f"hdr|xcf|raw|cr[23w]|nef|arw|dng|orf|rw2|raf|{VIDEO_ENDINGS}"
 )
+VIDEO = re.compile(rf"data:video/|.*[^\s/\\]\.(?:{VIDEO_ENDINGS})(?:[?#]|$)", re.IGNORECASE | re.DOTALL)
 ENDING = re.compile(rf"[^\s/\\]\.(?:{_ENDINGS})$", re.IGNORECASE)
 ENDING_INSIDE = re.compile(rf"[^\s/\\]\.(?:{_ENDINGS})(?![A-Za-z0-9_/\\]|\.\w)", re.IGNORECASE)
 ANY_ENDING = re.compile(r"\w\.[A-Za-z][A-Za-z0-9]{1,4}$")
@@ -41,7 +43,7 @@ PLAIN_WORD = re.compile(r"(?:\\.|\S)+")
 MAX_SPACES = 8  # in a path that is neither quoted nor escaped
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 DETERMINERS = {"the", "this", "that", "my", "our", "your", "his", "her", "their", "a", "an"}
-NOUNS = {"image", "picture", "photo", "photograph", "file", "screenshot"}
+NOUNS = {"image", "picture", "photo", "photograph", "file", "screenshot", "video", "clip", "movie", "film"}
 SUBJECT = re.compile(r"(?:and|or|vs|versus|is|has|shows)\b", re.IGNORECASE)  # after a name that begins a sentence
 
 
@@ -107,18 +109,32 @@ def read_line(line: str, given: Sequence[str | bytes] = ()) -> ReadWords:
     A path beside the sentence is taken out. Within it, "the image" takes its place ("the second image" where there are
     more), since a path says nothing to a model. `given` are the sources of the conversation; none of them is found again.
     """
-    places = {_identity(source): number for number, source in enumerate(given)}
+    # Images and videos are counted apart.
+    counts = {False: 0, True: 0}
+    places: dict[str | bytes, int] = {}
+
+    def take(source: str | bytes) -> bool:
+        """Give a source its number among those of its kind; False where it has one."""
+        if _identity(source) in places:
+            return False
+        places[_identity(source)] = counts[_is_video(source)]
+        counts[_is_video(source)] += 1
+        return True
+
+    for source in given:
+        take(source)
     sources: list[str] = []
     found = list(_find(line, bool(given)))
     for image in found:
-        if _identity(image.source) not in places:
-            places[_identity(image.source)] = len(given) + len(sources)
+        if take(image.source):
             sources.append(image.source)
     text, position = "", 0
     for image in found:
         text = _join(text, line[position : image.start])
-        number = places[_identity(image.source)] if len(places) > 1 else None
-        text += _mention(text, line[image.end :], number, is_chinese=bool(re.search(r"[\u4e00-\u9fff]", line)))
+        is_video = _is_video(image.source)
+        number = places[_identity(image.source)] if counts[is_video] > 1 else None
+        is_chinese = bool(re.search(r"[\u4e00-\u9fff]", line))
+        text += _mention(text, line[image.end :], number, is_video=is_video, is_chinese=is_chinese)
         position = image.end
     text = _join(text, line[position:]).strip() if found else line.strip()
     return ReadWords(tuple(sources), text if re.search(r"\w", text) else None, tuple(sources))
@@ -149,7 +165,7 @@ def read_stdin(name: str) -> str | bytes:
     """Read stdin: an image's bytes, or a question."""
     content = getattr(sys.stdin, "buffer", sys.stdin).read()
     content = content.encode() if isinstance(content, str) else content
-    if looks_like_image(content):
+    if looks_like_image(content) or looks_like_video(content):
         return bytes(content)
     try:
         text = content.decode("utf-8-sig").strip()
@@ -307,9 +323,14 @@ def _spellings(word: str) -> Iterator[str]:
 def _is_image_file(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return looks_like_image(file.read(64))
+            start = file.read(FIRST_BYTES)
+            return looks_like_image(start) or looks_like_video(start)
     except OSError:
         return False
+
+
+def _is_video(source: str | bytes) -> bool:
+    return looks_like_video(source) if isinstance(source, bytes) else bool(VIDEO.match(source))
 
 
 def _identity(source: str | bytes) -> str | bytes:
@@ -323,17 +344,19 @@ def _join(left: str, right: str) -> str:
     return left.rstrip() + right if right[:1] in (".", ",", ";", ":", "?", "!") else left + right
 
 
-def _mention(left: str, right: str, number: int | None, *, is_chinese: bool) -> str:
+def _mention(left: str, right: str, number: int | None, *, is_video: bool, is_chinese: bool) -> str:
     """Return the words that take the place of a path between two pieces of a text: none where it stands beside the sentence."""
     ends_sentence = _ends_sentence(left)
     is_joined = right[:1] not in ("", "'", '"') and not right[:1].isspace() and right[:1] not in CLOSING
     if ends_sentence and not is_joined and not right.startswith("'s") and not SUBJECT.match(right.lstrip()):
         return ""
     if is_chinese:
-        return "图片" if number is None else f"第{number + 1}张图片"
+        noun, measure = ("视频", "个") if is_video else ("图片", "张")
+        return noun if number is None else f"第{number + 1}{measure}{noun}"
     before = left.split()[-1].strip(OPENING).lower() if left.split() else ""
     if before in NOUNS:
         return ""
     ordinal = "" if number is None else f"{ORDINALS[number]} " if number < len(ORDINALS) else f"{number + 1}th "
-    words = f"{ordinal}image" if before in DETERMINERS else f"the {ordinal}image"
+    noun = "video" if is_video else "image"
+    words = f"{ordinal}{noun}" if before in DETERMINERS else f"the {ordinal}{noun}"
     return words[0].upper() + words[1:] if ends_sentence else words

@@ -19,6 +19,7 @@ from llava.cli.inline_images import as_escape, asks_for_sixel, find_protocol
 from llava.cli.line_completion import bind_tab
 from llava.errors import InputError
 from llava.files import state_folder
+from llava.images.frames import Video
 
 if TYPE_CHECKING:
     from llava.engine.handle import RequestHandle
@@ -63,7 +64,8 @@ class Terminal:
 
     def name_images(self, images: Sequence[LoadedImage]) -> None:
         for image in images:
-            self.info(f"attached {image.source} ({image.image.width}x{image.image.height})")
+            if not image.frame:  # of frames that are images, one line says it all
+                self.info(f"attached {image.describe()}")
 
     def show_images(self, images: Sequence[LoadedImage]) -> None:
         """Show images on a terminal that can; others get a line with name and size from `attached`."""
@@ -74,7 +76,8 @@ class Terminal:
             self._image_protocol = found or ("sixel" if asks_for_sixel() else "off")
         if self._image_protocol != "off":
             for image in images:
-                self.write(as_escape(image.image, self._image_protocol) + "\n")
+                shown = image.image.overview() if isinstance(image.image, Video) else image.image
+                self.write(as_escape(shown, self._image_protocol) + "\n")
 
     def error(self, error: InputError) -> None:
         """Write an error to stderr; the program goes on."""

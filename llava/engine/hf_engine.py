@@ -207,6 +207,8 @@ class GenerateLoop(EngineWorker):
             ]
         if hasattr(self._model, "image_policy"):
             arguments |= {"images": inputs.images, "image_sizes": inputs.image_sizes or None}
+            if "video" in inputs.modalities:
+                arguments["modalities"] = inputs.modalities
         else:  # a plain language model takes ids on its own device
             input_ids = input_ids.to(self._model.device)
         if (

@@ -9,24 +9,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from llava.errors import InputError
+from llava.images.layout import ImageLayout
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
     from llava.engine.adapters.adapter import LoadedAdapter
-    from llava.images.layout import ImageLayout
+    from llava.images.frames import Video
+    from llava.images.video_layout import VideoLayout
 
 KEPT_PIXELS = 4_000_000  # of an image kept whole: its features are known, or a device makes its tiles
 
 
-def prompt_bytes(layout: ImageLayout, tile_size: int) -> int:
-    """What a prompt holds of an image: its tiles, or a small one itself, to which Pillow gives 4 bytes a pixel."""
+def prompt_bytes(layout: ImageLayout | VideoLayout, tile_size: int) -> int:
+    """What a prompt holds of an image: its tiles, or a small one itself, to which Pillow gives 4 bytes a pixel.
+
+    Of a video, it holds the tiles of its frames.
+    """
+    if not isinstance(layout, ImageLayout):
+        return 3 * layout.num_frames * tile_size**2
     pixels = layout.size.width * layout.size.height
     return max(3 * layout.num_tiles * tile_size**2, 4 * pixels if pixels <= KEPT_PIXELS else 0)
 
@@ -64,9 +71,16 @@ class PromptImage:
         self._to_pixels = to_pixels
         self._pixels: Tensor | None = None
 
+    modality: ClassVar[str] = "image"
+
     @property
     def stop(self) -> int:
         return self.start + self.num_features
+
+    @property
+    def is_kept_whole(self) -> bool:
+        """Whether it stays as it was given until its features are needed, which it is small enough for."""
+        return self.size[0] * self.size[1] <= KEPT_PIXELS
 
     def pixels(self) -> Tensor:
         """Tiles (n, 3, side, side) of uint8, as they were before normalising, made on the host."""
@@ -81,6 +95,53 @@ class PromptImage:
         """Do what can be done on the host; what is wrong with an image shows here."""
         if self._to_pixels is not None:
             self.pixels()
+
+
+class PromptVideo(PromptImage):
+    """A video in a prompt, whose tiles are its frames.
+
+    `key` names the content of the frames that were chosen; how they are pooled follows from the model.
+    """
+
+    modality: ClassVar[str] = "video"
+
+    def __init__(
+        self,
+        video: Video,
+        layout: VideoLayout,
+        start: int,
+        to_pixels: Callable[[Video], Tensor],
+        *,
+        seen_by: bytes = b"",
+    ) -> None:
+        content = hashlib.sha256(seen_by + repr(("video", video.size, len(video.frames))).encode())
+        for frame in video.frames:
+            content.update(repr(frame.size).encode())
+            content.update(np.asarray(frame).data)
+        self.key = content.digest()
+        self.size = video.size
+        self.start = start
+        self.layout = layout  # type: ignore[assignment]
+        self.num_features = layout.num_features
+        self.colours = None
+        self._video: Video | None = video
+        self._frames_to_pixels = to_pixels
+        self._pixels = None
+
+    @property
+    def is_kept_whole(self) -> bool:
+        """Its frames are many; they are kept as tiles, which are smaller."""
+        return False
+
+    def pixels(self) -> Tensor:
+        """Frames (n, 3, side, side) of uint8, made on the host."""
+        if self._pixels is None:
+            assert self._video is not None
+            self._pixels, self._video = self._frames_to_pixels(self._video), None
+        return self._pixels
+
+    def prepare(self) -> None:
+        self.pixels()
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,21 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
 from llava.engine.adapters.adapter import LoadedAdapter
-from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage
+from llava.engine.prompt import KEPT_PIXELS, Prompt, PromptImage, PromptVideo
 from llava.engine.request import EmbedRequest, Request, ScoreRequest
 from llava.errors import InputError
-from llava.images.decode import to_rgb
-from llava.processor import Processor
+from llava.images.frames import Video
+from llava.images.layout import ImageLayout
+from llava.images.video_layout import VideoLayout
+from llava.processor import Layout, Processor, entry_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class PromptBuilder:
@@ -50,33 +56,39 @@ class PromptBuilder:
         self._processor = processor
         if processor.image_processor is not None:
             as_bytes = replace(processor.image_processor, do_rescale=False, do_normalize=False)
-            self._processor = Processor(processor.tokenizer, as_bytes, processor.policy)
+            self._processor = replace(processor, image_processor=as_bytes)
 
     def __call__(self, request: Request | ScoreRequest | EmbedRequest) -> Prompt:
         if request.images and self._processor.image_processor is None:
             raise InputError("this model has no vision tower, so it cannot look at images")
         asked = request.prompt if request.prompt is not None else [IMAGE_TOKEN_INDEX] * len(request.images)
-        ids = self._encode(asked, len(request.images))
-        rgb = [to_rgb(image) for image in request.images]
+        ids = self._encode(asked, request.images)
+        rgb = [entry_rgb(image) for image in request.images]
         details = () if isinstance(request, ScoreRequest) else request.details
-        layouts = self._processor.plan([image.size for image in rgb], details)
+        layouts = self._processor.layouts(rgb, details)
         adapter = None if request.adapter is None else self._adapter_of(request.adapter)
         seen_by = adapter.key if adapter is not None and adapter.changes_vision else b""
         spread: list[int] = []
         images: list[PromptImage] = []
         for token in ids:
             if token == IMAGE_TOKEN_INDEX:
-                index = len(images)
-                on_device = self._on_device and math.prod(rgb[index].size) <= KEPT_PIXELS
-                to_pixels = None if on_device else self._processor.pixels
-                images.append(PromptImage(rgb[index], layouts[index], len(spread), to_pixels, seen_by=seen_by))
-                spread.extend(range(-1, -1 - layouts[index].num_features, -1))
+                image = self._prompt_image(rgb[len(images)], layouts[len(images)], len(spread), seen_by)
+                images.append(image)
+                spread.extend(range(-1, -1 - image.num_features, -1))
             else:
                 spread.append(token)
         for image in images:
-            if not self._is_cached(image.key) or math.prod(image.size) > KEPT_PIXELS:
+            if not (image.is_kept_whole and self._is_cached(image.key)):
                 image.prepare()
         return Prompt(spread, tuple(images), adapter)
+
+    def _prompt_image(self, entry: Image.Image | Video, layout: Layout, start: int, seen_by: bytes) -> PromptImage:
+        if isinstance(entry, Video):
+            assert isinstance(layout, VideoLayout)
+            return PromptVideo(entry, layout, start, self._processor.video_pixels, seen_by=seen_by)
+        assert isinstance(layout, ImageLayout)
+        on_device = self._on_device and math.prod(entry.size) <= KEPT_PIXELS
+        return PromptImage(entry, layout, start, None if on_device else self._processor.pixels, seen_by=seen_by)
 
     def with_continuation(self, request: ScoreRequest) -> tuple[Prompt, list[int]]:
         """A prompt, and the ids that continue it."""
@@ -92,15 +104,17 @@ class PromptBuilder:
     def _encode_continuation(self, request: ScoreRequest, continuation: str) -> list[int]:
         text = request.prompt.get_prompt() if isinstance(request.prompt, Conversation) else request.prompt
         if isinstance(text, str):
-            before = self._encode(text, len(request.images))
-            together = self._encode(text + continuation, len(request.images))
+            before = self._encode(text, request.images)
+            together = self._encode(text + continuation, request.images)
             if together[: len(before)] == before:
                 return together[len(before) :]
         with self._lock:
             return list(self._processor.tokenizer(continuation, add_special_tokens=False).input_ids)
 
-    def _encode(self, prompt: Conversation | str | Sequence[int], num_images: int) -> list[int]:
+    def _encode(self, prompt: Conversation | str | Sequence[int], images: Sequence[Image.Image | Video]) -> list[int]:
+        num_images = len(images)
         if isinstance(prompt, (Conversation, str)):
+            prompt = self._processor.with_times(prompt, images)
             with self._lock:
                 ids = self._processor.encode_ids(prompt, num_images)
         else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llava.conversation import Conversation
 from llava.errors import InputError, shortened
+from llava.images.frames import Video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +226,8 @@ def _check_prompt(name: str, value: object) -> None:
 
 def _check_images(images: object) -> None:
     for number, image in enumerate(_items("images", images), start=1):
-        if not (hasattr(image, "convert") and hasattr(image, "mode") and hasattr(image, "size")):
+        is_image = hasattr(image, "convert") and hasattr(image, "mode") and hasattr(image, "size")
+        if not (is_image or isinstance(image, Video)):
             remedy = "PIL.Image.fromarray makes one of an array, llava.images.io.load_image one of a file or URL"
             raise InputError(f"image {number} is {shortened(repr(image))}, and not an image of PIL; {remedy}")
 
@@ -261,7 +263,7 @@ class PromptSize:
             raise PromptTooLongError(
                 f"the prompt is too long: {self.num_text_tokens} text tokens and {self.num_image_tokens} image tokens "
                 f"make {self.total}, and the model's context holds {context_len} with at least one new token; "
-                "shorten the question, start a new conversation or give fewer images"
+                "shorten the question, start a new conversation, or give fewer images or frames"
             )
         return min(wanted, context_len - self.total)
 
@@ -272,7 +274,7 @@ class Request:
 
     Args:
         prompt: A conversation whose last turn is unanswered, a finished prompt, or token ids with -200 for each image.
-        images: As many as the prompt has `<image>` placeholders.
+        images: Images of Pillow, or videos (`llava.images.video.load_video`); one for each `<image>` of the prompt.
         sampling: How tokens are chosen.
         request_id: Unique among those running; made up where it is None.
         details: One for each image, or none; "low" asks for the overview tile alone of a model that cuts into tiles.
@@ -281,7 +283,7 @@ class Request:
     """
 
     prompt: Conversation | str | Sequence[int]
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | Video] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None
     details: Sequence[Detail] = ()
@@ -383,7 +385,7 @@ class ScoreRequest:
 
     prompt: Conversation | str | Sequence[int]
     continuation: str | Sequence[int]
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | Video] = ()
     num_top: int = 0
     request_id: str | None = None
     client: str = ""  # as in `Request`
@@ -440,7 +442,7 @@ class EmbedRequest:
     """
 
     prompt: Conversation | str | Sequence[int] | None = None
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | Video] = ()
     stage: Stage = "language"
     layer: int = -1
     span: Literal["all", "text", "images"] | tuple[int, int] = "all"

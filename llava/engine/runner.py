@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from llava.engine.cuda_graphs import StepGraphs
 
 TOWER_TILES = 16  # encoded together where the vision tower's own states are asked for
+ENCODED_TILES = 32  # that the vision tower encodes at once
 SCORED_POSITIONS = 256  # logits in float32 that exist at once when a continuation is scored
 
 
@@ -284,21 +286,25 @@ class Runner:
                 seen_by = adapter if adapter is not None and adapter.changes_vision else None
                 missing.setdefault(seen_by, {})[image.key] = image
         for seen_by, group in missing.items():
-            pixels = [self._normalised(self._tiles(image)) for image in group.values()]
-            made = self._encoded(pixels, [image.size for image in group.values()], seen_by)
+            made = self._encoded(list(group.values()), seen_by)
             for key, features in zip(group, made, strict=True):
                 found[key] = features
                 self.features.put(key, features)
         return {key: features for key, features in found.items() if features is not None}
 
-    def _encoded(
-        self, pixels: list[Tensor], sizes: list[tuple[int, int]], adapter: LoadedAdapter | None
-    ) -> list[Tensor]:
-        """Features of images, by the model's own tower and projector or by an adapter's."""
+    def _encoded(self, images: abc.Sequence[PromptImage], adapter: LoadedAdapter | None) -> list[Tensor]:
+        """Features of images and videos, by the model's own tower and projector or by an adapter's."""
+        pixels = [self._normalised(self._tiles(image)) for image in images]
+        sizes, modalities = [image.size for image in images], [image.modality for image in images]
         if adapter is None:
-            return self._model.image_features(pixels, sizes, encode=self._encode)
+            return self._model.image_features(
+                pixels,
+                sizes,
+                modalities=modalities,
+                encode=partial(_in_batches, self._encode or self._model.encode_images),
+            )
         tensors = {f"model.{name}": tensor for name, tensor in adapter.vision.items()}
-        return torch.func.functional_call(_ImageFeatures(self._model), tensors, (pixels, sizes))
+        return torch.func.functional_call(_ImageFeatures(self._model), tensors, (pixels, sizes, modalities))
 
     def _tiles(self, image: PromptImage) -> Tensor:
         """Bytes (n, 3, side, side), on the device."""
@@ -417,8 +423,9 @@ class _ImageFeatures(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
-        return self.model.image_features(pixels, sizes)
+    def forward(self, pixels: list[Tensor], sizes: list[tuple[int, int]], modalities: list[str]) -> list[Tensor]:
+        encode = partial(_in_batches, self.model.encode_images)
+        return self.model.image_features(pixels, sizes, modalities=modalities, encode=encode)
 
 
 class _Tower(_ImageFeatures):
@@ -428,6 +435,13 @@ class _Tower(_ImageFeatures):
         tower = self.model.get_vision_tower()
         assert tower is not None
         return tower(tiles)
+
+
+def _in_batches(encode: Callable[[Tensor], Tensor], tiles: Tensor) -> Tensor:
+    """Encode tiles (N, 3, side, side), a bounded number at once: a step may have images and videos of many."""
+    if len(tiles) <= ENCODED_TILES:
+        return encode(tiles)
+    return torch.cat([encode(part) for part in tiles.split(ENCODED_TILES)])
 
 
 def _images_in(chunk: ScheduledChunk) -> list[PromptImage]:

@@ -105,6 +105,7 @@ def _answer(command: DecodeCommand, shared: int) -> DecodeReply:
     try:
         data = os.pread(shared, command["num_bytes"], 0)
         header = read_header(data, name, ImageLimits(max_pixels=command["max_pixels"]))
+        _lift_memory_limit()
         if header.format.name in ("PNG", "TIFF"):  # whose deep greys need numpy, which is large to load
             import numpy as np  # noqa: F401
         _limit(header.decode_seconds, header.decode_bytes)
@@ -129,6 +130,7 @@ def _video_replies(command: VideoCommand, shared: int) -> Iterator[VideoReply | 
     try:
         container = next(item for item in CONTAINERS if item.name == command["container"])
         limits = VideoLimits(**command["limits"])
+        _lift_memory_limit()
         import_decoders(container)
         copied = at if container.is_image else 0
         _limit(limits.max_decode_s, OPENING_BYTES + copied)
@@ -189,10 +191,14 @@ class _SharedFile(io.RawIOBase):
         return num_bytes
 
 
-def _limit(seconds: float | None, num_bytes: int) -> None:
-    """Allow this process so much from now on, beside what it has taken; without seconds, as long as before."""
+def _lift_memory_limit() -> None:
+    """Allow this process any memory, for what is not of the last file's making: libraries."""
     if sys.platform == "linux":  # elsewhere the system does not keep to it
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _limit(seconds: float | None, num_bytes: int) -> None:
+    """Allow this process so much from now on, beside what it has taken; without seconds, as long as before."""
     if seconds is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         end = math.ceil(used.ru_utime + used.ru_stime + seconds)

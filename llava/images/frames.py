@@ -56,6 +56,17 @@ class Video:
         count = f"{len(self.frames)} frame{'s' * (len(self.frames) != 1)}"
         return f"{count} of {self.duration:.1f} seconds" if self.times else count
 
+    def overview(self, *, columns: int = 8, height: int = 120) -> Image.Image:
+        """All frames in one image, row by row, each of this height, for people to look at."""
+        from PIL import Image
+
+        width = max(1, round(height * self.size[0] / self.size[1]))
+        columns = min(columns, len(self.frames))
+        sheet = Image.new("RGB", (columns * width, -(-len(self.frames) // columns) * height))
+        for number, frame in enumerate(self.frames):
+            sheet.paste(frame.resize((width, height)), (number % columns * width, number // columns * height))
+        return sheet
+
     def time_instruction(self) -> str:
         """The sentences by which LLaVA-Video is told, in training too, when its frames are; empty where that is not known."""
         if not self.times:

@@ -9,6 +9,7 @@ Which frames are chosen is in frames.py; decoding is in video_decode.py, in this
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -45,6 +46,9 @@ __all__ = ["FrameSampling", "Video", "VideoLimits", "load_video", "looks_like_vi
 MAX_FILES = 100_000  # of a folder of frames
 FIRST_BYTES = 1024  # by which a container is recognised
 NUMBERS = re.compile(r"(\d+)")
+URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
+VIDEO_ENDINGS = "mp4|m4v|mov|webm|mkv|avi|mpe?g|ogv|flv|3gp"
+VIDEO_URL = re.compile(rf"data:video/|https?://[^?#]*\.(?:{VIDEO_ENDINGS})(?:[?#]|$)", re.IGNORECASE)
 
 VideoSource: TypeAlias = "str | Path | bytes | Sequence[str | Path | bytes | Image.Image]"
 
@@ -88,6 +92,34 @@ def load_video(
         name = name or own_name
         container = _recognised(file, name)
         return (decoder or LocalVideoDecoder()).decode_video(file, container, sampling, limits, name, reserve=reserve)
+
+
+def is_video(source: str | Path | bytes, *, as_video: bool = False) -> bool:
+    """Whether a source is a video rather than an image, by its first bytes; a URL by its ending or its media type.
+
+    With `as_video`, a folder and an animated image are videos too.
+    """
+    if isinstance(source, str) and URL.match(source):
+        return bool(VIDEO_URL.match(source))
+    if not isinstance(source, bytes) and _is_folder(source):
+        return as_video
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            start = file.read(FIRST_BYTES)
+            return looks_like_video(start) or (as_video and _is_animated(file, start))
+    except (OSError, ValueError):  # whoever opens it as an image says what is wrong
+        return False
+
+
+def _is_animated(file: BinaryIO, start: bytes) -> bool:
+    if not any(item.is_image and item.start.match(start) for item in CONTAINERS):
+        return False
+    from PIL import Image
+
+    try:
+        return bool(getattr(Image.open(file), "is_animated", False))
+    except Exception:  # Pillow's readers raise errors of many types at broken data
+        return False
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

@@ -229,7 +229,15 @@ def load(
     processor = None
     if image_processor is not None:
         use_im_start_end = LlavaSettings.from_hf(model.config).tokens.use_im_start_end
-        processor = Processor(tokenizer, image_processor, model.image_policy(), use_im_start_end=use_im_start_end)
+        settings = LlavaSettings.from_hf(model.config)
+        processor = Processor(
+            tokenizer,
+            image_processor,
+            model.image_policy(),
+            video_policy=model.video_policy() if settings.takes_videos else None,
+            use_im_start_end=use_im_start_end,
+            tells_times=settings.tells_times,
+        )
     template = template_choice(info.config, tokenizer, name or get_model_name_from_path(str(path)))
     return LoadedModel(
         tokenizer=tokenizer,

@@ -59,7 +59,7 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     )),
     "true or false": (bool, (
         "unfreeze_mm_vision_tower", "s2", "mm_use_im_start_end", "mm_use_im_patch_token", "add_faster_video",
-        "mm_spatial_pool_before_projector",
+        "mm_spatial_pool_before_projector", "add_time_instruction",
     )),
     "an object": (Mapping, ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")),
     "an integer or a list of integers": ((int, list), ("eos_token_id", "mm_vision_select_layer", "vision_feature_layer",
@@ -69,6 +69,9 @@ KEYS_BY_TYPE: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "a list of integers or a string": ((str, list, tuple), ("s2_scales",)),
 }  # fmt: skip
 TYPES_BY_KEY = {key: (words, kind) for words, (kind, keys) in KEYS_BY_TYPE.items() for key in keys}
+
+# A config that has one of these is of a model that was trained with videos, or to be asked about them.
+VIDEO_KEYS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "mm_resampler_type")
 
 MAX_REASON = 300  # characters of a library's error in a sentence; some list all model types
 
@@ -196,6 +199,8 @@ class LlavaSettings:
     image: ImageSettings
     tokens: TokenSettings
     video: VideoPolicy = field(default_factory=VideoPolicy)
+    takes_videos: bool = False  # whether it was trained with videos, as far as its config tells
+    tells_times: bool = False  # whether its prompts said when the frames are
     max_length: int | None = None  # tokens, image features included; None: the language model's own limit
     padding_side: str = "right"
 
@@ -245,6 +250,9 @@ class LlavaSettings:
                 slow_every=read("faster_token_stride", 10) if read("add_faster_video", False) else None,
                 before_projector=bool(read("mm_spatial_pool_before_projector", False)),
             ),
+            takes_videos=any(read(key) is not None for key in VIDEO_KEYS)
+            or str(read("image_aspect_ratio")).startswith("anyres_max"),
+            tells_times=bool(read("add_time_instruction", False)),
             tokens=TokenSettings(
                 use_im_start_end=bool(read("mm_use_im_start_end", False)),
                 # The key is younger than the token: configs without it come from models that have the token.

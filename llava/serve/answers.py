@@ -14,7 +14,7 @@ from typing import Protocol
 from fastapi import Request, Response
 
 from llava.engine.request import Chunk
-from llava.serve.chat_turns import ParsedRequest
+from llava.serve.chat_turns import ParsedRequest, details_of, sources_of
 from llava.serve.http.errors import as_api_error
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.service import AdmittedRequest, RequestStats, Service, merged
@@ -69,11 +69,14 @@ async def answer(
     `model` is one of the card's names. `on_admitted` is awaited before a stream begins.
     """
     deadline = asyncio.get_running_loop().time() + service.limits.deadline_s
-    urls = [image.url for image in parsed.images]
-    details = [image.detail for image in parsed.images]
     adapter = service.card.adapter_of(model)
     submitted = service.submit(
-        parsed.prompts, parsed.sampling, urls, details=details, streamed=streamed, adapter=adapter
+        parsed.prompts,
+        parsed.sampling,
+        sources_of(parsed.images),
+        details=details_of(parsed.images),
+        streamed=streamed,
+        adapter=adapter,
     )
     async with asyncio.timeout_at(deadline):
         admitted = await cancel_on_disconnect(submitted, request.receive)

@@ -6,6 +6,7 @@ serve/openai/, serve/ollama/ and serve/anthropic/. Pure functions: no HTTP, no m
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,7 +16,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, answer_end, with_image_placeholders
 from llava.engine.request import Detail, SamplingParams
 from llava.errors import InputError
+from llava.images.frames import looks_like_video
 from llava.serve.backends.base import ModelCard
+from llava.serve.http.limits import VideoUrl
 from llava.serve.tools import PLAIN_FORM, ToolCall, ToolUse, written_calls
 
 _CUT = "\ue002"  # a private character that ends a beginning
@@ -29,16 +32,32 @@ class ShownImage:
     detail: Detail = "auto"
 
 
+def is_base64_video(text: str) -> bool:
+    """Whether base64, with or without the head of a data: URL, begins like a video."""
+    body = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return looks_like_video(base64.b64decode(body[:1024] + "=" * (-len(body[:1024]) % 4)))
+    except ValueError:  # what is wrong with it is said where it is decoded
+        return False
+
+
+def no_videos(path: str, api: str) -> InputError:
+    """The error for a video in a protocol that has none."""
+    return InputError(
+        f"{path} is a video, and {api}'s API has none; send it to /v1/chat/completions, as a video_url part of a message"
+    )
+
+
 @dataclass(frozen=True)
 class ChatTurn:
-    """One message of a chat: of the system, the user, the assistant or a tool.
+    """One message of a chat: of the system, the user, the assistant or a tool. `images` may be videos too.
 
     An assistant's turn may have `calls` of tools; a tool's result has the `call_id` and the name of its call.
     """
 
     role: str
     text: str
-    images: tuple[ShownImage, ...] = ()
+    images: tuple[ShownImage | VideoUrl, ...] = ()
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
     name: str = ""
@@ -49,9 +68,19 @@ class ParsedRequest:
     """Prompts, one request to the engine for each, their images, how tokens are sampled, and which tools may be called."""
 
     prompts: tuple[Conversation | str | Sequence[int], ...]
-    images: tuple[ShownImage, ...]
+    images: tuple[ShownImage | VideoUrl, ...]
     sampling: SamplingParams
     tools: ToolUse | None = None
+
+
+def sources_of(images: Sequence[ShownImage | VideoUrl]) -> list[str | VideoUrl]:
+    """What is opened for images and videos."""
+    return [image.url if isinstance(image, ShownImage) else image for image in images]
+
+
+def details_of(images: Sequence[ShownImage | VideoUrl]) -> list[Detail]:
+    """How closely the model looks at images and videos."""
+    return [image.detail if isinstance(image, ShownImage) else "auto" for image in images]
 
 
 def checked_turn(turn: ChatTurn, path: str) -> ChatTurn:

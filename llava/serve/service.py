@@ -1,4 +1,4 @@
-"""One model behind a server: admit requests within limits, open their images, submit them, count them.
+"""One model behind a server: admit requests within limits, open their images and videos, submit them, count them.
 
 In: prompts, sampling parameters, image URLs. Out: an `AdmittedRequest`: the chunks of its answers, and at the end what they
 took. Both protocols of a worker use this: openai/routes.py and router/worker_routes.py.
@@ -29,19 +29,20 @@ from llava.engine.request import (
 from llava.errors import InputError
 from llava.serve.backends.base import Backend, BackendError, BackendRequest, ModelCard, ServerBusyError
 from llava.serve.http.keys import current_client
-from llava.serve.http.limits import ServeLimits, open_images
+from llava.serve.http.limits import ServeLimits, VideoUrl, open_images
 from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.http.metrics import Metrics
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.images.layout import ImageLayout
+    from llava.images.frames import Video
+    from llava.processor import Layout
 
 CHUNKS_PER_S = 1000  # of all streams together
 MIN_PAUSE_S = 0.005  # where the pause would be shorter, each token is a chunk
 
-Opener = Callable[[Sequence[str], ServeLimits, Reservation], "list[Image.Image]"]
+Opener = Callable[[Sequence[str | VideoUrl], ServeLimits, Reservation], "list[Image.Image | Video]"]
 
 
 class Service:
@@ -70,7 +71,7 @@ class Service:
         self,
         prompts: Sequence[Conversation | str | Sequence[int]],
         sampling: SamplingParams,
-        image_sources: Sequence[str] = (),
+        image_sources: Sequence[str | VideoUrl] = (),
         *,
         streamed: bool = True,
         details: Sequence[Detail] = (),
@@ -119,7 +120,7 @@ class Service:
         self,
         prompts: Sequence[Conversation | str | Sequence[int] | None],
         make_request: Callable[..., EmbedRequest],
-        image_sources: Sequence[str] = (),
+        image_sources: Sequence[str | VideoUrl] = (),
         *,
         details: Sequence[Detail] = (),
     ) -> list[Embedding]:
@@ -149,7 +150,7 @@ class Service:
     async def count_tokens(
         self,
         prompt: Conversation | str | Sequence[int],
-        image_sources: Sequence[str] = (),
+        image_sources: Sequence[str | VideoUrl] = (),
         *,
         details: Sequence[Detail] = (),
     ) -> int | None:
@@ -165,9 +166,7 @@ class Service:
         finally:
             admitted.close("counted")
 
-    async def num_tokens(
-        self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]
-    ) -> int | None:
+    async def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[Layout]) -> int | None:
         """Return the tokens of a prompt whose images have these layouts; None where they are not known."""
 
         def count() -> int | None:
@@ -176,7 +175,7 @@ class Service:
 
         return await asyncio.to_thread(count)
 
-    def _admit(self, image_sources: Sequence[str], num_answers: int) -> AdmittedRequest:
+    def _admit(self, image_sources: Sequence[str | VideoUrl], num_answers: int) -> AdmittedRequest:
         if self.draining:
             raise ServerBusyError("the server is being stopped; ask another one", stopping=True)
         most = self.limits.max_requests
@@ -191,16 +190,20 @@ class Service:
             )
         if image_sources and not self.card.takes_images:
             raise InputError(f"{self.card.name} is a language model without a vision tower; it takes no images")
+        if not self.card.takes_videos and any(isinstance(source, VideoUrl) for source in image_sources):
+            raise InputError(
+                f"{self.card.name} takes images and no videos; send some frames of the video, as an image_url part for each"
+            )
         return AdmittedRequest(self, num_answers)
 
     async def _open(
-        self, admitted: AdmittedRequest, sources: Sequence[str], details: Sequence[Detail], opener: Opener
-    ) -> list[Image.Image]:
-        """Open the images of a request, and plan their layouts."""
+        self, admitted: AdmittedRequest, sources: Sequence[str | VideoUrl], details: Sequence[Detail], opener: Opener
+    ) -> list[Image.Image | Video]:
+        """Open the images and videos of a request, and plan their layouts."""
         if not sources:
             return []
         images = await asyncio.to_thread(opener, sources, self.limits, admitted.reservation)
-        admitted.layouts = self.backend.model.plan([image.size for image in images], details)
+        admitted.layouts = self.backend.model.plan(images, details)
         return images
 
     def pause(self) -> float:
@@ -239,7 +242,7 @@ class RequestStats:
 
     usage: Usage
     timings: Timings
-    layouts: Sequence[ImageLayout] = ()
+    layouts: Sequence[Layout] = ()
 
 
 class AdmittedRequest:
@@ -253,7 +256,7 @@ class AdmittedRequest:
         self._closed = False
         self._source = self._chunks()
         self._first: Chunk | None = None
-        self.layouts: Sequence[ImageLayout] = ()
+        self.layouts: Sequence[Layout] = ()
         self.reservation = service.memory.reserve()
         service.num_requests += 1
         service.num_answers += num_answers

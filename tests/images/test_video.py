@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import struct
@@ -217,6 +218,22 @@ def test_broken_videos_end_in_a_sentence_and_the_pool_goes_on(pool: DecoderPool)
     assert messages
     assert not any("\n" in message for message in messages)
     assert frame_numbers(load_video(make_video(), FrameSampling(2), decoder=pool).frames) == [0, 35]
+
+
+def test_libraries_are_loaded_whatever_the_last_file_was_allowed() -> None:
+    decoder = DecoderPool(1)
+    try:
+        small = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(small, "JPEG")
+        png = io.BytesIO()
+        Image.new("I;16", (8, 8)).save(png, "PNG")
+        for _ in range(2):
+            assert load_image(small.getvalue(), decoder=decoder).size == (8, 8)
+            assert load_image(png.getvalue(), decoder=decoder).size == (8, 8)
+            assert load_image(small.getvalue(), decoder=decoder).size == (8, 8)
+            assert load_video(make_video(), FrameSampling(1), decoder=decoder).size == (64, 48)
+    finally:
+        decoder.close()
 
 
 def test_what_is_reserved_is_released_but_for_the_frames(pool: DecoderPool) -> None:

@@ -12,7 +12,15 @@ from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.anthropic import schema
 from llava.serve.backends.base import ModelCard
-from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
+from llava.serve.chat_turns import (
+    ChatTurn,
+    ParsedRequest,
+    ShownImage,
+    checked_turn,
+    is_base64_video,
+    no_videos,
+    parsed_chat,
+)
 from llava.serve.json_schema import closed
 from llava.serve.openai.requests import chosen_tools
 from llava.serve.tools import Tool, ToolCall, ToolUse
@@ -84,16 +92,18 @@ def _turns(message: schema.InputTurn, path: str, names: dict[str, str]) -> list[
     turns: list[ChatTurn] = []
     images: list[ShownImage] = []
     calls: list[ToolCall] = []
-    for block in message.content:
+    for index, block in enumerate(message.content):
+        if isinstance(block, schema.VideoBlock):
+            raise no_videos(f"{path}.content[{index}]", "Anthropic")
         if isinstance(block, schema.ImageBlock):
-            images.append(_shown(block))
+            images.append(_shown(block, path))
         elif isinstance(block, schema.ToolUseBlock):
             calls.append(ToolCall(block.name, json.dumps(block.input, ensure_ascii=False), block.id))
             names[block.id] = block.name
         elif isinstance(block, schema.ToolResultBlock):
             turns.append(_result(block, path, names))
             shown = block.content if isinstance(block.content, list) else []
-            images += [_shown(part) for part in shown if isinstance(part, schema.ImageBlock)]
+            images += [_shown(part, path) for part in shown if isinstance(part, schema.ImageBlock)]
     if images and message.role != "user":
         raise InputError(f"{path}: only the user shows images")
     if calls and message.role != "assistant":
@@ -119,8 +129,10 @@ def _text(blocks: Sequence[object]) -> str:
     return "\n".join(block.text for block in blocks if isinstance(block, schema.TextBlock))
 
 
-def _shown(block: schema.ImageBlock) -> ShownImage:
+def _shown(block: schema.ImageBlock, path: str) -> ShownImage:
     source = block.source
     if isinstance(source, schema.UrlSource):
         return ShownImage(source.url)
+    if source.media_type.startswith("video/") or is_base64_video(source.data):
+        raise no_videos(f"{path}: the image in base64", "Anthropic")
     return ShownImage(f"data:{source.media_type};base64,{source.data}")

@@ -20,6 +20,7 @@ from llava.serve.answers import answer
 from llava.serve.anthropic import replies, schema
 from llava.serve.anthropic.requests import parse_count, parse_messages, stop_sequences
 from llava.serve.bodies import read_body
+from llava.serve.chat_turns import sources_of
 from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai.routes import unknown_model
 from llava.serve.openai.schema import ModelList, Reply
@@ -72,7 +73,7 @@ class ModelAnthropicApi:
     async def count_tokens(self, request: Request) -> Response:
         body = await self._body(request, schema.CountTokensRequest)
         parsed = parse_count(body, self._service.card)
-        counting = self._service.count_tokens(parsed.prompts[0], [image.url for image in parsed.images])
+        counting = self._service.count_tokens(parsed.prompts[0], sources_of(parsed.images))
         async with asyncio.timeout(self._service.limits.deadline_s):
             num_tokens = await cancel_on_disconnect(counting, request.receive)
         if num_tokens is None:

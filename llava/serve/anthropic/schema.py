@@ -41,6 +41,12 @@ class ImageBlock(Body):
     cache_control: Ignored = None
 
 
+class VideoBlock(Body):
+    """Not of this API, and refused in a sentence."""
+
+    type: Literal["video", "video_url"]
+
+
 class ThinkingBlock(Body):
     """What another model thought in an earlier answer; it is not shown to this one."""
 
@@ -70,7 +76,7 @@ class ToolResultBlock(Body):
 
 
 ContentBlock = Annotated[
-    TextBlock | ImageBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | VideoBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
 ]
 
 

@@ -26,7 +26,10 @@ from llava.engine.request import (
 from llava.text.token_bytes import TokenPiece
 
 if TYPE_CHECKING:
-    from llava.images.layout import ImageLayout
+    from PIL import Image
+
+    from llava.images.frames import Video
+    from llava.processor import Layout
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ModelCard:
     context_len: int | None  # None: only the server elsewhere knows
     image_placeholder: str  # what stands for one image in a prompt
     takes_images: bool = True
+    takes_videos: bool = False
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # what is not given means
     # None where only the server elsewhere knows.
     architecture: str | None = None
@@ -99,10 +103,10 @@ class ServedModel(Protocol):
     @property
     def card(self) -> ModelCard: ...
 
-    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
-        """The layouts of images of these sizes; empty where only the remote server knows."""
+    def plan(self, images: Sequence[Image.Image | Video], details: Sequence[Detail]) -> list[Layout]:
+        """The layouts of images and videos; empty where only the remote server knows."""
 
-    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+    def held_bytes(self, layouts: Sequence[Layout]) -> int:
         """Bytes held of planned images until the answer's end."""
 
     def token_ids(self, prompt: str) -> list[int]:
@@ -112,7 +116,7 @@ class ServedModel(Protocol):
 
     def text_of(self, token_ids: Sequence[int]) -> str: ...
 
-    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[Layout]) -> int | None:
         """Tokens of a prompt with images of these layouts; None where only the remote server knows. One thread at a time."""
 
 

@@ -34,6 +34,7 @@ from llava.engine.request import (
     Usage,
 )
 from llava.errors import InputError, shortened
+from llava.images.frames import Video
 from llava.serve.backends.base import BackendError, ModelCard, ServerBusyError, UnreachableError
 from llava.serve.backends.prompt_parser import parse_prompt
 from llava.text.token_bytes import TokenPiece
@@ -41,7 +42,7 @@ from llava.text.token_bytes import TokenPiece
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.images.layout import ImageLayout
+    from llava.processor import Layout
 
 CONNECT_S = 5.0
 MAX_ERROR = 64 * 1024  # bytes of an error that are read
@@ -56,13 +57,13 @@ class RemoteModel:
 
     card: ModelCard
 
-    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
+    def plan(self, images: Sequence[Image.Image | Video], details: Sequence[Detail]) -> list[Layout]:
         return []
 
-    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+    def held_bytes(self, layouts: Sequence[Layout]) -> int:
         return 0  # they have been sent
 
-    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int | None:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[Layout]) -> int | None:
         return None
 
     def token_ids(self, prompt: str) -> list[int]:
@@ -147,7 +148,10 @@ class RemoteBackend:
             conversation = request.prompt
         else:
             raise InputError("this worker passes text on, and cannot pass token ids on")
-        body["messages"] = messages_of(conversation, request.images, self.model.card, request.details)
+        images = [image for image in request.images if not isinstance(image, Video)]
+        if len(images) < len(request.images):
+            raise InputError("this worker passes requests on to another server and takes no videos")
+        body["messages"] = messages_of(conversation, images, self.model.card, request.details)
         # The other server's own template ends an answer, and not every server takes stop strings.
         stop = [text for text in stop if text != answer_end(self.model.card.template)]
         return "/v1/chat/completions", body | ({"stop": stop} if stop else {})

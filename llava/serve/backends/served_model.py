@@ -20,10 +20,12 @@ from llava.text.token_bytes import TokenPiece, TokenSpelling
 from llava.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
-    from llava.images.layout import ImageLayout
+    from llava.images.frames import Video
     from llava.model.builder import LoadedModel
+    from llava.processor import Layout
 
 
 def _num_parameters(parameters: Iterable[Tensor]) -> int:
@@ -52,6 +54,7 @@ class LocalModel:
             context_len=context_len,
             image_placeholder=image_placeholder(LlavaSettings.from_hf(loaded.model.config).tokens.use_im_start_end),
             takes_images=loaded.processor is not None,
+            takes_videos=loaded.processor is not None and loaded.processor.video_policy is not None,
             sampling_defaults=SamplingDefaults.of(loaded.model.generation_config),
             architecture=str(loaded.model.config.model_type),
             num_parameters=_num_parameters(loaded.model.parameters()),
@@ -61,14 +64,14 @@ class LocalModel:
         side = 0 if loaded.processor is None else loaded.model.image_policy().tile_size
         return cls(card, loaded.tokenizer, loaded.processor, side)
 
-    def plan(self, sizes: Sequence[tuple[int, int]], details: Sequence[Detail]) -> list[ImageLayout]:
+    def plan(self, images: Sequence[Image.Image | Video], details: Sequence[Detail]) -> list[Layout]:
         assert self.processor is not None
-        return self.processor.plan(sizes, details)
+        return self.processor.layouts(images, details)
 
-    def held_bytes(self, layouts: Sequence[ImageLayout]) -> int:
+    def held_bytes(self, layouts: Sequence[Layout]) -> int:
         return sum(prompt_bytes(layout, self.tile_side) for layout in layouts)
 
-    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[ImageLayout]) -> int:
+    def num_tokens(self, prompt: Conversation | str | Sequence[int], layouts: Sequence[Layout]) -> int:
         is_text = isinstance(prompt, (Conversation, str))
         ids = self._encoder().encode_ids(prompt, len(layouts)) if is_text else prompt  # type: ignore[arg-type]
         return len(ids) - len(layouts) + sum(layout.num_features for layout in layouts)  # type: ignore[arg-type]

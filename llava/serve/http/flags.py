@@ -10,7 +10,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ logger = logging.getLogger("llava.serve")
 
 KEY_VARIABLE = "LLAVA_API_KEYS"
 WORKER_KEY_VARIABLE = "LLAVA_WORKER_KEYS"
+VIDEO_TIMEOUT_FACTOR = 3  # a video's download may take so many times an image's
 
 
 def add_server_flags(parser: ArgumentParser, *, port: int) -> None:
@@ -98,9 +99,12 @@ def add_worker_key_flag(parser: Flags) -> None:
 
 def add_limit_flags(parser: ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a request")
-    add_number(limits, "--max-images", 16, "N", "images in one request")
+    add_number(limits, "--max-images", 16, "N", "images and videos in one request")
     add_number(limits, "--max-image-mb", 20.0, "MB", "bytes of one image, encoded")
-    add_number(limits, "--max-megapixels", 89.4, "MP", "of all images of a request together")
+    add_number(limits, "--max-megapixels", 89.4, "MP", "of all images of a request together, and of its videos' frames")
+    add_number(limits, "--max-video-mb", 100.0, "MB", "bytes of one video")
+    add_number(limits, "--max-video-frames", 128, "N", "frames of one video that the model sees")
+    add_number(limits, "--max-video-seconds", 3600.0, "S", "duration of one video")
     add_number(
         limits,
         "--max-requests",
@@ -109,15 +113,19 @@ def add_limit_flags(parser: ArgumentParser) -> None:
         "answers at once, waiting ones included, each prompt and each n counted; more get status 429",
     )
     add_number(limits, "--deadline", 600.0, "S", "seconds for a whole answer")
-    add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download")
+    add_number(limits, "--image-timeout", 10.0, "S", "seconds for a download; a video has three times as long")
     limits.add_argument(
         "--strict", action="store_true", help="refuse unknown fields; else a header of the reply names them"
     )
-    limits.add_argument("--no-image-urls", action="store_true", help="download nothing: images come as data: URLs only")
+    limits.add_argument(
+        "--no-image-urls", action="store_true", help="download nothing: images and videos come as data: URLs"
+    )
     limits.add_argument(
         "--allow-private-hosts", action="store_true", help="download from this machine's own network too"
     )
-    limits.add_argument("--image-folder", metavar="FOLDER", help="read file:// images there (default: nowhere)")
+    limits.add_argument(
+        "--image-folder", metavar="FOLDER", help="read file:// images and videos there (default: nowhere)"
+    )
 
 
 def memory_budget_from(args: Namespace) -> MemoryBudget:
@@ -136,7 +144,7 @@ def memory_budget_from(args: Namespace) -> MemoryBudget:
 
 def limits_from(args: Namespace) -> ServeLimits:
     require("fastapi", extra="serve")
-    from llava.serve.http.limits import ServeLimits
+    from llava.serve.http.limits import SERVED_VIDEOS, ServeLimits
 
     return ServeLimits(
         max_images=args.max_images,
@@ -147,6 +155,15 @@ def limits_from(args: Namespace) -> ServeLimits:
             max_pixels=int(args.max_megapixels * 1e6),
             timeout_s=args.image_timeout,
             allow_private_hosts=args.allow_private_hosts,
+        ),
+        videos=replace(
+            SERVED_VIDEOS,
+            max_bytes=int(args.max_video_mb * 2**20),
+            max_pixels=int(args.max_megapixels * 1e6),
+            timeout_s=VIDEO_TIMEOUT_FACTOR * args.image_timeout,
+            allow_private_hosts=args.allow_private_hosts,
+            max_frames=args.max_video_frames,
+            max_duration_s=args.max_video_seconds,
         ),
         allow_urls=not args.no_image_urls,
         strict=args.strict,

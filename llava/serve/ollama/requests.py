@@ -13,7 +13,15 @@ from llava.conversation import check_placeholders, with_image_placeholders
 from llava.engine.request import SamplingParams
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
-from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
+from llava.serve.chat_turns import (
+    ChatTurn,
+    ParsedRequest,
+    ShownImage,
+    checked_turn,
+    is_base64_video,
+    no_videos,
+    parsed_chat,
+)
 from llava.serve.json_schema import closed
 from llava.serve.ollama import schema
 from llava.serve.openai.requests import chosen_tools
@@ -101,4 +109,7 @@ def matches(asked: str, name: str) -> bool:
 
 def _shown(images: Sequence[str] | None) -> tuple[ShownImage, ...]:
     """Images in base64, which Ollama's clients send without the head of a data: URL."""
+    for index, image in enumerate(images or ()):
+        if is_base64_video(image):
+            raise no_videos(f"images[{index}]", "Ollama")
     return tuple(ShownImage(image if image.startswith("data:") else f"data:;base64,{image}") for image in images or ())

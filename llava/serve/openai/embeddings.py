@@ -21,6 +21,7 @@ from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.bodies import Body
 from llava.serve.chat_turns import ShownImage, parsed_chat
+from llava.serve.http.limits import VideoUrl
 from llava.serve.openai.requests import chat_turn
 from llava.serve.openai.schema import Message, Reply
 
@@ -74,7 +75,7 @@ class ParsedEmbeddings:
     """Prompts, the images that go with each, and how a request of the engine is made of a prompt."""
 
     prompts: Sequence[Conversation | str | Sequence[int] | None]
-    images: Sequence[ShownImage]
+    images: Sequence[ShownImage | VideoUrl]
     make_request: Callable[..., EmbedRequest]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from llava.engine.request import Chunk, Score, TokenLogprob, Usage
+from llava.images.layout import ImageLayout
+from llava.images.video_layout import VideoLayout
 from llava.serve.openai import schema
 from llava.serve.service import RequestStats
 from llava.serve.tools import AnswerChunk, CallDelta, calls_of
@@ -309,6 +311,11 @@ def stats_as_json(stats: RequestStats) -> dict[str, object]:
 
 
 def inspection_of(stats: RequestStats) -> schema.Inspection:
+    videos = [
+        schema.SeenVideo(frames=layout.num_frames, grid=list(layout.grid), tokens=layout.num_features)
+        for layout in stats.layouts
+        if isinstance(layout, VideoLayout)
+    ]
     return schema.Inspection(
         images=[
             schema.SeenImage(
@@ -319,7 +326,9 @@ def inspection_of(stats: RequestStats) -> schema.Inspection:
                 tokens=layout.num_features,
             )
             for layout in stats.layouts
+            if isinstance(layout, ImageLayout)
         ],
+        **({"videos": videos} if videos else {}),
         queued_s=round(stats.timings.queued_s, 6),
         first_token_s=None if stats.timings.first_token_s is None else round(stats.timings.first_token_s, 6),
         total_s=round(stats.timings.total_s, 6),

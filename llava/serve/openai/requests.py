@@ -14,8 +14,10 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import check_placeholders
 from llava.engine.request import MAX_SEED, SamplingParams
 from llava.errors import InputError
+from llava.images.frames import FrameSampling
 from llava.serve.backends.base import ModelCard
 from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
+from llava.serve.http.limits import VideoUrl
 from llava.serve.json_schema import closed
 from llava.serve.openai import schema
 from llava.serve.tools import Tool, ToolCall, ToolUse, form_of
@@ -166,10 +168,12 @@ def sampling_of(
 def chat_turn(message: schema.Message, index: int) -> ChatTurn:
     path = f"messages[{index}]"
     texts = [message.content or ""] if isinstance(message.content, str | None) else []
-    images: tuple[ShownImage, ...] = ()
-    for part in message.content if isinstance(message.content, list) else ():
+    images: tuple[ShownImage | VideoUrl, ...] = ()
+    for at, part in enumerate(message.content if isinstance(message.content, list) else ()):
         if isinstance(part, schema.ImagePart):
             images += (_shown(part.image_url),)
+        elif isinstance(part, schema.VideoPart):
+            images += (_shown_video(part.video_url, f"{path}.content[{at}].video_url"),)
         else:
             texts.append(part.refusal if isinstance(part, schema.RefusalPart) else part.text)
     text = "\n".join(texts)
@@ -184,6 +188,14 @@ def chat_turn(message: schema.Message, index: int) -> ChatTurn:
         return checked_turn(ChatTurn("tool", text, name=message.name), path)
     role = "system" if isinstance(message, schema.SystemMessage) else message.role
     return checked_turn(ChatTurn(role, text, images), path)
+
+
+def _shown_video(video: schema.VideoURL, path: str) -> VideoUrl:
+    try:
+        sampling = FrameSampling(video.num_frames, video.fps, video.start or 0.0, video.end)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return VideoUrl(video.url, sampling, video.time_instruction)
 
 
 def _shown(image: schema.ImageURL) -> ShownImage:

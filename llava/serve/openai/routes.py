@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from llava.engine.request import ScoreRequest
 from llava.serve.answers import ReplyBody, StreamEncoding, answer
 from llava.serve.bodies import read_body
-from llava.serve.chat_turns import ParsedRequest
+from llava.serve.chat_turns import ParsedRequest, details_of, sources_of
 from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error, error_body, openai_form
 from llava.serve.http.streams import cancel_on_disconnect
@@ -74,6 +74,7 @@ class ModelApi:
             conv_mode=None if own is not None else card.conv_mode,
             chat_template=None if own is None else {"source": own.source, "special_tokens": dict(own.special_tokens)},
             takes_images=card.takes_images,
+            takes_videos=card.takes_videos,
             architecture=card.architecture,
             num_parameters=card.num_parameters,
             dtype=card.dtype,
@@ -129,7 +130,7 @@ class ModelApi:
     async def embeddings(self, request: Request) -> Response:
         body = await self._body(request, EmbeddingsRequest)
         parsed = parse_embeddings(body, self._service.card)
-        urls, details = [image.url for image in parsed.images], [image.detail for image in parsed.images]
+        urls, details = sources_of(parsed.images), details_of(parsed.images)
         make_request = partial(parsed.make_request, adapter=self._service.card.adapter_of(body.model))
         embedded = self._service.embed(parsed.prompts, make_request, urls, details=details)
         async with asyncio.timeout(self._service.limits.deadline_s):

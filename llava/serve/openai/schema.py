@@ -35,6 +35,19 @@ class ImageURL(Body):
     )
 
 
+class VideoURL(Body):
+    """A video, of which the model sees some frames: 32 with equal distances where nothing else is said."""
+
+    url: str = Field(description="an http(s) or data: URL", min_length=1)
+    num_frames: int | None = Field(None, ge=1, description="so many frames with equal distances, or with fps at most")
+    fps: float | None = Field(None, gt=0, le=1000, description="frames for each second of the video")
+    start: float | None = Field(None, ge=0, description="seconds; the frames before are not seen")
+    end: float | None = Field(None, gt=0, description="seconds; the frames after are not seen")
+    time_instruction: bool | None = Field(
+        None, description="whether the prompt says when the frames are (default: as the model was trained)"
+    )
+
+
 class TextPart(Body):
     type: Literal["text"]
     text: str
@@ -43,6 +56,13 @@ class TextPart(Body):
 class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageURL
+
+
+class VideoPart(Body):
+    """Not OpenAI's; in the form of vLLM and others."""
+
+    type: Literal["video_url"]
+    video_url: VideoURL
 
 
 class RefusalPart(Body):
@@ -61,7 +81,7 @@ class SystemMessage(Body):
 
 class UserMessage(Body):
     role: Literal["user"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
     name: str | None = None
 
 
@@ -292,8 +312,17 @@ class SeenImage(Reply):
     tokens: int
 
 
+class SeenVideo(Reply):
+    """The frames and tokens of one video."""
+
+    frames: int
+    grid: list[int]  # (rows, columns) of the tokens of a frame
+    tokens: int
+
+
 class Inspection(Reply):
     images: list[SeenImage]
+    videos: list[SeenVideo] | None = None  # where the request has some
     queued_s: float
     first_token_s: float | None
     total_s: float
@@ -427,6 +456,7 @@ class ModelEntry(Reply):
         None  # in place of conv_mode, where the model's folder has its own
     )
     takes_images: bool | None = None
+    takes_videos: bool | None = None
     architecture: str | None = None
     num_parameters: int | None = None
     dtype: str | None = None
