@@ -56,7 +56,9 @@ def write_arrays(
             truths[part.start : part.start + part.count] = found
     del pixels, captions
     np.save(folder / "kinds.npy", np.asarray(kinds, dtype=np.int64))
-    (folder / "truths.json").write_text(json.dumps(truths))
+    part = folder / "truths.json.part"  # whoever waits for the file finds it complete
+    part.write_text(json.dumps(truths))
+    part.rename(folder / "truths.json")
 
 
 def fill(part: Slice, *, folder: Path, source: Source, tokenizer: Path, first_seed: int) -> list[str]:

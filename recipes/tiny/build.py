@@ -4,8 +4,8 @@ In: typefaces (fonts.py), CIFAR-10. Out: WORK/llava-v1.5-tiny, WORK/log.jsonl (o
 and one per stage with its time).
 A stage whose result is there already is skipped, so that a broken run goes on where it stopped, and so that a long
 one can be had in pieces (--until). Stages start as soon as what they need is there: those that make data ("side") on
-the CPU beside the others, the others as GPUs are free, and the teacher and the language model beside another. The
-stages of LLaVA take all GPUs (--gpus), a part of each batch on each.
+the CPU beside the others, the others as GPUs are free, and the teacher, the CLIP and the language model beside another. The
+CLIP compiles while its data is made. The stages of LLaVA take all GPUs (--gpus), a part of each batch on each.
 
     python recipes/tiny/build.py --preset full --work /dev/shm/tiny --fonts .tinydata/fonts --cifar DIR --gpus 2
     python recipes/tiny/build.py --preset smoke --work /tmp/tiny --cifar DIR                       # CPU: shows that all runs
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from presets import PRESETS, Preset
@@ -91,9 +91,9 @@ def plan_stages(
         Stage("dataset2", script("dataset", "--out", second, "--cifar", cifar, "--pretrain", "", "--finetune", "",
             *photos, *typefaces, *cores, *preset.second), second / "second.json", ("dataset",), side=True),
         Stage("clip", script("clip", *common, "--arrays", arrays, "--held", held, "--cifar", cifar, "--teacher",
-            teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("arrays", "held", "teacher")),
+            teacher, "--out", tower, *photos, *preset.clip), tower / "report.json", ("tokenizer",), light=True),
         Stage("stage1", spread(stage1_command(preset, language, tower, data, stage1), num_gpus),
-            stage1 / "mm_projector.bin", ("language", "clip", "dataset"), spread=True),
+            stage1 / "mm_projector.bin", ("arrays", "held", "teacher", "language", "clip", "dataset"), spread=True),
         Stage("stage2", spread(stage2_command(preset, language, tower, data, stage1, stage2), num_gpus),
             stage2 / "config.json", ("stage1",), spread=True),
         Stage("stage3", spread(stage3_command(preset, tower, second, stage2, stage3), num_gpus),
@@ -265,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpus", type=int, default=1, help="how many to use, of those in CUDA_VISIBLE_DEVICES, or of all"
     )
+    parser.add_argument(
+        "--stage3-steps", type=int, help="instead of the preset's, to fit a run into the time that is left"
+    )
     parser.add_argument("--until", help="stop after this stage and those before it")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
@@ -274,7 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(gpus) < max(1, args.gpus):
         parser.error(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES names {given or 'none'}")
     work, cifar = args.work.resolve(), args.cifar.resolve()
-    stages = plan_stages(PRESETS[args.preset], work, fonts, cifar, args.workers, len(gpus))
+    preset = PRESETS[args.preset]
+    if args.stage3_steps is not None:
+        preset = replace(preset, stage3=(*preset.stage3, "--max_steps", str(args.stage3_steps)))
+    stages = plan_stages(preset, work, fonts, cifar, args.workers, len(gpus))
     names = [stage.name for stage in stages]
     if args.until is not None:
         if args.until not in names:

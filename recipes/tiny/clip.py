@@ -3,6 +3,7 @@
 In: arrays (arrays.py), photographs, the teacher's weights, the tokenizer. Out: FOLDER/config.json, model.safetensors,
 preprocessor_config.json (the averaged weights) and FOLDER/report.json. The model is in clip_model.py.
 The learning rate follows the share of the time or steps that is used up, so that --max-minutes ends a run properly.
+It may start before the arrays and the teacher are there: it compiles meanwhile, and waits for them.
 """
 
 from __future__ import annotations
@@ -56,14 +57,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer / "tokenizer.model"))
-        self.drawn = load_drawn(args.arrays, device)
         photos = load_photos(args.cifar, "train", limit=args.photos)
         self.photo_pixels = torch.from_numpy(photos.pixels).to(device)
         self.photo_labels = F.one_hot(torch.from_numpy(photos.labels).to(device), len(KINDS)).float()
-        self.held = load_drawn(args.held, torch.device("cpu"))
         self.test_photos = load_photos(args.cifar, "test", limit=args.photos)
         self.kind_ids = self.encode_kinds()
-        self.teacher: Teacher = load_teacher(args.teacher, device)
         size = ClipSize(layers=args.layers, width=args.width, mlp=4 * args.width, heads=max(1, args.width // 64))
         self.model = SmallClip(size, self.pieces.vocab_size(), LENGTH, len(KINDS)).to(device)
         self.average = copy.deepcopy(self.model).eval()
@@ -71,6 +69,27 @@ class Trainer:
         self.loss_fn: Callable[..., dict[str, Tensor]] = self.model
         if args.compile:
             self.loss_fn = torch.compile(self.model)
+
+    def warm_up(self) -> None:
+        """A step on noise, in the shapes of the real ones, which compiles the model."""
+        args, device, side = self.args, self.device, ClipSize.side
+        pixels = torch.rand(args.photo_batch + args.drawn_batch, 3, side, side, device=device)
+        ids = torch.randint(3, self.pieces.vocab_size(), (args.drawn_batch, LENGTH), device=device)
+        soft = torch.full((args.photo_batch, len(KINDS)), 1 / len(KINDS), device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = self.loss_fn(pixels, ids, self.kind_ids[0], soft)
+        sum(losses.values()).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def load(self) -> None:
+        """Wait for the data and the teacher, and take them to the device."""
+        args = self.args
+        for file in (args.arrays / "truths.json", args.held / "truths.json", args.teacher):
+            while not file.exists():
+                time.sleep(0.2)
+        self.drawn = load_drawn(args.arrays, self.device)
+        self.held = load_drawn(args.held, torch.device("cpu"))
+        self.teacher: Teacher = load_teacher(args.teacher, self.device)
 
     def encode_kinds(self) -> Tensor:
         """(templates, K, L): captions of the kinds of photographs."""
@@ -105,7 +124,7 @@ class Trainer:
         drawn, ids = self.drawn_batch()
         kinds = self.kind_ids[int(torch.randint(len(self.kind_ids), ()))]
         with torch.autocast(self.device.type, torch.bfloat16):
-            losses = self.loss_fn(torch.cat([photos, drawn]), ids, kinds, soft)
+            losses = self.loss_fn(torch.cat([photos, drawn]).contiguous(), ids, kinds, soft.contiguous())
         loss = sum(WEIGHTS[name] * value for name, value in losses.items())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -256,9 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     started = time.time()
     trainer = Trainer(args, torch.device(args.device))
-    print(json.dumps({"stage": "clip", "loaded_seconds": round(time.time() - started, 1)}), flush=True)
     try:
-        trainer.step(0.0)
+        trainer.warm_up()
     except Exception as error:  # a machine without a C compiler cannot compile; the run must still go on
         if not args.compile:
             raise
@@ -267,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         trainer.loss_fn = trainer.model
     print(json.dumps({"stage": "clip", "ready_seconds": round(time.time() - started, 1)}), flush=True)
+    trainer.load()
+    print(json.dumps({"stage": "clip", "loaded_seconds": round(time.time() - started, 1)}), flush=True)
     steps = train(trainer)
     save_tower(trainer.average, args.out)
     images = steps * (args.photo_batch + args.drawn_batch)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import second
+import wordings
 from photos import load_photos
 from samples import DRAW, Source, draw_sample, reshape
 from talk import converse
@@ -59,6 +60,7 @@ def write_data(folder: Path, counts: dict[str, dict[str, int]], options: Options
     ]
     rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in counts}
     random.Random(0).shuffle(parts)
+    wordings.prepare()
     with ProcessPoolExecutor(workers) as pool:
         for part, found in zip(
             parts, pool.map(partial(write_part, folder=folder, options=options), parts), strict=True

@@ -11,10 +11,10 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 FINISHES = {
-    "train": ("plain", "plain", "plain", "blur", "noise", "jpeg", "rescale", "light"),
+    "train": ("plain", "plain", "plain", "blur", "noise", "jpeg", "rescale", "light", "sharpen", "fringe"),
     "held": ("plain", "palette", "webp", "gamma"),
 }
 
@@ -43,6 +43,11 @@ def apply(image: Image.Image, finish: Finish) -> Image.Image:
     if finish.name == "light":
         pixels = np.asarray(image, np.float32)
         return Image.fromarray(np.clip((pixels - 128) * (0.85 + 0.2 * amount) + 128, 0, 255).astype(np.uint8))
+    if finish.name == "sharpen":
+        return image.filter(ImageFilter.UnsharpMask(1.0 + amount, round(60 + 120 * amount), 0))
+    if finish.name == "fringe":  # the colours a pixel apart, as cheap lenses and screens show them
+        red, green, blue = image.split()
+        return Image.merge("RGB", (ImageChops.offset(red, 1 if amount < 0.5 else -1, 0), green, blue))
     if finish.name == "gamma":
         table = [round(255 * (value / 255) ** (0.85 + 0.3 * amount)) for value in range(256)]
         return image.point(table * 3)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+import wordings
 from arrays import BOS, EOS
 from optim import build_optimizer, learning_rate
 from photos import blank_photos
@@ -61,6 +62,7 @@ def write_stream(num: int, tokenizer: Path, source: Source, *, workers: int) -> 
     """All dialogues one after another."""
     chunk = min(CHUNK, num)
     job = partial(dialogues, count=chunk, tokenizer=tokenizer, source=source)
+    wordings.prepare()
     with ProcessPoolExecutor(workers) as pool:
         return np.concatenate(list(pool.map(job, range(0, num, chunk))))
 
@@ -176,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--mlp", type=int, default=1024)
+    parser.add_argument("--mlp", type=int, default=896)
     parser.add_argument("--checks", type=int, default=200, help="held-out dialogues to answer at the end")
     parser.add_argument("--report-steps", type=int, default=200)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -36,7 +36,7 @@ COLOURS: dict[str, tuple[tuple[Range, Range, Range], ...]] = {
 }  # fmt: skip
 NAMES = tuple(COLOURS)
 LEAST = 40  # a colour this different from its surroundings stands out
-TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "grid", "specks", "blots", "scratches")
+TEXTURES = ("plain", "plain", "gradient", "noise", "stripes", "grid", "specks", "blots", "scratches", "checks", "waves")
 HELD_TEXTURES = ("plain", "paper", "dots", "vignette")
 
 
@@ -129,6 +129,13 @@ def delta(texture: str, side: int, noise: np.random.Generator) -> np.ndarray:
             points = (start + np.linspace(0, 1, count)[:, None] * (end - start)).astype(int)
             flat[points[:, 0], points[:, 1]] = sign * noise.uniform(10, 30)
         return flat
+    if texture == "checks":
+        step = int(noise.integers(max(4, side // 16), side // 3))
+        rows = np.arange(side) // step
+        return ((rows[:, None] + rows[None, :]) % 2).astype(np.float32) * sign * noise.uniform(5, 14)
+    if texture == "waves":
+        bend = np.sin(ramp[None, :] * noise.uniform(4, 12)) * noise.uniform(0.02, 0.1)
+        return np.sin((ramp[:, None] + bend) * noise.uniform(10, 40)) * noise.uniform(3, 10)
     if texture == "paper":
         fine = noise.normal(0, 2.0, (side, side)).astype(np.float32)
         return np.clip(fine + np.roll(fine, 1, 0) + np.roll(fine, 1, 1) + slope * 4, -14, 14)

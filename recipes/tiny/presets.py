@@ -58,19 +58,19 @@ PRESETS: dict[str, Preset] = {
     "full": Preset(
         arrays=options(scenes=130_000, signs=15_000, texts=107_000, charts=8_000),
         held=HELD,
-        teacher=options(steps=2800, batch=768),
-        dialogues=options(dialogues=200_000),
-        language=options(max_minutes=1.1),
-        clip=options(max_minutes=4.0, photo_batch=672, drawn_batch=352, report_minutes=1.9),
+        teacher=options(steps=3600, batch=768),
+        dialogues=options(dialogues=240_000),
+        language=options(max_minutes=1.5),
+        clip=options(max_minutes=5.5, photo_batch=752, drawn_batch=272, report_minutes=2.7),
         dataset=(
             *options(pretrain="scene=26000,sign=4000,text=24000,photo=8000,chart=3000"),
             *options(finetune="scene=310000,sign=48000,text=140000,photo=130000,chart=20000,pair=46000,talk=6000"),
         ),
         training=GPU_TRAINING,
         stage1=flags(num_train_epochs=1, per_device_train_batch_size=24, learning_rate=2e-3),
-        stage2=flags(max_steps=3000, per_device_train_batch_size=48, learning_rate=9e-4, mm_vision_tower_lr=2.2e-4),
-        second=options(second="scene=190000,sign=70000,text=235000,photo=55000,chart=12000,pair=34000,talk=4000"),
-        stage3=flags(max_steps=3400, per_device_train_batch_size=36, learning_rate=5e-4, mm_vision_tower_lr=3e-4),
+        stage2=flags(max_steps=2400, per_device_train_batch_size=80, learning_rate=1.1e-3, mm_vision_tower_lr=2.7e-4),
+        second=options(second="scene=190000,sign=68000,text=210000,photo=80000,chart=12000,pair=36000,talk=4000"),
+        stage3=flags(max_steps=2800, per_device_train_batch_size=60, learning_rate=6e-4, mm_vision_tower_lr=3.6e-4),
     ),
     # about 4 minutes up to "clip": shows the speed of every stage and how far a short CLIP goes
     "trial": Preset(

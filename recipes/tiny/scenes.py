@@ -64,6 +64,7 @@ class Thing:
     variant: float = 0.5  # its proportions, in 0..1
     stretch: float = 1.0
     keystone: float = 0.0
+    wobble: float = 0.0
 
     @property
     def size(self) -> str | None:
@@ -94,6 +95,7 @@ class Scene:
         return shapes.place(
             shapes.outline(thing.shape, thing.variant, self.hand),
             x=thing.x, y=thing.y, radius=thing.radius, angle=thing.angle, stretch=thing.stretch, keystone=thing.keystone,
+            wobble=thing.wobble,
         )  # fmt: skip
 
     def box(self, thing: Thing) -> tuple[float, float, float, float]:
@@ -242,10 +244,13 @@ def draw_thing(
     if palette.difference(rgb, shade) > 60:
         shade = rgb
     stretch, keystone = rng.choice((1.0, rng.uniform(0.92, 1.08))), rng.choice((0.0, 0.0, rng.uniform(-0.1, 0.1)))
+    variant, wobble = rng.random(), 0.0
     if held:
         keystone = 0.0
+    elif rng.random() < 0.3:
+        wobble = rng.uniform(0.01, 0.035)
     return Thing(
-        shape, colour, rgb, spot.x, spot.y, spot.radius, angle, border, fill, shade, rng.random(), stretch, keystone
+        shape, colour, rgb, spot.x, spot.y, spot.radius, angle, border, fill, shade, variant, stretch, keystone, wobble
     )
 
 

@@ -112,13 +112,32 @@ def place(
     angle: float,
     stretch: float,
     keystone: float,
+    wobble: float = 0.0,
 ) -> list[np.ndarray]:
-    """Turned by `angle` degrees, stretched, narrowed towards the top, and moved to (x, y), all as fractions of the side."""
+    """Turned by `angle` degrees, stretched, narrowed towards the top, and moved to (x, y), all as fractions of the side.
+
+    `wobble` is the unsteadiness of a hand: how far the outline strays, as a share of its size.
+    """
     turn = math.radians(angle)
     rotate = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
     placed = []
     for contour in contours:
+        if wobble:
+            contour = shake(contour, wobble, angle)
         points = contour @ rotate * (stretch, 1 / stretch)
         points = points * np.stack([1 + keystone * points[:, 1], np.ones(len(points))], 1)
         placed.append(points * radius + (x, y))
     return placed
+
+
+def shake(contour: np.ndarray, amount: float, phase: float) -> np.ndarray:
+    """The outline in short pieces, moved to and fro by two slow waves along it."""
+    after = np.roll(contour, -1, 0)
+    parts = [
+        start + (end - start) * np.linspace(0, 1, max(1, round(math.dist(start, end) / 0.25)), endpoint=False)[:, None]
+        for start, end in zip(contour, after, strict=True)
+    ]
+    points = np.concatenate(parts)
+    along = np.linspace(0, 2 * np.pi, len(points), endpoint=False)
+    waves = np.stack([np.sin(3 * along + phase), np.cos(2 * along + 2 * phase) * 0.6 + np.sin(5 * along) * 0.4], 1)
+    return points + amount * np.abs(contour).max() * waves

@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     photos = load_photos(args.cifar, "train", limit=args.photos)
     net = train_teacher(photos, steps=args.steps, batch=args.batch, device=device, width=args.width)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.state_dict(), args.out)
+    part = args.out.with_name(args.out.name + ".part")  # whoever waits for the file finds it complete
+    torch.save(net.state_dict(), part)
+    part.rename(args.out)
     test = accuracy(net, load_photos(args.cifar, "test", limit=args.photos), device)
     report = {
         "stage": "teacher",

@@ -1,6 +1,6 @@
 """Build the tokenizer: a sentencepiece unigram model whose pieces are whole words, single characters and bytes.
 
-In: sentences that the recipe itself makes. Out: FOLDER/tokenizer.model, tokenizer_config.json, special_tokens_map.json.
+In: sentences that the recipe itself makes, and frequent words (common.txt). Out: FOLDER/tokenizer.model, tokenizer_config.json, special_tokens_map.json.
 Ids are laid out as LLaMA's: 0 <unk>, 1 <s>, 2 </s>, 3..258 bytes. Words that images show are left out on purpose, so that
 what is read from an image is spelt letter by letter. The system prompt costs two pieces instead of forty.
 The file is written directly (three protobuf messages): sentencepiece's trainer cannot be told which pieces to make.
@@ -14,8 +14,10 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import noise
 import wordings
 from questions import ELSEWHERE
 from samples import DRAW, Source, draw_sample
@@ -42,7 +44,7 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPELT = ("read", "read_part")  # kinds of question whose short answers are characters from the image
 
 
-def build_tokenizer(folder: Path, source: Source, *, num_samples: int = 600, size: int = 2048) -> int:
+def build_tokenizer(folder: Path, source: Source, *, num_samples: int = 400, size: int = 3104) -> int:
     """Write the tokenizer's files; returns the number of pieces."""
     counts = count_words(sentences(source, num_samples))
     pieces = list_pieces(counts, size)
@@ -65,7 +67,11 @@ def build_tokenizer(folder: Path, source: Source, *, num_samples: int = 600, siz
 
 
 def sentences(source: Source, num_samples: int) -> Iterator[str]:
-    """Everything the recipe may ask or say, with texts shown in images cut out (they stand in quotes)."""
+    """Everything the recipe may ask or say, with texts shown in images cut out (they stand in quotes).
+
+    Samples are asked plainly: in other wordings stand words of images and invented ones (noise.py).
+    """
+    source = replace(source, plain=True)
     for kind in DRAW:
         if kind == "photo" and source.photos is None:
             continue
@@ -81,7 +87,7 @@ def sentences(source: Source, num_samples: int) -> Iterator[str]:
                 yield from (words, wordings.capital(words))
     for questions, answer in SMALL_TALK:
         yield from (*questions, answer)
-    yield from (*UNKNOWN_TOPICS, *ELSEWHERE, *map(plural, ELSEWHERE))
+    yield from (*UNKNOWN_TOPICS, *ELSEWHERE, *map(plural, ELSEWHERE), *noise.common_words())
     yield from (UNKNOWN_SHORT, SYSTEM, "color Color colors center Center gray plane automobile")
 
 

@@ -1,6 +1,7 @@
 """How people ask: hundreds of wordings for each kind of question, from a small grammar, in splits that never meet.
 
-In: wordings.txt and wordings_unknown.txt (grammars), wordings_held.txt (written by hand). Out: questions, asked by Asker.
+In: wordings.txt and wordings_unknown.txt (grammars), wordings_held.txt (written by hand), noise.py. Out: questions, asked by
+Asker.
 
     "plain"    the first line of a kind, for tests and whoever wants one wording
     "train"    all that the grammars make, less what the two held-out splits say
@@ -21,11 +22,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import noise
+
 HERE = Path(__file__).parent
 GRAMMARS = ("wordings.txt", "wordings_unknown.txt")
 BY_HAND = "wordings_held.txt"
 SPLITS = ("plain", "train", "grammar", "hand")
-MOST = 1500  # wordings taken from one line
+MOST = 240  # wordings taken from one line
 ONE_IN = 8
 # Requests that are part of a published prompt are said in every split.
 SHORT_SUFFIX = "Answer the question using a single word or phrase."
@@ -129,9 +132,20 @@ SAME |= dict.fromkeys(("things", "shapes", "items", "figures"), "objects")
 COURTESIES = {"please", "hi", "hello", "thanks"}
 
 
-def is_held_out(wording: str) -> bool:
-    """By its spelling; plain forms and published requests are trained whatever theirs says."""
+def is_trained(wording: str) -> bool:
+    """Whether training may say it: it belongs to neither of the held-out splits."""
     words = normal(wording)
+    return words not in by_hand() and not is_held_out(words)
+
+
+def is_of_the_grammar(wording: str) -> bool:
+    """Whether it belongs to the split "grammar"."""
+    words = normal(wording)
+    return words not in by_hand() and is_held_out(words)
+
+
+def is_held_out(words: str) -> bool:
+    """By the spelling (of `normal`); plain forms and published requests are trained whatever theirs says."""
     return zlib.crc32(words.encode()) % ONE_IN == 0 and words not in plain_forms()
 
 
@@ -154,11 +168,16 @@ def wordings(kind: str, split: str) -> Lines:
     lines = next((found[kind] for found in map(read_sections, GRAMMARS) if kind in found), ())
     if split == "plain":
         return ((expand(lines[0])[0],),)
-    found = []
-    for line in lines:
-        texts = [w for w in expand(line) if normal(w) not in by_hand()]
-        found.append(tuple(w for w in texts if (split == "grammar") == is_held_out(w)))
+    wanted = is_trained if split == "train" else is_of_the_grammar
+    found = (tuple(w for w in expand(line) if wanted(w)) for line in lines)
     return tuple(texts for texts in found if texts)
+
+
+def prepare() -> None:
+    """Write out the training wordings of every kind: some seconds, which processes that fork later need not spend."""
+    for name in GRAMMARS:
+        for kind in read_sections(name):
+            wordings(kind, "train")
 
 
 @functools.cache
@@ -183,6 +202,9 @@ class Asker:
 
     def __call__(self, kind: str, **slots: str) -> str:
         wording = self.pick(kind, frozenset(slots) | (BARE if "name" in slots else frozenset()))
+        if self.split == "train" and self.rng.random() < NOISY:
+            changed = noise.change(self.rng, wording)
+            wording = changed if is_trained(changed) else wording
         text = wording.format(**{"bare": slots.get("name", "").removeprefix("the "), **slots})
         if self.split == "plain":
             return text
@@ -199,6 +221,7 @@ class Asker:
 
 
 BARE = frozenset({"bare"})
+NOISY = 0.35  # share of training wordings in which words are left out, put in or exchanged
 OBJECTS = ("thing", "shape", "item", "figure")
 AS_THEY_ARE = (
     "photo",
@@ -261,6 +284,9 @@ def dress(rng: random.Random, split: str, question: str) -> str:
         return question
     if rng.random() < 0.12:
         question = insert(rng, "polite", split, question)
+    if split == "train" and rng.random() < 0.12:
+        aside = Asker(rng, split)("aside")
+        question = f"{question} {aside}" if rng.random() < 0.3 else f"{aside} {question}"
     if rng.random() < 0.15:
         question = question.lower()
     if rng.random() < 0.12:
