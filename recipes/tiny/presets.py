@@ -2,7 +2,7 @@
 it runs there at all, "smoke" and "cpu" without a GPU.
 
 The stages of LLaVA are packed: a batch is so many sequences of up to 1,024 tokens. One holds 11.3 samples of the first stage,
-6.1 of the second and 8.3 of the third on average, so that the rows below make batches of 270 to 300 samples (64 in "check",
+5.7 of the second and 7.9 of the third on average, so that the rows below make batches of 270 to 475 samples (64 in "check",
 30 on a CPU), and can be divided among two or four GPUs. On a CPU, where attention goes over whole batches, rows follow one
 another in accumulated steps.
 

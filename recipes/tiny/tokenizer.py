@@ -1,6 +1,7 @@
 """Build the tokenizer: a sentencepiece unigram model whose pieces are whole words, single characters and bytes.
 
-In: sentences that the recipe itself makes, and frequent words (common.txt). Out: FOLDER/tokenizer.model, tokenizer_config.json, special_tokens_map.json.
+In: sentences that the recipe itself makes, and frequent words (common.txt). Out: FOLDER/tokenizer.model,
+tokenizer_config.json, special_tokens_map.json.
 Ids are laid out as LLaMA's: 0 <unk>, 1 <s>, 2 </s>, 3..258 bytes. Words that images show are left out on purpose, so that
 what is read from an image is spelt letter by letter. The system prompt costs two pieces instead of forty.
 The file is written directly (three protobuf messages): sentencepiece's trainer cannot be told which pieces to make.

@@ -327,8 +327,10 @@ def test_noise_leaves_slots_and_meaning_and_never_says_a_held_out_wording() -> N
     assert changed > 2900
     ask.pick = lambda *_: "name the tint of {name}"  # type: ignore[method-assign]
     said = {ask("colour", name="X").replace("X", "{name}") for _ in range(2000)}
-    assert len(said) > 500
-    assert not {plain_words(w) for w in said} & {plain_words(w) for found in all_wordings("hand").values() for w in found}
+    assert len(said) > 400
+    assert not {plain_words(w) for w in said} & {
+        plain_words(w) for found in all_wordings("hand").values() for w in found
+    }
     assert not noise.HEAVY & {*noise.common_words(), *noise.shown_words()}
 
 
