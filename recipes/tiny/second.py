@@ -18,7 +18,7 @@ from wordings import Asker
 RESHAPED = 0.3  # share of images on wider or higher sheets
 
 WEIGHTS = talk.WEIGHTS | {
-    "read": 9.0, "yesno_read": 4.0, "count": 4.5, "yesno_count": 2.0, "relation": 3.0, "unknown": 1.6, "yesno_any_text": 0.8,
+    "read": 9.0, "yesno_read": 4.0, "count": 4.5, "yesno_count": 2.0, "relation": 3.0, "unknown": 2.2, "yesno_any_text": 0.8,
     "photo": 4.0, "describe": 1.2, "box": 3.0, "position": 2.0,
 }  # fmt: skip
 TURNS = {

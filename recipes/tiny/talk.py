@@ -19,7 +19,7 @@ SHORT_SUFFIX = "\n" + wordings.SHORT_SUFFIX
 # How often a kind of question is drawn; 1 where nothing is said.
 WEIGHTS = {
     "count": 2.5, "yesno_count": 1.3, "relation": 2.5, "yesno_relation": 1.5, "size_relation": 1.5, "position": 1.5,
-    "read": 4.0, "yesno_read": 2.0, "photo": 3.0, "yesno_photo": 3.0, "kind": 0.3, "unknown": 0.5, "absent": 0.7,
+    "read": 4.0, "yesno_read": 2.0, "photo": 3.0, "yesno_photo": 3.0, "kind": 0.3, "unknown": 0.8, "absent": 0.7,
     "describe": 0.8, "background": 0.6, "yesno_same": 0.5, "text_kind": 0.5, "yesno_any_text": 0.7, "box": 2.0, "region": 0.7,
     "list_shapes": 0.5, "list_colours": 0.5, "yesno_exists": 2.0, "photo_count": 0.3,
 }  # fmt: skip
