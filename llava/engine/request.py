@@ -438,7 +438,10 @@ class EmbedRequest:
         span: The positions that are taken: "all", "text", "images", or (start, stop), where image features are in place.
         pooling: One vector, the "mean" of these positions or the "last" of them; "none" gives each its own.
         normalize: Scale every vector to length 1.
-        request_id, details, client, adapter: As in `Request`.
+        request_id: As in `Request`.
+        details: As in `Request`.
+        client: As in `Request`.
+        adapter: As in `Request`.
     """
 
     prompt: Conversation | str | Sequence[int] | None = None
