@@ -69,6 +69,18 @@ def test_the_gpu_benchmark_runs_on_small_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_onevision_runs_on_small_shapes() -> None:
+    done = run_benchmark("onevision")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert not [row for row in rows if "error" in row or "skipped" in row], rows
+    figures = {row["what"]: row["v"] for row in rows if "v" in row}
+    assert figures["image: tokens as model.generate, of 8"] == figures["video: tokens as model.generate, of 8"] == 8
+    both = {"image first token", "video first token", "decode 1", "decode 8", "mixed"}
+    assert both | {f"stock {what}" for what in both} <= figures.keys()
+
+
+@pytest.mark.slow
 def test_the_cpu_benchmark_runs() -> None:
     done = run_benchmark("cpu", "--forms", "float32")
     assert done.returncode == 0, done.stderr
