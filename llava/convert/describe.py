@@ -38,6 +38,7 @@ from llava.model.checkpoints.inspect import (
 )
 from llava.model.checkpoints.weight_files import TensorHeader
 from llava.model.config import (
+    LEARNED_ENDS,
     OWN_FOLDER,
     LlavaSettings,
     check_tower_type,
@@ -389,7 +390,7 @@ def _count(headers: Iterable[TensorHeader]) -> int:
 
 
 def _is_added(name: str) -> bool:
-    return PROJECTOR_INFIX in name or name.endswith("image_newline")
+    return PROJECTOR_INFIX in name or name.endswith(LEARNED_ENDS)
 
 
 def _is_quantized(name: str, header: TensorHeader) -> bool:

@@ -99,6 +99,9 @@ NOT_FOR_ANSWERS = (
 TOWER_TYPES = tuple(TOWER_IMAGE_PROCESSORS)
 SHARED_TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
+# Parameters of the inner model that are learned features: the end of a row, image or video, and that of a frame.
+LEARNED_ENDS = ("image_newline", "faster_token")
+
 # Published model types that do not follow the prefix rule.
 MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
 

@@ -152,8 +152,8 @@ class TrainingArguments(transformers.TrainingArguments):
     fused_loss: bool = _opt(True, "Compute the loss without all logits in memory; the result is the same.")
     loss_average: str = _opt(
         "tokens",
-        "What has the same weight in the loss of a step: tokens, samples, or micro_batches (of each rank, as in published runs). "
-        "With tokens and samples a step is the same however it is split; see --average_tokens_across_devices.",
+        "What has the same weight in the loss of a step: tokens, samples, or micro_batches (of each rank, as in published "
+        "runs). With tokens and samples a step is the same however it is split; see --average_tokens_across_devices.",
     )
     global_batch_size: int | None = _opt(None, "Samples per step over all GPUs; sets --gradient_accumulation_steps.")
     trainable_dtype: str = _opt(

@@ -36,7 +36,7 @@ from llava.model.checkpoints.loading import (
     load_with_transformers,
     plan_sources,
 )
-from llava.model.config import OWN_FOLDER, LlavaSettings, is_multimodal
+from llava.model.config import LEARNED_ENDS, OWN_FOLDER, LlavaSettings, is_multimodal
 from llava.model.language_model.registry import llava_classes
 from llava.model.protocols import LanguageModel, LlavaModel, VisionTower
 from llava.model.quantization import quantization_config
@@ -360,17 +360,17 @@ def add_vision(
     training_args.use_im_start_end = model_args.mm_use_im_start_end
     training_args.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
 
-    newline = getattr(inner, "image_newline", None)
+    ends = [end for name in LEARNED_ENDS if (end := getattr(inner, name, None)) is not None]
     if training_args.bits != 16:  # a quantized model is on its device already, and the trainer does not move it
         for part in (tower, inner.mm_projector):
             part.to(training_args.device)
-        if newline is not None:
-            newline.data = newline.data.to(training_args.device)
+        for end in ends:
+            end.data = end.data.to(training_args.device)
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
         inner.mm_projector.requires_grad_(True)
-        if newline is not None:
-            newline.requires_grad_(True)
+        for end in ends:
+            end.requires_grad_(True)
     if training_args.freeze_mm_mlp_adapter:
         inner.mm_projector.requires_grad_(False)
     if model_args.unfreeze_mm_vision_tower:

@@ -29,6 +29,7 @@ from llava.assets import embedded_model_path
 from llava.conversation import get_template
 from llava.convert import writer
 from llava.convert.convert import ConversionOptions, ConversionReport, convert
+from llava.convert.describe import describe_checkpoint
 from llava.convert.layouts.hf import NAME_RULES, HFLayout
 from llava.convert.source import open_source
 from llava.convert.verify import VerificationError, collapsed
@@ -222,6 +223,26 @@ def test_their_checkpoints_to_ours_and_back(kind: str, generation: str, tmp_path
     assert inspect(tmp_path / "again").config["architectures"] == [type(peer_model).__name__]
     found = {published_name(name): tensor for name, tensor in tensors_of(tmp_path / "again").items()}
     assert_same(found, {published_name(name): tensor for name, tensor in tensors_of(peer).items()})
+
+
+def test_learned_ends_are_a_part_of_the_projector(tmp_path: Path) -> None:
+    """The newline, and the end of frames that LLaVA-NeXT's faster videos have."""
+    faster = {"add_faster_video": True, "faster_token_stride": 2, "mm_newline_position": "grid"}
+    source = build(tmp_path / "source", **ANYRES, **faster)
+    convert(source, tmp_path / "projector", to="projector")
+    stored = torch.load(tmp_path / "projector" / "mm_projector.bin")
+    assert {"model.image_newline", "model.faster_token"} < set(stored)
+    base = build(tmp_path / "base", seed=1, **ANYRES, **faster)
+    model = load(tmp_path / "projector", base=base, device="cpu").model
+    assert torch.equal(model.get_model().faster_token, stored["model.faster_token"])
+    convert(source, tmp_path / "delta", to="delta", base=base)
+    convert(tmp_path / "delta", tmp_path / "again", to="from-delta", base=base)
+    ends = describe_checkpoint(source).parameters["projector"] - sum(
+        tensor.numel() for name, tensor in stored.items() if "mm_projector" in name
+    )
+    assert ends == 2 * 64
+    with pytest.raises(InputError, match="add_faster_video"):
+        convert(source, tmp_path / "theirs", to="transformers")
 
 
 # Adapters, towers, shards, precision

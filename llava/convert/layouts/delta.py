@@ -28,9 +28,10 @@ from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import inspect
 from llava.model.checkpoints.meta_model import open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, read_tensor
+from llava.model.config import LEARNED_ENDS
 
 # Tensors that a language model does not have; any other tensor that is not in the base means that it is the wrong base.
-ADDED = ("mm_projector.", "vision_tower.", "image_newline")
+ADDED = ("mm_projector.", "vision_tower.", *LEARNED_ENDS)
 
 
 class DeltaLayout(OriginalLayout):

@@ -297,7 +297,7 @@ def _check_expressible(source: Source, model: HFModel) -> None:
         "mm_vision_select_feature 'cls_patch' of several layers": model.name == "VipLlava"
         and settings.vision.select_feature != "patch",
         _video_words(video): model.reduces_features and video != VideoPolicy(),
-        "add_faster_video": model.takes_videos and video.slow_every is not None,
+        "add_faster_video": video.slow_every is not None,
         "mm_spatial_pool_mode 'bilinear' without anyres_max": model.name == "LlavaNextVideo"
         and video.pool == "bilinear",
     }

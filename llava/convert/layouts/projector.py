@@ -18,6 +18,7 @@ from llava.errors import InputError
 from llava.files import STAGING, flush, refuse_existing
 from llava.model.checkpoints.inspect import PROJECTOR_FILES, PROJECTOR_INFIX
 from llava.model.checkpoints.weight_files import TORCH_DTYPES, load_pickled_tensors
+from llava.model.config import LEARNED_ENDS
 
 PROJECTOR_FILE = PROJECTOR_FILES[1]
 
@@ -27,7 +28,7 @@ class ProjectorLayout:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.names = [name for name in source.names if PROJECTOR_INFIX in name or name.endswith("image_newline")]
+        self.names = [name for name in source.names if PROJECTOR_INFIX in name or name.endswith(LEARNED_ENDS)]
         if not any(PROJECTOR_INFIX in name for name in self.names):
             raise InputError(f"{source.folder} has a projector without weights (mm_projector_type identity)")
 

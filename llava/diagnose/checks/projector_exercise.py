@@ -65,6 +65,7 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     import torch
 
     from llava.model.builder import load
+    from llava.model.config import LEARNED_ENDS
     from llava.model.multimodal_encoder.builder import save_tower
     from llava.session import Session
     from llava.train.run_folder.save import safe_save_model_for_hf_trainer
@@ -88,8 +89,8 @@ def _run_exercise(item: SelfTestItem, path: str, scratch: Path, *, steps: int) -
     item.check("exchanged", len(new) == 3, ", ".join(f"{name} {shape}" for name, shape in new.items()))
     number = sum(parameter.numel() for parameter in model.get_model().mm_projector.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    newline = getattr(model.get_model(), "image_newline", None)
-    alone = trained == number + (newline.numel() if newline is not None else 0)
+    ends = (getattr(model.get_model(), name, None) for name in LEARNED_ENDS)
+    alone = trained == number + sum(end.numel() for end in ends if end is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     item.check("trained", alone, f"{trained:,} of {total:,} parameters: the projector alone")
     losses = f"{before:.3f} before and {after:.3f} after {steps} steps"

@@ -40,7 +40,12 @@ from llava.train.data import LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.run import build_trainer
 
-PARTS = {"vision_tower": "vision tower", "mm_projector": "projector", "image_newline": "newline"}
+PARTS = {
+    "vision_tower": "vision tower",
+    "mm_projector": "projector",
+    "image_newline": "newline",
+    "faster_token": "newline",
+}
 HARDEST = 5
 
 

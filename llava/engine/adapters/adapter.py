@@ -28,7 +28,7 @@ from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, Checkp
 from llava.model.checkpoints.loading import ADDED_PART
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
-from llava.model.config import LlavaSettings
+from llava.model.config import LEARNED_ENDS, LlavaSettings
 from llava.model.protocols import LlavaModel
 
 MERGE_IT = "write the merged model (llava merge) and serve that"
@@ -207,7 +207,7 @@ class AdapterReader:
             tensor = tensor.to(parameter.device, parameter.dtype)
             if torch.equal(tensor, parameter.data):
                 continue
-            if not (PROJECTOR_INFIX in name or TOWER_INFIX in name or name.endswith("image_newline")):
+            if not (PROJECTOR_INFIX in name or TOWER_INFIX in name or name.endswith(LEARNED_ENDS)):
                 raise InputError(
                     f"the adapter {merge.source} changes {name!r}, which cannot differ between requests; {MERGE_IT}"
                 )

@@ -40,7 +40,7 @@ STRUCTURAL = re.compile(r"(\.(layers|blocks|h)\.\d+\.|mm_projector\.)")
 
 # A projector file's tensors, whose saved names may begin with any module path.
 ADDED_PART = re.compile(
-    r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|(?:embed_tokens|wte)\.weight)"
+    r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|faster_token|(?:embed_tokens|wte)\.weight)"
 )
 
 TOO_LARGE = (

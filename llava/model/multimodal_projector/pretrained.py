@@ -1,7 +1,7 @@
 """Load a pretrained projector, which a pretraining run saved as mm_projector.bin, into a model.
 
 In: a .bin or .safetensors file and a model with a projector. Out: the same model with the weights of its projector (and of
-`image_newline`, and of the embeddings of added tokens) loaded. Saving is in train/run_folder/save.py;
+learned newlines, and of the embeddings of added tokens) loaded. Saving is in train/run_folder/save.py;
 whole checkpoints are loaded by model/builder.py.
 """
 
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.model.checkpoints.weight_files import open_tensors, read_headers
+from llava.model.config import LEARNED_ENDS
 from llava.model.protocols import InnerModel
 
 
 def load_projector(model: InnerModel, path: str) -> None:
-    """Load `model.mm_projector` and, if the file has it, `model.image_newline`; all shapes must match."""
+    """Load `model.mm_projector` and those of `LEARNED_ENDS` that the file has; all shapes must match."""
     wanted = {f"mm_projector.{name}": tensor for name, tensor in model.mm_projector.named_parameters()}
-    newline = getattr(model, "image_newline", None)
     saved = read_projector_weights(path)
-    if newline is not None and any(name.endswith("image_newline") for name in saved):
-        wanted["image_newline"] = newline
+    for name in LEARNED_ENDS:
+        end = getattr(model, name, None)
+        if end is not None and any(stored.endswith(name) for stored in saved):
+            wanted[name] = end
     for name, tensor in wanted.items():
         # Saved names begin with the path of the module: model.mm_projector.0.weight, base_model.model.model.….
         found = next((value for key, value in saved.items() if key == name or key.endswith("." + name)), None)
