@@ -77,9 +77,10 @@ def _original(info: CheckpointInfo, settings: LlavaSettings) -> str:
 
 def _vllm(info: CheckpointInfo, settings: LlavaSettings, *, is_plain: bool) -> str:
     is_theirs = info.kind == "transformers"
+    is_video = settings.video.before_projector or info.config.get("mm_resampler_type") == "spatial_pool"
     if settings.projector.type == NORM_PROJECTOR or settings.image.max_tiles not in (None, VLLM_TILES):
         return "no"
-    if settings.video.before_projector:
+    if is_video:
         return "yes, for videos alone" if is_theirs else "for videos alone, after llava convert --to transformers"
     if is_theirs:
         return "yes"
