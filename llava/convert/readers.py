@@ -35,11 +35,7 @@ def readers_of(
     own = "yes" if not info.needs_base else "yes, with its base model"
     if tower_type is not None and tower_type not in SHARED_TOWER_TYPES:
         return {"llava": own, **dict.fromkeys(OTHERS, f"no, since its vision tower is of type {tower_type}")}
-    in_gguf = (
-        info.language_model in ARCHITECTURE_OF
-        and settings.projector.type in PROJECTORS
-        and isinstance(settings.vision.select_layer, int)
-    )
+    in_gguf = info.language_model in ARCHITECTURE_OF and _is_in_gguf(settings)
     is_plain = info.language_model in PLAIN_DECODERS and _is_in_transformers(settings)
     return {
         "llava": own,
@@ -55,14 +51,32 @@ def readers_of(
     }
 
 
+def _is_in_gguf(settings: LlavaSettings) -> bool:
+    """Whether a pair of GGUF files holds what a model with these settings computes."""
+    image, vision = settings.image, settings.vision
+    return (
+        settings.projector.type in PROJECTORS
+        and isinstance(vision.select_layer, int)
+        and vision.select_feature == "patch"
+        and not vision.s2_scales
+        and image.mode in ("square", "pad", "anyres")
+        and image.keeps_overview
+        and not image.pools
+        and settings.video.slow_every is None
+    )
+
+
 def _is_in_transformers(settings: LlavaSettings) -> bool:
     """Whether one of transformers' classes computes what a model with these settings does."""
     image = settings.image
+    joins_as_theirs = (image.mode == "anyres") == (image.merge == "spatial_unpad")
+    if settings.vision.s2_scales or not joins_as_theirs or image.pools or not image.keeps_overview:
+        return False
     if settings.projector.type == NORM_PROJECTOR:
         return image.mode in ("square", "pad")
     if settings.projector.type != "mlp2x_gelu" or image.mode not in ("square", "pad", "anyres"):
         return False
-    return image.max_tiles is None or settings.video == VideoPolicy()
+    return settings.video.slow_every is None and (image.max_tiles is None or settings.video == VideoPolicy())
 
 
 def _original(info: CheckpointInfo, settings: LlavaSettings) -> str:
