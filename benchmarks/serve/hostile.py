@@ -1,7 +1,8 @@
 """What attackers do to a server, for soak.py, in a process of their own: each attack goes on until it is cancelled.
 
-In: a server and a client's key; lines on standard input, `start` and `stop`. Out: counts of what was tried and of replies, as
-JSON at each stop. Every attack keeps to a bounded rate, and the process is nice, since attackers are on machines of their own.
+In: a server and a client's key; lines on standard input, `start` (all attacks, or those whose names follow) and `stop`. Out:
+counts of what was tried and of replies, as JSON at each stop. Every attack keeps to a bounded rate, and the process is nice,
+since attackers are on machines of their own.
 """
 
 from __future__ import annotations
@@ -264,8 +265,9 @@ async def attack(target: Target) -> None:
     loop = asyncio.get_running_loop()
     tasks: list[asyncio.Task[None]] = []
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        if line.strip() == "start":
-            tasks = [asyncio.create_task(one(target)) for one in ATTACKS]
+        word, *names = line.split()
+        if word == "start":
+            tasks = [asyncio.create_task(one(target)) for one in ATTACKS if not names or one.__name__ in names]
         else:
             for task in tasks:
                 task.cancel()

@@ -306,6 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # of each of the two engines
     with tempfile.TemporaryDirectory() as folder:
         cluster = SoakCluster(Path(folder))
         started, load = time.monotonic(), os.getloadavg()

@@ -4,7 +4,8 @@ In: sequences. Out: a `SchedulerOutput` for each step, which names positions of 
 their next token first; the rest of the step's token budget goes to prompts in the order of arrival, long ones in chunks.
 When the pool is full, the sequence admitted last is preempted: it gives its blocks back and is computed again later. The
 sequence admitted first always advances, so every sequence ends. Where several clients wait, they take turns, and a client that
-runs more than its share of sequences gives slots to those that run less (fair_queue.py). No torch.
+runs more than its share of sequences gives slots to those that run less (fair_queue.py), whose prompts are then computed in a
+step before the decoding of others. No torch.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Scheduler:
         self._draft = draft
         self._max_running = max_running
         self._is_blocked = False  # there are slots, and no blocks for the sequence that is next
+        self._were_prompts_first = False  # in the last step
         self._free_slots = list(range(max_running - 1, -1, -1))
 
     @property
@@ -88,8 +90,29 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan the next step; its positions count as computed from now on."""
         step = SchedulerOutput()
-        num_preempted = self.num_preemptions
         self._preempt_for_others()
+        if self._prompts_come_first():
+            self._schedule_prompts(step)
+        self._were_prompts_first = bool(step.prefill)
+        if not step.prefill:
+            num_preempted = self.num_preemptions
+            self._schedule_decoding(step)
+            # Where the pool is full, preempted sequences wait for the blocks of others.
+            self._schedule_prompts(step, admits=self.num_preemptions == num_preempted)
+        return step
+
+    def _prompts_come_first(self) -> bool:
+        """Whether the next step computes prompts alone, so that their first tokens wait for no decoding.
+
+        That is so where a client waits that runs less than its share beside others, and never in two steps in a row. Decoding
+        loses nothing by it: the prompts would be computed in the same step, before its tokens are delivered.
+        """
+        if self._were_prompts_first or not self.waiting.has_several_clients(self.running):
+            return False
+        return self.waiting.num_owed(self._num_running(), self._max_running) > 0
+
+    def _schedule_decoding(self, step: SchedulerOutput) -> None:
+        """Add the next position of each sequence whose prompt is computed."""
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -102,21 +125,29 @@ class Scheduler:
                 chunk = _schedule_positions(sequence, 1 + len(drafts), drafts)
                 (step.prefill if drafts else step.decode).append(chunk)
             index += 1
+
+    def _schedule_prompts(self, step: SchedulerOutput, *, admits: bool = True) -> None:
+        """Add positions of prompts, of running sequences first and then of waiting ones that are admitted."""
         budget = self.max_step_tokens
         for sequence in self.running:
             if budget > 0 and (not sequence.has_token_in_slot or sequence.is_given):
                 budget -= self._prefill(sequence, budget, step)
-        if self.num_preemptions == num_preempted:  # else the pool is full, and preempted sequences' tokens are pending
-            self._is_blocked = False
-            running = Counter(sequence.client for sequence in self.running)
-            while self.waiting and budget > 0 and self._free_slots:
-                sequence = self.waiting.next(running, self._max_running)
-                if not self._admit(sequence):
-                    self._is_blocked = True
-                    break
-                running[sequence.client] += 1
-                budget -= self._prefill(sequence, budget, step)
-        return step
+        if not admits:
+            return
+        self._is_blocked = False
+        running = self._num_running()
+        while self.waiting and budget > 0 and self._free_slots:
+            sequence = self.waiting.next(running, self._max_running)
+            if sequence.num_pending:  # preempted in this step, and a token is on its way
+                return
+            if not self._admit(sequence):
+                self._is_blocked = True
+                return
+            running[sequence.client] += 1
+            budget -= self._prefill(sequence, budget, step)
+
+    def _num_running(self) -> Counter[str]:
+        return Counter(sequence.client for sequence in self.running)
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
         """Register the blocks of a sequence that have become full, once their tokens are known."""
@@ -185,7 +216,7 @@ class Scheduler:
         """Take slots from clients that run more than their share, for waiting ones that run less."""
         if (self._free_slots and not self._is_blocked) or not self.waiting.has_several_clients(self.running):
             return
-        running = Counter(sequence.client for sequence in self.running)
+        running = self._num_running()
         for _ in range(self.waiting.num_owed(running, self._max_running)):
             most, count = running.most_common(1)[0]
             if count <= self.waiting.share(running, self._max_running):

@@ -130,3 +130,34 @@ def test_answers_are_the_same_among_clients_that_displace_each_other() -> None:
         assert [handle.result(60).text for handle in handles] == alone
         assert engine.stats().num_preemptions > 0
         assert (engine.stats().num_blocks_used, engine.stats().num_running, engine.stats().num_waiting) == (0, 0, 0)
+
+
+def test_a_newcomer_s_prompt_waits_for_no_decoding_of_others_who_then_go_on() -> None:
+    shared = scheduler(8)
+    for _ in range(4):
+        shared.add(waiting("many"))
+    step(shared)
+    assert len(shared.schedule().decode) == 4
+    for sequence in shared.running:
+        sequence.num_pending, sequence.ids = 0, [*sequence.ids, 7]
+    kinds = []
+    for _ in range(4):  # one comes in each step
+        shared.add(waiting("one"))
+        planned = shared.schedule()
+        kinds.append((len(planned.decode), [chunk.sequence.client for chunk in planned.prefill]))
+        for chunk in planned.chunks:
+            chunk.sequence.num_pending, chunk.sequence.ids = 0, [*chunk.sequence.ids, 7]
+    assert kinds[0] == (0, ["one"])
+    assert kinds[1] == (5, ["one"])  # no client decodes less often than in every second step
+    assert [num_decoded > 0 for num_decoded, _ in kinds] == [False, True] * 2
+
+
+def test_a_newcomer_takes_a_slot_in_the_step_that_frees_it() -> None:
+    full = scheduler(4)
+    for _ in range(20):
+        full.add(waiting("many"))
+    step(full)
+    full.add(waiting("one"))
+    planned = full.schedule()
+    assert [chunk.sequence.client for chunk in planned.chunks] == ["one"]
+    assert running(full) == {"many": 3, "one": 1}
