@@ -148,11 +148,11 @@ def _exchange(
         missing = getattr(response, "length", None) or 0
         if missing:
             raise HttpFailureError(f"its reply ended {missing:,} bytes early")
-        retry = _seconds(response.headers.get("Retry-After"))
+        retry = retry_seconds(response.headers.get("Retry-After"))
         return HttpReply(response.status, response.reason or "", bytes(body), retry)
 
 
-def _seconds(header: str | None) -> float | None:
+def retry_seconds(header: str | None) -> float | None:
     """The seconds of a Retry-After header; a date is not read."""
     try:
         seconds = float(header or "")

@@ -118,12 +118,16 @@ def parsed_chat(
         turns, beginning = before, last.text
         sampling = replace(sampling, keep_space=bool(beginning))
     if tools is not None:
+        if not card.takes_grammar:
+            tools = tools.without_grammar()
         beginning += tools.beginning
         grammar = tools.grammar(sampling.json_schema)
-        if grammar is not None and sampling.regex is not None:
+        if (grammar is not None or tools.is_json) and sampling.regex is not None:
             raise InputError("a call of a tool obeys its schema, so there is no regex beside it; leave one of them out")
         if grammar is not None:
             sampling = replace(sampling, json_schema=None, grammar=grammar)
+        elif tools.is_json:
+            sampling = replace(sampling, json_schema=tools.json_schema())
         sampling = replace(sampling, stop=(*sampling.stop, *tools.stop))
     own = card.template.chat_template
     with_calls = tools is not None or any(turn.calls or turn.role == "tool" for turn in turns)

@@ -71,7 +71,9 @@ def run(args: Namespace) -> int:
     model = args.endpoint_model or first_model(args.endpoint, key)
     name = args.model_name or model.rstrip("/").rpartition("/")[2]
     conv_mode = args.conv_mode or web_conv_mode_for_model_name(name)
-    card = ModelCard(name, get_template(conv_mode), conv_mode, context_len=None, image_placeholder="<image>")
+    card = ModelCard(
+        name, get_template(conv_mode), conv_mode, context_len=None, image_placeholder="<image>", takes_grammar=False
+    )
     if args.limit_model_concurrency is not None:
         limits = replace(limits, max_requests=args.limit_model_concurrency)
     backend = RemoteBackend(args.endpoint, model=model, card=card, key=key, chat_only=args.chat_only)

@@ -12,7 +12,8 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llava.chat_template import ToolCallForm
 from llava.conversation import Conversation
@@ -25,6 +26,7 @@ from llava.text.detokenizer import overlap
 MAX_TOOLS = 128
 MAX_CALLS = 8  # of one answer that must call a tool
 PLAIN_FORM = ToolCallForm()
+JSON_FORM = ToolCallForm(opening="", closing="", between=None)  # an answer that is a call and nothing else
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
 
 
@@ -69,12 +71,14 @@ class ToolUse:
         form: How the model writes a call.
         is_required: The answer is a call. Otherwise the model chooses.
         is_parallel: The answer may have several calls.
+        is_json: The answer is the JSON of one call, held by `json_schema`; no grammar is needed.
     """
 
     tools: tuple[Tool, ...]
     form: ToolCallForm = PLAIN_FORM
     is_required: bool = False
     is_parallel: bool = True
+    is_json: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < len(self.tools) <= MAX_TOOLS:
@@ -90,10 +94,21 @@ class ToolUse:
         if twice is not None:
             raise InputError(f"two tools are named {twice!r}; give each a name of its own")
 
+    def without_grammar(self) -> ToolUse:
+        """Return the same use for a model behind a server that holds answers to schemas, and to no grammar."""
+        if self.is_required:
+            return replace(self, form=JSON_FORM, is_parallel=False, is_json=True)
+        if self.is_exact:
+            raise InputError(
+                "this worker passes requests on to another server, which takes no grammar: a tool cannot be strict where the "
+                "model chooses whether to call; leave strict out, or ask for a call by tool_choice"
+            )
+        return self
+
     @property
     def only_tool(self) -> Tool | None:
-        """The tool that the answer must call, where there is one alone."""
-        return self.tools[0] if self.is_required and len(self.tools) == 1 else None
+        """The tool whose call begins in the prompt: the only one, where an answer must call."""
+        return self.tools[0] if self.is_required and not self.is_json and len(self.tools) == 1 else None
 
     @property
     def beginning(self) -> str:
@@ -127,7 +142,7 @@ class ToolUse:
 
         Where the model chooses, an answer in words is JSON that `text_schema` allows, if one is given.
         """
-        if not self.is_exact and text_schema is None:
+        if self.is_json or (not self.is_exact and text_schema is None):
             return None
         rules = [f"call_{number}: {_quoted(_head(self.form, tool.name))} %json {_schema(tool)} {_quoted('}')}"
                  for number, tool in enumerate(self.tools)]  # fmt: skip
@@ -153,6 +168,18 @@ class ToolUse:
             rules += [f"start: {one} {more} | TEXT", "TEXT: /[^{\\[ \\n](.|\\n)*/"]
         return "%llguidance {}\n" + "\n".join(rules) + "\n"
 
+    def json_schema(self) -> dict[str, object]:
+        """The schema of an answer that is the JSON of one call."""
+        calls = [self._call_schema(number, tool) for number, tool in enumerate(self.tools)]
+        arguments = {f"arguments_{number}": _rebased(_arguments_schema(tool), f"#/$defs/arguments_{number}")
+                     for number, tool in enumerate(self.tools)}  # fmt: skip
+        return ({"anyOf": calls} if len(calls) > 1 else calls[0]) | {"$defs": arguments}
+
+    def _call_schema(self, number: int, tool: Tool) -> dict[str, object]:
+        name, arguments = self.form.name_key, self.form.arguments_key
+        fields = {name: {"const": tool.name}, arguments: {"$ref": f"#/$defs/arguments_{number}"}}
+        return {"type": "object", "properties": fields, "required": [name, arguments], "additionalProperties": False}
+
 
 def _head(form: ToolCallForm, name: str) -> str:
     """What stands before the arguments of a call."""
@@ -173,13 +200,29 @@ def form_of(template: Conversation) -> ToolCallForm:
 
 
 def _schema(tool: Tool) -> str:
+    """The schema of a tool's arguments as a grammar takes it."""
+    return json.dumps(_arguments_schema(tool) | {"x-guidance": JSON_STYLE | {"lenient": not tool.is_strict}})
+
+
+def _arguments_schema(tool: Tool) -> dict[str, object]:
     """The schema of a tool's arguments, which are an object."""
     schema = closed(dict(tool.parameters))
     if not {"$ref", "anyOf", "oneOf", "allOf"} & set(schema):
         schema = {"type": "object", "properties": {}} | schema
     if schema.get("properties") == {}:
         schema.setdefault("additionalProperties", False)
-    return json.dumps(schema | {"x-guidance": JSON_STYLE | {"lenient": not tool.is_strict}})
+    return dict(schema)
+
+
+def _rebased(schema: Any, place: str) -> Any:
+    """Return a schema whose references to itself hold where it stands at a place of another one."""
+    if isinstance(schema, list):
+        return [_rebased(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    rebased = {key: _rebased(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    return rebased | {"$ref": place + reference[1:]} if isinstance(reference, str) and reference[:1] == "#" else rebased
 
 
 def _quoted(text: str) -> str:

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import zlib
+from functools import partial
 from typing import Any
 
 import httpx
@@ -15,6 +16,10 @@ from serve_kit import WEATHER, data_url, worker
 
 from llava.engine.request import Request, SamplingParams, ScoreRequest
 from llava.serve.backends.in_process import EngineBackend
+from llava.serve.chat_turns import ChatTurn
+from llava.serve.http.errors import ApiError
+from llava.serve.http.keys import client_name, owner_of
+from llava.serve.openai.response_store import ResponseStore
 
 MODEL = "llava-v1.5-tiny"
 
@@ -186,24 +191,58 @@ def test_responses_go_on_from_earlier_ones(client: openai.OpenAI) -> None:
             client.responses.create(model=MODEL, input="hi", previous_response_id=name)
 
 
-def test_the_store_is_bounded() -> None:
-    from llava.serve.chat_turns import ChatTurn
-    from llava.serve.http.errors import ApiError
-    from llava.serve.openai.response_store import ResponseStore
+def test_a_kept_response_is_got_and_deleted(client: openai.OpenAI) -> None:
+    first = client.responses.create(model=MODEL, input="Who are you?", max_output_tokens=4)
+    second = client.responses.create(
+        model=MODEL, input="And?", previous_response_id=first.id, max_output_tokens=2, stream=True
+    )
+    streamed = list(second)[-1].response
+    assert client.responses.retrieve(first.id) == first
+    assert client.responses.retrieve(streamed.id) == streamed
+    client.responses.delete(first.id)
+    for gone in (client.responses.retrieve, client.responses.delete):
+        for name in (first.id, "resp_0", "resp_..%2fmodels", "x"):
+            with pytest.raises(openai.NotFoundError, match="keeps no response"):
+                gone(name)
+    with pytest.raises(openai.BadRequestError, match="send the conversation itself"):
+        client.responses.create(model=MODEL, input="And?", previous_response_id=first.id)
+    assert client.responses.create(model=MODEL, input="And?", previous_response_id=streamed.id, max_output_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="leave out stream"):
+        client.responses.retrieve(streamed.id, stream=True)
 
+
+def test_an_answer_is_its_owner_s_alone() -> None:
+    store = ResponseStore()
+    store.add("resp_1", [ChatTurn("user", "hi")], {"msg_1": ChatTurn("assistant", "x")}, "{}", owner="key-a")
+    for other in ("key-b", ""):
+        assert store.reply("resp_1", owner=other) is None
+        assert not store.remove("resp_1", owner=other)
+        for find in (partial(store.turns, "resp_1"), partial(store.item, "msg_1")):
+            with pytest.raises(ApiError, match="send the conversation itself"):
+                find(owner=other)
+    assert store.remove("resp_1", owner="key-a")
+    assert (store.num_bytes, store._of_item) == (0, {})
+    names = [owner_of(client_name(given, "10.0.0.1")) for given in ("Bearer one", "Bearer two", None)]
+    assert len(set(names)) == 3
+    assert names[2] == ""
+
+
+def test_the_store_is_bounded() -> None:
     store = ResponseStore(max_bytes=10_000)
     for number in range(50):
-        store.add(f"resp_{number}", [ChatTurn("user", "x" * 1000)], {f"msg_{number}": ChatTurn("assistant", "y" * 100)})
+        item = {f"msg_{number}": ChatTurn("assistant", "y" * 100)}
+        store.add(f"resp_{number}", [ChatTurn("user", "x" * 1000)], item, "z" * 500, owner="")
         assert store.num_bytes <= 10_000
-    assert store.turns("resp_49")[1].text == "y" * 100
-    assert store.item("msg_49").text == "y" * 100
-    for kept in (store.turns, store.item):
+    assert store.turns("resp_49", owner="")[1].text == "y" * 100
+    assert store.item("msg_49", owner="").text == "y" * 100
+    assert len(store._of_item) == len(store._responses) == 4
+    for gone in (partial(store.turns, "resp_0"), partial(store.item, "msg_0")):
         with pytest.raises(ApiError):
-            kept("resp_0" if kept == store.turns else "msg_0")
-    store.add("resp_large", [ChatTurn("user", "x" * 20_000)], {})
-    with pytest.raises(ApiError):
-        store.turns("resp_large")
-    assert len(store.turns("resp_49")) == 2
+            gone(owner="")
+    for text, reply in (("x" * 20_000, "{}"), ("x", "z" * 20_000)):
+        store.add("resp_large", [ChatTurn("user", text)], {}, reply, owner="")
+        assert store.reply("resp_large", owner="") is None
+    assert len(store.turns("resp_49", owner="")) == 2
 
 
 def test_calls_in_responses(client: openai.OpenAI) -> None:

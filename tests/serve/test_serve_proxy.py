@@ -14,8 +14,8 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
-from serve_kit import controller, data_url, running, wait_until, worker
+from fastapi.responses import JSONResponse, StreamingResponse
+from serve_kit import WEATHER, controller, data_url, running, wait_until, worker
 
 from llava.conversation import SeparatorStyle, conv_templates, get_template
 from llava.errors import InputError
@@ -96,6 +96,10 @@ def test_responses_go_on_wherever_they_are_kept(house: tuple[str, Dispatcher, li
                 model=MODEL, input="And?", previous_response_id=first.id, max_output_tokens=2
             )
             assert second.usage.input_tokens > first.usage.input_tokens
+            assert client.responses.retrieve(first.id) == first
+            client.responses.delete(first.id)
+            with pytest.raises(openai.NotFoundError, match="keeps no response"):
+                client.responses.retrieve(first.id)
         with pytest.raises(openai.BadRequestError, match="send the conversation itself") as refused:
             client.responses.create(model=MODEL, input="And?", previous_response_id="resp_unknown")
         assert refused.value.code == "previous_response_not_found"
@@ -237,7 +241,7 @@ def test_a_client_s_leaving_reaches_the_worker(
 def remote(house: tuple[str, Dispatcher, list[Any]]) -> Iterator[str]:
     """A worker whose model is our own API behind the controller."""
     template = get_template("v1")
-    card = ModelCard("far-away", template, "v1", context_len=None, image_placeholder="<image>")
+    card = ModelCard("far-away", template, "v1", context_len=None, image_placeholder="<image>", takes_grammar=False)
     with worker(RemoteBackend(house[0], model=MODEL, card=card)) as (address, _):
         yield address
 
@@ -260,6 +264,71 @@ def test_a_worker_in_front_of_another_server_answers_alike(
                     assert whole.usage.prompt_tokens_details.model_dump()["image_tokens"] == 64
                     replies[-1].append(whole.usage.completion_tokens)
             assert replies[0] == replies[1]
+
+
+# A tool whose schema refers to itself, as pydantic writes them.
+DRAW = {
+    "name": "draw",
+    "parameters": {
+        "properties": {"place": {"$ref": "#/$defs/Place"}},
+        "required": ["place"],
+        "$defs": {"Place": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}},
+    },
+}
+
+
+def test_tools_are_called_through_a_worker_in_front_of_another_server(remote: str) -> None:
+    tools = [WEATHER, {"type": "function", "function": DRAW}]
+    named = {"type": "function", "function": {"name": "draw"}}
+    with openai.OpenAI(base_url=f"{remote}/v1", api_key="none", max_retries=0) as client:
+        for messages in (SHOW, [{"role": "user", "content": "Draw."}]):
+            asked = {"model": "far-away", "messages": messages, "tools": tools, "tool_choice": named, "max_tokens": 60}
+            (call,) = client.chat.completions.create(**asked).choices[0].message.tool_calls
+            assert call.function.name == "draw"
+            assert json.loads(call.function.arguments) in ({"place": {"x": 1}}, {"place": {"x": 2}})
+            with client.chat.completions.stream(**asked) as stream:
+                (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+            assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
+        asked["tool_choice"] = "required"
+        (call,) = client.chat.completions.create(**asked).choices[0].message.tool_calls
+        assert call.function.name in ("draw", "weather")
+        history = [
+            {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "done"},
+        ]
+        asked |= {"messages": [*asked["messages"], *history], "tool_choice": "auto", "max_tokens": 4}
+        assert client.chat.completions.create(**asked).choices[0].finish_reason == "length"
+        strict = {"type": "function", "function": DRAW | {"strict": True}}
+        for refused in ({"tools": [strict]}, {"tool_choice": named, "extra_body": {"regex": "a"}}):
+            with pytest.raises(openai.BadRequestError, match=r"leave strict out|leave one of them out"):
+                client.chat.completions.create(**asked | refused)
+    anthropic = {"name": "draw", "input_schema": DRAW["parameters"]}
+    body = {"model": "far-away", "max_tokens": 60, "messages": [{"role": "user", "content": "Draw."}]}
+    body |= {"tools": [anthropic], "tool_choice": {"type": "any"}}
+    (block,) = httpx.post(f"{remote}/v1/messages", json=body).json()["content"]
+    assert (block["type"], block["name"]) == ("tool_use", "draw")
+    assert block["input"]["place"]["x"] in (1, 2)
+
+
+def test_when_to_try_again_is_passed_on() -> None:
+    app, saying = FastAPI(), [""]
+
+    @app.post(CHAT)
+    async def refuse() -> JSONResponse:
+        return JSONResponse({"error": {"message": "full"}}, 429, {"retry-after": saying[0]})
+
+    card = ModelCard("far-away", get_template("v1"), "v1", context_len=None, image_placeholder="<image>")
+    body = {"model": "far-away", "messages": [{"role": "user", "content": "hi"}]}
+    with (
+        running(app) as far,
+        controller() as (front, dispatcher),
+        worker(RemoteBackend(far, model="x", card=card), controller=front) as (address, _),
+    ):
+        wait_until(dispatcher.workers)
+        for place in (address, front):
+            for saying[0], told in (("17", "17"), ("0.2", "1"), ("1e9", "120"), ("-3", "2"), ("x", "2")):
+                response = httpx.post(place + CHAT, json=body)
+                assert (response.status_code, response.headers["retry-after"]) == (429, told)
 
 
 def test_original_clients_reach_another_server_s_model(remote: str, house: tuple[str, Dispatcher, list[Any]]) -> None:

@@ -43,6 +43,7 @@ class ModelCard:
     image_placeholder: str  # what stands for one image in a prompt
     takes_images: bool = True
     takes_videos: bool = False
+    takes_grammar: bool = True  # False: answers are held to schemas alone
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # what is not given means
     # None where only the server elsewhere knows.
     architecture: str | None = None
@@ -61,11 +62,14 @@ class ModelCard:
 
 
 class ServerBusyError(Exception):
-    """No request is taken now; it may be tried again later, or elsewhere. `stopping`: never again by this server."""
+    """No request is taken now; it may be tried again later, or elsewhere.
 
-    def __init__(self, message: str, *, stopping: bool = False) -> None:
+    `stopping`: never again by this server. `retry_after_s`: when to try again, where the server that answers has said so.
+    """
+
+    def __init__(self, message: str, *, stopping: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(message)
-        self.stopping = stopping
+        self.stopping, self.retry_after_s = stopping, retry_after_s
 
 
 class BackendError(Exception):

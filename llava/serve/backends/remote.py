@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from llava.cli.http_client import retry_seconds
 from llava.conversation import Conversation, answer_end
 from llava.engine.request import (
     MAX_COMPLETIONS,
@@ -198,10 +199,7 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
     if params.regex is not None:
         raise InputError("this worker passes requests on to another server and takes no regex")
     if params.grammar is not None:
-        raise InputError(
-            "this worker passes requests on to another server and takes no grammar, which holds calls of tools to their "
-            "schema; let the model choose, by tool_choice auto"
-        )
+        raise InputError("this worker passes requests on to another server and takes no grammar")
     ours, usual = params, SamplingParams()
     names = (
         "top_p", "seed", "presence_penalty", "frequency_penalty", "n",
@@ -232,10 +230,11 @@ async def _refusal(response: httpx.Response) -> Exception:
         pass
     finally:
         await response.aclose()
-    return _refused(response.status_code, data[:MAX_ERROR].decode(errors="replace"))
+    retry_after_s = retry_seconds(response.headers.get("retry-after"))
+    return _refused(response.status_code, data[:MAX_ERROR].decode(errors="replace"), retry_after_s)
 
 
-def _refused(status: int, text: str) -> Exception:
+def _refused(status: int, text: str, retry_after_s: float | None = None) -> Exception:
     if 300 <= status < 400:
         return BackendError("the server that answers redirects to another address; give that as the endpoint")
     try:
@@ -243,7 +242,7 @@ def _refused(status: int, text: str) -> Exception:
     except (ValueError, RecursionError):
         message = text[:300] or f"status {status}"
     if status in (429, 503):
-        return ServerBusyError(message)
+        return ServerBusyError(message, retry_after_s=retry_after_s)
     if status in (400, 413, 422):
         return InputError(message)
     return BackendError(f"the server that answers failed with status {status}: {message}")

@@ -7,6 +7,7 @@ In: exceptions of routes, and the path. Out: responses. The original protocol ha
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
@@ -55,11 +56,22 @@ ANTHROPIC_TYPES = ERROR_TYPES | {413: "request_too_large", 503: "overloaded_erro
 
 
 class ApiError(Exception):
-    """An error with its HTTP status. `param` names the field of the body that caused it."""
+    """An error with its HTTP status.
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    `param` names the field of the body that caused it, `retry_after_s` says when to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(shortened(message, MAX_MESSAGE))  # it may repeat a value of any length
-        self.status, self.code = status, code
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
         self.param = None if param is None else shortened(param)
 
     @property
@@ -104,7 +116,8 @@ def error_response(
     """Return the response for an error, in the form of the path's protocol; `further` fields are added to its body."""
     headers = dict(headers or {})
     if error.status in (429, 503):
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        seconds = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        headers["retry-after"] = str(math.ceil(seconds))
     note_error(error.kind, str(error))
     return JSONResponse(error_body(error, form_of(path)) | further, error.status, headers)
 
@@ -129,7 +142,7 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, ServerBusyError):
         code = "server_stopping" if error.stopping else "server_full"
-        return ApiError(503 if error.stopping else 429, str(error), code=code)
+        return ApiError(503 if error.stopping else 429, str(error), code=code, retry_after_s=error.retry_after_s)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the answer took longer than this server allows", code="deadline_exceeded")
     if isinstance(error, UnreachableError):

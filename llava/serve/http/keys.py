@@ -15,6 +15,7 @@ from pathlib import Path
 from llava.errors import InputError
 
 MIN_KEY_LENGTH = 8
+KEY_CLIENT = "key-"  # how the name of a client with a key begins
 
 # Who sent the request that is being answered: a digest of its key, else its address. Requests of different clients are queued
 # fairly (engine/fair_queue.py). Set by middleware.py for the task of a request.
@@ -81,7 +82,13 @@ def same_key(one: str | None, other: str | None) -> bool:
 def client_name(authorization: str | None, address: str) -> str:
     """Return a name for who sent a request: a digest of its key, or its address."""
     key = bearer_key(authorization)
-    return hashlib.sha256(f"client {key}".encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else address
+    digest = hashlib.sha256(f"client {key}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{KEY_CLIENT}{digest}" if key else address
+
+
+def owner_of(client: str) -> str:
+    """Return whose things a client sees that a server keeps: those of its key. Clients without one see the same."""
+    return client if client.startswith(KEY_CLIENT) else ""
 
 
 def _digest(key: str) -> bytes:

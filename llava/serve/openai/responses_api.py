@@ -15,6 +15,7 @@ from llava.engine.request import Chunk
 from llava.errors import InputError
 from llava.serve.backends.base import ModelCard
 from llava.serve.chat_turns import ChatTurn, ParsedRequest, ShownImage, checked_turn, parsed_chat
+from llava.serve.http.keys import current_client, owner_of
 from llava.serve.json_schema import closed
 from llava.serve.openai import responses_schema as bodies
 from llava.serve.openai import schema
@@ -33,7 +34,9 @@ def parse_responses(
     Raises:
         InputError, ApiError: it cannot be answered, or goes on from an answer that is not kept.
     """
-    turns = list(store.turns(body.previous_response_id)) if body.previous_response_id is not None else []
+    previous, turns = body.previous_response_id, list[ChatTurn]()
+    if previous is not None:
+        turns += store.turns(previous, owner=owner_of(current_client.get()))
     if isinstance(body.input, str):
         turns.append(checked_turn(ChatTurn("user", body.input), "input"))
     else:
@@ -65,7 +68,7 @@ def _turns_of(item: bodies.InputItem, path: str, store: ResponseStore) -> Iterat
         text = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
         yield checked_turn(ChatTurn("tool", text, call_id=item.call_id), path)
     elif isinstance(item, bodies.ItemReference):
-        yield store.item(item.id)
+        yield store.item(item.id, owner=owner_of(current_client.get()))
 
 
 def _message_turn(message: bodies.InputMessage, path: str) -> ChatTurn:
@@ -153,6 +156,7 @@ class ResponsesWriter(ReplyWriter):
     ) -> None:
         super().__init__(body.model, piece_of, inspect=body.inspect)
         self._body, self._parsed, self._turns, self._store = body, parsed, turns, store
+        self._owner = owner_of(current_client.get())
         self._top_p = card.sampling_defaults.top_p if body.top_p is None else body.top_p
         self._sequence_number = 0
         self._items: list[_Item] = []
@@ -202,13 +206,14 @@ class ResponsesWriter(ReplyWriter):
         return self._whole(stats)
 
     def _whole(self, stats: RequestStats) -> bodies.ResponsesReply:
-        if self._is_stored:
-            self._store.add(self.id, self._turns, {item.item_id: item.turn() for item in self._items})
         status: bodies.Status = "incomplete" if self._is_cut else "completed"
         *before, last = self._items
         response = self._response(status, [*(item.reply("completed") for item in before), last.reply(status)], stats)
         if self.inspect:
             response.inspect = inspection_of(stats)
+        if self._is_stored:
+            items = {item.item_id: item.turn() for item in self._items}
+            self._store.add(self.id, self._turns, items, response.as_json(), owner=self._owner)
         return response
 
     @property

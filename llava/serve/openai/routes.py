@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from llava.serve.bodies import read_body
 from llava.serve.chat_turns import ParsedRequest, details_of, sources_of
 from llava.serve.http.app import Schemas
 from llava.serve.http.errors import ApiError, as_api_error, error_body, openai_form
+from llava.serve.http.keys import current_client, owner_of
 from llava.serve.http.streams import cancel_on_disconnect
 from llava.serve.openai import schema
 from llava.serve.openai.embeddings import EmbeddingsReply, EmbeddingsRequest, embeddings_reply, parse_embeddings
@@ -36,6 +38,7 @@ from llava.serve.service import AdmittedRequest, Service
 B = TypeVar("B", bound=schema.SamplingFields | EmbeddingsRequest)
 W = TypeVar("W", ChatWriter, TextWriter)
 EVENTS = "text/event-stream; charset=utf-8"
+RESPONSE_ID = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
 AnyWriter = ChatWriter | TextWriter | ResponsesWriter
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -50,6 +53,8 @@ class OpenAIApi(Protocol):
     async def responses(self, request: Request) -> Response: ...
 
     async def embeddings(self, request: Request) -> Response: ...
+
+    async def kept_response(self, request: Request, response_id: str) -> Response: ...
 
     async def models(self) -> schema.ModelList: ...
 
@@ -137,6 +142,16 @@ class ModelApi:
             embeddings = await cancel_on_disconnect(embedded, request.receive)
         return Response(embeddings_reply(body, embeddings).as_json(), media_type="application/json")
 
+    async def kept_response(self, request: Request, response_id: str) -> Response:
+        owner = owner_of(current_client.get())
+        if request.method == "DELETE":
+            found = deleted(response_id) if self._store.remove(response_id, owner=owner) else None
+        else:
+            found = self._store.reply(response_id, owner=owner)
+        if found is None:
+            raise unknown_response(response_id)
+        return Response(found, media_type="application/json")
+
     async def _body(self, request: Request, kind: type[B]) -> B:
         body = await read_body(request, kind, strict=self._service.limits.strict)
         if body.model not in self._service.card.model_names:
@@ -198,6 +213,15 @@ def unknown_model(name: str, known: list[str]) -> ApiError:
     return ApiError(404, f"there is no model {name!r}; models: {available}", code="model_not_found", param="model")
 
 
+def unknown_response(response_id: str) -> ApiError:
+    message = f"this server keeps no response {response_id!r}: it keeps some of the latest of each key, in memory"
+    return ApiError(404, message, code="response_not_found", param="response_id")
+
+
+def deleted(response_id: str) -> str:
+    return schema.DeletedResponse(id=response_id, object="response", deleted=True).as_json()
+
+
 # Routes and the OpenAPI document
 
 
@@ -217,6 +241,26 @@ def openai_routes(api: OpenAIApi) -> APIRouter:
 
     vectors = (EmbeddingsRequest, EmbeddingsReply)
     add("/v1/embeddings", api.embeddings, "The vectors of texts, or of a chat that may show images.", *vectors)
+
+    async def kept_response(request: Request, response_id: str) -> Response:
+        """An answer of /v1/responses that is kept, as it was given."""
+        if request.query_params.get("stream", "false") not in ("false", "0"):
+            raise ApiError(400, "an answer that is kept is given as a whole; leave out stream", param="stream")
+        if not RESPONSE_ID.fullmatch(response_id):
+            raise unknown_response(response_id)
+        return await api.kept_response(request, response_id)
+
+    async def forget_response(request: Request, response_id: str) -> Response:
+        """Forget an answer of /v1/responses."""
+        if not RESPONSE_ID.fullmatch(response_id):
+            raise unknown_response(response_id)
+        return await api.kept_response(request, response_id)
+
+    place, failures = "/v1/responses/{response_id}", _errors(400, 401, 403, 404, 421)
+    router.add_api_route(place, kept_response, methods=["GET"], responses=failures, response_model=ResponsesReply)
+    router.add_api_route(
+        place, forget_response, methods=["DELETE"], responses=failures, response_model=schema.DeletedResponse
+    )
 
     @router.get("/v1/models", responses=_errors(401, 403, 421), response_model=schema.ModelList)
     async def models() -> Response:

@@ -467,6 +467,12 @@ class ModelList(Reply):
     data: list[ModelEntry]
 
 
+class DeletedResponse(Reply):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
 class ErrorBody(Reply):
     message: str
     type: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from functools import partial
 import httpx
 from fastapi import Request, Response
 
+from llava.cli.http_client import retry_seconds
 from llava.serve.backends.base import BackendError
 from llava.serve.bodies import IGNORED_HEADER
 from llava.serve.http.errors import ApiError
@@ -25,7 +26,7 @@ from llava.serve.http.keys import current_client
 from llava.serve.http.middleware import CLIENT_HEADER
 from llava.serve.http.request_record import REQUEST_ID, current_id, note_header
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
-from llava.serve.openai.response_store import NOT_FOUND
+from llava.serve.openai.response_store import MAX_BYTES, NOT_FOUND
 from llava.serve.openai.routes import unknown_model
 from llava.serve.router.dispatch import Dispatcher, Worker
 from llava.serve.router.protocol import MAX_ERROR, read_start, sentence_of
@@ -35,6 +36,7 @@ logger = logging.getLogger("llava.serve")
 BUSY = (429, 503)  # statuses after which another worker is asked
 FAILED = (500, 502)  # also then, but not one after another: the request may be what makes them fail
 MAX_FAILED = 2
+MAX_KEPT = MAX_BYTES  # bytes of an answer that a worker keeps
 CONNECT_S = 10.0
 TRIES = 2  # of one worker that accepts the connection: a kept-alive connection may have been closed meanwhile
 # Shorter than the time after which servers close an idle connection, so that none is closed as it is used.
@@ -106,6 +108,15 @@ class Proxy:
             status=response.status,
         )
 
+    async def body_of(self, worker: Worker, method: str, path: str) -> bytes | None:
+        """Ask one worker in the name of the current client; returns what it answers, or None where it refuses."""
+        named = {REQUEST_ID: current_id() or "", CLIENT_HEADER: current_client.get()}
+        async with self.client.stream(method, worker.url + path, headers=named | headers_for(worker)) as response:
+            if response.status_code != 200:
+                return None
+            body = await read_start(response, MAX_KEPT + 1)
+            return body if len(body) <= MAX_KEPT else None
+
     def end_waits(self, worker: str) -> None:
         """End all waiting for a worker that does not say anything any more: requests go to others, streams get an error."""
         for wait in self._waits.get(worker, ()):
@@ -148,7 +159,7 @@ class Proxy:
                         stack.push_async_callback(response.aclose)
                         num_failed += response.status_code in FAILED
                         if response.status_code in BUSY:
-                            tried[worker] = _busy(model, response.status_code, await read_start(response))
+                            tried[worker] = _busy(model, response, await read_start(response))
                             continue
                         if response.status_code in FAILED and num_failed < MAX_FAILED:
                             known.num_failures += 1
@@ -166,7 +177,7 @@ class Proxy:
                         if not isinstance(error, httpx.TimeoutException):  # a slow worker may still be running
                             self._dispatcher.mark_unreachable(worker)
         if tried:
-            raise min(tried.values(), key=lambda error: error.status)
+            raise _to_tell(list(tried.values()))
         if self._dispatcher.workers_of(model):
             raise ApiError(503, f"no worker for {model!r} can be reached at the moment", code="no_worker")
         raise unknown_model(model, self._dispatcher.model_names())
@@ -184,12 +195,20 @@ def _is_short_refusal(response: httpx.Response) -> bool:
     return response.status_code == 400 and length.isdecimal() and int(length) <= MAX_ERROR
 
 
-def _busy(model: str, status: int, body: bytes) -> ApiError:
+def _busy(model: str, response: httpx.Response, body: bytes) -> ApiError:
     """The error for the client where no other worker takes the request either."""
-    if status == 429:
-        return ApiError(429, "all workers are full", code="server_full")
+    seconds = retry_seconds(response.headers.get("retry-after"))
+    if response.status_code == 429:
+        return ApiError(429, "all workers are full", code="server_full", retry_after_s=seconds)
     message = f"no worker for {model!r} takes requests at the moment: {sentence_of(body)}"
-    return ApiError(503, message, code="no_worker")
+    return ApiError(503, message, code="no_worker", retry_after_s=seconds)
+
+
+def _to_tell(errors: Sequence[ApiError]) -> ApiError:
+    """The error for the client after several workers' refusals, with the soonest time to try again."""
+    error = min(errors, key=lambda error: error.status)
+    error.retry_after_s = min((one.retry_after_s for one in errors if one.retry_after_s is not None), default=None)
+    return error
 
 
 def _failed(status: int, body: bytes) -> ApiError:

@@ -31,7 +31,7 @@ from llava.serve.http.middleware import AccessMiddleware, AccessPolicy
 from llava.serve.ollama import replies as ollama
 from llava.serve.ollama.requests import matches
 from llava.serve.openai import schema
-from llava.serve.openai.routes import error_event
+from llava.serve.openai.routes import error_event, unknown_response
 from llava.serve.router import protocol
 from llava.serve.router.dispatch import Dispatcher, Worker
 from llava.serve.router.places import WorkerPlaces
@@ -261,6 +261,23 @@ class ControllerApi:
 
     async def embeddings(self, request: Request) -> Response:
         return await self._forward(request, "/v1/embeddings", await self._body_of(request), None)
+
+    async def kept_response(self, request: Request, response_id: str) -> Response:
+        """Ask every worker, since only the one that gave an answer keeps it."""
+        workers = [worker for worker in self.dispatcher.workers() if self.dispatcher.is_reachable(worker)]
+        path = f"/v1/responses/{response_id}"
+        asking = (self._ask_kept(worker, request.method, path) for worker in workers)
+        found = next((answer for answer in await asyncio.gather(*asking) if answer is not None), None)
+        if found is None:
+            raise unknown_response(response_id)
+        return Response(found, media_type="application/json")
+
+    async def _ask_kept(self, worker: Worker, method: str, path: str) -> bytes | None:
+        try:
+            async with self._at_once, asyncio.timeout(STATUS_S):
+                return await self._proxy.body_of(worker, method, path)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
+            return None  # as one that keeps nothing: it may be gone
 
     # Ollama's and Anthropic's.
 
