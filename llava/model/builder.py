@@ -46,7 +46,14 @@ from llava.model.checkpoints.model_config import build_config, resolved_tower_pa
 from llava.model.checkpoints.quantized import load_quantized
 from llava.model.config import LlavaSettings, described_by, is_multimodal, unused_settings
 from llava.model.device import DeviceMap, is_present, pick_device, pick_dtype, pick_placement
-from llava.model.language_model import llava_llama, llava_mistral, llava_mpt, llava_qwen  # noqa: F401  # for AutoConfig
+from llava.model.language_model import (  # noqa: F401  # for AutoConfig
+    llava_gemma,
+    llava_llama,
+    llava_mistral,
+    llava_mixtral,
+    llava_mpt,
+    llava_qwen,
+)
 from llava.model.protocols import LlavaModel
 from llava.model.tokenizer_setup import (
     context_len,

@@ -103,7 +103,7 @@ SHARED_TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_mode
 LEARNED_ENDS = ("image_newline", "faster_token")
 
 # Published model types that do not follow the prefix rule.
-MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2"}
+MODEL_TYPE_ALIASES = {"llava_qwen": "qwen2", "llava_qwen_moe": "qwen2_moe", "llava_qwenmoe": "qwen2_moe"}
 
 # Published classes of the type `llava`, whose name says which language model is inside.
 ORIGINAL_CLASS = re.compile(r"Llava(\w+)ForCausalLM")

@@ -13,7 +13,11 @@ from functools import cache
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -84,6 +88,16 @@ def eager_attention(config: PreTrainedConfig, *, warns: bool = True) -> Iterator
 @cache
 def _say_once(message: str) -> None:
     logger.warning(message)
+
+
+def share_tensor_names(model_type: str, own_type: str) -> None:
+    """Let models of `own_type` be saved under the published tensor names of `model_type`, as transformers saves the latter.
+
+    transformers joins the experts of a layer in memory, and takes them apart where it saves a model of a type that it knows.
+    """
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(own_type, mapping, overwrite=True)
 
 
 def current_names(model: nn.Module, names: Iterable[str], comparable: Callable[[str], str]) -> Mapping[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
+from llava.model.checkpoints.experts import join_experts
 from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABULARY, CheckpointInfo, tower_headers
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
@@ -111,6 +112,8 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources, model: n
     """
     own_names = {comparable_name(name): name for name in expected}
     headers = sources.headers
+    if any(name.endswith(".experts.gate_up_proj") for name in expected):
+        headers = join_experts(headers)
     unknown = [name for name in headers if comparable_name(name) not in own_names]
     if unknown:
         names = current_names(model, unknown, comparable_name)
@@ -121,7 +124,7 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources, model: n
         for name, header in headers.items()
         if comparable_name(name) in own_names
     }
-    _refuse_unexpected_keys(unknown, sources)
+    _refuse_unexpected_keys({name: headers[names.get(name, name)] for name in unknown} if unknown else {})
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -341,12 +344,12 @@ def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def _refuse_unexpected_keys(names: list[str], sources: WeightSources) -> None:
+def _refuse_unexpected_keys(headers: Mapping[str, TensorHeader]) -> None:
     """Refuse stored tensors that the model does not have, but for buffers that every version of transformers computes."""
-    unexpected = [name for name in names if not COMPUTED.search(name)]
+    unexpected = [name for name in headers if not COMPUTED.search(name)]
     if unexpected:
         first = next((name for name in unexpected if STRUCTURAL.search(name)), unexpected[0])
-        header = sources.headers[first]
+        header = headers[first]
         suspect = "mm_projector_type" if PROJECTOR_INFIX in first else "the number of layers"
         raise InputError(
             f"{header.file}: tensor {header.name!r} {list(header.shape)} is unexpected in the model that the config.json "

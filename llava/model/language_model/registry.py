@@ -16,13 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from llava.errors import InputError
 from llava.model.config import PREFIX, is_causal_language_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.transformers_internals import share_tensor_names
 
 # Language models with a module of their own: model type in transformers -> (module, config class, model class).
 NAMED = {
+    "gemma": ("llava_gemma", "LlavaGemmaConfig", "LlavaGemmaForCausalLM"),
     "llama": ("llava_llama", "LlavaConfig", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralConfig", "LlavaMistralForCausalLM"),
+    "mixtral": ("llava_mixtral", "LlavaMixtralConfig", "LlavaMixtralForCausalLM"),
     "mpt": ("llava_mpt", "LlavaMptConfig", "LlavaMptForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenConfig", "LlavaQwenForCausalLM"),
+    "qwen2_moe": ("llava_qwen", "LlavaQwenMoeConfig", "LlavaQwenMoeForCausalLM"),
     "qwen3": ("llava_qwen", "LlavaQwen3Config", "LlavaQwen3ForCausalLM"),
 }
 
@@ -66,4 +70,5 @@ def compose(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMod
 def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
     """Register a pair of classes with transformers' AutoConfig and AutoModelForCausalLM."""
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    share_tensor_names(getattr(config_class.__bases__[0], "model_type", ""), config_class.model_type)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
