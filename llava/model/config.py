@@ -89,6 +89,10 @@ IMPLEMENTATIONS = (
     "_experts_implementation", "_experts_implementation_internal", "kernel_config",
 )  # fmt: skip
 
+# Values of mm_resampler_type with which features reach the projector as they are: the first names the reduction of videos'
+# frames, which mm_spatial_pool_mode says too; the second leaves features out in training only.
+RESAMPLERS_WITHOUT_EFFECT = ("spatial_pool", "masked_drop")
+
 # Multimodal settings that answers do not depend on.
 NOT_FOR_ANSWERS = (
     "mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts", "mm_vision_tower_pretrained", "mm_spatial_pool_out_channels",
@@ -217,7 +221,7 @@ class LlavaSettings:
             return default if value is None else value
 
         resampler = read("mm_resampler_type")
-        if resampler not in (None, "spatial_pool"):  # which pools the frames of videos, as mm_spatial_pool_mode says
+        if resampler not in (None, *RESAMPLERS_WITHOUT_EFFECT):
             raise InputError(
                 f"mm_resampler_type is {resampler!r}; models with a resampler between tower and projector are not supported, "
                 "use the code that they were trained with"

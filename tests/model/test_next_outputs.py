@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from golden_data import HERE
+from next_models import next_model
 from torch import Tensor
 
 from llava.errors import InputError
 from llava.mm_utils import process_images
-from llava.model.builder import LoadedModel, load
 
 NEXT = HERE / "next"
 SMALL = ("onevision-siglip28-qwen", "llama3-next-clip28", "llava-video-siglip28-qwen", "next-video-clip28-llama")
@@ -53,15 +53,6 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 def pixels(name: str) -> dict[str, Tensor]:
     with np.load(NEXT / "checkpoint_outputs" / f"{name}.pixels.npz") as data:
         return {key: torch.from_numpy(value) for key, value in data.items()}
-
-
-@functools.cache
-def copied(name: str) -> LoadedModel:
-    """The checkpoint, with its tower's name as a path: none of its own keys is changed."""
-    config = json.loads((NEXT / "checkpoints" / name / "config.json").read_text())
-    tower = NEXT / "checkpoints" / "vision" / config["mm_vision_tower"].split("/")[-1]
-    overwrite = {"mm_vision_tower": str(tower)}
-    return load(NEXT / "checkpoints" / name, device="cpu", dtype="fp32", overwrite_config=overwrite)
 
 
 @pytest.fixture
@@ -100,7 +91,7 @@ def test_case(name: str, case: str, overridden: Any) -> None:
 @pytest.mark.parametrize(("name", "case"), cases(LARGE))
 def test_case_of_real_geometry(name: str, case: str, overridden: Any) -> None:
     """384-pixel tiles of 27 x 27 features, up to 31 of them reduced to 7,290 features; pixels are made here."""
-    loaded, recorded = copied(name), record(name)
+    loaded, recorded = next_model(name), record(name)
     from PIL import Image
 
     about = recorded["pictures"][case.removeprefix("image_")]
@@ -110,7 +101,7 @@ def test_case_of_real_geometry(name: str, case: str, overridden: Any) -> None:
 
 
 def check_case(name: str, case: str, overridden: Any, images: list[Tensor] | None) -> None:
-    about, model = record(name)["cases"][case], copied(name).model
+    about, model = record(name)["cases"][case], next_model(name).model
     given = {key.removeprefix(f"{case}/"): value for key, value in arrays(name).items() if key.startswith(f"{case}/")}
     overridden(model, about["config_overrides"])
     ids, mask, labels = (
@@ -170,7 +161,7 @@ def check_case(name: str, case: str, overridden: Any, images: list[Tensor] | Non
 @pytest.mark.parametrize("name", SMALL)
 def test_tower_and_projector(name: str) -> None:
     """The trained tower inside of the checkpoint is used, without the last layer and the head that LLaVA-NeXT takes off."""
-    about, model = record(name), copied(name).model
+    about, model = record(name), next_model(name).model
     tiles = pixels(name)[about["tower_features"]["pixels"]][:2]
     with torch.no_grad():
         close(model.get_vision_tower()(tiles), arrays(name)["tower_features"], 1e-5)
@@ -180,7 +171,7 @@ def test_tower_and_projector(name: str) -> None:
 def test_a_batch_without_modalities_equals_one_with_them() -> None:
     """The original drops the rows behind the first where `modalities` are left at their default."""
     name = "onevision-siglip28-qwen"
-    model, about = copied(name).model, record(name)["cases"]["mixed_batch_default_modalities"]
+    model, about = next_model(name).model, record(name)["cases"]["mixed_batch_default_modalities"]
     data = arrays(name)
     ids, mask = (
         torch.from_numpy(data[f"mixed_batch_default_modalities/{key}"]) for key in ("input_ids", "attention_mask")

@@ -14,7 +14,13 @@ from pathlib import Path
 from llava.errors import InputError
 from llava.images.image_processor import TOWER_IMAGE_PROCESSORS
 from llava.model.checkpoints.hf_layout import is_transformers_layout, unknown_feature
-from llava.model.config import TYPES_BY_KEY, is_causal_language_model, is_multimodal, language_model_type
+from llava.model.config import (
+    RESAMPLERS_WITHOUT_EFFECT,
+    TYPES_BY_KEY,
+    is_causal_language_model,
+    is_multimodal,
+    language_model_type,
+)
 
 TRANSFORMERS = "transformers"
 ITS_OWN_CODE = "the code that it was published with"
@@ -178,8 +184,7 @@ FOREIGN_MODELS = (
         "a model with a resampler (mm_resampler_type)",
         "its features are resampled between tower and projector",
         ("the code that it was trained with",),
-        # spatial_pool has no weights: it pools the frames of videos.
-        matches=lambda config: _text(config, "mm_resampler_type") not in ("", "spatial_pool"),
+        matches=lambda config: _text(config, "mm_resampler_type") not in ("", *RESAMPLERS_WITHOUT_EFFECT),
     ),
 )
 

@@ -28,7 +28,7 @@ class IdentityMap(nn.Module):
 
 
 class SimpleResBlock(nn.Module):
-    """Two layers with a GELU between them, added to their normalised input; for projectors of outside code."""
+    """Two layers with a GELU between them, added to their normalised input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SimpleResBlock(nn.Module):
         return normalised + self.proj(normalised)
 
 
-def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
+def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Sequential:
     """Build `depth` linear layers with a GELU between each two; the first changes the width."""
     layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
     for _ in range(depth - 1):
@@ -48,7 +48,7 @@ def mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def normalised_mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Module:
+def normalised_mlp(vision_dim: int, text_dim: int, depth: int) -> nn.Sequential:
     """Build an `mlp` after a LayerNorm of its input (ViP-LLaVA, Cai et al., 2024, arXiv:2312.00784)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(norm=nn.LayerNorm(vision_dim))
     layers.update(mlp(vision_dim, text_dim, depth).named_children())
@@ -68,15 +68,15 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
 PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "identity": identity}
 
 # A family of names beside the table: mlp1x_gelu, mlp2x_gelu, mlp3x_gelu, …, each also as norm_mlp2x_gelu.
-MLP_NAME = re.compile(r"(norm_)?mlp([1-9]\d?)x_gelu")
+# LLaVA-NeXT's mlp2x_res1x_gelu has residual blocks behind.
+MLP_NAME = re.compile(r"(norm_)?mlp([1-9]\d?)x(?:_res([1-9]\d?)x)?_gelu")
+MLP_NAMES = ("mlp<N>x_gelu", "norm_mlp<N>x_gelu", "mlp<N>x_res<M>x_gelu")
 
 
 def check_projector_name(name: str) -> None:
     """Raise an `InputError` if there is no projector of a name."""
     if name not in PROJECTORS and MLP_NAME.fullmatch(name) is None:
-        raise InputError(
-            f"unknown mm_projector_type {name!r}; known: {', '.join([*PROJECTORS, 'mlp<N>x_gelu', 'norm_mlp<N>x_gelu'])}"
-        )
+        raise InputError(f"unknown mm_projector_type {name!r}; known: {', '.join([*PROJECTORS, *MLP_NAMES])}")
 
 
 def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, **kwargs: object) -> nn.Module:
@@ -89,4 +89,6 @@ def build_vision_projector(config: PreTrainedConfig, delay_load: bool = False, *
     match = MLP_NAME.fullmatch(name)
     if match is None:
         return PROJECTORS[name](vision_dim, text_dim)
-    return (normalised_mlp if match[1] else mlp)(vision_dim, text_dim, depth=int(match[2]))
+    projector = (normalised_mlp if match[1] else mlp)(vision_dim, text_dim, depth=int(match[2]))
+    projector.extend(SimpleResBlock(text_dim) for _ in range(int(match[3] or 0)))
+    return projector
