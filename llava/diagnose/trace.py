@@ -78,6 +78,7 @@ def _trace_question(args: Namespace) -> int:
     from llava.cli.chat import load_model
     from llava.cli.image_words import read_words
     from llava.cli.model_flags import find_model
+    from llava.images.frames import Video
     from llava.session import LoadedImage
 
     words = read_words(args.words)
@@ -88,6 +89,11 @@ def _trace_question(args: Namespace) -> int:
         get_template(args.conv_mode)
     images = [LoadedImage.open(source) for source in words.sources]
     check_question(question, len(images))
+    videos = [image.source for image in images if isinstance(image.image, Video)]
+    if videos and args.html:
+        raise InputError(
+            f"the page of a trace shows images and no videos; trace {videos[0]} without --html, or give frames of it as images"
+        )
     args.model_path = find_model(args.model_path, args.mmproj)
     sampling = sampling_from(args)
     args.load_8bit, args.load_4bit, args.verbose = False, False, False

@@ -25,7 +25,7 @@ from llava.cli.commands import COMMANDS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/*.md"), *PACKAGE.rglob("*.md")])
 PAGES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs")]
-SNIPPET_PAGES = ("checkpoints", "differences", "engine", "extend", "roadmap", "trace")
+SNIPPET_PAGES = ("checkpoints", "differences", "engine", "extend", "roadmap", "trace", "videos")
 TRANSLATED = (
     "index", "tour", "roadmap", "trace", "debug", "doctor", "checkpoints", "convert", "serving", "engine", "kernels",
     "evaluate", "finetune", "training", "data", "extend", "differences",
