@@ -7,17 +7,19 @@ Training refuses the same samples one at a time (train/data.py); check.py counts
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import check_placeholders
 from llava.data.formats import Sample, is_lost, media_sources, num_words
-from llava.data.media_files import locate_media, open_image
+from llava.data.media import MediaSource, VideoSource
+from llava.data.media_files import locate_image, locate_video, open_image, open_video
 from llava.data.reader import SampleReader
 from llava.data.samples import Samples
 from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
+from llava.images.video import FrameSampling
 from llava.text.labels import is_unwanted, speaker_of
 
 FAULT_KINDS = {
@@ -76,27 +78,37 @@ class SampleChecker:
         folder = part.image_folder or self.image_folder
         sizes: list[tuple[int, int]] = []
         for source in sources if self.look_at_images else ():
-            try:
-                found = locate_media(source, folder, flag="--image-folder", allow_urls=self.allow_urls)
-            except InputError as error:
-                faults.append(SampleFault("missing-image", str(error)))
-                continue
-            absent = (
-                isinstance(found, str)
-                and "://" not in found
-                and not found.startswith("data:")
-                and not os.path.exists(found)
-            )
-            try:
-                sizes.append(open_image(source, folder, flag="--image-folder", allow_urls=self.allow_urls).size)
-            except InputError as error:
-                faults.append(SampleFault("missing-image" if absent else "broken-image", str(error)))
+            fault, size = self._look_at(source, folder)
+            faults += [fault] if fault is not None else []
+            sizes += [size] if size is not None else []
         length: int | None = num_words(sample)
         if self.reader is not None:
             length, more = self._tokens(sample, sizes if len(sizes) == len(sources) else None)
             known = {fault.kind for fault in faults}
             faults += [fault for fault in more if fault.kind not in known]
         return CheckedSample(index, tuple(faults), len(sources), length)
+
+    def _look_at(self, source: MediaSource, folder: str | None) -> tuple[SampleFault | None, tuple[int, int] | None]:
+        """Open an image, or the first frame of a video: its fault, or an image's size."""
+        is_video = isinstance(source, VideoSource)
+        locate: Callable[..., object] = locate_video if is_video else locate_image
+        try:
+            found = locate(source, folder, flag="--image-folder", allow_urls=self.allow_urls)
+        except InputError as error:
+            return SampleFault("missing-image", str(error)), None
+        absent = (
+            isinstance(found, str)
+            and "://" not in found
+            and not found.startswith("data:")
+            and not os.path.exists(found)
+        )
+        try:
+            if isinstance(source, VideoSource):
+                open_video(source, folder, FrameSampling(1), flag="--image-folder", allow_urls=self.allow_urls)
+                return None, None
+            return None, open_image(source, folder, flag="--image-folder", allow_urls=self.allow_urls).size
+        except InputError as error:
+            return SampleFault("missing-image" if absent else "broken-image", str(error)), None
 
     def _tokens(self, sample: Sample, sizes: list[tuple[int, int]] | None) -> tuple[int | None, list[SampleFault]]:
         """Count a sample's tokens, image features included, and list faults of the length; no length without image sizes."""

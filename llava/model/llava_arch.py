@@ -113,7 +113,7 @@ class LlavaMetaModel(_InnerBase):
         if tower is None:
             tower = build_vision_tower(config)
             self.vision_tower = [tower] if fsdp else tower
-        tower.select_layer, tower.select_feature = config.mm_vision_select_layer, config.mm_vision_select_feature
+        tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
         tower.load_model()
         config.use_mm_proj = True
         config.mm_hidden_size = tower.hidden_size

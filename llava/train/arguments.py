@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from llava.errors import InputError, install_command, require
 from llava.images.layout import ImagePolicy
+from llava.images.video_layout import VideoPolicy
 from llava.train.config_file import as_yaml, expand_config
 from llava.train.distributed import import_collectives, program_name
 from llava.train.legacy_flags import parse_flags, translate
@@ -31,6 +33,12 @@ from llava.train.legacy_flags import parse_flags, translate
 logger = logging.getLogger(__name__)
 
 PRINT_CONFIG = ("--print-config", "--print_config")
+
+
+# The parts of a model by the names of LLaVA-NeXT.
+LANGUAGE_MODEL, PROJECTOR, TOWER, RESAMPLER = TUNABLE_PARTS = (
+    "mm_language_model", "mm_mlp_adapter", "mm_vision_tower", "mm_vision_resampler",
+)  # fmt: skip
 
 
 def _opt(default: object, help: str) -> Any:
@@ -72,6 +80,44 @@ class ModelArguments(_Given):
     )
     mm_vision_select_feature: str = _opt("patch", "Tower features to use: patch, or cls_patch.")
     unfreeze_mm_vision_tower: bool = _opt(False, "Train the vision tower too; its weights go into the checkpoint.")
+    mm_tunable_parts: str | None = _opt(
+        None,
+        "Train these parts and no others, joined by commas: mm_language_model, mm_mlp_adapter (the projector), "
+        "mm_vision_tower, mm_vision_resampler.",
+    )
+    mm_spatial_pool_mode: str | None = _opt(None, "How a video's frames are reduced: average, max, bilinear.")
+    mm_spatial_pool_stride: int | None = _opt(None, "By what factor, in both directions.")
+    mm_newline_position: str | None = _opt(
+        None, "Where a video has the learned line break: grid (after each row), frame, one_token, no_token."
+    )
+    add_faster_video: bool | None = _opt(None, "Reduce most frames of a video twice as much as every few others.")
+    faster_token_stride: int | None = _opt(None, "With --add_faster_video: every so many frames one keeps its detail.")
+
+    def __post_init__(self) -> None:
+        if self.mm_tunable_parts is None:
+            return
+        names = [name.strip() for name in self.mm_tunable_parts.split(",") if name.strip()]
+        for name in names:
+            if name not in TUNABLE_PARTS:
+                raise InputError(f"--mm_tunable_parts names {name!r}; known: {', '.join(TUNABLE_PARTS)}")
+        if not names:
+            raise InputError("--mm_tunable_parts is empty; name the parts to train, or leave the flag out")
+        self.mm_tunable_parts = ",".join(dict.fromkeys(names))  # as checkpoints say it
+        for flag, contradicts in (
+            ("freeze_backbone", LANGUAGE_MODEL in names),
+            ("tune_mm_mlp_adapter", names != [PROJECTOR]),
+            ("unfreeze_mm_vision_tower", TOWER not in names),
+        ):
+            if getattr(self, flag) and contradicts:
+                raise InputError(
+                    f"--{flag} and --mm_tunable_parts {self.mm_tunable_parts} contradict each other; give one"
+                )
+        self.unfreeze_mm_vision_tower = TOWER in names
+        self.tune_mm_mlp_adapter = names == [PROJECTOR]
+
+    def trains(self, part: str) -> bool | None:
+        """Whether `--mm_tunable_parts` names a part; None where it is not given."""
+        return None if self.mm_tunable_parts is None else part in self.mm_tunable_parts.split(",")
 
 
 @dataclass
@@ -103,6 +149,11 @@ class DataArguments(_Given):
     )
     image_crop_resolution: int | None = _opt(None, "crop_split: side in pixels of the middle that is cut out.")
     image_split_resolution: int | None = _opt(None, "crop_split: side in pixels of the squares that it is split into.")
+    video_folder: str | None = _opt(None, "Folder of the samples' videos, if it is not --image_folder.")
+    video_fps: float = _opt(1.0, "Frames of a video per second, where there is no --frames_upbound or fewer than it.")
+    frames_upbound: int = _opt(0, "At most so many frames of a video, with equal distances; 0: no limit.")
+    force_sample: bool = _opt(False, "Take --frames_upbound frames of shorter videos too.")
+    add_time_instruction: bool = _opt(False, "Begin a video's question with its length and the times of its frames.")
     eval_data_path: str | None = _opt(None, "Validation samples; --eval_strategy sets how often they are used.")
     eval_image_folder: str | None = _opt(None, "Image folder of the validation samples, if it is not --image_folder.")
 
@@ -110,12 +161,18 @@ class DataArguments(_Given):
     image_processor: Any = field(default=None, init=False)
     pixel_dtype: torch.dtype = field(default=torch.float32, init=False)
     image_policy: ImagePolicy | None = field(default=None, init=False)
+    video_policy: VideoPolicy | None = field(default=None, init=False)
     mm_use_im_start_end: bool = field(default=False, init=False)
     ends_with_newline: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in ("stop", "skip"):
             raise InputError(f"--on_bad_sample is {self.on_bad_sample!r}; known: stop, skip")
+        if not 0 < self.video_fps < math.inf:
+            raise InputError(f"--video_fps is {self.video_fps}; frames per second are a number above 0")
+        if self.frames_upbound < 0 or (self.force_sample and not self.frames_upbound):
+            reason = "force_sample takes a number of frames from it" if not self.frames_upbound else "0 means no limit"
+            raise InputError(f"--frames_upbound is {self.frames_upbound}; {reason}")
 
 
 @dataclass

@@ -23,12 +23,15 @@ from torch.utils.data import Dataset
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, check_placeholders
 from llava.data.formats import Sample, media_sources
-from llava.data.media_files import image_label, open_image
+from llava.data.media import MediaSource, VideoSource
+from llava.data.media_files import image_label, open_image, open_video
 from llava.data.samples import Samples, open_samples
 from llava.data.skipped_samples import SkippedSamples, TruncatedSamples
 from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
 from llava.images.layout import image_mode, max_tiles_of, one_tile_each, plan_images
+from llava.images.video import FrameSampling, Video
+from llava.images.video_layout import VideoPolicy, plan_video
 from llava.mm_utils import process_images
 from llava.text.labels import encode_sample, preprocess_multimodal, speaker_of
 from llava.text.tokenization import Tokenizer
@@ -51,8 +54,11 @@ class TrainingItem(TypedDict, total=False):
 
     input_ids: Required[Tensor]  # (T,), IMAGE_TOKEN_INDEX for each image
     labels: Required[Tensor]  # (T,), IGNORE_INDEX where nothing is trained
-    image: Tensor | list[Tensor]  # (3, H, W), or (tiles, 3, H, W) with anyres; a list for several images
+    image: (
+        Tensor | list[Tensor]
+    )  # (3, H, W), (tiles, 3, H, W) with anyres, (frames, 3, H, W) of a video; a list for several
     image_size: Size | list[Size]  # with anyres only
+    modality: list[str]  # "image" or "video", of each; only where there is a video
 
 
 class DataModule(TypedDict):
@@ -173,24 +179,56 @@ class LazySupervisedDataset(Dataset):
             turns = preprocess_multimodal(turns, self.data_args, conv=self.conv, move_placeholders=num_images == 1)
         return encode_sample(turns[0], self.tokenizer, conv=self.conv, has_image=num_images > 0)
 
-    def _num_features(self, sizes: Sequence[Size]) -> list[int]:
-        """The tokens of each image; one for each where the model is not known, as in outside code."""
+    def open_media(self, sources: Sequence[MediaSource], image_folder: str | None) -> list[Image.Image | Video]:
+        """Open a sample's images, and its videos as the frames that the run trains on."""
+        args, folder = self.data_args, getattr(self.data_args, "video_folder", None) or image_folder
+        allow_urls = getattr(args, "image_urls", False)
+        return [
+            open_video(source, folder, frame_sampling(args), flag="--video_folder", allow_urls=allow_urls)
+            if isinstance(source, VideoSource)
+            else open_image(source, image_folder, allow_urls=allow_urls)
+            for source in sources
+        ]
+
+    def told_times(self, sample: Sample, media: Sequence[Image.Image | Video]) -> Sample:
+        """The sample with the times of its only video's frames before the first question, where the run tells them."""
+        turns = sample["conversations"]
+        first = next((at for at, turn in enumerate(turns) if speaker_of(turn["from"]) == "question"), None)
+        if not getattr(self.data_args, "add_time_instruction", False) or len(media) != 1 or first is None:
+            return sample
+        words = media[0].time_instruction() if isinstance(media[0], Video) else ""
+        if not words or DEFAULT_IMAGE_TOKEN not in turns[first]["value"]:
+            return sample
+        question = turns[first]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        told = {**turns[first], "value": f"{DEFAULT_IMAGE_TOKEN}\n{words}\n{question}"}
+        return {**sample, "conversations": [*turns[:first], told, *turns[first + 1 :]]}
+
+    def num_features(self, media: Sequence[Image.Image | Video]) -> list[int]:
+        """The tokens of each image and video; one for each where the model is not known, as in outside code."""
         policy = getattr(self.data_args, "image_policy", None)
-        return [1] * len(sizes) if policy is None else [layout.num_features for layout in plan_images(sizes, policy)]
+        if policy is None:
+            return [1] * len(media)
+        videos: VideoPolicy = self.data_args.video_policy or VideoPolicy()
+        images = iter(plan_images([entry.size for entry in media if not isinstance(entry, Video)], policy))
+        return [
+            plan_video(len(entry.frames), policy, videos).num_features
+            if isinstance(entry, Video)
+            else next(images).num_features
+            for entry in media
+        ]
 
     def _prepare(self, sample: Sample, index: int, image_folder: str | None) -> TrainingItem:
         sources = media_sources(sample)
         if sources and not self.data_args.is_multimodal:
             raise InputError(f"it has an image ({image_label(sources[0])!r}) but the run has no --vision_tower")
-        allow_urls = getattr(self.data_args, "image_urls", False)
-        images = [open_image(source, image_folder, allow_urls=allow_urls) for source in sources]
-
+        images = self.open_media(sources, image_folder)
+        sample = self.told_times(sample, images)
         ids, labels = self.tokens(sample, num_images=len(sources))
         check_placeholders(
             ids.count(IMAGE_TOKEN_INDEX) if sources else num_placeholders(sample["conversations"]), len(sources)
         )
         limit = self.tokenizer.model_max_length
-        fitted = fit(ids, self._num_features([image.size for image in images]), limit)
+        fitted = fit(ids, self.num_features(images), limit)
         check_trained(labels, fitted, limit)
         if fitted.is_cut:
             self.truncated.note(index)
@@ -203,6 +241,9 @@ class LazySupervisedDataset(Dataset):
             # All of them, since the number of images decides about the tiles of each.
             pixels = self._pixels(images)[: fitted.num_images]
             sizes = [image.size for image in images[: fitted.num_images]]
+            kinds = ["video" if isinstance(image, Video) else "image" for image in images[: fitted.num_images]]
+            if "video" in kinds:
+                item["modality"] = kinds
         elif self.data_args.is_multimodal:
             crop = self.data_args.image_processor.crop_size
             pixels, sizes = (
@@ -219,16 +260,32 @@ class LazySupervisedDataset(Dataset):
             item["image_size"] = sizes if len(sizes) > 1 else sizes[0]
         return item
 
-    def _pixels(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Make the pixels of a sample's images, as `layout.plan_images` lays them out."""
+    def _pixels(self, media: Sequence[Image.Image | Video]) -> list[Tensor]:
+        """Make the pixels of a sample's images, as `layout.plan_images` lays them out, and of the frames of its videos."""
         args: Any = self.data_args
-        if one_tile_each(max_tiles_of(args.image_aspect_ratio), len(images)):
+        num_images = sum(not isinstance(entry, Video) for entry in media)
+        if one_tile_each(max_tiles_of(args.image_aspect_ratio), num_images):
             args = SimpleNamespace(image_aspect_ratio="pad")
+        processor = self.data_args.image_processor
         # One by one, since their numbers of tiles differ.
-        pixels = [process_images([image], self.data_args.image_processor, args)[0] for image in images]
+        pixels = [
+            processor.preprocess(list(entry.frames), return_tensors="pt")["pixel_values"]
+            if isinstance(entry, Video)
+            else process_images([entry], processor, args)[0]
+            for entry in media
+        ]
         if getattr(self.data_args, "ends_with_newline", False):  # which a batch of single tiles has not
             pixels = [tiles[None] if tiles.dim() == 3 else tiles for tiles in pixels]
         return [tiles.to(self._pixel_dtype) for tiles in pixels]
+
+
+def frame_sampling(args: DataArguments | SimpleNamespace) -> FrameSampling:
+    """Which frames of a video a run trains on; outside code has LLaVA-NeXT's names of these arguments, or none."""
+    return FrameSampling(
+        getattr(args, "frames_upbound", 0) or None,
+        fps=float(getattr(args, "video_fps", 1.0)),
+        repeats=getattr(args, "force_sample", False),
+    )
 
 
 def num_placeholders(turns: Sequence[Sample]) -> int:
@@ -245,7 +302,8 @@ class DataCollatorForSupervisedDataset:
     """Pad samples to the longest one, truncate them at the tokenizer's `model_max_length`, gather their images.
 
     Returns a batch of `input_ids`, `labels` and `attention_mask` (B, T); `images`, one tensor (I, 3, H, W) where all have
-    the same shape, else a list, in the order of their image tokens; and `image_sizes` (width, height) if samples have sizes.
+    the same shape, else a list, in the order of their image tokens; `image_sizes` (width, height) if samples have sizes; and
+    `modalities`, "image" or "video" of each, if there is a video.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -277,6 +335,10 @@ class DataCollatorForSupervisedDataset:
             images = _flatten(item["image"] for item in instances)
             same = all(image.shape == images[0].shape for image in images)
             batch["images"] = torch.stack(images) if same else images
+        if any("modality" in item for item in instances):
+            batch["modalities"] = _flatten(
+                item.get("modality") or ["image"] * len(_flatten([item["image"]])) for item in instances
+            )
         if "image_size" in instances[0]:
             batch["image_sizes"] = _flatten(item["image_size"] for item in instances)
         return batch

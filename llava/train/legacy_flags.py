@@ -62,6 +62,9 @@ WITHOUT_MEANING = {
     "push_to_hub_organization": "write the organization into --hub_model_id",
     "include_tokens_per_second": f"{_DROPPED}; see --include_num_input_tokens_seen",
     "_n_gpu": "the number of GPUs is what the machine shows",
+    "delay_load": "a tower is read when it is needed",
+    "model_class_name": "the files of --model_name_or_path say the class",
+    "verbose_logging": "what a run does is logged",
     **dict.fromkeys(("fp16_opt_level", "half_precision_backend", "fp16_backend"), "mixed precision is torch's own"),
     **dict.fromkeys(("jit_mode_eval", "use_ipex", "tpu_num_cores", "tpu_metrics_debug", "past_index"), _DROPPED),
     **dict.fromkeys(("use_legacy_prediction_loop", "mp_parameters", "ray_scope"), _DROPPED),
@@ -173,6 +176,8 @@ def _in_json(option: str, key: str, convert: Callable[[Flag], object]) -> Callab
 REWRITTEN: dict[str, Callable[[Flag, Collection[str]], list[str]]] = {
     "warmup_ratio": _warmup_ratio,
     "group_by_length": _if_true("--train_sampling_strategy", "group_by_length"),
+    "group_by_varlen": _if_true("--train_sampling_strategy", "group_by_length"),
+    "group_by_modality_length_auto": _if_true("--group_by_modality_length", "True"),
     "adafactor": _if_true("--optim", "adafactor"),
     "include_inputs_for_metrics": _if_true("--include_for_metrics", "inputs"),
     "save_safetensors": _save_safetensors,

@@ -45,7 +45,7 @@ from llava.model.tokenizer_setup import fit_vocabulary, read_generation_config, 
 from llava.model.transformers_internals import set_attention
 from llava.text.end_token import end_token_id, missing_end_token
 from llava.text.tokenization import Tokenizer
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import LANGUAGE_MODEL, PROJECTOR, RESAMPLER, DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import add_lora
 from llava.train.run_folder.save import smart_tokenizer_and_embedding_resize
 
@@ -178,6 +178,7 @@ def load_base_model(
 def _load_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
     """The dtype of most of the language model; `cast_weights` casts the rest afterwards."""
     frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable or model_args.freeze_backbone
+    frozen = frozen or model_args.trains(LANGUAGE_MODEL) is False
     return training_args.compute_dtype if frozen else training_args.weight_dtype
 
 
@@ -203,6 +204,8 @@ def _load_llava(info: CheckpointInfo, model_args: ModelArguments, plan: LoadPlan
         attn_implementation=plan.attn_implementation,
     )
     own_tower = loaded.model.config.mm_vision_tower
+    if info.tower_in_checkpoint:  # also where its config says so by parts, which this run's may replace
+        loaded.model.config.unfreeze_mm_vision_tower = True
     if model_args.vision_tower and model_args.vision_tower != own_tower:
         if info.tower_in_checkpoint or own_tower == OWN_FOLDER:
             logger.warning(
@@ -304,6 +307,13 @@ def prepare_language_model(
     return add_lora(model, training_args) if training_args.lora_enable else model
 
 
+# Keys of the config that are written where the arguments of the same names are given.
+MODEL_VIDEO_KEYS = (
+    "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "add_faster_video", "faster_token_stride",
+)  # fmt: skip
+DATA_VIDEO_KEYS = ("add_time_instruction", "force_sample", "frames_upbound")
+
+
 def add_vision(
     model: LlavaModel,
     tokenizer: Tokenizer,
@@ -327,6 +337,10 @@ def add_vision(
             "the model has a projector (%s) and keeps it; --mm_projector_type %s is not used",
             kept, model_args.mm_projector_type,
         )  # fmt: skip
+    for args, keys in ((model_args, MODEL_VIDEO_KEYS), (data_args, DATA_VIDEO_KEYS)):
+        for key in keys:
+            if args.is_given(key):
+                setattr(config, key, getattr(args, key))
     inner.initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp or None)
     tower = model.get_vision_tower()
     assert tower is not None
@@ -366,7 +380,10 @@ def add_vision(
             part.to(training_args.device)
         for end in ends:
             end.data = end.data.to(training_args.device)
-    if model_args.tune_mm_mlp_adapter:
+    if model_args.mm_tunable_parts is not None:
+        config.mm_tunable_parts = model_args.mm_tunable_parts
+        train_parts(model, model_args)
+    elif model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
         inner.mm_projector.requires_grad_(True)
         for end in ends:
@@ -378,7 +395,20 @@ def add_vision(
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
         unfreeze_tower(tower)
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
-    data_args.image_policy = model.image_policy()
+    data_args.image_policy, data_args.video_policy = model.image_policy(), model.video_policy()
+
+
+def train_parts(model: LlavaModel, model_args: ModelArguments) -> None:
+    """Freeze what `--mm_tunable_parts` does not name, and train a named projector; `add_vision` trains a named tower.
+
+    As in LLaVA-NeXT, the language model's part is all that belongs to no other: the learned line break too.
+    """
+    if not model_args.trains(LANGUAGE_MODEL):
+        model.requires_grad_(False)
+    for infix, part in (("mm_projector.", PROJECTOR), ("vision_resampler.", RESAMPLER)):
+        for name, parameter in model.named_parameters():
+            if infix in name:
+                parameter.requires_grad_(bool(model_args.trains(part)))
 
 
 def unfreeze_tower(tower: VisionTower) -> None:
@@ -414,7 +444,7 @@ def count_trained(model: nn.Module) -> int:
     if num_trained == 0:
         raise InputError(
             "there is nothing to train: every part is frozen (--freeze_backbone, --tune_mm_mlp_adapter, "
-            "--freeze_mm_mlp_adapter)"
+            "--freeze_mm_mlp_adapter, --mm_tunable_parts)"
         )
     return num_trained
 

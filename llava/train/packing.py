@@ -23,14 +23,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.formats import media_sources
-from llava.data.media_files import open_image
+from llava.data.media import VideoSource
 from llava.data.truncation import check_trained, fit
 from llava.errors import InputError
 from llava.images.layout import ImagePolicy, plan, plan_images
+from llava.images.video_layout import VideoPolicy, plan_video
 from llava.model.protocols import LlavaModel
 from llava.text.tokenization import Tokenizer
 from llava.train.arguments import TrainingArguments
-from llava.train.data import DataCollatorForSupervisedDataset, DataModule, LazySupervisedDataset, TrainingItem
+from llava.train.data import (
+    DataCollatorForSupervisedDataset,
+    DataModule,
+    LazySupervisedDataset,
+    TrainingItem,
+    frame_sampling,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +98,7 @@ class PackedDataset(Dataset):
         room = self.limit
         for sample in self.sequences[index]:
             item = self.samples[sample]
-            room -= item_length(item, self.policy)
+            room -= item_length(item, self.policy, getattr(self.samples.data_args, "video_policy", None))
             if room >= 0:
                 items.append(item)
             elif not self.samples.skips_bad:
@@ -190,19 +197,21 @@ class _Lengths(Dataset):
         part, row = self.samples.list_data_dict.locate(index)
         sample, folder = part.file[row], part.image_folder or self.samples.data_args.image_folder
         sources = media_sources(sample)
-        ids, labels = self.samples.tokens(sample, num_images=len(sources))
-        if self.policy is None or not self.policy.cuts_tiles:
-            sizes = [(1, 1)] * len(sources)  # one tile, whatever their size
-        else:
-            allow_urls = getattr(self.samples.data_args, "image_urls", False)
-            sizes = [open_image(source, folder, allow_urls=allow_urls).size for source in sources]
         limit = self.samples.tokenizer.model_max_length
-        fitted = fit(ids, _features(sizes, self.policy), limit)
+        has_video = any(isinstance(source, VideoSource) for source in sources)
+        if has_video or (self.policy is not None and self.policy.cuts_tiles):
+            media = self.samples.open_media(sources, folder)
+            ids, labels = self.samples.tokens(self.samples.told_times(sample, media), num_images=len(sources))
+            features = self.samples.num_features(media)
+        else:
+            ids, labels = self.samples.tokens(sample, num_images=len(sources))
+            features = _features([(1, 1)] * len(sources), self.policy)  # one tile, whatever their size
+        fitted = fit(ids, features, limit)
         check_trained(labels, fitted, limit)
         return fitted.length
 
 
-def item_length(item: TrainingItem, policy: ImagePolicy | None) -> int:
+def item_length(item: TrainingItem, policy: ImagePolicy | None, video_policy: VideoPolicy | None = None) -> int:
     """Count the tokens of a sample that has been drawn, image features included."""
     num_images = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())
     length = len(item["input_ids"])
@@ -210,7 +219,14 @@ def item_length(item: TrainingItem, policy: ImagePolicy | None) -> int:
         return length
     tiles = item["image"] if isinstance(item["image"], list) else [item["image"]]
     sizes = item.get("image_size", (1, 1))
-    for pixels, size in zip(tiles, sizes if isinstance(sizes, list) else [sizes] * num_images, strict=True):
+    kinds = item.get("modality", ["image"] * num_images)
+    for pixels, size, kind in zip(
+        tiles, sizes if isinstance(sizes, list) else [sizes] * num_images, kinds, strict=True
+    ):
+        if kind == "video":
+            assert video_policy is not None
+            length += plan_video(len(pixels), policy, video_policy).num_features - 1
+            continue
         length += plan(size, policy, num_tiles=len(pixels) if pixels.dim() == 4 else 1).num_features - 1
     return length
 
@@ -225,5 +241,7 @@ def _fingerprint(samples: LazySupervisedDataset, policy: ImagePolicy | None) -> 
         (str(part.file.path), part.file.path.stat().st_mtime_ns, len(part)) for part in samples.list_data_dict.parts
     ]
     tokenizer = samples.tokenizer
-    about = (files, samples.conv, policy, tokenizer.name_or_path, len(tokenizer), tokenizer.model_max_length)
+    args = samples.data_args
+    video = (getattr(args, "video_policy", None), frame_sampling(args), getattr(args, "add_time_instruction", False))
+    about = (files, samples.conv, policy, video, tokenizer.name_or_path, len(tokenizer), tokenizer.model_max_length)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

@@ -21,7 +21,7 @@ from llava.model.attention import use_varlen
 from llava.model.multimodal_encoder.builder import save_tower
 from llava.model.protocols import LlavaModel
 from llava.text.tokenization import Tokenizer
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import LANGUAGE_MODEL, PROJECTOR, DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import Stopped
 from llava.train.data import LazySupervisedDataset, make_supervised_data_module
 from llava.train.failures import explain_hub, explain_missing_package
@@ -164,6 +164,16 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise InputError(
             "--lora_enable and --tune_mm_mlp_adapter contradict each other: the latter trains nothing but the projector"
         )
+    parts = model_args.mm_tunable_parts
+    if parts is not None and training_args.freeze_mm_mlp_adapter and model_args.trains(PROJECTOR):
+        raise InputError(f"--freeze_mm_mlp_adapter and --mm_tunable_parts {parts} contradict each other; give one")
+    if parts is not None and training_args.lora_enable and not model_args.trains(LANGUAGE_MODEL):
+        raise InputError(
+            f"--lora_enable trains adapters of the language model, which --mm_tunable_parts {parts} freezes; add "
+            f"{LANGUAGE_MODEL}, or leave --lora_enable out"
+        )
+    if parts is not None and not model_args.vision_tower and parts != LANGUAGE_MODEL:
+        raise InputError(f"--mm_tunable_parts {parts} needs a model with a tower: name it with --vision_tower")
     strategy = str(training_args.eval_strategy.value)
     if strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {strategy} needs a validation set: name its samples with --eval_data_path")

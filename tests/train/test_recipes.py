@@ -28,7 +28,7 @@ ROOT = HERE.parents[1]
 SCRIPTS = ROOT / "scripts"
 RECIPES = sorted(
     str(path.relative_to(SCRIPTS))
-    for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("v1_*/*.sh")]
+    for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("v1_*/*.sh"), *SCRIPTS.glob("next/*.sh")]
     if path.name != "common.sh"
 )
 STAGE_1 = {"global_batch_size": 256, "learning_rate": 1e-3, "tune_mm_mlp_adapter": True, "version": "plain"}
@@ -52,6 +52,21 @@ ALL = {
     "bf16": True,
     "vision_tower": "openai/clip-vit-large-patch14-336",
 }
+NEXT = {"vision_tower": "google/siglip-so400m-patch14-384"}
+ONEVISION = (
+    STAGE_2
+    | NEXT
+    | {
+        "version": "qwen_1_5",
+        "global_batch_size": 256,
+        "learning_rate": 1e-5,
+        "mm_vision_tower_lr": 2e-6,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "image_aspect_ratio": "anyres_max_9",
+        "mm_patch_merge_type": "spatial_unpad",
+        "model_max_length": 32768,
+    }
+)
 # What was published, or (1.6) is told in its announcement.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "pretrain.sh": STAGE_1,
@@ -71,6 +86,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "mm_patch_merge_type": "spatial_unpad",
         "model_max_length": 4096,
     },
+    "next/pretrain.sh": STAGE_1 | NEXT | {"global_batch_size": 512, "model_max_length": 8192},
+    "next/finetune_mid.sh": ONEVISION,
+    "next/finetune_si.sh": ONEVISION,
+    "next/finetune_ov.sh": ONEVISION | {"frames_upbound": 32},
+    "next/finetune_video.sh": ONEVISION
+    | {
+        "frames_upbound": 110,
+        "force_sample": True,
+        "add_time_instruction": True,
+        "mm_newline_position": "grid",
+        "mm_spatial_pool_stride": 2,
+    },
+    "next/finetune_anyres.sh": ONEVISION | {"image_aspect_ratio": "anyres", "global_batch_size": 128},
 } | {
     f"v1_5/{name}": case
     for name, case in {
@@ -111,6 +139,15 @@ def started(recipe: str, folder: Path, *extra: str, has_deepspeed: bool = False,
     )
     assert done.returncode == 0, done.stderr
     return called.read_text().splitlines()
+
+
+def onevision(folder: Path) -> Path:
+    """The recorded OneVision checkpoint with its tower's folder by a path of this machine."""
+    shutil.copytree(HERE / "next/checkpoints/onevision-siglip28-qwen", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = str(HERE / "next/checkpoints/vision/siglip-28-p4")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def flags_of(command: list[str]) -> list[str]:
@@ -165,6 +202,15 @@ def test_a_step_of_every_recipe(recipe: str, tmp_path: Path) -> None:
         variables["PROJECTOR"] = "checkpoints/llava-v1.5-tiny-pretrain/mm_projector.bin"
     small = ["--max_steps", "1", "--global_batch_size", "4", "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
     small += ["--disable_tqdm", "True", "--dataloader_num_workers", "0"]
+    if recipe in ("next/finetune_si.sh", "next/finetune_ov.sh", "next/finetune_video.sh"):  # from the stage before
+        variables |= {"MODEL": str(onevision(tmp_path / "before")), "PROJECTOR": ""}
+    if recipe.startswith("next/"):
+        variables["TOWER"] = str(HERE / "next/checkpoints/vision/siglip-28-p4")
+        variables["VIDEOS"] = "images"
+        if not first_stage:  # the recorded projector is for another tower
+            variables["PROJECTOR"] = ""
+    if recipe == "next/finetune_anyres.sh":
+        small += ["--image_grid_pinpoints", "[(28, 56), (56, 28), (56, 56)]"]
     if "v1_6" in recipe:
         small += ["--image_grid_pinpoints", "[(56, 112), (112, 56), (112, 112)]"]
     flags = flags_of(started(recipe, tmp_path, *small, **variables))

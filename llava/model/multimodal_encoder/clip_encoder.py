@@ -175,6 +175,10 @@ class CLIPVisionTower(nn.Module):
         assert self.vision_tower is not None, "the tower's weights were not loaded"
         return self.vision_tower.vision_model
 
+    def select(self, layer: int | tuple[int, ...], feature: str) -> None:
+        """Read another hidden state, or other features of it; `layer` counts the layers of the whole tower."""
+        self.select_layer, self.select_feature = layer, feature
+
     @property
     def hidden_state_indices(self) -> list[int]:
         """Indices of the hidden states that the projector reads, in its order; 0 is the input of the first layer."""

@@ -41,12 +41,22 @@ class SigLipVisionTower(CLIPVisionTower):
                 self.select_layer = tuple(self.hidden_state_indices)  # counted from the first one, with the last layer
                 config.num_hidden_layers -= 1
                 return config
-            if self.select_layer not in (-2, config.num_hidden_layers - 1):
-                logger.warning(
-                    "%s stores its vision tower without the last layer, as LLaVA-NeXT does, which reads the last hidden state "
-                    "left; mm_vision_select_layer %d is not used",
-                    self.vision_tower_name, self.select_layer,
-                )  # fmt: skip
+            self._warn_of_other_layer(self.select_layer)
             config.num_hidden_layers -= 1
             self.select_layer = -1
         return config
+
+    def select(self, layer: int | tuple[int, ...], feature: str) -> None:
+        if self.is_loaded and self.num_layers < self.cfg_only.num_hidden_layers and isinstance(layer, int):
+            self._warn_of_other_layer(layer)
+            self.select_feature = feature
+        else:
+            super().select(layer, feature)
+
+    def _warn_of_other_layer(self, layer: int) -> None:
+        if layer not in (-2, self.cfg_only.num_hidden_layers - 1):
+            logger.warning(
+                "%s stores its vision tower without the last layer, as LLaVA-NeXT does, which reads the last hidden state "
+                "left; mm_vision_select_layer %d is not used",
+                self.vision_tower_name, layer,
+            )  # fmt: skip
