@@ -33,6 +33,7 @@ from llava.conversation import get_template
 from llava.convert.convert import ConversionOptions, convert
 from llava.convert.verify import hf_processor
 from llava.engine import Engine, Request, SamplingParams
+from llava.images.frames import Video
 from llava.images.layout import plan_images
 from llava.images.video_layout import plan_video
 from llava.model.builder import load
@@ -216,7 +217,11 @@ def test_the_engine_answers_as_generate_does(tmp_path: Path, make: Callable[...,
     ours = load(converted(tmp_path, make), device="cpu")
     assert ours.processor is not None
     questions = []
-    for images in ([image(170, 130)], [image(40, 90), image(28, 28)], []):
+    shown = [[image(170, 130)], [image(40, 90), image(28, 28)], []]
+    if make is not small_vipllava:
+        clip = Video(tuple(image(60 + 10 * step, 50) for step in range(3)))
+        shown += [[clip], [image(40, 90), clip]]
+    for images in shown:
         conversation = get_template(ours.conv_mode)
         conversation.append_message(conversation.roles[0], "<image>\n" * len(images) + "What?")
         conversation.append_message(conversation.roles[1], None)
@@ -228,6 +233,6 @@ def test_the_engine_answers_as_generate_does(tmp_path: Path, make: Callable[...,
         inputs = ours.processor(asked, images)
         expected = ours.model.generate(
             inputs.input_ids[None], images=inputs.images if images else None, image_sizes=inputs.image_sizes,
-            do_sample=False, max_new_tokens=8, min_new_tokens=8,
+            modalities=inputs.modalities, do_sample=False, max_new_tokens=8, min_new_tokens=8,
         )  # fmt: skip
         assert list(result.completions[0].token_ids) == expected[0].tolist()
