@@ -116,9 +116,15 @@ class LlavaMetaModel(_InnerBase):
         tower.select(config.mm_vision_select_layer, config.mm_vision_select_feature)
         tower.load_model()
         config.use_mm_proj = True
+        has_projector = getattr(self, "mm_projector", None) is not None
+        if has_projector and tower.hidden_size != config.mm_hidden_size:
+            raise InputError(
+                f"mm_vision_select_layer {config.mm_vision_select_layer} gives features of width {tower.hidden_size}, and the "
+                f"model's projector takes {config.mm_hidden_size}; leave it out, so that it is the model's own"
+            )
         config.mm_hidden_size = tower.hidden_size
 
-        if getattr(self, "mm_projector", None) is None:
+        if not has_projector:
             config.mm_projector_type = getattr(model_args, "mm_projector_type", None) or "linear"
             self.mm_projector = build_vision_projector(config)
         self._add_learned_ends(LlavaSettings.from_hf(config))

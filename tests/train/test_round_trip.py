@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from family import READ
 from golden_data import HERE, golden
 from train_kit import BASE, LLAVA, TOWER, argv
 
+from llava.errors import InputError
 from llava.model.builder import load
 from llava.text.tokenization import load_tokenizer
 from llava.train.arguments import parse_train_args
@@ -80,6 +82,38 @@ def test_from_a_language_model(kind: str, added: str, tmp_path: Path) -> None:
         first = {}
     trained, loaded = losses(tmp_path / "run", model=BASE, **first, **KINDS[kind], **ADDED[added])
     assert loaded == pytest.approx(trained, rel=1e-5)
+
+
+def own_settings(folder: Path, **flags: Any) -> list[str]:
+    """A run that leaves what the checkpoint says to it."""
+    words = argv(folder, **{"max_steps": 2, "learning_rate": "1e-2"} | flags)
+    for name in ("mm_vision_select_layer", "mm_projector_type", "image_aspect_ratio", "vision_tower"):
+        place = words.index(f"--{name}")
+        del words[place : place + 2]
+    return words
+
+
+THEIRS = [name for name in READ if name.startswith(("llava-hf/llava-onevision", "llava-hf/vip-llava"))]
+
+
+@pytest.mark.parametrize("added", ["trained tower", "packed"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_from_the_layout_of_transformers(name: str, added: str, tmp_path: Path) -> None:
+    """With features of many tiles reduced, and with those of several layers: as the checkpoint has it."""
+    base = READ[name](tmp_path / "base")
+    trainer = run(*parse_train_args(own_settings(tmp_path / "run", model=base, **ADDED[added])))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    before, after = load(base, device="cpu").model, load(tmp_path / "run", device="cpu").model
+    assert loss_of(after, batch) == pytest.approx(loss_of(trainer.model, batch), rel=1e-5)
+    assert after.image_policy() == before.image_policy()
+    assert after.get_vision_tower().hidden_state_indices == before.get_vision_tower().hidden_state_indices
+
+
+def test_layers_that_the_projector_does_not_take_are_refused(tmp_path: Path) -> None:
+    base = READ[THEIRS[1]](tmp_path / "base")
+    words = [*own_settings(tmp_path / "run", model=base), "--mm_vision_select_layer", "-2"]
+    with pytest.raises(InputError, match="mm_vision_select_layer -2 gives features of width 32"):
+        run(*parse_train_args(words))
 
 
 @pytest.mark.parametrize("kind", KINDS)
