@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import Iterator
@@ -193,3 +194,43 @@ def test_the_memory_of_videos_is_counted_and_released(backend: EngineBackend) ->
     with worker(backend) as (address, service):
         answer_of(address, asked(video()))
         wait_until(lambda: service.memory.num_bytes == 0)
+
+
+# The page
+
+
+def test_the_page_passes_a_video_on_and_shows_its_frames(backend: EngineBackend, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from PIL import Image
+
+    from llava.serve.web.client import PageClient, PageSettings, PageTurn, conversation_of
+    from llava.serve.web.page import _messages, describe
+
+    clip = str(folder / "clip.mp4")
+    with worker(backend) as (address, service):
+        client = PageClient(address, ServeLimits())
+
+        async def answers() -> list[Any]:
+            await client.models()
+            settings = PageSettings(MODEL, temperature=0.0, max_new_tokens=12)
+            return [partial async for partial in client.answer([PageTurn(QUESTION, (clip,))], settings)]
+
+        *_, last = asyncio.run(answers())
+        assert not last.failed
+        _, images = conversation_of([PageTurn(QUESTION, (clip,))], client.template(MODEL), "Default")
+        wait_until(lambda: service.memory.num_bytes == 0)
+    assert [image.partition(",")[0] for image in images] == ["data:video/mp4;base64"]
+    assert last.stats["inspect"]["videos"] == [{"frames": 32, "grid": [1, 1], "tokens": 64}]
+    assert "| 32 | 64 |" in describe(last.stats)
+    overview = client.overview(clip)
+    assert overview is not None
+    frames = tmp_path / "frames.jpg"
+    frames.write_bytes(overview)
+    with Image.open(frames) as sheet:
+        assert sheet.size == (8 * 160, 4 * 120)
+    (shown, _) = _messages([PageTurn(QUESTION, (clip,), frames=(str(frames),))])
+    assert shown["content"] == {"path": str(frames)}
+    (named, _) = _messages([PageTurn(QUESTION, (clip,), frames=("",))])
+    assert named["content"] == "*clip.mp4*"
+    (tmp_path / "broken.mp4").write_bytes(make_video()[:700])
+    assert client.overview(str(tmp_path / "broken.mp4")) is None

@@ -17,7 +17,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.request import PromptTooLongError
 from llava.serve.http.errors import as_api_error
 from llava.serve.http.json_body import read_json
-from llava.serve.http.limits import decode_images
+from llava.serve.http.limits import VideoUrl, decode_images
 from llava.serve.http.streams import StreamedResponse, cancel_on_disconnect
 from llava.serve.openai.replies import stats_as_json
 from llava.serve.router import protocol
@@ -63,7 +63,9 @@ class WorkerApi:
             prompt = body.prompt.replace(DEFAULT_IMAGE_TOKEN, service.card.image_placeholder)
             named = body.model if body.model in service.card.model_names else service.card.name
             adapter = service.card.adapter_of(named)
-            submitted = service.submit([prompt], body.sampling, body.images, opener=decode_images, adapter=adapter)
+            # Not of the original: a video, by the type of its data: URL.
+            shown = [VideoUrl(image) if image.startswith("data:video/") else image for image in body.images]
+            submitted = service.submit([prompt], body.sampling, shown, opener=decode_images, adapter=adapter)
             async with asyncio.timeout_at(deadline):
                 admitted = await cancel_on_disconnect(submitted, request.receive)
         except ClientDisconnect:

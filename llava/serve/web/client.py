@@ -7,8 +7,10 @@ back; lines of a log. Whatever fails is an answer of one sentence. The parts of 
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import hashlib
+import io
 import json
 import logging
 import threading
@@ -31,8 +33,9 @@ from llava.conversation import (
 )
 from llava.errors import InputError
 from llava.images.io import load_image
+from llava.images.video import is_video, load_video
 from llava.serve.backends.base import ServerBusyError
-from llava.serve.http.limits import ServeLimits
+from llava.serve.http.limits import ServeLimits, VideoUrl
 from llava.serve.http.memory_budget import MemoryBudget, Reservation
 from llava.serve.router.protocol import OK, ChunkReader
 
@@ -44,6 +47,7 @@ logger = logging.getLogger("llava.serve")
 HEADERS = {"User-Agent": "LLaVA Client"}
 MAX_NEW_TOKENS = 1536  # as in the original's page
 CONNECT_S = 10.0
+VIDEO_COPIES = 3  # of a video's bytes, in base64 and in the body of a request
 MAX_CHARACTERS = 200_000  # of a conversation's questions and answers
 FAILED = "the page could not answer; its operator finds the reason in the log"
 
@@ -59,6 +63,8 @@ class PageTurn:
     answer: str | None = None
     failed: bool = False  # the answer is an error message
     copies: tuple[str, ...] = ()  # of the images, for the browser's memory (history.py)
+    # For each image: of a video, an image of its frames, which is shown in its place; "" for other images.
+    frames: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,24 @@ def open_page_image(path: str, **options: Any) -> Image.Image:
 def conversation_of(
     turns: Sequence[PageTurn], template: Conversation, image_mode: str, open_image: OpenImage = open_page_image
 ) -> tuple[Conversation, list[str]]:
-    """Render turns, without failed ones, in a template; return the images too, in base64 and in their order."""
+    """Render turns, without failed ones, in a template; return the images too, in base64 and in their order.
+
+    A video is a data: URL among them.
+    """
     kept = _kept(turns)
-    images = [open_image(path) for turn in kept for path in turn.images]
-    conversation = _written(kept, template, image_mode, images[0] if images else None)
-    return conversation, [str(conversation.process_image(image, image_mode)) for image in images]
+    shown = [_video_url(path) or open_image(path) for turn in kept for path in turn.images]
+    first = shown[0] if shown and not isinstance(shown[0], str) else None
+    conversation = _written(kept, template, image_mode, first)
+    return conversation, [
+        image if isinstance(image, str) else str(conversation.process_image(image, image_mode)) for image in shown
+    ]
+
+
+def _video_url(path: str) -> str | None:
+    """Return a video that the page keeps as a data: URL; None for an image."""
+    if not is_video(path):
+        return None
+    return f"data:video/mp4;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
 def _kept(turns: Sequence[PageTurn]) -> list[PageTurn]:
@@ -248,12 +267,35 @@ class PageClient:
         def open_image(path: str) -> Image.Image:
             return self.open_image(path, reservation)
 
+        for turn in turns:  # videos are passed on as they are
+            for path in turn.images:
+                if is_video(path):
+                    reservation.change(VIDEO_COPIES * Path(path).stat().st_size)
         return request_body(turns, settings, self.template(settings.model), open_image)
 
     def open_image(self, path: str, reservation: Reservation) -> Image.Image:
         """Open an image that the page keeps, in a process of its own, and count its memory."""
         limits = self._limits
         return open_page_image(path, limits=limits.images, decoder=limits.decoder, reserve=reservation.change)
+
+    def overview(self, path: str) -> bytes | None:
+        """Return the frames of a video that a model sees, as one JPEG image; None for an image, or where it cannot be decoded.
+
+        What is wrong with a video, the answer says.
+        """
+        if not is_video(path):
+            return None
+        limits, reservation = self._limits, self._memory.reserve()
+        sampling = VideoUrl("").allowed_by(limits.videos)
+        try:
+            video = load_video(path, sampling, limits.videos, decoder=limits.decoder, reserve=reservation.change)
+        except (InputError, ServerBusyError):
+            return None
+        finally:
+            reservation.release()
+        buffer = io.BytesIO()
+        video.overview().save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
 
     async def _worker(self, client: httpx.AsyncClient, model: str) -> str:
         """Return whom to ask: the controller, which forwards to its workers, or the worker that an original one names."""
@@ -283,6 +325,8 @@ async def _partial_answers(response: httpx.Response, prompt: str) -> AsyncIterat
                 return
             stats: AnswerStats = {name: chunk[name] for name in ("usage", "inspect") if name in chunk}
             yield PartialAnswer(chunk["text"][len(prompt) :].strip(), stats=stats or None)
+    if not received and response.status_code == 413:
+        raise InputError("the server of the model takes no request so large; show a smaller video, or fewer images")
     if not received:
         raise InputError(f"the worker answered with status {response.status_code} and nothing else")
 

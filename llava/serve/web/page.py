@@ -25,6 +25,7 @@ from starlette.routing import Mount
 from llava.assets import EMBEDDED_INTRODUCTION, EMBEDDED_MODEL
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
+from llava.images.video import is_video
 from llava.serve.backends.base import ServerBusyError
 from llava.serve.http.app import background
 from llava.serve.http.limits import ServeLimits
@@ -65,7 +66,7 @@ footer {display: none !important}
 }
 """
 NO_STATS = "Nothing yet."
-INTRODUCTION = "Ask about images: drop or paste one or several into the box, write a question, press Enter."
+INTRODUCTION = "Ask about images and videos: drop or paste one or several into the box, write a question, press Enter."
 MAX_SYSTEM = 20_000  # characters
 MAX_WAITING = 512  # events that wait for their turn
 STORAGE = "llava-page"  # the browser's memory; Gradio scrambles it with this word, which is no secret
@@ -109,7 +110,8 @@ class Page:
 def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurrency: int = 16) -> FastAPI:
     """Add the page to an application, and return the application. Other sites may show it in a frame where `embed`
     says so and the access policy names them."""
-    visitor_limits = VisitorLimits(max_file_bytes=page.limits.images.max_bytes)
+    max_file_bytes = max(page.limits.images.max_bytes, page.limits.videos.max_bytes)
+    visitor_limits = VisitorLimits(max_file_bytes=max_file_bytes)
     visitors = Visitors(Path(get_upload_folder()), page.access.memory, visitor_limits)
     gr.set_static_paths([EXAMPLES_FOLDER])  # served from where they are, and not copied
     blocks = build_page(page, visitors, embed=embed)
@@ -123,7 +125,7 @@ def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurren
         theme=gr.themes.Soft(font=system, font_mono=["ui-monospace", "monospace"]),
         footer_links=[],
         show_error=False,
-        max_file_size=page.limits.images.max_bytes,
+        max_file_size=max_file_bytes,
         ssr_mode=False,
         enable_monitoring=False,
         run_history=False,
@@ -184,10 +186,10 @@ def build_page(page: Page, visitors: Visitors, *, embed: bool = False) -> gr.Blo
                 )
                 question = gr.MultimodalTextbox(
                     elem_id="question",
-                    file_types=["image"],
+                    file_types=["image", "video"],
                     file_count="multiple",
                     sources=["upload"],
-                    placeholder="Ask, and add images",
+                    placeholder="Ask, and add images or a video",
                     show_label=False,
                     autofocus=not embed,
                 )
@@ -227,6 +229,18 @@ def build_page(page: Page, visitors: Visitors, *, embed: bool = False) -> gr.Blo
         kept = [temperature, top_p, max_new_tokens, image_mode, system, model]
         shown = [question, chat, turns, inspect, memory]
 
+        async def frames_of(request: gr.Request, files: Sequence[str]) -> tuple[str, ...]:
+            """Keep an image of the frames of each video, and return their paths."""
+            visitor, kept = visitor_of(request.request), list[str]()
+            for file in files:
+                overview = await asyncio.to_thread(page.servers.overview, file)
+                try:
+                    path = visitors.keep(visitor, "frames.jpg", overview) if visitor and overview else ""
+                except (InputError, ServerBusyError):
+                    path = ""
+                kept.append(str(path))
+            return tuple(kept)
+
         async def ask(
             request: gr.Request, message: dict[str, Any], past: list[PageTurn], *values: Value
         ) -> AsyncIterator[Update]:
@@ -237,7 +251,8 @@ def build_page(page: Page, visitors: Visitors, *, embed: bool = False) -> gr.Blo
                 return
             if any(Path(file).parent == EXAMPLES_FOLDER for file in files):
                 past = []  # an example is about its image alone
-            async for state in _answer(page, [*past, PageTurn(text, files)], _settings(values, request), request):
+            turn = PageTurn(text, files, frames=await frames_of(request, files))
+            async for state in _answer(page, [*past, turn], _settings(values, request), request):
                 yield state
 
         async def again(request: gr.Request, past: list[PageTurn], *values: Value) -> AsyncIterator[Update]:
@@ -346,6 +361,8 @@ def _with_copies(page: Page, turns: Sequence[PageTurn]) -> list[PageTurn]:
     """Make the copies of images that the browser will remember; an image that cannot be opened has an empty one."""
 
     def copy(path: str) -> str:
+        if is_video(path):
+            return ""
         reservation = page.access.memory.reserve()
         try:
             return copy_of(page.servers.open_image(path, reservation))
@@ -414,9 +431,10 @@ def _messages(turns: Sequence[PageTurn]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for turn in turns:
         copies = turn.copies or ("unknown",) * len(turn.images)
+        frames = turn.frames or ("",) * len(turn.images)
         rows += [
-            {"role": "user", "content": _shown_image(path, is_image=bool(copy))}
-            for path, copy in zip(turn.images, copies, strict=False)
+            {"role": "user", "content": _shown_image(frame or path, is_image=bool(frame or copy))}
+            for path, copy, frame in zip(turn.images, copies, frames, strict=False)
         ]
         if turn.question:
             rows.append({"role": "user", "content": _without_tags(turn.question)})
@@ -428,7 +446,7 @@ def _messages(turns: Sequence[PageTurn]) -> list[dict[str, Any]]:
 
 def _shown_image(path: str, *, is_image: bool) -> dict[str, str] | str:
     """Return what shows an image, or the name of one that nothing can show."""
-    if is_image and Path(path).is_file():
+    if is_image and Path(path).is_file() and not is_video(path):
         return {"path": path}
     return f"*{Path(path).name}*" if Path(path).is_file() else f"*{Path(path).name}, which is not kept any more*"
 
@@ -466,6 +484,9 @@ def describe(stats: AnswerStats) -> str:
             grid = f"1 + {image['grid'][0]} × {image['grid'][1]}" if image["grid"] else str(image["tiles"])
             lines.append(f"| {image['width']} × {image['height']} | {grid} | {image['tokens']} |")
         lines.append("")
+    if seen.get("videos"):
+        lines += ["| frames of a video | tokens |", "| --- | ---: |"]
+        lines += [f"| {video['frames']} | {video['tokens']} |" for video in seen["videos"]] + [""]
     first, total = seen["first_token_s"], seen["total_s"]
     kinds = f"{details['text_tokens']} of text, {details['image_tokens']} of images"
     lines.append(f"- {usage['prompt_tokens']} tokens read: {kinds}; {details['cached_tokens']} were in the cache")
