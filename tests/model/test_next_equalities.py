@@ -5,7 +5,11 @@ Also what layouts count: features of the model, of the prompt and of drawn boxes
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from next_models import next_model
 from PIL import Image
 from torch import Tensor
 
+from llava.conversation import conv_templates
 from llava.engine.engine import Engine
 from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
@@ -23,6 +28,8 @@ from llava.images.video_layout import VideoPolicy, plan_video
 from llava.model.config import ImageSettings
 from llava.model.features import read_modalities
 from llava.model.video import merge_frames
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.packing import item_length
 
 ONEVISION, VIDEO, LLAMA = "onevision-siglip28-qwen", "llava-video-siglip28-qwen", "llama3-next-clip28"
 TEXT = [5, 6, 7]
@@ -263,3 +270,38 @@ def test_the_last_arguments_in_either_order() -> None:
         assert all(torch.equal(calls[0], other) for other in calls)
         one = model(ids[:, [0, 1, 3]], images=clip, modalities=["video"]).logits
         assert torch.equal(one, model(ids[:, [0, 1, 3]], images=[clip], modalities="video").logits)
+
+
+def test_training_counts_what_the_model_makes(tmp_path: Path) -> None:
+    """One image in tiles, several as one tile each, a text, and a small image: lengths of samples, alone and in batches."""
+    loaded = next_model(ONEVISION)
+    model, tokenizer = loaded.model, copy.deepcopy(loaded.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for number, size in enumerate([(100, 40), (60, 170), (28, 28)]):
+        noise(*size, seed=number).save(tmp_path / f"{number}.png")
+    shown = {"a": "0.png", "b": ["0.png", "1.png"], "c": None, "d": "2.png"}
+    records = []
+    for name, image in shown.items():
+        count = 0 if image is None else 1 if isinstance(image, str) else len(image)
+        turns = [{"from": "human", "value": f"{'<image>' * count}\nWhat?"}, {"from": "gpt", "value": "That is it."}]
+        records.append({"id": name, "conversations": turns} | ({"image": image} if image else {}))
+    (tmp_path / "samples.json").write_text(json.dumps(records))
+    settings = SimpleNamespace(
+        image_folder=str(tmp_path), image_processor=loaded.image_processor, image_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=model.config.image_grid_pinpoints, is_multimodal=True, mm_use_im_start_end=False,
+        ends_with_newline=True,
+    )  # fmt: skip
+    samples = LazySupervisedDataset(
+        str(tmp_path / "samples.json"), tokenizer, settings, conv=conv_templates["qwen_1_5"]
+    )
+    items = [samples[index] for index in range(len(samples))]
+    lengths = [item_length(item, model.image_policy()) for item in items]
+    assert len(set(lengths)) == 4
+    collate = DataCollatorForSupervisedDataset(tokenizer)
+    for rows in ([0], [1], [2], [3], [1, 2], [2, 3], [0, 1, 2, 3]):
+        batch = collate([items[row] for row in rows])
+        with torch.no_grad():
+            logits = model(**batch).logits
+            packed = model(**batch, packed=True)
+        assert logits.shape[1] == max(lengths[row] for row in rows)
+        assert packed.logits.shape[1] == sum(lengths[row] for row in rows)

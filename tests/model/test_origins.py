@@ -221,6 +221,7 @@ def logits_of_tower(folder: Path) -> Tensor:
 TRAINED = [
     {"unfreeze_mm_vision_tower": True},
     {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model"},
+    {"mm_tunable_parts": "mm_mlp_adapter, mm_vision_tower"},
     {"mm_vision_tower_lr": 2e-6},
 ]
 

@@ -167,7 +167,7 @@ class CheckpointInfo:
         return (
             is_transformers_layout(config)
             or bool(config.get("unfreeze_mm_vision_tower"))
-            or "mm_vision_tower" in str(config.get("mm_tunable_parts")).split(",")
+            or "mm_vision_tower" in map(str.strip, str(config.get("mm_tunable_parts")).split(","))
             or config.get("mm_vision_tower_lr") is not None
         )
 
