@@ -60,6 +60,8 @@ def read_modalities(modalities: Modalities, num_entries: int) -> list[str]:
         return ["image"] * num_entries
     if len(names) != num_entries:
         names = [name for name in names if name != "text"]
+    if len(names) > num_entries and set(names) == {"video"}:  # one for each frame, as VLMEvalKit names them
+        names = names[:num_entries]
     if len(names) != num_entries:
         raise InputError(
             f"modalities has {len(names)} entries for {num_entries} images and videos; give one for each, in the order of the "
