@@ -18,6 +18,7 @@ from llava.model.merge import merge_tiles, with_newline_in_graph
 from llava.model.video import merge_frames
 
 MODALITIES = ("image", "video", "text")
+_PARTS = {"image": "tiles", "video": "frames", "text": "tiles"}
 
 Pixels: TypeAlias = Tensor | Sequence[Tensor] | None
 Sizes: TypeAlias = Sequence[Sequence[int]] | None
@@ -97,7 +98,18 @@ def split_entries(images: Tensor | Sequence[Tensor], modalities: Modalities) -> 
     kinds = read_modalities(modalities, len(images))
     if isinstance(images, Tensor) and is_batch and "video" not in kinds:
         return images, kinds
-    return [image[None] if image.ndim == 3 else image for image in images], kinds
+    tiles = [image[None] if image.ndim == 3 else image for image in images]
+    for number, entry in enumerate(tiles):
+        if not len(entry):
+            raise InputError(
+                f"{kinds[number]} {number + 1} of {len(tiles)} has no {_PARTS[kinds[number]]}; leave it out"
+            )
+        if entry.shape[1:] != tiles[0].shape[1:]:
+            raise InputError(
+                f"{kinds[number]} {number + 1} of {len(tiles)} has pixels of the shape {list(entry.shape[1:])}, and the first "
+                f"has {list(tiles[0].shape[1:])}; all are given as the model's image processor makes them"
+            )
+    return tiles, kinds
 
 
 def merge_features(

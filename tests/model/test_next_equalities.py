@@ -254,6 +254,16 @@ def test_modalities() -> None:
             read_modalities(given, 2)
 
 
+def test_entries_that_cannot_be_joined() -> None:
+    model, ids = next_model(VIDEO).model, torch.tensor([[5, -200, -200, 6]])
+    for second, said in (
+        (frames(0), "video 2 of 2 has no frames"),
+        (torch.zeros(1, 3, 56, 56), r"shape \[3, 56, 56\]"),
+    ):
+        with pytest.raises(InputError, match=said):
+            model(ids, images=[frames(2), second], modalities=["video", "video"])
+
+
 def test_the_last_arguments_in_either_order() -> None:
     model = next_model(VIDEO).model
     ids, clip, wide = torch.tensor([[5, -200, -200, 6]]), frames(2), noise(100, 40)
