@@ -47,7 +47,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range")))
-        match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.*))?)?", path)
+        match = re.fullmatch(
+            r"(?:/api/(?:models|datasets)|/datasets)?/([^/]+/[^/]+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.*))?)?",
+            path,
+        )
         if match is None:
             return self._send(404, {}, b"{}")
         repository, kind, revision, name = match.groups()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.fields import ID_NAMES, Fields
-from llava.data.media import MediaSource, VideoSource, is_plain, read_media
+from llava.data.media import MediaSource, VideoSource, is_plain, read_media, read_videos
 from llava.data.turns import GPT, HUMAN, SYSTEM, VIDEO_TOKEN, Turns
 from llava.errors import InputError, shortened
 
@@ -153,8 +153,8 @@ def _media(fields: Fields, turns: Turns) -> list[MediaSource]:
     if fields.has(*SOUNDS):
         raise InputError("it has a sound, which no model here hears; leave the sample out")
     beside: dict[str, list[MediaSource]] = {
-        DEFAULT_IMAGE_TOKEN: _listed(fields, IMAGES),
-        VIDEO_TOKEN: [VideoSource(source) for source in _listed(fields, VIDEOS)],  # type: ignore[arg-type]
+        DEFAULT_IMAGE_TOKEN: _listed(fields, IMAGES, read_media),
+        VIDEO_TOKEN: _listed(fields, VIDEOS, read_videos),
     }
     found = beside[DEFAULT_IMAGE_TOKEN] + beside[VIDEO_TOKEN]
     if found and turns.media:
@@ -168,10 +168,12 @@ def _media(fields: Fields, turns: Turns) -> list[MediaSource]:
     return found
 
 
-def _listed(fields: Fields, names: Sequence[str]) -> list[MediaSource]:
+def _listed(
+    fields: Fields, names: Sequence[str], read: Callable[[object, str], Sequence[MediaSource]]
+) -> list[MediaSource]:
     value = fields.parsed(*names)
     name = next((name for name in names if fields.has(name)), names[0])
-    return [] if value is None else read_media(value, name)
+    return [] if value is None else list(read(value, name))
 
 
 def _in_order(beside: Mapping[str, list[MediaSource]], turns: Turns) -> list[MediaSource]:

@@ -6,7 +6,7 @@ In: the value of a field or of a content part. Out: `MediaSource`s. Where they a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llava.errors import InputError
@@ -28,11 +28,21 @@ MediaSource = ImageSource | VideoSource
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\r\n_-]{60,}={0,2}\s*")
 
 
-def read_media(
-    value: object, name: str, *, make: Callable[[str | bytes], MediaSource] = lambda source: source
-) -> list[MediaSource]:
-    """Read one source or a list of them; `name` is the field's, `make` turns one into an image's or a video's."""
-    return [make(_source(entry, name)) for entry in (value if isinstance(value, (list, tuple)) else [value])]
+def read_media(value: object, name: str) -> list[ImageSource]:
+    """Read one image's source or a list of them; `name` is the field's."""
+    return [_source(entry, name) for entry in _entries(value)]
+
+
+def read_videos(value: object, name: str) -> list[VideoSource]:
+    """Read one video's source or a list of them, of which each may be the list of its frames."""
+    return [
+        VideoSource(tuple(read_media(entry, name)) if isinstance(entry, (list, tuple)) else _source(entry, name))
+        for entry in _entries(value)
+    ]
+
+
+def _entries(value: object) -> list[object]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _source(entry: object, name: str) -> ImageSource:

@@ -85,7 +85,7 @@ def _unpacked(path: Path, group: int, size: int) -> pa.Table:
     copy = default_cache() / "rows" / name / f"{group}.arrow"
     if not copy.is_file() and not _unpack(path, group, size, copy):
         return _group_in_memory(path, group, state.st_mtime_ns)
-    return _mapped(copy, os.getpid())
+    return _table(copy)
 
 
 def _unpack(path: Path, group: int, size: int, copy: Path) -> bool:
@@ -129,9 +129,13 @@ def _group_in_memory(path: Path, group: int, changed: int) -> pa.Table:
 # Arrow
 
 
-@lru_cache(maxsize=256)
-def _mapped(path: Path, process: int) -> pa.Table:
+def _table(path: Path) -> pa.Table:
     """A table whose bytes stay on the disk until they are read."""
+    return _mapped(path, path.stat().st_mtime_ns, os.getpid())
+
+
+@lru_cache(maxsize=256)
+def _mapped(path: Path, changed: int, process: int) -> pa.Table:
     arrow = require("pyarrow", extra="train")
     source = arrow.memory_map(str(path))
     try:
@@ -146,7 +150,7 @@ def _mapped(path: Path, process: int) -> pa.Table:
 
 def _arrow_records(path: Path) -> Iterator[ScannedRecord]:
     row = 0
-    for batch in _mapped(path, os.getpid()).to_batches(max_chunksize=1024):
+    for batch in _table(path).to_batches(max_chunksize=1024):
         columns = {name: _without_bytes(batch.column(name)).to_pylist() for name in batch.schema.names}
         for values in zip(*columns.values(), strict=True):
             yield ScannedRecord(row, 0, _cleaned(dict(zip(columns, values, strict=True))))
@@ -176,7 +180,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _read_arrow_row(path: Path, row: int, _: int) -> object:
-    return _row(_mapped(path, os.getpid()), row)
+    return _row(_table(path), row)
 
 
 def _row(table: pa.Table, row: int) -> dict[str, object]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.fields import Fields, parse_json
-from llava.data.media import MediaSource, VideoSource, read_media
+from llava.data.media import MediaSource, read_media, read_videos
 from llava.errors import InputError, shortened
 
 Turn = dict[str, object]
@@ -174,12 +174,12 @@ def _image_part(part: Mapping[str, object], number: int) -> tuple[str, list[Medi
         (part[name] for name in ("image_url", "image", "url", "path", "base64", "data") if part.get(name)), None
     )
     # Without one it is one of the record's own images.
-    return DEFAULT_IMAGE_TOKEN, [] if value is None else read_media(value, "image_url")
+    return DEFAULT_IMAGE_TOKEN, [] if value is None else [*read_media(value, "image_url")]
 
 
 def _video_part(part: Mapping[str, object], number: int) -> tuple[str, list[MediaSource]]:
     value = next((part[name] for name in ("video_url", "video", "url", "path") if part.get(name)), None)
-    return VIDEO_TOKEN, [] if value is None else read_media(value, "video_url", make=VideoSource)
+    return VIDEO_TOKEN, [] if value is None else [*read_videos([value], "video_url")]
 
 
 _PARTS: dict[str, Callable[[Mapping[str, object], int], tuple[str, list[MediaSource]]]] = {

@@ -60,6 +60,8 @@ def generate_answers(
             if "image" in item:
                 pixels = item["image"] if isinstance(item["image"], list) else [item["image"]]
                 given["images"] = [image.to(device) for image in pixels]
+            if "modality" in item:
+                given["modalities"] = item["modality"]
             if "image_size" in item:
                 sizes = item["image_size"]
                 given["image_sizes"] = sizes if isinstance(sizes, list) else [sizes]

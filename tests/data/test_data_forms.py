@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
+import re
+import subprocess
+import sys
 import tarfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,13 +19,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_forms import FORMS, IMAGES, NAMES, SAMPLES, lines, text_file, turn, write_list, write_table, write_tar
+from cli_kit import environment
+from data_forms import (
+    FORMS,
+    IMAGES,
+    NAMES,
+    SAMPLES,
+    lines,
+    text_file,
+    turn,
+    write_list,
+    write_shards,
+    write_table,
+    write_tar,
+)
 from golden_data import golden
+from hub_kit import fake_hub
+from repository import ROOT
 
 from llava.__main__ import main
 from llava.conversation import conv_templates
 from llava.data import plain_files, tables
-from llava.data.formats import read_record, to_sample
+from llava.data.formats import is_lost, media_sources, read_record, to_sample
 from llava.data.index import DataFile
 from llava.data.media_files import locate_image
 from llava.data.samples import open_samples
@@ -82,6 +102,16 @@ def test_every_form_gives_the_same_ids_labels_and_pixels(
     assert not made.list_data_dict.notes()
     columns = [(len(samples[position].get("image") or []) > 0) for position in range(len(samples))]
     assert (made.list_data_dict.column("images") > 0).tolist() == columns
+
+
+def test_the_examples_of_the_docs_are_read() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`\{.*`) \|$", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 12
+    for row in rows:
+        text = "".join(re.findall(r"`([^`]+)`", row)).replace("...", '"AA=="')
+        sample, notes = read_record(json.loads(text))
+        assert sample["conversations"][-1]["from"] == "gpt", text
+        assert [is_lost(note) for note in notes] == ([True] if "rejected" in text else []), text
 
 
 # Records
@@ -365,6 +395,66 @@ def test_addresses_are_refused_unless_allowed() -> None:
     assert locate_image("https://example.org/a.png", "x", allow_urls=True) == "https://example.org/a.png"
     with pytest.raises(InputError, match="is an address"):
         locate_image("file-host://example.org/a.png", "x", allow_urls=True)
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    write_shards(tmp_path, SAMPLES)
+    (tmp_path / "shards" / "weights.bin").write_bytes(b"not wanted")
+    with fake_hub({"someone/cards": tmp_path / "shards"}) as hub:
+        values = environment() | {
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        del values["HF_HUB_OFFLINE"]
+
+        def check(name: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "llava", "data", "check", name]
+            return subprocess.run(command, env=values, capture_output=True, text=True, timeout=120)
+
+        done = check("someone/cards/data")
+        assert done.returncode == 0, done.stderr
+        assert "4 samples in " in done.stdout
+        assert not [path for _, path, _ in hub.requests if "weights.bin" in path]
+        absent = check("someone/else")
+        assert absent.returncode == 2
+        assert "there is no training data 'someone/else' on this disk" in absent.stderr
+
+
+def _read_all(path: str, order: list[int]) -> None:
+    samples = open_samples(path)
+    for index in order:
+        samples[index]
+
+
+@pytest.mark.parametrize(
+    "name", ["a folder of parquet shards", "WebDataset, compressed", "zstd", "datasets.save_to_disk"]
+)
+def test_a_run_that_is_killed_reads_the_same_samples_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    """Killed at any moment, while copies are made or read: what is there afterwards gives the same samples at each place."""
+    monkeypatch.setattr(tables, "SMALL_GROUP", 0)
+    many = [{**SAMPLES[index % 4], "id": f"s{index}"} for index in range(60)]
+    path = str(FORMS[name].write(tmp_path, many))
+    order = random.Random(1).sample(range(60), 60)
+    context = multiprocessing.get_context("fork")
+    for delay in (0.0, 0.01, 0.03, 0.1):
+        reader = context.Process(target=_read_all, args=(path, order))
+        reader.start()
+        time.sleep(delay)
+        reader.kill()
+        reader.join()
+    samples = open_samples(path)
+    plain = open_samples(write_list(tmp_path, many))
+    for index in order:
+        found, wanted = samples[index], plain[index]
+        assert found["conversations"] == wanted["conversations"]
+        sources = wanted.get("image", [])
+        names = [sources] if isinstance(sources, str) else sources
+        assert media_sources(found) == (names if name == "zstd" else [IMAGES[entry] for entry in names])
+    temporary = [path for path in own_cache.rglob("*") if path.is_file() and path.suffix == ""]
+    assert len(temporary) <= 4  # what a killed process was writing
 
 
 # Lengths
