@@ -267,7 +267,8 @@ def _one_answer(value: object) -> str:
     """One answer of several people's: the most frequent, of equally frequent ones the first."""
     if isinstance(value, list):
         texts = [entry.get("answer", entry.get("text")) if isinstance(entry, Mapping) else entry for entry in value]
-        value = Counter(text for text in texts if isinstance(text, str)).most_common(1)[0][0] if texts else None
+        common = Counter(text for text in texts if isinstance(text, str)).most_common(1)
+        value = common[0][0] if common else None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
