@@ -325,3 +325,27 @@ def test_what_a_browser_remembers_is_bounded_and_checked() -> None:
         [{"question": "q", "answer": "a", "images": ["data:text/html,x", 3, "data:image/jpeg;base64,@@"]}],
         lambda data: "x",
     ) == [PageTurn("q", (), "a")]
+
+
+@pytest.mark.slow
+def test_a_video_is_shown_as_its_frames(browser: Any, tmp_path: Path) -> None:
+    from video_kit import loaded, make_video
+
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(make_video())
+    backend = EngineBackend(loaded("rows"), name="tiny-video")
+    try:
+        with worker(backend) as (address, _), served(address) as place, visit(browser) as page:
+            page.goto(place)
+            ready(page)
+            page.set_input_files("#question input[type=file]", str(clip))
+            page.wait_for_selector("#question .thumbnail-item, #question video, #question [aria-label*=clip]")
+            page.fill(BOX, "What happens?")
+            page.press(BOX, "Enter")
+            page.wait_for_selector("#inspect >> text=frames of a video")
+            sheet = page.wait_for_selector("#chat img")
+            page.wait_for_function("image => image.naturalWidth > 0", arg=sheet)
+            assert sheet.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [1280, 480]
+            assert page.locator("#inspect td").all_inner_texts()[:2] == ["32", "64"]
+    finally:
+        backend.engine.close()
