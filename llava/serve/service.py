@@ -93,6 +93,7 @@ class Service:
         admitted = self._admit(image_sources, len(prompts) * sampling.n)
         try:
             images = await self._open(admitted, image_sources, details, opener)
+            admitted.prompts = [self.backend.model.with_times(prompt, images) for prompt in prompts]
             for prompt in prompts:
                 about: dict[str, Any] = {"details": tuple(details), "client": current_client.get(), "adapter": adapter}
                 request = Request(prompt, tuple(images), sampling, **about)
@@ -257,6 +258,7 @@ class AdmittedRequest:
         self._source = self._chunks()
         self._first: Chunk | None = None
         self.layouts: Sequence[Layout] = ()
+        self.prompts: Sequence[Conversation | str | Sequence[int]] = ()  # as the backend reads them
         self.reservation = service.memory.reserve()
         service.num_requests += 1
         service.num_answers += num_answers

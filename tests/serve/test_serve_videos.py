@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from serve_kit import data_url, wait_until, worker
-from video_kit import loaded, make_animation, make_video
+from video_kit import loaded, make_animation, make_video, write_frames
 
 from llava.engine.config import EngineConfig
 from llava.serve.backends.in_process import EngineBackend
@@ -105,6 +105,20 @@ def test_the_frames_that_are_asked_for(address: str) -> None:
     _, plain = answer_of(address, asked(video(num_frames=2)))
     _, told = answer_of(address, asked(video(num_frames=2, time_instruction=True)))
     assert told["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] > 100  # tokens are bytes
+
+
+def test_usage_counts_the_times_that_are_told_from_the_first_chunk_on(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = asked(video(num_frames=2, time_instruction=True))
+    *chunks, last = client.chat.completions.create(**body, stream=True, stream_options=options)
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens}
+
+
+def test_a_folder_of_frames_is_not_opened(address: str, folder: Path) -> None:
+    write_frames(folder / "frames", 3)
+    reply = httpx.post(f"{address}/v1/chat/completions", json=asked(video(f"file://{folder}/frames")))
+    assert reply.status_code == 400
+    assert "is that of a folder; name a file in it" in reply.json()["error"]["message"]
 
 
 def test_several_images_and_videos_in_one_turn(address: str) -> None:

@@ -110,6 +110,11 @@ class ServedModel(Protocol):
     def plan(self, images: Sequence[Image.Image | Video], details: Sequence[Detail]) -> list[Layout]:
         """The layouts of images and videos; empty where only the remote server knows."""
 
+    def with_times(
+        self, prompt: Conversation | str | Sequence[int], images: Sequence[Image.Image | Video]
+    ) -> Conversation | str | Sequence[int]:
+        """The prompt as the backend will read it, with the times of videos where they are told."""
+
     def held_bytes(self, layouts: Sequence[Layout]) -> int:
         """Bytes held of planned images until the answer's end."""
 

@@ -61,6 +61,11 @@ class RemoteModel:
     def plan(self, images: Sequence[Image.Image | Video], details: Sequence[Detail]) -> list[Layout]:
         return []
 
+    def with_times(
+        self, prompt: Conversation | str | Sequence[int], images: Sequence[Image.Image | Video]
+    ) -> Conversation | str | Sequence[int]:
+        return prompt
+
     def held_bytes(self, layouts: Sequence[Layout]) -> int:
         return 0  # they have been sent
 

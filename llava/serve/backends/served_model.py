@@ -68,6 +68,13 @@ class LocalModel:
         assert self.processor is not None
         return self.processor.layouts(images, details)
 
+    def with_times(
+        self, prompt: Conversation | str | Sequence[int], images: Sequence[Image.Image | Video]
+    ) -> Conversation | str | Sequence[int]:
+        if self.processor is None or not isinstance(prompt, (Conversation, str)):
+            return prompt
+        return self.processor.with_times(prompt, images)
+
     def held_bytes(self, layouts: Sequence[Layout]) -> int:
         return sum(prompt_bytes(layout, self.tile_side) for layout in layouts)
 

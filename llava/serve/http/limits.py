@@ -172,4 +172,6 @@ def _inside(url: str, folder: Path | None, kind: ImageLimits) -> Path:
         inside = False
     if not inside:
         raise InputError("the file:// address leaves the folder that this server reads images from")
+    if path.is_dir():  # a folder of frames may have links that lead out of it
+        raise InputError("the file:// address is that of a folder; name a file in it")
     return path

@@ -174,7 +174,7 @@ class ModelApi:
 
         async def count_prompts(admitted: AdmittedRequest) -> None:
             if options is not None and options.continuous_usage_stats:
-                counting = (self._service.num_tokens(prompt, admitted.layouts) for prompt in parsed.prompts)
+                counting = (self._service.num_tokens(prompt, admitted.layouts) for prompt in admitted.prompts)
                 counts = await asyncio.gather(*counting)
                 known = [count for count in counts if count is not None]
                 writer.num_prompt_tokens = sum(known) if len(known) == len(counts) else None
