@@ -365,6 +365,19 @@ OTHERS: dict[str, Builder] = {
     "a tower of another type": of_transformers(
         "llava", "LlavaForConditionalGeneration", vision_config={"model_type": "dinov2", "hidden_size": 32}
     ),
+    "features that are not reduced": of_transformers(
+        "llava_onevision", "LlavaOnevisionForConditionalGeneration", vision_aspect_ratio="pad",
+        vision_config=THEIRS["vision_config"],
+    ),
+    "frames reduced by weights": of_transformers(
+        "llava_next_video", "LlavaNextVideoForConditionalGeneration", spatial_pool_mode="conv"
+    ),
+    "class features among tiles": of_transformers(
+        "llava_next", "LlavaNextForConditionalGeneration", vision_feature_select_strategy="full"
+    ),
+    "a norm of another precision": of_transformers(
+        "vipllava", "VipLlavaForConditionalGeneration", projector_layernorm_eps=1e-3
+    ),
     "a further tower": of_research("llava_llama", "LlavaLlamaForCausalLM", mm_audio_tower="openai/whisper"),
 }  # fmt: skip
 FAMILY = READ | REFUSED

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.images.image_processor import read_processor_config
-from llava.images.layout import read_pinpoints
+from llava.images.layout import ANYRES_MAX, read_pinpoints
 from llava.model.config import OWN_FOLDER, described_by
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
@@ -125,14 +125,17 @@ def translate_config(config: Mapping[str, Any], *, folder: Path) -> dict[str, An
 def unknown_feature(config: Mapping[str, Any]) -> str | None:
     """Name the first setting of a config with which the original layout has no words for the model; None without one."""
     model = HF_MODELS[config["model_type"]]
+    config = {key: value for key, value in config.items() if value is not None}
     vision = config.get("vision_config")
     tower_type = vision.get("model_type", model.tower) if isinstance(vision, Mapping) else model.tower
-    features = SELECT_FEATURES.get(tower_type) if isinstance(tower_type, str) else None
+    features = SELECT_FEATURES.get(tower_type, {}) if isinstance(tower_type, str) else {}
+    # Tiles are joined by rows, where a class feature has no place.
+    strategies = tuple(name for name, feature in features.items() if feature == "patch" or not model.has_tiles)
     # ViP-LLaVA's class has no such key, and always drops the first feature.
     select = model.select if model.name == "VipLlava" else config.get("vision_feature_select_strategy", model.select)
     for name, value, known in (
         ("a vision tower of type", tower_type, tuple(SELECT_FEATURES)),
-        ("vision_feature_select_strategy", select, tuple(features or ())),
+        ("vision_feature_select_strategy", select, strategies),
         ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,)),
         ("projector_layernorm_eps", config.get("projector_layernorm_eps", LAYER_NORM_EPS), (LAYER_NORM_EPS,)),
@@ -140,6 +143,9 @@ def unknown_feature(config: Mapping[str, Any]) -> str | None:
     ):
         if value not in known:
             return f"{name} {value!r}; known: {', '.join(map(str, known))}"
+    aspect_ratio = config.get("vision_aspect_ratio", "anyres_max_9")
+    if model.reduces_features and ANYRES_MAX.fullmatch(str(aspect_ratio)) is None:
+        return f"vision_aspect_ratio {aspect_ratio!r}; known: anyres_max_<N>"
     return None
 
 
@@ -219,5 +225,6 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
     config_class = getattr(transformers, f"{HF_MODELS[config['model_type']].name}Config")
-    full: dict[str, Any] = config_class.from_dict(dict(config)).to_dict()
+    given = {key: value for key, value in config.items() if value is not None}
+    full: dict[str, Any] = config_class.from_dict(given).to_dict()
     return full
