@@ -104,7 +104,7 @@ def small_vipllava(layers: Sequence[int] = (-2, -3, 1), text: str = "llama", num
             vision_config=CLIPVisionConfig(**TOWER | {"num_hidden_layers": num_layers}, image_size=28, patch_size=14),
             text_config=TEXT[text](),
             image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=list(layers),
+            vision_feature_layers=list(layers),  # the name in every version
         )
     ).eval()
 

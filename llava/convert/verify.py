@@ -293,9 +293,10 @@ def hf_processor(folder: Path) -> Any:
     if not values.get("video_token") or importlib.util.find_spec("torchvision"):
         return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     base = getattr(transformers, values.pop("processor_class"))
+    kind = read_json(folder / "preprocessor_config.json")["image_processor_type"]
     images_only = type(base.__name__, (base,), {"check_argument_for_proper_class": lambda self, name, part: type(part)})
     return images_only(
-        image_processor=transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        image_processor=getattr(transformers, f"{kind}Pil").from_pretrained(folder),
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
         video_processor=None,
         chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
