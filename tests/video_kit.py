@@ -20,6 +20,14 @@ ANYRES = tiny.ANYRES | {"image_aspect_ratio": "anyres_max_4"}
 # As LLaVA-Video's configs have it, and as OneVision's.
 KINDS: dict[str, dict[str, Any]] = {
     "rows": {**ANYRES, "mm_newline_position": "grid", "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2},
+    # As LLaVA-NeXT-Video in transformers' layout.
+    "early": {
+        **tiny.ANYRES,
+        "mm_newline_position": "no_token",
+        "mm_spatial_pool_mode": "average",
+        "mm_spatial_pool_stride": 2,
+        "mm_spatial_pool_before_projector": True,
+    },
     "one": {**ANYRES, "mm_spatial_pool_mode": "bilinear", "add_time_instruction": True},
 }
 STEP = 7  # of grey, from one frame to the next
