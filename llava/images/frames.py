@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_FRAMES = 32
+MAX_JITTER = 1.5  # frames by which the times of a video with an even rate may be off
 OPENING_BYTES = 192 * 2**20  # that opening a file may take, before the size of its frames is known
 
 
@@ -196,7 +197,7 @@ def choose_frames(
             f"{name} has no frame from {sampling.start:g} s {span}; it lasts {times[-1] + 1 / fps:.1f} seconds"
         )
     if sampling.fps is not None:
-        chosen = chosen[:: max(1, round(fps / sampling.fps))]  # whole steps, as in training
+        chosen = _by_rate(chosen, times, fps, sampling.fps)
     num_frames = sampling.num_frames
     if num_frames is None and sampling.fps is None:
         num_frames = DEFAULT_FRAMES
@@ -211,6 +212,19 @@ def choose_frames(
             "taken; give num_frames too, or a smaller rate"
         )
     return chosen
+
+
+def _by_rate(chosen: list[int], times: Sequence[float], fps: float, rate: float) -> list[int]:
+    """Choose `rate` frames for each second: by whole steps, as in training, or by their times where these are uneven."""
+    if all(abs(time - number / fps) <= MAX_JITTER / fps for number, time in enumerate(times)):
+        return chosen[:: max(1, round(fps / rate))]
+    first = due = times[chosen[0]]
+    kept = []
+    for number in chosen:
+        if times[number] >= due:
+            kept.append(number)
+            due = first + (math.floor((times[number] - first) * rate) + 1) / rate
+    return kept
 
 
 def scaled_to_fit(size: tuple[int, int], count: int, max_pixels: int) -> tuple[int, int]:

@@ -104,6 +104,15 @@ def test_sampling(sampling: FrameSampling, numbers: list[int]) -> None:
     assert video.times == pytest.approx([number / 10 for number in numbers])
 
 
+def test_a_rate_is_that_of_the_times_where_these_are_uneven() -> None:
+    """Screens and phones record fewer frames where nothing moves."""
+    times = [0.0, 0.1, 0.2, 5.0, 5.1, 5.9, 6.0, 9.0]
+    for rate, expected in ((1, [0, 3, 6, 7]), (0.2, [0, 3]), (100, [*range(8)])):
+        assert choose_frames(times, 7 / 9, FrameSampling(fps=rate), VideoLimits(), "a video") == expected
+    jittered = [number / 10 + (0.04 if number % 3 == 1 else 0) for number in range(40)]
+    assert choose_frames(jittered, 10, FrameSampling(fps=2), VideoLimits(), "a video") == [*range(0, 40, 5)]
+
+
 def test_animated_images_folders_and_lists(tmp_path: Path, pool: DecoderPool) -> None:
     for kind in ("GIF", "WEBP", "PNG"):
         data = make_animation(kind=kind)
