@@ -208,6 +208,11 @@ class ChatTemplate:
     # The form of a message that the template reads
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether the contents of messages are lists of parts rather than texts."""
+        return self._form[0]
+
+    @property
     def takes_images(self) -> bool:
         """Whether images are parts of their own; otherwise `<image>` is text like any other."""
         return self._form[1]

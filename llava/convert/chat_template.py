@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 
+from llava.chat_template import ChatTemplate
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
 
@@ -63,7 +64,8 @@ def chat_template(conv_mode: str, image_placeholder: str, video_placeholder: str
             f"the template {conv_mode!r} answers an image before the question, which a chat template cannot express"
         )
     if conv.chat_template is not None:
-        return conv.chat_template.source
+        template = conv.chat_template
+        return template.source if template.takes_images else _with_texts(template, image_placeholder + "\n")
     placeholder = _text(image_placeholder + "\n")
     if video_placeholder is not None:
         placeholder = f"({_text(video_placeholder + chr(10))} if content['type'] == 'video' else {placeholder})"
@@ -76,6 +78,34 @@ def chat_template(conv_mode: str, image_placeholder: str, video_placeholder: str
         "SYSTEM": _text(conv.system),
     }
     return re.sub(r"\b[A-Z_]{4,}\b", lambda match: parts[match[0]], _TEMPLATE)
+
+
+# Before a chat template that takes texts: images become placeholders, each on a line of its own before the text.
+_TEXTS = """\
+{%- set given = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set body -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] != 'text' -%}{{- PLACEHOLDER -}}{%- endif -%}
+{%- endfor -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endset -%}
+{%- set given.messages = given.messages + [dict(message, content=CONTENT)] -%}
+{%- endfor -%}
+{%- set messages = given.messages -%}
+"""
+
+
+def _with_texts(template: ChatTemplate, placeholder: str) -> str:
+    """The source of a chat template that takes texts, for messages whose contents have images as parts."""
+    content = "[{'type': 'text', 'text': body | string}]" if template.takes_parts else "body | string"
+    return _TEXTS.replace("PLACEHOLDER", _text(placeholder)).replace("CONTENT", content) + template.source
 
 
 _text = json.dumps  # a string in Jinja
@@ -100,7 +130,7 @@ def _named(conv: Conversation) -> dict[str, str]:
 def _mpt(conv: Conversation) -> dict[str, str]:
     return {
         "SYSTEM_OF_MESSAGE": _text(conv.system_markup) + " + system_message",
-        "OPENING": f"system + {_text(conv.sep)}",
+        "OPENING": f"(system + {_text(conv.sep)} if system else '')",
         "PREFIX": _by_role(*conv.roles),
         "SUFFIX": _text(conv.sep),
         "GENERATION_PROMPT": _text(conv.roles[1]),

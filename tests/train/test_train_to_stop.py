@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import llava
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates, get_template
+from llava.convert.chat_template import chat_template
 from llava.engine.engine import Engine
 from llava.engine.request import Request, SamplingParams
 from llava.errors import InputError
@@ -151,6 +152,24 @@ def test_auto_takes_the_models_own_template_and_trains_its_end(tmp_path: Path, n
         written = tokenizer.decode(ids[len(prompt) : stop], skip_special_tokens=False)
         assert written.split("</think>")[-1].strip() == answer
     assert sum(label == end for label in labels) == 2
+
+
+@pytest.mark.parametrize("name", [name for name, base in BASES.items() if base[3] is not None])
+def test_a_chat_template_of_texts_is_converted_for_parts(tmp_path: Path, name: str) -> None:
+    tokenizer = load_tokenizer(save_base_tokenizer(tmp_path, name))
+    chosen = name_template("auto", tokenizer, {"model_type": BASES[name][0]})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.chat_template = chat_template(chosen, "<image>")
+    conv, messages = get_template(chosen).copy(), []
+    for place, (_, text) in enumerate(TURNS[:3]):
+        conv.append_message(conv.roles[place % 2], text)
+        parts = [{"type": "text", "text": text.removeprefix("<image>\n")}]
+        image = [{"type": "image"}] if "<image>" in text else []
+        messages.append({"role": ("user", "assistant")[place % 2], "content": [*image, *parts]})
+    conv.append_message(conv.roles[1], None)
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    begin = tokenizer.bos_token or ""
+    assert rendered.removeprefix(begin) == conv.get_prompt().removeprefix(begin)
 
 
 def test_an_end_mark_that_is_no_token_is_replaced_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
