@@ -24,7 +24,7 @@ class Fields:
 
     def has(self, *names: str) -> bool:
         """Whether one of these fields has a value; it is not read by that."""
-        return any(not _is_nothing(self.record.get(name)) for name in names)
+        return any(not is_nothing(self.record.get(name)) for name in names)
 
     def first(self, *names: str) -> object:
         """The value of the first of these fields that has one, or None. All of them count as read if they are equal."""
@@ -62,7 +62,7 @@ class Fields:
     def unread(self, ignored: Collection[str] = ()) -> Iterator[str]:
         """The names of fields that have a value and were not asked for."""
         for name, value in self.record.items():
-            if name not in self._read and name not in ignored and not _is_nothing(value):
+            if name not in self._read and name not in ignored and not is_nothing(value):
                 yield str(name)
 
 
@@ -76,5 +76,6 @@ def parse_json(text: str, name: str) -> object:
         return text
 
 
-def _is_nothing(value: object) -> bool:
+def is_nothing(value: object) -> bool:
+    """Whether a field with this value is as absent."""
     return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)

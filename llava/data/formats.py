@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.fields import ID_NAMES, Fields
+from llava.data.fields import ID_NAMES, Fields, is_nothing
 from llava.data.media import MediaSource, VideoSource, is_plain, read_media, read_videos
 from llava.data.turns import GPT, HUMAN, SYSTEM, VIDEO_TOKEN, Turns
 from llava.errors import InputError, shortened
@@ -84,10 +83,10 @@ def read_record(record: object) -> ReadRecord:
     """
     if not isinstance(record, dict):
         raise InputError(f"it is not an object but {shortened(repr(record), 60)}; {_KNOWN}")
-    fields = Fields(record)
     if _is_own(record):
-        fields.first("conversations"), fields.first("image")
-        return ReadRecord(record, _notes(fields, []))
+        unread = [name for name in record if name not in _OWN_KEYS and not is_nothing(record[name])]
+        return ReadRecord(record, tuple(map(_unread, unread)))
+    fields = Fields(record)
     form = next((form for form in FORMS if form.fits(fields)), None)
     if form is None:
         if any(record.get(name) == [] for name in ("conversations", "messages")):
@@ -127,22 +126,30 @@ def num_words(sample: Sample) -> int:
 
 
 _OWN_SPEAKERS = frozenset((HUMAN, GPT, SYSTEM, "user", "assistant"))
+_OWN_KEYS = frozenset(("conversations", "image", *ID_NAMES))
+_OTHER_KEYS = frozenset((*IMAGES, *VIDEOS, *SOUNDS, "system", "system_prompt", "messages")) - _OWN_KEYS
 
 
 def _is_own(record: Mapping[str, object]) -> bool:
-    """Whether a record needs no conversion."""
+    """Whether a record needs no conversion. Most records do not, so this takes little time."""
     turns, image = record.get("conversations"), record.get("image")
-    if not isinstance(turns, list) or not turns or not (not image or is_plain(image)):
+    if not isinstance(turns, list) or not turns or (image and not is_plain(image)):
         return False
-    if any(record.get(name) for name in (*IMAGES[1:], *VIDEOS, *SOUNDS, "system", "system_prompt", "messages")):
+    if any(record[name] for name in record.keys() & _OTHER_KEYS):
         return False
-    speakers = [
-        turn.get("from") if isinstance(turn, dict) and turn.keys() == {"from", "value"} else None for turn in turns
-    ]
-    return all(
-        isinstance(speaker, str) and speaker.lower() in _OWN_SPEAKERS and isinstance(turn["value"], str)
-        for speaker, turn in zip(speakers, turns, strict=True)
-    ) and not any(first == second == HUMAN for first, second in pairwise(speakers))
+    last = None
+    for turn in turns:
+        if not isinstance(turn, dict) or len(turn) != 2:
+            return False
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            return False
+        if speaker not in _OWN_SPEAKERS and speaker.lower() not in _OWN_SPEAKERS:
+            return False
+        if speaker == last == HUMAN:
+            return False
+        last = speaker
+    return True
 
 
 # What stands beside the turns
@@ -250,7 +257,7 @@ def _from_caption(fields: Fields, turns: Turns) -> None:
     if isinstance(caption, list):
         if len(caption) > 1:
             turns.notes.append("of several captions only the first is read")
-        caption = caption[0]
+        caption = caption[0] if caption else None
     if not isinstance(caption, str):
         raise InputError(f"its caption is {shortened(repr(caption), 60)} where a text is expected")
     turns.ask("", caption)

@@ -209,6 +209,7 @@ def test_what_is_not_read_is_said_once_per_data_set(tmp_path: Path, capsys: pyte
         ({"question": "a", "answer": {"b": 1}}, "its answer is"),
         ({"question": "a", "answers": [3.5, {"b": 1}]}, "its answer is None"),
         ({"image": "a.png", "caption": [3]}, "its caption is"),
+        ({"image": "a.png", "caption": "[]"}, "its caption is"),
         ({"image": 3, "caption": "a"}, "'image' is neither"),
     ],
 )
