@@ -216,7 +216,7 @@ class _Folder:
         if settings.projector.type == NORM_PROJECTOR:
             return "as ViP-LLaVA"
         if settings.image.max_tiles is not None:
-            return "as LLaVA-OneVision"
+            return "as LLaVA-Video" if settings.video.newline == "grid" else "as LLaVA-OneVision"
         if settings.video.before_projector:
             return "as LLaVA-NeXT-Video"
         if settings.image.mode == "anyres":

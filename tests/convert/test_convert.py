@@ -245,6 +245,17 @@ def test_learned_ends_are_a_part_of_the_projector(tmp_path: Path) -> None:
         convert(source, tmp_path / "theirs", to="transformers")
 
 
+def test_videos_that_no_class_reduces_are_refused(tmp_path: Path) -> None:
+    """LLaVA-Video's newlines after each row: neither OneVision's class nor LLaVA-NeXT-Video's has them."""
+    rows = {"image_aspect_ratio": "anyres_max_9", "mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
+    source = build(tmp_path / "source", "qwen2", siglip=True, **ANYRES | rows)
+    assert "as LLaVA-Video" in str(describe_checkpoint(source).facts["kind"])
+    with pytest.raises(InputError, match="cannot express videos reduced by average behind the projector"):
+        convert(source, tmp_path / "theirs", to="transformers")
+    convert(source, tmp_path / "pair", to="gguf")
+    assert load(tmp_path / "pair", device="cpu").model.video_policy() == load(source, device="cpu").model.video_policy()
+
+
 # Adapters, towers, shards, precision
 
 

@@ -308,5 +308,5 @@ def _video_words(video: VideoPolicy) -> str:
     place = "before" if video.before_projector else "behind"
     return (
         f"videos reduced by {video.pool} {place} the projector with stride {video.stride} and newlines {video.newline!r}, "
-        "where its class has bilinear, 2 and 'one_token',"
+        "where its class has bilinear, 2 and 'one_token'"
     )
