@@ -48,6 +48,15 @@ STRIP_BYTES = 2**20
 COPIED_BYTES = 4 * 2**20
 
 
+def missing_limits(system: str = sys.platform) -> str | None:
+    """Return a sentence about the limits that decoders do not have on a system, for a log; None on Linux, which has all."""
+    if system == "linux":
+        return None
+    if system == "win32":
+        return "images are decoded in this process, without limits of time and memory, which Windows does not have"
+    return "the memory that decoding an image takes is not limited on this system; only its time is"
+
+
 class DecoderPool:
     """An `ImageDecoder` whose processes are started when they are needed; any thread may call it.
 

@@ -7,6 +7,7 @@ took. Both protocols of a worker use this: openai/routes.py and router/worker_ro
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from llava.engine.request import (
     Usage,
 )
 from llava.errors import InputError
+from llava.images.decoder_pool import missing_limits
 from llava.serve.backends.base import Backend, BackendError, BackendRequest, ModelCard, ServerBusyError
 from llava.serve.http.keys import current_client
 from llava.serve.http.limits import ServeLimits, VideoUrl, open_images
@@ -43,6 +45,8 @@ CHUNKS_PER_S = 1000  # of all streams together
 MIN_PAUSE_S = 0.005  # where the pause would be shorter, each token is a chunk
 
 Opener = Callable[[Sequence[str | VideoUrl], ServeLimits, Reservation], "list[Image.Image | Video]"]
+
+logger = logging.getLogger("llava.serve")
 
 
 class Service:
@@ -62,6 +66,8 @@ class Service:
         self.num_answers = 0  # of them: each prompt, and each of its n completions
         self._counting = threading.Lock()  # counting tokens is for one thread at a time
         self.changed: Callable[[], None] = lambda: None  # called when a request begins or ends
+        if (missing := missing_limits()) is not None:
+            logger.warning("%s", missing)
 
     @property
     def card(self) -> ModelCard:

@@ -20,7 +20,7 @@ from PIL import Image
 from serve_kit import wait_until
 
 from llava.errors import InputError
-from llava.images.decoder_pool import DecoderPool
+from llava.images.decoder_pool import DecoderPool, missing_limits
 from llava.images.download import DEFAULT_LIMITS, ImageLimits
 from llava.images.formats import FORMATS, read_header
 from llava.images.io import load_image
@@ -303,3 +303,9 @@ def test_an_image_larger_than_its_header_is_not_decoded() -> None:
 def test_a_format_that_is_not_decoded_is_named(start: bytes, what: str) -> None:
     with pytest.raises(InputError, match=rf"{what}.*, which is not decoded here; save it as PNG or JPEG\.$"):
         load_image(start + bytes(200))
+
+
+def test_limits_that_a_system_does_not_have_are_told() -> None:
+    assert missing_limits("linux") is None
+    assert "memory" in (missing_limits("darwin") or "")
+    assert "time and memory" in (missing_limits("win32") or "")

@@ -144,7 +144,8 @@ def stop_in_a_browser(address: str, service: Any) -> None:
         browser.close()
 
 
-@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checked", [True, False])
 def test_no_visitor_reads_a_file_of_the_server(tmp_path: Path, checked: bool) -> None:
     """Every input of every event of the page, given a path of the server as an uploaded file has one, in each of its forms.
 

@@ -28,7 +28,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(["ddp", "fsdp2"], id="torch"),
         pytest.param(["fsdp2, compiled"], id="torch, compiled", marks=pytest.mark.slow),
-        pytest.param(["zero2", "zero3"], id="deepspeed"),
+        pytest.param(["zero2", "zero3"], id="deepspeed", marks=pytest.mark.slow),
         pytest.param(["zero3, compiled", "zero3, partitioned"], id="deepspeed, compiled", marks=pytest.mark.slow),
     ],
 )
