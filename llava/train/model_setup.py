@@ -115,13 +115,14 @@ def fit_template(name: str, tokenizer: Tokenizer, generation_config: GenerationC
     if (end := missing_end_token(conv, tokenizer)) is not None:
         spelt = f"the template {name} ends answers with {end}, and this end mark is no token of the vocabulary"
         if conv.chat_template is not None or tokenizer.eos_token is None:
-            raise InputError(f"{spelt}, so the model could not learn to stop; name another template with --version")
-        logger.warning(
-            "%s (it takes %d): answers end with %s instead, so that the model learns to stop; --version auto takes the model's "
-            "own template", spelt, len(tokenizer(end, add_special_tokens=False).input_ids), tokenizer.eos_token,
-        )  # fmt: skip
-        name = f"{name}:{tokenizer.eos_token}"
-        conv = conv_templates[name]
+            logger.warning("%s: it is trained as text, and only programs that look for this text stop at it", spelt)
+        else:
+            logger.warning(
+                "%s (it takes %d): answers end with %s instead, so that the model learns to stop; --version auto takes the "
+                "model's own template", spelt, len(tokenizer(end, add_special_tokens=False).input_ids), tokenizer.eos_token,
+            )  # fmt: skip
+            name = f"{name}:{tokenizer.eos_token}"
+            conv = conv_templates[name]
     if conv.chat_template is not None:
         tokenizer.chat_template = conv.chat_template.source
     end_id = end_token_id(conv, tokenizer)

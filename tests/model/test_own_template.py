@@ -79,9 +79,9 @@ LLAVA_HF = BAKLLAVA.replace("{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
 OTHER_MARK = LLAMA_3_PARTS.replace("<image>", "<|start|><|img|>")
 OWN = {
     "bakllava": (BAKLLAVA, "</s>"), "llava-1.5-hf": (LLAVA_HF, "</s>"), "llama-3 of parts": (LLAMA_3_PARTS, "<|eot_id|>"),
-    "llama-3": (LLAMA_3, "<|eot_id|>"), "mistral": (MISTRAL, "</s>"),
+    "mistral": (MISTRAL, "</s>"),
 }  # fmt: skip
-EQUAL = {"phi_3": PHI_3, "gemma_instruct": GEMMA, "qwen_1_5": QWEN}
+EQUAL = {"llama_3": LLAMA_3, "phi_3": PHI_3, "gemma_instruct": GEMMA, "qwen_1_5": QWEN}
 DIALOGUE = ["<image>\nWhat?", "A red\n\ncube.", "Where, and why?", " Left {{ x }} "]
 
 
@@ -186,7 +186,7 @@ def test_there_is_one_begin_token(tmp_path: Path, adds: bool) -> None:
     ],
 )
 def test_answers_and_their_ends_are_trained(tmp_path: Path, case: str, expected: list[str]) -> None:
-    folder = folder_with(tmp_path, OWN[case][0])
+    folder = folder_with(tmp_path, LLAMA_3 if case == "llama-3" else OWN[case][0])
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(DIALOGUE)]
     conversation = get_template(chosen(folder).name)
     spans = dialogue_spans(turns, conversation)

@@ -182,9 +182,11 @@ def test_an_end_mark_that_is_no_token_is_replaced_and_said(tmp_path: Path, caplo
     assert [span.text for span in spans if span.trained] == [" a red star<|eot_id|>", " A blue one.\nSure.<|eot_id|>"]
     assert fit_template("plain", tokenizer, None) == "plain"  # captions end with a line break
     assert conv_templates["v1"].sep2 == "</s>"
+    caplog.clear()
     no_end = SimpleNamespace(get_vocab=dict, unk_token_id=None, eos_token=None)
-    with pytest.raises(InputError, match="could not learn to stop"):
-        fit_template("v1", no_end, None)  # type: ignore[arg-type]
+    with caplog.at_level("WARNING"):
+        assert fit_template("v1", no_end, None) == "v1"  # type: ignore[arg-type]
+    assert "it is trained as text" in caplog.text
 
 
 def test_auto_needs_a_template_to_take(tmp_path: Path) -> None:
