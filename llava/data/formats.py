@@ -28,14 +28,9 @@ ANSWERS = ("response", "answer", "output", "completion", "multiple_choice_answer
 CAPTIONS = ("caption", "captions", "text")
 # Fields that say how a sample is to be trained, and that supervised training has no use for.
 MEANT_FOR_OTHERS = (
-    "rejected",
-    "rejected_response",
-    "rejected_answer",
-    "rejected_messages",
-    "tools",
-    "functions",
-    "objects",
-)
+    "rejected", "rejected_response", "rejected_answer", "rejected_messages", "tools", "functions", "objects",
+    "loss", "train", "weight", "loss_weight", "loss_scale", "loss_mask", "reward",
+)  # fmt: skip
 
 
 def is_lost(note: str) -> bool:

@@ -165,6 +165,14 @@ def test_an_answer_that_is_not_to_be_trained(
     assert "right" in trained
 
 
+@pytest.mark.parametrize("key", ["loss", "weight", "rejected_response", "tools", "reward"])
+def test_what_a_sample_says_about_its_training_is_a_fault_where_it_is_not_read(key: str) -> None:
+    _, notes = read_record({**SAMPLES[2], key: 0})
+    assert [is_lost(note) for note in notes] == [True]
+    _, notes = read_record({**SAMPLES[2], "origin": "web", key: None})
+    assert [is_lost(note) for note in notes] == [False]
+
+
 def test_weights_between_are_refused() -> None:
     with pytest.raises(InputError, match=r"turn 1 has the weight 0\.5"):
         to_sample({"conversations": [turn("human", "1?"), {**turn("gpt", "so so"), "weight": 0.5}]})
