@@ -90,3 +90,19 @@ def test_bounds(body: bytes, words: str) -> None:
 def test_a_text_of_brackets_is_a_text() -> None:
     for text in ("[{," * MAX_VALUES, '\\"[' * MAX_VALUES, "\\" * 999):
         assert parse_json(json.dumps({"content": text}).encode()) == {"content": text}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_no_other_encoding_hides_the_depth(encoding: str) -> None:
+    """A character whose bytes have a quote among them, in a string before what is nested."""
+    nested = "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)
+    for character in ("\u2230", "\u3022", "x"):
+        with pytest.raises(InputError, match=r"not JSON|nested"):
+            parse_json(f'{{"a":"{character}","b":{nested}}}'.encode(encoding))
+
+
+@pytest.mark.parametrize("body", [b'{"a":"\xed\xa0\x80"}', b'{"\xed\xbf\xbf":1}', b'["\xff"]'])
+def test_half_a_surrogate_pair_is_no_text_without_an_escape_either(body: bytes) -> None:
+    with pytest.raises(InputError, match="not JSON"):
+        parse_json(body)
+    assert parse_json(b"\xef\xbb\xbf[1]") == [1]

@@ -37,7 +37,9 @@ def parse_json(body: bytes) -> object:
     """
     _check_size(body)
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
+        # As text: of bytes, json.loads guesses other encodings, in which a quote for `_check_size` is none, and takes halves of
+        # surrogate pairs.
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in body:  # an escape may be half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
         return value
