@@ -227,6 +227,9 @@ class TrainingArguments(transformers.TrainingArguments):
     tune_mm_mlp_adapter: bool = field(default=False, init=False)
     use_im_start_end: bool = field(default=False, init=False)
     unfreeze_mm_vision_tower: bool = field(default=False, init=False)
+    adds_stop: bool = field(
+        default=False, init=False
+    )  # whether generation stops at a token that the base does not stop at
 
     def __post_init__(self) -> None:
         require("accelerate", extra="train")

@@ -121,7 +121,10 @@ def build_trainer(
     if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
         raise InputError("training a projector or a tower needs one: name it with --vision_tower")
     name = name_template(model_args.version, tokenizer, language_model.config.to_dict())
-    name = fit_template(name, tokenizer, language_model.generation_config)
+    generation = language_model.generation_config
+    stops = None if generation is None else generation.eos_token_id
+    name = fit_template(name, tokenizer, generation)
+    training_args.adds_stop = generation is not None and generation.eos_token_id != stops
     model_args = replace_settings(model_args, {"version": name})
     conv = get_template(name)
     # Data first, so that a mistake there is reported before a tower is loaded.
@@ -206,5 +209,5 @@ def _save_result(trainer: LLaVATrainer) -> None:
     if partial and args.should_save and getattr(trainer.model.config, "mm_vision_tower", None):
         # A complete model saves this by itself. An adapter or a projector alone refers to its tower too.
         save_tower(trainer.model.get_vision_tower(), trainer.model.config, Path(args.output_dir))
-    if partial and args.should_save and trainer.model.generation_config is not None:
+    if partial and args.should_save and args.adds_stop:
         trainer.model.generation_config.save_pretrained(args.output_dir)  # it stops where answers were trained to end

@@ -250,3 +250,13 @@ def test_a_trained_model_answers_and_stops(tmp_path: Path, name: str, version: s
     with Engine(loaded.model, loaded.processor) as engine:
         result = engine.generate([Request(asked, [image], SamplingParams(max_new_tokens=60))])[0]
     assert result.text.split("</think>")[-1].strip() == "a red star"
+
+
+def test_an_adapter_says_where_generation_stops(tmp_path: Path) -> None:
+    """Its base stops at another token."""
+    (tmp_path / "base").mkdir()
+    base = save_base(tmp_path / "base", "phi-3")
+    train_on_one_answer(tmp_path, base, version="auto", lora_enable=True, lora_r=4)
+    vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
+    stops = llava.load(tmp_path / "run", device="cpu").model.generation_config.eos_token_id
+    assert stops == [vocabulary["<|endoftext|>"], vocabulary["<|end|>"]]
