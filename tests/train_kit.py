@@ -55,6 +55,7 @@ def argv(output_dir: Path | str, *extra: str, model: str = LLAVA, **flags: Any) 
         "weight_decay": 0.0,
         "output_dir": output_dir,
         "disable_tqdm": True,
+        "verify_saved": False,  # takes a load; tests of what loads turn it on
         **flags,
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))] + list(extra)

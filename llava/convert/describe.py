@@ -31,6 +31,7 @@ from llava.model.checkpoints.inspect import (
     ADAPTER_CONFIG,
     PROJECTOR_INFIX,
     TOWER_INFIX,
+    VOCABULARY,
     CheckpointInfo,
     folders_of,
     survey,
@@ -395,7 +396,7 @@ def _is_added(name: str) -> bool:
 
 def _is_quantized(name: str, header: TensorHeader) -> bool:
     """Whether 4-bit and 8-bit quantization applies to a tensor, a matrix of the language model's layers."""
-    table = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+    table = VOCABULARY.search(name) is not None
     return len(header.shape) == 2 and TOWER_INFIX not in name and not _is_added(name) and not table
 
 

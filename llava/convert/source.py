@@ -26,7 +26,7 @@ from llava.files import holds_tokenizer, read_json
 from llava.images.image_processor import ClipImageProcessor
 from llava.images.layout import ImagePolicy
 from llava.model.checkpoints.base_model import original_config
-from llava.model.checkpoints.inspect import TOWER_INFIX, CheckpointInfo, folders_of
+from llava.model.checkpoints.inspect import TOWER_INFIX, VOCABULARY, CheckpointInfo, folders_of
 from llava.model.checkpoints.meta_model import MetaModel, open_meta_model
 from llava.model.checkpoints.weight_files import TORCH_DTYPES
 from llava.model.config import LlavaSettings
@@ -115,7 +115,7 @@ class Source:
         return (self.cut_rows, *shape[1:]) if self.cut_rows is not None and self.is_vocabulary(name) else shape
 
     def is_vocabulary(self, name: str) -> bool:
-        return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+        return VOCABULARY.search(name) is not None
 
     def dtype_of(self, name: str) -> str:
         stored = self.meta_model.found[name].dtype

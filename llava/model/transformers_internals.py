@@ -6,20 +6,23 @@ methods of `Trainer` that train/llava_trainer.py overrides are listed here and s
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from llava.model.config import language_model_type
 
 logger = logging.getLogger(__name__)
 
@@ -123,3 +126,50 @@ def current_names(model: nn.Module, names: Iterable[str], comparable: Callable[[
                 if new != inside:
                     renamed[name] = place + new
     return renamed
+
+
+Converter = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def conversions(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[Sequence[str], Converter]]:
+    """Find what transformers makes of stored tensors whose names a language model does not have.
+
+    transformers looks conversions up by the class and the model type, which a LLaVA over a language model has others of. Yields
+    the names that belong together, in their order, and a function from these tensors to those of the model.
+    """
+    transforms = _conversions_of(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    groups: dict[str, dict[str, str | None]] = {}  # target -> stored name -> pattern of the converter
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters)
+        if target != name:
+            groups.setdefault(target, {})[name] = pattern
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    for target, patterns in groups.items():
+
+        def convert(
+            tensors: Mapping[str, Tensor], target: str = target, patterns: dict[str, str | None] = patterns
+        ) -> Mapping[str, Tensor]:
+            first = next(iter(patterns.values()))
+            if first is None:
+                return {target: tensors[next(iter(patterns))]}
+            converter = copy.deepcopy(by_pattern[first])
+            for name, pattern in patterns.items():
+                converter.add_tensor(target, name, pattern, tensors[name])
+            made = converter.convert(target, model=model, config=model.config)
+            return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+        yield list(patterns), convert
+
+
+def _conversions_of(model: nn.Module) -> list[object]:
+    """The conversions of the language model's own class, or of its type."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    classes = [each.__name__ for each in type(model).__mro__ if each.__module__.startswith("transformers.")]
+    for name in [*classes, language_model_type({"model_type": model.config.model_type})]:
+        found = get_checkpoint_conversion_mapping(name)
+        if found is not None:
+            return list(found)
+    return []

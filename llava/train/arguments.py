@@ -221,6 +221,9 @@ class TrainingArguments(transformers.TrainingArguments):
         0, "Generate answers to the first N validation samples at each validation, for the log and eval_answers.jsonl."
     )
     eval_max_new_tokens: int = _opt(64, "Longest such answer in tokens.")
+    verify_saved: bool = _opt(
+        True, "At the end, load what was saved and compare its loss on a small batch with that of the trained model."
+    )
     estimate_memory: bool = _opt(False, "Print how much memory the run would need, and exit.")
 
     # Copied from ModelArguments by the program, for the trainer and the code that saves.

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llava.errors import InputError, require
+from llava.model.config import language_model_type
 from llava.model.protocols import LanguageModel
 from llava.train.arguments import TrainingArguments
 
@@ -21,15 +23,19 @@ if TYPE_CHECKING:
 # Modules of a LLaVA without adapters: the projector is small enough to be trained whole.
 MULTIMODAL_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 
+# State-space layers whose kernels read the weights of their other linear layers without calling them.
+CALLED_IN_STATE_SPACE = {kind: {"in_proj"} for kind in ("mamba", "mamba2", "falcon_mamba")}
+
 
 def find_all_linear_names(model: nn.Module | LanguageModel) -> list[str]:
     """List the last name components of the language model's linear layers, without its output layer."""
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in MULTIMODAL_PARTS)
+        if isinstance(module, (nn.Linear, Conv1D)) and not any(part in name for part in MULTIMODAL_PARTS)
     }
-    return sorted(names - {"lm_head", "embed_out"})
+    kind = language_model_type({"model_type": model.config.model_type}) if hasattr(model, "config") else ""
+    return sorted((names - {"lm_head", "embed_out"}) & CALLED_IN_STATE_SPACE.get(kind, names))
 
 
 def add_lora(model: LanguageModel, training_args: TrainingArguments) -> PeftModel:
@@ -48,6 +54,8 @@ def add_lora(model: LanguageModel, training_args: TrainingArguments) -> PeftMode
         bias=training_args.lora_bias,
         use_dora=training_args.lora_use_dora,
         use_rslora=training_args.lora_use_rslora,
+        # GPT-2's linear layers have their weights transposed, and only they do.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)

@@ -163,9 +163,10 @@ class FlopsCounter:
                 trained = _WEIGHT_GRADIENT * module.weight.requires_grad
                 per_patch += _weights(module) * (_FORWARD + input_gradient + trained)
         config = language_model(model).config
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # a state-space model has none
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         # Scores and values: two products of two FLOPs each for half of the pairs, three times with the backward pass.
-        per_square = 3 * 2 * config.num_attention_heads * head_width * config.num_hidden_layers
+        per_square = 3 * 2 * heads * head_width * config.num_hidden_layers
         return cls(per_token, per_square, per_patch * (tower.num_patches + 1 if tower is not None else 0))
 
 

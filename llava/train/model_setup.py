@@ -28,7 +28,8 @@ from llava.conversation import OWN_TEMPLATE, SeparatorStyle, conv_templates, is_
 from llava.errors import InputError
 from llava.images.layout import TileRange, image_mode, parse_pinpoints
 from llava.model.builder import default_dtype, load, load_tokenizer
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect
+from llava.model.checkpoints.base_model import inspect_base
+from llava.model.checkpoints.inspect import CheckpointInfo
 from llava.model.checkpoints.loading import (
     build_with_transformers,
     check_origins,
@@ -157,7 +158,7 @@ def load_base_model(
     """Load the model and the tokenizer that `--model_name_or_path` names, as a LLaVA if the run has a tower."""
     if attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise InputError("FlashAttention needs the package 'flash_attn'; install it with: pip install flash-attn")
-    info = inspect(str(model_args.model_name_or_path))
+    info = inspect_base(str(model_args.model_name_or_path))
     plan = LoadPlan(
         dtype=_load_dtype(model_args, training_args),
         attn_implementation=attn_implementation,

@@ -47,6 +47,7 @@ from llava.train.run_folder.checkpoints import explain_full_disk
 from llava.train.run_folder.record import open_run_folder
 from llava.train.run_folder.save import safe_save_model_for_hf_trainer, saves_projector_only
 from llava.train.run_folder.summary import log_to_file, remember_base, summarize, write_summary
+from llava.train.run_folder.verify import verify_saved
 from llava.utils import rank0_print
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def run(
     """Train as the arguments say, save into `output_dir`, and return the trainer; with `--estimate_memory` nothing is trained.
 
     Raises:
-        InputError: the arguments, the data or a checkpoint cannot be used, or a loss is not finite.
+        InputError: the arguments, the data or a checkpoint cannot be used, a loss is not finite, or the folder that was
+            written has another loss than the model that was trained.
         Stopped: a signal ended the run after a checkpoint was written.
     """
     if training_args.estimate_memory:
@@ -77,6 +79,9 @@ def run(
         run_folder = Path(training_args.output_dir)
         with explain_full_disk("the result", run_folder):
             _save_result(trainer)
+        if training_args.verify_saved:
+            verify_saved(trainer)
+        with explain_full_disk("the summary", run_folder):
             if training_args.should_save:
                 summary = summarize(trainer, model_args, data_args)
                 write_summary(trainer, summary, record)

@@ -7,18 +7,62 @@ the original layout. What a folder holds by itself is found out in inspect.py; c
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.model.checkpoints.foreign import ForeignModelError
 from llava.model.checkpoints.hf_layout import is_transformers_layout, translate_config
 from llava.model.checkpoints.hub import DEFAULT_HUB, HubOptions, resolve_checkpoint
-from llava.model.checkpoints.inspect import CheckpointInfo, inspect
-from llava.model.config import check_types, language_model_type
+from llava.model.checkpoints.inspect import CheckpointInfo, inspect, survey
+from llava.model.config import check_types, is_causal_language_model, language_model_type
 
 logger = logging.getLogger(__name__)
+
+# Names of the language model's tensors within a model that has other parts, as it is stored by several versions.
+LANGUAGE_PART = re.compile(
+    r"(?:model\.)?language_model\.(?:model\.)?(?!lm_head)(?P<inner>.+)|(?:.+\.)?(?P<head>lm_head\..+)"
+)
+
+
+def inspect_base(path: str | Path) -> CheckpointInfo:
+    """Inspect a folder for the language model of a LLaVA; of a model that takes images in another way, that part alone.
+
+    Raises:
+        ForeignModelError: It holds a model that is not read, and no causal language model as a part of it.
+        InputError: It is no model folder, or its files are damaged.
+    """
+    info = survey(path)
+    if info.foreign is None:
+        return info
+    part = language_part(info)
+    if part is None:
+        raise ForeignModelError(info.foreign, info.folder)
+    logger.warning(
+        "%s holds %s: its language model is used, and none of its other parts", info.folder, info.foreign.name
+    )
+    return part
+
+
+def language_part(info: CheckpointInfo) -> CheckpointInfo | None:
+    """The causal language model in a model that has other parts too, as a checkpoint of its own; None where there is none."""
+    text = info.config.get("text_config")
+    if not isinstance(text, Mapping) or not is_causal_language_model(str(text.get("model_type"))):
+        return None
+    tensors = {}
+    for name, header in info.tensors.items():
+        match = LANGUAGE_PART.fullmatch(name)
+        if match is not None:
+            tensors[match["head"] or f"model.{match['inner']}"] = header
+    if not any(name.startswith("model.") for name in tensors):
+        return None
+    tied = text.get("tie_word_embeddings", info.config.get("tie_word_embeddings", False))
+    config = {**text, "tie_word_embeddings": bool(tied) or "lm_head.weight" not in tensors}
+    kind = str(text["model_type"])
+    return replace(info, kind="language", config=config, language_model=kind, tensors=tensors, foreign=None)
 
 
 def inspect_with_base(
@@ -53,7 +97,7 @@ def find_base(info: CheckpointInfo, base: str | Path | None, *, hub: HubOptions 
     elif not info.needs_base:
         logger.warning("%s is a whole model: the base %s is used only for what it lacks", info.folder, base)
     try:
-        found = inspect(resolve_checkpoint(base, what="base model", hub=hub))
+        found = inspect_base(resolve_checkpoint(base, what="base model", hub=hub))
     except InputError as error:
         raise InputError(
             f"{info.folder} needs its base model: {error}; pass its path as model_base (--model-base)"

@@ -63,8 +63,11 @@ CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 TOWER_INFIX = ".vision_tower.vision_tower."
 PROJECTOR_INFIX = "mm_projector."
 
-VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.weight$")
-VOCABULARY_MODULE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)\.(weight$|lora_)")
+# The embedding table's name in the language models of transformers.
+EMBEDDING_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
+VOCABULARY = re.compile(rf"(^|\.)({'|'.join(EMBEDDING_TABLES)}|lm_head|embed_out)\.weight$")
+VOCABULARY_MODULE = re.compile(rf"(^|\.)({'|'.join(EMBEDDING_TABLES)}|lm_head|embed_out)\.(weight$|lora_)")
+OUTPUT_LAYER = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 # Names in a tower module begin with this; a whole CLIP or SigLIP model has parts that a tower does not.
 TOWER_MODULE_PREFIX = "vision_tower."

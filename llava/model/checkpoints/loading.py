@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
+from llava.model.checkpoints.converted import convert_headers
 from llava.model.checkpoints.experts import join_experts
 from llava.model.checkpoints.hf_layout import comparable_name
-from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, VOCABULARY, CheckpointInfo, tower_headers
+from llava.model.checkpoints.inspect import (
+    EMBEDDING_TABLES,
+    OUTPUT_LAYER,
+    PROJECTOR_INFIX,
+    TOWER_INFIX,
+    VOCABULARY,
+    CheckpointInfo,
+    tower_headers,
+)
 from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, open_tensors, read_tensor
 from llava.model.config import described_by
@@ -41,7 +50,8 @@ STRUCTURAL = re.compile(r"(\.(layers|blocks|h)\.\d+\.|mm_projector\.)")
 
 # A projector file's tensors, whose saved names may begin with any module path.
 ADDED_PART = re.compile(
-    r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|faster_token|(?:embed_tokens|wte)\.weight)"
+    r"(?:.*\.)?((?:mm_projector\.|vision_tower\.vision_tower\.).+|image_newline|faster_token|"
+    rf"(?:{'|'.join(EMBEDDING_TABLES)})\.weight)"
 )
 
 TOO_LARGE = (
@@ -74,9 +84,14 @@ def plan_sources(info: CheckpointInfo, base: CheckpointInfo | None, *, prefix: s
     own = dict(info.tensors)
     for name, header in info.extras.items():
         match = ADDED_PART.fullmatch(name)
-        own[f"{prefix}.{match[1]}" if match else name] = header
+        if match is None or (base is not None and name in base.tensors):  # an embedding table may lie deeper
+            own[name] = header
+        else:
+            own[f"{prefix}.{match[1]}"] = header
     headers = {**base.tensors, **base.extras, **own} if base is not None else own
-    if info.adapter_changes_vocabulary and "lm_head.weight" not in headers:  # tied in the base, and not any more
+    if info.adapter_changes_vocabulary and not any(
+        map(OUTPUT_LAYER.search, headers)
+    ):  # tied in the base, and not any more
         headers["lm_head.weight"] = next(header for name, header in headers.items() if VOCABULARY.search(name))
     merge = None
     for layer in (*(base.adapters_below if base is not None else ()), info):
@@ -118,13 +133,14 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources, model: n
     if unknown:
         names = current_names(model, unknown, comparable_name)
         headers = {names.get(name, name): header for name, header in headers.items()}
-        unknown = [name for name in unknown if comparable_name(names.get(name, name)) not in own_names]
+        headers = convert_headers(model, headers, [n for n in headers if comparable_name(n) not in own_names])
+        unknown = [name for name in headers if comparable_name(name) not in own_names]
     found = {
         own_names[comparable_name(name)]: header
         for name, header in headers.items()
         if comparable_name(name) in own_names
     }
-    _refuse_unexpected_keys({name: headers[names.get(name, name)] for name in unknown} if unknown else {})
+    _refuse_unexpected_keys({name: headers[name] for name in unknown})
 
     satisfied = {id(expected[name]) for name in found}
     missing = [name for name in expected if id(expected[name]) not in satisfied]
@@ -344,12 +360,12 @@ def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def _refuse_unexpected_keys(headers: Mapping[str, TensorHeader]) -> None:
+def _refuse_unexpected_keys(unknown: Mapping[str, TensorHeader]) -> None:
     """Refuse stored tensors that the model does not have, but for buffers that every version of transformers computes."""
-    unexpected = [name for name in headers if not COMPUTED.search(name)]
+    unexpected = [name for name in unknown if not COMPUTED.search(name)]
     if unexpected:
         first = next((name for name in unexpected if STRUCTURAL.search(name)), unexpected[0])
-        header = headers[first]
+        header = unknown[first]
         suspect = "mm_projector_type" if PROJECTOR_INFIX in first else "the number of layers"
         raise InputError(
             f"{header.file}: tensor {header.name!r} {list(header.shape)} is unexpected in the model that the config.json "

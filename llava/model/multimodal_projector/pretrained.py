@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.errors import InputError
+from llava.model.checkpoints.inspect import EMBEDDING_TABLES
 from llava.model.checkpoints.weight_files import open_tensors, read_headers
 from llava.model.config import LEARNED_ENDS
 from llava.model.protocols import InnerModel
@@ -42,14 +43,16 @@ def load_new_token_embeddings(table: Tensor, path: str, num_new: int) -> None:
 
     The file holds these rows alone or a whole table.
     """
-    saved = next(
-        (rows for name, rows in read_projector_weights(path).items() if name.endswith("embed_tokens.weight")), None
-    )
-    if saved is None:
-        raise InputError(f"{path!r} has no embed_tokens.weight, which mm_use_im_start_end takes its new rows from")
+    tables = tuple(f"{table}.weight" for table in EMBEDDING_TABLES)
+    found = {name: rows for name, rows in read_projector_weights(path).items() if name.endswith(tables)}
+    if not found:
+        raise InputError(
+            f"{path!r} has no embedding table (embed_tokens.weight), which mm_use_im_start_end takes its new rows from"
+        )
+    name, saved = next(iter(found.items()))
     if saved.shape not in (table.shape, (num_new, table.shape[1])):
         raise InputError(
-            f"{path!r}: embed_tokens.weight has shape {list(saved.shape)}, expected "
+            f"{path!r}: {name} has shape {list(saved.shape)}, expected "
             f"{list(table.shape)} or {[num_new, table.shape[1]]}"
         )
     table.data[-num_new:] = saved[-num_new:].to(table)

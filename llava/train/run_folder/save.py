@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from llava.errors import InputError
+from llava.model.checkpoints.inspect import EMBEDDING_TABLES
 from llava.model.config import LEARNED_ENDS
 from llava.model.protocols import LanguageModel, LlavaModel
 from llava.text.tokenization import Tokenizer
@@ -28,8 +29,8 @@ Named = Iterable[tuple[str, Tensor]]
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_KEYS = ("mm_projector", "vision_resampler", *LEARNED_ENDS)
-# Names of the embedding table in the supported language models; its new rows are those of <im_start> and <im_end>.
-EMBEDDING_KEYS = ("embed_tokens", "embed_in", "wte")
+# The embedding table, whose new rows are those of <im_start> and <im_end>.
+EMBEDDING_KEYS = tuple(f".{name}.weight" for name in EMBEDDING_TABLES)
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
