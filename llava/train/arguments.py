@@ -32,6 +32,7 @@ from llava.train.legacy_flags import parse_flags, translate
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 PRINT_CONFIG = ("--print-config", "--print_config")
 
 
@@ -63,6 +64,10 @@ class ModelArguments(_Given):
 
     model_name_or_path: str | None = _opt(
         "facebook/opt-125m", "Folder or hub name of the language model, or of a LLaVA checkpoint to continue from."
+    )
+    attn_implementation: str | None = _opt(
+        None,
+        f"Attention of the language model: {', '.join(ATTENTION)}; by default what the program or the model chooses.",
     )
     version: str | None = _opt(
         "v0", "Conversation template: plain (projector pretraining), v1, llava_llama_2, mpt, ... (see conversation.py)."
@@ -118,6 +123,10 @@ class ModelArguments(_Given):
     def trains(self, part: str) -> bool | None:
         """Whether `--mm_tunable_parts` names a part; None where it is not given."""
         return None if self.mm_tunable_parts is None else part in self.mm_tunable_parts.split(",")
+
+    def __post_init__(self) -> None:
+        if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
+            raise InputError(f"--attn_implementation is {self.attn_implementation!r}; known: {', '.join(ATTENTION)}")
 
 
 @dataclass
@@ -176,7 +185,7 @@ class DataArguments(_Given):
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(_Given, transformers.TrainingArguments):
     """transformers' training arguments and those of LLaVA runs."""
 
     cache_dir: str | None = _opt(None, "Where downloaded models are kept.")
@@ -191,6 +200,10 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_r: int = _opt(64, "Rank of the adapters.")
     lora_alpha: int = _opt(16, "Scale of the adapters; their output is multiplied by alpha / r.")
     lora_dropout: float = _opt(0.05, "Dropout before the adapters.")
+    lora_target_modules: str | None = _opt(
+        None,
+        "Last names of the layers to adapt, joined by commas, e.g. 'q_proj,v_proj'; by default every linear layer.",
+    )
     lora_weight_path: str = _opt("", "Kept for old scripts; it has no effect.")
     lora_bias: str = _opt("none", "Biases to train besides the adapters: none, all, lora_only.")
     lora_use_dora: bool = _opt(False, "DoRA: learn the magnitude of each weight row separately from its direction.")
@@ -219,6 +232,9 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_dir: str | None = _opt(None, "Folder for tensorboard's files.")
     eval_generate: int = _opt(
         0, "Generate answers to the first N validation samples at each validation, for the log and eval_answers.jsonl."
+    )
+    early_stopping_patience: int | None = _opt(
+        None, "End the run after so many validations without a better --metric_for_best_model (the validation loss)."
     )
     eval_max_new_tokens: int = _opt(64, "Longest such answer in tokens.")
     verify_saved: bool = _opt(
@@ -279,6 +295,11 @@ class TrainingArguments(transformers.TrainingArguments):
         for name, reason in _UNUSABLE.items():
             if getattr(self, name):
                 raise InputError(f"--{name} {getattr(self, name)} cannot be used: {reason}; leave it out")
+        if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:  # type: ignore[has-type]
+            logger.warning("--ddp_backend %s has no effect: a single process needs no backend", self.ddp_backend)  # type: ignore[has-type]
+            self.ddp_backend = None
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise InputError(f"--early_stopping_patience is {self.early_stopping_patience}; give 1 or more")
         if self.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
             raise InputError("--use_liger_kernel needs the package 'liger-kernel'; install it, or leave the flag out")
         available = {"none", "all", *get_available_reporting_integrations()}
@@ -432,7 +453,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments,
         raise InputError(str(error)) from error
     if extra:
         raise InputError(f"cannot use {' '.join(extra)!r} on the command line; --help lists every flag")
-    model.given = data.given = frozenset(flag.name for flag in parse_flags(argv))
+    model.given = data.given = training.given = frozenset(flag.name for flag in parse_flags(argv))
     return model, data, training
 
 

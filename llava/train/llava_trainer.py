@@ -110,6 +110,7 @@ class LLaVATrainer(Trainer):
         self.add_callback(self.console)
         self.add_callback(self.stop)
         self.throughput: Throughput | None = None
+        self.settings: Sequence[object] = ()  # those in force, for the summary
         self._batches: list[_Batch] = []  # of the current optimizer step
         self._staging: Path | None = None
         self._eval_sums = torch.zeros(2)
@@ -181,6 +182,17 @@ class LLaVATrainer(Trainer):
             named = (self.model if model is None else model).named_parameters()
             split_groups(optimizer, {id(p): name for name, p in named}, own_rates)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise InputError(
+                f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} does not fit --lr_scheduler_type "
+                f"{self.args.lr_scheduler_type.value}: {error}"
+            ) from error
 
     # Steps
 

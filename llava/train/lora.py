@@ -38,6 +38,21 @@ def find_all_linear_names(model: nn.Module | LanguageModel) -> list[str]:
     return sorted((names - {"lm_head", "embed_out"}) & CALLED_IN_STATE_SPACE.get(kind, names))
 
 
+def _target_modules(model: LanguageModel, named: str | None) -> list[str]:
+    """The layers to adapt: those that `--lora_target_modules` names, or all linear ones."""
+    known = find_all_linear_names(model)
+    if named is None:
+        return known
+    wanted = [name.strip() for name in named.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise InputError(
+            f"--lora_target_modules {named}: {unknown[0] if unknown else 'an empty list'!r} is no linear layer of this "
+            f"language model; it has {', '.join(known)}"
+        )
+    return wanted
+
+
 def add_lora(model: LanguageModel, training_args: TrainingArguments) -> PeftModel:
     """Wrap the model with adapters, and freeze everything else."""
     peft = require("peft", extra="train")
@@ -47,7 +62,7 @@ def add_lora(model: LanguageModel, training_args: TrainingArguments) -> PeftMode
     config = peft.LoraConfig(
         r=training_args.lora_r,
         lora_alpha=training_args.lora_alpha,
-        target_modules=find_all_linear_names(model),
+        target_modules=_target_modules(model, training_args.lora_target_modules),
         # Layers of a tower have the same names; one that is attached later gets no adapters.
         exclude_modules=rf".*\.({'|'.join(MULTIMODAL_PARTS)})(\..*)?" if has_tower else None,
         lora_dropout=training_args.lora_dropout,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import transformers
+from transformers import EarlyStoppingCallback
 
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
@@ -46,6 +47,7 @@ from llava.train.performance import prepare_layers
 from llava.train.run_folder.checkpoints import explain_full_disk
 from llava.train.run_folder.record import open_run_folder
 from llava.train.run_folder.save import safe_save_model_for_hf_trainer, saves_projector_only
+from llava.train.run_folder.settings import RunSettings, idle_settings, rate_of_tower, settings_in_force
 from llava.train.run_folder.summary import log_to_file, remember_base, summarize, write_summary
 from llava.train.run_folder.verify import verify_saved
 from llava.utils import rank0_print
@@ -116,6 +118,8 @@ def build_trainer(
 ) -> LLaVATrainer:
     """Load and prepare everything that the first step needs."""
     check_arguments(model_args, data_args, training_args)
+    given = RunSettings(model_args, data_args, training_args)
+    attn_implementation = model_args.attn_implementation or attn_implementation
     check_version(model_args.version)
     if training_args.logging_dir:
         os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
@@ -123,6 +127,9 @@ def build_trainer(
 
     language_model, tokenizer = load_base_model(model_args, training_args, attn_implementation=attn_implementation)
     model_args, data_args = inherit_vision_settings(language_model.config, model_args, data_args)
+    used = RunSettings(model_args, data_args, training_args)
+    for warning in [*idle_settings(used), *filter(None, [rate_of_tower(used)])]:
+        logger.warning(warning)
     if not model_args.vision_tower and (model_args.tune_mm_mlp_adapter or model_args.unfreeze_mm_vision_tower):
         raise InputError("training a projector or a tower needs one: name it with --vision_tower")
     name = name_template(model_args.version, tokenizer, language_model.config.to_dict())
@@ -156,7 +163,11 @@ def build_trainer(
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # every trained weight takes part in every batch
     with explain_missing_package(), explain_hub():
-        return LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+        trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    if training_args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training_args.early_stopping_patience))
+    trainer.settings = settings_in_force(given, RunSettings(model_args, data_args, training_args))
+    return trainer
 
 
 def _validation_set(tokenizer: Tokenizer, data_args: DataArguments, conv: Conversation) -> LazySupervisedDataset:
@@ -189,6 +200,14 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise InputError(
             "--eval_data_path is given: say when to validate, with --eval_strategy epoch, or steps and --eval_steps"
         )
+    if training_args.early_stopping_patience is not None:
+        if strategy == "no":
+            raise InputError(
+                "--early_stopping_patience needs a validation set: give --eval_data_path and --eval_strategy"
+            )
+        training_args.metric_for_best_model = training_args.metric_for_best_model or "eval_loss"
+        if training_args.greater_is_better is None:
+            training_args.greater_is_better = not training_args.metric_for_best_model.endswith("loss")
     if training_args.eval_generate and not data_args.eval_data_path:
         raise InputError("--eval_generate answers validation samples: name them with --eval_data_path")
     if training_args.eval_generate and (training_args.fsdp or training_args.uses_zero3):

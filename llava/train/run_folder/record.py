@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "run.json"
 LOCK_FILE = ".lock"
 
-# Settings of the data that may change when a run is resumed.
+# Settings of model and data that may change when a run is resumed.
 _MAY_CHANGE = (
+    "attn_implementation",
     "lazy_preprocess",
     "is_multimodal",
     "on_bad_sample",
@@ -57,6 +58,7 @@ _TRAINING = (
     "lora_alpha",
     "lora_dropout",
     "lora_bias",
+    "lora_target_modules",
     "lora_use_dora",
     "lora_use_rslora",
     "group_by_modality_length",
@@ -138,7 +140,11 @@ class RunRecord:
 def describe_run(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> RunRecord:
     """Record the settings of a run as they were given, before a checkpoint's settings complete them."""
     settings = {
-        **{entry.name: getattr(model, entry.name) for entry in dataclasses.fields(model)},
+        **{
+            entry.name: getattr(model, entry.name)
+            for entry in dataclasses.fields(model)
+            if entry.name not in _MAY_CHANGE
+        },
         **{
             entry.name: getattr(data, entry.name)
             for entry in dataclasses.fields(data)

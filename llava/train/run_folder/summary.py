@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from llava.assets import embedded_model_path
 from llava.data.media_files import locate_image
@@ -26,9 +27,11 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.run_folder.loss_plot import draw, read_curve
 from llava.train.run_folder.record import RunRecord
 from llava.train.run_folder.save import saves_projector_only
+from llava.train.run_folder.settings import Setting, settings_line
 
 logger = logging.getLogger(__name__)
 
+PRIVATE = ("hub_token",)
 LOG_FILE, CURVE_FILE, CARD_FILE = "train.log", "loss.svg", "README.md"
 
 
@@ -52,6 +55,7 @@ class RunSummary:
     seconds: float
     losses: Mapping[str, float]
     question: Sequence[str]
+    settings: Sequence[Setting] = ()
 
     def commands(self) -> list[str]:
         """Three commands that use the result, as one types them where the run was started."""
@@ -69,6 +73,7 @@ class RunSummary:
             f"{self.folder}: {self.kind}{over}, {self.steps:,} steps on {self.num_samples:,} samples "
             f"({self.epochs:.3g} epochs) in {format_duration(self.seconds)}",
             *([losses] if losses else []),
+            *([settings_line(self.settings)] if self.settings else []),
             f"written beside it: {CARD_FILE}, {LOG_FILE}" + (f", {CURVE_FILE}" if "loss" in self.losses else ""),
             "to use it:",
             *(f"  {command}" for command in self.commands()),
@@ -92,6 +97,7 @@ def summarize(trainer: LLaVATrainer, model: ModelArguments, data: DataArguments)
         seconds=float(last.get("train_runtime", 0)),
         losses={shown: float(last[name]) for name, shown in names.items() if name in last},
         question=_question(dataset, data.image_folder) if isinstance(dataset, LazySupervisedDataset) else (),
+        settings=cast("Sequence[Setting]", trainer.settings),
     )
 
 
@@ -126,8 +132,6 @@ def write_summary(trainer: LLaVATrainer, summary: RunSummary, record: RunRecord)
 
 def _card(summary: RunSummary, record: RunRecord) -> str:
     """The card of the result: its base, its data, its settings and its losses."""
-    settings = {**record.settings, **record.adjustable}
-    shown = {name: value for name, value in settings.items() if value not in (None, "", False)}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     library = "peft" if summary.kind == "LoRA adapter" else "transformers"
     name = Path(summary.folder).resolve().name
@@ -159,13 +163,22 @@ def _card(summary: RunSummary, record: RunRecord) -> str:
             "",
             "## Settings",
             "",
-            "| setting | value |",
-            "| --- | --- |",
-            *(f"| {name} | `{value}` |" for name, value in sorted(shown.items())),
+            "| setting | value | from |",
+            "| --- | --- | --- |",
+            *(f"| {each.name} | `{each.value}` | {each.origin} |" for each in _listed(summary.settings)),
             "",
             f"Trained with {versions}. The whole record is in `run.json`, the figures of each step in `trainer_state.json`.",
             "",
         ]
+    )
+
+
+def _listed(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings of a card: those that were given or taken from elsewhere, then the defaults that are something."""
+    origins = ("given", "checkpoint", "derived", "default")
+    listed = [each for each in settings if each.origin != "default" or each.value not in (None, "", False, [], {})]
+    return sorted(
+        (each for each in listed if each.name not in PRIVATE), key=lambda each: (origins.index(each.origin), each.name)
     )
 
 
