@@ -99,6 +99,8 @@ class ModelArguments(_Given):
     faster_token_stride: int | None = _opt(None, "With --add_faster_video: every so many frames one keeps its detail.")
 
     def __post_init__(self) -> None:
+        if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
+            raise InputError(f"--attn_implementation is {self.attn_implementation!r}; known: {', '.join(ATTENTION)}")
         if self.mm_tunable_parts is None:
             return
         names = [name.strip() for name in self.mm_tunable_parts.split(",") if name.strip()]
@@ -123,10 +125,6 @@ class ModelArguments(_Given):
     def trains(self, part: str) -> bool | None:
         """Whether `--mm_tunable_parts` names a part; None where it is not given."""
         return None if self.mm_tunable_parts is None else part in self.mm_tunable_parts.split(",")
-
-    def __post_init__(self) -> None:
-        if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
-            raise InputError(f"--attn_implementation is {self.attn_implementation!r}; known: {', '.join(ATTENTION)}")
 
 
 @dataclass

@@ -72,6 +72,8 @@ OWN: dict[str, Try] = {
     "mm_use_im_patch_token": obeyed(True, lambda t: "<im_patch>" in t.processing_class.get_vocab()),
     "mm_patch_merge_type": obeyed("spatial", lambda t: CONFIG(t).mm_patch_merge_type == "spatial"),
     "unfreeze_mm_vision_tower": obeyed(True, lambda t: any("vision_tower" in name for name in trained(t))),
+    "mm_tunable_parts": obeyed("mm_mlp_adapter", lambda t: all("mm_projector" in name for name in trained(t))),
+    "faster_token_stride": named(3),
     "attn_implementation": obeyed("eager", lambda t: CONFIG(t)._attn_implementation == "eager"),
     "version": refused("v9", "--version is 'v9'; known:"),
     "pretrain_mm_mlp_adapter": refused("nowhere.bin", "nowhere.bin"),
@@ -232,6 +234,9 @@ def test_every_own_flag_is_in_the_table() -> None:
     elsewhere = {
         "model_name_or_path", "vision_tower", "data_path", "image_folder", "cache_dir", "model_max_length", "lora_enable",
         "fused_loss", "verify_saved", "estimate_memory", "image_urls", "image_crop_resolution", "image_split_resolution",
+        # of videos, which tests of their own try
+        "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "add_faster_video", "video_folder",
+        "video_fps", "frames_upbound", "force_sample", "add_time_instruction",
     }  # fmt: skip
     assert own - set(OWN) <= elsewhere, own - set(OWN) - elsewhere
 

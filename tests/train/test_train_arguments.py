@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from train_kit import argv, recording
 
 from llava.errors import InputError

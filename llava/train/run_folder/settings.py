@@ -1,7 +1,7 @@
 """Say which settings of a run are in force and where each came from, and which of those that were given change nothing.
 
 In: the three argument dataclasses, as they were given and as they are used. Out: `Setting`s for the summary of a run, and one
-sentence for each given setting that has no effect beside the others. What cannot be used at all is refused in train/arguments.py.
+sentence for each given setting that has no effect beside the others. What cannot be used is refused in train/arguments.py.
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ NEEDS: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
     (_VISION, lambda run: bool(run.model.vision_tower), "it needs --vision_tower"),
     (
         ("mm_projector_lr",),
-        lambda run: bool(run.model.vision_tower) and not run.training.freeze_mm_mlp_adapter,
+        lambda run: (
+            bool(run.model.vision_tower)
+            and not run.training.freeze_mm_mlp_adapter
+            and run.model.trains("mm_mlp_adapter") is not False
+        ),
         "no projector is trained",
     ),
     (
@@ -108,6 +112,7 @@ NEEDS: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         "it needs --unfreeze_mm_vision_tower True",
     ),
     (_VALIDATION, lambda run: bool(run.data.eval_data_path), "it needs --eval_data_path"),
+    (("faster_token_stride",), lambda run: bool(run.model.add_faster_video), "it needs --add_faster_video True"),
     (("eval_steps",), lambda run: run.training.eval_strategy.value == "steps", "it needs --eval_strategy steps"),
     (("eval_max_new_tokens",), lambda run: run.training.eval_generate > 0, "it needs --eval_generate"),
     (
