@@ -178,6 +178,25 @@ def test_uploads_and_events_are_bounded_and_counted() -> None:
     assert memory.num_bytes == 0
 
 
+def test_a_malformed_event_is_a_line_of_the_log(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with page() as (address, _), visit(address) as client:
+        config = client.get("/config").json()
+        number = next(len(one["inputs"]) for one in config["dependencies"] if one["id"] == 2)
+        told = []
+        for session, value in (("s1", {"a": 1}), ("s2", [[[]]]), ("s3", 1e308)):
+            body = {"data": [value] * number, "fn_index": 2, "session_hash": session}
+            assert client.post(JOIN, json=body).status_code == 200
+            lines = client.get(DATA, params={"session_hash": session}).text.splitlines()
+            told += [json.loads(line[6:])["output"]["error"] for line in lines if '"process_completed"' in line]
+    errors = [record for record in caplog.records if "an event of the page failed" in record.getMessage()]
+    assert 0 < len(errors) == len([one for one in told if one])
+    assert not any("\n" in record.getMessage() for record in errors)
+    assert not any("/" in one for one in told)  # no path of the server
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
 def test_what_a_visitor_leaves_goes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "TIDY_S", 0.05)
     memory = MemoryBudget(2_000_000)

@@ -30,6 +30,7 @@ from llava.serve.backends.base import ServerBusyError
 from llava.serve.http.app import background
 from llava.serve.http.limits import ServeLimits
 from llava.serve.http.middleware import AccessPolicy
+from llava.serve.web.blocks import PageBlocks
 from llava.serve.web.client import (
     MAX_NEW_TOKENS,
     AnswerStats,
@@ -166,7 +167,7 @@ def mount(app: FastAPI, page: Page, path: str, *, embed: bool = False, concurren
 
 
 def build_page(page: Page, visitors: Visitors, *, embed: bool = False) -> gr.Blocks:
-    with gr.Blocks(title="LLaVA", analytics_enabled=False, fill_height=True) as blocks:
+    with PageBlocks(title="LLaVA", analytics_enabled=False, fill_height=True) as blocks:
         turns = gr.State([])
         memory = gr.BrowserState([], storage_key=f"{STORAGE}-conversation", secret=STORAGE)
         remembered = gr.BrowserState([], storage_key=f"{STORAGE}-settings", secret=STORAGE)
