@@ -1,7 +1,7 @@
 """Report progress on the terminal, and stop a run at a signal without losing steps.
 
-In: the trainer's events. Out: a line on stderr per log and a progress bar; after SIGTERM or SIGINT a checkpoint and an
-orderly end. The figures in the lines come from metrics.py.
+In: the trainer's events. Out: a line on stderr per log and a progress bar; after SIGTERM, SIGINT or SIGHUP a checkpoint and
+an orderly end. The figures in the lines come from metrics.py.
 """
 
 from __future__ import annotations
@@ -96,10 +96,13 @@ class ConsoleCallback(TrainerCallback):
 
     def write(self, line: str) -> None:
         PROGRESS.info(line)
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone, and the run goes on: train.log has its lines
+            self.bar = None
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar is not None:
@@ -119,7 +122,10 @@ class Stopped(Exception):
 
 
 class StopCallback(TrainerCallback):
-    """After SIGTERM or SIGINT: finish the step, save, and end. A second signal ends the process at once."""
+    """After SIGTERM, SIGINT or SIGHUP (the terminal is gone): finish the step, save, and end.
+
+    A second signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -151,8 +157,14 @@ class StopCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the two signals during the block, and restore their handlers afterwards."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Handle the signals during the block, and restore their handlers afterwards.
+
+        A SIGHUP that is ignored, as under nohup, stays so.
+        """
+        handled = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in handled}
 
         def handle(number: int, frame: object) -> None:
             self.signal_number = number

@@ -6,6 +6,7 @@ a limit on file sizes, by a file system that is full.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ from golden_data import HERE
 from safetensors.torch import load_file
 from train_kit import argv
 
+from llava.train.callbacks import ConsoleCallback
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.run_folder import checkpoints
 from llava.train.run_folder.checkpoints import checkpoint_fault, latest_checkpoint, list_checkpoints
@@ -217,7 +219,7 @@ def test_killed_while_saving(prepare: Callable[[], None], newest: int, whole: Pa
     assert [folder.name for folder in list_checkpoints(run)] == [f"checkpoint-{STEPS}"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends(number: int, status: int, whole: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = argv(run, **FLAGS | {"save_strategy": "no"})
@@ -232,6 +234,29 @@ def test_a_signal_saves_and_ends(number: int, status: int, whole: Path, tmp_path
     assert not (run / "model.safetensors").exists()  # the result of half a run is none
     assert Child(words, log).wait() == 0, log.read_text()
     assert_same_weights(run, whole)
+
+
+def test_a_run_under_nohup_is_not_stopped_by_the_end_of_its_terminal(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def ignore_and_slow() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        slow_steps()
+
+    child = Child(argv(run, **FLAGS | {"save_strategy": "no"}), log, ignore_and_slow)
+    child.wait_for(lambda: "step 2/" in log.read_text())
+    os.kill(child.pid, signal.SIGHUP)
+    assert child.wait() == 0, log.read_text()
+    assert (run / "model.safetensors").is_file()
+
+
+def test_lines_for_a_terminal_that_is_gone_do_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    ConsoleCallback(bar=False).write("step 1/2")
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
