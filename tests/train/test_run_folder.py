@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from llava.__main__ import main as llava
 from llava.errors import InputError
 from llava.files import read_json
 from llava.model.builder import load
-from llava.train.run_folder.record import open_run_folder
+from llava.train.run_folder.record import _check_partitions, open_run_folder
 from llava.train.train import main, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,6 +273,18 @@ def test_machines_with_disks_of_their_own_agree_on_the_checkpoint_or_stop(finish
     )  # fmt: skip
     assert ended.returncode != 0
     assert re.search(r"the machines see different checkpoints .*checkpoint-4.*none", ended.stderr)
+
+
+def test_partitions_of_another_number_of_processes_are_said(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2" / "global_step2"
+    folder.mkdir(parents=True)
+    for rank in range(2):
+        (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    alone: Any = SimpleNamespace(deepspeed="zero3.json", world_size=1)
+    with pytest.raises(InputError, match="was written by 2 processes, and this run has 1"):
+        _check_partitions(folder.parent, alone)
+    _check_partitions(folder.parent, SimpleNamespace(deepspeed="zero3.json", world_size=2))  # type: ignore[arg-type]
+    _check_partitions(folder.parent, SimpleNamespace(deepspeed=None, world_size=1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

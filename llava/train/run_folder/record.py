@@ -346,7 +346,20 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
         latest = latest_checkpoint(folder)
         if latest is None and named is not None:
             raise InputError(f"--resume_from_checkpoint True, but {str(folder)!r} holds no complete checkpoint-*")
+        if latest is not None:
+            _check_partitions(latest, training)
         return None if latest is None else str(latest)
     if fault := checkpoint_fault(Path(str(named))):
         raise InputError(f"--resume_from_checkpoint {named!r} is not a checkpoint folder to resume from: {fault}")
+    _check_partitions(Path(str(named)), training)
     return str(named)
+
+
+def _check_partitions(checkpoint: Path, training: TrainingArguments) -> None:
+    """Refuse a checkpoint of DeepSpeed's for another number of processes, whose optimizer states it cannot divide anew."""
+    parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if training.deepspeed and parts not in (0, training.world_size):
+        raise InputError(
+            f"{str(checkpoint)!r} was written by {parts} processes, and this run has {training.world_size}: DeepSpeed cannot "
+            f"divide its optimizer states anew; go on with {parts} (runs without DeepSpeed, and with FSDP2, may change them)"
+        )
