@@ -92,7 +92,7 @@ class Engine(BaseEngine):
             pixel_table=None if processor.image_processor is None else processor.image_processor.table(),
             gpu_preprocessor=gpu_preprocessor,
         )
-        if on_gpu and config.graphs:
+        if on_gpu and config.graphs and kernels.capturable:
             tower = model.get_vision_tower() if processor.image_processor is not None else None
             with torch.inference_mode(), waiting("compiling kernels and recording CUDA graphs"):
                 runner.record_graphs(None if tower is None else (3, tower.tile_size, tower.tile_size))

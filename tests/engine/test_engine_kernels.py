@@ -24,7 +24,7 @@ from llava.engine.kernels.cpu.kernels import CpuKernels, packs
 from llava.engine.kernels.cpu.native import NativeKernels
 from llava.engine.kernels.philox import uniform
 from llava.engine.kernels.quantized import quantize
-from llava.engine.kernels.reference import ReferenceKernels
+from llava.engine.kernels.reference import ReferenceKernels, without_gaps
 from llava.errors import InputError
 
 BLOCK = 16
@@ -107,6 +107,19 @@ def test_layer_norm_adds_in_place(kernels: Kernels) -> None:
     total = residual.clone()
     assert torch.equal(kernels.add_layer_norm_(x, total, norm.weight, None, norm.eps), norm(residual + x))
     assert torch.equal(total, residual + x)
+
+
+@pytest.mark.parametrize("slots", [[3, -1, 5, -1], [-1, -1, 0, 7], [-1, -1, -1], [6, 2]])
+def test_what_a_gpu_stores_without_counting(slots: list[int]) -> None:
+    """Of a padded step, and of one in which nothing is stored, as where a graph is recorded."""
+    cache, new, at = torch.randn(8, 2, 4), torch.randn(len(slots), 2, 4), torch.tensor(slots)
+    wanted = cache.clone()
+    for slot, row in zip(slots, new, strict=True):
+        if slot >= 0:
+            wanted[slot] = row
+    filled, written = without_gaps(cache, new, at)
+    cache.index_copy_(0, filled, written)
+    assert torch.equal(cache, wanted)
 
 
 @pytest.mark.parametrize("full_tables", [False, True])

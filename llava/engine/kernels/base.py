@@ -86,6 +86,9 @@ class SamplingTensors:
 class Kernels(ABC):
     """The arithmetic of a language model's layers. reference.py computes all of it; back ends override what they do faster."""
 
+    # Whether steps of every kind can be captured in CUDA graphs.
+    capturable = False
+
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return the RMS norm of x (T, D)."""

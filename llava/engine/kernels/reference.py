@@ -95,14 +95,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def store_(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     """Write (T, K, d) to the slots of (B, b, K, d) that are not -1."""
-    stored = slots >= 0
+    stored, flat = slots >= 0, cache.view(-1, *cache.shape[2:])
     if slots.device.type != "cpu":
-        # Without reading back how many there are: a token that is not stored repeats the write of the first stored one.
-        source = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
-        slots, new = slots[source], new[source]
+        slots, new = without_gaps(flat, new.to(cache.dtype), slots)
     elif not stored.all():
         slots, new = slots[stored], new[stored]
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new.to(cache.dtype))
+    flat.index_copy_(0, slots, new.to(cache.dtype))
+
+
+def without_gaps(cache: Tensor, new: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots, all of them in the cache (n, K, d), and what is written to each, without reading back how many are stored.
+
+    A token that is not stored repeats the write of the first stored one; where none is, slot 0 is written as it was.
+    """
+    stored = slots >= 0
+    source = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
+    slots = slots[source].clamp(min=0)
+    return slots, torch.where(stored.any(), new[source], cache[slots])
 
 
 def _gather(cache: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:

@@ -20,6 +20,8 @@ class TritonKernels(ReferenceKernels):
     `overlap` lets a kernel start while the previous one ends; it needs a Hopper GPU or a newer one.
     """
 
+    capturable = True
+
     def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
         super().__init__()
         self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
