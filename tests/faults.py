@@ -363,6 +363,7 @@ DATA_FAULTS: dict[str, tuple[Change, str]] = {
     "an unknown speaker": (turn(1, 1, **{"from": "bing"}), "data-turn-order"),
     "an empty answer": (turn(1, 3, value=" "), "data-empty-answer"),
     "no answer": (lambda s: s[2]["conversations"].pop(), "data-nothing-to-train"),
+    "a key that says an answer is worse": (lambda s: s[1].update(rejected="A dog."), "data-unread-key"),
     "an id twice": (lambda s: s[1].update(id="gradient"), "data-duplicate-id"),
     "no conversations": (lambda s: s[2].pop("conversations"), "data-malformed"),
     "an answer without end": (turn(2, 1, value="Rome. " * 2000), "data-too-long"),

@@ -125,6 +125,12 @@ def _checked_out(args: Namespace) -> Path:
     for file in (out, *([_names_file(out)] if out.suffix == ".npy" else [])):
         if file.is_dir() or (file.exists() and not args.overwrite):
             raise InputError(f"{str(file)!r} exists; name another file, or add --overwrite to replace it")
+    begun = out.with_name(f"{STAGING}{out.name}")
+    try:  # now rather than after the work
+        begun.touch()
+        begun.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
     return out
 
 

@@ -47,6 +47,7 @@ REFUSED = {
     "controller": [["controller", "--host", "{ro}/file", "--port", "0"]],
     "worker": [["worker", "--model-path", "{ro}/file"]],
     "web": [["web", "--port", "0", "--log-dir", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],
+    "embed": [["embed", IMAGE, "--out", f"{{ro}}/{name}.npy"] for name in ("new", "file/new")],
     "bench": [["bench", "-m", "{ro}/file"]],
     "train": [["train", *TRAIN, "--output_dir", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],
     "examples": [["examples", f"{{ro}}/{name}"] for name in ("new", "file/new", "file")],

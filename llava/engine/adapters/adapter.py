@@ -92,6 +92,8 @@ class AdapterReader:
 
     def __init__(self, model: LlavaModel, decoder: Decoder, base: Path | None) -> None:
         self._model, self._base = model, base
+        # Taken now: while images are encoded for an adapter, the model has that one's tensors in their places.
+        self._own = {comparable_name(name): (name, parameter.data) for name, parameter in model.named_parameters()}
         self._projections = {comparable_name(name): place for name, place in decoder.projections.items()}
         self._num_layers, self._dtype, self._device = len(decoder.layers), decoder.dtype, decoder.device
 
@@ -188,16 +190,15 @@ class AdapterReader:
 
     def _vision(self, merge: LoraMerge, whole: Mapping[str, TensorHeader], changed: set[str]) -> dict[str, Tensor]:
         """The tensors that are other ones than the model's: of tower, projector and newline, and of nothing else."""
-        own = {comparable_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
         vision = {}
         for target in sorted(changed | (whole.keys() - self._projections.keys())):
-            if target not in own:
+            if target not in self._own:
                 raise InputError(
                     f"the adapter {merge.source} has {target!r}, which the model here does not have; it was trained on another "
                     "base model"
                 )
-            name, parameter = own[target]
-            before = read_tensor(whole[target]) if target in whole else parameter.data
+            name, parameter = self._own[target]
+            before = read_tensor(whole[target]) if target in whole else parameter
             tensor = merge.apply(name, before.cpu()) if target in changed else before
             if tensor.shape != parameter.shape:
                 raise InputError(
@@ -205,7 +206,7 @@ class AdapterReader:
                     f"{list(parameter.shape)}; it was trained on another base model"
                 )
             tensor = tensor.to(parameter.device, parameter.dtype)
-            if torch.equal(tensor, parameter.data):
+            if torch.equal(tensor, parameter):
                 continue
             if not (PROJECTOR_INFIX in name or TOWER_INFIX in name or name.endswith(LEARNED_ENDS)):
                 raise InputError(
