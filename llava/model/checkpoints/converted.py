@@ -64,7 +64,7 @@ def convert_headers(
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{first.file}: tensor {first.name!r} and {len(names) - 1} others, which are one tensor of the model, do not "
-                f"fit together ({' '.join(str(error).split())})"
+                f"fit together, or one of them is missing ({' '.join(str(error).split())})"
             ) from error
         for name in names:
             del result[name]

@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import InputError
 from llava.model.checkpoints.converted import convert_headers
-from llava.model.checkpoints.experts import join_experts
 from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.inspect import (
     EMBEDDING_TABLES,
@@ -127,8 +126,6 @@ def match_names(expected: Mapping[str, Tensor], sources: WeightSources, model: n
     """
     own_names = {comparable_name(name): name for name in expected}
     headers = sources.headers
-    if any(name.endswith(".experts.gate_up_proj") for name in expected):
-        headers = join_experts(headers)
     unknown = [name for name in headers if comparable_name(name) not in own_names]
     if unknown:
         names = current_names(model, unknown, comparable_name)
