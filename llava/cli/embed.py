@@ -173,6 +173,7 @@ def _images_of(words: Sequence[str]) -> list[str]:
 
 def _maker(args: Namespace, loaded: LoadedModel, asked: dict[str, object]) -> Callable[[str], EmbedRequest]:
     """What makes a request of a text or of the source of an image."""
+    from llava.images.frames import Video
     from llava.session import LoadedImage, Session
 
     make = partial(EmbedRequest, **asked)  # type: ignore[arg-type]
@@ -181,7 +182,12 @@ def _maker(args: Namespace, loaded: LoadedModel, asked: dict[str, object]) -> Ca
 
     def of_image(source: str) -> EmbedRequest:
         session = Session(loaded)
-        session.attach([LoadedImage.open(source)])
+        shown = LoadedImage.open(source)
+        if isinstance(shown.image, Video) and (loaded.processor is None or loaded.processor.video_policy is None):
+            raise InputError(
+                f"{source} is a video, and {loaded.info.folder} takes images alone; give frames of it as files"
+            )
+        session.attach([shown])
         prompt = None if args.prompt is None else session.conversation(args.prompt)
         return make(prompt=prompt, images=[image.image for image in session.images])
 

@@ -18,7 +18,7 @@ from llava.conversation import get_template
 from llava.engine.config import EngineConfig
 from llava.engine.engine import Engine
 from llava.engine.hf_engine import HFEngine
-from llava.engine.request import Request, SamplingParams
+from llava.engine.request import EmbedRequest, Request, SamplingParams
 from llava.errors import InputError
 from llava.images.frames import Video
 from llava.images.layout import Grid
@@ -183,3 +183,27 @@ def test_a_prompt_of_ten_thousand_features_is_computed_in_pieces(tmp_path: Path)
     assert chunked.usage.num_image_tokens == 181 * 56
     assert chunked.completions[0].token_ids == whole.completions[0].token_ids
     assert len(short.completions[0].token_ids) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_of_a_video(kind: str) -> None:
+    """Those of each stage are the model's own."""
+    model, video = loaded(kind), random_video(1)
+    inputs = model.processor("<image>", [video])
+    with torch.inference_mode():
+        tower = model.model.get_vision_tower()(inputs.pixels[0]).flatten(0, 1).numpy()
+        output = model.model(
+            inputs.input_ids[None],
+            images=inputs.pixels,
+            image_sizes=inputs.image_sizes,
+            modalities=inputs.modalities,
+            output_hidden_states=True,
+        )
+    with Engine(model.model, model.processor) as engine:
+        for asked, wanted in (
+            ({"stage": "tower"}, tower),
+            ({"prompt": "<image>", "layer": 0}, output.hidden_states[0][0].numpy()),
+            ({"prompt": "<image>"}, output.hidden_states[-1][0].numpy()),
+        ):
+            made = engine.embed(EmbedRequest(images=[video], pooling="none", **asked))
+            np.testing.assert_allclose(made.vectors, wanted, atol=2e-5)
