@@ -248,6 +248,7 @@ def test_a_conversation_with_commands(tmp_path: Path, screens: list[Screen]) -> 
     assert again.process.wait(60) == 0
 
 
+@pytest.mark.slow
 @needs_pty
 def test_a_terminal_is_asked_for_sixels(tmp_path: Path, screens: list[Screen]) -> None:
     screens.append(screen := Screen(tmp_path))

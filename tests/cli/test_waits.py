@@ -61,6 +61,7 @@ def fetch(hub: FakeHub | None, home: Path, *words: str, **extra: str) -> subproc
 # Downloads
 
 
+@pytest.mark.slow
 def test_a_slow_download_is_a_line_now_and_then_in_a_log(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     size = (checkpoint / "model.safetensors").stat().st_size
     hub.bytes_per_s = size / 4

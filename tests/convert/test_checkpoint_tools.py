@@ -100,6 +100,7 @@ def test_consolidation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.float16 for name in found)
 
 
+@pytest.mark.slow
 def test_they_are_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One in a process of its own, as it is typed, all of them by their main function."""
     done = run_python("-m", "llava.model.consolidate", "--src", V15, "--dst", str(tmp_path / "one"))
@@ -174,6 +175,7 @@ def test_the_projector_alone(model: str, tmp_path: Path) -> None:
         assert torch.equal(beside.model.get_model().mm_projector.state_dict()[name], tensor)
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
     script = str(HERE.parents[1] / "scripts" / "extract_mm_projector.py")
     done = run_python(script, "--model-path", V16, "--output", str(tmp_path / "p.bin"))

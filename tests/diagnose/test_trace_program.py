@@ -174,6 +174,7 @@ def test_break_opens_the_debugger_at_a_point(
     assert f"(Pdb) {shown}" in out
 
 
+@pytest.mark.slow
 def test_break_inside_of_generation_and_leave() -> None:
     """In a process of its own: the model runs in a thread there."""
     words = ["trace", str(ROOT / "images/demo.jpg"), QUESTION, "--break", "splice"]

@@ -295,6 +295,7 @@ def test_loading_info_doctor_and_chat_say_the_same(tmp_path: Path, template: str
         assert ours(loaded.conv_mode, ["Hi?", None]).get_prompt().endswith("[INST] Hi? [/INST]")
 
 
+@pytest.mark.slow
 def test_a_training_step_uses_it(tmp_path: Path) -> None:
     folder = build(tmp_path / "model")
     (folder / "chat_template.jinja").write_text(LLAMA_3_PARTS)

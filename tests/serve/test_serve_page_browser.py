@@ -96,6 +96,7 @@ def ask(page: Any, text: str, *, image: Path | None = None) -> str:
     return page.locator(BOT).last.inner_text()
 
 
+@pytest.mark.slow
 def test_a_conversation_and_the_settings_survive_a_reload(address: str, browser: Any) -> None:
     with served(address) as place, visit(browser) as page:
         page.goto(place)
@@ -125,6 +126,7 @@ def test_a_conversation_and_the_settings_survive_a_reload(address: str, browser:
         assert page.locator(BOT).count() == 0
 
 
+@pytest.mark.slow
 def test_every_failure_is_a_sentence_in_the_conversation(address: str, browser: Any, tmp_path: Path) -> None:
     """With a log: what cannot be opened is logged, too, and the page goes on."""
     broken, icon = tmp_path / "broken.png", tmp_path / "icon.png"
@@ -149,6 +151,7 @@ def test_every_failure_is_a_sentence_in_the_conversation(address: str, browser: 
     assert "broken image" in rows[0]["state"]["messages"][-1][1]
 
 
+@pytest.mark.slow
 def test_examples_are_shown_and_right_under_a_prefix(address: str, browser: Any) -> None:
     from llava.serve.web.page import EXAMPLES
 

@@ -223,6 +223,7 @@ def test_the_queue_is_all_unfinished_requests(servers: dict[str, str]) -> None:
     assert seen[peak:] == [*recorded, 0]
 
 
+@pytest.mark.slow
 def test_silent_workers_expire_and_a_new_controller_is_told_again(servers: dict[str, str]) -> None:
     with controller(Dispatcher(expiration_s=0.5)) as (address, dispatcher):
         for name, checked in (("http://127.0.0.1:9/a", True), ("http://127.0.0.1:9/b", False)):

@@ -222,6 +222,7 @@ def test_a_step_of_every_recipe(recipe: str, tmp_path: Path) -> None:
     assert written >= ({"adapter_model.safetensors", "non_lora_trainables.bin"} if "lora" in recipe else wanted)
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_as_it_is_typed(tmp_path: Path) -> None:
     """No stand-ins: the whole script, with this interpreter."""
     variables = {

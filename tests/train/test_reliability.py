@@ -60,6 +60,7 @@ class Child:
         if self.pid == 0:
             status = 99
             try:
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
                 sys.stdout = sys.stderr = log.open("a", buffering=1)
                 torch.set_num_threads(1)
                 if prepare is not None:

@@ -286,6 +286,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert message in error
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     model = trainer_for(argv(tmp_path)).model
     for weights, message in (
