@@ -119,7 +119,7 @@ def test_one_client_alone_uses_all_slots_and_nothing_is_preempted_for_equals() -
 def test_answers_are_the_same_among_clients_that_displace_each_other() -> None:
     config = EngineConfig(max_running=2, context_len=256)
     prompts = [f"why {number}? " * (number + 1) for number in range(6)]
-    params = SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=1.0, seed=5)
+    params = SamplingParams(max_new_tokens=180, ignore_eos=True, temperature=1.0, seed=5)
     with Engine.from_loaded(loaded("llama"), config) as engine:
         alone = [engine.generate(Request(prompt, sampling=params)).text for prompt in prompts]
         handles = [engine.submit(Request(prompt, sampling=params, client="many")) for prompt in prompts[:5]]
