@@ -135,6 +135,14 @@ def controller(
         yield address, dispatcher
 
 
+@contextlib.contextmanager
+def worker_and_controller(backend: Backend) -> Iterator[dict[str, str]]:
+    """The addresses of a worker by itself, and of a controller over another one, of the same backend."""
+    with controller() as (front, dispatcher), worker(backend) as (own, _), worker(backend, controller=front):
+        wait_until(dispatcher.workers)
+        yield {"worker": own, "controller": front}
+
+
 def wait_until(holds: Callable[[], Any], seconds: float = 120.0) -> Any:
     """The first true value of a condition; fails when it does not come in time."""
     deadline = time.monotonic() + seconds

@@ -14,7 +14,24 @@ from llava.chat_template import ChatTemplate
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
 
-_TEMPLATE = """\
+# The content of a message as `body`: images become placeholders before the text.
+_BODY_OF_MESSAGE = """\
+{%- set body -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] != 'text' -%}{{- PLACEHOLDER_OF_CONTENT -}}{%- endif -%}
+{%- endfor -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endset -%}
+"""
+
+_TEMPLATE = (
+    """\
 {%- set first = messages[0] if messages else none -%}
 {%- if first and first['role'] == 'system' -%}
 {%- set turns = messages[1:] -%}
@@ -31,23 +48,15 @@ _TEMPLATE = """\
 {{- OPENING -}}
 {%- for message in turns -%}
 {{- PREFIX -}}
-{%- set body -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for content in message['content'] -%}
-{%- if content['type'] != 'text' -%}{{- PLACEHOLDER_OF_CONTENT -}}{%- endif -%}
-{%- endfor -%}
-{%- for content in message['content'] -%}
-{%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endset -%}
+"""
+    + _BODY_OF_MESSAGE
+    + """\
 {{- BODY -}}
 {{- SUFFIX -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- GENERATION_PROMPT -}}{%- endif -%}
 """
+)
 
 
 def chat_template(conv_mode: str, image_placeholder: str, video_placeholder: str | None = None) -> str:
@@ -81,31 +90,24 @@ def chat_template(conv_mode: str, image_placeholder: str, video_placeholder: str
 
 
 # Before a chat template that takes texts: images become placeholders, each on a line of its own before the text.
-_TEXTS = """\
+_TEXTS = (
+    """\
 {%- set given = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- set body -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for content in message['content'] -%}
-{%- if content['type'] != 'text' -%}{{- PLACEHOLDER -}}{%- endif -%}
-{%- endfor -%}
-{%- for content in message['content'] -%}
-{%- if content['type'] == 'text' -%}{{- content['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endset -%}
+"""
+    + _BODY_OF_MESSAGE
+    + """\
 {%- set given.messages = given.messages + [dict(message, content=CONTENT)] -%}
 {%- endfor -%}
 {%- set messages = given.messages -%}
 """
+)
 
 
 def _with_texts(template: ChatTemplate, placeholder: str) -> str:
     """The source of a chat template that takes texts, for messages whose contents have images as parts."""
     content = "[{'type': 'text', 'text': body | string}]" if template.takes_parts else "body | string"
-    return _TEXTS.replace("PLACEHOLDER", _text(placeholder)).replace("CONTENT", content) + template.source
+    return _TEXTS.replace("PLACEHOLDER_OF_CONTENT", _text(placeholder)).replace("CONTENT", content) + template.source
 
 
 _text = json.dumps  # a string in Jinja

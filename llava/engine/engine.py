@@ -11,12 +11,11 @@ base.py. Prompts are built in the caller's thread (prompt_builder.py); loop.py c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Self, overload
 
 import torch
 
-from llava.engine.adapters.adapter import AdapterReader
+from llava.engine.adapters.adapter import AdapterReader, Base
 from llava.engine.adapters.store import AdapterStore
 from llava.engine.base import BaseEngine, EngineStats, end_ids_of
 from llava.engine.config import EngineConfig
@@ -47,18 +46,10 @@ from llava.utils import waiting
 class Engine(BaseEngine):
     """Answers requests with one model, as many together as there is memory for.
 
-    The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away. `folder` is where it was
-    loaded from, with which the bases that adapters name are compared.
+    The model stays usable by itself, except that `EngineConfig.weights` takes its full weights away.
     """
 
-    def __init__(
-        self,
-        model: LlavaModel,
-        processor: Processor,
-        config: EngineConfig | None = None,
-        *,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, model: LlavaModel, processor: Processor, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         on_gpu = torch.device(model.device).type == "cuda"
         max_positions = min(config.context_len or context_len(model.config), context_len(model.config))
@@ -103,9 +94,7 @@ class Engine(BaseEngine):
             max_step_tokens=max_step_tokens,
             draft=(lambda sequence: sequence.draft_tokens(config.speculation)) if config.speculation else None,
         )
-        self.adapters = AdapterStore(
-            AdapterReader(model, decoder, folder), decoder.device, max_bytes=config.adapter_bytes
-        )
+        self.adapters = AdapterStore(AdapterReader(model, decoder), decoder.device, max_bytes=config.adapter_bytes)
         self._prompt_builder = PromptBuilder(
             processor,
             vocab_size=vocab_size,
@@ -131,8 +120,9 @@ class Engine(BaseEngine):
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, config: EngineConfig | None = None) -> Self:
-        processor = loaded.processor or Processor(loaded.tokenizer)
-        return cls(loaded.model, processor, config, folder=loaded.info.folder)  # type: ignore[arg-type]
+        engine = super().from_loaded(loaded, config)
+        engine.adapters.reader.base = Base(loaded.info.folder, loaded.conv_mode)
+        return engine
 
     @overload
     def score(self, requests: ScoreRequest) -> Score: ...

@@ -57,7 +57,7 @@ def decode(data: bytes, header: ImageHeader, name: str, *, upright: bool) -> Ima
     Raises:
         InputError: it is broken, or larger than its header says; there is no decoder, or not the memory for it.
     """
-    with _told(name, header.width, header.height):
+    with told(name, size=f", which has {header.width}x{header.height} pixels"):
         image = open_image(data, header, name)
         if image.width * image.height > header.num_pixels:
             raise InputError(f"{name} is a broken image: it is larger than its header says.")
@@ -66,7 +66,7 @@ def decode(data: bytes, header: ImageHeader, name: str, *, upright: bool) -> Ima
 
 def convert_opened(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
     """Return RGB of an image that the caller has opened."""
-    with _told(name, image.width, image.height):
+    with told(name, size=f", which has {image.width}x{image.height} pixels"):
         return to_upright_rgb(image, upright=upright)
 
 
@@ -109,11 +109,12 @@ def _import_decoder(kind: ImageFormat) -> None:
 
 
 @contextmanager
-def _told(name: str, width: int, height: int) -> Iterator[None]:
+def told(name: str, what: str = "image", size: str = "") -> Iterator[None]:
     """Turn every error of a decoder into a sentence, and suppress Pillow's warnings.
 
     They are about sizes, for which our own limit holds, and about faults that it can read past. Warning filters belong to the
     whole process, and threads that run this together may leave this one behind; so it covers Pillow's modules only.
+    `what` is what `name` should be, and `size` are words about it.
     """
     try:
         with warnings.catch_warnings():
@@ -122,12 +123,12 @@ def _told(name: str, width: int, height: int) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError as error:
-        raise OutOfMemoryError(
-            f"there is not enough memory to decode {name}, which has {width}x{height} pixels; make it smaller first."
-        ) from error
-    except Exception as error:  # Pillow's readers raise errors of many types at broken data
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{name} is a broken image: {detail.rstrip('.')}.") from error
+        raise OutOfMemoryError(f"there is not enough memory to decode {name}{size}; make it smaller first.") from error
+    except GeneratorExit:
+        raise
+    except Exception as error:  # Pillow's and FFmpeg's readers raise errors of many types at broken data
+        detail = " ".join(str(getattr(error, "strerror", None) or error).split())[:120] or type(error).__name__
+        raise InputError(f"{name} is a broken {what}: {detail.rstrip('.')}.") from error
 
 
 class OutOfMemoryError(InputError):

@@ -9,14 +9,13 @@ processes of their own (decoder_pool.py).
 from __future__ import annotations
 
 import bisect
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from llava.errors import InputError, require
-from llava.images.decode import OutOfMemoryError, Reserve, open_image, reserved, to_rgb
+from llava.images.decode import Reserve, open_image, reserved, to_rgb, told
 from llava.images.frames import (
     Container,
     FrameSampling,
@@ -123,7 +122,7 @@ class VideoFile:
         num_threads: int,
     ) -> None:
         self._name, self._file, self._kind, self._num_threads = name, file, container, num_threads
-        with _told(name):
+        with told(name, "video"):
             self._begin()
             self._check_stream(limits)
             self._index(limits)
@@ -143,7 +142,7 @@ class VideoFile:
         self.num_bytes = CODEC_BYTES_PER_PIXEL * stored[0] * stored[1] + FIXED_BYTES
 
     def frames(self) -> Iterator[Image.Image]:
-        with _told(self._name):
+        with told(self._name, "video"):
             self._begin()
             wanted: Mapping[int, int] = {number: self._chosen.count(number) for number in dict.fromkeys(self._chosen)}
             source = self._sought(list(wanted)) if self._is_indexed else self._counted(list(wanted))
@@ -160,7 +159,7 @@ class VideoFile:
 
         self._file.seek(0)
         self._container = _open_container(self._file, self._kind)
-        # A picture of the cover is no video.
+        # An image of the cover is no video.
         streams = [one for one in self._container.streams.video if not one.disposition & Disposition.attached_pic]
         if not streams:
             raise InputError(f"{self._name} has no video in it.")
@@ -304,7 +303,7 @@ class AnimatedImage:
                 f"{name} has frames of {header.width}x{header.height} pixels, more than the "
                 f"{limits.max_frame_pixels:,} allowed."
             )
-        with _told(name):
+        with told(name, "video"):
             self._image = open_image(data, header, name)
             ends = self._read_ends()
         if len(ends) < 2:
@@ -337,27 +336,9 @@ class AnimatedImage:
         return ends
 
     def frames(self) -> Iterator[Image.Image]:
-        with _told(self._name):
+        with told(self._name, "video"):
             for number in self._chosen:
                 self._image.seek(number)
                 frame = to_rgb(self._image)
                 # `seek` goes on to change an image that is RGB already.
                 yield frame.copy() if frame.size == self.size else frame.resize(self.size)
-
-
-@contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Turn every error of a decoder into a sentence."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            yield
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise OutOfMemoryError(f"there is not enough memory to decode {name}; make it smaller first.") from error
-    except GeneratorExit:
-        raise
-    except Exception as error:  # FFmpeg's and Pillow's errors are of many types
-        detail = " ".join(str(getattr(error, "strerror", None) or error).split())[:120] or type(error).__name__
-        raise InputError(f"{name} is a broken video: {detail.rstrip('.')}.") from error

@@ -212,6 +212,9 @@ def test_what_cannot_be_an_adapter_here(folders: dict[str, Path], tmp_path: Path
     other = shutil.copytree(folders["llava"], tmp_path / "other")
     values = json.loads((other / "config.json").read_text()) | {"mm_vision_select_layer": -1}
     (other / "config.json").write_text(json.dumps(values))
+    tiles = shutil.copytree(folders["llava"], tmp_path / "tiles")
+    values = json.loads((folders["llava"] / "config.json").read_text()) | {"mm_newline_position": "frame"}
+    (tiles / "config.json").write_text(json.dumps(values))
     broken = shutil.copytree(folders["language"], tmp_path / "broken")
     tensors = load_file(broken / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_A" in name)
@@ -222,6 +225,7 @@ def test_what_cannot_be_an_adapter_here(folders: dict[str, Path], tmp_path: Path
             (tmp_path / "head", "lm_head"),
             (elsewhere, "somebody/other-base"),
             (other, "mm_vision_select_layer"),
+            (tiles, "video newline 'frame'"),
             (broken, "another base model"),
             (folders["base"], "no LoRA adapter"),
             (tmp_path / "nowhere", "nowhere"),
@@ -239,3 +243,16 @@ def test_what_cannot_be_an_adapter_here(folders: dict[str, Path], tmp_path: Path
         pytest.raises(InputError, match="takes no adapter"),
     ):
         engine.generate(Request("hello", adapter="x"))
+
+
+def test_an_adapter_of_another_template_is_told(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = shutil.copytree(folders["llava"], tmp_path / "other")
+    values = json.loads((other / "config.json").read_text()) | {"conv_mode": "mpt"}
+    (other / "config.json").write_text(json.dumps(values))
+    with Engine.from_loaded(load(folders["base"], device="cpu", dtype="fp32")) as engine:
+        engine.adapters.load("same", folders["llava"])
+        assert "template" not in caplog.text
+        engine.adapters.load("other", other)
+        assert "the template mpt" in caplog.text

@@ -59,7 +59,7 @@ def recorded(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def picture(text: str) -> Image.Image:
+def recorded_image(text: str) -> Image.Image:
     width, height = map(int, text.split("x"))
     random = np.random.RandomState(1000 + 7 * width + height)
     y, x = np.mgrid[0:height, 0:width]
@@ -105,7 +105,7 @@ def groups(name: str) -> list[Any]:
 def test_pixels(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         config, processor = config_of(case), PROCESSORS[case["processor"]]
-        images = [picture(name) for name in case.get("images", [case.get("image")])]
+        images = [recorded_image(name) for name in case.get("images", [case.get("image")])]
         result, raises = case["result"], "error" in case["result"]
         if raises and config.image_aspect_ratio == "highres" and case["kind"] == "list":
             with pytest.raises(InputError, match="takes squares"):
@@ -176,7 +176,7 @@ def test_functions_on_images() -> None:
     for name, size, arguments, result in (*data["pil_functions"], *data["pil_functions_with_ANTIALIAS_restored"]):
         if "error" in result or name not in FUNCTIONS:  # auto_pad_images, which nothing calls
             continue
-        made = FUNCTIONS[name](picture(size), *arguments)
+        made = FUNCTIONS[name](recorded_image(size), *arguments)
         if "n" in result:
             assert len(made) == result["n"]
             assert [sha(part) for part in made][: len(result["sha"])] == result["sha"]
@@ -193,7 +193,7 @@ def test_crop_split_with_antialias_restored() -> None:
             image_aspect_ratio="crop_split", image_crop_resolution=case["crop"], image_split_resolution=case["split"],
             image_processor=processor,
         )  # fmt: skip
-        image = picture(case["image"])
+        image = recorded_image(case["image"])
         if "call" in case:
             check(process_highres_image_crop_split(image, config), case["result"])
         else:

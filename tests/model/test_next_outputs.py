@@ -71,7 +71,7 @@ def cases(*names: str) -> list[Any]:
     return [pytest.param(name, case, id=f"{name}-{case}") for name in names for case in record(name)["cases"]]
 
 
-def picture(width: int, height: int, seed: int) -> np.ndarray:
+def recorded_image(width: int, height: int, seed: int) -> np.ndarray:
     """The recording's images: a gradient with noise."""
     random = np.random.RandomState(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -95,7 +95,7 @@ def test_case_of_real_geometry(name: str, case: str, overridden: Any) -> None:
     from PIL import Image
 
     about = recorded["pictures"][case.removeprefix("image_")]
-    image = Image.fromarray(picture(*about["size"], about["picture_seed"]))
+    image = Image.fromarray(recorded_image(*about["size"], about["picture_seed"]))
     images = process_images([image], loaded.image_processor, loaded.model.config)
     check_case(name, case, overridden, list(images))
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serve_kit import DEMO, Program, controller, data_url, wait_until, worker
+from serve_kit import DEMO, Program, data_url, wait_until, worker_and_controller
 
 from llava.assets import embedded_model_path
 from llava.cli.program import EXIT_BAD_INPUT
@@ -61,9 +61,8 @@ def right(folders: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def addresses(folders: dict[str, str]) -> Iterator[list[str]]:
     backend = EngineBackend(load(embedded_model_path(), device="cpu"), name=BASE, adapters=folders)
-    with controller() as (front, dispatcher), worker(backend) as (own, _), worker(backend, controller=front):
-        wait_until(dispatcher.workers)
-        yield [own, front]
+    with worker_and_controller(backend) as addresses:
+        yield list(addresses.values())
     backend.engine.close()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_kit import DEMO, controller, data_url, wait_until, worker
+from serve_kit import DEMO, data_url, worker, worker_and_controller
 
 from llava.serve.backends.in_process import EngineBackend
 from llava.serve.backends.remote import RemoteBackend
@@ -29,9 +29,8 @@ ASKED = [{"role": "user", "content": [SHOWN, {"type": "text", "text": QUESTION}]
 
 @pytest.fixture(scope="module")
 def addresses(backend: EngineBackend) -> Iterator[dict[str, str]]:
-    with controller() as (front, dispatcher), worker(backend) as (own, _), worker(backend, controller=front):
-        wait_until(dispatcher.workers)
-        yield {"worker": own, "controller": front}
+    with worker_and_controller(backend) as addresses:
+        yield addresses
 
 
 @pytest.fixture(params=["worker", "controller"])

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from serve_kit import DEMO, controller, data_url, wait_until, worker
+from serve_kit import DEMO, data_url, worker_and_controller
 
 from llava.engine.request import EmbedRequest
 from llava.images.io import load_image
@@ -21,9 +21,8 @@ MODEL = "llava-v1.5-tiny"
 
 @pytest.fixture(scope="module")
 def addresses(backend: EngineBackend) -> Iterator[dict[str, str]]:
-    with controller() as (front, dispatcher), worker(backend) as (own, _), worker(backend, controller=front):
-        wait_until(dispatcher.workers)
-        yield {"worker": own, "controller": front}
+    with worker_and_controller(backend) as addresses:
+        yield addresses
 
 
 @pytest.fixture(params=["worker", "controller"])

@@ -10,8 +10,9 @@ tower, projector and newline. The products are in engine/decoder.py; merging an 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from llava.engine.decoder import Decoder, Projection
 from llava.errors import InputError
-from llava.model.checkpoints.base_model import base_on_disk, original_config, over_base
+from llava.model.checkpoints.base_model import base_on_disk, original_config
 from llava.model.checkpoints.hf_layout import comparable_name
 from llava.model.checkpoints.hub import resolve_checkpoint
 from llava.model.checkpoints.inspect import PROJECTOR_INFIX, TOWER_INFIX, CheckpointInfo, inspect
@@ -30,6 +31,8 @@ from llava.model.checkpoints.lora import LoraMerge, load_adapter
 from llava.model.checkpoints.weight_files import TensorHeader, read_tensor
 from llava.model.config import LEARNED_ENDS, LlavaSettings
 from llava.model.protocols import LlavaModel
+
+logger = logging.getLogger(__name__)
 
 MERGE_IT = "write the merged model (llava merge) and serve that"
 
@@ -85,13 +88,21 @@ class LoadedAdapter:
         yield from self.vision.values()
 
 
+class Base(NamedTuple):
+    """What the base model was loaded as, with which what adapters name is compared."""
+
+    folder: Path
+    conv_mode: str
+
+
 class AdapterReader:
-    """Reads adapters for one model; `base` is the folder that it was loaded from, if that is known."""
+    """Reads adapters for one model; `base` is set where it is known."""
 
     _numbers = itertools.count(1)
 
-    def __init__(self, model: LlavaModel, decoder: Decoder, base: Path | None) -> None:
-        self._model, self._base = model, base
+    def __init__(self, model: LlavaModel, decoder: Decoder) -> None:
+        self._model = model
+        self.base: Base | None = None
         # Taken now: while images are encoded for an adapter, the model has that one's tensors in their places.
         self._own = {comparable_name(name): (name, parameter.data) for name, parameter in model.named_parameters()}
         self._projections = {comparable_name(name): place for name, place in decoder.projections.items()}
@@ -127,17 +138,17 @@ class AdapterReader:
         return LoadedAdapter(name, info.folder, next(self._numbers).to_bytes(8, "big"), layers, vision)
 
     def _check_base(self, info: CheckpointInfo) -> None:
-        if info.base_hint is None or self._base is None:
+        if info.base_hint is None or self.base is None:
             return
         found = base_on_disk(info)
         is_same = (
-            found.resolve() == self._base.resolve()
+            found.resolve() == self.base.folder.resolve()
             if found is not None
-            else Path(info.base_hint).name == _repository_name(self._base)
+            else Path(info.base_hint).name == _repository_name(self.base.folder)
         )
         if not is_same:
             raise InputError(
-                f"the adapter {info.folder} was trained over {info.base_hint}, and the model here is {self._base}; serve "
+                f"the adapter {info.folder} was trained over {info.base_hint}, and the model here is {self.base.folder}; serve "
                 "it over its own base"
             )
 
@@ -145,22 +156,20 @@ class AdapterReader:
         """An adapter with a config of its own sees images as that says."""
         if not info.config or info.config_folder != info.folder:
             return
-        own = LlavaSettings.from_hf(SimpleNamespace(**original_config(over_base(info, None))))
-        here = LlavaSettings.from_hf(self._model.config)
-        for what, given, known in (
-            ("mm_vision_select_layer", own.vision.select_layer, here.vision.select_layer),
-            ("mm_vision_select_feature", own.vision.select_feature, here.vision.select_feature),
-            ("s2_scales", own.vision.s2_scales, here.vision.s2_scales),
-            ("mm_projector_type", own.projector.type, here.projector.type),
-            ("image_aspect_ratio", own.image.mode, here.image.mode),
-            ("mm_patch_merge_type", own.image.merge, here.image.merge),
-            ("image_grid_pinpoints", own.image.pinpoints, here.image.pinpoints),
-            ("mm_use_im_start_end", own.tokens.use_im_start_end, here.tokens.use_im_start_end),
-        ):
-            if given != known:
-                raise InputError(
-                    f"{info.config_folder / 'config.json'} says {what} {given!r}, and the model here has {known!r}; {MERGE_IT}"
-                )
+        values, file = original_config(info), info.folder / "config.json"
+        given = _looks(LlavaSettings.from_hf(SimpleNamespace(**values)))
+        known = _looks(LlavaSettings.from_hf(self._model.config))
+        different = next((name for name in given if given[name] != known[name]), None)
+        if different is not None:
+            raise InputError(
+                f"{file} says {different} {given[different]!r}, and the model here has {known[different]!r}; {MERGE_IT}"
+            )
+        template = values.get("conv_mode")
+        if template is not None and self.base is not None and template != self.base.conv_mode:
+            logger.warning(
+                "%s says that the adapter was trained with the template %s; prompts here are those of %s",
+                file, template, self.base.conv_mode,
+            )  # fmt: skip
 
     def _whole_tensors(self, info: CheckpointInfo) -> dict[str, TensorHeader]:
         """What is stored whole beside the adapter, by the names in the model."""
@@ -214,6 +223,20 @@ class AdapterReader:
                 )
             vision[name] = tensor
         return vision
+
+
+def _looks(settings: LlavaSettings) -> dict[str, object]:
+    """All settings by which images and videos become features, and prompts their placeholders; not where the tower lies."""
+    return {
+        "mm_vision_select_layer": settings.vision.select_layer,
+        "mm_vision_select_feature": settings.vision.select_feature,
+        "s2_scales": settings.vision.s2_scales,
+        "mm_projector_type": settings.projector.type,
+        "mm_use_im_start_end": settings.tokens.use_im_start_end,
+        **{f"image {entry.name}": getattr(settings.image, entry.name) for entry in fields(settings.image)},
+        **{f"video {entry.name}": getattr(settings.video, entry.name) for entry in fields(settings.video)},
+        "add_time_instruction": settings.tells_times,
+    }
 
 
 def _repository_name(folder: Path) -> str:

@@ -6,7 +6,6 @@ a request names them again. A request keeps the adapter that it began with, what
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -16,8 +15,6 @@ import torch
 from llava.engine.adapters.adapter import AdapterReader, LoadedAdapter
 from llava.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 MAX_ADAPTERS = 1024  # that an engine knows, on the device and on the host together
 HOST = torch.device("cpu")
 
@@ -26,7 +23,7 @@ class AdapterStore:
     """Thread-safe. `max_bytes` is for those on the device, of which there is always room for one."""
 
     def __init__(self, reader: AdapterReader, device: torch.device, *, max_bytes: int) -> None:
-        self._reader, self._device, self._max_bytes = reader, device, max_bytes
+        self.reader, self._device, self._max_bytes = reader, device, max_bytes
         self._on_device: OrderedDict[str, LoadedAdapter] = OrderedDict()  # the one used last at the end
         self._on_host: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
@@ -44,7 +41,7 @@ class AdapterStore:
             known = {*self._on_device, *self._on_host}
             if name not in known and len(known) >= MAX_ADAPTERS:
                 raise InputError(f"{len(known):,} adapters are loaded, and no more are kept; unload one first")
-        adapter = self._reader.read(name, path, any_base=any_base)
+        adapter = self.reader.read(name, path, any_base=any_base)
         with self._lock:
             self._forget(name)
             self._keep(adapter)
